@@ -1,0 +1,104 @@
+"""What passes between the rooms: a batch of packed documents, the target's features, its head, and what a step gives back.
+
+# N packed tokens, D documents, Ht target hidden, V target vocabulary, T TTT steps
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents laid end to end, nothing between them. Document d owns rows sum(lengths[:d]) .. sum(lengths[:d+1])."""
+
+    input_ids: Tensor  # [N] int64, x
+    loss_mask: Tensor  # [N] bool, True where the draft is trained to predict this token
+    lengths: tuple[int, ...]  # D document lengths, on the host; they sum to N
+
+    def __post_init__(self) -> None:
+        n = sum(self.lengths)
+        if self.input_ids.shape != (n,) or self.loss_mask.shape != (n,):
+            raise ValueError(
+                f"document lengths sum to {n}, but input_ids is {tuple(self.input_ids.shape)} and "
+                f"loss_mask is {tuple(self.loss_mask.shape)}; each must be one row of that many tokens"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @cached_property
+    def doc_start(self) -> Tensor:  # [N] int64, row of the first token of this row's document
+        lengths = torch.tensor(self.lengths)
+        return (lengths.cumsum(0) - lengths).repeat_interleave(lengths).to(self.input_ids.device)
+
+    @cached_property
+    def doc_end(self) -> Tensor:  # [N] int64, one past the row of the document's last token
+        lengths = torch.tensor(self.lengths)
+        return lengths.cumsum(0).repeat_interleave(lengths).to(self.input_ids.device)
+
+    @cached_property
+    def positions(self) -> Tensor:  # [N] int64, place of the token in its document, from 0
+        return torch.arange(self.num_tokens, device=self.input_ids.device) - self.doc_start
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            self.input_ids.to(device, non_blocking=True), self.loss_mask.to(device, non_blocking=True), self.lengths
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the frozen target says about every token of a batch (DESIGN: g and f)."""
+
+    g: Tensor  # [N, 3*Ht] outputs of three target layers, low | mid | high
+    f: Tensor  # [N, Ht] the state the target's lm_head reads (after the final norm)
+
+
+@dataclass(frozen=True)
+class TargetHead:
+    """The target's output distribution: logits(f) = cap(scale * (f W^T + b)), cap(z) = softcap * tanh(z / softcap)."""
+
+    weight: Tensor  # [V, Ht]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(
+        self,
+        f: Tensor,  # [n, Ht]
+    ) -> Tensor:  # [n, V]
+        z = torch.nn.functional.linear(f, self.weight, self.bias)
+        if self.scale != 1.0:
+            z = z * self.scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Per-row results of a TTT step. Row (i, t) is TTT step i at token t; what is not live is exactly 0."""
+
+    loss: Tensor  # [T, N] the row's loss, no step weight, no normaliser
+    acceptance: Tensor  # [T, N] sum_v min(P(v), Q(v)), P with its full-vocabulary normaliser
+    hit: Tensor  # [T, N] bool, argmax of Q is argmax of P
+    live: Tensor  # [T, N] bool, the row is trained on
+    masked_in: (
+        Tensor  # [T, N] bool, loss_mask and document allow the row; live also needs argmax P in the draft vocabulary
+    )
+
+    def sums(self) -> Tensor:  # [5, T] float64: loss, acceptance, hits, live, masked_in
+        return torch.stack(
+            [x.to(torch.float64).sum(1) for x in (self.loss, self.acceptance, self.hit, self.live, self.masked_in)]
+        )
+
+
+def tau_sim(acceptance: Tensor) -> float:
+    """Simulated accepted length 1 + sum_i prod_{j<=i} alpha_j from per-step mean acceptance [T]."""
+    return 1.0 + float(acceptance.double().cumprod(0).sum())

@@ -1,0 +1,71 @@
+"""Rotary position embedding with every scaling the target may use.
+
+The inverse frequencies come from transformers' own table of RoPE variants (default, linear, dynamic, yarn, llama3,
+longrope), so a draft rotates exactly as its target does. Rotation is the half-split ("neox") form both engines use for
+Llama-style drafts: y = x * cos + rotate_half(x) * sin on the first `rotary_dim` channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def inverse_frequencies(
+    rope_parameters: dict[str, Any], head_dim: int, max_positions: int
+) -> tuple[Tensor, float]:  # [rotary_dim/2] float32, factor on cos and sin
+    """Frequencies for `rope_parameters` (rope_theta, rope_type and that type's fields). Raises ValueError when unknown."""
+    kind = rope_parameters.get("rope_type", "default")
+    rotary_dim = int(head_dim * rope_parameters.get("partial_rotary_factor", 1.0))
+    if kind == "default":
+        exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+        return 1.0 / (rope_parameters["rope_theta"] ** exponent), 1.0
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"rope_type {kind!r} is not one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
+    config = LlamaConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        head_dim=head_dim,
+        max_position_embeddings=max_positions,
+        rope_parameters=dict(rope_parameters),
+    )
+    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+
+
+class Rope(nn.Module):
+    """cos/sin for any position, computed in float32 (float64 when asked), with no cache to outgrow."""
+
+    def __init__(self, rope_parameters: dict[str, Any], head_dim: int, max_positions: int):
+        super().__init__()
+        freqs, self.factor = inverse_frequencies(rope_parameters, head_dim, max_positions)
+        self.register_buffer("freqs", freqs, persistent=False)
+
+    def _apply(self, fn, recurse=True):  # a cast of the draft to bf16 must not round the frequencies
+        freqs = self.freqs
+        super()._apply(fn, recurse)
+        self.freqs = freqs.to(self.freqs.device)
+        return self
+
+    def forward(
+        self,
+        positions: Tensor,  # [n] int64
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # cos, sin [n, rotary_dim/2]
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        angles = positions.to(work)[:, None] * self.freqs.to(work)
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+
+
+def rotate(
+    x: Tensor,  # [n, heads, D]
+    cos: Tensor,  # [n, rotary_dim/2]
+    sin: Tensor,  # [n, rotary_dim/2]
+) -> Tensor:  # [n, heads, D]
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

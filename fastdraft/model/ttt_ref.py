@@ -1,0 +1,92 @@
+"""EAGLE-3 training-time test in plain PyTorch: the specification every engine is tested against.
+
+Step i = 0 .. T-1 at token t of a document with tokens x_0 .. x_{L-1}:
+
+    token read      x_{t+1+i}
+    hidden read     h^0_t = fc(g_t),  h^i_t = y^{i-1}_t  (the layer's output before the final norm)
+    RoPE position   t + i
+    attention       query (t, i) sees K^0_s, V^0_s for s <= t, and K^j_t, V^j_t for 1 <= j <= i
+    student         Q = softmax(lm_head(norm(y^i_t)))            over the draft vocabulary
+    teacher         P = softmax(target_logits(f_u)), u = t+1+i   the distribution of x_{u+1}
+    live            x_{u+1} exists in the document, loss_mask[u+1] = 1, argmax P is a draft-vocabulary token
+
+Runs in any dtype; float64 is the truth. Memory is O(T * N * V): for tests and small drafts.
+Source: EAGLE-3 (arXiv 2503.01840), section 3.
+
+# N packed tokens, H heads (Hq query, Hkv key/value), D head dim, T TTT steps
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdraft.batch import Batch, Features, Rows, TargetHead
+from fastdraft.model.draft import Draft
+from fastdraft.model.losses import LossKind, row_losses
+
+
+def ttt_ref(
+    draft: Draft,
+    batch: Batch,
+    features: Features,
+    head: TargetHead,
+    ttt_length: int,
+    loss: LossKind = "kl",
+    lk_scale: float = 1.0,
+    lk_decay: float = 1.0,
+) -> Rows:
+    """All T steps over a batch; `Rows.loss` carries the autograd graph. The caller weighs the steps and sums."""
+    t = torch.arange(batch.num_tokens, device=batch.input_ids.device)
+    last = batch.doc_end - 1
+    loss_rows, alpha_rows, hit_rows, live_rows, masked_rows = [], [], [], [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    h = draft.combine(features.g)
+    for i in range(ttt_length):
+        u = t + 1 + i
+        q, k, v = draft.qkv(batch.input_ids[u.minimum(last)], h, batch.positions + i)
+        keys.append(k)
+        values.append(v)
+        h = draft.finish(h, attention_ref(q, keys, values, batch.lengths))
+
+        masked = (u + 1 <= last) & batch.loss_mask[(u + 1).minimum(last)]
+        teacher = head.logits(features.f[u.minimum(last)])
+        live = masked & draft.t2d[teacher.argmax(-1)]
+        loss_i, alpha, hit = row_losses(draft.logits(h), teacher, draft.draft_ids, loss, lk_scale, lk_decay)
+        loss_rows.append(torch.where(live, loss_i, 0.0))
+        alpha_rows.append(torch.where(live, alpha, 0.0))
+        hit_rows.append(hit & masked)
+        live_rows.append(live)
+        masked_rows.append(masked)
+    return Rows(*(torch.stack(x) for x in (loss_rows, alpha_rows, hit_rows, live_rows, masked_rows)))
+
+
+def attention_ref(
+    q: Tensor,  # [N, Hq, D] step i's queries, rotated
+    keys: list[Tensor],  # i+1 of [N, Hkv, D]; the first is K^0
+    values: list[Tensor],  # i+1 of [N, Hkv, D]
+    lengths: tuple[int, ...],
+) -> Tensor:  # [N, Hq, D]
+    """Causal attention over K^0, V^0 inside each document, plus the row's own K^1..K^i, V^1..V^i."""
+    group = q.shape[1] // keys[0].shape[1]
+    per_doc = zip(
+        q.split(lengths),
+        *(torch.stack(x).repeat_interleave(group, 2).split(lengths, 1) for x in (keys, values)),
+        strict=True,
+    )
+    return torch.cat([_document_attention(*doc) for doc in per_doc])
+
+
+def _document_attention(
+    q: Tensor,  # [L, Hq, D]
+    k: Tensor,  # [i+1, L, Hq, D]
+    v: Tensor,  # [i+1, L, Hq, D]
+) -> Tensor:  # [L, Hq, D]
+    length, scale = q.shape[0], q.shape[-1] ** -0.5
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    context = torch.einsum("qhd,khd->hqk", q, k[0]).masked_fill(future, -torch.inf)
+    own = torch.einsum("qhd,jqhd->hqj", q, k[1:])
+    p = (torch.cat([context, own], -1) * scale).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    p = p.to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", p[..., :length], v[0]) + torch.einsum("hqj,jqhd->qhd", p[..., length:], v[1:])
