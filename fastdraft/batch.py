@@ -89,9 +89,7 @@ class Rows:
     acceptance: Tensor  # [T, N] sum_v min(P(v), Q(v)), P with its full-vocabulary normaliser
     hit: Tensor  # [T, N] bool, argmax of Q is argmax of P
     live: Tensor  # [T, N] bool, the row is trained on
-    masked_in: (
-        Tensor  # [T, N] bool, loss_mask and document allow the row; live also needs argmax P in the draft vocabulary
-    )
+    masked_in: Tensor  # [T, N] bool, loss_mask and document allow the row; live also needs argmax P in the draft vocabulary
 
     def sums(self) -> Tensor:  # [5, T] float64: loss, acceptance, hits, live, masked_in
         return torch.stack(
