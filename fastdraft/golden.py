@@ -20,9 +20,10 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, Rows, TargetHead
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
+from fastdraft.model.losses import LossKind
 
-# rows and gradients d(sum_i step_weight_i * sum_t loss)/d(parameter), by parameter name
-RunStep = Callable[[Draft, Batch, Features, TargetHead, "Golden"], tuple[Rows, dict[str, Tensor]]]
+# `ttt_ref_step`'s signature: (draft, batch, features, head, step_weights, kind) -> (rows, gradients by parameter name)
+RunStep = Callable[[Draft, Batch, Features, TargetHead, Tensor, LossKind], tuple[Rows, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Golden:
     """One case: what goes in, and the law for what must come out."""
 
     name: str
-    ttt_length: int
-    loss: str
+    kind: LossKind
     step_weights: Tensor  # [T] float64: turns our per-step sums into the case's total loss
     draft: Draft
     batch: Batch
@@ -78,8 +78,7 @@ def load_golden(path: Path) -> Golden:
     per_step = live if c["lk_loss_type"] else torch.full_like(decay, count)
     return Golden(
         name=c["name"],
-        ttt_length=c["ttt_length"],
-        loss=f"lk_{c['lk_loss_type']}" if c["lk_loss_type"] else "kl",
+        kind=f"lk_{c['lk_loss_type']}" if c["lk_loss_type"] else "kl",
         step_weights=decay / per_step,
         draft=draft,
         batch=batch,
@@ -115,7 +114,7 @@ def _live_counts(t: dict[str, Tensor], ttt_length: int) -> Tensor:  # [T] float6
 
 def worst_errors(case: Golden, run_step: RunStep) -> dict[str, float]:
     """Worst relative error of step losses, acceptance and each gradient: max|ours - golden| / max|golden|; NaN is inf."""
-    rows, grads = run_step(case.draft, case.batch, case.features, case.head, case)
+    rows, grads = run_step(case.draft, case.batch, case.features, case.head, case.step_weights, case.kind)
     loss, acceptance, hits, live, masked_in = rows.sums().cpu()
     found = {
         "step_loss": _relative(loss, case.step_loss),
@@ -131,13 +130,3 @@ def worst_errors(case: Golden, run_step: RunStep) -> dict[str, float]:
 def _relative(ours: Tensor, law: Tensor) -> float:
     error = float((ours.detach().double() - law.double()).abs().max() / law.double().abs().max().clamp_min(1e-30))
     return math.inf if math.isnan(error) else error
-
-
-def run_reference(draft: Draft, batch: Batch, features: Features, head: TargetHead, case: Golden):
-    """`RunStep` of the plain-PyTorch reference."""
-    from fastdraft.model.ttt_ref import ttt_ref
-
-    rows = ttt_ref(draft, batch, features, head, case.ttt_length, case.loss)
-    names, parameters = zip(*draft.trainable().items(), strict=True)
-    total = (rows.loss.sum(1) * case.step_weights.to(rows.loss.device)).sum()
-    return rows, dict(zip(names, torch.autograd.grad(total, parameters), strict=True))

@@ -18,12 +18,14 @@ Source: EAGLE-3 (arXiv 2503.01840), section 3.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fastdraft.batch import Batch, Features, Rows, TargetHead
 from fastdraft.model.draft import Draft
-from fastdraft.model.losses import LossKind, row_losses
+from fastdraft.model.losses import LossKind, kl_rows_ref, teacher_ref
 
 
 def ttt_ref(
@@ -32,34 +34,48 @@ def ttt_ref(
     features: Features,
     head: TargetHead,
     ttt_length: int,
-    loss: LossKind = "kl",
+    kind: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
 ) -> Rows:
     """All T steps over a batch; `Rows.loss` carries the autograd graph. The caller weighs the steps and sums."""
-    t = torch.arange(batch.num_tokens, device=batch.input_ids.device)
+    row = torch.arange(batch.num_tokens, device=batch.input_ids.device)
     last = batch.doc_end - 1
-    loss_rows, alpha_rows, hit_rows, live_rows, masked_rows = [], [], [], [], []
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    teacher = teacher_ref(head.logits(features.f), draft.draft_ids)
+    steps, keys, values = [], [], []
     h = draft.combine(features.g)
     for i in range(ttt_length):
-        u = t + 1 + i
+        u = row + 1 + i
         q, k, v = draft.qkv(batch.input_ids[u.minimum(last)], h, batch.positions + i)
         keys.append(k)
         values.append(v)
         h = draft.finish(h, attention_ref(q, keys, values, batch.lengths))
 
-        masked = (u + 1 <= last) & batch.loss_mask[(u + 1).minimum(last)]
-        teacher = head.logits(features.f[u.minimum(last)])
-        live = masked & draft.t2d[teacher.argmax(-1)]
-        loss_i, alpha, hit = row_losses(draft.logits(h), teacher, draft.draft_ids, loss, lk_scale, lk_decay)
-        loss_rows.append(torch.where(live, loss_i, 0.0))
-        alpha_rows.append(torch.where(live, alpha, 0.0))
-        hit_rows.append(hit & masked)
-        live_rows.append(live)
-        masked_rows.append(masked)
-    return Rows(*(torch.stack(x) for x in (loss_rows, alpha_rows, hit_rows, live_rows, masked_rows)))
+        masked_in = (u + 1 <= last) & batch.loss_mask[(u + 1).minimum(last)]
+        live = masked_in & draft.t2d[teacher.top[u.minimum(last)]]
+        loss, alpha, hit = kl_rows_ref(
+            draft.logits(h), teacher[u.minimum(last)], draft.draft_ids, kind, lk_scale, lk_decay
+        )
+        steps.append((loss.where(live, 0.0), alpha.where(live, 0.0), hit & masked_in, live, masked_in))
+    return Rows(*(torch.stack(x) for x in zip(*steps, strict=True)))
+
+
+def ttt_ref_step(
+    draft: Draft,
+    batch: Batch,
+    features: Features,
+    head: TargetHead,
+    step_weights: Tensor,  # [T]
+    kind: LossKind = "kl",
+    lk_scale: float = 1.0,
+    lk_decay: float = 1.0,
+) -> tuple[Rows, dict[str, Tensor]]:
+    """Rows, and the gradient of sum_i step_weights[i] * sum_t loss(t, i) for every trainable parameter, by name."""
+    rows = ttt_ref(draft, batch, features, head, len(step_weights), kind, lk_scale, lk_decay)
+    names, parameters = zip(*draft.trainable().items(), strict=True)
+    total = (rows.loss.sum(1) * step_weights.to(rows.loss)).sum()
+    grads = torch.autograd.grad(total, parameters)
+    return replace(rows, loss=rows.loss.detach()), dict(zip(names, grads, strict=True))
 
 
 def attention_ref(

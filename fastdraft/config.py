@@ -1,0 +1,140 @@
+"""The run's configuration: one YAML file plus dotted overrides, checked by pydantic; unknown keys name their neighbour."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastdraft.data.config import DataConfig
+from fastdraft.metrics import MetricsConfig
+from fastdraft.model.losses import LossKind
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TargetConfig(Section):
+    path: str  # local directory or hub name
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16
+    layers: tuple[int, int, int] | None = None  # outputs of these layers, from 0; None: 1, n//2 - 1, n - 4
+    trust_remote_code: bool = False
+
+
+class DraftSection(Section):
+    config: str | None = None  # YAML of `fastdraft init`; None: derived from the target
+    overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size
+    init_from: str | None = None  # warm start from an EAGLE-3 checkpoint in serving format
+    init: Literal["target", "random"] = "target"  # target: norm, lm_head and layer copied from the target where they fit
+
+
+class LossConfig(Section):
+    kind: LossKind = "kl"
+    step_decay: float = Field(0.8, gt=0, le=1)  # weight of TTT step i is step_decay ** i
+    lk_scale: float = Field(1.0, ge=0)
+    lk_decay: float = Field(1.0, ge=0)
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-4, gt=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(0.015, ge=0, le=1)  # share of all steps
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(0.5, gt=0)  # global gradient norm after the division by N
+    packs_per_step: int = Field(8, gt=0)  # the global batch, in packs of data.pack_tokens; independent of the GPUs
+
+
+class CheckpointConfig(Section):
+    every: int = Field(500, gt=0)  # optimizer steps
+    keep: int = Field(2, gt=0)
+
+
+class EvalConfig(Section):
+    every: int = Field(500, gt=0)  # optimizer steps
+    max_packs: int = Field(64, gt=0)
+
+
+class Config(Section):
+    """Everything a run depends on. `load_config` builds it from YAML and overrides."""
+
+    target: TargetConfig
+    data: DataConfig
+    draft: DraftSection = DraftSection()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    run_dir: str = "runs/eagle3"
+    ttt_length: int = Field(7, ge=1, le=12)
+    epochs: int = Field(1, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the CPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source_of_layers(self) -> Config:
+        if "layers" in self.draft.overrides:
+            raise ValueError("the layers belong to target.layers, not draft.overrides.layers")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Reads YAML, applies `a.b=value` overrides (values are YAML), validates. Raises ValueError with one line per fault."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"config file {path} does not exist") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"config file {path} must be a mapping of keys, it is {type(tree).__name__}")
+    for text in overrides:
+        _override(tree, text)
+    return parse_config(tree, Config)
+
+
+def parse_config[M: BaseModel](tree: dict[str, Any], model: type[M]) -> M:
+    """Validates a tree; every fault of the input becomes one line of a ValueError."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(fault, model) for fault in error.errors())) from error
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {text!r} is not of the form key.subkey=value")
+    *parents, leaf = key.split(".")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {text!r}: {name} is a value, not a section")
+    tree[leaf] = yaml.safe_load(value)
+
+
+def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"unknown key {where!r}; {hint}"
+    if fault["type"] == "missing":
+        return f"missing key {where!r}"
+    given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}{given}" if where else fault["msg"].removeprefix("Value error, ")
+
+
+def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    for name in path:
+        model = model.model_fields[str(name)].annotation
+    return list(model.model_fields)

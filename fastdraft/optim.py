@@ -1,0 +1,93 @@
+"""AdamW over flat buffers, with the gradient kept as an un-normalised sum until the step.
+
+Every trainable weight is a view into one flat buffer in the compute dtype; master weights, both moments and the
+gradient sum are flat fp32 buffers of the same length. One step, with G the gradient sum over the global batch and N its
+number of live step-0 rows:
+
+    g = G / N;  g *= min(1, clip / |g|);  m, v as Adam's;  w -= lr * (m^ / (sqrt(v^) + eps) + weight_decay * w)
+
+so the result does not depend on how the global batch was cut. Norm weights (1-D) take no weight decay.
+Source: AdamW (arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastdraft.config import OptimConfig
+
+
+class FlatAdamW:
+    """Owns the flat buffers of `parameters`; the parameters become views into `self.weights`."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig, total_steps: int, dtype: torch.dtype):
+        if not parameters:
+            raise ValueError("the draft has no trainable parameter")
+        self.config, self.total_steps, self.step_count = config, total_steps, 0
+        self.names = list(parameters)
+        first = next(iter(parameters.values()))
+        count = sum(p.numel() for p in parameters.values())
+        buffer = dict(device=first.device, dtype=torch.promote_types(dtype, torch.float32))
+        self.master = torch.cat([p.detach().reshape(-1) for p in parameters.values()]).to(**buffer)
+        self.m, self.v, self.grad = (torch.zeros(count, **buffer) for _ in range(3))
+        self.decayed = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in parameters.values()]).to(first.device)
+        self.weights = self.master.to(dtype) if dtype != self.master.dtype else self.master
+        self._grads: dict[str, Tensor] = {}
+        start = 0
+        for name, p in parameters.items():
+            end = start + p.numel()
+            p.data = self.weights[start:end].view(p.shape)
+            self._grads[name] = self.grad[start:end].view(p.shape)
+            start = end
+
+    def add_grads(self, grads: dict[str, Tensor]) -> None:
+        """Adds one micro-batch's un-normalised gradients into the fp32 sum."""
+        for name, grad in grads.items():
+            self._grads[name].add_(grad)
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up then cosine to min_lr_ratio, by optimizer step, counted from 0."""
+        c = self.config
+        warmup = max(1, round(c.warmup_ratio * self.total_steps))
+        if step < warmup:
+            return c.lr * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        return c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    @torch.no_grad()
+    def step(self, num_live: Tensor) -> Tensor:  # scalar tensor: norm of G / N before clipping
+        """One AdamW step from the summed gradient over `num_live` (device scalar), then zeroes the sum."""
+        c = self.config
+        lr = self.lr(self.step_count)
+        self.step_count += 1
+        beta1, beta2 = c.betas
+        grad = self.grad.div_(num_live)
+        norm = grad.norm()
+        grad.mul_((c.clip / norm.clamp_min(1e-30)).clamp_max(1.0))
+        self.m.lerp_(grad, 1 - beta1)
+        self.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if c.weight_decay:
+            self.master.sub_(self.master * self.decayed, alpha=lr * c.weight_decay)
+        denominator = self.v.sqrt().div_(math.sqrt(1 - beta2**self.step_count)).add_(c.eps)
+        self.master.addcdiv_(self.m, denominator, value=-lr / (1 - beta1**self.step_count))
+        if self.weights is not self.master:
+            self.weights.copy_(self.master)
+        self.grad.zero_()
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"master": self.master, "m": self.m, "v": self.v, "step_count": torch.tensor(self.step_count)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name in ("master", "m", "v"):
+            mine = getattr(self, name)
+            if state[name].shape != mine.shape:
+                raise ValueError(f"checkpoint has {state[name].numel()} trainable weights, this draft {mine.numel()}")
+            mine.copy_(state[name])
+        self.step_count = int(state["step_count"])
+        if self.weights is not self.master:
+            self.weights.copy_(self.master)

@@ -1,0 +1,197 @@
+"""The frozen target, run by transformers: any decoder whose layers can be hooked.
+
+Capture runs documents right-padded and causal with no attention mask at all: a real token never sees padding, so a
+pack's documents cannot see each other, whatever attention the model uses. Three forward hooks keep the outputs of the
+layers the draft reads; no other layer's state is kept.
+
+# N packed tokens, B documents run together, L their longest, Ht target hidden, V target vocabulary
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.model.config import default_layers
+
+
+class Target:
+    """A causal LM from `load` or one already built. Everything it gives is without gradient."""
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[int, int, int] | None = None):
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        self.decoder = model.get_decoder()
+        blocks = _decoder_layers(self.decoder, self.config.num_hidden_layers)
+        self.num_layers = len(blocks)
+        self.layers = tuple(layers) if layers is not None else default_layers(self.num_layers)
+        if not 0 <= self.layers[0] < self.layers[1] < self.layers[2] < self.num_layers:
+            raise ValueError(
+                f"layers {list(self.layers)} must ascend and lie in 0..{self.num_layers - 1}, the target's layers"
+                + ("; the default needs a target of at least 7 layers" if self.num_layers < 7 else "")
+            )
+        self._states: dict[int, Tensor] = {}
+        for place, index in enumerate(self.layers):
+            blocks[index].register_forward_hook(self._keep(place))
+        self.embedding = model.get_input_embeddings().weight
+        self.vocab_size, self.hidden_size = self.embedding.shape
+        self.head = _head(model, self.config)
+        generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+        eos = generation if generation is not None else self.config.eos_token_id
+        self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self._prove_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    def _keep(self, place: int):
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            self._states[place] = output if torch.is_tensor(output) else output[0]
+
+        return hook
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,  # [B, L] int64
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,  # [B, L]
+        attention_mask: Tensor | None = None,  # [B, 1, L, cached + L], for tree verification
+    ) -> tuple[Tensor, Tensor]:  # g [B, L, 3*Ht], f [B, L, Ht]
+        """One forward of the decoder without the vocabulary projection; extends `cache` when given."""
+        f = self.decoder(
+            input_ids=input_ids,
+            past_key_values=cache,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        g = torch.cat([self._states.pop(place) for place in range(3)], -1)
+        return g, f
+
+    def capture(self, batch: Batch) -> Features:
+        """g and f of every token of a packed batch, each document on its own."""
+        n, width = batch.num_tokens, self.hidden_size
+        g = torch.empty(n, 3 * width, dtype=self.dtype, device=self.device)
+        f = torch.empty(n, width, dtype=self.dtype, device=self.device)
+        starts = [0]
+        for length in batch.lengths:
+            starts.append(starts[-1] + length)
+        for group in _groups_of_like_length(batch.lengths):
+            longest = batch.lengths[group[0]]
+            ids = batch.input_ids.new_zeros(len(group), longest)
+            for row, d in enumerate(group):
+                ids[row, : batch.lengths[d]] = batch.input_ids[starts[d] : starts[d + 1]]
+            g_rows, f_rows = self.forward(ids)
+            for row, d in enumerate(group):
+                g[starts[d] : starts[d + 1]] = g_rows[row, : batch.lengths[d]]
+                f[starts[d] : starts[d + 1]] = f_rows[row, : batch.lengths[d]]
+        return Features(g, f)
+
+    @torch.no_grad()
+    def _prove_head(self) -> None:
+        """The head read off the model must give the model's own logits, or every teacher would be wrong."""
+        ids = torch.arange(8, device=self.device)[None] % self.vocab_size
+        ours = self.head.logits(self.forward(ids)[1]).float()
+        theirs = self.model(input_ids=ids).logits.float()
+        self._states.clear()
+        error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        if not error <= 0.02 * scale:
+            raise ValueError(
+                f"{type(self.model).__name__} turns its last hidden state into logits in a way fastdraft does not know: "
+                f"lm_head with logit scaling {self.head.scale} and soft-capping {self.head.softcap} is off by {error:.3g} "
+                f"(largest logit {scale:.3g}); please report the model"
+            )
+
+
+def load_target(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    layers: tuple[int, int, int] | None = None,
+    trust_remote_code: bool = False,
+) -> Target:
+    """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a causal LM."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"target {path!r} cannot be loaded: {_first_line(error)}") from error
+    return Target(model, layers)
+
+
+def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
+    """The target's config.json as a dict, without its weights."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"target {path!r} has no readable config.json: {_first_line(error)}") from error
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"target {path!r} has no readable tokenizer: {_first_line(error)}") from error
+
+
+def target_fingerprint(config: dict, head: TargetHead, embedding: Tensor) -> str:
+    """Names a target by what a draft depends on: its shape fields and a sample of its weights. 16 hex digits."""
+    fields = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters")
+    digest = hashlib.sha256(json.dumps({k: config.get(k) for k in fields}, sort_keys=True, default=str).encode())
+    for weight in (embedding, head.weight):
+        digest.update(weight[:: max(1, len(weight) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise ValueError(f"{type(decoder).__name__} has no list of {count} layers that could be hooked; it is no decoder")
+    return lists[0]
+
+
+def _head(model: PreTrainedModel, config) -> TargetHead:
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding (lm_head); a target must be a causal LM")
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    return TargetHead(
+        weight=linear.weight,
+        bias=getattr(linear, "bias", None),
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
+    )
+
+
+def _groups_of_like_length(lengths: tuple[int, ...], least_fill: float = 0.8, most_tokens: int = 16384) -> list[list[int]]:
+    """Documents to run together: longest first, none shorter than `least_fill` of its group's longest."""
+    groups: list[list[int]] = []
+    for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and lengths[d] >= least_fill * longest and (len(groups[-1]) + 1) * longest <= most_tokens:
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    return groups
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_local(path: str) -> bool:
+    return Path(path).exists()
