@@ -1,0 +1,199 @@
+"""What a training run will need before it starts: memory by category, disk, FLOPs per token. Arithmetic only, no tensors.
+
+The reference engine (`model/ttt_ref.py`) keeps, for the backward of one pack, every row of every TTT step: two to four
+float32 rows over the draft vocabulary (by loss), attention probabilities [Hq, L, L + i] of every document, and keys and
+values repeated for each query head. On top of what is kept comes the largest short-lived part: full-vocabulary teacher
+logits or one document's attention. Not counted: the target's own forward, allocator slack, the CUDA context (0.5-1 GiB).
+
+# N tokens of a pack, L tokens of a document, T TTT steps, H draft hidden, Ht target hidden, V target vocabulary,
+# Vd draft vocabulary, Hq/Hkv heads, D head dim, E = Hq*D, I MLP width, b bytes of a compute number, w of a softmax number
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.losses import LossKind
+
+Precision = Literal["fp32", "bf16"]
+GIB = 2**30
+ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of log Q, Q, P, P~, those the backward reads
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    size: int  # bytes, or FLOPs per token among `Plan.flops`
+
+
+@dataclass(frozen=True)
+class Plan:
+    trainable_params: int
+    frozen_params: int  # the draft's copy of the target's embedding
+    target_params: int
+    memory: tuple[Row, ...]  # bytes on one device at the peak of a step
+    disk: tuple[Row, ...]  # bytes
+    flops: tuple[Row, ...]  # forward and backward, per packed token
+    checkpoint_bytes: int  # one checkpoint: fp32 master, two moments, vocabulary map
+    export_bytes: int  # model.safetensors of the serving checkpoint
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(row.size for row in self.memory)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(row.size for row in self.disk)
+
+    @property
+    def flops_per_token(self) -> int:
+        return sum(row.size for row in self.flops)
+
+
+def plan(
+    draft: DraftConfig,
+    *,
+    target_params: int,
+    target_dtype: torch.dtype,
+    pack_tokens: int,  # N
+    ttt_length: int,  # T
+    precision: Precision = "bf16",
+    document_tokens: int | None = None,  # longest document L; a pack is one document when left out
+    keep: int = 2,  # latest checkpoints kept, besides the best one
+    loss: LossKind = "kl",
+    engine: Literal["reference"] = "reference",
+) -> Plan:
+    """Predicted needs of a run on one device. Raises ValueError for sizes or names it has no formula for."""
+    if engine != "reference":
+        raise ValueError(f"no memory formula for engine {engine!r}; there is one for 'reference'")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision {precision!r} is not fp32 or bf16")
+    length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
+    if min(pack_tokens, ttt_length, length) < 1 or min(keep, target_params) < 0:
+        raise ValueError(
+            f"pack_tokens {pack_tokens}, ttt_length {ttt_length} and document_tokens {document_tokens} must be at least 1, "
+            f"keep {keep} and target_params {target_params} at least 0"
+        )
+    b = 2 if precision == "bf16" else 4
+    trainable, frozen = num_params(draft)
+    maps = 8 * draft.draft_vocab_size + draft.vocab_size  # d2t int64, t2d bool
+    kept, scores, logits, transient = _reference_step(draft, pack_tokens, length, ttt_length, b, ROWS_KEPT[loss])
+    weights = trainable + frozen if b < 4 else frozen  # in fp32 the masters are the weights
+    memory = (
+        Row("target weights", target_params * target_dtype.itemsize),
+        Row(f"draft weights ({precision})" if b < 4 else "draft's frozen embedding", weights * b + maps),
+        Row("fp32 master weights", 4 * trainable),
+        Row("fp32 moments (two)", 8 * trainable),
+        Row("fp32 gradient", 4 * trainable),
+        Row(f"gradient of one pack ({precision})", b * trainable),
+        Row("features g and f of a pack", 4 * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
+        Row("activations kept for the backward", kept),
+        Row("attention scores kept", scores),
+        Row("logits kept", logits),
+        Row("largest short-lived tensors", transient),
+    )
+    checkpoint = 12 * trainable + maps
+    export = trainable * target_dtype.itemsize + draft.vocab_size + 8 * draft.draft_vocab_size
+    if draft.hidden_size != draft.target_hidden_size:
+        export += frozen * target_dtype.itemsize
+    if draft.draft_vocab_size == draft.vocab_size:
+        export -= 8 * draft.draft_vocab_size  # the full vocabulary ships without d2t
+    disk = (
+        Row(f"checkpoints ({keep} latest and the best)", (keep + 1) * checkpoint),
+        Row("one more while it is written", checkpoint),
+        Row("export", export),
+    )
+    flops = (
+        Row("target forward (every parameter active)", 2 * target_params),
+        Row("draft step, forward and backward", _reference_flops(draft, length, ttt_length)),
+    )
+    return Plan(trainable, frozen, target_params, memory, disk, flops, checkpoint, export)
+
+
+def num_params(c: DraftConfig) -> tuple[int, int]:
+    """Trainable parameters and frozen ones (the embedding)."""
+    e, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = 2 * c.hidden_size * (e + 2 * kv) + e * c.hidden_size
+    norms = 4 * c.hidden_size + (3 * c.target_hidden_size if c.fc_norm else 0)
+    fc, head = 3 * c.target_hidden_size * c.hidden_size, c.hidden_size * c.draft_vocab_size
+    return fc + attention + 3 * c.hidden_size * c.intermediate_size + head + norms, c.vocab_size * c.hidden_size
+
+
+def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, rows_kept: int) -> tuple[int, int, int, int]:
+    """Bytes one forward of ttt_ref keeps (activations, attention scores, logits), and its largest short-lived part."""
+    h, e, inner, heads = c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size, c.num_attention_heads
+    w, cast = max(b, 4), b < 4  # a cast to float32 is a copy only below float32
+    per_token = 0
+    for i in range(steps):
+        norms = 6 * h * b + 3 * h * w  # four norms' inputs and outputs; in fp32 the layer's output serves two of them
+        concat = 2 * h * b
+        mlp = 4 * inner * b
+        keys = (2 * (i + 1) + i) * e * b  # K^0..K^i and V^0..V^i for every query head, and einsum's copy of K^1..K^i
+        queries = (3 if i else 2) * e * b  # q, einsum's copy of it, the attention's output
+        per_token += norms + concat + mlp + keys + queries
+    docs, rest = divmod(n, length)
+    pairs = docs * length * length + rest * rest
+    probabilities = sum(heads * (pairs + i * n) * (w + (b if cast else 0)) + pairs for i in range(steps))
+    logits = (rows_kept * steps + 1) * n * c.draft_vocab_size * w  # and the teacher's, shared by all steps
+    vocabulary = n * c.vocab_size * ((b if cast else 0) + 2 * w)  # teacher logits as computed, cast, exponentiated
+    rows = 5 * n * c.draft_vocab_size * w  # one step's loss and acceptance
+    attention = heads * length * (length + steps) * (3 * b + w)
+    return n * per_token, probabilities, logits, max(vocabulary, rows, attention)
+
+
+def _reference_flops(c: DraftConfig, length: int, steps: int) -> int:
+    """Matrix FLOPs of ttt_ref per token, 2 per multiply-add; a backward costs twice its forward."""
+    e, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = 2 * c.hidden_size * (e + 2 * kv) + e * c.hidden_size + 3 * c.hidden_size * c.intermediate_size
+    forward = sum(layer + c.hidden_size * c.draft_vocab_size + 2 * e * (length + i) for i in range(steps))
+    fc = 3 * c.target_hidden_size * c.hidden_size
+    teacher = c.target_hidden_size * c.vocab_size
+    fc_backward = 2 * fc if c.fc_norm else fc  # without norms before it, nothing needs the gradient of g
+    return 2 * (3 * forward + fc + fc_backward + teacher)
+
+
+def free_disk(path: Path | str, needed: int = 0, what: str = "a checkpoint") -> int:
+    """Free bytes where `path` is or will be. Raises ValueError when `needed` bytes for `what` do not fit."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{what} needs {needed / GIB:.2f} GiB at {path}, which has {free / GIB:.2f} GiB free; "
+            "free some space or choose another folder"
+        )
+    return free
+
+
+def render(plan: Plan, console: Console) -> None:
+    """Prints parameter counts, memory, disk and FLOPs as tables."""
+    console.print(
+        f"parameters: draft {plan.trainable_params:,} trained + {plan.frozen_params:,} frozen embedding, "
+        f"target {plan.target_params:,}"
+    )
+    for title, rows, total in (
+        ("Memory of one device", plan.memory, plan.memory_bytes),
+        ("Disk", plan.disk, plan.disk_bytes),
+    ):
+        table = Table(title=title, title_justify="left", show_footer=True)
+        table.add_column("", footer="total")
+        table.add_column("GiB", f"{total / GIB:.3f}", justify="right")
+        table.add_column("share", "", justify="right")
+        for row in rows:
+            table.add_row(row.name, f"{row.size / GIB:.3f}", f"{row.size / max(total, 1):.0%}")
+        console.print(table)
+    table = Table(title="Work", title_justify="left", show_footer=True)
+    table.add_column("", footer="total")
+    table.add_column("GFLOP/token", f"{plan.flops_per_token / 1e9:.3f}", justify="right")
+    for row in plan.flops:
+        table.add_row(row.name, f"{row.size / 1e9:.3f}")
+    console.print(table)

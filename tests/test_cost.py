@@ -1,0 +1,214 @@
+"""Predictions against what a real, tiny reference step on the CPU holds and does."""
+
+import io
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.cost import free_disk, num_params, plan, render
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
+from fastdraft.model.ttt_ref import ttt_ref
+
+
+def config(**changes):
+    fields = dict(
+        hidden_size=48,
+        target_hidden_size=48,
+        intermediate_size=112,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=320,
+        draft_vocab_size=100,
+        num_target_layers=8,
+        layers=(1, 3, 4),
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 1e4},
+        max_position_embeddings=4096,
+    )
+    return DraftConfig(**(fields | changes))
+
+
+def sizes(rows):
+    return {row.name: row.size for row in rows}
+
+
+def tiny_step(c, dtype, steps, lengths, loss="kl"):
+    """Draft, and a function that runs one forward of the reference on random inputs."""
+    draft = Draft(c)
+    draft.init_weights(0.02, torch.Generator().manual_seed(0))
+    draft.set_vocab(torch.arange(c.draft_vocab_size))
+    draft = draft.to(dtype)
+    n = sum(lengths)
+    batch = Batch(torch.randint(0, c.vocab_size, (n,)), torch.ones(n, dtype=torch.bool), lengths)
+    features = Features(
+        torch.randn(n, 3 * c.target_hidden_size, dtype=dtype), torch.randn(n, c.target_hidden_size, dtype=dtype)
+    )
+    head = TargetHead(torch.randn(c.vocab_size, c.target_hidden_size, dtype=dtype))
+    held = [*draft.parameters(), *draft.buffers(), features.g, features.f, head.weight]
+    return draft, held, lambda: ttt_ref(draft, batch, features, head, steps, loss)
+
+
+def kept_bytes(held, forward):
+    """Bytes of the distinct storages autograd still holds after the forward, inputs and weights left out."""
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    saved = weakref.WeakSet()
+
+    def pack(tensor):
+        box = Saved(tensor.detach())  # an output with its graph would hold itself for ever
+        saved.add(box)
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        rows = forward()
+    inputs = {t.untyped_storage().data_ptr() for t in held}
+    storages = {s.data_ptr(): s.nbytes() for s in (box.tensor.untyped_storage() for box in saved)}
+    assert rows.loss.requires_grad
+    return sum(size for pointer, size in storages.items() if pointer not in inputs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"fc_norm": True, "target_hidden_size": 64}, {"draft_vocab_size": 320}])
+def test_parameter_and_optimizer_bytes_are_exact(changes):
+    c = config(**changes)
+    draft = Draft(c).to(torch.bfloat16)
+    trainable = list(draft.trainable().values())
+    p = plan(c, target_params=1000, target_dtype=torch.bfloat16, pack_tokens=64, ttt_length=3)
+    memory = sizes(p.memory)
+    assert num_params(c) == (sum(w.numel() for w in trainable), draft.embed_tokens.weight.numel())
+    assert memory["draft weights (bf16)"] == sum(t.nbytes for t in draft.state_dict().values())
+    masters = [w.detach().float() for w in trainable]
+    optimizer = torch.optim.AdamW(masters, foreach=False)
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in (state["exp_avg"], state["exp_avg_sq"])]
+    assert memory["fp32 master weights"] == sum(t.nbytes for t in masters)
+    assert memory["fp32 moments (two)"] == sum(t.nbytes for t in moments)
+    assert memory["fp32 gradient"] == sum(t.grad.nbytes for t in masters)
+    assert memory["gradient of one pack (bf16)"] == sum(w.nbytes for w in trainable)
+    assert memory["target weights"] == 2000
+    assert p.checkpoint_bytes == sum(t.nbytes for t in [*masters, *moments, draft.d2t, draft.t2d])
+    exported = [*trainable, draft.t2d]
+    if c.draft_vocab_size != c.vocab_size:
+        exported.append(draft.d2t)
+    if c.hidden_size != c.target_hidden_size:
+        exported.append(draft.embed_tokens.weight)
+    assert p.export_bytes == sum(t.nbytes for t in exported)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "steps", "lengths", "loss", "changes"),
+    [
+        (torch.float32, 4, (64, 64), "kl", {}),
+        (torch.bfloat16, 4, (64, 64), "kl", {}),
+        (torch.bfloat16, 1, (128,), "lk_lambda", {"draft_vocab_size": 320}),
+        (torch.float32, 7, (32, 32, 16), "lk_alpha", {"hidden_size": 96, "intermediate_size": 64}),
+        (torch.bfloat16, 3, (96,), "kl", {"num_attention_heads": 2, "head_dim": 64, "vocab_size": 2000}),
+    ],
+)
+def test_activations_match_what_autograd_keeps(dtype, steps, lengths, loss, changes):
+    c = config(**changes)
+    _, held, forward = tiny_step(c, dtype, steps, lengths, loss)
+    p = plan(
+        c,
+        target_params=0,
+        target_dtype=dtype,
+        pack_tokens=sum(lengths),
+        document_tokens=max(lengths),
+        ttt_length=steps,
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+        loss=loss,
+    )
+    memory = sizes(p.memory)
+    predicted = sum(memory[name] for name in ("activations kept for the backward", "attention scores kept", "logits kept"))
+    teacher = 4 * sum(lengths) * c.draft_vocab_size  # alive during the step, needed by no backward
+    assert predicted - teacher == pytest.approx(kept_bytes(held, forward), rel=0.05)
+    assert memory["features g and f of a pack"] == held[-3].nbytes + held[-2].nbytes
+
+
+def test_fp32_weights_are_the_masters():
+    c = config()
+    memory = sizes(
+        plan(c, target_params=0, target_dtype=torch.bfloat16, pack_tokens=8, ttt_length=2, precision="fp32").memory
+    )
+    draft = Draft(c)
+    frozen = [draft.embed_tokens.weight, draft.d2t, draft.t2d]
+    assert memory["draft's frozen embedding"] == sum(t.nbytes for t in frozen)
+    assert memory["fp32 master weights"] == sum(t.nbytes for t in draft.trainable().values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"fc_norm": True, "target_hidden_size": 64, "num_key_value_heads": 4}])
+def test_flops_match_a_counted_step(changes):
+    c = config(**changes)
+    _, _, forward = tiny_step(c, torch.float32, 3, (48, 48))
+    with FlopCounterMode(display=False) as counter:
+        forward().loss.sum().backward()
+    p = plan(
+        c, target_params=0, target_dtype=torch.float32, pack_tokens=96, document_tokens=48, ttt_length=3, precision="fp32"
+    )
+    assert p.flops_per_token * 96 == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pack=st.integers(1, 10_000), document=st.integers(1, 10_000), steps=st.integers(1, 12))
+def test_more_of_anything_never_needs_less(pack, document, steps):
+    def memory(pack, document, steps):
+        return plan(
+            config(),
+            target_params=10,
+            target_dtype=torch.bfloat16,
+            pack_tokens=pack,
+            document_tokens=document,
+            ttt_length=steps,
+        ).memory_bytes
+
+    here = memory(pack, document, steps)
+    assert memory(pack + 1, document, steps) > here
+    assert memory(pack, document, steps + 1) > here
+    assert memory(pack, pack, steps) >= here  # one long document has the most attention pairs
+
+
+def test_disk_counts_every_checkpoint_kept():
+    p = plan(config(), target_params=0, target_dtype=torch.bfloat16, pack_tokens=8, ttt_length=2, keep=3)
+    assert p.disk_bytes == 5 * p.checkpoint_bytes + p.export_bytes  # three latest, the best, one in writing
+
+
+def test_bad_sizes_and_names_are_refused():
+    good = dict(target_params=0, target_dtype=torch.bfloat16, pack_tokens=8, ttt_length=2)
+    for bad, match in (
+        ({"engine": "fused"}, "fused"),
+        ({"precision": "fp8"}, "fp8"),
+        ({"ttt_length": 0}, "ttt_length 0"),
+        ({"pack_tokens": 0}, "pack_tokens 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            plan(config(), **(good | bad))
+
+
+def test_free_disk_names_the_shortage(tmp_path):
+    missing = tmp_path / "not" / "yet"
+    assert free_disk(missing) > 0
+    with pytest.raises(ValueError, match=r"a checkpoint needs .* GiB at .*yet, which has .* GiB free"):
+        free_disk(missing, needed=2**60)
+
+
+@pytest.mark.parametrize("width", [20, 40, 100])
+def test_render_at_any_width(width):
+    p = plan(config(), target_params=10**9, target_dtype=torch.bfloat16, pack_tokens=4096, ttt_length=7)
+    out = io.StringIO()
+    render(p, Console(file=out, width=width))
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    if width == 100:
+        assert f"{p.memory_bytes / 2**30:.3f}" in out.getvalue()
+        assert "target weights" in out.getvalue()
