@@ -160,10 +160,10 @@ class Metrics:
         self._closes.append(writer.close)
 
     def _start_trackers(self) -> None:
-        """Each tracker through its public API; trackers.json remembers the ids, so a resumed run goes on as the same one."""
+        """Each tracker through its public API; trackers.json remembers the ids, so a resumed run stays the same run."""
         ids_path = self.run_dir / "trackers.json"
-        resumed = self.resume_step is not None and ids_path.exists()
-        ids: dict[str, str] = json.loads(ids_path.read_text()) if resumed else {}
+        resumed = self.resume_step is not None
+        ids: dict[str, str] = json.loads(ids_path.read_text()) if resumed and ids_path.exists() else {}
         name, project = self.config.run_name or self.run_dir.resolve().name, self.config.project
         if "wandb" in self._modules:
             wandb = self._modules["wandb"]
