@@ -1,0 +1,469 @@
+"""Speculative decoding in PyTorch, one sequence at a time: what a draft is worth when really used.
+
+A round starts with tokens x_0 .. x_n, of which the target has run x_0 .. x_{n-1}; x_n is the root. With t = n-1:
+
+    extend   K^0_s, V^0_s of the new positions s <= t from the target's own g_s and the token x_{s+1}
+    draft    step i = 0 .. num_steps-1 reads the token drafted last (x_{t+1} at step 0) and h^i = y^{i-1} (h^0 = fc(g_t)),
+             RoPE position t + i, and attends to K^0_s for s <= t and to its own branch's K^1 .. K^i: DESIGN section 1
+    verify   the target runs the root and all drafted tokens in one forward and keeps a path of them, then adds one token
+
+K^i of a round's proposals are thrown away after it. Chain (eagle_topk 1) or tree as SGLang grows it: each step takes the
+eagle_topk best children of each of the eagle_topk best nodes of the step before; of all these candidates the
+num_draft_tokens - 1 with the largest product of draft probabilities are verified under a tree attention mask.
+
+Which tokens are kept leaves the target's distribution P exactly as it is:
+    greedy              a child is kept when it is argmax P
+    chain, drawn from Q kept with probability min(1, P/Q), else one token from max(P - Q, 0) / Z ends the round
+                        (arXiv 2211.17192); P, Q after temperature, top_k and top_p, Q zero outside the draft vocabulary
+    tree, argmax chain  the candidates are no random draws, so recursive rejection has point masses for Q: it keeps a child
+                        with its share of the P that is left. That is: draw from P, go down when the token is a child
+
+# r rows, m drafted tokens, Ht / H target / draft hidden, Hq/Hkv draft heads, D head dim, V / Vd target / draft vocabulary
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from fastdraft.model.draft import Draft
+from fastdraft.target.hf import Target
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How to draft and sample; the names are the engines' options. `temperature` 0 is greedy.
+
+    `num_draft_tokens` counts the root, as SGLang does; None is num_steps + 1, all that a chain has. `top_k` 0 and `top_p` 1
+    are off. `sample_draft`: a chain at temperature > 0 draws its tokens from Q; False drafts the argmax at any temperature.
+    """
+
+    num_steps: int = 3
+    eagle_topk: int = 1
+    num_draft_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    sample_draft: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.eagle_topk < 1:
+            raise ValueError(f"num_steps {self.num_steps} and eagle_topk {self.eagle_topk} must be at least 1")
+        most = 1 + _num_candidates(self.num_steps, self.eagle_topk)
+        if not 2 <= self.num_verified <= most:
+            raise ValueError(
+                f"num_draft_tokens {self.num_draft_tokens} (the root included) must lie in 2..{most} "
+                f"for num_steps {self.num_steps} and eagle_topk {self.eagle_topk}"
+            )
+        if self.eagle_topk == 1 and self.num_verified != self.num_steps + 1:
+            raise ValueError(
+                f"a chain (eagle_topk 1) of {self.num_steps} steps verifies num_steps + 1 tokens, "
+                f"not num_draft_tokens {self.num_draft_tokens}; leave num_draft_tokens out"
+            )
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature {self.temperature} and top_k {self.top_k} must not be negative, top_p {self.top_p} in (0, 1]"
+            )
+
+    @property
+    def num_verified(self) -> int:
+        return self.num_steps + 1 if self.num_draft_tokens is None else self.num_draft_tokens
+
+
+def _num_candidates(num_steps: int, eagle_topk: int) -> int:
+    return eagle_topk + (num_steps - 1) * eagle_topk**2
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """One generation. A round is one verifying target forward; the prefill, which gives the first token, is none."""
+
+    tokens: list[int]  # generated, the stop token included
+    stopped_by: str  # "eos", "length" (max_new_tokens) or "context"
+    num_rounds: int  # 0 for `generate_plain`
+    num_target_forwards: int  # prefill included
+    drafted: tuple[int, ...]  # [num_steps] rounds that drafted to this depth
+    accepted: tuple[int, ...]  # [num_steps] rounds that kept a drafted token at this depth
+    seconds: float  # wall clock, prefill included
+
+    @property
+    def accepted_length(self) -> float:
+        """Mean tokens a round produced, its own (bonus) token included and the prefill's token left out: 1 without any
+        acceptance; vLLM's "mean acceptance length". The last round counts only the tokens before the stop."""
+        return (len(self.tokens) - 1) / self._rounds()
+
+    @property
+    def spec_accept_length(self) -> float:
+        """SGLang's `spec_accept_length`: completion tokens / verify rounds. The prefill's token is in the numerator, so it
+        is 1 / num_rounds more than `accepted_length`."""
+        return len(self.tokens) / self._rounds()
+
+    @property
+    def step_acceptance(self) -> tuple[float, ...]:
+        """Of the rounds that drafted to depth j + 1, the share that kept a token there."""
+        return tuple(a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.tokens) / self.seconds
+
+    def _rounds(self) -> int:
+        if not self.num_rounds:
+            raise ValueError("no speculative round was run (the first token ended the output): no length to average")
+        return self.num_rounds
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first token at which two greedy outputs part, and how nearly the target was undecided there."""
+
+    index: int  # place in the output, from 0
+    token: int
+    plain_token: int
+    logit_gap: float  # the target's logit of plain_token minus that of token, from one forward of the common prefix
+
+
+class DraftState:
+    """The draft's keys and values of one sequence: K^0, V^0 of `length` positions, then the round's proposals."""
+
+    def __init__(self, draft: Draft, capacity: int):
+        c, like = draft.config, draft.fc.weight
+        self.draft = draft
+        self.draft_ids = draft.draft_ids
+        self.keys = like.new_empty(c.num_key_value_heads, capacity, c.head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+        self._end = 0  # rows in use, proposals included
+
+    def extend(
+        self,
+        token_ids: Tensor,  # [r] int64, x_{t+1} of positions t = length .. length + r - 1
+        g: Tensor,  # [r, 3*Ht] the target's states at these positions
+    ) -> Tensor:  # [1, H] y^0 of the last position
+        """Step 0 from true features; forgets the proposals. Only the last row is carried past its keys and values."""
+        h = self.draft.combine(g.to(self.draft.fc.weight.dtype))
+        q = self._append(self.length, token_ids, h, torch.arange(len(h), device=h.device) + self.length)
+        self.length = self._end
+        return self.draft.finish(h[-1:], self._attend(q[-1:], None))
+
+    def step(
+        self,
+        token_ids: Tensor,  # [r] int64, the tokens drafted last
+        h: Tensor,  # [r, H] their y of the step before
+        i: int,
+        sees: Tensor | None = None,  # [r, proposals, these rows included] bool: its own branch; None: all (a chain)
+    ) -> Tensor:  # [r, H] y^i
+        """Draft step i >= 1 at position t = length - 1."""
+        positions = torch.full_like(token_ids, self.length - 1 + i)
+        return self.draft.finish(h, self._attend(self._append(self._end, token_ids, h, positions), sees))
+
+    def log_q(
+        self,
+        y: Tensor,  # [r, H]
+    ) -> Tensor:  # [r, Vd]
+        return self.draft.logits(y).float().log_softmax(-1)
+
+    def _append(self, start: int, token_ids: Tensor, h: Tensor, positions: Tensor) -> Tensor:  # q [r, Hq, D]
+        q, k, v = self.draft.qkv(token_ids, h, positions)
+        self._end = start + len(h)
+        self.keys[:, start : self._end] = k.transpose(0, 1)
+        self.values[:, start : self._end] = v.transpose(0, 1)
+        return q
+
+    def _attend(
+        self,
+        q: Tensor,  # [r, Hq, D]
+        sees: Tensor | None,  # [r, proposals] bool
+    ) -> Tensor:  # [r, Hq, D]
+        rows, num_kv = q.shape[0], self.keys.shape[0]
+        grouped = q.unflatten(1, (num_kv, -1)).permute(1, 2, 0, 3)  # [Hkv, group, r, D]: a group's heads are more rows
+        mask = None
+        if sees is not None:
+            mask = F.pad(sees, (self.length, 0), value=True).repeat(grouped.shape[1], 1)
+        out = F.scaled_dot_product_attention(
+            grouped.flatten(1, 2)[None], self.keys[None, :, : self._end], self.values[None, :, : self._end], attn_mask=mask
+        )
+        return out[0].unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """Drafted tokens as nodes 1 .. m of a tree whose node 0 is the root; parents come before children."""
+
+    tokens: Tensor  # [m] int64
+    parents: list[int]  # m node numbers
+    q: Tensor | None = None  # [m, Vd] what each token was drawn from; None: not drawn at random
+
+
+@torch.no_grad()
+def generate(
+    target: Target,
+    draft: Draft,
+    prompt: list[int],
+    max_new_tokens: int,
+    settings: DecodeSettings | None = None,
+) -> DecodeResult:
+    """Generates with the draft until a stop token, max_new_tokens or the target's context is full.
+
+    Raises ValueError when draft and target do not fit, or the prompt is empty, out of range or fills the context.
+    """
+    settings = settings or DecodeSettings()
+    limit, context = _limits(target, prompt, max_new_tokens)
+    _check_fit(target, draft, settings)
+    start = time.perf_counter()
+    generator = torch.Generator(target.device).manual_seed(settings.seed)
+    cache = DynamicCache()
+    ids = torch.tensor(prompt, device=target.device)
+    g, f = target.forward(ids[None], cache)
+    first = _choose(target.head.logits(f[0, -1:]), settings, generator)
+    out = first.tolist()
+    state = DraftState(draft, len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk)
+    known, g = torch.cat([ids[1:], first]), g[0]
+    drafted, accepted, rounds = [0] * settings.num_steps, [0] * settings.num_steps, 0
+
+    while not (stopped_by := _stopped(out, target.eos_ids, limit, max_new_tokens)):
+        root = len(prompt) + len(out) - 1  # its position: what the target's cache holds
+        depth = min(settings.num_steps, context - 1 - root)
+        proposal = _propose(state, state.extend(known, g), depth, settings, generator)
+        g, f = _run_tree(target, cache, root, known[-1:], proposal, chain=settings.eagle_topk == 1)
+        path, known = _verify(target.head.logits(f), proposal, state.draft_ids, settings, generator)
+        _keep_path(cache, root, path, 1 + len(proposal.parents))
+        g = g[path]
+        out += _until_stop(known.tolist(), target.eos_ids)[: limit - len(out)]
+        rounds += 1
+        for j in range(depth):
+            drafted[j] += 1
+            accepted[j] += len(path) > j + 1
+    return DecodeResult(out, stopped_by, rounds, rounds + 1, tuple(drafted), tuple(accepted), time.perf_counter() - start)
+
+
+@torch.no_grad()
+def generate_plain(
+    target: Target, prompt: list[int], max_new_tokens: int, settings: DecodeSettings | None = None
+) -> DecodeResult:
+    """The target alone, one token a forward, with the same cache, sampling and stops as `generate`."""
+    settings = settings or DecodeSettings()
+    limit, _ = _limits(target, prompt, max_new_tokens)
+    start = time.perf_counter()
+    generator = torch.Generator(target.device).manual_seed(settings.seed)
+    cache = DynamicCache()
+    out: list[int] = []
+    ids = torch.tensor(prompt, device=target.device)
+    while not (stopped_by := _stopped(out, target.eos_ids, limit, max_new_tokens)):
+        _, f = target.forward(ids[None], cache)
+        ids = _choose(target.head.logits(f[0, -1:]), settings, generator)
+        out += ids.tolist()
+    return DecodeResult(out, stopped_by, 0, len(out), (), (), time.perf_counter() - start)
+
+
+@torch.no_grad()
+def first_difference(target: Target, prompt: list[int], tokens: list[int], plain: list[int]) -> Difference | None:
+    """Where a greedy output leaves the target's own. In bf16 a near-tie may fall either way: the gap tells."""
+    for index, (token, plain_token) in enumerate(zip(tokens, plain, strict=False)):
+        if token != plain_token:
+            ids = torch.tensor(prompt + plain[:index], device=target.device)
+            logits = target.head.logits(target.forward(ids[None])[1][0, -1:])[0].float()
+            return Difference(index, token, plain_token, float(logits[plain_token] - logits[token]))
+    if len(tokens) != len(plain):
+        raise ValueError(f"outputs of {len(tokens)} and {len(plain)} tokens agree as far as both go: their limits differed")
+    return None
+
+
+# --- limits and stops ----------------------------------------------------------------------------------------------------
+
+
+def _limits(target: Target, prompt: list[int], max_new_tokens: int) -> tuple[int, int]:  # most new tokens, context
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed")
+    if not prompt or not 0 <= min(prompt) <= max(prompt) < target.vocab_size:
+        raise ValueError(
+            f"a prompt needs token ids in 0..{target.vocab_size - 1}; this one has "
+            + (f"ids from {min(prompt)} to {max(prompt)}" if prompt else "none")
+        )
+    context = getattr(target.config, "max_position_embeddings", None) or len(prompt) + max_new_tokens
+    if len(prompt) >= context:
+        raise ValueError(f"the prompt has {len(prompt)} tokens and fills the target's context of {context}; shorten it")
+    return min(max_new_tokens, context - len(prompt)), context
+
+
+def _check_fit(target: Target, draft: Draft, settings: DecodeSettings) -> None:
+    c = draft.config
+    ours = (c.vocab_size, c.target_hidden_size, c.layers)
+    theirs = (target.vocab_size, target.hidden_size, target.layers)
+    if ours != theirs:
+        raise ValueError(f"the draft is for a target with (vocab_size, hidden_size, layers) {ours}; this one has {theirs}")
+    if settings.eagle_topk > c.draft_vocab_size:
+        raise ValueError(f"eagle_topk {settings.eagle_topk} is more than the draft vocabulary of {c.draft_vocab_size}")
+    window = getattr(target.config, "sliding_window", None)
+    kinds = set(getattr(target.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if settings.eagle_topk > 1 and kinds != {"full_attention"}:
+        raise ValueError(
+            f"a tree's mask covers full attention only, and this target's layers are {sorted(kinds)}; use eagle_topk 1"
+        )
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"the target has layers of kinds {sorted(kinds)}: only attention can take rejected tokens back")
+
+
+def _stopped(out: list[int], eos_ids: frozenset[int], limit: int, max_new_tokens: int) -> str | None:
+    if out and out[-1] in eos_ids:
+        return "eos"
+    if len(out) >= limit:
+        return "length" if limit == max_new_tokens else "context"
+    return None
+
+
+def _until_stop(tokens: list[int], eos_ids: frozenset[int]) -> list[int]:
+    for place, token in enumerate(tokens):
+        if token in eos_ids:
+            return tokens[: place + 1]
+    return tokens
+
+
+# --- drafting ------------------------------------------------------------------------------------------------------------
+
+
+def _propose(state: DraftState, y: Tensor, depth: int, settings: DecodeSettings, generator: torch.Generator) -> _Proposal:
+    if settings.eagle_topk > 1:
+        return _propose_tree(state, y, depth, settings.eagle_topk, settings.num_verified - 1)
+    sample = settings.temperature > 0 and settings.sample_draft
+    tokens, qs = [], []
+    for i in range(depth):
+        if i:
+            y = state.step(tokens[-1], y, i)
+        logits = state.draft.logits(y)
+        if sample:
+            qs.append(_probabilities(logits, settings))
+            tokens.append(state.draft_ids[torch.multinomial(qs[-1], 1, generator=generator)[0]])
+        else:
+            tokens.append(state.draft_ids[logits.argmax(-1)])
+    return _Proposal(torch.cat(tokens), list(range(depth)), torch.cat(qs) if sample else None)
+
+
+def _propose_tree(state: DraftState, y: Tensor, depth: int, k: int, num_nodes: int) -> _Proposal:
+    """Candidates are numbered as they are found, so a parent's number is smaller than its children's."""
+    own = torch.eye(k, dtype=torch.bool, device=y.device)
+    score, token = (x[0] for x in state.log_q(y).topk(k))  # [k] of the nodes to expand next
+    token = state.draft_ids[token]
+    node = torch.arange(k, device=y.device)
+    hidden, sees = y.expand(k, -1), own
+    scores, tokens, parents = [score], [token], [torch.full_like(node, -1)]
+    for i in range(1, depth):
+        y = state.step(token, hidden, i, sees)
+        best, ids = state.log_q(y).topk(k)  # [k, k]
+        scores.append((score[:, None] + best).flatten())
+        tokens.append(state.draft_ids[ids].flatten())
+        parents.append(node.repeat_interleave(k))
+        score, chosen = scores[-1].topk(k)
+        token, row = tokens[-1][chosen], chosen // k
+        node = k + (i - 1) * k * k + chosen
+        hidden, sees = y[row], torch.cat([sees[row], own], 1)
+    ranked = torch.cat(scores).sort(descending=True, stable=True).indices  # stable: a parent before its equal child
+    kept = ranked[:num_nodes].sort().values
+    number = {candidate: place + 1 for place, candidate in enumerate(kept.tolist())} | {-1: 0}
+    return _Proposal(torch.cat(tokens)[kept], [number[p] for p in torch.cat(parents)[kept].tolist()])
+
+
+# --- verification --------------------------------------------------------------------------------------------------------
+
+
+def _run_tree(
+    target: Target,
+    cache: DynamicCache,
+    root: int,  # tokens in the cache
+    root_token: Tensor,  # [1] int64
+    proposal: _Proposal,
+    chain: bool,
+) -> tuple[Tensor, Tensor]:  # g [1+m, 3*Ht], f [1+m, Ht]
+    ids = torch.cat([root_token, proposal.tokens])[None]
+    if chain:
+        g, f = target.forward(ids, cache)
+        return g[0], f[0]
+    sees = torch.eye(ids.shape[1], dtype=torch.bool)
+    for node, parent in enumerate(proposal.parents, 1):
+        sees[node] |= sees[parent]
+    mask = torch.zeros(sees.shape, dtype=target.dtype).masked_fill_(~sees, torch.finfo(target.dtype).min)
+    positions = (sees.sum(1) - 1 + root).to(ids.device)
+    g, f = target.forward(ids, cache, positions[None], F.pad(mask, (root, 0)).to(ids.device)[None, None])
+    return g[0], f[0]
+
+
+def _verify(
+    logits: Tensor,  # [1+m, V] the target's, root first
+    proposal: _Proposal,
+    draft_ids: Tensor,  # [Vd]
+    settings: DecodeSettings,
+    generator: torch.Generator,
+) -> tuple[list[int], Tensor]:  # nodes kept (the root, then downwards), and the tokens gained: theirs, then a new one
+    if proposal.q is not None:
+        p = _probabilities(logits, settings)
+        kept, last = _reject(p, proposal.q, proposal.tokens, draft_ids, generator)
+        return list(range(kept + 1)), torch.cat([proposal.tokens[:kept], last])
+    choice = _choose(logits, settings, generator)
+    tokens, chosen = proposal.tokens.tolist(), choice.tolist()
+    path = [0]
+    for node, (parent, token) in enumerate(zip(proposal.parents, tokens, strict=True), 1):
+        if parent == path[-1] and token == chosen[parent]:  # parents come first and siblings differ: one pass goes down
+            path.append(node)
+    return path, choice[path]
+
+
+def _reject(
+    p: Tensor,  # [m+1, V]
+    q: Tensor,  # [m, Vd]
+    tokens: Tensor,  # [m] int64, tokens[j] drawn from q[j]
+    draft_ids: Tensor,  # [Vd]
+    generator: torch.Generator,
+) -> tuple[int, Tensor]:  # drafted tokens kept, and [1] the token after them
+    """Speculative sampling down a chain: token j stays with probability min(1, p_j / q_j); the first to fall is redrawn."""
+    m = len(tokens)
+    full_q = torch.zeros_like(p)  # row m stays 0: after m kept tokens the residual is p itself
+    full_q[:m, draft_ids] = q.to(p.dtype)
+    at = torch.arange(m, device=p.device), tokens
+    draw = torch.rand(m, dtype=p.dtype, device=p.device, generator=generator)
+    kept = int((draw * full_q[at] < p[at]).long().cumprod(0).sum())
+    residual = (p[kept] - full_q[kept]).clamp_min(0)
+    if not bool(residual.sum() > 0):  # P = Q to the last bit: a rejection can then only be rounding
+        residual = p[kept]
+    return kept, torch.multinomial(residual, 1, generator=generator)
+
+
+def _keep_path(cache: DynamicCache, root: int, path: list[int], num_run: int) -> None:
+    """Leaves in the cache the tokens before the root and the path's; the other verified tokens' keys and values go."""
+    kept = len(path)
+    if path != list(range(kept)):
+        for layer in cache.layers:
+            for x in (layer.keys, layer.values):
+                x[:, :, root : root + kept] = x[:, :, [root + node for node in path]]
+    if kept < num_run:
+        cache.crop(kept - num_run)
+
+
+def _choose(
+    logits: Tensor,  # [r, V]
+    settings: DecodeSettings,
+    generator: torch.Generator,
+) -> Tensor:  # [r] int64
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(_probabilities(logits, settings), 1, generator=generator)[:, 0]
+
+
+def _probabilities(
+    logits: Tensor,  # [r, V] or [r, Vd]
+    settings: DecodeSettings,
+) -> Tensor:  # the same, in at least float32
+    logits = TemperatureLogitsWarper(float(settings.temperature))(
+        None, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    )
+    if settings.top_k:
+        logits = TopKLogitsWarper(settings.top_k)(None, logits)
+    if settings.top_p < 1:
+        logits = TopPLogitsWarper(settings.top_p)(None, logits)
+    return logits.softmax(-1)
