@@ -1,0 +1,391 @@
+"""The draft's head and its loss against the teacher, forward and gradient, with logits for one chunk of rows only.
+
+Row r has student logits z = W x_r over the Vd draft-vocabulary tokens, teacher row u = teacher_row[r], weight w_r:
+
+    Q = softmax(z)     P~ = exp(t_u - lse_draft_u)     P = exp(t_u - lse_full_u)
+    CE = -sum P~ log Q     alpha = sum min(P, Q)     hit = [argmax z = draft_argmax_u]
+    kl: CE     lk_alpha: -log alpha     lk_lambda: l CE + (1 - l)(1 - alpha),  l = lk_scale exp(-lk_decay alpha), constant
+
+    w dloss/dz = w (a (Q - P~) + b Q (c - S)),   c = [P > Q] + [P = Q] / 2,   S = sum c Q
+    kl: a = 1, b = 0     lk_alpha: a = 0, b = -1/alpha     lk_lambda: a = l, b = l - 1
+
+c is the derivative of min(P, Q) in Q as torch.minimum's autograd takes it, ties shared. The gradient overwrites z. A row
+with w = 0 is dead: its gradient and results are exactly 0 and neither logits are read, so NaN there stays there.
+
+Precision: logits bf16 or float32; everything inside a row float32. Bytes of the row kernel: z and t read once, z written,
+3 * Vd * itemsize a row; z's second read (for the LK losses also a third, and a second of t) hits L2 while rows fit there.
+Every reduction has a fixed order: two runs are bitwise equal.
+Source: EAGLE-3 (arXiv 2503.01840); LK losses (arXiv 2602.23881).
+
+# n rows, m teacher rows, H draft hidden, Vd draft vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fastdraft.kernels.teacher import TeacherRows
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-torch row step runs
+    triton = None
+
+    def jit(fn):
+        return fn
+
+
+Loss = Literal["kl", "lk_alpha", "lk_lambda"]
+
+
+class KLRows(NamedTuple):
+    """Results of each row, 0 where the row is dead. No step weight, no normaliser."""
+
+    loss: Tensor  # [n] float32 (float64 for float64 logits)
+    acceptance: Tensor  # [n] the same
+    hit: Tensor  # [n] bool
+
+
+def kl_rows_ref(
+    z: Tensor,  # [n, Vd] student logits
+    teacher: TeacherRows,  # m rows
+    teacher_row: Tensor,  # [n] int64
+    w: Tensor,  # [n] gradient weight, 0 = dead
+    loss: Loss = "kl",
+    lk_scale: float = 1.0,
+    lk_decay: float = 1.0,
+) -> tuple[KLRows, Tensor]:  # rows, gradient of sum w * loss [n, Vd] in z's dtype
+    """The specification in plain torch, any dtype; the gradient is autograd's."""
+    live = w != 0
+    rows = KLRows(
+        *(torch.zeros(len(z), dtype=dtype, device=z.device) for dtype in (teacher.lse_draft.dtype,) * 2 + (torch.bool,))
+    )
+    dz = torch.zeros_like(z)
+    u = teacher_row[live]
+    with torch.enable_grad():
+        s = z[live].to(teacher.lse_draft.dtype).requires_grad_()
+        t = teacher.logits[u].to(s.dtype)
+        log_q = s.log_softmax(-1)
+        alpha = torch.minimum((t - teacher.lse_full[u, None]).exp(), log_q.exp()).sum(-1)
+        if loss == "lk_alpha":
+            value = -alpha.clamp_min(torch.finfo(s.dtype).tiny).log()
+        else:
+            value = -((t - teacher.lse_draft[u, None]).exp() * log_q).sum(-1)
+            if loss == "lk_lambda":
+                mix = lk_scale * torch.exp(-lk_decay * alpha.detach())
+                value = mix * value + (1 - mix) * (1 - alpha)
+        dz[live] = torch.autograd.grad((value * w[live]).sum(), s)[0].to(dz.dtype)
+    rows.loss[live] = value.detach()
+    rows.acceptance[live] = alpha.detach()
+    rows.hit[live] = s.argmax(-1) == teacher.draft_argmax[u]
+    return rows, dz
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    tile: int  # columns the row kernel holds at a time
+    num_warps: int
+
+
+def kl_config(
+    vocab: int,
+    itemsize: int,
+) -> KLConfig:
+    tile = 1024 if vocab <= 4096 else 8192 // (itemsize // 2)
+    return KLConfig(tile, num_warps=8 if tile >= 4096 else 4)
+
+
+@jit
+def _kl_rows_kernel(
+    z_ptr,  # [n, Vd] student logits; their gradient after
+    t_ptr,  # [m, Vd] teacher logits
+    lse_draft_ptr,  # [m]
+    lse_full_ptr,  # [m]
+    draft_argmax_ptr,  # [m] int64
+    teacher_row_ptr,  # [n] int64
+    w_ptr,  # [n] float32
+    loss_ptr,  # [n]
+    alpha_ptr,  # [n]
+    hit_ptr,  # [n] bool
+    vocab,
+    lk_scale,
+    lk_decay,
+    LOSS: tl.constexpr,
+    GRAD: tl.constexpr,  # write the gradient
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * vocab
+    lanes = tl.arange(0, TILE)
+    w = tl.load(w_ptr + row)
+    if w == 0.0:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(alpha_ptr + row, 0.0)
+        tl.store(hit_ptr + row, False)
+        if GRAD:
+            for start in range(0, vocab, TILE):
+                tl.store(z_ptr + start + lanes, tl.zeros([TILE], z_ptr.dtype.element_ty), mask=start + lanes < vocab)
+    else:
+        u = tl.load(teacher_row_ptr + row)
+        t_ptr += u * vocab
+        lse_draft = tl.load(lse_draft_ptr + u)
+        outside = tl.exp(lse_draft - tl.load(lse_full_ptr + u))  # P = P~ * outside
+
+        top = tl.full([], float("-inf"), tl.float32)
+        best = tl.full([], 0, tl.int32)
+        sums = tl.zeros([TILE], tl.float32)
+        for start in range(0, vocab, TILE):
+            cols = start + lanes
+            z = tl.load(z_ptr + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
+            tile_top = tl.max(z, 0)
+            if tile_top > top:
+                best = start + tl.min(tl.where(z == tile_top, lanes, TILE - 1), 0)
+            new_top = tl.maximum(top, tile_top)
+            sums = sums * tl.exp(top - new_top) + tl.exp(z - new_top)
+            top = new_top
+        total = tl.sum(sums, 0)
+        scale, log_total = 1.0 / total, tl.log(total)  # Q and log Q from these: top + log(total) would round to |top|
+        tl.store(hit_ptr + row, best.to(tl.int64) == tl.load(draft_argmax_ptr + u))
+
+        ce_sums = tl.zeros([TILE], tl.float32)
+        alpha_sums = tl.zeros([TILE], tl.float32)
+        c_sums = tl.zeros([TILE], tl.float32)
+        for start in range(0, vocab, TILE):
+            cols = start + lanes
+            inside = cols < vocab
+            z = tl.load(z_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32) - top
+            t = tl.load(t_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
+            q = tl.exp(z) * scale
+            p_draft = tl.exp(t - lse_draft)
+            p = p_draft * outside
+            ce_sums -= p_draft * tl.where(inside, z - log_total, 0.0)
+            alpha_sums += tl.minimum(p, q)
+            if LOSS == "kl":
+                if GRAD:
+                    tl.store(z_ptr + cols, (w * (q - p_draft)).to(z_ptr.dtype.element_ty), mask=inside)
+            else:
+                c_sums += tl.where(p > q, q, tl.where(p == q, 0.5 * q, 0.0))
+        alpha = tl.sum(alpha_sums, 0)
+        ce = tl.sum(ce_sums, 0)
+        tl.store(alpha_ptr + row, alpha)
+        if LOSS == "kl":
+            tl.store(loss_ptr + row, ce)
+        else:
+            tiny = 1.1754943508222875e-38
+            if LOSS == "lk_alpha":
+                a = 0.0
+                b = tl.where(alpha < tiny, 0.0, -w / tl.maximum(alpha, tiny))
+                tl.store(loss_ptr + row, -tl.log(tl.maximum(alpha, tiny)))
+            else:
+                mix = lk_scale * tl.exp(-lk_decay * alpha)
+                a = w * mix
+                b = w * (mix - 1.0)
+                tl.store(loss_ptr + row, mix * ce + (1.0 - mix) * (1.0 - alpha))
+            if GRAD:
+                c_total = tl.sum(c_sums, 0)
+                for start in range(0, vocab, TILE):
+                    cols = start + lanes
+                    inside = cols < vocab
+                    z = tl.load(z_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
+                    t = tl.load(t_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
+                    q = tl.exp(z - top) * scale
+                    p_draft = tl.exp(t - lse_draft)
+                    p = p_draft * outside
+                    c = tl.where(p > q, 1.0, tl.where(p == q, 0.5, 0.0))
+                    dz = a * (q - p_draft) + b * q * (c - c_total)
+                    tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=inside)
+
+
+def _kl_rows(
+    z: Tensor,  # [n, Vd] contiguous
+    teacher: TeacherRows,  # m rows, logits contiguous
+    teacher_row: Tensor,  # [n]
+    w: Tensor,  # [n]
+    loss: Loss,
+    lk_scale: float,
+    lk_decay: float,
+    grad: bool,
+    config: KLConfig,
+) -> KLRows:
+    n, vocab = z.shape
+    rows = KLRows(*(torch.empty(n, dtype=dtype, device=z.device) for dtype in (torch.float32, torch.float32, torch.bool)))
+    _kl_rows_kernel[(n,)](
+        z,
+        teacher.logits,
+        teacher.lse_draft,
+        teacher.lse_full,
+        teacher.draft_argmax,
+        teacher_row,
+        w,
+        *rows,
+        vocab,
+        lk_scale,
+        lk_decay,
+        LOSS=loss,
+        GRAD=grad,
+        TILE=config.tile,
+        num_warps=config.num_warps,
+    )
+    return rows
+
+
+def kl_rows_(
+    z: Tensor,  # [n, Vd] student logits, contiguous, bf16 or fp32 on a GPU, any float dtype on the CPU
+    teacher: TeacherRows,  # of `fastdraft.kernels.teacher.teacher`, m rows
+    teacher_row: Tensor,  # [n] int64, the teacher row each row reads, in 0..m-1 (unchecked: a check would wait for the GPU)
+    w: Tensor,  # [n] float32 gradient weight, 0 = dead row
+    loss: Loss = "kl",
+    lk_scale: float = 1.0,
+    lk_decay: float = 1.0,
+    grad: bool = True,
+) -> KLRows:
+    """Loss, acceptance and hit of every row; with `grad`, z is overwritten by the gradient of sum w * loss.
+
+    CPU tensors run `kl_rows_ref` with the same in-place contract. Raises ValueError for what does not fit.
+    """
+    _check(z, teacher, teacher_row, w, loss)
+    if z.is_cuda:
+        config = kl_config(z.shape[1], z.element_size())
+        return _kl_rows(z, teacher, teacher_row, w, loss, lk_scale, lk_decay, grad, config)
+    rows, dz = kl_rows_ref(z, teacher, teacher_row, w, loss, lk_scale, lk_decay)
+    if grad:
+        z.copy_(dz)
+    return rows
+
+
+def _check(z: Tensor, teacher: TeacherRows, teacher_row: Tensor, w: Tensor, loss: Loss) -> None:
+    if loss not in get_args(Loss):
+        raise ValueError(f"loss {loss!r} is not one of {', '.join(get_args(Loss))}")
+    if z.ndim != 2 or z.shape[1] != teacher.logits.shape[1] or not (z.is_contiguous() and teacher.logits.is_contiguous()):
+        raise ValueError(
+            f"student logits {tuple(z.shape)} and teacher logits {tuple(teacher.logits.shape)} must be contiguous "
+            "[n, Vd] and [m, Vd] of one Vd"
+        )
+    if teacher_row.shape != z.shape[:1] or w.shape != z.shape[:1] or teacher_row.dtype != torch.int64:
+        raise ValueError(
+            f"teacher_row {tuple(teacher_row.shape)} {teacher_row.dtype} and w {tuple(w.shape)} must be [{len(z)}], "
+            "teacher_row of torch.int64"
+        )
+    if len({x.device for x in (z, teacher_row, w, *teacher)}) > 1:
+        raise ValueError(f"logits on {z.device}, teacher on {teacher.logits.device}, w on {w.device}: give one device")
+    if z.is_cuda:
+        covered = (torch.bfloat16, torch.float32)
+        if z.dtype not in covered or teacher.logits.dtype not in covered or w.dtype != torch.float32:
+            raise ValueError(
+                f"no kl_rows kernel covers student {z.dtype}, teacher {teacher.logits.dtype}, w {w.dtype}; "
+                "use torch.bfloat16 or torch.float32 logits and a torch.float32 w"
+            )
+        if triton is None:
+            raise ValueError("the kl_rows kernel needs Triton, which is not installed: pip install triton")
+
+
+@torch.no_grad()
+def linear_kl_grad(
+    x: Tensor,  # [n, H] normed draft states
+    weight: Tensor,  # [Vd, H] lm_head, of x's dtype
+    teacher: TeacherRows,
+    teacher_row: Tensor,  # [n] int64
+    w: Tensor,  # [n] float32
+    dx: Tensor | None,  # [n, H], overwritten by the gradient of sum w * loss; None: no gradients
+    dweight: Tensor | None,  # [Vd, H] float32 (float64 for float64 x), the gradient is added; None with dx None
+    loss: Loss = "kl",
+    lk_scale: float = 1.0,
+    lk_decay: float = 1.0,
+    chunk_rows: int = 4096,
+    logits: Tensor | None = None,  # [>= min(n, chunk_rows), Vd] of x's dtype, overwritten; fresh without
+) -> KLRows:
+    """Forward and backward of the draft's head in one go, chunk_rows at a time: what an explicit engine calls.
+
+    Three GEMMs and one row kernel a chunk. Raises ValueError for shapes or dtypes that do not fit.
+    """
+    n, chunk = x.shape[0], min(chunk_rows, x.shape[0])
+    if x.ndim != 2 or weight.shape != (teacher.logits.shape[1], x.shape[1]) or weight.dtype != x.dtype or n == 0:
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype} and teacher logits "
+            f"{tuple(teacher.logits.shape)} must be [n, H], [Vd, H], [m, Vd]; x and weight of one dtype"
+        )
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}; at least 1 is needed")
+    if (dx is None) != (dweight is None):
+        raise ValueError("give both dx and dweight, or neither")
+    stats = torch.promote_types(x.dtype, torch.float32)
+    if dx is not None and (dx.shape != x.shape or dweight.shape != weight.shape or dweight.dtype != stats):
+        raise ValueError(
+            f"dx {tuple(dx.shape)}, dweight {tuple(dweight.shape)} {dweight.dtype} must be {tuple(x.shape)}, "
+            f"{tuple(weight.shape)} {stats}"
+        )
+    if logits is None:
+        logits = x.new_empty(chunk, weight.shape[0])
+    if len(logits) < chunk or logits.shape[1] != weight.shape[0] or logits.dtype != x.dtype:
+        raise ValueError(
+            f"logits is {tuple(logits.shape)} {logits.dtype}; [>= {chunk}, {weight.shape[0]}] {x.dtype} needed"
+        )
+    parts = []
+    for first in range(0, n, chunk):
+        part = slice(first, min(first + chunk, n))
+        z = logits[: part.stop - part.start]
+        torch.mm(x[part], weight.T, out=z)
+        parts.append(kl_rows_(z, teacher, teacher_row[part], w[part], loss, lk_scale, lk_decay, dx is not None))
+        if dx is not None:
+            torch.mm(z, weight, out=dx[part])
+            _add_outer(dweight, z, x[part])
+    return parts[0] if len(parts) == 1 else KLRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _add_outer(
+    dweight: Tensor,  # [Vd, H] += dz^T x
+    dz: Tensor,  # [n, Vd]
+    x: Tensor,  # [n, H]
+) -> None:
+    if dz.dtype == dweight.dtype:
+        dweight.addmm_(dz.T, x)
+    elif dz.is_cuda:  # cuBLAS adds the bf16 product to float32 without rounding it first
+        torch.addmm(dweight, dz.T, x, out_dtype=dweight.dtype, out=dweight)
+    else:
+        dweight.addmm_(dz.T.to(dweight.dtype), x.to(dweight.dtype))
+
+
+class _LinearKL(torch.autograd.Function):
+    """Saves x and the weight only; backward computes the logits again, with the incoming gradient as row weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, teacher, teacher_row, w, loss, lk_scale, lk_decay, chunk_rows):
+        ctx.save_for_backward(x, weight, teacher_row, w)
+        ctx.teacher, ctx.options = teacher, (loss, lk_scale, lk_decay, chunk_rows)
+        rows = linear_kl_grad(x, weight, teacher, teacher_row, w, None, None, *ctx.options)
+        ctx.mark_non_differentiable(rows.acceptance, rows.hit)
+        return tuple(rows)
+
+    @staticmethod
+    def backward(ctx, dloss, _dalpha, _dhit):
+        x, weight, teacher_row, w = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        row_w = torch.where(w != 0, dloss.to(w.dtype), 0.0)
+        linear_kl_grad(x, weight, ctx.teacher, teacher_row, row_w, dx, dweight, *ctx.options)
+        return dx, dweight.to(weight.dtype), None, None, None, None, None, None, None
+
+
+def linear_kl(
+    x: Tensor,  # [n, H] normed draft states
+    weight: Tensor,  # [Vd, H] lm_head
+    teacher: TeacherRows,
+    teacher_row: Tensor,  # [n] int64
+    live: Tensor,  # [n] float32, 0 = dead row; only that matters here, the gradient comes from the caller's sum
+    loss: Loss = "kl",
+    lk_scale: float = 1.0,
+    lk_decay: float = 1.0,
+    chunk_rows: int = 4096,
+) -> KLRows:
+    """Row losses with an autograd graph to x and weight; four GEMMs in all, memory of one chunk of logits.
+
+    The gradient to weight is summed in float32 and rounded once to weight's dtype. An engine that knows its row weights
+    before the forward uses `linear_kl_grad`, which computes the logits once. Raises ValueError as that does.
+    """
+    return KLRows(*_LinearKL.apply(x, weight, teacher, teacher_row, live, loss, lk_scale, lk_decay, chunk_rows))

@@ -1,0 +1,251 @@
+"""The draft's head and losses against row_losses in float64: rows, gradients, dead rows, chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdraft.batch import TargetHead
+from fastdraft.kernels.linear_kl import KLConfig, _kl_rows, kl_rows_, kl_rows_ref, linear_kl, linear_kl_grad
+from fastdraft.kernels.teacher import TeacherRows, teacher_ref
+from fastdraft.model.losses import row_losses
+
+LOSSES = ["kl", "lk_alpha", "lk_lambda"]
+LK = (0.9, 1.7)  # lk_scale, lk_decay
+SMALL = KLConfig(tile=64, num_warps=1)
+SHAPES = {  # n, m, H, V, Vd
+    "one tile": (5, 4, 8, 100, 64),
+    "tile + 1": (5, 4, 8, 100, 65),
+    "ragged": (9, 3, 16, 400, 301),
+    "one row, one token": (1, 1, 8, 20, 1),
+    "Vd = V": (6, 6, 8, 130, 130),
+}
+
+
+class Case:
+    """Student and teacher of one shape: `z` logits, `x` states; truth computed from the same rounded inputs."""
+
+    def __init__(self, shape, device, dtype=torch.float32, seed=0):
+        n, m, hidden, vocab, draft = shape
+        gen = torch.Generator().manual_seed(seed)
+        self.head = TargetHead(torch.randn(vocab, hidden, generator=gen).to(device, dtype))
+        self.f = (torch.randn(m, hidden, generator=gen) * 3 * hidden**-0.5).to(device, dtype)
+        self.ids = torch.randperm(vocab, generator=gen)[:draft].sort().values.to(device)
+        self.x = (torch.randn(n, hidden, generator=gen) * 3 * hidden**-0.5).to(device, dtype)
+        self.weight = torch.randn(draft, hidden, generator=gen).to(device, dtype)
+        self.teacher_row = torch.randint(0, m, (n,), generator=gen).to(device)
+        self.w = 0.8 ** torch.randint(0, 7, (n,), generator=gen).to(device).float()
+        if n > 2:
+            self.w[torch.randperm(n, generator=gen)[: n // 3].to(device)] = 0
+        self.full = self.head.logits(self.f)  # [m, V] in dtype
+        self.teacher = teacher_ref(self.f, self.head, self.ids)
+        self.z = self.x @ self.weight.T
+
+    def truth(self, loss):  # KLRows, dz in float64
+        """The reference on the same inputs, among them the log-sum-exps as stored."""
+        return kl_rows_ref(self.z.double(), double(self.teacher), self.teacher_row, self.w.double(), loss, *LK)
+
+
+def double(teacher: TeacherRows) -> TeacherRows:
+    return TeacherRows(*(x.double() if x.is_floating_point() else x for x in teacher))
+
+
+@pytest.fixture(params=["kernel", "public"])
+def run(request):
+    """The Triton row kernel (interpreted on a CPU), and the public function, which is plain torch on a CPU."""
+    if request.param == "public":
+        return kl_rows_
+    return lambda z, *args, grad=True: _kl_rows(z, *args, grad, SMALL)
+
+
+def check(case, rows, dz, loss, three_way):
+    truth, d_truth = case.truth(loss)
+    plain, d_plain = kl_rows_ref(case.z, case.teacher, case.teacher_row, case.w, loss, *LK)
+    three_way(rows.loss, plain.loss, truth.loss, "loss")
+    three_way(rows.acceptance, plain.acceptance, truth.acceptance, "acceptance")
+    assert torch.equal(rows.hit, truth.hit)
+    rounding = torch.finfo(torch.float32).eps * float(case.teacher.lse_draft.abs().max())
+    three_way(dz, d_plain, d_truth, "dz", extra=rounding)  # P~ from a rounded lse_draft does not sum to exactly 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_rows_and_gradient_match(shape, loss, run, device, three_way, poison):
+    case = Case(shape, device)
+    z = case.z.clone()
+    rows = run(z, case.teacher, case.teacher_row, case.w, loss, *LK)
+    check(case, rows, z, loss, three_way)
+    again = case.z.clone()
+    for a, b in zip(rows, run(again, case.teacher, case.teacher_row, case.w, loss, *LK), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(z, again)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_dead_row_is_exactly_zero_whatever_it_holds(loss, run, device):
+    case = Case(SHAPES["ragged"], device)
+    dead = case.w == 0
+    z = case.z.clone()
+    z[dead] = torch.nan
+    case.teacher_row[dead] = 2**40  # nothing may be read through it
+    rows = run(z, case.teacher, case.teacher_row, case.w, loss, *LK)
+    for x in (*rows, z):
+        assert bool((x[dead] == 0).all())
+        assert bool(torch.isfinite(x[~dead].float()).all())
+    assert bool((z[~dead] != 0).any(-1).all())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_grad_the_logits_stay(loss, run, device):
+    case = Case(SHAPES["ragged"], device)
+    z = case.z.clone()
+    want = run(case.z.clone(), case.teacher, case.teacher_row, case.w, loss, *LK)
+    rows = run(z, case.teacher, case.teacher_row, case.w, loss, *LK, grad=False)
+    assert torch.equal(z, case.z)
+    for a, b in zip(rows, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_student_equal_to_the_teacher_has_no_gradient(loss, run, device):
+    logits, lse = torch.zeros(1, 64, device=device), torch.full((1,), 64.0, device=device).log()
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    z = torch.zeros(5, 64, device=device)
+    w = torch.ones(5, device=device)
+    rows = run(z, TeacherRows(logits, lse, lse, first, first, first.float()), first.expand(5).clone(), w, loss, *LK)
+    torch.testing.assert_close(rows.acceptance, torch.ones(5, device=device))
+    assert bool(rows.hit.all())
+    assert float(z.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_far_apart_stay_finite(loss, run, device):
+    case = Case(SHAPES["ragged"], device)
+    z = case.z * 300  # a spread of hundreds: exp without the max would overflow, alpha underflows
+    rows = run(z, case.teacher, case.teacher_row, case.w, loss, *LK)
+    for x in (rows.loss, rows.acceptance, z):
+        assert bool(torch.isfinite(x).all())
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_chunks_accumulate_dx_and_dweight(loss, chunk_rows, poison, three_way):
+    case = Case(SHAPES["ragged"], "cpu")
+    check_linear(case, loss, chunk_rows, three_way)
+
+
+def check_linear(case, loss, chunk_rows, three_way):
+    """linear_kl_grad (adds into dweight) and linear_kl's autograd against float64 from the same x and weight."""
+
+    def reference(dtype):
+        stats = torch.promote_types(dtype, torch.float32)
+        x, weight = case.x.to(dtype), case.weight.to(dtype)
+        teacher = double(case.teacher) if dtype == torch.float64 else case.teacher
+        rows, dz = kl_rows_ref(x @ weight.T, teacher, case.teacher_row, case.w.to(stats), loss, *LK)
+        return rows.loss, dz @ weight, (dz.T @ x).to(stats)
+
+    truth, plain = reference(torch.float64), reference(case.x.dtype)
+    start = torch.ones_like(case.weight, dtype=torch.float32)
+    dx, dweight = torch.empty_like(case.x), start.clone()
+    rows = linear_kl_grad(
+        case.x, case.weight, case.teacher, case.teacher_row, case.w, dx, dweight, loss, *LK, chunk_rows=chunk_rows
+    )
+    three_way(rows.loss, plain[0], truth[0], "loss")
+    three_way(dx, plain[1], truth[1], "dx")
+    three_way(dweight, plain[2] + start, truth[2] + start, "dweight")
+    assert bool((dx[case.w == 0] == 0).all())
+
+    x, weight = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    rows = linear_kl(x, weight, case.teacher, case.teacher_row, case.w, loss, *LK, chunk_rows=chunk_rows)
+    (rows.loss * case.w).sum().backward()
+    three_way(rows.loss.detach(), plain[0], truth[0], "loss")
+    three_way(x.grad, plain[1], truth[1], "dx")
+    three_way(weight.grad, plain[2], truth[2], "dweight")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_reference_is_row_losses(loss):
+    case = Case(SHAPES["ragged"], "cpu", torch.float64)
+    live = case.w != 0
+    z = case.z.clone().requires_grad_()
+    want = row_losses(z, case.full[case.teacher_row], case.ids, loss, *LK)
+    (want_dz,) = torch.autograd.grad((want[0] * case.w)[live].sum(), z)
+    dz = case.z.clone()
+    rows = kl_rows_(dz, case.teacher, case.teacher_row, case.w.double(), loss, *LK)
+    for ours, wanted in zip((*rows, dz), (*want, want_dz), strict=True):
+        torch.testing.assert_close(ours[live], wanted.detach()[live], rtol=1e-12, atol=1e-12)
+
+
+def test_memory_is_one_chunk_of_logits():
+    case = Case((40, 10, 8, 3000, 2000), "cpu")
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    dx, dweight = torch.empty_like(case.x), torch.zeros_like(case.weight)
+    with Watch():
+        linear_kl_grad(case.x, case.weight, case.teacher, case.teacher_row, case.w, dx, dweight, chunk_rows=8)
+    assert largest == max(8 * 2000, case.weight.numel())
+
+
+def test_errors_say_what_came():
+    case = Case(SHAPES["ragged"], "cpu")
+    args = (case.teacher, case.teacher_row, case.w)
+    with pytest.raises(ValueError, match="'jsd' is not one of kl"):
+        kl_rows_(case.z, *args, loss="jsd")
+    with pytest.raises(ValueError, match=r"student logits \(9, 300\)"):
+        kl_rows_(case.z[:, :300], *args)
+    with pytest.raises(ValueError, match=r"torch.int32"):
+        kl_rows_(case.z, case.teacher, case.teacher_row.int(), case.w)
+    with pytest.raises(ValueError, match=r"weight \(300, 16\)"):
+        linear_kl(case.x, case.weight[:300], *args)
+    with pytest.raises(ValueError, match=r"dweight \(301, 16\) torch.bfloat16"):
+        linear_kl_grad(case.x, case.weight, *args, torch.empty_like(case.x), torch.zeros_like(case.weight).bfloat16())
+    with pytest.raises(ValueError, match="chunk_rows is 0"):
+        linear_kl(case.x, case.weight, *args, chunk_rows=0)
+
+
+GPU_SHAPES = {
+    "small": (33, 20, 64, 1000, 250),
+    "SmolLM2": (512, 300, 576, 49152, 8192),
+    "SmolLM2, Vd = V": (256, 100, 576, 49152, 49152),
+    "Llama-3.1-8B": (256, 100, 4096, 128256, 32000),
+    "odd vocabulary": (65, 40, 256, 50257, 12345),
+    "Vd 131072": (16, 16, 128, 262144, 131072),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
+def test_on_the_gpu(shape, loss, dtype, device, three_way, poison):
+    case = Case(shape, device, dtype)
+    z = case.z.clone()
+    rows = kl_rows_(z, case.teacher, case.teacher_row, case.w, loss, *LK)
+    check(case, rows, z, loss, three_way)
+    check_linear(case, loss, 100, three_way)
+
+
+@pytest.mark.gpu
+def test_rows_times_vocabulary_beyond_2_31(device):
+    n, draft = 70001, 32000
+    assert n * draft > 2**31
+    z = torch.randn(n, draft, device=device, dtype=torch.bfloat16)
+    logits = torch.randn(n, draft, device=device, dtype=torch.bfloat16)
+    lse = torch.cat([part.float().logsumexp(-1) for part in logits.split(4096)])
+    last = slice(n - 8, n)
+    teacher = TeacherRows(logits, lse, lse + 0.5, logits.argmax(-1), logits.argmax(-1), lse)
+    case_z = z[last].clone()
+    rows = kl_rows_(z, teacher, torch.arange(n, device=device), torch.ones(n, device=device))
+    want = case_z.float().requires_grad_()
+    loss = -(logits[last].float().softmax(-1) * want.log_softmax(-1)).sum(-1)
+    loss.sum().backward()
+    torch.testing.assert_close(rows.loss[last], loss.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(z[last].float(), want.grad, rtol=2**-7, atol=1e-9)
