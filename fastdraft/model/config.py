@@ -1,10 +1,57 @@
-"""The draft's shape: derived from a target's config.json, written to and read from the serving engines' config.json."""
+"""The draft's shape: derived from a target's config.json, written to and read from the serving engines' config.json.
+
+Layers are counted here as outputs from 0. The engines count boundaries: boundary b is the residual stream entering
+layer b, so output l is boundary l + 1. Their config.json has two places for ids; SGLang reads the nested one and adds 1,
+vLLM reads the top-level one first and takes it as it is.
+
+RoPE is kept as transformers 5 spells it (`rope_parameters`: rope_theta, rope_type and that type's fields), and only in
+variants that transformers, SGLang and vLLM compute alike. longrope and dynamic choose their frequencies by the length
+served, each in another way, and YaRN's attention_factor and mscale are read by some and ignored by others: these are
+refused, because a draft trained with one reading would be served with another.
+"""
 
 from __future__ import annotations
 
+import difflib
+import json
+import math
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
+# rope_type: (fields it needs, fields it may have), beside rope_theta and partial_rotary_factor
+ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "truncate")),
+}
+TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+# serving fields that change an engine's forward, and the only value the draft here is trained for
+TRAINED_AS: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "qkv_bias": False,
+    "mlp_bias": False,
+    "bias": False,
+    "norm_output": False,
+    "norm_before_residual": False,
+    "norm_before_fc": False,
+    "logit_scale": 1.0,
+    "quantization_config": None,
+}
 
 
 def default_layers(num_target_layers: int) -> tuple[int, int, int]:
@@ -30,10 +77,15 @@ class DraftConfig(BaseModel):
     rms_norm_eps: float = Field(gt=0)
     rope_parameters: dict[str, Any]
     max_position_embeddings: int = Field(gt=0)
-    initializer_range: float = 0.02
+    initializer_range: float = Field(0.02, gt=0)
     fc_norm: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+
+    @field_validator("rope_parameters")
+    @classmethod
+    def _rope_is_served_as_trained(cls, rope: dict[str, Any]) -> dict[str, Any]:
+        return canonical_rope(rope)
 
     @model_validator(mode="after")
     def _fits(self) -> DraftConfig:
@@ -44,8 +96,12 @@ class DraftConfig(BaseModel):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if "rope_theta" not in self.rope_parameters:
-            raise ValueError(f"rope_parameters needs rope_theta; it has {sorted(self.rope_parameters)}")
+        rotary_dim = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        if rotary_dim % 2 or rotary_dim == 0:
+            raise ValueError(
+                f"RoPE turns channels in pairs, but head_dim {self.head_dim} and partial_rotary_factor "
+                f"{self.rope_parameters.get('partial_rotary_factor', 1.0)} leave it {rotary_dim}; choose an even number"
+            )
         low, mid, high = self.layers
         if not 0 <= low < mid < high < self.num_target_layers:
             raise ValueError(
@@ -57,3 +113,375 @@ class DraftConfig(BaseModel):
     @property
     def uses_default_layers(self) -> bool:
         return self.layers == default_layers(self.num_target_layers)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by part; `trainable` is their sum, `embedding` is frozen, `total` is both."""
+        h, ht, inter = self.hidden_size, self.target_hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        parts = {
+            "fc": 3 * ht * h,
+            "attention": 2 * h * (q + 2 * kv) + q * h,
+            "mlp": 3 * h * inter,
+            "norms": 4 * h + (3 * ht if self.fc_norm else 0),
+            "lm_head": self.draft_vocab_size * h,
+        }
+        trainable, embedding = sum(parts.values()), self.vocab_size * h
+        return parts | {"trainable": trainable, "embedding": embedding, "total": trainable + embedding}
+
+    @classmethod
+    def from_target(cls, target_config: dict[str, Any] | PretrainedConfig, **overrides: Any) -> DraftConfig:
+        """The draft's shape for a target: the target's own widths, heads, RoPE and norm epsilon unless overridden.
+
+        `target_config` is a config.json as a dict (nested language model configs are found) or a transformers config.
+        MLP width: the target's `intermediate_size`, also where that is the width of one expert (gpt-oss) or of dense
+        layers beside the experts (Qwen3-MoE, where it equals the width active per token); a target that has only
+        `moe_intermediate_size` gives that times `num_experts_per_tok`, the width active per token.
+        draft_vocab_size is min(32000, vocab_size). num_key_value_heads and head_dim have their customary defaults
+        (num_attention_heads, hidden_size / num_attention_heads); whatever else is missing is an error.
+        Raises ValueError naming every missing field, unknown override or misfit.
+        """
+        for key in overrides:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(key, cls.model_fields, 1, 0)[0]
+                raise ValueError(f"draft setting {key!r} does not exist; the nearest is {near!r}")
+        target = language_config(target_config)
+        given, missing = dict(overrides), []
+
+        def read(key: str, *fallbacks: Any) -> Any:
+            for value in (target.get(key), *fallbacks):
+                if value is not None:
+                    return value
+            missing.append(key)
+            return None
+
+        hidden, heads = read("hidden_size"), given.get("num_attention_heads") or read("num_attention_heads")
+        facts = {
+            "target_hidden_size": hidden,
+            "vocab_size": read("vocab_size"),
+            "num_target_layers": read("num_hidden_layers"),
+        }
+        for key in facts.keys() & given.keys():
+            if given[key] != facts[key]:
+                raise ValueError(f"{key} is {facts[key]} in the target's config.json and cannot be set to {given[key]}")
+        derived = {
+            "hidden_size": lambda: hidden,
+            "intermediate_size": lambda: read("intermediate_size", _active_width(target)),
+            "num_attention_heads": lambda: heads,
+            "num_key_value_heads": lambda: heads and read("num_key_value_heads", heads),
+            "head_dim": lambda: hidden and heads and read("head_dim", hidden // heads if hidden % heads == 0 else None),
+            "draft_vocab_size": lambda: facts["vocab_size"] and min(32000, facts["vocab_size"]),
+            "layers": lambda: facts["num_target_layers"] and default_layers(facts["num_target_layers"]),
+            "rms_norm_eps": lambda: read("rms_norm_eps"),
+            "rope_parameters": lambda: target_rope(target) or missing.append("rope_theta"),
+            "max_position_embeddings": lambda: read("max_position_embeddings"),
+            "initializer_range": lambda: target.get("initializer_range") or 0.02,
+            "bos_token_id": lambda: target.get("bos_token_id"),
+            "eos_token_id": lambda: target.get("eos_token_id"),
+        }
+        values = facts | {key: make() for key, make in derived.items() if key not in given} | given
+        if missing:
+            raise ValueError(
+                f"the target's config.json ({target.get('model_type', 'no model_type')}) does not say {', '.join(missing)}"
+                "; complete it, or set what the draft may choose for itself (rope_theta inside rope_parameters)"
+            )
+        return _built(cls, values)
+
+    def to_serving(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The config.json both engines read, for weights of `dtype`."""
+        name = str(dtype).removeprefix("torch.")
+        rope = self.rope_parameters
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        config: dict[str, Any] = {
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rms_norm_eps": self.rms_norm_eps,
+            "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_parameters": dict(rope),
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+            "initializer_range": self.initializer_range,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "use_cache": True,
+            "dtype": name,
+            "torch_dtype": name,
+        }
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if self.hidden_size != self.target_hidden_size:
+            config["target_hidden_size"] = self.target_hidden_size
+        if self.fc_norm:
+            config["fc_norm"] = True
+        if not self.uses_default_layers:
+            config["eagle_config"] = {LAYER_IDS: list(self.layers)}
+            config[LAYER_IDS] = [layer + 1 for layer in self.layers]
+        return config
+
+    @classmethod
+    def from_serving(
+        cls, config: dict[str, Any], num_target_layers: int, target_hidden_size: int | None = None
+    ) -> DraftConfig:
+        """Reads an engine's config.json. `target_hidden_size`, where known, must be what the checkpoint was made for.
+
+        Raises ValueError, a sentence for each, where the checkpoint asks for a forward this trainer does not train, says
+        one thing to SGLang and another to vLLM, or lacks a field.
+        """
+        problems = serving_refusals(config)
+        needed = (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "vocab_size",
+            "draft_vocab_size",
+            "rms_norm_eps",
+            "max_position_embeddings",
+        )
+        problems += [f"{key} is missing." for key in needed if config.get(key) is None]
+        if problems:
+            raise ValueError("the draft's config.json does not fit: " + " ".join(problems))
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        wide = config.get("target_hidden_size") or hidden
+        if target_hidden_size is not None and wide != target_hidden_size:
+            raise ValueError(
+                f"the draft was made for a target of hidden size {wide}, this target's is {target_hidden_size}; "
+                "use the target it was trained on"
+            )
+        return _built(
+            cls,
+            {key: config[key] for key in needed}
+            | {
+                "target_hidden_size": wide,
+                "num_key_value_heads": config.get("num_key_value_heads") or heads,
+                "head_dim": config.get("head_dim") or hidden // heads,
+                "num_target_layers": num_target_layers,
+                "layers": serving_layers(config, num_target_layers),
+                "rope_parameters": serving_rope(config),
+                "initializer_range": config.get("initializer_range") or 0.02,
+                "fc_norm": config.get("fc_norm") or False,
+                "bos_token_id": config.get("bos_token_id"),
+                "eos_token_id": config.get("eos_token_id"),
+            },
+        )
+
+
+def _built(cls: type[DraftConfig], values: dict[str, Any]) -> DraftConfig:
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        said = [
+            (".".join(str(x) for x in e["loc"]) + ": " if e["loc"] else "")
+            + e["msg"].removeprefix("Value error, ")
+            + (f" (got {e['input']!r})" if e["loc"] and e["type"] != "value_error" else "")
+            for e in error.errors()
+        ]
+        raise ValueError("the draft's shape does not fit: " + "; ".join(said)) from error
+
+
+# --- the target's config.json ----------------------------------------------------------------------------------------
+
+
+def read_target_config(target_dir: Path | str) -> dict[str, Any]:
+    """The target's config.json with the defaults its own model class defines, or as written when transformers has no such
+    class. No code of the target runs. Raises ValueError when there is none or it is not JSON."""
+    config = read_json(Path(target_dir) / "config.json")
+    if config.get("model_type") in CONFIG_MAPPING:
+        return AutoConfig.from_pretrained(str(target_dir), local_files_only=True).to_dict()
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ValueError naming the file when it is missing, unreadable or something else."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give a model directory that holds it") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not a JSON object")
+    return config
+
+
+def language_config(target_config: dict[str, Any] | PretrainedConfig) -> dict[str, Any]:
+    """The decoder's own fields: nested configs of multimodal targets opened, outer token ids and dtype first."""
+    config = target_config if isinstance(target_config, dict) else target_config.to_dict()
+    inner = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), dict)), None)
+    if inner is None:
+        return config
+    outer = ("bos_token_id", "eos_token_id", "dtype", "torch_dtype")
+    return language_config(inner) | {key: config[key] for key in outer if config.get(key) is not None}
+
+
+def _active_width(target: dict[str, Any]) -> int | None:
+    width, active = target.get("moe_intermediate_size"), target.get("num_experts_per_tok")
+    return width * active if width and active else None
+
+
+# --- RoPE ------------------------------------------------------------------------------------------------------------
+
+
+def canonical_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope` with only the fields that mean something, in one order. Raises ValueError where the engines would differ.
+
+    M-RoPE becomes plain RoPE: on text its three axes carry the same position.
+    """
+    fields = {k: v for k, v in rope.items() if v is not None and k not in ("mrope_section", "mrope_interleaved")}
+    old_type = fields.pop("type", "default")
+    kind = fields.pop("rope_type", old_type)
+    kind = "default" if kind == "mrope" else kind
+    if kind not in ROPE_FIELDS:
+        raise ValueError(
+            f"rope_type {kind!r} is not computed alike by transformers, SGLang and vLLM; give the draft one of "
+            f"{', '.join(ROPE_FIELDS)}, for example rope_parameters: "
+            f"{{rope_type: default, rope_theta: {rope.get('rope_theta', 10000.0)}}}"
+        )
+    if "rope_theta" not in fields:
+        raise ValueError(f"rope_parameters needs rope_theta; it has {sorted(rope)}")
+    if fields.get("partial_rotary_factor") == 1:
+        del fields["partial_rotary_factor"]
+    if kind == "yarn":
+        usual = 0.1 * math.log(fields.get("factor", 1.0)) + 1.0
+        without_effect = {"attention_factor": usual, "attn_factor": 1.0, "extrapolation_factor": 1.0}
+        for key, value in without_effect.items():
+            if key in fields and math.isclose(fields[key], value, rel_tol=1e-6):
+                del fields[key]
+    needed, optional = ROPE_FIELDS[kind]
+    if lacking := [key for key in needed if key not in fields]:
+        raise ValueError(f"rope_type {kind!r} needs {', '.join(lacking)}; rope_parameters has {sorted(rope)}")
+    order = ("rope_theta", "partial_rotary_factor", *needed, *optional)
+    if unknown := [key for key in fields if key not in order]:
+        raise ValueError(
+            f"rope_parameters of type {kind!r} has {', '.join(f'{k} = {fields[k]!r}' for k in unknown)}, which "
+            "transformers, SGLang and vLLM do not all read; give the draft rope_parameters of its own with only "
+            + ", ".join(order)
+        )
+    return {"rope_type": kind} | {key: fields[key] for key in order if key in fields}
+
+
+def target_rope(target: dict[str, Any]) -> dict[str, Any] | None:
+    """The target's RoPE from either spelling, None without rope_theta; of several by layer type, full attention's."""
+    rope = target.get("rope_parameters")
+    if rope and any(isinstance(value, dict) for value in rope.values()):
+        full = rope.get("full_attention") or rope.get("global")
+        if not full:
+            raise ValueError(
+                f"rope_parameters is given for {', '.join(rope)} and none of them is full_attention; "
+                "set the draft's rope_parameters"
+            )
+        rope = full
+    rope = dict(rope or target.get("rope_scaling") or {})
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(key) is None and target.get(key) is not None:
+            rope[key] = target[key]
+    if rope.get("rope_theta") is None:
+        return None
+    if rope.get("rope_type", rope.get("type")) in ("yarn", "llama3"):
+        pretrained = target.get("original_max_position_embeddings") or target.get("max_position_embeddings")
+        rope.setdefault("original_max_position_embeddings", pretrained)
+    return rope
+
+
+# --- the engines' config.json ----------------------------------------------------------------------------------------
+
+
+def serving_refusals(config: dict[str, Any]) -> list[str]:
+    """Sentences on what a config.json asks of the engines that the draft here does not compute; empty when nothing."""
+    said = []
+    if config.get("architectures") != [ARCHITECTURE]:
+        said.append(f"architectures is {config.get('architectures')!r}; both engines need [{ARCHITECTURE!r}].")
+    for key, only in TRAINED_AS.items():
+        value = config.get(key)
+        if value is not None and value != only:
+            remedy = "leave it out" if only is None else f"it must be {json.dumps(only)}"
+            said.append(f"{key} is {json.dumps(value)}, a draft this trainer neither trains nor exports; {remedy}.")
+    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+        said.append("eagle_config.use_aux_hidden_state is false, so three target layers are not read; it must be true.")
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        said.append(f"layer_types is {config['layer_types']!r}; the draft attends to everything, leave it out.")
+    return said
+
+
+def serving_layers(config: dict[str, Any], num_target_layers: int) -> tuple[int, ...]:
+    """Target layers (outputs, from 0) that both engines would feed the draft. Raises ValueError where they differ."""
+    top, nested = config.get(LAYER_IDS), (config.get("eagle_config") or {}).get(LAYER_IDS)
+    default = default_layers(num_target_layers)
+    sglang = tuple(nested) if nested else default
+    boundaries = top or nested
+    vllm = tuple(b - 1 for b in boundaries) if boundaries else default
+    if sglang != vllm:
+        raise ValueError(
+            f"layer ids disagree: SGLang would read the outputs of target layers {list(sglang)} and vLLM of {list(vllm)} "
+            "(from 0). "
+            + (
+                "These are the default layers: leave both ids out"
+                if default in (sglang, vllm) and not (top and nested)
+                else f"For layers {list(sglang)} write eagle_config.{LAYER_IDS}: {list(sglang)} and, at top level, "
+                f"{LAYER_IDS}: {[x + 1 for x in sglang]}"
+            )
+        )
+    return sglang
+
+
+def serving_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The draft's RoPE. Raises ValueError when it is missing or its two spellings, where both are there, differ."""
+    beside = ("rope_theta", "partial_rotary_factor")
+    around = {key: config[key] for key in beside if config.get(key) is not None}
+    new = {**around, **config["rope_parameters"]} if config.get("rope_parameters") else None
+    old = {**around, **(config.get("rope_scaling") or {})} if config.get("rope_theta") is not None else None
+    if new is None and old is None:
+        raise ValueError("RoPE is missing: write rope_parameters, and rope_theta with rope_scaling for older engines")
+    spelled = [canonical_rope(rope) for rope in (new, old) if rope is not None]
+    if spelled[0] != spelled[-1]:
+        raise ValueError(
+            f"rope_parameters says {spelled[0]}, rope_theta with rope_scaling says {spelled[1]}; "
+            "engines read one or the other, so they must agree"
+        )
+    return spelled[0]
+
+
+# --- fastdraft init --------------------------------------------------------------------------------------------------
+
+
+def init_config(target_dir: Path | str, **overrides: Any) -> str:
+    """A draft's settings for a target as commented YAML, every line an override `from_target` takes. Ends in a newline."""
+    target = read_target_config(target_dir)
+    c = DraftConfig.from_target(target, **overrides)
+    count = c.num_parameters()
+    head = (
+        f"# Draft for {Path(target_dir).resolve().name} ({language_config(target).get('model_type')}): "
+        f"{c.num_target_layers} layers of {c.target_hidden_size}, vocabulary {c.vocab_size}\n"
+        f"# {count['trainable'] / 1e6:.1f} M trained parameters, {count['embedding'] / 1e6:.1f} M of embedding frozen\n"
+    )
+    comments = {
+        "hidden_size": "width of the draft; other than the target's, the embedding is shipped with it",
+        "intermediate_size": "MLP width",
+        "num_attention_heads": "",
+        "num_key_value_heads": "",
+        "head_dim": "",
+        "draft_vocab_size": f"most frequent target tokens the draft can propose, at most {c.vocab_size}",
+        "layers": f"target layers whose outputs the draft reads, from 0, ascending, below {c.num_target_layers}",
+        "fc_norm": "normalise each of the three states before fc (EAGLE-3.1)",
+        "rms_norm_eps": "",
+        "rope_parameters": "of the target; for several by layer type, that of full attention",
+        "max_position_embeddings": "longest context served; SGLang refuses longer ones, vLLM stops drafting",
+        "initializer_range": "standard deviation of untrained weights",
+    }
+    lines = []
+    for key, comment in comments.items():
+        value = list(c.layers) if key == "layers" else getattr(c, key)
+        flow = None if isinstance(value, (list, dict)) else False
+        line = yaml.safe_dump({key: value}, default_flow_style=flow, sort_keys=False, width=math.inf).strip()
+        lines.append(f"{line}  # {comment}" if comment else line)
+    return head + "\n".join(lines) + "\n"
