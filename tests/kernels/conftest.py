@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def three_way():
-    """The kernel rule: max|ours - truth| <= 2 max|plain - truth| + one ulp of the dtype at max|truth| (+ a reasoned extra)."""
+    """The kernel rule: max|ours - truth| <= 2 max|plain - truth| + one ulp of the dtype at max|truth| (+ a named extra)."""
 
     def check(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, what: str, extra: float = 0.0) -> None:
         assert ours.shape == truth.shape and not ours.isnan().any(), f"{what}: {tuple(ours.shape)} or NaN"

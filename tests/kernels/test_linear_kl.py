@@ -27,16 +27,20 @@ class Case:
 
     def __init__(self, shape, device, dtype=torch.float32, seed=0):
         n, m, hidden, vocab, draft = shape
-        gen = torch.Generator().manual_seed(seed)
-        self.head = TargetHead(torch.randn(vocab, hidden, generator=gen).to(device, dtype))
-        self.f = (torch.randn(m, hidden, generator=gen) * 3 * hidden**-0.5).to(device, dtype)
-        self.ids = torch.randperm(vocab, generator=gen)[:draft].sort().values.to(device)
-        self.x = (torch.randn(n, hidden, generator=gen) * 3 * hidden**-0.5).to(device, dtype)
-        self.weight = torch.randn(draft, hidden, generator=gen).to(device, dtype)
-        self.teacher_row = torch.randint(0, m, (n,), generator=gen).to(device)
-        self.w = 0.8 ** torch.randint(0, 7, (n,), generator=gen).to(device).float()
+        gen = torch.Generator(device).manual_seed(seed)
+
+        def normal(*size, std=1.0):
+            return (torch.randn(*size, generator=gen, device=device) * std).to(dtype)
+
+        self.head = TargetHead(normal(vocab, hidden))
+        self.f = normal(m, hidden, std=3 * hidden**-0.5)
+        self.ids = torch.randperm(vocab, generator=gen, device=device)[:draft].sort().values
+        self.x = normal(n, hidden, std=3 * hidden**-0.5)
+        self.weight = normal(draft, hidden)
+        self.teacher_row = torch.randint(0, m, (n,), generator=gen, device=device)
+        self.w = 0.8 ** torch.randint(0, 7, (n,), generator=gen, device=device).float()
         if n > 2:
-            self.w[torch.randperm(n, generator=gen)[: n // 3].to(device)] = 0
+            self.w[torch.randperm(n, generator=gen, device=device)[: n // 3]] = 0
         self.full = self.head.logits(self.f)  # [m, V] in dtype
         self.teacher = teacher_ref(self.f, self.head, self.ids)
         self.z = self.x @ self.weight.T

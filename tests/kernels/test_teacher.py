@@ -37,12 +37,12 @@ SMALL = TeacherConfig(block=256, tile=128, num_warps=1)
 
 def case(shape, device, dtype=torch.float32, bias=False, scale=1.0, softcap=None, seed=0):
     n, hidden, vocab, draft = shape
-    gen = torch.Generator().manual_seed(seed)
-    f = torch.randn(n, hidden, generator=gen).to(device, dtype)
-    weight = torch.randn(vocab, hidden, generator=gen).to(device, dtype)
-    b = torch.randn(vocab, generator=gen).to(device, dtype) if bias else None
-    ids = torch.randperm(vocab, generator=gen)[:draft].sort().values.to(device)
-    return f, TargetHead(weight, b, scale, softcap), ids
+    gen = torch.Generator(device).manual_seed(seed)
+    f, weight, b = (
+        torch.randn(*size, generator=gen, device=device).to(dtype) for size in ((n, hidden), (vocab, hidden), (vocab,))
+    )
+    ids = torch.randperm(vocab, generator=gen, device=device)[:draft].sort().values
+    return f, TargetHead(weight, b if bias else None, scale, softcap), ids
 
 
 def double(head: TargetHead) -> TargetHead:
