@@ -1,0 +1,882 @@
+"""Attention of a list of TTT queries over K^0, V^0 and each query's own diagonal terms.
+
+Query row r sits at token row t = pos[r] of a pack; step i's row sees the context of its document and its own chain:
+
+    s_n = scale * q_r . K^0_n   for doc_start[r] <= n <= pos[r]          z_j = scale * q_r . K^j_r   for 1 <= j <= i
+    out = (sum_n e^{s_n} V^0_n + sum_j e^{z_j} V^j_r) / e^lse            lse = log(sum_n e^{s_n} + sum_j e^{z_j})
+    P = e^{s - lse},  delta = dout . out,  dS = P * (dout . V - delta)
+    dq = scale * sum dS K,  dK = scale * sum dS q,  dV = sum P dout
+
+The list may be dense, compacted, packed, a chunk or a shard: only pos and doc_start say what a row sees. pos[r] < 0 marks a
+padding row: out and its gradients are exactly 0, lse is -inf, whatever its other inputs hold (NaN included). K^0 and V^0
+must be finite.
+
+A tile holds all query heads of one key/value head for a few positions, so K, V are read once per group. The diagonal terms
+go first: they are i * positions extra keys, each seen only by its own position's rows. A tile then walks the key blocks
+between min(doc_start) and max(pos); only blocks some row sees in part are masked. dq and the diagonal gradients come from
+one kernel over query tiles (it also writes delta); dK^0, dV^0 from another over key blocks, which reads a device-built list
+of the query tiles that see the block and may run once for the stacked rows of all steps. No atomics: two runs are bitwise
+equal.
+
+Precision: bf16 operands, fp32 accumulation, softmax and lse; fp32 inputs multiply in fp32 (ieee). P and dS round to the
+input dtype before their products. FLOPs per visible (row, key): 4 * D * Hq forward, 14 * D * Hq backward (7 products; S and
+dP are computed in both kernels; rates are quoted on the 5 that are needed). HBM: q, out, diagonals once; K^0, V^0 once per
+query tile, mostly from L2.
+Source: FlashAttention-2 (arXiv 2307.08691); EAGLE-3 training-time test (arXiv 2503.01840).
+
+# M query rows, N packed tokens, Hq/Hkv heads, G = Hq/Hkv, D head dim (DP: next power of two), i diagonal terms
+# BM tile rows, BR tile positions, BN tile keys
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ModuleNotFoundError:  # CPU installs: only the reference runs there
+    triton = None
+
+LOG2E = 1.4426950408889634
+HEAD_DIMS = (64, 96, 128, 256)
+
+
+def _jit(**options):
+    return triton.jit(**options) if triton else lambda fn: fn
+
+
+def ttt_attention_ref(
+    q: Tensor,  # [M, Hq, D]
+    k0: Tensor,  # [N, Hkv, D]
+    v0: Tensor,  # [N, Hkv, D]
+    k_diag: Tensor | None,  # [i, M', Hkv, D], M' >= M
+    v_diag: Tensor | None,  # [i, M', Hkv, D]
+    pos: Tensor,  # [M] int, row in k0; below 0 is padding
+    doc_start: Tensor,  # [M] int, first row of the document
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # out [M, Hq, D], lse [M, Hq] at least float32
+    """The specification, any dtype, differentiable. Holds [M, Hq, N] scores."""
+    m, heads, dim = q.shape
+    n, kv_heads = k0.shape[:2]
+    scale = dim**-0.5 if scale is None else scale
+    work = torch.promote_types(q.dtype, torch.float32)
+    valid = pos >= 0
+    keys = torch.arange(n, device=q.device)
+    unseen = valid[:, None] & ((keys < doc_start[:, None]) | (keys > pos[:, None]))
+    grouped = torch.where(valid[:, None, None], q, 0).unflatten(1, (kv_heads, heads // kv_heads))
+    scores = torch.einsum("mhgd,nhd->mhgn", grouped, k0).masked_fill(unseen[:, None, None], -torch.inf)
+    if k_diag is not None and k_diag.shape[0]:
+        k_diag, v_diag = (torch.where(valid[:, None, None], x[:, :m], 0) for x in (k_diag, v_diag))
+        scores = torch.cat([scores, torch.einsum("mhgd,jmhd->mhgj", grouped, k_diag)], -1)
+    scores = scores.to(work) * scale
+    p = scores.softmax(-1).to(q.dtype)
+    out = torch.einsum("mhgn,nhd->mhgd", p[..., :n], v0)
+    if p.shape[-1] > n:
+        out = out + torch.einsum("mhgj,jmhd->mhgd", p[..., n:], v_diag)
+    out = torch.where(valid[:, None, None], out.flatten(1, 2), 0)
+    if not return_lse:
+        return out
+    return out, torch.where(valid[:, None], scores.logsumexp(-1).flatten(1, 2), -torch.inf)
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int  # BM, query rows (positions times group)
+    keys: int  # BN
+    warps: int
+    stages: int
+    tma: bool = False  # K^0, V^0 through the copy engine (compute capability 9.0 and up)
+    ws: bool = False
+
+
+@dataclass(frozen=True)
+class TTTAttentionConfig:
+    fwd: Tile
+    bwd_q: Tile
+    bwd_kv: Tile
+
+
+def ttt_attention_config(
+    head_dim: int,
+    group: int,  # Hq / Hkv
+    dtype: torch.dtype,
+    arch: tuple[int, int] | None,  # CUDA compute capability; None for Triton's CPU interpreter
+) -> TTTAttentionConfig:
+    """Tile sizes. Raises ValueError, naming it, for what no kernel covers."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"ttt_attention covers head dims {HEAD_DIMS}, got {head_dim}")
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"ttt_attention covers bfloat16 and float32, got {dtype}; cast the inputs")
+    if arch is not None and arch < (8, 0):
+        raise ValueError(f"ttt_attention needs compute capability 8.0 or newer, this GPU has {arch[0]}.{arch[1]}")
+    if group > 32:
+        raise ValueError(f"ttt_attention covers up to 32 query heads per key/value head, got {group}")
+    if dtype == torch.float32:
+        tile = Tile(32, 32, 4, 1)
+        return TTTAttentionConfig(tile, tile, tile)
+    small = arch is not None and arch[0] != 9 and arch[0] != 10 and arch != (8, 0)  # 99 KB of shared memory
+    if head_dim == 256:
+        if small:
+            return TTTAttentionConfig(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+        return TTTAttentionConfig(Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 2))
+    if small or arch == (8, 0):
+        return TTTAttentionConfig(Tile(128, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
+    return TTTAttentionConfig(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
+
+
+@_jit()
+def _tile_rows(pos_ptr, doc_ptr, tile, M, G: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr):
+    """A position-aligned tile's rows, and what they see: [lo, hi) some row, [full_lo, full_hi) every row."""
+    m = tl.arange(0, BM)
+    row = tile * BR + m // G
+    ok = (m < BR * G) & (row < M)
+    pos = tl.load(pos_ptr + row, mask=ok, other=-1).to(tl.int32)
+    ok = ok & (pos >= 0)
+    doc = tl.load(doc_ptr + row, mask=ok, other=0).to(tl.int32)
+    far: tl.constexpr = 2**31 - 1
+    lo = tl.min(tl.where(ok, doc, far), 0)
+    hi = tl.max(tl.where(ok, pos + 1, 0), 0)
+    full_lo = tl.max(tl.where(ok, doc, 0), 0)
+    full_hi = tl.min(tl.where(ok, pos + 1, far), 0)
+    return row, ok, pos, doc, lo, hi, full_lo, full_hi
+
+
+@_jit()
+def _key_blocks(lo, hi, full_lo, full_hi, BN: tl.constexpr):
+    """Blocks [first, full_first) and [full_end, end) need the mask, [full_first, full_end) does not."""
+    first = tl.minimum(lo, hi) // BN
+    end = tl.cdiv(hi, BN)
+    full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, BN), first), end)
+    full_end = tl.maximum(tl.minimum(full_hi // BN, end), full_first)
+    return first, full_first, full_end, end
+
+
+@_jit()
+def _diag_keys(pos_ptr, tile, f, num_diag, M, BR: tl.constexpr):
+    """Diagonal key f of a tile: chain step (from 0), position inside the tile, its row, whether it exists."""
+    own = f % BR
+    row = tile * BR + own
+    ok = (f < num_diag * BR) & (row < M)
+    ok = ok & (tl.load(pos_ptr + row, mask=ok, other=-1) >= 0)
+    return f // BR, own, row, ok
+
+
+@_jit()
+def _columns(at, d, D: tl.constexpr, DP: tl.constexpr):
+    if DP == D:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+
+
+@_jit()
+def _rows(ptr, row, stride, ok, D: tl.constexpr, DP: tl.constexpr):
+    """[rows, DP] at ptr + row * stride; rows not ok and columns past D are 0. ok None: every row exists."""
+    d = tl.arange(0, DP)
+    at = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
+    if ok is None:
+        return _columns(at, d, D, DP)
+    else:
+        return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0.0)
+
+
+@_jit()
+def _keys(
+    keys,
+    start,
+    head,
+    stride,
+    N,
+    WHOLE: tl.constexpr,
+    TMA: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """[BN, DP]: one head's rows start .. start + BN, 0 from N on. WHOLE: all of them exist. By TMA, columns past D hold
+    the next head's values: q and dout are 0 there, and the columns of out and dq they reach are not stored."""
+    if TMA:
+        return keys.load([start, head * D])
+    else:
+        n = tl.arange(0, BN)
+        d = tl.arange(0, DP)
+        at = keys + tl.cast(start, tl.int64) * stride + tl.cast(head, tl.int64) * D + n[:, None] * stride + d[None, :]
+        if WHOLE:
+            return _columns(at, d, D, DP)
+        else:
+            return tl.load(at, mask=(start + n < N)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@_jit()
+def _attend(acc, top, total, q, k, v, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of online softmax. acc [BM, DP], running maximum (log2) and sum [BM]."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        s = tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    p = tl.math.exp2(s * scale_log2 - safe[:, None])
+    shrink = tl.math.exp2(top - safe)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@_jit(do_not_specialize=["M", "N", "num_diag"])
+def _ttt_attention_fwd_kernel(
+    q_ptr,  # [M, Hq, D]
+    k0_ptr,  # [N, Hkv, D]
+    v0_ptr,
+    k_diag_ptr,  # [i, M', Hkv, D]
+    v_diag_ptr,
+    pos_ptr,  # [M]
+    doc_ptr,  # [M]
+    out_ptr,  # [M, Hq, D]
+    lse_ptr,  # [M, Hq] fp32
+    scale_log2,
+    M,
+    N,
+    num_diag,
+    q_stride,
+    k0_stride,
+    v0_stride,
+    k_diag_step,
+    k_diag_stride,
+    v_diag_step,
+    v_diag_stride,
+    out_stride,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    TMA: tl.constexpr,
+    WS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    head = kv_head.to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late positions see most keys: start them first
+    row, ok, pos, doc, lo, hi, full_lo, full_hi = _tile_rows(pos_ptr, doc_ptr, tile, M, G, BM, BR)
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    q_head = head * G + m % G
+    q = _rows(q_ptr + (q_head * D)[:, None], row, q_stride, ok, D, DP)
+    k_diag_ptr += head * D
+    v_diag_ptr += head * D
+
+    acc = tl.zeros([BM, DP], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for f0 in range(0, num_diag * BR, BN):
+        step, own, diag_row, exists = _diag_keys(pos_ptr, tile, f0 + n, num_diag, M, BR)
+        k = _rows(k_diag_ptr + (step.to(tl.int64) * k_diag_step)[:, None], diag_row, k_diag_stride, exists, D, DP)
+        v = _rows(v_diag_ptr + (step.to(tl.int64) * v_diag_step)[:, None], diag_row, v_diag_stride, exists, D, DP)
+        seen = exists[None, :] & (own[None, :] == (m // G)[:, None])
+        acc, top, total = _attend(acc, top, total, q, k, v, seen, scale_log2, True, PRECISION)
+
+    first, full_first, full_end, end = _key_blocks(lo, hi, full_lo, full_hi, BN)
+    skip = full_end - full_first
+    for b in range(first, end - skip):
+        start = tl.where(b < full_first, b, b + skip) * BN
+        key = start + n
+        k = _keys(k0_ptr, start, kv_head, k0_stride, N, False, TMA, D, DP, BN)
+        v = _keys(v0_ptr, start, kv_head, v0_stride, N, False, TMA, D, DP, BN)
+        seen = (key[None, :] >= doc[:, None]) & (key[None, :] <= pos[:, None])
+        acc, top, total = _attend(acc, top, total, q, k, v, seen, scale_log2, True, PRECISION)
+    for b in tl.range(full_first, full_end, warp_specialize=WS):
+        k = _keys(k0_ptr, b * BN, kv_head, k0_stride, N, True, TMA, D, DP, BN)
+        v = _keys(v0_ptr, b * BN, kv_head, v0_stride, N, True, TMA, D, DP, BN)
+        acc, top, total = _attend(acc, top, total, q, k, v, True, scale_log2, False, PRECISION)
+
+    acc = tl.where(ok[:, None], acc / total[:, None], 0.0)
+    lse = tl.where(ok, (top + tl.math.log2(total)) * 0.6931471805599453, float("-inf"))
+    d = tl.arange(0, DP)
+    exists = (m < BR * G) & (row < M)
+    row = row.to(tl.int64)
+    at = out_ptr + (row * out_stride + q_head * D)[:, None] + d[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + row * (tl.num_programs(0) * G) + q_head, lse, mask=exists)
+
+
+@_jit()
+def _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """P and dS (not yet scaled) of a block, [BM, BN] fp32."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.math.exp2(s * scale_log2 - lse2[:, None])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    return p, p * (dp - delta[:, None])
+
+
+@_jit()
+def _add_rows(ptr, row, stride, ok, x, D: tl.constexpr, DP: tl.constexpr):
+    d = tl.arange(0, DP)
+    at = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
+    mask = ok[:, None] & (d < D)[None, :]
+    tl.store(at, (tl.load(at, mask=mask, other=0.0) + x).to(ptr.dtype.element_ty), mask=mask)
+
+
+@_jit(do_not_specialize=["M", "N", "num_diag"])
+def _ttt_attention_bwd_q_kernel(
+    dout_ptr,  # [M, Hq, D]
+    q_ptr,  # [M, Hq, D]
+    k0_ptr,  # [N, Hkv, D]
+    v0_ptr,
+    k_diag_ptr,  # [i, M', Hkv, D]
+    v_diag_ptr,
+    pos_ptr,  # [M]
+    doc_ptr,  # [M]
+    out_ptr,  # [M, Hq, D]
+    lse_ptr,  # [M, Hq] fp32
+    dq_ptr,  # [M, Hq, D] written
+    delta_ptr,  # [M, Hq] fp32, written
+    dk_diag_ptr,  # [i, M', Hkv, D] added to
+    dv_diag_ptr,
+    scale,
+    scale_log2,
+    M,
+    N,
+    num_diag,
+    dout_stride,
+    q_stride,
+    k0_stride,
+    v0_stride,
+    k_diag_step,
+    k_diag_stride,
+    v_diag_step,
+    v_diag_stride,
+    out_stride,
+    dq_stride,
+    dk_diag_step,
+    dk_diag_stride,
+    dv_diag_step,
+    dv_diag_stride,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    TMA: tl.constexpr,
+    WS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    head = kv_head.to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    row, ok, pos, doc, lo, hi, full_lo, full_hi = _tile_rows(pos_ptr, doc_ptr, tile, M, G, BM, BR)
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    d = tl.arange(0, DP)
+    q_head = head * G + m % G
+    exists_m = (m < BR * G) & (row < M)
+    at_head = row.to(tl.int64) * (tl.num_programs(0) * G) + q_head
+    q = _rows(q_ptr + (q_head * D)[:, None], row, q_stride, ok, D, DP)
+    dout = _rows(dout_ptr + (q_head * D)[:, None], row, dout_stride, ok, D, DP)
+    out = _rows(out_ptr + (q_head * D)[:, None], row, out_stride, ok, D, DP)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + at_head, delta, mask=exists_m)
+    lse2 = tl.load(lse_ptr + at_head, mask=ok, other=float("inf")) * 1.4426950408889634
+    k_diag_ptr += head * D
+    v_diag_ptr += head * D
+    dk_diag_ptr += head * D
+    dv_diag_ptr += head * D
+
+    dq = tl.zeros([BM, DP], tl.float32)
+    for f0 in range(0, num_diag * BR, BN):
+        step, own, diag_row, exists = _diag_keys(pos_ptr, tile, f0 + n, num_diag, M, BR)
+        step = step.to(tl.int64)[:, None]
+        k = _rows(k_diag_ptr + step * k_diag_step, diag_row, k_diag_stride, exists, D, DP)
+        v = _rows(v_diag_ptr + step * v_diag_step, diag_row, v_diag_stride, exists, D, DP)
+        seen = exists[None, :] & (own[None, :] == (m // G)[:, None])
+        p, ds = _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, True, PRECISION)
+        ds = ds.to(q.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * scale
+        _add_rows(dk_diag_ptr + step * dk_diag_step, diag_row, dk_diag_stride, exists, dk, D, DP)
+        dv = tl.dot(tl.trans(p.to(q.dtype)), dout, input_precision=PRECISION)
+        _add_rows(dv_diag_ptr + step * dv_diag_step, diag_row, dv_diag_stride, exists, dv, D, DP)
+
+    first, full_first, full_end, end = _key_blocks(lo, hi, full_lo, full_hi, BN)
+    skip = full_end - full_first
+    for b in range(first, end - skip):
+        start = tl.where(b < full_first, b, b + skip) * BN
+        key = start + n
+        k = _keys(k0_ptr, start, kv_head, k0_stride, N, False, TMA, D, DP, BN)
+        v = _keys(v0_ptr, start, kv_head, v0_stride, N, False, TMA, D, DP, BN)
+        seen = (key[None, :] >= doc[:, None]) & (key[None, :] <= pos[:, None])
+        p, ds = _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, True, PRECISION)
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
+    for b in tl.range(full_first, full_end, warp_specialize=WS):
+        k = _keys(k0_ptr, b * BN, kv_head, k0_stride, N, True, TMA, D, DP, BN)
+        v = _keys(v0_ptr, b * BN, kv_head, v0_stride, N, True, TMA, D, DP, BN)
+        p, ds = _p_ds(q, k, v, dout, lse2, delta, True, scale_log2, False, PRECISION)
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
+
+    at = dq_ptr + (row.to(tl.int64) * dq_stride + q_head * D)[:, None] + d[None, :]
+    tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=exists_m[:, None] & (d < D)[None, :])
+
+
+@_jit(do_not_specialize=["M", "num_tiles"])
+def _tile_bounds_kernel(
+    pos_ptr,  # [M]
+    doc_ptr,  # [M]
+    bounds_ptr,  # [4, num_tiles] int32: lo, hi, full_lo, full_hi
+    M,
+    num_tiles,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    row = (tile.to(tl.int64) * BM + tl.arange(0, BM)) // G
+    pos = tl.load(pos_ptr + row, mask=row < M, other=-1).to(tl.int32)
+    ok = pos >= 0
+    doc = tl.load(doc_ptr + row, mask=ok, other=0).to(tl.int32)
+    tl.store(bounds_ptr + tile, tl.min(tl.where(ok, doc, 2**31 - 1), 0))
+    tl.store(bounds_ptr + num_tiles + tile, tl.max(tl.where(ok, pos + 1, 0), 0))
+    tl.store(bounds_ptr + 2 * num_tiles + tile, tl.max(tl.where(ok, doc, 0), 0))
+    tl.store(bounds_ptr + 3 * num_tiles + tile, tl.min(pos + 1, 0))  # 0 where a row is padding: never seen in full
+
+
+@_jit(do_not_specialize=["N", "num_tiles"])
+def _tile_index_kernel(
+    bounds_ptr,  # [4, num_tiles] int32
+    tiles_ptr,  # [key blocks, num_tiles] int32: tiles seeing the whole block from the left, in part from the right
+    counts_ptr,  # [key blocks, 2] int32: how many of each
+    N,
+    num_tiles,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    start = (block * BN).to(tl.int32)
+    tiles_ptr += block * num_tiles
+    num_whole = 0
+    num_part = 0
+    for t0 in range(0, num_tiles, CHUNK):
+        t = t0 + tl.arange(0, CHUNK)
+        exists = t < num_tiles
+        lo = tl.load(bounds_ptr + t, mask=exists, other=0)
+        hi = tl.load(bounds_ptr + num_tiles + t, mask=exists, other=0)
+        full_lo = tl.load(bounds_ptr + 2 * num_tiles + t, mask=exists, other=0)
+        full_hi = tl.load(bounds_ptr + 3 * num_tiles + t, mask=exists, other=0)
+        sees = exists & (lo < tl.minimum(start + BN, N)) & (hi > start)
+        whole = sees & (full_lo <= start) & (full_hi >= start + BN)
+        part = sees & ~whole
+        whole_rank = tl.cumsum(whole.to(tl.int32), 0)
+        part_rank = tl.cumsum(part.to(tl.int32), 0)
+        tl.store(tiles_ptr + num_whole + whole_rank - 1, t, mask=whole)
+        tl.store(tiles_ptr + num_tiles - num_part - part_rank, t, mask=part)
+        num_whole += tl.sum(whole.to(tl.int32), 0)
+        num_part += tl.sum(part.to(tl.int32), 0)
+    tl.store(counts_ptr + 2 * block, num_whole)
+    tl.store(counts_ptr + 2 * block + 1, num_part)
+
+
+@_jit()
+def _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """dK, dV [BN, DP] of one query tile, on transposed scores [BN, BM]."""
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = tl.math.exp2(s * scale_log2 - (lse * 1.4426950408889634)[None, :])
+    if MASKED:
+        p = tl.where(seen, p, 0.0)
+    dv = tl.dot(p.to(q.dtype), dout, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@_jit(do_not_specialize=["M", "N", "num_tiles"])
+def _ttt_attention_bwd_kv_kernel(
+    dout_ptr,  # [M, Hq, D]
+    q_ptr,  # [M, Hq, D]
+    k0_ptr,  # [N, Hkv, D]
+    v0_ptr,
+    pos_ptr,  # [M]
+    doc_ptr,  # [M]
+    lse_ptr,  # [M, Hq] fp32
+    delta_ptr,  # [M, Hq] fp32
+    tiles_ptr,  # [key blocks, num_tiles] int32
+    counts_ptr,  # [key blocks, 2] int32
+    dk0_ptr,  # [N, Hkv, D] written, or added to
+    dv0_ptr,
+    scale,
+    scale_log2,
+    M,
+    N,
+    num_tiles,
+    dout_stride,
+    q_stride,
+    k0_stride,
+    v0_stride,
+    dk0_stride,
+    dv0_stride,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
+    num_whole = tl.load(counts_ptr + 2 * block)
+    num_part = tl.load(counts_ptr + 2 * block + 1)
+    if ACCUMULATE and num_whole + num_part == 0:
+        return
+    tiles_ptr += block * num_tiles
+    heads = tl.num_programs(0) * G
+    key = (block * BN).to(tl.int32) + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    k = _rows(k0_ptr + head * D, key, k0_stride, key < N, D, DP)
+    v = _rows(v0_ptr + head * D, key, v0_stride, key < N, D, DP)
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DP], tl.float32)
+    for it in range(num_part):
+        flat = tl.load(tiles_ptr + num_tiles - 1 - it).to(tl.int64) * BM + m
+        row = flat // G
+        q_head = head * G + flat % G
+        pos = tl.load(pos_ptr + row, mask=row < M, other=-1).to(tl.int32)
+        ok = pos >= 0
+        doc = tl.load(doc_ptr + row, mask=ok, other=0).to(tl.int32)
+        q = _rows(q_ptr + (q_head * D)[:, None], row, q_stride, ok, D, DP)
+        dout = _rows(dout_ptr + (q_head * D)[:, None], row, dout_stride, ok, D, DP)
+        lse = tl.load(lse_ptr + row * heads + q_head, mask=ok, other=float("inf"))
+        delta = tl.load(delta_ptr + row * heads + q_head, mask=ok, other=0.0)
+        seen = (key[:, None] >= doc[None, :]) & (key[:, None] <= pos[None, :])
+        dk, dv = _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, True, PRECISION)
+    for it in range(num_whole):
+        flat = tl.load(tiles_ptr + it).to(tl.int64) * BM + m
+        row = flat // G
+        q_head = head * G + flat % G
+        q = _rows(q_ptr + (q_head * D)[:, None], row, q_stride, None, D, DP)
+        dout = _rows(dout_ptr + (q_head * D)[:, None], row, dout_stride, None, D, DP)
+        lse = tl.load(lse_ptr + row * heads + q_head)
+        delta = tl.load(delta_ptr + row * heads + q_head)
+        dk, dv = _add_tile(dk, dv, k, v, q, dout, lse, delta, True, scale_log2, False, PRECISION)
+
+    d = tl.arange(0, DP)
+    mask = (key < N)[:, None] & (d < D)[None, :]
+    dk *= scale
+    dk0_at = dk0_ptr + head * D + key.to(tl.int64)[:, None] * dk0_stride + d[None, :]
+    dv0_at = dv0_ptr + head * D + key.to(tl.int64)[:, None] * dv0_stride + d[None, :]
+    if ACCUMULATE:
+        dk += tl.load(dk0_at, mask=mask, other=0.0)
+        dv += tl.load(dv0_at, mask=mask, other=0.0)
+    tl.store(dk0_at, dk.to(dk0_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv0_at, dv.to(dv0_ptr.dtype.element_ty), mask=mask)
+
+
+def _config(q: Tensor, k0: Tensor) -> TTTAttentionConfig:
+    arch = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    return ttt_attention_config(q.shape[2], q.shape[1] // k0.shape[1], q.dtype, arch)
+
+
+def _constants(q: Tensor, k0: Tensor) -> dict:
+    dim = q.shape[2]
+    return dict(
+        G=q.shape[1] // k0.shape[1],
+        D=dim,
+        DP=triton.next_power_of_2(dim),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    )
+
+
+def _described(keys: Tensor, tile: Tile) -> Tensor | TensorDescriptor:
+    if not tile.tma:
+        return keys
+    n, heads, dim = keys.shape
+    return TensorDescriptor(keys, [n, heads * dim], [keys.stride(0), 1], [tile.keys, triton.next_power_of_2(dim)])
+
+
+def _ttt_attention_fwd(
+    q: Tensor,  # [M, Hq, D], rows may be strided, heads and D contiguous (all tensors here)
+    k0: Tensor,  # [N, Hkv, D]
+    v0: Tensor,  # [N, Hkv, D]
+    k_diag: Tensor,  # [i, M', Hkv, D], M' >= M; i may be 0
+    v_diag: Tensor,  # [i, M', Hkv, D]
+    pos: Tensor,  # [M] int32 or int64
+    doc_start: Tensor,  # [M] like pos
+    scale: float,
+    out: Tensor | None = None,  # [M, Hq, D] written
+    lse: Tensor | None = None,  # [M, Hq] fp32 contiguous, written
+    config: TTTAttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:  # out, lse
+    """One step's forward. Launches one kernel; allocates only what is not given."""
+    m, heads, dim = q.shape
+    out = torch.empty((m, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
+    lse = torch.empty((m, heads), dtype=torch.float32, device=q.device) if lse is None else lse
+    if m == 0:
+        return out, lse
+    tile = (config or _config(q, k0)).fwd
+    constants = _constants(q, k0)
+    positions = tile.rows // constants["G"]
+    _ttt_attention_fwd_kernel[(k0.shape[1], triton.cdiv(m, positions))](
+        q,
+        _described(k0, tile),
+        _described(v0, tile),
+        k_diag,
+        v_diag,
+        pos,
+        doc_start,
+        out,
+        lse,
+        scale * LOG2E,
+        m,
+        k0.shape[0],
+        k_diag.shape[0],
+        q.stride(0),
+        k0.stride(0),
+        v0.stride(0),
+        *k_diag.stride()[:2],
+        *v_diag.stride()[:2],
+        out.stride(0),
+        BM=tile.rows,
+        BN=tile.keys,
+        BR=positions,
+        TMA=tile.tma,
+        WS=tile.ws,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **constants,
+    )
+    return out, lse
+
+
+def _ttt_attention_bwd_q(
+    dout: Tensor,  # [M, Hq, D]
+    q: Tensor,  # [M, Hq, D]
+    k0: Tensor,  # [N, Hkv, D]
+    v0: Tensor,  # [N, Hkv, D]
+    k_diag: Tensor,  # [i, M', Hkv, D]
+    v_diag: Tensor,  # [i, M', Hkv, D]
+    pos: Tensor,  # [M]
+    doc_start: Tensor,  # [M]
+    out: Tensor,  # [M, Hq, D] of the forward
+    lse: Tensor,  # [M, Hq]
+    scale: float,
+    dk_diag: Tensor,  # [i, M', Hkv, D] added to; fp32 where several steps meet
+    dv_diag: Tensor,  # [i, M', Hkv, D] added to
+    dq: Tensor | None = None,  # [M, Hq, D] written
+    delta: Tensor | None = None,  # [M, Hq] fp32 contiguous, written
+    config: TTTAttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:  # dq, delta
+    """One step's gradient of the queries and of its diagonal terms, and the delta `_ttt_attention_bwd_kv` needs."""
+    m, heads, dim = q.shape
+    dq = torch.empty((m, heads, dim), dtype=q.dtype, device=q.device) if dq is None else dq
+    delta = torch.empty((m, heads), dtype=torch.float32, device=q.device) if delta is None else delta
+    if m == 0:
+        return dq, delta
+    tile = (config or _config(q, k0)).bwd_q
+    constants = _constants(q, k0)
+    positions = tile.rows // constants["G"]
+    _ttt_attention_bwd_q_kernel[(k0.shape[1], triton.cdiv(m, positions))](
+        dout,
+        q,
+        _described(k0, tile),
+        _described(v0, tile),
+        k_diag,
+        v_diag,
+        pos,
+        doc_start,
+        out,
+        lse,
+        dq,
+        delta,
+        dk_diag,
+        dv_diag,
+        scale,
+        scale * LOG2E,
+        m,
+        k0.shape[0],
+        k_diag.shape[0],
+        dout.stride(0),
+        q.stride(0),
+        k0.stride(0),
+        v0.stride(0),
+        *k_diag.stride()[:2],
+        *v_diag.stride()[:2],
+        out.stride(0),
+        dq.stride(0),
+        *dk_diag.stride()[:2],
+        *dv_diag.stride()[:2],
+        BM=tile.rows,
+        BN=tile.keys,
+        BR=positions,
+        TMA=tile.tma,
+        WS=tile.ws,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **constants,
+    )
+    return dq, delta
+
+
+def _ttt_attention_index(
+    pos: Tensor,  # [M]
+    doc_start: Tensor,  # [M]
+    num_keys: int,  # N
+    group: int,  # Hq / Hkv
+    tile: Tile,  # config.bwd_kv
+) -> tuple[Tensor, Tensor]:  # tiles [key blocks, tiles] int32, counts [key blocks, 2] int32
+    """Which query tiles see each key block; built on the device, no host sync. Depends on pos and doc_start alone."""
+    num_tiles = triton.cdiv(pos.shape[0] * group, tile.rows)
+    blocks = triton.cdiv(num_keys, tile.keys)
+    bounds = torch.empty((4, num_tiles), dtype=torch.int32, device=pos.device)
+    tiles = torch.empty((blocks, num_tiles), dtype=torch.int32, device=pos.device)
+    counts = torch.empty((blocks, 2), dtype=torch.int32, device=pos.device)
+    _tile_bounds_kernel[(num_tiles,)](pos, doc_start, bounds, pos.shape[0], num_tiles, G=group, BM=tile.rows)
+    _tile_index_kernel[(blocks,)](bounds, tiles, counts, num_keys, num_tiles, BN=tile.keys, CHUNK=1024)
+    return tiles, counts
+
+
+def _ttt_attention_bwd_kv(
+    dout: Tensor,  # [M, Hq, D]; M rows of one step, or the rows of several steps one after the other
+    q: Tensor,  # [M, Hq, D]
+    k0: Tensor,  # [N, Hkv, D]
+    v0: Tensor,  # [N, Hkv, D]
+    pos: Tensor,  # [M]
+    doc_start: Tensor,  # [M]
+    lse: Tensor,  # [M, Hq] fp32 contiguous
+    delta: Tensor,  # [M, Hq] fp32 contiguous, of `_ttt_attention_bwd_q`
+    scale: float,
+    dk0: Tensor,  # [N, Hkv, D]; fp32 where calls accumulate
+    dv0: Tensor,  # [N, Hkv, D]
+    accumulate: bool,  # add to dk0, dv0 instead of overwriting them
+    index: tuple[Tensor, Tensor] | None = None,  # of `_ttt_attention_index`, when the caller keeps it
+    config: TTTAttentionConfig | None = None,
+) -> None:
+    """Gradient of K^0, V^0."""
+    if q.shape[0] == 0 or k0.shape[0] == 0:
+        if not accumulate:
+            dk0.zero_(), dv0.zero_()
+        return
+    tile = (config or _config(q, k0)).bwd_kv
+    constants = _constants(q, k0)
+    tiles, counts = index or _ttt_attention_index(pos, doc_start, k0.shape[0], constants["G"], tile)
+    _ttt_attention_bwd_kv_kernel[(k0.shape[1], tiles.shape[0])](
+        dout,
+        q,
+        k0,
+        v0,
+        pos,
+        doc_start,
+        lse,
+        delta,
+        tiles,
+        counts,
+        dk0,
+        dv0,
+        scale,
+        scale * LOG2E,
+        q.shape[0],
+        k0.shape[0],
+        tiles.shape[1],
+        dout.stride(0),
+        q.stride(0),
+        k0.stride(0),
+        v0.stride(0),
+        dk0.stride(0),
+        dv0.stride(0),
+        BM=tile.rows,
+        BN=tile.keys,
+        ACCUMULATE=accumulate,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **constants,
+    )
+
+
+class _TTTAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k0, v0, k_diag, v_diag, pos, doc_start, scale):
+        out, lse = _ttt_attention_fwd(q, k0, v0, k_diag, v_diag, pos, doc_start, scale)
+        ctx.save_for_backward(q, k0, v0, k_diag, v_diag, pos, doc_start, out, lse)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        q, k0, v0, k_diag, v_diag, pos, doc_start, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        dk_diag = torch.zeros(k_diag.shape, dtype=k_diag.dtype, device=q.device)
+        dv_diag = torch.zeros(v_diag.shape, dtype=v_diag.dtype, device=q.device)
+        dk0 = torch.empty(k0.shape, dtype=k0.dtype, device=q.device)
+        dv0 = torch.empty(v0.shape, dtype=v0.dtype, device=q.device)
+        dq, delta = _ttt_attention_bwd_q(
+            dout, q, k0, v0, k_diag, v_diag, pos, doc_start, out, lse, ctx.scale, dk_diag, dv_diag
+        )
+        _ttt_attention_bwd_kv(dout, q, k0, v0, pos, doc_start, lse, delta, ctx.scale, dk0, dv0, accumulate=False)
+        return dq, dk0, dv0, dk_diag, dv_diag, None, None, None
+
+
+def ttt_attention(
+    q: Tensor,  # [M, Hq, D] queries of one TTT step, rotated
+    k0: Tensor,  # [N, Hkv, D] rotated, finite
+    v0: Tensor,  # [N, Hkv, D] finite
+    k_diag: Tensor | None,  # [i, M', Hkv, D], M' >= M; None at step 0
+    v_diag: Tensor | None,  # [i, M', Hkv, D]
+    pos: Tensor,  # [M] int32 or int64, row in k0; below 0 is padding
+    doc_start: Tensor,  # [M] like pos, first row of the document
+    scale: float | None = None,  # > 0; 1/sqrt(D) unless given
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # out [M, Hq, D], lse [M, Hq] fp32, natural log, no gradient
+    """Differentiable attention of one step's queries. CPU tensors run `ttt_attention_ref`, CUDA tensors the kernels.
+
+    Raises ValueError for shapes that do not fit together and, on CUDA, for a head dim (64, 96, 128, 256 are covered), dtype
+    (bfloat16, float32), group (up to 32) or GPU (compute capability 8.0 and up) without a kernel. The values of pos and
+    doc_start are not checked (that would wait for the GPU): 0 <= doc_start <= pos < N.
+    """
+    if k_diag is None or v_diag is None:
+        if k_diag is not v_diag:
+            raise ValueError("give both k_diag and v_diag, or neither")
+        k_diag = v_diag = k0.new_empty((0, q.shape[0], *k0.shape[1:]))
+    _check(q, k0, v0, k_diag, v_diag, pos, doc_start, scale)
+    if not q.is_cuda:
+        return ttt_attention_ref(q, k0, v0, k_diag, v_diag, pos, doc_start, scale, return_lse)
+    if triton is None:
+        raise ValueError("ttt_attention on CUDA needs Triton: install it (pip install triton)")
+    _config(q, k0)
+    rows = [x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k0, v0, k_diag, v_diag)]
+    out, lse = _TTTAttention.apply(*rows, pos, doc_start, q.shape[2] ** -0.5 if scale is None else scale)
+    return (out, lse) if return_lse else out
+
+
+def _check(q, k0, v0, k_diag, v_diag, pos, doc_start, scale) -> None:
+    m, heads, dim = q.shape
+    n, kv_heads = k0.shape[:2]
+    shapes = f"q {tuple(q.shape)}, k0 {tuple(k0.shape)}, v0 {tuple(v0.shape)}, k_diag {tuple(k_diag.shape)}"
+    if k0.shape != (n, kv_heads, dim) or v0.shape != k0.shape or heads % kv_heads:
+        raise ValueError(f"expected q [M, Hq, D], k0 and v0 [N, Hkv, D] with Hq a multiple of Hkv; got {shapes}")
+    if k_diag.ndim != 4 or k_diag.shape[2:] != k0.shape[1:] or k_diag.shape[1] < m or v_diag.shape != k_diag.shape:
+        raise ValueError(
+            f"expected k_diag and v_diag [i, M', Hkv, D] with M' >= M; got {shapes}, v_diag {tuple(v_diag.shape)}"
+        )
+    if pos.shape != (m,) or doc_start.shape != (m,):
+        raise ValueError(
+            f"pos {tuple(pos.shape)} and doc_start {tuple(doc_start.shape)} must have one entry per query row, {m}"
+        )
+    tensors = {"k0": k0, "v0": v0, "k_diag": k_diag, "v_diag": v_diag}
+    for name, x in tensors.items():
+        if x.dtype != q.dtype:
+            raise ValueError(f"q is {q.dtype} but {name} is {x.dtype}; cast one")
+    for name, x in {**tensors, "pos": pos, "doc_start": doc_start}.items():
+        if x.device != q.device:
+            raise ValueError(f"q is on {q.device} but {name} is on {x.device}; move one")
+    for name, x in {"pos": pos, "doc_start": doc_start}.items():
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
