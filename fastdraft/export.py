@@ -35,6 +35,7 @@ from fastdraft.model.config import (
     read_json,
     read_target_config,
     serving_layers,
+    serving_malformed,
     serving_refusals,
     serving_rope,
     target_rope,
@@ -330,6 +331,8 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
         config = read_json(path / CONFIG)
     except ValueError as error:
         return Findings([f"{error}."], [])
+    if malformed := serving_malformed(config):
+        return Findings(malformed, ["Nothing else was checked, config.json must be well-formed first."])
     errors, warnings = _field_problems(config, facts), _notes(config, target)
     try:
         tensors = _load_weights(path)
@@ -354,16 +357,17 @@ def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
             serving_rope(config)
         if "rope_theta" not in (config.get("rope_parameters") or {"rope_theta": None}):
             said.append("rope_parameters has no rope_theta; write it there too, it is read before the one beside it.")
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         said.append(f"{error}.")
     try:
         layers = serving_layers(config, facts["num_hidden_layers"])
-        if not 0 <= layers[0] < layers[1] < layers[2] < facts["num_hidden_layers"]:
+        last = facts["num_hidden_layers"] - 2  # SGLang captures where a layer begins
+        if not 0 <= layers[0] < layers[1] < layers[2] <= last:
             said.append(
-                f"layer ids name the outputs of target layers {list(layers)} (from 0); three must ascend below the "
-                f"target's {facts['num_hidden_layers']} layers."
+                f"layer ids name the outputs of target layers {list(layers)} (from 0); they must ascend and "
+                f"stay within 0..{last}, the outputs SGLang can capture of {facts['num_hidden_layers']} layers."
             )
-    except (ValueError, TypeError, IndexError) as error:
+    except ValueError as error:
         said.append(f"{error}.")
     wide = config.get("target_hidden_size") or config.get("hidden_size")
     for key, value, law in (
@@ -373,7 +377,7 @@ def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         if value is not None and value != law:
             said.append(f"{key} is {value}, the target's is {law}; the draft was made for another target.")
     longest, needed = config.get("max_position_embeddings"), facts["max_position_embeddings"]
-    if isinstance(longest, int) and longest < needed:
+    if longest is not None and longest < needed:
         said.append(
             f"max_position_embeddings is {longest}, the target's {needed}; SGLang refuses longer contexts and vLLM stops "
             f"drafting there: write at least {needed}."
@@ -384,10 +388,12 @@ def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 def _notes(config: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """Legal, and worth a look: RoPE other than the target's, layer ids that say only the default."""
     notes, default = [], default_layers(target["num_hidden_layers"])
-    with suppress(ValueError, TypeError):  # an error of _field_problems
+    if not (target.get("dtype") or target.get("torch_dtype")):
+        notes.append("The target's config.json does not say its dtype, so the weights' dtype was not compared with it.")
+    with suppress(ValueError):  # an error of _field_problems
         if config.get("eagle_config") and serving_layers(config, target["num_hidden_layers"]) == default:
             notes.append("eagle_config names the default layers; it can be left out.")
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError):
         rope = serving_rope(config)
         try:
             theirs: dict[str, Any] | str = canonical_rope(target_rope(target) or {})

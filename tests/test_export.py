@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ SHAPES = {
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
         "fc_norm": True,
-        "layers": (2, 3, 7),
+        "layers": (2, 3, 6),
         "rope_parameters": LLAMA3,
     },
 }
@@ -252,6 +253,8 @@ FAULTS = {
         ["layer ids disagree", "[1, 3, 6]"],
     ),
     "ids beyond": (setting(eagle_config={IDS: [0, 2, 8]}, **{IDS: [1, 3, 9]}), ["[0, 2, 8]", "8 layers"]),
+    "id of the last layer": (setting(eagle_config={IDS: [0, 2, 7]}, **{IDS: [1, 3, 8]}), ["[0, 2, 7]", "0..6"]),
+    "two ids": (setting(eagle_config={IDS: [0, 2]}, **{IDS: [1, 3]}), ["[0, 2]", "list of three integers"]),
     "ids twice": (setting(eagle_config={IDS: [0, 2, 2]}, **{IDS: [1, 3, 3]}), ["[0, 2, 2]", "ascend"]),
     "dtype said twice": (setting(torch_dtype="float16"), ["torch_dtype is float16", "float32"]),
     "heads do not divide": (setting(num_key_value_heads=3), ["num_key_value_heads 3"]),
@@ -277,9 +280,32 @@ def test_verify_names_the_fault(fault, sound, tmp_path, target_dir):
     assert said and all(word in said for word in words), said
 
 
+@pytest.mark.parametrize("junk", ["x", [], {}, -1, 0.5, True, [[1]], {"a": 1}], ids=repr)
+def test_no_field_value_breaks_verify_or_load(junk, sound, tmp_path, target_dir):
+    path = tmp_path / "draft"
+    shutil.copytree(sound, path)
+    config = json.loads((sound / "config.json").read_text())
+    harmless = {"bos_token_id", "eos_token_id", "use_cache", "initializer_range", "rms_norm_eps", "max_position_embeddings"}
+    extra = ("eagle_config", IDS, "target_hidden_size", "layer_types", "quantization_config", "partial_rotary_factor")
+    for key in [*config, *extra]:
+        (path / "config.json").write_text(json.dumps(config | {key: junk}))
+        errors = verify(path, target_dir).errors
+        if junk in ("x", -1) and key not in harmless:
+            assert errors, key
+        with suppress(ValueError):
+            load_draft(path, target_config())
+
+
 def test_verify_wrong_dtype_for_the_target(tmp_path, target_dir):
     found = verify(export_draft(random_draft(), tmp_path / "draft", torch.bfloat16), target_dir)
     assert found.errors == ["Weights are bfloat16, the target's are float32; export with the target's dtype."]
+
+
+def test_verify_says_when_the_target_has_no_dtype(sound, tmp_path):
+    config = {k: v for k, v in target_config().to_dict().items() if k != "dtype"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    errors, warnings = verify(sound, tmp_path)
+    assert errors == [] and len(warnings) == 1 and "does not say its dtype" in warnings[0]
 
 
 def test_verify_warns_of_another_rope_and_of_needless_ids(sound, tmp_path, target_dir):

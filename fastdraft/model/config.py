@@ -53,6 +53,26 @@ TRAINED_AS: dict[str, Any] = {
     "quantization_config": None,
 }
 
+# what a serving field must be where it is given; a float may be written as an integer
+SERVING_TYPES: dict[type, tuple[str, ...]] = {
+    int: (
+        "hidden_size",
+        "target_hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "draft_vocab_size",
+        "max_position_embeddings",
+    ),
+    float: ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range"),
+    bool: ("fc_norm",),
+    str: ("dtype", "torch_dtype"),
+    dict: ("rope_parameters", "rope_scaling", "eagle_config"),
+    list: (LAYER_IDS, "layer_types"),
+}
+
 
 def default_layers(num_target_layers: int) -> tuple[int, int, int]:
     """Layers whose outputs feed the draft when nobody chooses: 1, n//2 - 1, n - 4, counted from 0."""
@@ -103,9 +123,10 @@ class DraftConfig(BaseModel):
                 f"{self.rope_parameters.get('partial_rotary_factor', 1.0)} leave it {rotary_dim}; choose an even number"
             )
         low, mid, high = self.layers
-        if not 0 <= low < mid < high < self.num_target_layers:
+        last = self.num_target_layers - 2  # SGLang captures where a layer begins, so never the output of the last one
+        if not 0 <= low < mid < high <= last:
             raise ValueError(
-                f"layers {list(self.layers)} must ascend and lie in 0..{self.num_target_layers - 1}"
+                f"layers {list(self.layers)} must ascend and lie in 0..{last}, the outputs SGLang can capture"
                 + ("; a target needs at least 7 layers for the defaults" if self.num_target_layers < 7 else "")
             )
         return self
@@ -238,7 +259,7 @@ class DraftConfig(BaseModel):
         Raises ValueError, a sentence for each, where the checkpoint asks for a forward this trainer does not train, says
         one thing to SGLang and another to vLLM, or lacks a field.
         """
-        problems = serving_refusals(config)
+        problems = serving_malformed(config) or serving_refusals(config)
         needed = (
             "hidden_size",
             "intermediate_size",
@@ -351,15 +372,22 @@ def canonical_rope(rope: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_parameters needs rope_theta; it has {sorted(rope)}")
     if fields.get("partial_rotary_factor") == 1:
         del fields["partial_rotary_factor"]
+    needed, optional = ROPE_FIELDS[kind]
+    for key in ("rope_theta", "partial_rotary_factor", *needed):
+        if key in fields and (
+            isinstance(fields[key], bool) or not isinstance(fields[key], (int, float)) or fields[key] <= 0
+        ):
+            raise ValueError(f"rope_parameters.{key} is {fields[key]!r}; it must be a number above 0")
+    if fields.get("partial_rotary_factor", 1) > 1:
+        raise ValueError(f"partial_rotary_factor is {fields['partial_rotary_factor']}; it must be at most 1")
+    if lacking := [key for key in needed if key not in fields]:
+        raise ValueError(f"rope_type {kind!r} needs {', '.join(lacking)}; rope_parameters has {sorted(rope)}")
     if kind == "yarn":
-        usual = 0.1 * math.log(fields.get("factor", 1.0)) + 1.0
+        usual = 0.1 * math.log(fields["factor"]) + 1.0
         without_effect = {"attention_factor": usual, "attn_factor": 1.0, "extrapolation_factor": 1.0}
         for key, value in without_effect.items():
             if key in fields and math.isclose(fields[key], value, rel_tol=1e-6):
                 del fields[key]
-    needed, optional = ROPE_FIELDS[kind]
-    if lacking := [key for key in needed if key not in fields]:
-        raise ValueError(f"rope_type {kind!r} needs {', '.join(lacking)}; rope_parameters has {sorted(rope)}")
     order = ("rope_theta", "partial_rotary_factor", *needed, *optional)
     if unknown := [key for key in fields if key not in order]:
         raise ValueError(
@@ -394,6 +422,24 @@ def target_rope(target: dict[str, Any]) -> dict[str, Any] | None:
 
 
 # --- the engines' config.json ----------------------------------------------------------------------------------------
+
+
+def serving_malformed(config: dict[str, Any]) -> list[str]:
+    """Sentences on fields of a config.json that are of the wrong kind; empty when none is."""
+    said = []
+    for kind, keys in SERVING_TYPES.items():
+        for key in keys:
+            value = config.get(key)
+            right = type(value) is kind or (kind is float and type(value) is int)
+            if value is not None and (not right or (kind in (int, float) and value <= 0)):
+                wanted = f"{kind.__name__} above 0" if kind in (int, float) else kind.__name__
+                said.append(f"{key} is {json.dumps(value)}, it must be a {wanted}.")
+    if not said:
+        nested = (config.get("eagle_config") or {}).get(LAYER_IDS)
+        for key, ids in ((LAYER_IDS, config.get(LAYER_IDS)), (f"eagle_config.{LAYER_IDS}", nested)):
+            if ids is not None and (type(ids) is not list or any(type(x) is not int for x in ids) or len(ids) != 3):
+                said.append(f"{key} is {json.dumps(ids)}, it must be a list of three integers.")
+    return said
 
 
 def serving_refusals(config: dict[str, Any]) -> list[str]:
@@ -471,7 +517,7 @@ def init_config(target_dir: Path | str, **overrides: Any) -> str:
         "num_key_value_heads": "",
         "head_dim": "",
         "draft_vocab_size": f"most frequent target tokens the draft can propose, at most {c.vocab_size}",
-        "layers": f"target layers whose outputs the draft reads, from 0, ascending, below {c.num_target_layers}",
+        "layers": f"target layers whose outputs the draft reads, from 0, ascending, at most {c.num_target_layers - 2}",
         "fc_norm": "normalise each of the three states before fc (EAGLE-3.1)",
         "rms_norm_eps": "",
         "rope_parameters": "of the target; for several by layer type, that of full attention",

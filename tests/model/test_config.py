@@ -137,6 +137,9 @@ def test_yarn_original_length_comes_from_the_target_when_unsaid():
         ),
         ({"rope_type": "default", "rope_theta": 1e4, "facter": 8.0}, "facter"),
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}, "dynamic"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": "8"}, "factor is '8'"),
+        ({"rope_type": "default", "rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}, "at most 1"),
     ],
 )
 def test_rope_that_engines_would_read_differently_is_refused(rope, words):
@@ -169,8 +172,8 @@ def test_overrides():
         DraftConfig.from_target(LLAMA, hidden_size="wide")
     with pytest.raises(ValueError, match="draft_vocab_size 200000 is larger than vocab_size 128256"):
         DraftConfig.from_target(LLAMA, draft_vocab_size=200000)
-    with pytest.raises(ValueError, match=r"layers \[3, 9, 32\] must ascend and lie in 0\.\.31"):
-        DraftConfig.from_target(LLAMA, layers=[3, 9, 32])
+    with pytest.raises(ValueError, match=r"layers \[3, 9, 31\] must ascend and lie in 0\.\.30"):
+        DraftConfig.from_target(LLAMA, layers=[3, 9, 31])
     with pytest.raises(ValueError, match="leave it 5; choose an even number"):
         DraftConfig.from_target(LLAMA, head_dim=5)
 
