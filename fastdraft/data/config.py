@@ -1,0 +1,34 @@
+"""The `data:` section of a training config."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class DataConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    paths: list[str] = Field(min_length=1)  # JSONL (.jsonl, .json, .ndjson, also .gz) or .parquet; glob patterns allowed
+    eval_paths: list[str] = []
+    eval_fraction: float = Field(0.05, ge=0, lt=1)  # of conversations, by content hash; used when eval_paths is empty
+    max_length: int = Field(4096, ge=3)  # tokens of one sample; three is the least that can train anything
+    on_too_long: Literal["split", "truncate"] = "split"
+    on_bad_line: Literal["error", "skip"] = "error"
+    train_on: Literal["all", "last_turn"] = "all"  # which assistant turns
+    pack_tokens: int = 4096  # token budget of one pack
+    seed: int = 0
+    cache_dir: str | None = None  # None: ~/.cache/fastdraft
+    num_workers: int | None = Field(None, ge=0)  # None: one per core, but none below 32 MB of input; 0: no processes
+    chat_template: str | None = None  # path of a Jinja file used instead of the tokenizer's template
+    chat_template_kwargs: dict[str, Any] = {}  # passed to the template, e.g. enable_thinking: false
+
+    @model_validator(mode="after")
+    def _packs_hold_samples(self) -> DataConfig:
+        if self.max_length > self.pack_tokens:
+            raise ValueError(
+                f"max_length {self.max_length} is more than pack_tokens {self.pack_tokens}: a sample must fit one pack; "
+                f"lower data.max_length or raise data.pack_tokens"
+            )
+        return self

@@ -1,0 +1,269 @@
+"""Lines of JSONL or rows of Parquet, in the shapes people keep chats in, to one normal form.
+
+Shapes: OpenAI `messages` (with `tools`, `reasoning_content`, `tool_calls`), ShareGPT `conversations` (`from`/`value` or
+`role`/`content`), pre-tokenised `input_ids` + `loss_mask`. JSONL is read here line by line and not through `datasets`, whose
+Arrow typing gives every line the union of all lines' keys (wrong tool arguments) and no line numbers.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# What ShareGPT files call the roles.
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+SHAPES = ("messages", "conversations", "input_ids")
+
+
+class BadLine(ValueError):
+    """One line that cannot be used: `FILE:LINE: reason`."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where, self.reason = where, reason
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Either messages (in the form chat templates read) with tools, or tokens with their mask."""
+
+    where: str  # FILE:LINE, lines and Parquet rows counted from 1
+    key: int  # 64-bit hash of the content
+    messages: tuple[dict, ...] = ()
+    tools: list[dict] | None = None
+    input_ids: np.ndarray | None = None  # [L] int32
+    loss_mask: np.ndarray | None = None  # [L] bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of JSONL as bytes or a row of Parquet as a dict, not yet looked into."""
+
+    where: str
+    content: bytes | dict
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else len(str(self.content))
+
+
+def expand(paths: list[str]) -> list[str]:
+    """Files named by paths and glob patterns, in order. ValueError for one that is missing, a folder, or of another kind."""
+    files = []
+    for path in paths:
+        path = os.path.expanduser(path)
+        found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if not found:
+            raise ValueError(f"{path}: no such file; check data.paths and data.eval_paths")
+        for file in found:
+            if os.path.isdir(file):
+                raise ValueError(f"{file} is a folder; name its files, for example {os.path.join(file, '*.jsonl')}")
+            if not file.removesuffix(".gz").endswith((".jsonl", ".json", ".ndjson", ".parquet")):
+                raise ValueError(f"{file}: neither JSONL (.jsonl, .json, .ndjson, also with .gz) nor .parquet by its name")
+            files.append(file)
+    return files
+
+
+def read_lines(path: str) -> Iterator[Line]:
+    """Non-blank lines or rows of one file. ValueError for an unreadable or empty file."""
+    empty = True
+    for line in _parquet_rows(path) if path.endswith(".parquet") else _jsonl_lines(path):
+        empty = False
+        yield line
+    if empty:
+        raise ValueError(f"{path}: empty, no conversation in it")
+
+
+def _jsonl_lines(path: str) -> Iterator[Line]:
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            for number, content in enumerate(file, 1):
+                content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
+                if content.strip():
+                    yield Line(f"{path}:{number}", content)
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _parquet_rows(path: str) -> Iterator[Line]:
+    try:
+        rows = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield Line(f"{path}:{number}", _without_nulls(row))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the null keys that Arrow's common struct type put into rows that never had them."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def parse(line: Line) -> Conversation:
+    """The line's conversation in normal form. BadLine says what is wrong with it."""
+    where, row = line.where, line.content
+    if isinstance(row, bytes):
+        try:
+            row = json.loads(row.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise BadLine(
+                where, f"not UTF-8: byte 0x{row[error.start]:02x} at position {error.start} of the line"
+            ) from error
+        except RecursionError as error:
+            raise BadLine(where, "JSON nested too deeply") from error
+        except ValueError as error:
+            raise BadLine(where, f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise BadLine(where, f"expected a JSON object, got {_kind(row)}")
+    shapes = [name for name in SHAPES if row.get(name) is not None]
+    if len(shapes) != 1:
+        has = f"has {' and '.join(shapes)}" if shapes else f"has none (keys: {', '.join(map(str, row)) or 'none'})"
+        raise BadLine(where, f"expected exactly one of messages, conversations or input_ids; {has}")
+    try:
+        if shapes == ["input_ids"]:
+            return _tokens(where, row)
+        tools = _json_if_string(row.get("tools") or None, "tools")
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+            raise ValueError(f"tools must be a list of objects, got {_kind(tools)}")
+        turns = _json_if_string(row[shapes[0]], shapes[0])
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"{shapes[0]} must be a non-empty list, got {_kind(turns)}")
+        messages = [_message(turn, i, sharegpt=shapes == ["conversations"]) for i, turn in enumerate(turns, 1)]
+        if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": row["system"]})
+        return Conversation(where, _key([messages, tools]), tuple(messages), tools)
+    except RecursionError as error:
+        raise BadLine(where, "JSON nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise BadLine(where, "holds half of a surrogate pair, which is no character") from error
+    except ValueError as error:
+        raise BadLine(where, str(error)) from error
+
+
+def _tokens(where: str, row: dict) -> Conversation:
+    ids, mask = row["input_ids"], row.get("loss_mask")
+    if mask is None:
+        raise ValueError("input_ids without loss_mask")
+    for name, value in (("input_ids", ids), ("loss_mask", mask)):
+        if not isinstance(value, list) or not all(isinstance(x, (int, np.integer)) for x in value):
+            raise ValueError(f"{name} must be a list of whole numbers, got {_kind(value)}")
+    if len(ids) != len(mask):
+        raise ValueError(f"{len(ids)} input_ids but {len(mask)} loss_mask entries")
+    if not ids:
+        raise ValueError("input_ids is empty")
+    if any(isinstance(x, bool) for x in ids):
+        raise ValueError("input_ids holds true or false where a token id belongs")
+    if min(ids) < 0 or max(ids) >= 2**31:
+        raise ValueError(f"token id {min(ids) if min(ids) < 0 else max(ids)} is outside 0 .. 2^31 - 1")
+    if min(mask) < 0 or max(mask) > 1:
+        raise ValueError(f"loss_mask must be 0 or 1, got {min(mask) if min(mask) < 0 else max(mask)}")
+    key = _key([ids, [int(x) for x in mask]])
+    return Conversation(where, key, input_ids=np.array(ids, dtype=np.int32), loss_mask=np.array(mask, dtype=bool))
+
+
+def _message(turn: Any, number: int, sharegpt: bool) -> dict:
+    if not isinstance(turn, dict):
+        raise ValueError(f"message {number} must be an object, got {_kind(turn)}")
+    if sharegpt:
+        message = {{"from": "role", "value": "content"}.get(k, k): v for k, v in turn.items()}
+    else:
+        message = dict(turn)
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise ValueError(f"message {number} needs a role, got {_kind(role)}")
+    if sharegpt:
+        message["role"] = SHAREGPT_ROLES.get(role, role)
+        if role == "function_call":
+            message = _function_call(message, number)
+    if message["role"] not in ROLES:
+        known = (*ROLES, *SHAREGPT_ROLES) if sharegpt else ROLES
+        raise ValueError(f"message {number} has role {role!r}; known roles: {', '.join(known)}")
+    message = {k: v for k, v in message.items() if v is not None}
+    message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
+    reasoning = message.get("reasoning_content")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise ValueError(f"message {number}: reasoning_content must be a string, got {_kind(reasoning)}")
+    if "tool_calls" in message:
+        calls = _json_if_string(message["tool_calls"], f"message {number}: tool_calls")
+        if not isinstance(calls, list):
+            raise ValueError(f"message {number}: tool_calls must be a list, got {_kind(calls)}")
+        message["tool_calls"] = [_tool_call(call, number) for call in calls]
+        if not calls:
+            del message["tool_calls"]
+    return message
+
+
+def _text(content: Any, number: int, needed: bool) -> str:
+    """Content as one string; templates that know only strings then work for OpenAI's lists of text parts too."""
+    if isinstance(content, str):
+        return content
+    if content is None and not needed:
+        return ""
+    if isinstance(content, list) and content:
+        for part in content:
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                kind = part.get("type") if isinstance(part, dict) else _kind(part)
+                raise ValueError(f"message {number}: content part {kind!r} is not text; only text can be trained on")
+        return "".join(part["text"] for part in content)
+    raise ValueError(f"message {number}: content must be a string or a list of text parts, got {_kind(content)}")
+
+
+def _tool_call(call: Any, number: int) -> dict:
+    """OpenAI sends `arguments` as a JSON string; chat templates (and the engines before they call one) use the object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"message {number}: a tool call must be an object with a function name, got {_kind(call)}")
+    arguments = _json_if_string(function.get("arguments") or {}, f"message {number}: arguments of {function['name']}")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"message {number}: arguments of {function['name']} must be an object, got {_kind(arguments)}")
+    function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def _function_call(message: dict, number: int) -> dict:
+    """ShareGPT's `function_call` turn: its text is the JSON of one call or of several."""
+    calls = _json_if_string(message.get("content"), f"message {number}: function_call")
+    calls = calls if isinstance(calls, list) else [calls]
+    return {**message, "content": "", "tool_calls": calls}
+
+
+def _json_if_string(value: Any, name: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is a string that is not JSON: {error}") from error
+
+
+def _key(content: Any) -> int:
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def _kind(value: Any) -> str:
+    """A value for an error message: its JSON type, and its beginning if that helps."""
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "nothing", bool: "a boolean"}
+    name = names.get(type(value), "a number")
+    return name if value is None else f"{name}: {str(value)[:40]}"

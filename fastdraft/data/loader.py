@@ -1,0 +1,137 @@
+"""Samples to batches: packs in an order that depends on seed and epoch alone, dealt to ranks, resumable to the pack.
+
+# n samples, N tokens of a pack
+An epoch shuffles the samples, packs them and shuffles the packs. Optimizer steps take packs_per_step packs off that stream,
+running over the end of an epoch into the next, so every step is full. Rank r of w takes packs r, r+w, ... of each step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+
+from fastdraft.batch import Batch
+from fastdraft.data.pack import pack
+from fastdraft.data.samples import flat, scan
+
+
+class Loader:
+    """Endless iterator over optimizer steps: each item is the list of this rank's batches, on the CPU.
+
+    `state_dict` after an item resumes with the item that would have come next, under any world size.
+    ValueError: packs_per_step not divisible by world_size, a sample longer than pack_tokens, nothing to train on.
+    """
+
+    def __init__(
+        self, dataset: Dataset, pack_tokens: int, packs_per_step: int, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if packs_per_step < 1 or packs_per_step % world_size:
+            raise ValueError(
+                f"packs_per_step {packs_per_step} must be a positive multiple of the {world_size} ranks that share each step"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+        self.pack_tokens, self.packs_per_step, self.seed = pack_tokens, packs_per_step, seed
+        self.rank, self.world_size = rank, world_size
+        self._table = dataset.with_format("arrow")
+        self._usable, self._lengths, self._data = _survey(dataset)
+        self._epoch, self._next = 0, 0  # the next pack to hand out
+        self._packs = self._pack_epoch(0)
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of one epoch, over all ranks; the same in every epoch."""
+        return len(self._packs)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every sample once; the last may run into the next epoch."""
+        return -(-self.num_packs // self.packs_per_step)
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the packs' token budget that holds tokens."""
+        return float(self._lengths.sum() / (self.num_packs * self.pack_tokens))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "pack": self._next, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. ValueError when the data, pack_tokens or seed is not what the state was taken with."""
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"cannot resume at the same place in the data: {name} was {state.get(name)!r} and is {value!r}; "
+                    f"resume with the data and settings of the checkpoint, or start a new run from its weights"
+                )
+        if not 0 <= state["pack"] < self.num_packs or state["epoch"] < 0:
+            raise ValueError(
+                f"cannot resume at epoch {state['epoch']}, pack {state['pack']}: an epoch has {self.num_packs} packs"
+            )
+        self._epoch, self._next = state["epoch"], state["pack"]
+        self._packs = self._pack_epoch(self._epoch)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        batches = []
+        for i in range(self.packs_per_step):
+            if i % self.world_size == self.rank:
+                batches.append(_batch(self._table, self._packs[self._next]))
+            self._next += 1
+            if self._next == len(self._packs):
+                self._epoch, self._next = self._epoch + 1, 0
+                self._packs = self._pack_epoch(self._epoch)
+        return batches
+
+    def _identity(self) -> dict[str, Any]:
+        return {"data": self._data, "pack_tokens": self.pack_tokens, "seed": self.seed}
+
+    def _pack_epoch(self, epoch: int) -> list[np.ndarray]:
+        """The epoch's packs, each the rows of the data set that it holds."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self._usable))
+        packs = pack(self._lengths[order], self.pack_tokens)
+        return [self._usable[order[packs[p]]] for p in rng.permutation(len(packs))]
+
+
+def eval_batches(dataset: Dataset, pack_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Every sample once, over all ranks together, in an order of its own that never changes. A rank may get one batch more
+    than another. ValueError as for `Loader`."""
+    usable, lengths, _ = _survey(dataset)
+    table = dataset.with_format("arrow")
+    return (_batch(table, usable[rows]) for rows in pack(lengths, pack_tokens)[rank::world_size])
+
+
+def _survey(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
+    """Rows that train something, their lengths, and a hash of all tokens and masks. One pass over the data."""
+    lengths, trains = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+    digests = [hashlib.blake2b(digest_size=16) for _ in range(3)]
+    for ids, mask, n in scan(dataset):
+        starts = np.cumsum(n) - n
+        place = np.arange(len(ids)) - np.repeat(starts, n)  # of the token in its sample; 0 and 1 are never predicted
+        owner = np.repeat(np.arange(len(n)), n)
+        trains.append(np.bincount(owner[mask & (place >= 2)], minlength=len(n)) > 0)
+        lengths.append(n)
+        for digest, values in zip(digests, (ids.astype(np.int32), mask, n), strict=True):
+            digest.update(np.ascontiguousarray(values))
+    usable = np.flatnonzero(np.concatenate(trains))
+    if not len(usable):
+        raise ValueError(f"none of the {len(dataset)} samples has a trained token; check the roles and the chat template")
+    data = hashlib.blake2b(b"".join(d.digest() for d in digests), digest_size=16).hexdigest()
+    return usable, np.concatenate(lengths)[usable], data
+
+
+def _batch(table: Dataset, rows: np.ndarray) -> Batch:
+    piece: pa.Table = table[rows.tolist()]
+    ids, mask, lengths = flat(piece)
+    return Batch(
+        torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(mask.copy()), tuple(int(length) for length in lengths)
+    )

@@ -1,0 +1,306 @@
+"""Tokenise once: data files to a cached Arrow file of samples, split into train and eval.
+
+The cache key is the content of the data files, the tokenizer, the template and every setting that changes a sample, so a
+second run, or a change to anything else, reads what is there. Worker processes tokenise; this one reads lines and writes
+samples, in the order of the files, whatever the number of workers. What is written gets its final name when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import tokenizers
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdraft.data.config import DataConfig
+from fastdraft.data.conversations import BadLine, Line, expand, parse, read_lines
+from fastdraft.data.samples import SCHEMA, Sample, flat, record_batch
+from fastdraft.data.tokenize import ChatTokenizer
+
+FORMAT = 1  # raised when the same input makes other samples than before
+CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
+SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
+
+
+@dataclass
+class Stats:
+    """What came of the data. Counts of a data set with its own eval_paths are those of both together."""
+
+    conversations: int = 0
+    samples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    rewritten_conversations: int = 0  # split into one sample per turn, because the template rewrites earlier turns
+    long_samples: int = 0  # longer than max_length: split or truncated
+    untrained_samples: int = 0  # left out: no trained token in them
+    lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
+    skipped_lines: int = 0
+    skipped: list[str] = field(default_factory=list)  # FILE:LINE: reason, the first SKIPPED_KEPT
+    train_samples: int = 0
+    eval_samples: int = 0
+    from_cache: bool = False
+
+    def add(self, other: Stats) -> None:
+        for name, value in asdict(other).items():
+            if name != "from_cache":
+                setattr(self, name, getattr(self, name) + value)
+        del self.skipped[SKIPPED_KEPT:]
+
+    def lines(self) -> list[str]:
+        """The statistics as sentences for people."""
+        said = [
+            f"{self.conversations:,} conversations, {self.samples:,} samples ({self.train_samples:,} train, "
+            f"{self.eval_samples:,} eval), {self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
+            f"({self.trained_tokens / max(self.tokens, 1):.0%})"
+        ]
+        for count, what in (
+            (
+                self.rewritten_conversations,
+                "conversations became one sample per trained turn: the template rewrites earlier turns",
+            ),
+            (self.long_samples, "samples were longer than max_length"),
+            (self.untrained_samples, "samples were left out: no trained token in them"),
+            (self.lost_reasoning, "trained turns have reasoning that the chat template does not render: it is not trained"),
+            (self.skipped_lines, "malformed lines were skipped"),
+        ):
+            if count:
+                said.append(f"{count:,} {what}")
+        return said
+
+
+class Prepared(NamedTuple):
+    train: Dataset
+    eval: Dataset  # empty only when eval_fraction is 0 or there is a single conversation
+    stats: Stats
+
+
+def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
+    """Train and eval samples of the configured files, from the cache if they are there.
+
+    vocab_size is the target's: pre-tokenised ids are checked against it. Every process of a job may call this: one works, the
+    others wait for it. ValueError: a missing, unreadable or empty file; a bad line (unless on_bad_line is skip); a tokenizer or
+    template that cannot make a mask; nothing to train on. OSError when the cache cannot be written.
+    """
+    cache_dir = Path(config.cache_dir or Path.home() / ".cache" / "fastdraft").expanduser()
+    train_files, eval_files = expand(config.paths), expand(config.eval_paths)
+    chat = _chat_tokenizer(config, tokenizer, vocab_size)
+    parts = [_prepared(files, config, chat, cache_dir) for files in (train_files, eval_files) if files]
+    stats = Stats(from_cache=all(part.from_cache for _, part in parts))
+    for _, part in parts:
+        stats.add(part)
+    train = parts[0][0]
+    if not len(train):
+        skipped = f"; {stats.skipped_lines} malformed lines were skipped, first {stats.skipped[0]}" if stats.skipped else ""
+        raise ValueError(
+            f"{', '.join(config.paths)}: {stats.conversations} conversations, but no trained token in them: is there an "
+            f"assistant turn, does the loss_mask have a 1, and does max_length {config.max_length} reach it?{skipped}"
+        )
+    train, held_out = (train, parts[1][0]) if eval_files else _split(train, config.eval_fraction)
+    if eval_files and not len(held_out):
+        raise ValueError(f"{', '.join(config.eval_paths)}: no trained token in them; eval data needs assistant turns too")
+    stats.train_samples, stats.eval_samples = len(train), len(held_out)
+    return Prepared(train, held_out, stats)
+
+
+def first_samples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+) -> Iterator[Sample]:
+    """The samples of data.paths one by one as they are read, with no cache: for a preview. Errors as `prepare`'s."""
+    chat = _chat_tokenizer(config, tokenizer, vocab_size)
+    for path in expand(config.paths):
+        for line in read_lines(path):
+            try:
+                yield from chat(parse(line)).samples
+            except BadLine:
+                if config.on_bad_line == "error":
+                    raise
+
+
+def _chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> ChatTokenizer:
+    template = None
+    if config.chat_template is not None:
+        try:
+            template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"data.chat_template {config.chat_template}: cannot be read: {error}") from error
+    return ChatTokenizer(
+        tokenizer,
+        max_length=config.max_length,
+        on_too_long=config.on_too_long,
+        train_on=config.train_on,
+        chat_template=template,
+        chat_template_kwargs=config.chat_template_kwargs,
+        vocab_size=vocab_size,
+    )
+
+
+def _split(data: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    """Train and eval by conversation hash: all samples of a conversation, and its copies, fall on the same side.
+
+    Each side gets at least one conversation if there are two, however small the data.
+    """
+    keys = data.with_format("arrow")[:]["conversation"].to_numpy()
+    held_out = keys < np.uint64(fraction * 2**64)
+    if fraction and keys.min() != keys.max():
+        if not held_out.any():
+            held_out = keys == keys.min()
+        elif held_out.all():
+            held_out = keys != keys.max()
+    elif held_out.all():
+        held_out = np.zeros(len(keys), dtype=bool)
+    return tuple(data.select(np.flatnonzero(rows), keep_in_memory=True) for rows in (~held_out, held_out))
+
+
+def _prepared(files: list[str], config: DataConfig, chat: ChatTokenizer, cache_dir: Path) -> tuple[Dataset, Stats]:
+    """All samples of the files, tokenised now or before."""
+    folder = cache_dir / f"samples-{_cache_key(files, config, chat)}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        from_cache = folder.is_dir()
+        if not from_cache:
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            partial.mkdir()
+            try:
+                stats = _write(files, config, chat, partial / "samples.arrow")
+                (partial / "stats.json").write_text(json.dumps(asdict(stats)), encoding="utf-8")
+                partial.rename(folder)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"cannot write the token cache under {cache_dir}: {error.strerror or error}"
+                ) from error
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    stats = Stats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
+    stats.from_cache = from_cache
+    return Dataset.from_file(str(folder / "samples.arrow")), stats
+
+
+def _cache_key(files: list[str], config: DataConfig, chat: ChatTokenizer) -> str:
+    backend = getattr(chat.tokenizer, "backend_tokenizer", None)
+    settings = {
+        "format": FORMAT,
+        "versions": [transformers.__version__, tokenizers.__version__],
+        "tokenizer": backend.to_str() if backend is not None else type(chat.tokenizer).__name__,
+        "template": chat.chat_template or chat.tokenizer.chat_template,
+        "template_kwargs": chat.kwargs,
+        "vocab_size": chat.vocab_size,
+        "settings": config.model_dump(include={"max_length", "on_too_long", "on_bad_line", "train_on"}),
+    }
+    key = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"), digest_size=16)
+    for file in files:
+        with open(file, "rb") as opened:
+            key.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
+    return key.hexdigest()
+
+
+def _write(files: list[str], config: DataConfig, chat: ChatTokenizer, path: Path) -> Stats:
+    """Tokenise the files into one Arrow stream. Bad lines raise or are counted, in file order."""
+    stats = Stats()
+    skip = config.on_bad_line == "skip"
+    workers = config.num_workers
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if sum(map(os.path.getsize, files)) > 32 * 2**20 else 0
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+        _mapper(chat, skip, workers) as mapped,
+    ):
+        for batch, part, error in mapped(_chunks(files)):
+            if error is not None:
+                raise BadLine(*error)
+            stats.add(part)
+            if batch.num_rows:
+                writer.write_batch(batch)
+    return stats
+
+
+def _chunks(files: list[str]) -> Iterator[list[Line]]:
+    chunk, size = [], 0
+    for file in files:
+        for line in read_lines(file):
+            chunk.append(line)
+            size += line.num_bytes
+            if size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+Done = tuple[pa.RecordBatch, Stats, tuple[str, str] | None]  # samples, counts, and the (where, reason) that stopped it
+
+
+def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
+    stats, samples = Stats(), []
+    for line in chunk:
+        try:
+            done = chat(parse(line))
+        except BadLine as error:
+            if not skip:
+                return record_batch([]), stats, (error.where, error.reason)
+            stats.skipped_lines += 1
+            stats.skipped.append(str(error))
+            continue
+        samples += done.samples
+        stats.conversations += 1
+        stats.rewritten_conversations += done.rewritten
+        stats.long_samples += done.too_long
+        stats.untrained_samples += done.untrained
+        stats.lost_reasoning += done.lost_reasoning
+    batch = record_batch(samples)
+    ids, mask, _ = flat(pa.Table.from_batches([batch]))
+    stats.samples, stats.tokens, stats.trained_tokens = len(samples), len(ids), int(mask.sum())
+    return batch, stats, None
+
+
+@contextmanager
+def _mapper(chat: ChatTokenizer, skip: bool, workers: int):
+    """A function that maps chunks to what came of them, in order, with a bounded number of chunks in memory."""
+    if not workers:
+        yield lambda chunks: (_tokenize_chunk(chat, skip, chunk) for chunk in chunks)
+        return
+    # Spawned and not forked: this process may have threads and a GPU.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (chat, skip))
+
+    def mapped(chunks: Iterator[list[Line]]) -> Iterator[Done]:
+        waiting = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_in_worker, chunk))
+            if len(waiting) >= 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        yield mapped
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[ChatTokenizer, bool] | None = None  # of this worker process
+
+
+def _start_worker(chat: ChatTokenizer, skip: bool) -> None:
+    global _worker
+    _worker = chat, skip
+
+
+def _in_worker(chunk: list[Line]) -> Done:
+    return _tokenize_chunk(*_worker, chunk)

@@ -1,0 +1,251 @@
+"""A conversation to samples: tokens of the rendered chat template, and a mask of what the assistant generates.
+
+The mask is made on the TEXT of one rendering and carried to tokens by the offsets of one tokenisation of that whole text, so
+the tokens are those serving sees. A trained span is what the model must produce: from the end of the generation prompt to the
+end-of-turn token, without white space that the template sets after it. Nothing is known here about any particular template:
+`{% generation %}` spans say where the assistant speaks, and where a template has none, rendering messages[:k] with the generation
+prompt and messages[:k+1] does.
+
+A template that renders a turn differently once later turns follow (reasoning dropped, another closing token) never shows the
+model the whole conversation as one text. Such a conversation becomes one sample per trained turn, each as it is at its turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fastdraft.data.conversations import BadLine, Conversation
+from fastdraft.data.samples import Sample
+
+Span = tuple[int, int]  # character positions in a rendered text, end exclusive
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    samples: list[Sample]  # each trains something and is at most max_length long
+    rewritten: bool = False  # split, because the template rewrites earlier turns
+    too_long: int = 0  # samples that max_length split or truncated
+    untrained: int = 0  # samples or pieces left out because nothing in them is trained
+    lost_reasoning: int = 0  # trained turns whose reasoning the template does not render
+
+
+class ChatTokenizer:
+    """Tokenises conversations with the tokenizer's own chat template, or with `chat_template` (Jinja text) instead of it.
+
+    ValueError, when the first conversation needs it: no chat template, a template that is not Jinja, a tokenizer without
+    offsets. Picklable, so that worker processes can have one each.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 4096,
+        on_too_long: str = "split",  # "split" | "truncate"
+        train_on: str = "all",  # "all" | "last_turn"
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        vocab_size: int | None = None,  # the target's; pre-tokenised ids must be below it
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length, self.on_too_long, self.train_on = max_length, on_too_long, train_on
+        self.chat_template = chat_template
+        self.kwargs = {**tokenizer.special_tokens_map, **(chat_template_kwargs or {})}
+        self.vocab_size = vocab_size
+
+    def __call__(self, conversation: Conversation) -> Tokenized:
+        """Samples of one conversation. BadLine when the template refuses it or a token id is out of range."""
+        if conversation.input_ids is not None:
+            samples, rewritten, lost = [self._pretokenized(conversation)], False, 0
+        else:
+            texts, rewritten, lost = self._texts(conversation)
+            samples = [self._sample(text, spans, conversation.key) for text, spans in texts]
+        pieces, too_long = [], 0
+        for sample in samples:
+            n = len(sample.input_ids)
+            too_long += n > self.max_length
+            ends = range(0, n, self.max_length) if self.on_too_long == "split" else [0]
+            for a in ends:
+                ids, mask = (x[a : a + self.max_length] for x in (sample.input_ids, sample.loss_mask))
+                pieces.append(Sample(ids, mask, sample.conversation))
+        kept = [piece for piece in pieces if piece.trains]
+        untrained = len(pieces) - len(kept) if samples else 1
+        return Tokenized(kept, rewritten, too_long, untrained, lost)
+
+    def _pretokenized(self, conversation: Conversation) -> Sample:
+        ids, mask = conversation.input_ids, conversation.loss_mask
+        if self.vocab_size is not None and ids.max() >= self.vocab_size:
+            raise BadLine(conversation.where, f"token id {ids.max()} is not in the vocabulary of {self.vocab_size}")
+        if self.train_on == "last_turn" and mask.any():  # the last run of trained tokens
+            end = int(np.flatnonzero(mask)[-1])
+            before = np.flatnonzero(~mask[:end])
+            mask = mask & (np.arange(len(mask)) > (before[-1] if len(before) else -1))
+        return Sample(ids, mask, conversation.key)
+
+    def _sample(
+        self,
+        text: str,
+        spans: list[Span],  # ascending, disjoint
+        key: int,
+    ) -> Sample:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        start, end = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        mask = np.zeros(len(start), dtype=bool)
+        for a, b in spans:  # a token across a span's edge is partly given, so not the model's to predict
+            mask |= (start >= a) & (end <= b) & (end > start)
+        return Sample(np.array(encoding.ids, dtype=np.int32), mask, key)
+
+    def _texts(self, conversation: Conversation) -> tuple[list[tuple[str, list[Span]]], bool, int]:
+        """Texts to train on with their trained spans; whether the template rewrites turns; turns whose reasoning is lost."""
+        messages, tools = list(conversation.messages), conversation.tools
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.train_on == "last_turn":
+            turns = turns[-1:]
+        texts, lost = [], 0
+        marks = _marks(self._template(tools))
+        for k in turns:
+            try:
+                text, marked = self._render(messages[: k + 1], tools)
+                spans = self._marked(messages, tools, k, marked) if marks else self._span(messages, tools, k, text)
+            except _Refused as error:
+                raise BadLine(conversation.where, f"up to message {k + 1}: {error}") from error
+            texts.append((text, spans))
+            reasoning = _reasoning(messages[k])
+            lost += bool(reasoning) and reasoning not in text
+        whole = texts[-1][0] if texts else ""
+        if all(whole.startswith(text[: self._turn_end(text)]) for text, _ in texts):
+            return [(whole, [span for _, spans in texts for span in spans])] if texts else [], False, lost
+        return texts, True, lost
+
+    def _marked(self, messages: list[dict], tools: list[dict] | None, k: int, spans: list[Span]) -> list[Span]:
+        """Of the {% generation %} spans in the rendering of messages[:k+1], those of turn k: what earlier turns leave over."""
+        earlier = [m for m in messages[:k] if m["role"] == "assistant"]
+        return spans[len(self._render(messages[:k], tools)[1]) if earlier else 0 :]
+
+    def _span(self, messages: list[dict], tools: list[dict] | None, k: int, text: str) -> list[Span]:
+        """Where turn k lies in the rendering of messages[:k+1]: after the generation prompt, to the end-of-turn token."""
+        end = self._turn_end(text)
+        if self._header and all(message["role"] in ("system", "developer") for message in messages[:k]):
+            # Nothing to answer before this turn: templates refuse to render that, or add their default system prompt only later.
+            start = text.find(self._header) + len(self._header)
+            if start < len(self._header):
+                raise _Refused("the template's generation prompt does not occur before the assistant's first turn")
+        elif k == 0:
+            raise _Refused("an assistant turn with nothing before it, and the template shows no place where it starts")
+        else:
+            prompt, _ = self._render(messages[:k], tools, add_generation_prompt=True)
+            start = len(prompt)
+            if not text.startswith(prompt):
+                # The generation prompt holds more than the rendered turn begins with (an opened <think>): from where they part.
+                before, _ = self._render(messages[:k], tools)
+                start = len(os.path.commonprefix([prompt, text]))
+                if not prompt.startswith(before) or start <= len(before):
+                    raise _Refused(
+                        "the template's text before this turn changes with the turn, so its start cannot be found; "
+                        "a template with {% generation %} around the assistant's text would show it"
+                    )
+        return [(start, end)] if start < end else []
+
+    def _turn_end(self, text: str) -> int:
+        """End of the last turn of a rendering, after its end-of-turn token and before what the template adds to close up."""
+        return len(text.rstrip().removesuffix(self._closing).rstrip())
+
+    def _render(
+        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The template's text and its {% generation %} spans. _Refused with the template's own words."""
+        template = self._template(tools)
+        marks = _marks(template)
+        try:
+            texts, spans = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=add_generation_prompt,
+                **self.kwargs,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
+            raise _Refused(f"the chat template refuses it: {type(error).__name__}: {error}") from error
+        return texts[0], [tuple(span) for span in spans[0]] if marks else []
+
+    def _template(self, tools: list[dict] | None) -> str:
+        if self.chat_template is not None:
+            return self.chat_template
+        try:
+            return self.tokenizer.get_chat_template(tools=tools)  # some tokenizers have one of their own for tools
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template to use for conversations; "
+                f"set data.chat_template to a Jinja file, or give pre-tokenised input_ids and loss_mask"
+            ) from error
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The fast tokenizer without its post-processor, which may trim white space from offsets and adds special tokens."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} is a slow tokenizer: it gives no character offsets, which the loss mask "
+                f"needs; use the fast one (a tokenizer.json), or give pre-tokenised input_ids and loss_mask"
+            )
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.post_processor = None
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _header(self) -> str:
+        """The generation prompt alone; empty where the template has none or it cannot be told."""
+        user = [{"role": "user", "content": "u"}]
+        try:
+            (before, _), (prompt, _) = self._render(user), self._render(user, add_generation_prompt=True)
+        except _Refused:
+            return ""
+        return prompt[len(before) :] if prompt.startswith(before) else ""
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template sets at the very end of a conversation after the end-of-turn token (Phi-3: <|endoftext|>).
+
+        Found by rendering one exchange with and without a further turn: after the answer both begin with the end of the turn,
+        what the former has beyond that closes the conversation. Empty when they begin with nothing common: then the closing
+        IS the end of the turn.
+        """
+        answer = "fastdraft-answer"
+        chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": answer}]
+        try:
+            last, _ = self._render(chat)
+            followed, _ = self._render([*chat, {"role": "user", "content": "u"}])
+        except _Refused:
+            return ""
+        last, followed = (text.partition(answer)[2] for text in (last, followed))
+        encodings = [self._backend.encode(text, add_special_tokens=False) for text in (last, followed)]
+        common = os.path.commonprefix([encoding.ids for encoding in encodings])
+        end = encodings[0].offsets[len(common) - 1][1] if common else 0
+        return last[end:].strip() if last[:end].strip() else ""
+
+
+class _Refused(Exception):
+    """The template cannot render these messages, or shows no span for a turn."""
+
+
+def _marks(template: str) -> bool:
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def _reasoning(message: dict) -> str:
+    inline = re.search(r"<think>(.*?)</think>", message["content"], re.DOTALL)
+    return (message.get("reasoning_content") or (inline.group(1) if inline else "")).strip()

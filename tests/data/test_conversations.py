@@ -1,0 +1,194 @@
+import gzip
+import json
+import re
+
+import pytest
+from chats import TOOL, chat
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdraft.data.conversations import BadLine, Conversation, Line, expand, parse, read_lines
+
+
+def parsed(row) -> Conversation:
+    return parse(Line("f:1", row if isinstance(row, bytes) else json.dumps(row).encode()))
+
+
+def test_openai_messages():
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    done = parsed(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Rain "}, {"type": "text", "text": "today?"}]},
+                {"role": "assistant", "content": None, "reasoning_content": "look", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+                {"role": "assistant", "content": "No."},
+            ],
+            "tools": [TOOL],
+        }
+    )
+    assert done.messages == (
+        {"role": "user", "content": "Rain today?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "look",
+            "tool_calls": [{**call, "function": {"name": "weather", "arguments": {"city": "Paris"}}}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+        {"role": "assistant", "content": "No."},
+    )
+    assert done.tools == [TOOL]
+
+
+def test_sharegpt():
+    done = parsed(
+        {
+            "system": "Be brief",
+            "tools": json.dumps([TOOL]),
+            "conversations": [
+                {"from": "human", "value": "Rain?"},
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
+                {"from": "observation", "value": "sunny"},
+                {"from": "gpt", "value": "No."},
+                {"role": "user", "content": "Sure?"},
+                {"role": "assistant", "content": "Yes."},
+            ],
+        }
+    )
+    assert [(m["role"], m["content"]) for m in done.messages] == [
+        ("system", "Be brief"),
+        ("user", "Rain?"),
+        ("assistant", ""),
+        ("tool", "sunny"),
+        ("assistant", "No."),
+        ("user", "Sure?"),
+        ("assistant", "Yes."),
+    ]
+    assert done.messages[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Paris"}}
+    assert done.tools == [TOOL]
+
+
+def test_key_is_the_content():
+    messages = chat("a", "b")
+    same = (
+        parsed({"messages": messages, "id": 1}),
+        parsed({"id": 2, "messages": [dict(reversed(m.items())) for m in messages]}),
+    )
+    assert same[0].key == same[1].key != parsed({"messages": chat("a", "c")}).key
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b'{"messages": [', "not JSON"),
+        (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at position 14"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1, 2]", "expected a JSON object, got a list"),
+        ({"prompt": "x"}, r"expected exactly one of messages, conversations or input_ids; has none \(keys: prompt\)"),
+        ({"messages": chat("a"), "input_ids": [1]}, "has messages and input_ids"),
+        ({"messages": []}, "messages must be a non-empty list"),
+        ({"messages": "hello"}, "messages is a string that is not JSON"),
+        ({"messages": ["hello"]}, "message 1 must be an object, got a string: hello"),
+        ({"messages": [{"content": "x"}]}, "message 1 needs a role, got nothing"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has role 'robot'; known roles: system"),
+        ({"messages": [{"role": "human", "content": "x"}]}, "message 1 has role 'human'"),
+        ({"messages": [{"role": "user"}]}, "message 1: content must be a string or a list of text parts, got nothing"),
+        ({"messages": [{"role": "user", "content": 3}]}, "got a number: 3"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content part 'image_url' is not text"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
+        (
+            {"messages": [{"role": "assistant", "reasoning_content": 1, "content": ""}]},
+            "reasoning_content must be a string",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            "arguments of f is a string",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[]"}]}]}, "must be an object"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a tool call must be an object with a function name"),
+        ({"messages": [{"role": "assistant", "tool_calls": 1}]}, "tool_calls must be a list"),
+        ({"messages": chat("a", "b"), "tools": {"name": "f"}}, "tools must be a list of objects"),
+        ({"input_ids": [1, 2]}, "input_ids without loss_mask"),
+        ({"input_ids": [1, 2], "loss_mask": [1]}, "2 input_ids but 1 loss_mask entries"),
+        ({"input_ids": [], "loss_mask": []}, "input_ids is empty"),
+        ({"input_ids": [1, -2], "loss_mask": [1, 1]}, "token id -2 is outside"),
+        ({"input_ids": [1, 2**31], "loss_mask": [1, 1]}, "token id 2147483648 is outside"),
+        ({"input_ids": [1, 2.5], "loss_mask": [1, 1]}, "input_ids must be a list of whole numbers"),
+        ({"input_ids": [1, True], "loss_mask": [1, 1]}, "true or false where a token id belongs"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 2]}, "loss_mask must be 0 or 1, got 2"),
+        ({"input_ids": "12", "loss_mask": [1, 1]}, "input_ids must be a list of whole numbers, got a string: 12"),
+    ],
+)
+def test_malformed_line_is_named(row, reason):
+    with pytest.raises(BadLine, match=f"^f:1: .*{reason}"):
+        parsed(row)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+KEYS = ["role", "content", "from", "value", "tool_calls", "reasoning_content", "function", "name", "arguments"]
+MESSAGE = st.dictionaries(st.sampled_from(KEYS), JSON | st.sampled_from(["user", "assistant", "gpt", "function_call"]))
+ROW = st.dictionaries(
+    st.sampled_from(["messages", "conversations", "input_ids", "loss_mask", "tools", "system"]),
+    JSON | st.lists(MESSAGE | JSON, max_size=4) | st.lists(st.integers(-1, 9), max_size=4),
+)
+TEXTS = st.binary(max_size=40) | (ROW | JSON).map(lambda row: json.dumps(row).encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, st.integers(0, 200), st.integers(0, 255))
+def test_any_line_parses_or_is_a_bad_line(text, place, byte):
+    """Whole lines, and the same with one byte overwritten."""
+    for content in (text, text[:place] + bytes([byte]) + text[place + 1 :]):
+        try:
+            done = parse(Line("f:1", content))
+        except BadLine as error:
+            assert str(error).startswith("f:1: ") and error.reason
+        else:
+            assert done.messages or len(done.input_ids) == len(done.loss_mask) > 0
+
+
+def test_lines_are_counted_from_one_and_blank_ones_passed_over(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf{}\n\n  \n[]")
+    assert [(line.where, line.content) for line in read_lines(str(path))] == [(f"{path}:1", b"{}\n"), (f"{path}:4", b"[]")]
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"{}\n"))
+    assert [line.content for line in read_lines(str(packed))] == [b"{}\n"]
+    packed.write_bytes(gzip.compress(b"{}\n" * 1000)[:-9])
+    with pytest.raises(ValueError, match="b.jsonl.gz: cannot be read"):
+        list(read_lines(str(packed)))
+
+
+def test_parquet_rows_lose_the_nulls_arrow_gave_them(tmp_path):
+    rows = [
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]}]},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "g", "arguments": {"b": "x"}}]}]},
+        {"messages": chat("hi", "ho")},
+    ]
+    path = str(tmp_path / "a[1].parquet")
+    Dataset.from_list(rows).to_parquet(path)
+    lines = list(read_lines(path))
+    assert [line.where for line in lines] == [f"{path}:1", f"{path}:2", f"{path}:3"]
+    calls = [parse(line).messages[0]["tool_calls"][0]["function"] for line in lines[:2]]
+    assert calls == [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "x"}}]
+    assert parse(lines[2]).messages == tuple(chat("hi", "ho"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match=r"bad.parquet: not a readable Parquet file"):
+        list(read_lines(str(tmp_path / "bad.parquet")))
+
+
+def test_files(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "empty.jsonl"):
+        (tmp_path / name).write_text("" if name.startswith("empty") else "{}\n")
+    assert expand([f"{tmp_path}/[ab].jsonl"]) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    for path, reason in (("none.jsonl", "no such file"), ("", "is a folder"), ("c.txt", "neither JSONL")):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*" + reason):
+            expand([f"{tmp_path}/{path}"])
+    with pytest.raises(ValueError, match="empty.jsonl: empty"):
+        list(read_lines(f"{tmp_path}/empty.jsonl"))
