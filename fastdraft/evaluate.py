@@ -125,6 +125,7 @@ class DecodeReport:
     num_equal: int | None  # prompts with exactly the target's own output; None when sampled
     first_difference: Difference | None  # in the first prompt that differs
     first_difference_prompt: int | None  # its index
+    largest_logit_gap: float | None  # of all prompts that differ, the target's |gap| where they part: a near-tie or a bug
 
 
 def evaluate_decode(
@@ -152,13 +153,11 @@ def evaluate_decode(
     num_tokens = sum(len(r.tokens) for r in results)
     drafted, accepted = (torch.tensor([getattr(r, name) for r in results]).sum(0) for name in ("drafted", "accepted"))
 
-    num_equal, difference, where = None, None, None
+    different = {}
     if settings.temperature == 0:
-        unequal = [i for i, (r, p) in enumerate(zip(results, plain, strict=True)) if r.tokens != p.tokens]
-        num_equal = len(prompts) - len(unequal)
-        if unequal:
-            where = unequal[0]
-            difference = first_difference(target, prompts[where], results[where].tokens, plain[where].tokens)
+        for index, (prompt, ours, own) in enumerate(zip(prompts, results, plain, strict=True)):
+            if found := first_difference(target, prompt, ours.tokens, own.tokens):
+                different[index] = found
     return DecodeReport(
         settings=settings,
         num_prompts=len(prompts),
@@ -169,7 +168,8 @@ def evaluate_decode(
         step_acceptance=(accepted / drafted.clamp_min(1)).tolist(),
         tokens_per_s=num_tokens / sum(r.seconds for r in results),
         plain_tokens_per_s=sum(len(p.tokens) for p in plain) / sum(p.seconds for p in plain),
-        num_equal=num_equal,
-        first_difference=difference,
-        first_difference_prompt=where,
+        num_equal=len(prompts) - len(different) if settings.temperature == 0 else None,
+        first_difference=next(iter(different.values()), None),
+        first_difference_prompt=next(iter(different), None),
+        largest_logit_gap=max((abs(d.logit_gap) for d in different.values()), default=None),
     )

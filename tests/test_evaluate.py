@@ -155,6 +155,7 @@ def test_an_output_that_is_not_the_targets_is_reported(target, draft):
     report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8, plain=[plain[0], wrong, plain[2]])
     assert (report.num_equal, report.first_difference_prompt, report.first_difference.index) == (2, 1, 5)
     assert report.first_difference.logit_gap < 0  # the target prefers our token
+    assert report.largest_logit_gap == -report.first_difference.logit_gap
     assert report.plain_tokens_per_s == pytest.approx(24 / (plain[0].seconds + 1.0 + plain[2].seconds))
     json.loads(json.dumps(asdict(report), allow_nan=False))
 
