@@ -75,9 +75,8 @@ class Findings(NamedTuple):
 
 def serving_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a serving checkpoint."""
-    plain = config.model_copy(
-        update={"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    )  # no shape depends on it
+    any_rope = {"rope_type": "default", "rope_theta": 1e4}  # no shape depends on it
+    plain = config.model_copy(update={"rope_parameters": any_rope})
     with torch.device("meta"):  # where scaled frequencies cannot be computed
         shapes = {name: tuple(t.shape) for name, t in Draft(plain).state_dict().items()}
     if config.draft_vocab_size == config.vocab_size:
