@@ -189,8 +189,8 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig | int
     """Reads a serving-format checkpoint in its own dtype, for a warm start or to decode with.
 
     `target` is the target's config (checked against the draft's) or only its number of layers. Reads model.safetensors,
-    its shards, or pytorch_model.bin (tensors only). Where the checkpoint leaves embed_tokens out, as it should for
-    H == Ht, the embedding is NaN until `Draft.set_embedding`. Raises ValueError naming every missing, unknown or misshaped
+    its shards, or pytorch_model.bin (tensors only). For H == Ht the embedding is NaN until `Draft.set_embedding`: the
+    target's is what an export will be served with, so one that the checkpoint ships all the same is not used. Raises ValueError naming every missing, unknown or misshaped
     tensor, a vocabulary map that contradicts itself, and a checkpoint of another target.
     """
     path = Path(path)
@@ -204,7 +204,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig | int
     except ValueError as error:
         raise ValueError(f"{path} is not a draft to start from: {error}") from error
     draft = Draft(c).to(tensors["fc.weight"].dtype)
-    if "embed_tokens.weight" not in tensors:
+    if c.hidden_size == c.target_hidden_size:
         tensors["embed_tokens.weight"] = torch.full_like(draft.embed_tokens.weight, torch.nan)
     tensors.setdefault("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
     draft.load_state_dict(tensors)

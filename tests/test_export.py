@@ -361,7 +361,7 @@ def test_load_accepts_layers_0_shards_bin_and_tensors_best_left_out(sound, tmp_p
     for path in (shards, binary):
         draft = load_draft(path, target_config())
         assert torch.equal(draft.midlayer.mlp.up_proj.weight, tensors["midlayer.mlp.up_proj.weight"])
-        assert torch.equal(draft.embed_tokens.weight, torch.ones(61, 32))
+        assert draft.embed_tokens.weight.isnan().all()  # served with the target's, so trained with it
     (shards / "model-2.safetensors").unlink()
     with pytest.raises(ValueError, match=r"names model-2\.safetensors, which the directory lacks"):
         load_draft(shards, target_config())
