@@ -189,9 +189,9 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig | int
     """Reads a serving-format checkpoint in its own dtype, for a warm start or to decode with.
 
     `target` is the target's config (checked against the draft's) or only its number of layers. Reads model.safetensors,
-    its shards, or pytorch_model.bin (tensors only). For H == Ht the embedding is NaN until `Draft.set_embedding`: the
-    target's is what an export will be served with, so one that the checkpoint ships all the same is not used. Raises ValueError naming every missing, unknown or misshaped
-    tensor, a vocabulary map that contradicts itself, and a checkpoint of another target.
+    its shards, or pytorch_model.bin (tensors only). For H == Ht the embedding is NaN until `Draft.set_embedding`: an export
+    is served with the target's, so one that the checkpoint ships all the same is not used. Raises ValueError naming every
+    missing, unknown or misshaped tensor, a vocabulary map that contradicts itself, and a checkpoint of another target.
     """
     path = Path(path)
     config = read_json(path / CONFIG)
