@@ -99,11 +99,22 @@ def test_buffers_serve_fewer_rows_and_nothing_else_is_touched(device, poison):
     assert torch.equal(ours.lse_full, teacher(f, permuted).lse_full)
 
 
-def test_no_tensor_of_the_whole_vocabulary(device):
-    f, head, ids = case((64, 8, 20000, 500), device)
+def test_no_tensor_of_the_whole_vocabulary():
+    f, head, ids = case((64, 4, 100000, 500), "cpu")
     permuted = permute_head(head, ids)
-    rows, scratch = teacher_buffers(64, permuted, f.dtype)
-    assert max(rows.logits.numel(), scratch.numel()) < 64 * 20000
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != permuted.weight.data_ptr():
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        teacher(f, permuted)
+    assert 64 * 500 < largest < 64 * 100000 / 3
 
 
 def test_two_runs_are_bitwise_equal(device):

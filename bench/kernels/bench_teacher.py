@@ -1,0 +1,48 @@
+"""Times the teacher's rows: python -m bench.kernels.bench_teacher. Rows go to bench/results/teacher.jsonl.
+
+Roof: the head's GEMM, or head, features and kept logits moved once.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from bench.timing import measure, record
+from fastdraft.batch import TargetHead
+from fastdraft.kernels.teacher import permute_head, teacher, teacher_buffers, teacher_ref
+
+SHAPES = [  # H, V, Vd
+    (4096, 128256, 32000),
+    (576, 49152, 8192),
+    (576, 49152, 49152),
+]
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__)
+    args.add_argument("--commit", help="what to write in the rows where there is no git")
+    args.add_argument("--rounds", type=int, default=15)
+    args = args.parse_args()
+    for hidden, vocab, draft in SHAPES:
+        ids = torch.randperm(vocab, device="cuda")[:draft].sort().values
+        head = TargetHead(torch.randn(vocab, hidden, device="cuda", dtype=torch.bfloat16) * hidden**-0.5)
+        permuted = permute_head(head, ids)
+        for n in (4096, 8192):
+            f = [torch.randn(n, hidden, device="cuda", dtype=torch.bfloat16) * 3 for _ in range(3)]
+            buffers = teacher_buffers(n, permuted, torch.bfloat16)
+            times = measure(
+                {
+                    "fastdraft": lambda i, f=f, b=buffers, p=permuted: teacher(f[i % 3], p, b),
+                    "torch": lambda i, f=f, h=head, ids=ids: teacher_ref(f[i % 3], h, ids),
+                },
+                args.rounds,
+            )
+            num_bytes = 2 * (vocab * hidden + n * hidden + n * draft)
+            shape = {"n": n, "H": hidden, "V": vocab, "Vd": draft}
+            record("teacher", shape, "bf16", times, num_bytes, 2 * n * hidden * vocab, args.commit)
+
+
+if __name__ == "__main__":
+    main()

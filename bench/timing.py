@@ -1,0 +1,91 @@
+"""One way to time GPU work and to write it down.
+
+Providers are interleaved (one run of each, many rounds), each round with the next of the rotated inputs, timed by CUDA
+events. The roof of a row is the larger of its FLOPs over the matrix rate and its bytes over the copy rate, both measured
+in the same process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(
+    providers: dict[str, Callable[[int], object]],  # name -> what to run, given the round's number
+    rounds: int,
+) -> dict[str, list[float]]:  # name -> microseconds, ascending
+    for run in providers.values():
+        for i in range(3):
+            run(i)
+    events = {name: [] for name in providers}
+    for i in range(rounds):
+        for name, run in providers.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run(i)
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: sorted(a.elapsed_time(b) * 1e3 for a, b in pairs) for name, pairs in events.items()}
+
+
+@functools.cache
+def roof() -> tuple[float, float]:
+    """(bytes per second of a device-to-device copy, bf16 FLOPs per second of an 8192^3 matrix product) of this GPU."""
+    source, a = torch.randn(1 << 28, device="cuda"), torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    target, out = torch.empty_like(source), torch.empty_like(a)
+    times = measure({"copy": lambda _: target.copy_(source), "mm": lambda _: torch.mm(a, a, out=out)}, 20)
+    copy_us, mm_us = (times[name][10] for name in ("copy", "mm"))
+    return 2 * source.nbytes / copy_us * 1e6, 2 * 8192**3 / mm_us * 1e6
+
+
+def record(
+    op: str,
+    shape: dict[str, int],
+    dtype: str,
+    times: dict[str, list[float]],
+    num_bytes: int,
+    flops: int,
+    commit: str | None,
+) -> None:
+    """Prints a line per provider and appends a row each to results/<op's file>.jsonl."""
+    commit = (
+        commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    )
+    copy_rate, matrix_rate = roof()
+    floor_us = max(num_bytes / copy_rate, flops / matrix_rate) * 1e6
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{op.split('/')[0]}.jsonl", "a") as out:
+        for provider, us in times.items():
+            median = us[len(us) // 2]
+            row = {
+                "date": datetime.date.today().isoformat(),
+                "commit": commit,
+                "gpu": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "op": op,
+                "shape": shape,
+                "dtype": dtype,
+                "provider": provider,
+                "us": round(median, 1),
+                "p20": round(us[len(us) // 5], 1),
+                "p80": round(us[len(us) * 4 // 5], 1),
+                "bytes": num_bytes,
+                "flops": flops,
+                "pct_of_roof": round(100 * floor_us / median, 1),
+            }
+            out.write(json.dumps(row) + "\n")
+            print(
+                f"{op:24s} {shape!s:60s} {provider:16s} {median:10.1f} us  {row['pct_of_roof']:5.1f} % of roof", flush=True
+            )
