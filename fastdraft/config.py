@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastdraft.data.config import DataConfig
 from fastdraft.metrics import MetricsConfig
 from fastdraft.model.losses import LossKind
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -21,15 +23,14 @@ class Section(BaseModel):
 class TargetConfig(Section):
     path: str  # local directory or hub name
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16
-    layers: tuple[int, int, int] | None = None  # outputs of these layers, from 0; None: 1, n//2 - 1, n - 4
     trust_remote_code: bool = False
 
 
 class DraftSection(Section):
     config: str | None = None  # YAML of `fastdraft init`; None: derived from the target
-    overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size
-    init_from: str | None = None  # warm start from an EAGLE-3 checkpoint in serving format
-    init: Literal["target", "random"] = "target"  # target: norm, lm_head and layer copied from the target where they fit
+    overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size or layers; they win over `config`
+    init_from: str | None = None  # warm start from an EAGLE-3 checkpoint in serving format, shape and vocabulary included
+    init: Literal["target", "random"] = "target"  # target: final norm and lm_head rows start as the target's, if H == Ht
 
 
 class LossConfig(Section):
@@ -79,29 +80,29 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
 
-    @model_validator(mode="after")
-    def _one_source_of_layers(self) -> Config:
-        if "layers" in self.draft.overrides:
-            raise ValueError("the layers belong to target.layers, not draft.overrides.layers")
-        return self
-
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Reads YAML, applies `a.b=value` overrides (values are YAML), validates. Raises ValueError with one line per fault."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"config file {path} does not exist") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"config file {path} must be a mapping of keys, it is {type(tree).__name__}")
+    tree = read_yaml(path)
     for text in overrides:
         _override(tree, text)
     return parse_config(tree, Config)
 
 
-def parse_config[M: BaseModel](tree: dict[str, Any], model: type[M]) -> M:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file. Raises ValueError when the file is missing or something else."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"config file {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config file {path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"config file {path} must be a mapping of keys, it is {type(tree).__name__}")
+    return tree
+
+
+def parse_config(tree: dict[str, Any], model: type[M]) -> M:
     """Validates a tree; every fault of the input becomes one line of a ValueError."""
     try:
         return model.model_validate(tree)
@@ -131,7 +132,8 @@ def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"missing key {where!r}"
     given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
-    return f"{where}: {fault['msg'].removeprefix('Value error, ')}{given}" if where else fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}{given}" if where else message
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

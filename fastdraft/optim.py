@@ -59,20 +59,26 @@ class FlatAdamW:
 
     @torch.no_grad()
     def step(self, num_live: Tensor) -> Tensor:  # scalar tensor: norm of G / N before clipping
-        """One AdamW step from the summed gradient over `num_live` (device scalar), then zeroes the sum."""
+        """One AdamW step from the summed gradient over `num_live` (device scalar), then zeroes the sum.
+
+        A batch without a live row (num_live 0) leaves weights and moments as they are; the schedule still counts it.
+        """
         c = self.config
         lr = self.lr(self.step_count)
         self.step_count += 1
         beta1, beta2 = c.betas
-        grad = self.grad.div_(num_live)
+        go = (num_live > 0).to(self.grad.dtype)
+        grad = self.grad.div_(num_live.clamp_min(1))
         norm = grad.norm()
         grad.mul_((c.clip / norm.clamp_min(1e-30)).clamp_max(1.0))
-        self.m.lerp_(grad, 1 - beta1)
-        self.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        self.m.lerp_(grad, go * (1 - beta1))
+        self.v.lerp_(grad.square(), go * (1 - beta2))
+        update = (self.m / (1 - beta1**self.step_count)).div_(
+            self.v.sqrt().div_(math.sqrt(1 - beta2**self.step_count)).add_(c.eps)
+        )
         if c.weight_decay:
-            self.master.sub_(self.master * self.decayed, alpha=lr * c.weight_decay)
-        denominator = self.v.sqrt().div_(math.sqrt(1 - beta2**self.step_count)).add_(c.eps)
-        self.master.addcdiv_(self.m, denominator, value=-lr / (1 - beta1**self.step_count))
+            update.add_(self.master * self.decayed, alpha=c.weight_decay)
+        self.master.sub_(update.mul_(go * lr))
         if self.weights is not self.master:
             self.weights.copy_(self.master)
         self.grad.zero_()

@@ -125,6 +125,18 @@ class Draft(nn.Module):
         self.embed_tokens.weight.copy_(e)
 
     @torch.no_grad()
+    def copy_head(
+        self,
+        head: Tensor,  # [V, Ht] the target's lm_head
+        final_norm: Tensor | None,  # [Ht] weight of the target's final norm
+    ) -> None:
+        """Starts lm_head and norm as the target's, draft-vocabulary rows only; does nothing where H != Ht."""
+        if self.config.hidden_size == head.shape[1]:
+            self.lm_head.weight.copy_(head[self.draft_ids.to(head.device)])
+            if final_norm is not None:
+                self.norm.weight.copy_(final_norm)
+
+    @torch.no_grad()
     def init_weights(self, std: float, generator: torch.Generator) -> None:
         """Normal(0, std) matrices, unit norms: what a draft starts from when nothing better is known."""
         for p in self.trainable().values():

@@ -43,7 +43,7 @@ def ttt_ref(
     last = batch.doc_end - 1
     teacher = teacher_ref(head.logits(features.f), draft.draft_ids)
     steps, keys, values = [], [], []
-    h = draft.combine(features.g)
+    h = draft.combine(features.g.to(draft.fc.weight.dtype))
     for i in range(ttt_length):
         u = row + 1 + i
         q, k, v = draft.qkv(batch.input_ids[u.minimum(last)], h, batch.positions + i)

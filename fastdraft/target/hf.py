@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ class Target:
         self.embedding = model.get_input_embeddings().weight
         self.vocab_size, self.hidden_size = self.embedding.shape
         self.head = _head(model, self.config)
+        self.final_norm = _final_norm(self.decoder)
         generation = model.generation_config.eos_token_id if model.generation_config is not None else None
         eos = generation if generation is not None else self.config.eos_token_id
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
@@ -140,6 +140,13 @@ def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
         raise ValueError(f"target {path!r} has no readable config.json: {_first_line(error)}") from error
 
 
+def count_target_parameters(config: dict) -> int:
+    """Parameters of the target, counted on an empty model: no weights are read."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    return sum(p.numel() for p in model.parameters())
+
+
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -147,11 +154,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise ValueError(f"target {path!r} has no readable tokenizer: {_first_line(error)}") from error
 
 
-def target_fingerprint(config: dict, head: TargetHead, embedding: Tensor) -> str:
+def target_fingerprint(target: Target) -> str:
     """Names a target by what a draft depends on: its shape fields and a sample of its weights. 16 hex digits."""
     fields = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters")
+    config = target.config.to_dict()
     digest = hashlib.sha256(json.dumps({k: config.get(k) for k in fields}, sort_keys=True, default=str).encode())
-    for weight in (embedding, head.weight):
+    for weight in (target.embedding, target.head.weight):
         digest.update(weight[:: max(1, len(weight) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -161,6 +169,12 @@ def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:
     if not lists:
         raise ValueError(f"{type(decoder).__name__} has no list of {count} layers that could be hooked; it is no decoder")
     return lists[0]
+
+
+def _final_norm(decoder: nn.Module) -> Tensor | None:  # [Ht]
+    """Weight of the decoder's final norm, where it is a plain RMSNorm under its usual name."""
+    norm = getattr(decoder, "norm", None)
+    return norm.weight if norm is not None and type(norm).__name__.endswith("RMSNorm") else None
 
 
 def _head(model: PreTrainedModel, config) -> TargetHead:
@@ -191,7 +205,3 @@ def _groups_of_like_length(lengths: tuple[int, ...], least_fill: float = 0.8, mo
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def is_local(path: str) -> bool:
-    return Path(path).exists()

@@ -1,0 +1,167 @@
+"""Training checkpoints: torch.distributed.checkpoint in safetensors, written aside, renamed; the last K and the best stay.
+
+    run_dir/checkpoints/step-00000500/*.safetensors   flat fp32 master and moments, RNG states, the vocabulary map
+    run_dir/checkpoints/step-00000500/state.json      step, data position, draft shape, target fingerprint
+    run_dir/checkpoints/best.json                     the step with the best held-out tau_sim
+
+Nothing is unpickled: tensors are safetensors, the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+FORMAT = 1
+
+
+class Unreadable(ValueError):
+    """A checkpoint that is missing parts, damaged, or of another format."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One complete checkpoint on disk."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Writes `tensors` and `state` (JSON) as the checkpoint of state["step"]; every rank calls it."""
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{state['step']:08d}"
+    aside = folder / f".writing-{final.name}"
+    try:
+        if is_rank_0():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        barrier()
+        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=not dist.is_initialized())
+        if is_rank_0():
+            (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(aside, final)
+            _delete_old(folder, keep)
+        barrier()
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise ValueError(
+            f"checkpoint {final} could not be written ({error}); the previous ones are untouched. "
+            f"Free space under {folder} and run the same command again to go on from the last checkpoint"
+        ) from error
+    return final
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if (p / "state.json").exists())
+
+
+def read_state(path: Path) -> Saved:
+    """The JSON half of a checkpoint. Raises Unreadable when it is no checkpoint of this format."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Unreadable(f"checkpoint {path} is unreadable: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {state.get('format') if isinstance(state, dict) else state!r}, not {FORMAT}"
+        )
+    return Saved(path, state)
+
+
+def load_tensors(saved: Saved, into: dict[str, Tensor]) -> None:
+    """Fills `into` in place. Raises Unreadable naming the checkpoint when a file is missing, damaged or of other shapes."""
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(saved.path))
+        found = reader.read_metadata().state_dict_metadata
+        for name, tensor in into.items():
+            if name not in found:
+                raise ValueError(f"it has no tensor {name!r}")
+            if tuple(found[name].size) != tuple(tensor.shape):
+                raise ValueError(f"{name} is {tuple(found[name].size)} there and {tuple(tensor.shape)} here")
+        dcp.load(dict(into), storage_reader=reader, no_dist=not dist.is_initialized())
+    except Exception as error:  # safetensors, DCP and the file system each raise their own kinds
+        raise Unreadable(f"checkpoint {saved.path} is unreadable: {error}") from error
+
+
+def beats_best(run_dir: Path, tau_sim: float) -> bool:
+    best = read_best(run_dir)
+    return best is None or tau_sim > best["tau_sim"]
+
+
+def mark_best(run_dir: Path, step: int, tau_sim: float) -> None:
+    """Remembers the checkpoint of `step` as the one with the best held-out tau_sim; it outlives the last K."""
+    barrier()
+    if is_rank_0():
+        file = run_dir / "checkpoints" / "best.json"
+        aside = file.with_suffix(".writing")
+        aside.write_text(json.dumps({"step": step, "tau_sim": tau_sim}))
+        os.replace(aside, file)
+    barrier()
+
+
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    file = run_dir / "checkpoints" / "best.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def checkpoint_of_run(run_dir: Path, which: str = "best") -> Saved:
+    """`which`: best, last, or a step number. Raises ValueError when the run has none."""
+    found = {int(p.name.removeprefix("step-")): p for p in list_checkpoints(run_dir)}
+    if not found:
+        raise ValueError(f"{run_dir} holds no checkpoint; train first, or name a run folder that has checkpoints/step-*")
+    best = read_best(run_dir)
+    if which == "best":
+        step = best["step"] if best is not None and best["step"] in found else max(found)
+    elif which == "last":
+        step = max(found)
+    elif which.isdigit() and int(which) in found:
+        step = int(which)
+    else:
+        raise ValueError(f"checkpoint {which!r} of {run_dir} is none of best, last, {', '.join(map(str, sorted(found)))}")
+    return read_state(found[step])
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    best = read_best(folder.parent)
+    complete = list_checkpoints(folder.parent)
+    for path in complete[:-keep]:
+        if best is None or path.name != f"step-{best['step']:08d}":
+            shutil.rmtree(path)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"].cpu())
+
+
+def is_rank_0() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,191 @@
+"""The command line. Each command calls one function of the room it names; a ValueError becomes one line and exit code 1."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Train draft models for speculative decoding (EAGLE-3) that SGLang and vLLM load unmodified.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data = typer.Typer(help="Look at training data, and tokenise it once.", no_args_is_help=True)
+app.add_typer(data, name="data")
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's configuration.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUBKEY=VALUE]...", help="Win over the file.")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the resolved config and what it will cost; train nothing.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder's checkpoints and start anew.")] = False,
+) -> None:
+    """Train a draft; alone, or under torchrun. Goes on from the run folder's newest checkpoint."""
+    from fastdraft.config import load_config
+    from fastdraft.train import print_plan
+    from fastdraft.train import train as run
+
+    loaded = load_config(config, overrides or [])
+    if plan:
+        print_plan(loaded, console)
+        return
+    result = run(loaded, fresh)
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command()
+def init(
+    target: Annotated[str, typer.Argument(help="Target: a local directory with its config.json.")],
+    out: Annotated[Path | None, typer.Argument(help="File to write; standard output when left out.")] = None,
+) -> None:
+    """Write a draft config derived from a target, to edit and name as draft.config."""
+    from fastdraft.model.config import init_config
+
+    text = init_config(target)
+    if out is None:
+        sys.stdout.write(text)
+    elif out.exists():
+        raise ValueError(f"{out} exists; name another file, or delete it first")
+    else:
+        out.write_text(text)
+
+
+@data.command()
+def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Tokenise the data of a config into the cache, and say what came of it."""
+    from fastdraft.config import load_config
+    from fastdraft.data.prepare import prepare as run
+    from fastdraft.target.hf import load_tokenizer
+
+    loaded = load_config(config, overrides or [])
+    prepared = run(loaded.data, load_tokenizer(loaded.target.path, loaded.target.trust_remote_code))
+    for line in prepared.stats.lines():
+        console.print(line, markup=False)
+
+
+@data.command("preview")
+def preview_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("-n", help="Conversations to show.")] = 3,
+) -> None:
+    """Show the first conversations as the draft will see them, trained tokens coloured."""
+    from fastdraft.config import load_config
+    from fastdraft.data.prepare import first_samples
+    from fastdraft.data.preview import preview
+    from fastdraft.target.hf import load_tokenizer
+
+    loaded = load_config(config, overrides or [])
+    tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
+    preview(first_samples(loaded.data, tokenizer), tokenizer, n, console)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts: also decode speculatively and measure.")] = None,
+    which: Annotated[str, typer.Option(help="Checkpoint: best, last or a step.")] = "best",
+    max_prompts: Annotated[int, typer.Option(help="Prompts to decode.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 128,
+    num_steps: Annotated[int, typer.Option(help="Draft steps, as SGLang's speculative_num_steps.")] = 3,
+    eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
+    num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
+) -> None:
+    """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding."""
+    from fastdraft.decode import DecodeSettings
+    from fastdraft.train import evaluate_run
+
+    settings = DecodeSettings(num_steps, eagle_topk, num_draft_tokens, temperature)
+    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings)
+    text = json.dumps(asdict(report), indent=1)
+    console.print_json(text)
+    if out is not None:
+        out.write_text(text)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    which: Annotated[str, typer.Option(help="Checkpoint: best, last or a step.")] = "best",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write a checkpoint that SGLang and vLLM load unmodified, and verify it."""
+    from fastdraft.train import export_run
+
+    for line in export_run(run, out, which, overwrite):
+        console.print(line, markup=False)
+
+
+@app.command()
+def check(
+    checkpoint: Annotated[Path | None, typer.Option(help="Serving checkpoint to verify.")] = None,
+    target: Annotated[Path | None, typer.Option(help="Its target's directory.")] = None,
+    golden: Annotated[Path | None, typer.Option(help="Folder of golden cases to run.")] = None,
+    engine: Annotated[str, typer.Option(help="Engine for --golden.")] = "reference",
+) -> None:
+    """Verify a checkpoint, run golden cases, or with no option say what this machine can do."""
+    from fastdraft import check as checks
+
+    good = True
+    if checkpoint is not None:
+        from fastdraft.export import verify
+
+        if target is None:
+            raise ValueError("--checkpoint needs --target, the directory of the model it drafts for")
+        findings = verify(checkpoint, target)
+        for line in findings.warnings:
+            console.print("warning: " + line, markup=False)
+        for line in findings.errors:
+            console.print("error: " + line, markup=False)
+        good = not findings.errors
+        console.print(f"{checkpoint}: " + ("loads in SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
+    if golden is not None:
+        table = Table("case", "worst quantity", "relative error", "")
+        for name, quantity, error, passed in checks.check_golden(golden, engine):
+            table.add_row(name, quantity, f"{error:.1e}", "ok" if passed else "WRONG")
+            good &= passed
+        console.print(table)
+    if checkpoint is None and golden is None:
+        table = Table("", "", show_header=False)
+        for row in checks.environment():
+            table.add_row(*row)
+        console.print(table)
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+) -> None:
+    """The whole path on a real 135M model: answer prompts, train, decode speculatively, export, report."""
+    from fastdraft.demo import run_demo
+
+    run_demo(run_dir, console)
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"fastdraft: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

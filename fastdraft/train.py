@@ -1,0 +1,465 @@
+"""The training loop: packs of documents -> the target's features -> a TTT step -> one optimizer step, read top to bottom.
+
+One process per GPU, started alone or under torchrun. The global batch of an optimizer step is optim.packs_per_step packs
+whatever the number of processes; each adds un-normalised gradient sums, and the optimizer divides once by the global
+number of live step-0 rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastdraft import checkpoint
+from fastdraft.batch import Batch, Rows, tau_sim
+from fastdraft.config import Config, read_yaml
+from fastdraft.cost import free_disk, plan, render
+from fastdraft.data.loader import Loader, eval_batches
+from fastdraft.data.prepare import prepare
+from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.data.vocab import build_vocab_map
+from fastdraft.decode import DecodeSettings
+from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
+from fastdraft.export import export_draft, load_draft, verify
+from fastdraft.metrics import Metrics
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
+from fastdraft.model.ttt_ref import ttt_ref, ttt_ref_step
+from fastdraft.optim import FlatAdamW
+from fastdraft.target.hf import (
+    Target,
+    count_target_parameters,
+    load_target,
+    load_target_config,
+    load_tokenizer,
+    target_fingerprint,
+)
+
+# settings that may differ between a run and its continuation without changing the result
+FREE_ON_RESUME = {"checkpoint", "metrics", "eval", "device", "run_dir"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    run_dir: Path
+    steps: int
+    stopped_by: int | None  # the signal that ended the run early
+
+
+def train(config: Config, fresh: bool = False) -> TrainResult:
+    """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
+    device, rank, world = start_process(config.device)
+    dtype = compute_dtype(config, device)
+    run_dir = Path(config.run_dir)
+    torch.manual_seed(config.seed)
+
+    draft = new_draft(config)
+    target = open_target(config, draft.config.layers, device)
+    train_set, eval_set = load_data(config, target.vocab_size)
+    loader = Loader(train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world)
+    total_steps = config.max_steps or config.epochs * loader.steps_per_epoch
+    fit_to_target(draft, config, target, train_set)
+    draft.to(device)
+    optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
+    draft.embed_tokens.to(dtype)
+    fingerprint = target_fingerprint(target)
+    first_step, resumed = resume(config, fresh, fingerprint, draft, optimizer, loader)
+    step_weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
+    loss = (config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)
+
+    def save(step: int) -> None:
+        free_disk(run_dir, 12 * optimizer.master.numel(), f"the checkpoint of step {step}")
+        state = {"step": step, "loader": loader.state_dict(), "target": fingerprint, "draft": draft.config.model_dump()}
+        checkpoint.save_checkpoint(
+            run_dir, run_tensors(optimizer, draft), state | {"config": config.model_dump()}, config.checkpoint.keep
+        )
+
+    def held_out() -> dict[str, float]:
+        batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
+        report = evaluate_tau(
+            lambda batch: held_out_rows(config, target, draft, batch),
+            itertools.islice(batches, -(-config.eval.max_packs // world)),
+            config.ttt_length,
+            reduce=all_sum,
+        )
+        return eval_values(report, config.loss.step_decay)
+
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        metrics = None
+        if rank == 0:
+            write_run_files(config, draft.config)
+            metrics = stack.enter_context(
+                Metrics(run_dir, config.metrics, total_steps, resume_step=first_step or None, settings=config.model_dump())
+            )
+            for line in resumed:
+                metrics.say(line)
+        sums = torch.zeros(5, config.ttt_length, dtype=torch.float64, device=device)
+        recent: list[Recent] = []  # the steps since the last look at the device
+        saved, clock = first_step, time.perf_counter()
+
+        for step in range(first_step + 1, total_steps + 1):
+            batches = next(loader)
+            step_sums = torch.zeros_like(sums)
+            for batch in batches:
+                batch = batch.to(device)
+                rows, grads = ttt_ref_step(draft, batch, target.capture(batch), target.head, step_weights, *loss)
+                optimizer.add_grads(grads)
+                step_sums += rows.sums()
+            all_sum(optimizer.grad)
+            all_sum(step_sums)
+            norm = optimizer.step(step_sums[3, 0])
+            sums += step_sums
+            recent.append(Recent(step, batches, norm, step_sums))
+
+            is_last = step == total_steps
+            look = step % config.metrics.log_every == 0 or is_last
+            if look:
+                refuse_nan(recent, run_dir, rank)
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                if metrics:
+                    values = train_values(sums, config.loss.step_decay)
+                    values["skipped_steps"] = sum(int(r.sums[3, 0]) == 0 for r in recent)
+                    values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
+                    values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    metrics.log(step, values)
+                sums.zero_()
+                recent.clear()
+            if len(eval_set) and (step % config.eval.every == 0 or is_last):
+                values = held_out()
+                if metrics:
+                    metrics.log(step, values)
+                if checkpoint.beats_best(run_dir, values["eval/tau_sim"]):
+                    save(step)
+                    saved = step
+                    checkpoint.mark_best(run_dir, step, values["eval/tau_sim"])
+                clock = time.perf_counter()
+            if saved != step and (step % config.checkpoint.every == 0 or is_last):
+                save(step)
+                saved = step
+            if (look or world == 1) and stop.agreed():
+                refuse_nan(recent, run_dir, rank)
+                if saved != step:
+                    save(step)
+                if metrics:
+                    metrics.say(
+                        f"stopped by {signal.Signals(stop.number).name} after step {step}; its checkpoint is written"
+                    )
+                return TrainResult(run_dir, step, stop.number)
+    return TrainResult(run_dir, total_steps, None)
+
+
+# --- what a run is made of -----------------------------------------------------------------------------------------------
+
+
+def start_process(device: str) -> tuple[torch.device, int, int]:  # device, rank, number of ranks
+    """Joins the process group when torchrun started this process. Raises ValueError for a device this machine lacks."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device: cuda, but PyTorch sees no CUDA GPU here; set device=cpu or install a CUDA build of PyTorch"
+        )
+    cuda = device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    found = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(found)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=found if cuda else None)
+    return found, (dist.get_rank() if dist.is_initialized() else 0), (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def open_target(config: Config, layers: tuple[int, int, int], device: torch.device) -> Target:
+    dtype = torch.float32 if config.target.dtype == "fp32" else torch.bfloat16
+    return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code)
+
+
+def load_data(config: Config, vocab_size: int) -> tuple[Dataset, Dataset]:
+    """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait."""
+    tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+    prepared = prepare(config.data, tokenizer, vocab_size)
+    if checkpoint.is_rank_0():
+        print("\n".join(prepared.stats.lines()))
+    return prepared.train, prepared.eval
+
+
+def new_draft(config: Config) -> Draft:
+    """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    if config.draft.init_from is not None:
+        if config.draft.config or config.draft.overrides:
+            raise ValueError("draft.init_from brings the draft's shape; take out draft.config and draft.overrides")
+        return load_draft(config.draft.init_from, facts).float()
+    shape = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
+    draft = Draft(DraftConfig.from_target(facts, **shape))
+    draft.init_weights(draft.config.initializer_range, torch.Generator().manual_seed(config.seed))
+    return draft
+
+
+def fit_to_target(draft: Draft, config: Config, target: Target, train_set: Dataset) -> None:
+    """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
+    if config.draft.init_from is None:
+        draft.set_vocab(build_vocab_map(train_set, draft.config.draft_vocab_size, draft.config.vocab_size))
+        if config.draft.init == "target":
+            draft.copy_head(target.head.weight, target.final_norm)
+    if config.draft.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
+        draft.set_embedding(target.embedding.float().cpu())
+
+
+def run_tensors(optimizer: FlatAdamW, draft: Draft) -> dict[str, Tensor]:
+    """What a checkpoint holds besides its JSON."""
+    return optimizer.state_dict() | {"d2t": draft.d2t, "t2d": draft.t2d} | checkpoint.rng_state(draft.d2t.device)
+
+
+def resume(
+    config: Config, fresh: bool, fingerprint: str, draft: Draft, optimizer: FlatAdamW, loader: Loader
+) -> tuple[int, list[str]]:  # steps done, what to tell the user
+    """Loads the newest readable checkpoint of the run folder in place. Raises ValueError when it belongs to another run."""
+    run_dir, told = Path(config.run_dir), []
+    found = checkpoint.list_checkpoints(run_dir)
+    if fresh:
+        if found and checkpoint.is_rank_0():
+            shutil.rmtree(run_dir / "checkpoints")
+        checkpoint.barrier()
+        return 0, told
+    for path in reversed(found):
+        tensors = {name: tensor.clone() for name, tensor in run_tensors(optimizer, draft).items()}
+        try:
+            saved = checkpoint.read_state(path)
+            checkpoint.load_tensors(saved, tensors)
+        except checkpoint.Unreadable as error:
+            told.append(f"{error}; trying the one before it")
+            continue
+        refuse_other_run(saved, config, fingerprint)
+        optimizer.load_state_dict(tensors)
+        draft.d2t.copy_(tensors["d2t"])
+        draft.t2d.copy_(tensors["t2d"])
+        loader.load_state_dict(saved.state["loader"])
+        checkpoint.set_rng_state(tensors)
+        return saved.step, [*told, f"going on from {path}, step {saved.step}"]
+    if found:
+        raise ValueError(f"no checkpoint of {run_dir} is readable; start anew with --fresh. " + " ".join(told))
+    return 0, told
+
+
+def refuse_other_run(saved: checkpoint.Saved, config: Config, fingerprint: str) -> None:
+    if saved.state["target"] != fingerprint:
+        raise ValueError(
+            f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
+            f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
+        )
+    now, then = config.model_dump(mode="json"), saved.state["config"]
+    changed = [
+        f"{key}: {then.get(key)} -> {now[key]}" for key in now if key not in FREE_ON_RESUME and then.get(key) != now[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"checkpoint {saved.path} was made with other settings, so going on would not give its result; take them back, "
+            "choose another run_dir, or start anew with --fresh. Changed: " + "; ".join(changed)
+        )
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recent:
+    """A step whose numbers still lie on the device."""
+
+    step: int
+    batches: list[Batch]  # this rank's, on the CPU
+    norm: Tensor  # scalar
+    sums: Tensor  # [5, T], all ranks'
+
+
+def held_out_rows(config: Config, target: Target, draft: Draft, batch: Batch) -> Rows:
+    batch = batch.to(target.device)
+    loss = config.loss
+    with torch.no_grad():
+        features = target.capture(batch)
+        return ttt_ref(draft, batch, features, target.head, config.ttt_length, loss.kind, loss.lk_scale, loss.lk_decay)
+
+
+def train_values(sums: Tensor, step_decay: float) -> dict[str, float]:
+    """Loss per live step-0 row, per-step acceptance and tau_sim from summed rows [5, T]."""
+    loss, acceptance, hits, live, masked_in = sums.cpu()
+    alphas = acceptance / live.clamp_min(1)
+    decay = step_decay ** torch.arange(len(loss), dtype=torch.float64)
+    values = {"loss": float((loss * decay).sum() / live[0].clamp_min(1)), "tau_sim": tau_sim(alphas)}
+    values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
+    return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
+
+
+def eval_values(report: TauReport, step_decay: float) -> dict[str, float]:
+    means = report.overall
+    known = [(i, loss, n) for i, (loss, n) in enumerate(zip(means.loss, means.num_live, strict=True)) if loss is not None]
+    total = sum(step_decay**i * loss * n for i, loss, n in known) / means.num_live[0]
+    alphas = {f"eval/a{i}": a for i, a in enumerate(means.acceptance) if a is not None}
+    return {"eval/loss": total, "eval/tau_sim": means.tau_sim, **alphas}
+
+
+def refuse_nan(recent: list[Recent], run_dir: Path, rank: int) -> None:
+    """Stops at the first step whose loss or gradient is not finite, with that step's batches saved for inspection."""
+    for r in recent:
+        if bool(torch.isfinite(r.sums[0]).all()) and bool(torch.isfinite(r.norm)):
+            continue
+        file = run_dir / f"not-finite-step-{r.step:08d}-rank-{rank}.safetensors"
+        tensors = {}
+        for i, batch in enumerate(r.batches):
+            tensors |= {f"{i}.input_ids": batch.input_ids, f"{i}.loss_mask": batch.loss_mask}
+            tensors[f"{i}.lengths"] = torch.tensor(batch.lengths)
+        save_file(tensors, file)
+        raise ValueError(
+            f"step {r.step}: loss sums {r.sums[0].tolist()} and gradient norm {float(r.norm)} are not all finite; training "
+            f"stopped. The step's batches are in {file}, the last checkpoint is good: lower optim.lr, or look at the batch"
+        )
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Adds up all ranks, in place."""
+    if dist.is_initialized():
+        if x.device.type == "cpu" and dist.get_backend() == "nccl":
+            x.copy_(all_sum(x.cuda()))
+        else:
+            dist.all_reduce(x)
+    return x
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT instead of dying of it; a second one of them does kill."""
+
+    def __enter__(self) -> StopSignal:
+        self.number: int | None = None
+        self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> bool:
+        """True on every rank once any rank got a signal."""
+        number = int(all_max(self.number or 0))
+        self.number = number or None
+        return number != 0
+
+
+def all_max(value: int) -> int:
+    if not dist.is_initialized():
+        return value
+    x = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return int(x)
+
+
+def write_run_files(config: Config, draft: DraftConfig) -> None:
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    (run_dir / "draft.json").write_text(json.dumps(draft.model_dump(mode="json"), indent=1))
+
+
+# --- a finished run ------------------------------------------------------------------------------------------------------
+
+
+def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]:
+    """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode."""
+    saved = checkpoint.checkpoint_of_run(run_dir, which)
+    config = Config.model_validate(saved.state["config"])
+    device, _, _ = start_process(config.device)
+    draft = Draft(DraftConfig.model_validate(saved.state["draft"]))
+    parameters = list(draft.trainable().values())
+    sizes = [p.numel() for p in parameters]
+    tensors = {"master": torch.empty(sum(sizes)), "d2t": draft.d2t, "t2d": draft.t2d}
+    checkpoint.load_tensors(saved, tensors)
+    for p, values in zip(parameters, tensors["master"].split(sizes), strict=True):
+        p.data.copy_(values.view_as(p))
+    target = open_target(config, draft.config.layers, device)
+    if target_fingerprint(target) != saved.state["target"]:
+        raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
+    draft.set_embedding(target.embedding.float().cpu())
+    return config, target, draft.to(device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`decode` is None when no prompts were given."""
+
+    checkpoint: str
+    held_out: TauReport
+    decode: DecodeReport | None
+
+
+def evaluate_run(
+    run_dir: Path, which: str, prompts: Path | None, max_prompts: int, max_new_tokens: int, settings: DecodeSettings
+) -> Evaluation:
+    """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given."""
+    config, target, draft = open_run(run_dir, which)
+    dtype = compute_dtype(config, target.device)
+    draft.to(dtype)
+    _, eval_set = load_data(config, target.vocab_size)
+    if not len(eval_set):
+        raise ValueError(f"{run_dir} has no held-out data; give the run data.eval_paths or an eval_fraction above 0")
+    batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
+    held_out = evaluate_tau(lambda batch: held_out_rows(config, target, draft, batch), batches, config.ttt_length)
+    decoded = None
+    if prompts is not None:
+        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer)
+        decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens)
+    return Evaluation(f"{run_dir} ({which})", held_out, decoded)
+
+
+def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
+    """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done."""
+    _, target, draft = open_run(run_dir, which)
+    export_draft(draft, out, target.dtype, overwrite)
+    findings = verify(out, target.model.name_or_path)
+    if findings.errors:
+        raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
+    return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {target.dtype}; loads in SGLang and vLLM"]
+
+
+def print_plan(config: Config, console: Console) -> None:
+    """The resolved config, parameter counts, predicted memory and disk. Reads the target's config.json, not its weights."""
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    draft = new_draft(config)
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False)
+    predicted = plan(
+        draft.config,
+        target_params=count_target_parameters(facts),
+        target_dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
+        pack_tokens=config.data.pack_tokens,
+        ttt_length=config.ttt_length,
+        precision="bf16" if compute_dtype(config, device) == torch.bfloat16 else "fp32",
+        document_tokens=config.data.max_length,
+        keep=config.checkpoint.keep,
+        loss=config.loss.kind,
+    )
+    render(predicted, console)
