@@ -1,8 +1,8 @@
 """Lines of JSONL or rows of Parquet, in the shapes people keep chats in, to one normal form.
 
 Shapes: OpenAI `messages` (with `tools`, `reasoning_content`, `tool_calls`), ShareGPT `conversations` (`from`/`value` or
-`role`/`content`), pre-tokenised `input_ids` + `loss_mask`. JSONL is read here line by line and not through `datasets`, whose
-Arrow typing gives every line the union of all lines' keys (wrong tool arguments) and no line numbers.
+`role`/`content`), pre-tokenised `input_ids` + `loss_mask`. JSONL is read here line by line and not through `datasets`,
+whose Arrow typing gives every line the union of all lines' keys (wrong tool arguments) and no line numbers.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Line:
 
 
 def expand(paths: list[str]) -> list[str]:
-    """Files named by paths and glob patterns, in order. ValueError for one that is missing, a folder, or of another kind."""
+    """Files named by paths and glob patterns, in order. ValueError: one that is missing, a folder, or of another kind."""
     files = []
     for path in paths:
         path = os.path.expanduser(path)
@@ -127,9 +127,7 @@ def parse(line: Line) -> Conversation:
         try:
             row = json.loads(row.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise BadLine(
-                where, f"not UTF-8: byte 0x{row[error.start]:02x} at position {error.start} of the line"
-            ) from error
+            raise BadLine(where, f"not UTF-8: byte 0x{row[error.start]:02x} at position {error.start}") from error
         except RecursionError as error:
             raise BadLine(where, "JSON nested too deeply") from error
         except ValueError as error:
@@ -185,10 +183,8 @@ def _tokens(where: str, row: dict) -> Conversation:
 def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     if not isinstance(turn, dict):
         raise ValueError(f"message {number} must be an object, got {_kind(turn)}")
-    if sharegpt:
-        message = {{"from": "role", "value": "content"}.get(k, k): v for k, v in turn.items()}
-    else:
-        message = dict(turn)
+    names = {"from": "role", "value": "content"} if sharegpt else {}
+    message = {names.get(k, k): v for k, v in turn.items()}
     role = message.get("role")
     if not isinstance(role, str):
         raise ValueError(f"message {number} needs a role, got {_kind(role)}")

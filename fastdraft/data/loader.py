@@ -33,7 +33,7 @@ class Loader:
     ) -> None:
         if packs_per_step < 1 or packs_per_step % world_size:
             raise ValueError(
-                f"packs_per_step {packs_per_step} must be a positive multiple of the {world_size} ranks that share each step"
+                f"packs_per_step {packs_per_step} must be a positive multiple of the {world_size} ranks that share a step"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")

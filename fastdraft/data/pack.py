@@ -1,7 +1,7 @@
 """Best-fit packing of samples into packs of a token budget, longest first.
 
-Each sample goes where it leaves the least room. Open packs are kept by their free room, and which amounts of free room occur
-is a bit set in one integer, so finding the best fit is a shift and the lowest set bit.
+Each sample goes where it leaves the least room. Open packs are kept by their free room, and which amounts of free room
+occur is a bit set in one integer, so finding the best fit is a shift and the lowest set bit.
 """
 
 from __future__ import annotations

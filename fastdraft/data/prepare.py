@@ -93,9 +93,10 @@ class Prepared(NamedTuple):
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
     """Train and eval samples of the configured files, from the cache if they are there.
 
-    vocab_size is the target's: pre-tokenised ids are checked against it. Every process of a job may call this: one works, the
-    others wait for it. ValueError: a missing, unreadable or empty file; a bad line (unless on_bad_line is skip); a tokenizer or
-    template that cannot make a mask; nothing to train on. OSError when the cache cannot be written.
+    vocab_size is the target's: pre-tokenised ids are checked against it. Every process of a job may call this: one works,
+    the others wait for it. ValueError: a missing, unreadable or empty file; a bad line (unless on_bad_line is skip); a
+    tokenizer or template that cannot make a mask; nothing to train on; a damaged cache. OSError when the cache cannot be
+    written.
     """
     cache_dir = Path(config.cache_dir or Path.home() / ".cache" / "fastdraft").expanduser()
     train_files, eval_files = expand(config.paths), expand(config.eval_paths)
@@ -155,7 +156,7 @@ def _split(data: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
     Each side gets at least one conversation if there are two, however small the data.
     """
-    keys = data.with_format("arrow")[:]["conversation"].to_numpy()
+    keys = data.select_columns("conversation").with_format("arrow")[:]["conversation"].to_numpy()
     held_out = keys < np.uint64(fraction * 2**64)
     if fraction and keys.min() != keys.max():
         if not held_out.any():
@@ -187,9 +188,15 @@ def _prepared(files: list[str], config: DataConfig, chat: ChatTokenizer, cache_d
                 ) from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    stats = Stats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
+    try:
+        stats = Stats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
+        dataset = Dataset.from_file(str(folder / "samples.arrow"))
+        if len(dataset) != stats.samples:  # Arrow takes a stream cut between two batches for a shorter one
+            raise ValueError(f"{len(dataset)} of {stats.samples} samples are there")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"the token cache {folder} is damaged: {error}; delete it, it will be made again") from error
     stats.from_cache = from_cache
-    return Dataset.from_file(str(folder / "samples.arrow")), stats
+    return dataset, stats
 
 
 def _cache_key(files: list[str], config: DataConfig, chat: ChatTokenizer) -> str:
@@ -216,7 +223,7 @@ def _write(files: list[str], config: DataConfig, chat: ChatTokenizer, path: Path
     skip = config.on_bad_line == "skip"
     workers = config.num_workers
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if sum(map(os.path.getsize, files)) > 32 * 2**20 else 0
+        workers = (os.cpu_count() or 1) if sum(map(os.path.getsize, files)) > 32 * 2**20 else 0
     with (
         pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_stream(sink, SCHEMA) as writer,

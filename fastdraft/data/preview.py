@@ -21,7 +21,8 @@ def preview(
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     for number, sample in enumerate(islice(samples, n), 1):
         ids, trained = [int(i) for i in sample.input_ids], [bool(m) for m in sample.loss_mask]
-        console.print(Rule(f"sample {number}: {len(ids)} tokens, {sum(trained)} trained ({sum(trained) / len(ids):.0%})"))
+        title = f"sample {number}: {len(ids)} tokens, {sum(trained)} trained ({sum(trained) / len(ids):.0%})"
+        console.print(Rule(Text(title)))
         text = Text()
         tokens = zip(ids, trained, (i in special for i in ids), strict=True)
         for (is_trained, is_special), run in groupby(tokens, key=lambda token: token[1:]):

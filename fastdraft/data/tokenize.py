@@ -1,20 +1,20 @@
 """A conversation to samples: tokens of the rendered chat template, and a mask of what the assistant generates.
 
-The mask is made on the TEXT of one rendering and carried to tokens by the offsets of one tokenisation of that whole text, so
-the tokens are those serving sees. A trained span is what the model must produce: from the end of the generation prompt to the
-end-of-turn token, without white space that the template sets after it. Nothing is known here about any particular template:
-`{% generation %}` spans say where the assistant speaks, and where a template has none, rendering messages[:k] with the generation
-prompt and messages[:k+1] does.
+The mask is made on the TEXT of one rendering and carried to tokens by the offsets of one tokenisation of that whole text,
+so the tokens are those serving sees. A trained span is what the model must produce: from the end of the generation prompt
+to the end-of-turn token, without white space that the template sets after it. Nothing is known here about any particular
+template: `{% generation %}` spans say where the assistant speaks, and where a template has none, rendering messages[:k]
+with the generation prompt and messages[:k+1] does.
 
-A template that renders a turn differently once later turns follow (reasoning dropped, another closing token) never shows the
-model the whole conversation as one text. Such a conversation becomes one sample per trained turn, each as it is at its turn.
+A template that renders a turn differently once later turns follow (reasoning dropped, another closing token) never shows
+the model the whole conversation as one text. Such a conversation becomes one sample per trained turn, each as it is then.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,7 +106,7 @@ class ChatTokenizer:
         return Sample(np.array(encoding.ids, dtype=np.int32), mask, key)
 
     def _texts(self, conversation: Conversation) -> tuple[list[tuple[str, list[Span]]], bool, int]:
-        """Texts to train on with their trained spans; whether the template rewrites turns; turns whose reasoning is lost."""
+        """Texts to train on with their trained spans; whether the template rewrites turns; turns with lost reasoning."""
         messages, tools = list(conversation.messages), conversation.tools
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last_turn":
@@ -128,7 +128,7 @@ class ChatTokenizer:
         return texts, True, lost
 
     def _marked(self, messages: list[dict], tools: list[dict] | None, k: int, spans: list[Span]) -> list[Span]:
-        """Of the {% generation %} spans in the rendering of messages[:k+1], those of turn k: what earlier turns leave over."""
+        """Turn k's own {% generation %} spans: of those in the rendering of messages[:k+1], what earlier turns leave."""
         earlier = [m for m in messages[:k] if m["role"] == "assistant"]
         return spans[len(self._render(messages[:k], tools)[1]) if earlier else 0 :]
 
@@ -136,7 +136,7 @@ class ChatTokenizer:
         """Where turn k lies in the rendering of messages[:k+1]: after the generation prompt, to the end-of-turn token."""
         end = self._turn_end(text)
         if self._header and all(message["role"] in ("system", "developer") for message in messages[:k]):
-            # Nothing to answer before this turn: templates refuse to render that, or add their default system prompt only later.
+            # Nothing to answer before it: templates refuse to render that, or set their default system prompt only later.
             start = text.find(self._header) + len(self._header)
             if start < len(self._header):
                 raise _Refused("the template's generation prompt does not occur before the assistant's first turn")
@@ -146,9 +146,9 @@ class ChatTokenizer:
             prompt, _ = self._render(messages[:k], tools, add_generation_prompt=True)
             start = len(prompt)
             if not text.startswith(prompt):
-                # The generation prompt holds more than the rendered turn begins with (an opened <think>): from where they part.
+                # The prompt has more than the rendered turn begins with (an opened <think>): start where they part.
                 before, _ = self._render(messages[:k], tools)
-                start = len(os.path.commonprefix([prompt, text]))
+                start = _common(prompt, text)
                 if not prompt.startswith(before) or start <= len(before):
                     raise _Refused(
                         "the template's text before this turn changes with the turn, so its start cannot be found; "
@@ -157,7 +157,7 @@ class ChatTokenizer:
         return [(start, end)] if start < end else []
 
     def _turn_end(self, text: str) -> int:
-        """End of the last turn of a rendering, after its end-of-turn token and before what the template adds to close up."""
+        """End of the last turn of a rendering: after its end-of-turn token, before what the template adds to close up."""
         return len(text.rstrip().removesuffix(self._closing).rstrip())
 
     def _render(
@@ -194,7 +194,7 @@ class ChatTokenizer:
 
     @cached_property
     def _backend(self) -> Any:
-        """The fast tokenizer without its post-processor, which may trim white space from offsets and adds special tokens."""
+        """The fast tokenizer without its post-processor, which adds special tokens and may trim the offsets."""
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"{type(self.tokenizer).__name__} is a slow tokenizer: it gives no character offsets, which the loss mask "
@@ -220,9 +220,9 @@ class ChatTokenizer:
     def _closing(self) -> str:
         """What the template sets at the very end of a conversation after the end-of-turn token (Phi-3: <|endoftext|>).
 
-        Found by rendering one exchange with and without a further turn: after the answer both begin with the end of the turn,
-        what the former has beyond that closes the conversation. Empty when they begin with nothing common: then the closing
-        IS the end of the turn.
+        Found by rendering one exchange with and without a further turn: after the answer both begin with the end of the
+        turn, what the former has beyond that closes the conversation. Empty when they begin with nothing common: then the
+        closing IS the end of the turn.
         """
         answer = "fastdraft-answer"
         chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": answer}]
@@ -233,13 +233,18 @@ class ChatTokenizer:
             return ""
         last, followed = (text.partition(answer)[2] for text in (last, followed))
         encodings = [self._backend.encode(text, add_special_tokens=False) for text in (last, followed)]
-        common = os.path.commonprefix([encoding.ids for encoding in encodings])
-        end = encodings[0].offsets[len(common) - 1][1] if common else 0
+        common = _common(encodings[0].ids, encodings[1].ids)
+        end = encodings[0].offsets[common - 1][1] if common else 0
         return last[end:].strip() if last[:end].strip() else ""
 
 
 class _Refused(Exception):
     """The template cannot render these messages, or shows no span for a turn."""
+
+
+def _common(a: Sequence, b: Sequence) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _marks(template: str) -> bool:

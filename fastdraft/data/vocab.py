@@ -26,7 +26,7 @@ def token_counts(
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             bad = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
             raise ValueError(
-                f"token id {bad} is not in the target's vocabulary of {vocab_size}: the data was tokenised for another target"
+                f"token id {bad} is not in the target's vocabulary of {vocab_size}: this data is of another target"
             )
         counts += np.bincount(ids[np.asarray(mask, dtype=bool)], minlength=vocab_size)
     return counts

@@ -161,7 +161,7 @@ def test_lines_are_counted_from_one_and_blank_ones_passed_over(tmp_path):
     packed.write_bytes(gzip.compress(b"{}\n"))
     assert [line.content for line in read_lines(str(packed))] == [b"{}\n"]
     packed.write_bytes(gzip.compress(b"{}\n" * 1000)[:-9])
-    with pytest.raises(ValueError, match="b.jsonl.gz: cannot be read"):
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz: cannot be read"):
         list(read_lines(str(packed)))
 
 
@@ -190,5 +190,5 @@ def test_files(tmp_path):
     for path, reason in (("none.jsonl", "no such file"), ("", "is a folder"), ("c.txt", "neither JSONL")):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*" + reason):
             expand([f"{tmp_path}/{path}"])
-    with pytest.raises(ValueError, match="empty.jsonl: empty"):
+    with pytest.raises(ValueError, match=r"empty\.jsonl: empty"):
         list(read_lines(f"{tmp_path}/empty.jsonl"))

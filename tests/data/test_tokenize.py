@@ -7,8 +7,9 @@ from fastdraft.data.tokenize import ChatTokenizer
 
 LLAMA3 = (
     "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
-    "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 GENERATION = (
     "{%- for message in messages %}{%- if message.role == 'assistant' %}{{- '<|im_start|>assistant\n' }}"
@@ -18,11 +19,19 @@ GENERATION = (
 )
 # As Qwen3's: reasoning is rendered only after the last user message.
 REASONING = (
-    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}"
-    "{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
-    "{%- if m.role == 'assistant' and loop.index0 > ns.last %}{{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}"
-    "{%- endif %}{{- m.content + '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
+    "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and loop.index0 > ns.last %}"
+    "{{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{%- endif %}{{- m.content + '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+MARKED_REASONING = (
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
+    "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' %}{% generation %}{%- if loop.index0 > ns.last %}"
+    "{{- '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{%- endif %}"
+    "{{- m.content + '<|im_end|>' }}{% endgeneration %}{{- '\n' }}{%- else %}{{- m.content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -43,7 +52,8 @@ RETURN = (
 )
 # As DeepSeek-R1's: the generation prompt opens the reasoning, which the rendered turn does not have.
 OPENS_THINK = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}{% else %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}{% else %}"
     "{{ '<|assistant|>' + message['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
@@ -102,20 +112,11 @@ def test_generation_spans_are_transformers_own():
     assert done.samples[0].loss_mask.tolist() == [bool(m) for m in theirs["assistant_masks"]]
 
 
-@pytest.mark.parametrize("mark", [False, True])
-def test_dropped_reasoning_splits_the_conversation(mark):
+@pytest.mark.parametrize("template", [REASONING, MARKED_REASONING], ids=["prefixes", "generation"])
+def test_dropped_reasoning_splits_the_conversation(template):
     messages = chat("Hello", "Hi", "And?", "So", "Then?", "End")
     for message, thought in zip(messages[1::2], ("one", "two", "three"), strict=True):
         message["reasoning_content"] = thought
-    template = REASONING
-    if mark:
-        template = (
-            "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}"
-            "{%- endif %}{%- endfor %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
-            "{% generation %}{%- if loop.index0 > ns.last %}{{- '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{%- endif %}"
-            "{{- m.content + '<|im_end|>' }}{% endgeneration %}{{- '\n' }}{%- else %}{{- m.content + '<|im_end|>\n' }}{%- endif %}"
-            "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-        )
     tokenizer, done = tokenize(template, messages)
     assert done.rewritten
     assert [spans(tokenizer, sample) for sample in done.samples] == [
@@ -201,7 +202,7 @@ def test_settings_that_no_line_can_mend_are_value_errors():
 
 
 def test_too_long_is_split_or_truncated():
-    tokenizer, done = tokenize(CHATML, TWO)
+    _, done = tokenize(CHATML, TWO)
     (whole,) = done.samples
     _, split = tokenize(CHATML, TWO, max_length=16)
     assert split.too_long == 1 and split.untrained > 0
