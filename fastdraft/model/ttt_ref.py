@@ -53,9 +53,7 @@ def ttt_ref(
 
         masked_in = (u + 1 <= last) & batch.loss_mask[(u + 1).minimum(last)]
         live = masked_in & draft.t2d[teacher.top[u.minimum(last)]]
-        loss, alpha, hit = kl_rows_ref(
-            draft.logits(h), teacher[u.minimum(last)], draft.draft_ids, kind, lk_scale, lk_decay
-        )
+        loss, alpha, hit = kl_rows_ref(draft.logits(h), teacher[u.minimum(last)], draft.draft_ids, kind, lk_scale, lk_decay)
         steps.append((loss.where(live, 0.0), alpha.where(live, 0.0), hit & masked_in, live, masked_in))
     return Rows(*(torch.stack(x) for x in zip(*steps, strict=True)))
 
