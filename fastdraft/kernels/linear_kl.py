@@ -91,14 +91,16 @@ def kl_rows_ref(
 class KLConfig:
     tile: int  # columns the row kernel holds at a time
     num_warps: int
+    stages: int  # tiles in flight
 
 
 def kl_config(
     vocab: int,
     itemsize: int,
 ) -> KLConfig:
-    tile = 1024 if vocab <= 4096 else 8192 // (itemsize // 2)
-    return KLConfig(tile, num_warps=8 if tile >= 4096 else 4)
+    """Eight bf16 a thread: wide tiles for long rows, narrow ones that leave few idle lanes for short rows."""
+    tile, num_warps = (4096, 16) if vocab > 16384 else (1024, 4)
+    return KLConfig(tile * 2 // itemsize, num_warps, stages=3)
 
 
 @jit
@@ -119,6 +121,7 @@ def _kl_rows_kernel(
     LOSS: tl.constexpr,
     GRAD: tl.constexpr,  # write the gradient
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * vocab
@@ -137,30 +140,33 @@ def _kl_rows_kernel(
         lse_draft = tl.load(lse_draft_ptr + u)
         outside = tl.exp(lse_draft - tl.load(lse_full_ptr + u))  # P = P~ * outside
 
-        top = tl.full([], float("-inf"), tl.float32)
-        best = tl.full([], 0, tl.int32)
+        # Each lane keeps its own running max and sum: no reduction until the row is read, and one exponential an element,
+        # since of exp(old - new) and exp(z - new) one is always 1.
+        peaks = tl.full([TILE], -3e38, tl.float32)  # finite: a lane that never sees a column must not make inf - inf
         sums = tl.zeros([TILE], tl.float32)
-        for start in range(0, vocab, TILE):
+        starts = tl.zeros([TILE], tl.int32)
+        for start in tl.range(0, vocab, TILE, num_stages=STAGES):
             cols = start + lanes
-            z = tl.load(z_ptr + cols, mask=cols < vocab, other=float("-inf")).to(tl.float32)
-            tile_top = tl.max(z, 0)
-            if tile_top > top:
-                best = start + tl.min(tl.where(z == tile_top, lanes, TILE - 1), 0)
-            new_top = tl.maximum(top, tile_top)
-            sums = sums * tl.exp(top - new_top) + tl.exp(z - new_top)
-            top = new_top
-        total = tl.sum(sums, 0)
+            z = tl.load(z_ptr + cols, mask=cols < vocab, other=-3e38, eviction_policy="evict_last").to(tl.float32)
+            higher = z > peaks
+            e = tl.exp(-tl.abs(z - peaks))
+            sums = tl.where(higher, sums * e + 1.0, sums + e)
+            starts = tl.where(higher, start, starts)
+            peaks = tl.maximum(peaks, z)
+        top = tl.max(peaks, 0)
+        best = tl.min(tl.where(peaks == top, starts + lanes, vocab - 1), 0)
+        total = tl.sum(sums * tl.exp(peaks - top), 0)
         scale, log_total = 1.0 / total, tl.log(total)  # Q and log Q from these: top + log(total) would round to |top|
         tl.store(hit_ptr + row, best.to(tl.int64) == tl.load(draft_argmax_ptr + u))
 
         ce_sums = tl.zeros([TILE], tl.float32)
         alpha_sums = tl.zeros([TILE], tl.float32)
         c_sums = tl.zeros([TILE], tl.float32)
-        for start in range(0, vocab, TILE):
+        for start in tl.range(0, vocab, TILE, num_stages=STAGES):
             cols = start + lanes
             inside = cols < vocab
             z = tl.load(z_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32) - top
-            t = tl.load(t_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
+            t = tl.load(t_ptr + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
             q = tl.exp(z) * scale
             p_draft = tl.exp(t - lse_draft)
             p = p_draft * outside
@@ -189,11 +195,13 @@ def _kl_rows_kernel(
                 tl.store(loss_ptr + row, mix * ce + (1.0 - mix) * (1.0 - alpha))
             if GRAD:
                 c_total = tl.sum(c_sums, 0)
-                for start in range(0, vocab, TILE):
+                for start in tl.range(0, vocab, TILE, num_stages=STAGES):
                     cols = start + lanes
                     inside = cols < vocab
                     z = tl.load(z_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
-                    t = tl.load(t_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
+                    t = tl.load(t_ptr + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(
+                        tl.float32
+                    )
                     q = tl.exp(z - top) * scale
                     p_draft = tl.exp(t - lse_draft)
                     p = p_draft * outside
@@ -230,6 +238,7 @@ def _kl_rows(
         LOSS=loss,
         GRAD=grad,
         TILE=config.tile,
+        STAGES=config.stages,
         num_warps=config.num_warps,
     )
     return rows

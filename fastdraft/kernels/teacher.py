@@ -41,6 +41,9 @@ except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-
         return fn
 
 
+MAX_BLOCK = 32768  # wider blocks gain 3 % (bench/results/teacher.jsonl) and cost memory
+
+
 @dataclass(frozen=True)
 class PermutedHead:
     """A TargetHead whose rows are ordered draft vocabulary first, then the rest, both ascending. See `permute_head`."""
@@ -121,13 +124,10 @@ class TeacherConfig:
 
 
 def teacher_config(
-    n: int,
-    vocab: int,
+    block: int,
+    itemsize: int,
 ) -> TeacherConfig:
-    """A block of about 32 MiB of bf16 stays in a 50 MB L2 between GEMM and row kernel, but is never too narrow to tile."""
-    block = min(max(4096, (1 << 24) // max(n, 1) // 256 * 256), 32768)
-    tile = 1024 if vocab <= 4096 else 4096
-    return TeacherConfig(block, tile, num_warps=tile // 512 if tile >= 2048 else 4)
+    return TeacherConfig(block, 1024 * 2 // itemsize, num_warps=4)
 
 
 @jit
@@ -164,13 +164,15 @@ def _teacher_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * width
     lanes = tl.arange(0, TILE)
-    top = tl.full([], float("-inf"), tl.float32)
-    best = tl.full([], 0, tl.int32)
+    # Each lane keeps its own running max and sum: no reduction until the row is read, and one exponential an element,
+    # since of exp(old - new) and exp(t - new) one is always 1.
+    peaks = tl.full([TILE], -3e38, tl.float32)  # finite: a lane that never sees a column must not make inf - inf
     sums = tl.zeros([TILE], tl.float32)
+    starts = tl.zeros([TILE], tl.int32)
     for start in range(0, width, TILE):
         cols = start + lanes
         inside = cols < width
-        t = tl.load(z_ptr + cols, mask=inside, other=float("-inf") if PLAIN else 0.0).to(tl.float32)
+        t = tl.load(z_ptr + cols, mask=inside, other=-3e38 if PLAIN else 0.0).to(tl.float32)
         if not PLAIN:
             if HAS_BIAS:
                 t += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -180,14 +182,15 @@ def _teacher_rows_kernel(
             stored = t.to(z_ptr.dtype.element_ty)
             if DRAFT:
                 tl.store(z_ptr + cols, stored, mask=inside)
-            t = tl.where(inside, stored.to(tl.float32), float("-inf"))
-        tile_top = tl.max(t, 0)
-        if tile_top > top:  # strictly: an equal logit in a later tile has a higher id
-            best = start + tl.min(tl.where(t == tile_top, lanes, TILE - 1), 0)
-        new_top = tl.maximum(top, tile_top)
-        sums = sums * tl.exp(top - new_top) + tl.exp(t - new_top)
-        top = new_top
-    total = tl.sum(sums, 0)
+            t = tl.where(inside, stored.to(tl.float32), -3e38)
+        higher = t > peaks  # strictly: an equal logit in a later tile has a higher id
+        e = tl.exp(-tl.abs(t - peaks))
+        sums = tl.where(higher, sums * e + 1.0, sums + e)
+        starts = tl.where(higher, start, starts)
+        peaks = tl.maximum(peaks, t)
+    top = tl.max(peaks, 0)
+    best = tl.min(tl.where(peaks == top, starts + lanes, width - 1), 0)
+    total = tl.sum(sums * tl.exp(peaks - top), 0)
     target_id = tl.load(ids_ptr + best)
     if DRAFT:
         tl.store(lse_draft_ptr + row, top + tl.log(total))
@@ -285,19 +288,19 @@ def _teacher(
     n, vocab = f.shape[0], head.weight.shape[0]
     torch.mm(f, head.weight[: head.num_draft].T, out=out.logits)
     rows(out.logits, 0, head, out, config)
-    for first, width in _blocks(head, config):
+    for first, width in _blocks(head, config.block):
         z = scratch[: n * width].view(n, width)
         torch.mm(f, head.weight[first : min(first + width, vocab)].T, out=z)
         rows(z, first, head, out, config)
 
 
-def _blocks(head: PermutedHead, config: TeacherConfig) -> list[tuple[int, int]]:
-    """(first column, width) of the blocks beyond the draft vocabulary: as even as multiples of 256 allow."""
+def _blocks(head: PermutedHead, block: int) -> list[tuple[int, int]]:
+    """(first column, width <= block) of the blocks beyond the draft vocabulary: as even as multiples of 256 allow."""
     vocab, rest = head.weight.shape[0], head.weight.shape[0] - head.num_draft
     if rest == 0:
         return []
-    even = -(-rest // -(-rest // config.block))
-    width = min(-(-even // 256) * 256, config.block)
+    even = -(-rest // -(-rest // block))
+    width = min(-(-even // 256) * 256, block)
     return [(first, min(width, vocab - first)) for first in range(head.num_draft, vocab, width)]
 
 
@@ -306,7 +309,10 @@ def teacher_buffers(
     head: PermutedHead,
     dtype: torch.dtype,
 ) -> tuple[TeacherRows, Tensor]:
-    """Result buffers for n rows and scratch for one column block: n * (Vd + B) numbers of `dtype` on the head's device."""
+    """Result buffers for n rows and scratch for one column block, on the head's device: n * (Vd + B) numbers of `dtype`.
+
+    Any other scratch of n * 256 numbers or more serves too (the student's logits, which nobody needs yet): B is what fits.
+    """
     device = head.weight.device
     stats = torch.promote_types(dtype, torch.float32)
     rows = TeacherRows(
@@ -317,8 +323,8 @@ def teacher_buffers(
         torch.empty(n, dtype=torch.int64, device=device),
         torch.empty(n, dtype=stats, device=device),
     )
-    widest = max((width for _, width in _blocks(head, teacher_config(n, head.weight.shape[0]))), default=0)
-    return rows, torch.empty(n * widest, dtype=dtype, device=device)
+    widest = max((width for _, width in _blocks(head, MAX_BLOCK)), default=0)
+    return rows, torch.empty(n * (-(-widest // 256) * 256), dtype=dtype, device=device)
 
 
 @torch.no_grad()
@@ -343,15 +349,18 @@ def teacher(
         raise ValueError("the teacher kernel needs Triton, which is not installed: pip install triton")
     n = f.shape[0]
     rows, scratch = buffers or teacher_buffers(n, head, f.dtype)
-    config = teacher_config(rows.logits.shape[0], head.weight.shape[0])
-    need = n * max((width for _, width in _blocks(head, config)), default=0)
     if rows.logits.shape[0] < n or rows.logits.shape[1] != head.num_draft or rows.logits.dtype != f.dtype:
         raise ValueError(
             f"buffers hold {tuple(rows.logits.shape)} of {rows.logits.dtype}; "
             f"[>= {n}, {head.num_draft}] of {f.dtype} is needed"
         )
-    if scratch.numel() < need or scratch.dtype != f.dtype:
-        raise ValueError(f"scratch holds {scratch.numel()} of {scratch.dtype}; {need} of {f.dtype} is needed")
+    block = min(scratch.numel() // rows.logits.shape[0], MAX_BLOCK) // 256 * 256
+    if scratch.dtype != f.dtype or not scratch.is_contiguous() or (block == 0 and head.num_draft < head.weight.shape[0]):
+        raise ValueError(
+            f"scratch holds {scratch.numel()} of {scratch.dtype}; {256 * rows.logits.shape[0]} or more of {f.dtype}, "
+            "contiguous, are needed"
+        )
+    config = teacher_config(block, f.element_size())
     out = rows.first(n)
-    _teacher(f, head, out, scratch, config, _teacher_rows if f.is_cuda else _teacher_rows_cpu)
+    _teacher(f, head, out, scratch.view(-1), config, _teacher_rows if f.is_cuda else _teacher_rows_cpu)
     return out

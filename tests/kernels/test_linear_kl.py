@@ -12,7 +12,7 @@ from fastdraft.model.losses import row_losses
 
 LOSSES = ["kl", "lk_alpha", "lk_lambda"]
 LK = (0.9, 1.7)  # lk_scale, lk_decay
-SMALL = KLConfig(tile=64, num_warps=1)
+SMALL = KLConfig(tile=64, num_warps=1, stages=2)
 SHAPES = {  # n, m, H, V, Vd
     "one tile": (5, 4, 8, 100, 64),
     "tile + 1": (5, 4, 8, 100, 65),
