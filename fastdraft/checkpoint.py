@@ -12,6 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 
 FORMAT = 1
@@ -41,29 +45,48 @@ class Saved:
 
 
 def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Writes `tensors` and `state` (JSON) as the checkpoint of state["step"]; every rank calls it."""
+    """Writes `tensors` and `state` (JSON) as the checkpoint of state["step"]; every rank calls it.
+
+    Every rank holds all of them, so rank 0 writes alone. Raises ValueError on every rank when it cannot.
+    """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state['step']:08d}"
-    aside = folder / f".writing-{final.name}"
-    try:
-        if is_rank_0():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        barrier()
-        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=not dist.is_initialized())
-        if is_rank_0():
-            (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(aside, final)
+    failure = [None]
+    if is_rank_0():
+        try:
+            _write(folder / f".writing-{final.name}", final, tensors, state)
             _delete_old(folder, keep)
-        barrier()
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
+            failure = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
         raise ValueError(
-            f"checkpoint {final} could not be written ({error}); the previous ones are untouched. "
+            f"checkpoint {final} could not be written ({failure[0]}); the previous ones are untouched. "
             f"Free space under {folder} and run the same command again to go on from the last checkpoint"
-        ) from error
+        )
     return final
+
+
+def _write(aside: Path, final: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir(parents=True)
+    try:
+        with _alone():
+            dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=True)
+        (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """DCP without collectives, on purpose: it warns of exactly that, and has no argument to say so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -72,14 +95,17 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> Saved:
-    """The JSON half of a checkpoint. Raises Unreadable when it is no checkpoint of this format."""
+    """The JSON half of a checkpoint. Raises Unreadable when it is damaged, ValueError when it is of another format."""
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise Unreadable(f"checkpoint {path} is unreadable: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or "format" not in state:
+        raise Unreadable(f"checkpoint {path} is unreadable: state.json is not one that fastdraft wrote")
+    if state["format"] != FORMAT:
         raise ValueError(
-            f"checkpoint {path} has format {state.get('format') if isinstance(state, dict) else state!r}, not {FORMAT}"
+            f"checkpoint {path} has format {state['format']!r}, this version of fastdraft reads {FORMAT}; use the version "
+            "that wrote it, or start anew with --fresh"
         )
     return Saved(path, state)
 
@@ -94,7 +120,8 @@ def load_tensors(saved: Saved, into: dict[str, Tensor]) -> None:
                 raise ValueError(f"it has no tensor {name!r}")
             if tuple(found[name].size) != tuple(tensor.shape):
                 raise ValueError(f"{name} is {tuple(found[name].size)} there and {tuple(tensor.shape)} here")
-        dcp.load(dict(into), storage_reader=reader, no_dist=not dist.is_initialized())
+        with _alone():
+            dcp.load(dict(into), storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, DCP and the file system each raise their own kinds
         raise Unreadable(f"checkpoint {saved.path} is unreadable: {error}") from error
 
@@ -104,20 +131,35 @@ def beats_best(run_dir: Path, tau_sim: float) -> bool:
     return best is None or tau_sim > best["tau_sim"]
 
 
-def mark_best(run_dir: Path, step: int, tau_sim: float) -> None:
-    """Remembers the checkpoint of `step` as the one with the best held-out tau_sim; it outlives the last K."""
+def mark_best(run_dir: Path, step: int, tau_sim: float, keep: int) -> None:
+    """Remembers the checkpoint of `step` as the one with the best held-out tau_sim; it outlives the last `keep`."""
     barrier()
     if is_rank_0():
         file = run_dir / "checkpoints" / "best.json"
         aside = file.with_suffix(".writing")
         aside.write_text(json.dumps({"step": step, "tau_sim": tau_sim}))
         os.replace(aside, file)
+        _delete_old(file.parent, keep)
     barrier()
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     file = run_dir / "checkpoints" / "best.json"
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def rewind(run_dir: Path, step: int, damaged: list[Path]) -> None:
+    """Before going on from `step`: later, `damaged` checkpoints are renamed so that they do not count among the last K, and
+    a best one later than `step` is forgotten, since its step comes again."""
+    if is_rank_0():
+        for path in damaged:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        best = read_best(run_dir)
+        if best is not None and best["step"] > step:
+            (run_dir / "checkpoints" / "best.json").unlink()
+    barrier()
 
 
 def checkpoint_of_run(run_dir: Path, which: str = "best") -> Saved:

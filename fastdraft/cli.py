@@ -70,12 +70,10 @@ def init(
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
-    from fastdraft.data.prepare import prepare as run
-    from fastdraft.target.hf import load_tokenizer
+    from fastdraft.train import draft_shape, load_data
 
     loaded = load_config(config, overrides or [])
-    prepared = run(loaded.data, load_tokenizer(loaded.target.path, loaded.target.trust_remote_code))
-    for line in prepared.stats.lines():
+    for line in load_data(loaded, draft_shape(loaded).vocab_size).stats.lines():
         console.print(line, markup=False)
 
 
@@ -90,10 +88,11 @@ def preview_command(
     from fastdraft.data.prepare import first_samples
     from fastdraft.data.preview import preview
     from fastdraft.target.hf import load_tokenizer
+    from fastdraft.train import draft_shape
 
     loaded = load_config(config, overrides or [])
     tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
-    preview(first_samples(loaded.data, tokenizer), tokenizer, n, console)
+    preview(first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size), tokenizer, n, console)
 
 
 @app.command()

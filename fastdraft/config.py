@@ -116,10 +116,15 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ValueError(f"override {text!r} is not of the form key.subkey=value")
     *parents, leaf = key.split(".")
     for name in parents:
-        tree = tree.setdefault(name, {})
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
         if not isinstance(tree, dict):
             raise ValueError(f"override {text!r}: {name} is a value, not a section")
-    tree[leaf] = yaml.safe_load(value)
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
 
 
 def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:

@@ -35,6 +35,7 @@ class FlatAdamW:
         self.m, self.v, self.grad = (torch.zeros(count, **buffer) for _ in range(3))
         self.decayed = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in parameters.values()]).to(first.device)
         self.weights = self.master.to(dtype) if dtype != self.master.dtype else self.master
+        self.updates = torch.zeros((), dtype=torch.float64, device=first.device)  # steps that had a live row
         self._grads: dict[str, Tensor] = {}
         start = 0
         for name, p in parameters.items():
@@ -68,14 +69,14 @@ class FlatAdamW:
         self.step_count += 1
         beta1, beta2 = c.betas
         go = (num_live > 0).to(self.grad.dtype)
+        self.updates += go
+        count = self.updates.clamp_min(1)
         grad = self.grad.div_(num_live.clamp_min(1))
         norm = grad.norm()
         grad.mul_((c.clip / norm.clamp_min(1e-30)).clamp_max(1.0))
         self.m.lerp_(grad, go * (1 - beta1))
         self.v.lerp_(grad.square(), go * (1 - beta2))
-        update = (self.m / (1 - beta1**self.step_count)).div_(
-            self.v.sqrt().div_(math.sqrt(1 - beta2**self.step_count)).add_(c.eps)
-        )
+        update = (self.m / (1 - beta1**count)).div_(self.v.sqrt().div_((1 - beta2**count).sqrt()).add_(c.eps))
         if c.weight_decay:
             update.add_(self.master * self.decayed, alpha=c.weight_decay)
         self.master.sub_(update.mul_(go * lr))
@@ -85,11 +86,13 @@ class FlatAdamW:
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"master": self.master, "m": self.m, "v": self.v, "step_count": torch.tensor(self.step_count)}
+        """The live buffers, and the step count in a tensor of its own."""
+        step_count = torch.tensor(self.step_count)
+        return {"master": self.master, "m": self.m, "v": self.v, "updates": self.updates, "step_count": step_count}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name in ("master", "m", "v"):
+        for name in ("master", "m", "v", "updates"):
             mine = getattr(self, name)
             if state[name].shape != mine.shape:
                 raise ValueError(f"checkpoint has {state[name].numel()} trainable weights, this draft {mine.numel()}")

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,14 @@ from datasets import Dataset
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Rows, tau_sim
 from fastdraft.config import Config, read_yaml
 from fastdraft.cost import free_disk, plan, render
 from fastdraft.data.loader import Loader, eval_batches
-from fastdraft.data.prepare import prepare
+from fastdraft.data.prepare import Prepared, prepare
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.data.vocab import build_vocab_map
 from fastdraft.decode import DecodeSettings
@@ -51,8 +53,9 @@ from fastdraft.target.hf import (
     target_fingerprint,
 )
 
-# settings that may differ between a run and its continuation without changing the result
-FREE_ON_RESUME = {"checkpoint", "metrics", "eval", "device", "run_dir"}
+# settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
+# path) what they name is compared itself
+FREE_ON_RESUME = ("checkpoint", "metrics", "eval", "device", "run_dir", "target.path", "data.cache_dir", "data.num_workers")
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,20 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
-    target = open_target(config, draft.config.layers, device)
-    train_set, eval_set = load_data(config, target.vocab_size)
+    train_set, eval_set, stats = load_data(config, draft.config.vocab_size)
     loader = Loader(train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world)
     total_steps = config.max_steps or config.epochs * loader.steps_per_epoch
+    target = open_target(config, draft.config.layers, device)
     fit_to_target(draft, config, target, train_set)
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
     draft.embed_tokens.to(dtype)
     fingerprint = target_fingerprint(target)
-    first_step, resumed = resume(config, fresh, fingerprint, draft, optimizer, loader)
+    window = {  # since the last line of metrics
+        "sums": torch.zeros(5, config.ttt_length, dtype=torch.float64, device=device),
+        "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
+    }
+    first_step, told = resume(config, fresh, fingerprint, draft, optimizer, loader, window)
     step_weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
     loss = (config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)
 
@@ -87,14 +94,14 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
         free_disk(run_dir, 12 * optimizer.master.numel(), f"the checkpoint of step {step}")
         state = {"step": step, "loader": loader.state_dict(), "target": fingerprint, "draft": draft.config.model_dump()}
         checkpoint.save_checkpoint(
-            run_dir, run_tensors(optimizer, draft), state | {"config": config.model_dump()}, config.checkpoint.keep
+            run_dir, run_tensors(optimizer, draft, window), state | {"config": config.model_dump()}, config.checkpoint.keep
         )
 
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
         report = evaluate_tau(
             lambda batch: held_out_rows(config, target, draft, batch),
-            itertools.islice(batches, -(-config.eval.max_packs // world)),
+            itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
             config.ttt_length,
             reduce=all_sum,
         )
@@ -108,15 +115,14 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             metrics = stack.enter_context(
                 Metrics(run_dir, config.metrics, total_steps, resume_step=first_step or None, settings=config.model_dump())
             )
-            for line in resumed:
+            for line in [*stats.lines(), *told]:
                 metrics.say(line)
-        sums = torch.zeros(5, config.ttt_length, dtype=torch.float64, device=device)
         recent: list[Recent] = []  # the steps since the last look at the device
         saved, clock = first_step, time.perf_counter()
 
         for step in range(first_step + 1, total_steps + 1):
             batches = next(loader)
-            step_sums = torch.zeros_like(sums)
+            step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
                 batch = batch.to(device)
                 rows, grads = ttt_ref_step(draft, batch, target.capture(batch), target.head, step_weights, *loss)
@@ -125,38 +131,41 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             all_sum(optimizer.grad)
             all_sum(step_sums)
             norm = optimizer.step(step_sums[3, 0])
-            sums += step_sums
+            window["sums"] += step_sums
+            window["skipped_steps"] += step_sums[3, 0] == 0
             recent.append(Recent(step, batches, norm, step_sums))
 
             is_last = step == total_steps
             look = step % config.metrics.log_every == 0 or is_last
-            if look:
+            hold_out = len(eval_set) > 0 and (step % config.eval.every == 0 or is_last)
+            keep = step % config.checkpoint.every == 0 or is_last
+            stopping = (look or world == 1) and stop.agreed()
+            if look or hold_out or keep or stopping:
                 refuse_nan(recent, run_dir, rank)
+            if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 if metrics:
-                    values = train_values(sums, config.loss.step_decay)
-                    values["skipped_steps"] = sum(int(r.sums[3, 0]) == 0 for r in recent)
+                    values = train_values(window["sums"], config.loss.step_decay)
+                    values["skipped_steps"] = int(window["skipped_steps"])
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
                     values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
                     metrics.log(step, values)
-                sums.zero_()
+                for numbers in window.values():
+                    numbers.zero_()
                 recent.clear()
-            if len(eval_set) and (step % config.eval.every == 0 or is_last):
+            if hold_out:
                 values = held_out()
                 if metrics:
                     metrics.log(step, values)
                 if checkpoint.beats_best(run_dir, values["eval/tau_sim"]):
                     save(step)
                     saved = step
-                    checkpoint.mark_best(run_dir, step, values["eval/tau_sim"])
+                    checkpoint.mark_best(run_dir, step, values["eval/tau_sim"], config.checkpoint.keep)
                 clock = time.perf_counter()
-            if saved != step and (step % config.checkpoint.every == 0 or is_last):
+            if saved != step and (keep or stopping):
                 save(step)
                 saved = step
-            if (look or world == 1) and stop.agreed():
-                refuse_nan(recent, run_dir, rank)
-                if saved != step:
-                    save(step)
+            if stopping:
                 if metrics:
                     metrics.say(
                         f"stopped by {signal.Signals(stop.number).name} after step {step}; its checkpoint is written"
@@ -195,24 +204,29 @@ def open_target(config: Config, layers: tuple[int, int, int], device: torch.devi
     return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code)
 
 
-def load_data(config: Config, vocab_size: int) -> tuple[Dataset, Dataset]:
+def load_data(config: Config, vocab_size: int) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait."""
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-    prepared = prepare(config.data, tokenizer, vocab_size)
-    if checkpoint.is_rank_0():
-        print("\n".join(prepared.stats.lines()))
-    return prepared.train, prepared.eval
+    return prepare(config.data, tokenizer, vocab_size)
 
 
-def new_draft(config: Config) -> Draft:
-    """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
+def draft_shape(config: Config) -> DraftConfig:
+    """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
     if config.draft.init_from is not None:
         if config.draft.config or config.draft.overrides:
             raise ValueError("draft.init_from brings the draft's shape; take out draft.config and draft.overrides")
-        return load_draft(config.draft.init_from, facts).float()
+        return load_draft(config.draft.init_from, facts).config
     shape = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
-    draft = Draft(DraftConfig.from_target(facts, **shape))
+    return DraftConfig.from_target(facts, **shape)
+
+
+def new_draft(config: Config) -> Draft:
+    """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
+    shape = draft_shape(config)
+    if config.draft.init_from is not None:
+        return load_draft(config.draft.init_from, shape.num_target_layers).float()
+    draft = Draft(shape)
     draft.init_weights(draft.config.initializer_range, torch.Generator().manual_seed(config.seed))
     return draft
 
@@ -227,15 +241,36 @@ def fit_to_target(draft: Draft, config: Config, target: Target, train_set: Datas
         draft.set_embedding(target.embedding.float().cpu())
 
 
-def run_tensors(optimizer: FlatAdamW, draft: Draft) -> dict[str, Tensor]:
-    """What a checkpoint holds besides its JSON."""
-    return optimizer.state_dict() | {"d2t": draft.d2t, "t2d": draft.t2d} | checkpoint.rng_state(draft.d2t.device)
+def frozen_tensors(draft: Draft) -> dict[str, Tensor]:
+    """What a draft needs besides its trained weights and its target: the vocabulary map, and where its embedding is not
+    the target's own, that too."""
+    own = {"embed_tokens.weight": draft.embed_tokens.weight.data}
+    return {"d2t": draft.d2t, "t2d": draft.t2d} | (own if has_own_embedding(draft.config) else {})
+
+
+def has_own_embedding(shape: DraftConfig) -> bool:
+    return shape.hidden_size != shape.target_hidden_size
+
+
+def run_tensors(optimizer: FlatAdamW, draft: Draft, window: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds besides its JSON. All but the optimizer's step count and the RNG states are the live ones."""
+    shown = {f"window.{name}": numbers for name, numbers in window.items()}
+    return optimizer.state_dict() | frozen_tensors(draft) | shown | checkpoint.rng_state(draft.d2t.device)
 
 
 def resume(
-    config: Config, fresh: bool, fingerprint: str, draft: Draft, optimizer: FlatAdamW, loader: Loader
+    config: Config,
+    fresh: bool,
+    fingerprint: str,
+    draft: Draft,
+    optimizer: FlatAdamW,
+    loader: Loader,
+    window: dict[str, Tensor],
 ) -> tuple[int, list[str]]:  # steps done, what to tell the user
-    """Loads the newest readable checkpoint of the run folder in place. Raises ValueError when it belongs to another run."""
+    """Loads the newest readable checkpoint of the run folder in place; newer unreadable ones are renamed out of the way.
+
+    Raises ValueError when it belongs to another run, or none is readable.
+    """
     run_dir, told = Path(config.run_dir), []
     found = checkpoint.list_checkpoints(run_dir)
     if fresh:
@@ -243,41 +278,56 @@ def resume(
             shutil.rmtree(run_dir / "checkpoints")
         checkpoint.barrier()
         return 0, told
+    live = run_tensors(optimizer, draft, window)
+    damaged: list[Path] = []
     for path in reversed(found):
-        tensors = {name: tensor.clone() for name, tensor in run_tensors(optimizer, draft).items()}
+        tensors = {name: tensor.clone() for name, tensor in live.items()}
         try:
             saved = checkpoint.read_state(path)
+            refuse_other_run(saved, config, fingerprint, draft.config)
             checkpoint.load_tensors(saved, tensors)
         except checkpoint.Unreadable as error:
             told.append(f"{error}; trying the one before it")
+            damaged.append(path)
             continue
-        refuse_other_run(saved, config, fingerprint)
-        optimizer.load_state_dict(tensors)
-        draft.d2t.copy_(tensors["d2t"])
-        draft.t2d.copy_(tensors["t2d"])
         loader.load_state_dict(saved.state["loader"])
+        for name in live.keys() - optimizer.state_dict().keys():
+            live[name].copy_(tensors[name])
+        optimizer.load_state_dict(tensors)
         checkpoint.set_rng_state(tensors)
+        checkpoint.rewind(run_dir, saved.step, damaged)
         return saved.step, [*told, f"going on from {path}, step {saved.step}"]
     if found:
         raise ValueError(f"no checkpoint of {run_dir} is readable; start anew with --fresh. " + " ".join(told))
     return 0, told
 
 
-def refuse_other_run(saved: checkpoint.Saved, config: Config, fingerprint: str) -> None:
+def refuse_other_run(saved: checkpoint.Saved, config: Config, fingerprint: str, shape: DraftConfig) -> None:
     if saved.state["target"] != fingerprint:
         raise ValueError(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    now, then = config.model_dump(mode="json"), saved.state["config"]
+    then = dotted(saved.state["config"]) | dotted({"draft's shape": saved.state["draft"]})
+    now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
-        f"{key}: {then.get(key)} -> {now[key]}" for key in now if key not in FREE_ON_RESUME and then.get(key) != now[key]
+        f"{key}: {then.get(key)} -> {now.get(key)}"
+        for key in sorted(now.keys() | then.keys())
+        if now.get(key) != then.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in FREE_ON_RESUME)
     ]
     if changed:
         raise ValueError(
             f"checkpoint {saved.path} was made with other settings, so going on would not give its result; take them back, "
             "choose another run_dir, or start anew with --fresh. Changed: " + "; ".join(changed)
         )
+
+
+def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as {section.key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------------
@@ -395,14 +445,15 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]
     draft = Draft(DraftConfig.model_validate(saved.state["draft"]))
     parameters = list(draft.trainable().values())
     sizes = [p.numel() for p in parameters]
-    tensors = {"master": torch.empty(sum(sizes)), "d2t": draft.d2t, "t2d": draft.t2d}
+    tensors = {"master": torch.empty(sum(sizes))} | frozen_tensors(draft)
     checkpoint.load_tensors(saved, tensors)
     for p, values in zip(parameters, tensors["master"].split(sizes), strict=True):
         p.data.copy_(values.view_as(p))
     target = open_target(config, draft.config.layers, device)
     if target_fingerprint(target) != saved.state["target"]:
         raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
-    draft.set_embedding(target.embedding.float().cpu())
+    if not has_own_embedding(draft.config):
+        draft.set_embedding(target.embedding.float().cpu())
     return config, target, draft.to(device)
 
 
@@ -422,7 +473,7 @@ def evaluate_run(
     config, target, draft = open_run(run_dir, which)
     dtype = compute_dtype(config, target.device)
     draft.to(dtype)
-    _, eval_set = load_data(config, target.vocab_size)
+    eval_set = load_data(config, draft.config.vocab_size).eval
     if not len(eval_set):
         raise ValueError(f"{run_dir} has no held-out data; give the run data.eval_paths or an eval_fraction above 0")
     batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
@@ -437,9 +488,9 @@ def evaluate_run(
 
 def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
     """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done."""
-    _, target, draft = open_run(run_dir, which)
+    config, target, draft = open_run(run_dir, which)
     export_draft(draft, out, target.dtype, overwrite)
-    findings = verify(out, target.model.name_or_path)
+    findings = verify(out, Path(cached_file(config.target.path, "config.json")).parent)
     if findings.errors:
         raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
     return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {target.dtype}; loads in SGLang and vLLM"]
@@ -448,11 +499,11 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
 def print_plan(config: Config, console: Console) -> None:
     """The resolved config, parameter counts, predicted memory and disk. Reads the target's config.json, not its weights."""
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    draft = new_draft(config)
+    shape = draft_shape(config)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False)
     predicted = plan(
-        draft.config,
+        shape,
         target_params=count_target_parameters(facts),
         target_dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
         pack_tokens=config.data.pack_tokens,

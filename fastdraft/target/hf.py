@@ -13,6 +13,7 @@ import hashlib
 import json
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +37,7 @@ class Target:
                 + ("; the default needs a target of at least 7 layers" if self.num_layers < 7 else "")
             )
         self._states: dict[int, Tensor] = {}
+        self._capturing = False
         for place, index in enumerate(self.layers):
             blocks[index].register_forward_hook(self._keep(place))
         self.embedding = model.get_input_embeddings().weight
@@ -57,7 +59,8 @@ class Target:
 
     def _keep(self, place: int):
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-            self._states[place] = output if torch.is_tensor(output) else output[0]
+            if self._capturing:
+                self._states[place] = output if torch.is_tensor(output) else output[0]
 
         return hook
 
@@ -70,6 +73,7 @@ class Target:
         attention_mask: Tensor | None = None,  # [B, 1, L, cached + L], for tree verification
     ) -> tuple[Tensor, Tensor]:  # g [B, L, 3*Ht], f [B, L, Ht]
         """One forward of the decoder without the vocabulary projection; extends `cache` when given."""
+        self._capturing = True
         f = self.decoder(
             input_ids=input_ids,
             past_key_values=cache,
@@ -77,6 +81,7 @@ class Target:
             attention_mask=attention_mask,
             use_cache=cache is not None,
         ).last_hidden_state
+        self._capturing = False
         g = torch.cat([self._states.pop(place) for place in range(3)], -1)
         return g, f
 
@@ -105,7 +110,6 @@ class Target:
         ids = torch.arange(8, device=self.device)[None] % self.vocab_size
         ours = self.head.logits(self.forward(ids)[1]).float()
         theirs = self.model(input_ids=ids).logits.float()
-        self._states.clear()
         error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         if not error <= 0.02 * scale:
             raise ValueError(
@@ -122,13 +126,16 @@ def load_target(
     layers: tuple[int, int, int] | None = None,
     trust_remote_code: bool = False,
 ) -> Target:
-    """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a causal LM."""
+    """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"target {path!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"target {path!r} lacks the weights {', '.join(missing[:3])}{more}; download it again")
     return Target(model, layers)
 
 
@@ -155,12 +162,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def target_fingerprint(target: Target) -> str:
-    """Names a target by what a draft depends on: its shape fields and a sample of its weights. 16 hex digits."""
+    """Names a target by what a draft depends on: its shape fields and 64 values of every weight. 16 hex digits."""
     fields = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters")
     config = target.config.to_dict()
     digest = hashlib.sha256(json.dumps({k: config.get(k) for k in fields}, sort_keys=True, default=str).encode())
-    for weight in (target.embedding, target.head.weight):
-        digest.update(weight[:: max(1, len(weight) // 64)].float().cpu().numpy().tobytes())
+    for weight in target.model.parameters():
+        flat = weight.detach().flatten()
+        digest.update(flat[:: -(-len(flat) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -172,9 +180,16 @@ def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:
 
 
 def _final_norm(decoder: nn.Module) -> Tensor | None:  # [Ht]
-    """Weight of the decoder's final norm, where it is a plain RMSNorm under its usual name."""
+    """Weight of the decoder's final norm, where that computes x / rms(x) * weight (Gemma's is 1 + weight)."""
     norm = getattr(decoder, "norm", None)
-    return norm.weight if norm is not None and type(norm).__name__.endswith("RMSNorm") else None
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    x = torch.linspace(-1, 2, len(weight), device=weight.device)
+    with torch.no_grad():
+        theirs = norm(x.to(weight.dtype)).float()
+    ours = x * x.pow(2).mean().rsqrt() * weight.float()
+    return weight if torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())) else None
 
 
 def _head(model: PreTrainedModel, config) -> TargetHead:
