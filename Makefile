@@ -8,8 +8,8 @@
 #   PYTHON     the interpreter to start from, 3.11 or newer. If it can import PyTorch >= 2.11, that PyTorch is used and no
 #              other is installed, whether it comes from the system, conda or another virtual environment.
 #   TORCH      what pip installs as PyTorch otherwise: torch==2.13.0, or torch>=2.11 where nvidia-smi finds a GPU.
-#   PIP_ARGS   further arguments for every pip install. An index's plain PyTorch wheel for Linux may bring gigabytes of CUDA;
-#              to have the CPU build, name PyTorch's own CPU index: PIP_ARGS="--extra-index-url URL" TORCH=torch==2.13.0+cpu
+#   PIP_ARGS   further arguments for every pip install. An index's plain PyTorch wheel for Linux may bring gigabytes of
+#              CUDA; for the CPU build give the index that has it: PIP_ARGS="--extra-index-url URL" TORCH=torch==2.13.0+cpu
 #   ARGS       arguments for the demo or for pytest, e.g. make test ARGS="tests/model -x"
 
 PYTHON ?= python3
@@ -28,8 +28,8 @@ if sys.version_info < (3, 11):
 endef
 export CHECK_PYTHON
 
-# Prints where a usable PyTorch lies, or nothing. A .pth file rather than --system-site-packages: the latter reaches the base
-# interpreter's packages only, not those of the virtual environment that PYTHON may itself be in.
+# Prints where a usable PyTorch lies, or nothing. A .pth file then makes it importable: --system-site-packages reaches the
+# base interpreter's packages only, not those of the virtual environment that PYTHON may itself be in.
 define FIND_TORCH
 import pathlib
 try:

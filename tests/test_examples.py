@@ -1,0 +1,151 @@
+"""Every examples/*.yaml loads, and gives the intended draft for its target's published shape."""
+
+from pathlib import Path
+
+import pytest
+
+from fastdraft.config import load_config
+from fastdraft.model.config import DraftConfig
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# the shape fields of each target's published config.json
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-06,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-06,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+}
+GPT_OSS_20B = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 201088,
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 131072,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+}
+# target; the draft's H, I, Hq, Hkv, D; layers; trained parameters: fc, QKV, O, MLP, norms, lm_head
+CASES = {
+    "llama-3.1-8b": (
+        LLAMA_8B,
+        (4096, 14336, 32, 8, 128),
+        (1, 15, 28),
+        3 * 4096**2 + 2 * 4096 * 6144 + 4096**2 + 3 * 4096 * 14336 + 4 * 4096 + 32000 * 4096,
+    ),
+    "qwen3-8b": (
+        QWEN3_8B,
+        (4096, 12288, 32, 8, 128),
+        (1, 17, 32),
+        3 * 4096**2 + 2 * 4096 * 6144 + 4096**2 + 3 * 4096 * 12288 + 4 * 4096 + 32000 * 4096,
+    ),
+    "qwen3-30b-a3b": (
+        QWEN3_30B_A3B,
+        (2048, 6144, 32, 4, 128),
+        (1, 23, 44),
+        3 * 2048**2 + 2 * 2048 * 5120 + 4096 * 2048 + 3 * 2048 * 6144 + 4 * 2048 + 32000 * 2048,
+    ),
+    "gpt-oss-20b": (
+        GPT_OSS_20B,
+        (2880, 17280, 64, 8, 64),
+        (1, 11, 20),
+        3 * 2880**2 + 2 * 2880 * 5120 + 4096 * 2880 + 3 * 2880 * 17280 + 4 * 2880 + 32000 * 2880,
+    ),
+}
+
+
+def test_every_example_has_a_case():
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == set(CASES)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_example_loads(path: Path):
+    load_config(path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_draft_of_example(name: str):
+    target, shape, layers, trainable = CASES[name]
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    draft = DraftConfig.from_target(target, **config.draft.overrides)
+    assert shape == (
+        draft.hidden_size,
+        draft.intermediate_size,
+        draft.num_attention_heads,
+        draft.num_key_value_heads,
+        draft.head_dim,
+    )
+    assert draft.layers == layers
+    assert (draft.vocab_size, draft.draft_vocab_size) == (target["vocab_size"], 32000)
+    assert draft.num_parameters()["trainable"] == trainable
+    rope = {"rope_type": "default"} | (target["rope_scaling"] or {}) | {"rope_theta": target["rope_theta"]}
+    assert draft.rope_parameters == rope
+    assert config.data.max_length <= draft.max_position_embeddings == target["max_position_embeddings"]
+
+
+def test_examples_train_alike():
+    """The runs differ in target, data, shape and place; a setting changed in one file alone is a slip."""
+    seen = []
+    for name in CASES:
+        config = load_config(EXAMPLES / f"{name}.yaml")
+        assert config.run_dir == f"runs/{name}" and config.data.paths == [f"data/{name}/*.jsonl"]
+        seen.append(config.model_dump(include={"loss", "optim", "ttt_length", "epochs", "checkpoint", "eval"}))
+    assert all(settings == seen[0] for settings in seen)
