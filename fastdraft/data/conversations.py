@@ -197,6 +197,9 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
         raise ValueError(f"message {number} has role {role!r}; known roles: {', '.join(known)}")
     message = {k: v for k, v in message.items() if v is not None}
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
+    for name in ("reasoning", "thinking"):  # other servers' names for it
+        if isinstance(message.get(name), str):
+            message.setdefault("reasoning_content", message.pop(name))
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise ValueError(f"message {number}: reasoning_content must be a string, got {_kind(reasoning)}")

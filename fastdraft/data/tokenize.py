@@ -13,6 +13,7 @@ the model the whole conversation as one text. Such a conversation becomes one sa
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -68,7 +70,7 @@ class ChatTokenizer:
         if conversation.input_ids is not None:
             samples, rewritten, lost = [self._pretokenized(conversation)], False, 0
         else:
-            texts, rewritten, lost = self._texts(conversation)
+            texts, rewritten, lost = self._texts_of(conversation)
             samples = [self._sample(text, spans, conversation.key) for text, spans in texts]
         pieces, too_long = [], 0
         for sample in samples:
@@ -98,16 +100,32 @@ class ChatTokenizer:
         spans: list[Span],  # ascending, disjoint
         key: int,
     ) -> Sample:
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         start, end = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         mask = np.zeros(len(start), dtype=bool)
         for a, b in spans:  # a token across a span's edge is partly given, so not the model's to predict
             mask |= (start >= a) & (end <= b) & (end > start)
         return Sample(np.array(encoding.ids, dtype=np.int32), mask, key)
 
-    def _texts(self, conversation: Conversation) -> tuple[list[tuple[str, list[Span]]], bool, int]:
+    def _texts_of(self, conversation: Conversation) -> tuple[list[tuple[str, list[Span]]], bool, int]:
+        messages = [_with_reasoning(message) for message in conversation.messages]
+        try:
+            return self._texts(conversation.where, messages, conversation.tools)
+        except BadLine:
+            # Most templates write a tool call's arguments from the object, some (DeepSeek) join them on as text.
+            textual = [_with_textual_arguments(message) for message in messages]
+            if textual == messages:
+                raise
+            try:
+                return self._texts(conversation.where, textual, conversation.tools)
+            except BadLine:
+                pass
+            raise
+
+    def _texts(
+        self, where: str, messages: list[dict], tools: list[dict] | None
+    ) -> tuple[list[tuple[str, list[Span]]], bool, int]:
         """Texts to train on with their trained spans; whether the template rewrites turns; turns with lost reasoning."""
-        messages, tools = list(conversation.messages), conversation.tools
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last_turn":
             turns = turns[-1:]
@@ -116,9 +134,12 @@ class ChatTokenizer:
         for k in turns:
             try:
                 text, marked = self._render(messages[: k + 1], tools)
-                spans = self._marked(messages, tools, k, marked) if marks else self._span(messages, tools, k, text)
+                if marks:
+                    spans = self._marked(messages, tools, k, marked)
+                else:
+                    text, spans = self._span(messages, tools, k, text)
             except _Refused as error:
-                raise BadLine(conversation.where, f"up to message {k + 1}: {error}") from error
+                raise BadLine(where, f"up to message {k + 1}: {error}") from error
             texts.append((text, spans))
             reasoning = _reasoning(messages[k])
             lost += bool(reasoning) and reasoning not in text
@@ -132,29 +153,45 @@ class ChatTokenizer:
         earlier = [m for m in messages[:k] if m["role"] == "assistant"]
         return spans[len(self._render(messages[:k], tools)[1]) if earlier else 0 :]
 
-    def _span(self, messages: list[dict], tools: list[dict] | None, k: int, text: str) -> list[Span]:
-        """Where turn k lies in the rendering of messages[:k+1]: after the generation prompt, to the end-of-turn token."""
+    def _span(self, messages: list[dict], tools: list[dict] | None, k: int, text: str) -> tuple[str, list[Span]]:
+        """The text of turn k and where in it the turn lies: after the generation prompt, to the end-of-turn token. `text`
+        is the rendering of messages[:k+1], and is returned unless its beginning is not what the model is prompted with."""
         end = self._turn_end(text)
         if self._header and all(message["role"] in ("system", "developer") for message in messages[:k]):
             # Nothing to answer before it: templates refuse to render that, or set their default system prompt only later.
-            start = text.find(self._header) + len(self._header)
-            if start < len(self._header):
-                raise _Refused("the template's generation prompt does not occur before the assistant's first turn")
-        elif k == 0:
+            return text, [(self._after_header(text), end)]
+        if k == 0:
             raise _Refused("an assistant turn with nothing before it, and the template shows no place where it starts")
-        else:
-            prompt, _ = self._render(messages[:k], tools, add_generation_prompt=True)
-            start = len(prompt)
-            if not text.startswith(prompt):
-                # The prompt has more than the rendered turn begins with (an opened <think>): start where they part.
-                before, _ = self._render(messages[:k], tools)
-                start = _common(prompt, text)
-                if not prompt.startswith(before) or start <= len(before):
-                    raise _Refused(
-                        "the template's text before this turn changes with the turn, so its start cannot be found; "
-                        "a template with {% generation %} around the assistant's text would show it"
-                    )
-        return [(start, end)] if start < end else []
+        prompt, _ = self._render(messages[:k], tools, add_generation_prompt=True)
+        start = len(prompt)
+        if not text.startswith(prompt):
+            before, _ = self._render(messages[:k], tools)
+            if prompt.startswith(before) and text.startswith(before):
+                # The prompt has more than the turn begins with (an opened <think>): start where they part.
+                opened, turn = (self._encode(x[len(before) :]) for x in (prompt, text))
+                common = _common(opened.ids, turn.ids)
+                start = len(before) + (turn.offsets[common - 1][1] if common else 0)
+            elif (at := text.rfind(self._prompt_end)) >= 0 and self._prompt_end:
+                # The turn changes the text before it (Mistral Nemo moves the system prompt): what is served is the prompt.
+                generated = text[at + len(self._prompt_end) :]
+                end += start + len(generated) - len(text)
+                text = prompt + generated
+            else:
+                raise _Refused(
+                    "the template's text before this turn changes with the turn, so its start cannot be found; "
+                    "a template with {% generation %} around the assistant's text would show it"
+                )
+        return text, [(start, end)] if start < end else []
+
+    def _after_header(self, text: str) -> int:
+        """Where the first assistant turn starts: after the generation prompt, or as much of it as the text has (it may open
+        a <think> that the rendered turn has not)."""
+        ends = [end for _, end in self._encode(self._header).offsets]
+        for end in reversed(ends):
+            at = text.find(self._header[:end])
+            if at >= 0:
+                return at + end
+        raise _Refused("the template's generation prompt does not occur before the assistant's first turn")
 
     def _turn_end(self, text: str) -> int:
         """End of the last turn of a rendering: after its end-of-turn token, before what the template adds to close up."""
@@ -192,8 +229,11 @@ class ChatTokenizer:
                 f"set data.chat_template to a Jinja file, or give pre-tokenised input_ids and loss_mask"
             ) from error
 
+    def _encode(self, text: str) -> Encoding:
+        return self._backend.encode(text, add_special_tokens=False)
+
     @cached_property
-    def _backend(self) -> Any:
+    def _backend(self) -> Tokenizer:
         """The fast tokenizer without its post-processor, which adds special tokens and may trim the offsets."""
         if not self.tokenizer.is_fast:
             raise ValueError(
@@ -206,36 +246,56 @@ class ChatTokenizer:
         backend.no_padding()
         return backend
 
+    def _probe(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """A rendering that is only looked at to learn the template; with a tool where it wants one (Hermes)."""
+        try:
+            return self._render(messages, None, add_generation_prompt)[0]
+        except _Refused:
+            function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}}
+            return self._render(messages, [{"type": "function", "function": function}], add_generation_prompt)[0]
+
     @cached_property
     def _header(self) -> str:
         """The generation prompt alone; empty where the template has none or it cannot be told."""
         user = [{"role": "user", "content": "u"}]
         try:
-            (before, _), (prompt, _) = self._render(user), self._render(user, add_generation_prompt=True)
+            before, prompt = self._probe(user), self._probe(user, add_generation_prompt=True)
         except _Refused:
             return ""
+        before = before.removesuffix(self._closing)
         return prompt[len(before) :] if prompt.startswith(before) else ""
+
+    @cached_property
+    def _prompt_end(self) -> str:
+        """What stands right before an answer: the generation prompt, or without one the end of the user's turn."""
+        question = "fastdraft-question"
+        try:
+            prompt = self._probe([{"role": "user", "content": question}], add_generation_prompt=True)
+        except _Refused:
+            return ""
+        return self._header or prompt.partition(question)[2].strip()
 
     @cached_property
     def _closing(self) -> str:
         """What the template sets at the very end of a conversation after the end-of-turn token (Phi-3: <|endoftext|>).
 
         Found by rendering one exchange with and without a further turn: after the answer both begin with the end of the
-        turn, what the former has beyond that closes the conversation. Empty when they begin with nothing common: then the
-        closing IS the end of the turn.
+        turn, what the former has beyond that closes the conversation, if it begins with a special token. Empty when they
+        begin with nothing common: then the closing IS the end of the turn.
         """
         answer = "fastdraft-answer"
         chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": answer}]
         try:
-            last, _ = self._render(chat)
-            followed, _ = self._render([*chat, {"role": "user", "content": "u"}])
+            last, followed = self._probe(chat), self._probe([*chat, {"role": "user", "content": "u"}])
         except _Refused:
             return ""
         last, followed = (text.partition(answer)[2] for text in (last, followed))
-        encodings = [self._backend.encode(text, add_special_tokens=False) for text in (last, followed)]
+        encodings = [self._encode(text) for text in (last, followed)]
         common = _common(encodings[0].ids, encodings[1].ids)
         end = encodings[0].offsets[common - 1][1] if common else 0
-        return last[end:].strip() if last[:end].strip() else ""
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        closes = len(encodings[0].ids) > common and encodings[0].ids[common] in special
+        return last[end:].strip() if closes and last[:end].strip() else ""
 
 
 class _Refused(Exception):
@@ -249,6 +309,22 @@ def _common(a: Sequence, b: Sequence) -> int:
 
 def _marks(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def _with_reasoning(message: dict) -> dict:
+    """Reasoning under each of the names that templates know it by (gpt-oss: thinking)."""
+    reasoning = message.get("reasoning_content")
+    return {"thinking": reasoning, "reasoning": reasoning, **message} if reasoning else message
+
+
+def _with_textual_arguments(message: dict) -> dict:
+    def textual(call: dict) -> dict:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [textual(call) for call in message["tool_calls"]]}
 
 
 def _reasoning(message: dict) -> str:

@@ -42,6 +42,12 @@ def test_openai_messages():
     assert done.tools == [TOOL]
 
 
+def test_reasoning_by_any_name():
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        (message,) = parsed({"messages": [{"role": "assistant", "content": "a", name: "because"}]}).messages
+        assert message == {"role": "assistant", "content": "a", "reasoning_content": "because"}
+
+
 def test_sharegpt():
     done = parsed(
         {

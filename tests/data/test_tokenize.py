@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from chats import CHATML, chat, make_tokenizer
+from chats import CHATML, TOOL, chat, make_tokenizer
 
 from fastdraft.data.conversations import BadLine, Conversation
 from fastdraft.data.tokenize import ChatTokenizer
@@ -56,6 +56,19 @@ OPENS_THINK = (
     "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}{% else %}"
     "{{ '<|assistant|>' + message['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+# As Mistral Nemo's: the system prompt goes into the user's turn, when that is the last.
+SYSTEM_LAST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (messages[0].content + '\n\n' if loop.last and messages[0].role == 'system' else '') }}"
+    "{{ m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+# As Hermes's: a tool's answer ends otherwise when it is the last message.
+TOOL_LAST = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    "{{ '\n' if m.role == 'tool' and not loop.last }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TWO = chat("Hello there", "How are you?", "The capital?", " Paris. \n")
 
@@ -138,6 +151,48 @@ def test_another_end_token_for_the_last_turn_splits():
     assert [spans(tokenizer, s) for s in done.samples] == [["How are you?<|return|>"], [" Paris. \n<|return|>"]]
 
 
+def test_a_prompt_that_the_answer_changes_is_kept_as_served():
+    tokenizer, done = tokenize(SYSTEM_LAST, [{"role": "system", "content": "Be"}, *chat("a", "b", "c", "d")])
+    assert done.rewritten
+    assert [tokenizer.decode(s.input_ids) for s in done.samples] == [
+        "<|begin_of_text|>[INST] Be\n\na[/INST] b</s>",
+        "<|begin_of_text|>[INST] a[/INST] b</s>[INST] Be\n\nc[/INST] d</s>",
+    ]
+    assert [spans(tokenizer, s) for s in done.samples] == [[" b</s>"], [" d</s>"]]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    tool = {"role": "tool", "content": "1"}
+    tokenizer, done = tokenize(TOOL_LAST, [TWO[0], call, tool, TWO[1]])
+    (sample,) = done.samples
+    assert spans(tokenizer, sample)[-1] == "How are you?<|im_end|>"
+    assert "tool\n1<|im_end|>\n<|im_start|>assistant\nHow" in tokenizer.decode(sample.input_ids)
+    wants_tools = "{{ tools | map(attribute='type') | first }}" + TOOL_LAST
+    tokenizer, done = tokenize(wants_tools, [TWO[0], call, tool, TWO[1]], tools=[TOOL])
+    assert spans(tokenizer, done.samples[0])[-1] == "How are you?<|im_end|>"
+
+
+def test_an_opened_think_that_the_turn_has_not():
+    """The prompt and the turn part within '<': the token of the turn that begins there is still trained."""
+    template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<|user|>\n'")
+    for messages in (chat("Hello", "<|assistant|>1"), chat("", "<|assistant|>1")[1:]):
+        tokenizer, done = tokenize(template, messages)
+        assert spans(tokenizer, done.samples[0]) == ["<|assistant|>1<|im_end|>"]
+
+
+def test_tool_call_arguments_as_the_template_wants_them():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "é"}}}]}
+    for how in ("arguments | tojson", "arguments"):
+        content = f"(message.tool_calls[0].function.{how} if message.tool_calls else message['content'])"
+        template = CHATML.replace("message['content']", content)
+        tokenizer, done = tokenize(template, [TWO[0], call])
+        assert spans(tokenizer, done.samples[0]) == ['{"a": "é"}<|im_end|>']
+
+
+def test_reasoning_goes_by_the_templates_name():
+    template = CHATML.replace("+ message['content'] +", "+ (message.thinking or '') + message['content'] +")
+    tokenizer, done = tokenize(template, [TWO[0], {**TWO[1], "reasoning_content": "because "}])
+    assert spans(tokenizer, done.samples[0]) == ["because How are you?<|im_end|>"] and done.lost_reasoning == 0
+
+
 def test_reasoning_the_template_leaves_out_is_counted():
     _, done = tokenize(CHATML, [TWO[0], {**TWO[1], "reasoning_content": "because"}])
     assert done.lost_reasoning == 1
@@ -182,7 +237,7 @@ def test_what_a_template_refuses_is_a_bad_line():
     with pytest.raises(BadLine, match="TypeError"):
         tokenize("{{ 1 + 'a' }}", TWO)
     with pytest.raises(BadLine, match="its start cannot be found"):
-        tokenize("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", TWO)
+        tokenize("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", TWO[:2])
 
 
 def test_settings_that_no_line_can_mend_are_value_errors():
