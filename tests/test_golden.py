@@ -1,0 +1,182 @@
+"""The golden cases: the reference agrees in float64 to 1e-5, and an engine with any one classical fault does not."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastdraft.check import check_golden
+from fastdraft.golden import load_golden, worst_errors
+from fastdraft.model import ttt_ref as reference
+from fastdraft.model.draft import Draft
+from fastdraft.model.losses import teacher_ref
+from fastdraft.model.ttt_ref import ttt_ref_step
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+TOLERANCE = 1e-5
+
+
+def test_three_cases_are_here():
+    assert CASES == ["gqa_full", "lk_alpha", "padded_t7"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference(name):
+    case = load_golden(FOLDER / f"{name}.safetensors")
+    errors = worst_errors(case, ttt_ref_step)
+    assert {f"grad {parameter}" for parameter in case.draft.trainable()} < errors.keys()
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_check_names_the_worst():
+    found = check_golden(FOLDER, "reference")
+    assert [row[0] for row in found] == CASES
+    assert all(good and 0 < error <= TOLERANCE for _, _, error, good in found)
+
+
+def test_check_refuses():
+    with pytest.raises(ValueError, match="'fast' is not one of reference"):
+        check_golden(FOLDER, "fast")
+    with pytest.raises(ValueError, match="holds no golden cases"):
+        check_golden(FOLDER / "nowhere", "reference")
+
+
+@contextmanager
+def patched(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def positions_stay(case, *args):
+    """Every step rotated at pos, not pos + i."""
+    qkv, start = Draft.qkv, case[1].positions
+    with patched(Draft, "qkv", lambda self, ids, h, p: qkv(self, ids, h, start)):
+        return ttt_ref_step(*case, *args)
+
+
+def positions_from_one(case, *args):
+    """RoPE position pos + i + 1 at steps after the first. (A shift of all steps alike would change nothing.)"""
+    qkv, start = Draft.qkv, case[1].positions
+    with patched(Draft, "qkv", lambda self, ids, h, p: qkv(self, ids, h, p + (not torch.equal(p, start)))):
+        return ttt_ref_step(*case, *args)
+
+
+def recurrence_is_normed(case, *args):
+    finish = Draft.finish
+    with patched(Draft, "finish", lambda self, h, a: self.norm(finish(self, h, a))):
+        return ttt_ref_step(*case, *args)
+
+
+def mask_is_shifted(case, *args):
+    draft, batch, *rest = case
+    return ttt_ref_step(draft, replace(batch, loss_mask=batch.loss_mask.roll(-1)), *rest, *args)
+
+
+def teacher_is_shifted(case, *args):
+    draft, batch, features, *rest = case
+    return ttt_ref_step(draft, batch, replace(features, f=features.f.roll(1, 0)), *rest, *args)
+
+
+def tokens_are_shifted(case, *args):
+    draft, batch, *rest = case
+    return ttt_ref_step(draft, replace(batch, input_ids=batch.input_ids.roll(1)), *rest, *args)
+
+
+def documents_see_each_other(case, *args):
+    draft, batch, *rest = case
+    attention = reference.attention_ref
+    with patched(reference, "attention_ref", lambda q, k, v, lengths: attention(q, k, v, (sum(lengths),))):
+        return ttt_ref_step(draft, batch, *rest, *args)
+
+
+def own_keys_are_dropped(case, *args):
+    attention = reference.attention_ref
+    with patched(reference, "attention_ref", lambda q, k, v, lengths: attention(q, k[:1], v[:1], lengths)):
+        return ttt_ref_step(*case, *args)
+
+
+def teacher_is_renormalised(case, *args):
+    """Acceptance, and LK losses, against P restricted to the draft vocabulary."""
+
+    def restricted(logits, ids):
+        teacher = teacher_ref(logits, ids)
+        return replace(teacher, lse=teacher.logits.logsumexp(-1))
+
+    with patched(reference, "teacher_ref", restricted):
+        return ttt_ref_step(*case, *args)
+
+
+def offset_is_an_id(case, *args):
+    """d2t read as the target id itself."""
+    with patched(Draft, "draft_ids", property(lambda self: self.d2t)):
+        return ttt_ref_step(*case, *args)
+
+
+def one_gradient_is_a_little_off(case, *args):
+    rows, grads = ttt_ref_step(*case, *args)
+    return rows, grads | {"midlayer.hidden_norm.weight": grads["midlayer.hidden_norm.weight"] * 1.0001}
+
+
+FAULTS = [
+    positions_stay,
+    positions_from_one,
+    recurrence_is_normed,
+    mask_is_shifted,
+    teacher_is_shifted,
+    tokens_are_shifted,
+    documents_see_each_other,
+    own_keys_are_dropped,
+    teacher_is_renormalised,
+    offset_is_an_id,
+    one_gradient_is_a_little_off,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_found(fault):
+    def run_step(draft, batch, features, head, step_weights, kind):
+        return fault((draft, batch, features, head), step_weights, kind)
+
+    worst = [max(worst_errors(load_golden(FOLDER / f"{name}.safetensors"), run_step).values()) for name in CASES]
+    assert max(worst) > 3 * TOLERANCE, worst
+
+
+def test_nan_and_missing_gradients_are_found():
+    case = load_golden(FOLDER / f"{CASES[0]}.safetensors")
+
+    def with_nan(*args):
+        rows, grads = ttt_ref_step(*args)
+        return rows, grads | {"fc.weight": grads["fc.weight"] * torch.nan}
+
+    def without_one(*args):
+        rows, grads = ttt_ref_step(*args)
+        return rows, {name: grad for name, grad in grads.items() if name != "norm.weight"}
+
+    assert worst_errors(case, with_nan)["grad fc.weight"] == float("inf")
+    with pytest.raises(ValueError, match=r"norm\.weight"):
+        worst_errors(case, without_one)
+
+
+def test_another_file_is_no_case(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is not a readable golden case"):
+        load_golden(tmp_path / "other.safetensors")
+    whole = (FOLDER / f"{CASES[0]}.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.safetensors is not a readable golden case"):
+        load_golden(tmp_path / "cut.safetensors")
+
+
+def test_files_are_float64():
+    tensors = load_file(FOLDER / f"{CASES[0]}.safetensors")
+    assert {t.dtype for name, t in tensors.items() if name.startswith(("weights.", "grads."))} == {torch.float64}
