@@ -91,8 +91,11 @@ def main() -> None:
     args.add_argument("--commit", help="what to write in the rows where there is no git")
     args.add_argument("--rounds", type=int, default=15)
     args.add_argument("--compile", action="store_true", help="also the compiled plain torch, at the largest hidden size")
+    args.add_argument("--vocab", type=int, help="only the shapes of this draft vocabulary")
     args = args.parse_args()
     for hidden, draft in SHAPES:
+        if args.vocab and draft != args.vocab:
+            continue
         for n in (4096, 8192):
             for loss in ("kl", "lk_alpha"):
                 rows, step = providers(n, hidden, draft, loss, args.compile and hidden == 4096 and n == 4096)
