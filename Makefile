@@ -48,6 +48,8 @@ export FIND_TORCH
 demo: $(VENV)/installed
 	$(RUN) examples/demo/run.py $(ARGS)
 
+# The tests' tensors are tiny: threads would only wait for each other.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed
 	$(RUN) -m pytest $(ARGS)
 
