@@ -57,7 +57,7 @@ def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], state: dict[str, 
             _write(folder / f".writing-{final.name}", final, tensors, state)
             _delete_old(folder, keep)
         except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
-            failure = [str(error)]
+            failure = [_reason(error)]
     if dist.is_initialized():
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
@@ -74,11 +74,21 @@ def _write(aside: Path, final: Path, tensors: dict[str, Tensor], state: dict[str
     try:
         with _alone():
             dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=True)
-        (aside / "state.json").write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        with (aside / "state.json").open("w") as file:
+            json.dump({"format": FORMAT, **state}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())  # DCP does so for its own files
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _reason(error: BaseException) -> str:
+    """One line: DCP wraps what went wrong, by rank, in an exception whose text is a traceback."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -123,7 +133,7 @@ def load_tensors(saved: Saved, into: dict[str, Tensor]) -> None:
         with _alone():
             dcp.load(dict(into), storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, DCP and the file system each raise their own kinds
-        raise Unreadable(f"checkpoint {saved.path} is unreadable: {error}") from error
+        raise Unreadable(f"checkpoint {saved.path} is unreadable: {_reason(error)}") from error
 
 
 def beats_best(run_dir: Path, tau_sim: float) -> bool:

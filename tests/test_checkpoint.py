@@ -1,0 +1,205 @@
+"""Checkpoints on disk: whole or not there, the last K and the best, damage named, nothing unpickled."""
+
+from __future__ import annotations
+
+import errno
+import json
+import warnings
+
+import pytest
+import torch
+
+from fastdraft import checkpoint
+from fastdraft.checkpoint import (
+    Unreadable,
+    beats_best,
+    checkpoint_of_run,
+    list_checkpoints,
+    load_tensors,
+    mark_best,
+    read_state,
+    rewind,
+    save_checkpoint,
+)
+
+
+def make_tensors(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "master": torch.randn(50, generator=generator),
+        "t2d": torch.rand(9, generator=generator) < 0.5,
+        "d2t": torch.randint(9, (4,), generator=generator),
+        "step_count": torch.tensor(step),
+        "half": torch.randn(3, 2, generator=generator).bfloat16(),
+        "rng.cpu": generator.get_state(),
+    }
+
+
+def save(run_dir, step, keep=2, **state):
+    return save_checkpoint(run_dir, make_tensors(step), {"step": step, **state}, keep)
+
+
+def empty_like(tensors):
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+def steps(run_dir) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run_dir)]
+
+
+def test_round_trip_is_exact_and_quiet(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = save(tmp_path, 7, loader={"epoch": 1}, sum=0.1 + 0.2)
+        saved, into = read_state(path), empty_like(make_tensors(7))
+        load_tensors(saved, into)
+    assert saved.step == 7 and saved.state["loader"] == {"epoch": 1} and saved.state["sum"] == 0.1 + 0.2
+    for name, tensor in make_tensors(7).items():
+        assert torch.equal(into[name], tensor) and into[name].dtype == tensor.dtype, name
+
+
+def test_files_are_safetensors_and_json(tmp_path):
+    path = save(tmp_path, 1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+def test_part_of_a_checkpoint_can_be_read(tmp_path):
+    into = {"master": torch.zeros(50)}
+    load_tensors(read_state(save(tmp_path, 3)), into)
+    assert torch.equal(into["master"], make_tensors(3)["master"])
+
+
+def test_the_last_k_and_the_best_stay(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step)
+        if step == 2:
+            assert beats_best(tmp_path, 1.5)
+            mark_best(tmp_path, step, 1.5, keep=2)
+    assert steps(tmp_path) == [2, 4, 5]
+    assert not beats_best(tmp_path, 1.5) and beats_best(tmp_path, 1.6)
+    mark_best(tmp_path, 5, 1.6, keep=2)
+    assert steps(tmp_path) == [4, 5]
+    assert checkpoint_of_run(tmp_path).step == 5
+
+
+def test_which_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint; train first"):
+        checkpoint_of_run(tmp_path)
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=5)
+    assert checkpoint_of_run(tmp_path, "best").step == 30
+    mark_best(tmp_path, 20, 2.0, keep=5)
+    assert [checkpoint_of_run(tmp_path, which).step for which in ("best", "last", "10")] == [20, 30, 10]
+    with pytest.raises(ValueError, match=r"'15' of .* is none of best, last, 10, 20, 30"):
+        checkpoint_of_run(tmp_path, "15")
+
+
+def test_a_killed_write_leaves_no_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    torn = tmp_path / "checkpoints" / ".writing-step-00000002"
+    torn.mkdir()
+    (torn / "model-00001-of-00001.safetensors").write_bytes(b"torn")
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()  # renamed, but its state never reached the disk
+    assert steps(tmp_path) == [1]
+    save(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2] and not torn.exists()
+
+
+@pytest.mark.parametrize("where", ["tensors", "state", "rename"])
+def test_a_full_disk_is_a_sentence_and_the_previous_stays(tmp_path, monkeypatch, where):
+    save(tmp_path, 1)
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*args, **kwargs):
+        raise full
+
+    if where == "tensors":
+        monkeypatch.setattr(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", fail)
+    elif where == "state":
+        monkeypatch.setattr(checkpoint.json, "dump", fail)
+    else:
+        monkeypatch.setattr(checkpoint.os, "rename", fail)
+    with pytest.raises(ValueError, match=r"step-00000002 could not be written .*the previous ones are untouched") as error:
+        save(tmp_path, 2)
+    assert "No space left on device" in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".writing*"))
+    into = empty_like(make_tensors(1))
+    load_tensors(read_state(checkpoint_of_run(tmp_path).path), into)
+    assert torch.equal(into["master"], make_tensors(1)["master"])
+
+
+def weights_file(path):
+    return next(path.glob("*.safetensors"))
+
+
+def test_damage_is_named(tmp_path):
+    path = save(tmp_path, 1)
+    whole = weights_file(path).read_bytes()
+    for name, data in {"cut": whole[: len(whole) // 2], "empty": b"", "garbage": b"\xff" * 100}.items():
+        weights_file(path).write_bytes(data)
+        with pytest.raises(Unreadable, match="step-00000001 is unreadable") as error:
+            load_tensors(read_state(path), empty_like(make_tensors(1)))
+        assert "\n" not in str(error.value), name
+    weights_file(path).unlink()
+    with pytest.raises(Unreadable, match="it has no tensor 'master'"):
+        load_tensors(read_state(path), empty_like(make_tensors(1)))
+
+
+def test_another_shape_is_named(tmp_path):
+    path = save(tmp_path, 1)
+    with pytest.raises(Unreadable, match=r"master is \(50,\) there and \(51,\) here"):
+        load_tensors(read_state(path), {"master": torch.zeros(51)})
+
+
+def test_damaged_state(tmp_path):
+    path = save(tmp_path, 1)
+    for text in ("", "{", "[1]", "{}", '{"step": 1}'):
+        (path / "state.json").write_text(text)
+        with pytest.raises(Unreadable, match="step-00000001 is unreadable"):
+            read_state(path)
+    (path / "state.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(Unreadable):
+        read_state(path)
+    (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
+    with pytest.raises(ValueError, match="has format 99, this version of fastdraft reads 1") as error:
+        read_state(path)
+    assert not isinstance(error.value, Unreadable)
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    path = save(tmp_path, 1)
+    torch.save({"master": torch.ones(50)}, weights_file(path))
+    with pytest.raises(Unreadable):
+        load_tensors(read_state(path), {"master": torch.zeros(50)})
+
+
+def test_rewind_sets_damaged_checkpoints_aside(tmp_path):
+    """With keep=1 a damaged newer checkpoint must not push out the one just written."""
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=3)
+    mark_best(tmp_path, 30, 1.9, keep=3)
+    rewind(tmp_path, 20, [tmp_path / "checkpoints" / "step-00000030"])
+    assert steps(tmp_path) == [10, 20] and (tmp_path / "checkpoints" / "damaged-step-00000030").is_dir()
+    assert beats_best(tmp_path, 1.0)
+    save(tmp_path, 25, keep=1)
+    assert steps(tmp_path) == [25]
+
+
+def test_rewind_keeps_an_earlier_best(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+    mark_best(tmp_path, 10, 1.9, keep=2)
+    rewind(tmp_path, 20, [])
+    assert not beats_best(tmp_path, 1.8)
+
+
+def test_rng_state_goes_on(tmp_path):
+    torch.manual_seed(5)
+    save_checkpoint(tmp_path, checkpoint.rng_state(torch.device("cpu")), {"step": 1}, 1)
+    expected = torch.rand(4)
+    torch.manual_seed(6)
+    into = {name: t.clone() for name, t in checkpoint.rng_state(torch.device("cpu")).items()}
+    load_tensors(checkpoint_of_run(tmp_path), into)
+    checkpoint.set_rng_state(into)
+    assert torch.equal(torch.rand(4), expected)

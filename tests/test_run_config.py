@@ -1,0 +1,126 @@
+"""The run's configuration: unknown keys and their neighbours, overrides, types."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from fastdraft.config import Config, load_config, parse_config, read_yaml
+
+LEAST = {"target": {"path": "models/t"}, "data": {"paths": ["a.jsonl"]}}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(LEAST))
+    return path
+
+
+def test_defaults(file):
+    config = load_config(file)
+    assert (config.ttt_length, config.loss.kind, config.loss.step_decay) == (7, "kl", 0.8)
+    assert config.target.trust_remote_code is False
+    assert config.optim.lr == 1e-4 and config.draft.init == "target"
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("ttt_lenght", "unknown key 'ttt_lenght'; did you mean 'ttt_length'?"),
+        ("optim.learning_rate", "unknown key 'optim.learning_rate'; known keys: betas, clip, eps, lr, "),
+        ("optim.weight_deca", "unknown key 'optim.weight_deca'; did you mean 'weight_decay'?"),
+        ("data.pack_token", "unknown key 'data.pack_token'; did you mean 'pack_tokens'?"),
+        ("metrics.logevery", "unknown key 'metrics.logevery'; did you mean 'log_every'?"),
+        ("target.dtyp", "unknown key 'target.dtyp'; did you mean 'dtype'?"),
+        ("optmi.lr", "unknown key 'optmi'; did you mean 'optim'?"),
+    ],
+)
+def test_an_unknown_key_names_its_neighbour(file, key, said):
+    with pytest.raises(ValueError) as error:
+        load_config(file, [f"{key}=1"])
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("optim.lr=2e-4", lambda c: c.optim.lr == 2e-4),
+        ("optim.betas=[0.8, 0.99]", lambda c: c.optim.betas == (0.8, 0.99)),
+        ("max_steps=50", lambda c: c.max_steps == 50),
+        ("max_steps=null", lambda c: c.max_steps is None),
+        ("target.path=other=name", lambda c: c.target.path == "other=name"),
+        ("draft.overrides.layers=[1, 2, 3]", lambda c: c.draft.overrides == {"layers": [1, 2, 3]}),
+        ("draft={overrides: {fc_norm: true}}", lambda c: c.draft.overrides == {"fc_norm": True}),
+        ("metrics.trackers=[trackio]", lambda c: c.metrics.trackers == ["trackio"]),
+        ("metrics.tensorboard=false", lambda c: c.metrics.tensorboard is False),
+    ],
+)
+def test_overrides_are_yaml(file, override, read):
+    assert read(load_config(file, [override]))
+
+
+def test_the_last_override_wins_and_empty_sections_are_filled(file):
+    file.write_text(yaml.safe_dump(LEAST) + "optim:\n")
+    assert load_config(file, ["optim.lr=1", "optim.lr=3"]).optim.lr == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr", r"override 'optim.lr' is not of the form key.subkey=value"),
+        ("=3", r"override '=3' is not of the form"),
+        ("optim.lr.x=3", r"lr is a value, not a section|optim.lr"),
+        ("optim.betas=[0.9", r"override 'optim.betas=\[0.9': the value is not YAML"),
+        ("optim.lr=fast", r"optim.lr: .*number.* \(given: 'fast'\)"),
+        ("optim.lr=-1", r"optim.lr: .*greater than 0 \(given: -1\)"),
+        ("ttt_length=13", r"ttt_length: .*less than or equal to 12 \(given: 13\)"),
+        ("max_steps=0.5", r"max_steps: .*integer.*\(given: 0.5\)"),
+        ("loss.kind=l2", r"loss.kind: .*'kl', 'lk_alpha' or 'lk_lambda' \(given: 'l2'\)"),
+        ("precision=fp16", r"precision: .*\(given: 'fp16'\)"),
+        ("optim.betas=[0.9]", r"optim.betas.1"),
+        ("optim=3", r"optim: "),
+        ("data.max_length=9999", r"max_length 9999 is more than pack_tokens 4096"),
+        ("data.paths=[]", r"data.paths: .*at least 1"),
+    ],
+)
+def test_a_bad_override_is_a_sentence(file, override, said):
+    with pytest.raises(ValueError, match=said):
+        load_config(file, [override])
+
+
+def test_every_fault_has_its_line(file):
+    with pytest.raises(ValueError) as error:
+        load_config(file, ["ttt_lenght=3", "optim.lr=x", "seed=a"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert {line.split(":")[0].split(";")[0] for line in lines} == {"unknown key 'ttt_lenght'", "optim.lr", "seed"}
+
+
+def test_missing_keys_are_named(tmp_path):
+    with pytest.raises(ValueError) as error:
+        parse_config({"target": {}}, Config)
+    assert str(error.value).splitlines() == ["missing key 'target.path'", "missing key 'data'"]
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml cannot be read: No such file or directory"):
+        read_yaml(tmp_path / "none.yaml")
+    for text, said in (("- a\n- b\n", "must be a mapping of keys, it is list"), ("a: [", "is not YAML"), ("", "NoneType")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            read_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not YAML"):
+        read_yaml(tmp_path / "bad.yaml")
+
+
+def test_nothing_in_yaml_is_executed(tmp_path):
+    (tmp_path / "evil.yaml").write_text("target: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ValueError, match="is not YAML"):
+        read_yaml(tmp_path / "evil.yaml")
+
+
+def test_a_config_survives_the_run_folder(file):
+    config = load_config(file, ["optim.betas=[0.8, 0.9]", "draft.overrides.layers=[1, 2, 3]"])
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))), Config) == config
