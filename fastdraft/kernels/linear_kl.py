@@ -98,7 +98,7 @@ def kl_config(
     vocab: int,
     itemsize: int,
 ) -> KLConfig:
-    """Eight bf16 a thread, wide tiles for long rows, narrow ones for short: linear_kl/rows in bench/results/linear_kl.jsonl."""
+    """Eight bf16 a thread, wide tiles for long rows, narrow for short: linear_kl/rows in bench/results/linear_kl.jsonl."""
     tile, num_warps = (4096, 16) if vocab > 16384 else (1024, 4)
     return KLConfig(tile * 2 // itemsize, num_warps, stages=3)
 
@@ -165,7 +165,7 @@ def _kl_rows_kernel(
         for start in tl.range(0, vocab, TILE, num_stages=STAGES):
             cols = start + lanes
             inside = cols < vocab
-            z = tl.load(z_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32) - top
+            z = tl.load(z_ptr + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32) - top
             t = tl.load(t_ptr + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
             q = tl.exp(z) * scale
             p_draft = tl.exp(t - lse_draft)
@@ -174,7 +174,8 @@ def _kl_rows_kernel(
             alpha_sums += tl.minimum(p, q)
             if LOSS == "kl":
                 if GRAD:
-                    tl.store(z_ptr + cols, (w * (q - p_draft)).to(z_ptr.dtype.element_ty), mask=inside)
+                    dz = (w * (q - p_draft)).to(z_ptr.dtype.element_ty)
+                    tl.store(z_ptr + cols, dz, mask=inside, cache_modifier=".cs")
             else:
                 c_sums += tl.where(p > q, q, tl.where(p == q, 0.5 * q, 0.0))
         alpha = tl.sum(alpha_sums, 0)
@@ -198,12 +199,10 @@ def _kl_rows_kernel(
                 for start in tl.range(0, vocab, TILE, num_stages=STAGES):
                     cols = start + lanes
                     inside = cols < vocab
-                    z = tl.load(z_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
-                    t = tl.load(t_ptr + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first").to(
-                        tl.float32
-                    )
-                    q = tl.exp(z - top) * scale
-                    p_draft = tl.exp(t - lse_draft)
+                    z = tl.load(z_ptr + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+                    t = tl.load(t_ptr + cols, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+                    q = tl.exp(z.to(tl.float32) - top) * scale
+                    p_draft = tl.exp(t.to(tl.float32) - lse_draft)
                     p = p_draft * outside
                     c = tl.where(p > q, 1.0, tl.where(p == q, 0.5, 0.0))
                     dz = a * (q - p_draft) + b * q * (c - c_total)
