@@ -30,7 +30,7 @@ class DraftSection(Section):
     config: str | None = None  # YAML of `fastdraft init`; None: derived from the target
     overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size or layers; they win over `config`
     init_from: str | None = None  # warm start from an EAGLE-3 checkpoint in serving format, shape and vocabulary included
-    init: Literal["target", "random"] = "target"  # target: final norm and lm_head rows start as the target's, if H == Ht
+    init: Literal["target", "random"] = "target"  # target: `Draft.start_from_target` where H == Ht
 
 
 class LossConfig(Section):
@@ -76,6 +76,7 @@ class Config(Section):
     ttt_length: int = Field(7, ge=1, le=12)
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0)
+    engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused on the CPU, reference on a GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0

@@ -36,18 +36,13 @@ class FlatAdamW:
         self.decayed = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in parameters.values()]).to(first.device)
         self.weights = self.master.to(dtype) if dtype != self.master.dtype else self.master
         self.updates = torch.zeros((), dtype=torch.float64, device=first.device)  # steps that had a live row
-        self._grads: dict[str, Tensor] = {}
+        self.grads: dict[str, Tensor] = {}  # views of the gradient sum, by parameter name
         start = 0
         for name, p in parameters.items():
             end = start + p.numel()
             p.data = self.weights[start:end].view(p.shape)
-            self._grads[name] = self.grad[start:end].view(p.shape)
+            self.grads[name] = self.grad[start:end].view(p.shape)
             start = end
-
-    def add_grads(self, grads: dict[str, Tensor]) -> None:
-        """Adds one micro-batch's un-normalised gradients into the fp32 sum."""
-        for name, grad in grads.items():
-            self._grads[name].add_(grad)
 
     def lr(self, step: int) -> float:
         """Linear warm-up then cosine to min_lr_ratio, by optimizer step, counted from 0."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Rows, tau_sim
+from fastdraft.batch import Batch, tau_sim
 from fastdraft.config import Config, read_yaml
 from fastdraft.cost import free_disk, plan, render
 from fastdraft.data.loader import Loader, eval_batches
@@ -42,7 +42,8 @@ from fastdraft.export import export_draft, load_draft, verify
 from fastdraft.metrics import Metrics
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
-from fastdraft.model.ttt_ref import ttt_ref, ttt_ref_step
+from fastdraft.model.ttt import TTTEngine
+from fastdraft.model.ttt_ref import ReferenceEngine
 from fastdraft.optim import FlatAdamW
 from fastdraft.target.hf import (
     Target,
@@ -87,8 +88,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
     }
     first_step, told = resume(config, fresh, fingerprint, draft, optimizer, loader, window)
-    step_weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
-    loss = (config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)
+    engine = build_engine(config, draft, target)
 
     def save(step: int) -> None:
         free_disk(run_dir, 12 * optimizer.master.numel(), f"the checkpoint of step {step}")
@@ -100,7 +100,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
         report = evaluate_tau(
-            lambda batch: held_out_rows(config, target, draft, batch),
+            lambda batch: engine.rows(batch, target.capture(batch.to(device))),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
             config.ttt_length,
             reduce=all_sum,
@@ -124,10 +124,8 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             batches = next(loader)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
-                batch = batch.to(device)
-                rows, grads = ttt_ref_step(draft, batch, target.capture(batch), target.head, step_weights, *loss)
-                optimizer.add_grads(grads)
-                step_sums += rows.sums()
+                features = target.capture(batch.to(device))
+                step_sums += engine.step(batch, features, optimizer.grads).sums()
             all_sum(optimizer.grad)
             all_sum(step_sums)
             norm = optimizer.step(step_sums[3, 0])
@@ -235,8 +233,10 @@ def fit_to_target(draft: Draft, config: Config, target: Target, train_set: Datas
     """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
     if config.draft.init_from is None:
         draft.set_vocab(build_vocab_map(train_set, draft.config.draft_vocab_size, draft.config.vocab_size))
-        if config.draft.init == "target":
-            draft.copy_head(target.head.weight, target.final_norm)
+        if config.draft.init == "target" and draft.config.hidden_size == target.hidden_size:
+            if target.final_norm is None:
+                raise ValueError(f"{config.target.path} has no final RMSNorm to start from; set draft.init=random")
+            draft.start_from_target(target.head.weight, target.final_norm)
     if config.draft.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
         draft.set_embedding(target.embedding.float().cpu())
 
@@ -250,6 +250,16 @@ def frozen_tensors(draft: Draft) -> dict[str, Tensor]:
 
 def has_own_embedding(shape: DraftConfig) -> bool:
     return shape.hidden_size != shape.target_hidden_size
+
+
+def build_engine(config: Config, draft: Draft, target: Target) -> TTTEngine | ReferenceEngine:
+    """The engine of the config. auto: fused on the CPU; the reference on a GPU, where fused is not measured yet."""
+    weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
+    kind = config.engine
+    if kind == "auto":
+        kind = "fused" if target.device.type == "cpu" else "reference"
+    engine = TTTEngine if kind == "fused" else ReferenceEngine
+    return engine(draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)
 
 
 def run_tensors(optimizer: FlatAdamW, draft: Draft, window: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -341,14 +351,6 @@ class Recent:
     batches: list[Batch]  # this rank's, on the CPU
     norm: Tensor  # scalar
     sums: Tensor  # [5, T], all ranks'
-
-
-def held_out_rows(config: Config, target: Target, draft: Draft, batch: Batch) -> Rows:
-    batch = batch.to(target.device)
-    loss = config.loss
-    with torch.no_grad():
-        features = target.capture(batch)
-        return ttt_ref(draft, batch, features, target.head, config.ttt_length, loss.kind, loss.lk_scale, loss.lk_decay)
 
 
 def train_values(sums: Tensor, step_decay: float) -> dict[str, float]:
@@ -477,7 +479,10 @@ def evaluate_run(
     if not len(eval_set):
         raise ValueError(f"{run_dir} has no held-out data; give the run data.eval_paths or an eval_fraction above 0")
     batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
-    held_out = evaluate_tau(lambda batch: held_out_rows(config, target, draft, batch), batches, config.ttt_length)
+    engine = build_engine(config, draft, target)
+    held_out = evaluate_tau(
+        lambda batch: engine.rows(batch, target.capture(batch.to(target.device))), batches, config.ttt_length
+    )
     decoded = None
     if prompts is not None:
         tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)

@@ -125,16 +125,21 @@ class Draft(nn.Module):
         self.embed_tokens.weight.copy_(e)
 
     @torch.no_grad()
-    def copy_head(
+    def start_from_target(
         self,
         head: Tensor,  # [V, Ht] the target's lm_head
-        final_norm: Tensor | None,  # [Ht] weight of the target's final norm
+        final_norm: Tensor,  # [Ht] weight of the target's final norm
     ) -> None:
-        """Starts lm_head and norm as the target's, draft-vocabulary rows only; does nothing where H != Ht."""
-        if self.config.hidden_size == head.shape[1]:
-            self.lm_head.weight.copy_(head[self.draft_ids.to(head.device)])
-            if final_norm is not None:
-                self.norm.weight.copy_(final_norm)
+        """Starts lm_head (draft-vocabulary rows) and norm as the target's, and fc as a pass of the high state plus noise.
+
+        So the layer begins as a small change to a state that the head reads well. Needs H == Ht. SmolLM2-135M, 30k tokens of
+        its own answers, 3 epochs: tau_sim 1.38, against 1.29 from random weights (LOG.md).
+        """
+        h = self.config.hidden_size
+        self.lm_head.weight.copy_(head[self.draft_ids.to(head.device)])
+        self.norm.weight.copy_(final_norm)
+        self.fc.weight.mul_(0.1)
+        self.fc.weight[:, -h:] += torch.eye(h, dtype=self.fc.weight.dtype, device=self.fc.weight.device)
 
     @torch.no_grad()
     def init_weights(self, std: float, generator: torch.Generator) -> None:

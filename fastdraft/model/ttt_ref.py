@@ -76,6 +76,33 @@ def ttt_ref_step(
     return replace(rows, loss=rows.loss.detach()), dict(zip(names, grads, strict=True))
 
 
+class ReferenceEngine:
+    """The reference behind the fused engine's interface (`fastdraft.model.ttt.TTTEngine`)."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        head: TargetHead,
+        step_weights: Tensor,  # [T]
+        kind: LossKind = "kl",
+        lk_scale: float = 1.0,
+        lk_decay: float = 1.0,
+    ):
+        self.draft, self.head, self.step_weights, self.loss = draft, head, step_weights, (kind, lk_scale, lk_decay)
+
+    def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
+        batch = batch.to(features.f.device)
+        rows, found = ttt_ref_step(self.draft, batch, features, self.head, self.step_weights, *self.loss)
+        for name, grad in found.items():
+            grads[name] += grad
+        return rows
+
+    @torch.no_grad()
+    def rows(self, batch: Batch, features: Features) -> Rows:
+        batch = batch.to(features.f.device)
+        return ttt_ref(self.draft, batch, features, self.head, len(self.step_weights), *self.loss)
+
+
 def attention_ref(
     q: Tensor,  # [N, Hq, D] step i's queries, rotated
     keys: list[Tensor],  # i+1 of [N, Hkv, D]; the first is K^0
