@@ -1,9 +1,9 @@
 """Times TTT attention: python -m bench.kernels.bench_ttt_attention. Rows go to bench/results/ttt_attention.jsonl.
 
 Llama-3.1-8B's draft heads. `fwd`; `bwd` is both backward kernels (5 products counted), `bwd_q` and `bwd_kv` each of them
-alone (the 3 and 4 products it computes). "cudnn" and "flash" are
-torch's SDPA on the same dense causal attention; packed, compacted and chunked lists have no SDPA counterpart. Pack "chats":
-documents of log-normal lengths, the first 23 % of each not live and left out of the list.
+alone (the 3 and 4 products it computes). "cudnn" and "flash" are torch's SDPA on the same dense causal attention; packed,
+compacted and chunked lists have no SDPA counterpart. Pack "chats": documents of log-normal lengths, the first 23 % of each
+not live and left out of the list.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def chats(
     gen = torch.Generator().manual_seed(0)
     lengths = (6.2 + 0.8 * torch.randn(num_keys // 64, generator=gen)).exp().long().clamp(64, 4096)
     lengths = lengths[: int((lengths.cumsum(0) <= num_keys).sum())]
-    lengths = torch.cat([lengths, num_keys - lengths.sum(keepdim=True)])
+    lengths = torch.cat([lengths, num_keys - lengths.sum(0, keepdim=True)])
     start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     pos = torch.arange(num_keys)
     live = pos - start >= (lengths * 0.23).long().repeat_interleave(lengths)

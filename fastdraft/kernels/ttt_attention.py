@@ -107,7 +107,8 @@ def ttt_attention_config(
     dtype: torch.dtype,
     arch: tuple[int, int] | None,  # CUDA compute capability; None for Triton's CPU interpreter
 ) -> TTTAttentionConfig:
-    """Tile sizes. Raises ValueError, naming it, for what no kernel covers."""
+    """Tile sizes: for Hopper from a sweep on an H100 (rows of bench/results/ttt_attention.jsonl); elsewhere they fit the
+    shared memory and are not tuned. Raises ValueError, naming it, for what no kernel covers."""
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"ttt_attention covers head dims {HEAD_DIMS}, got {head_dim}")
     if dtype not in (torch.bfloat16, torch.float32):
@@ -117,11 +118,14 @@ def ttt_attention_config(
     if group > 32:
         raise ValueError(f"ttt_attention covers up to 32 query heads per key/value head, got {group}")
     hopper = arch is None or arch >= (9, 0)
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # for exactness, not speed: no tensor cores
+        if head_dim == 256 and arch is not None and arch[0] not in (9, 10) and arch != (8, 0):
+            raise ValueError(
+                "ttt_attention in float32 with head dim 256 needs 132 KB of shared memory a block; use bfloat16"
+            )
         tile = Tile(32, 32, 4, 1, hopper)
         return TTTAttentionConfig(tile, tile, tile)
-    small = arch is not None and arch[0] != 9 and arch[0] != 10 and arch != (8, 0)  # 99 KB of shared memory
-    if small or arch == (8, 0):
+    if arch is not None and arch[0] not in (9, 10):  # 99 KB of shared memory a block, or little more
         narrow = 32 if head_dim == 256 else 64
         return TTTAttentionConfig(Tile(64, 32, 4, 1), Tile(narrow, 32, 4, 1), Tile(32, narrow, 4, 1))
     if head_dim == 256:
@@ -229,7 +233,7 @@ def _attend(acc, top, total, q, k, v, seen, scale_log2, MASKED: tl.constexpr, PR
     return acc, new_top, total
 
 
-@_jit(do_not_specialize=["M", "N", "num_diag", "lse_stride"])
+@_jit(do_not_specialize=["M", "N", "num_diag", "lse_stride"], do_not_specialize_on_alignment=["lse_ptr"])
 def _ttt_attention_fwd_kernel(
     q_ptr,  # [M, Hq, D]
     k0_ptr,  # [N, Hkv, D]
@@ -327,7 +331,10 @@ def _add_rows(ptr, row, stride, ok, x, D: tl.constexpr, DP: tl.constexpr):
     tl.atomic_add(at, x, mask=ok[:, None] & (d < D)[None, :], sem="relaxed")
 
 
-@_jit(do_not_specialize=["M", "N", "num_diag", "lse_stride", "delta_stride"])
+@_jit(
+    do_not_specialize=["M", "N", "num_diag", "lse_stride", "delta_stride"],
+    do_not_specialize_on_alignment=["lse_ptr", "delta_ptr"],  # slices of stacked rows
+)
 def _ttt_attention_bwd_q_kernel(
     dout_ptr,  # [M, Hq, D]
     q_ptr,  # [M, Hq, D]
@@ -497,7 +504,10 @@ def _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, MASKED: tl.co
     return dk, dv
 
 
-@_jit(do_not_specialize=["M", "N", "num_tiles", "lse_stride", "delta_stride"])
+@_jit(
+    do_not_specialize=["M", "N", "num_tiles", "lse_stride", "delta_stride"],
+    do_not_specialize_on_alignment=["lse_ptr", "delta_ptr"],  # slices of stacked rows
+)
 def _ttt_attention_bwd_kv_kernel(
     dout_ptr,  # [M, Hq, D]
     q_ptr,  # [M, Hq, D]

@@ -281,6 +281,7 @@ def test_bad_input_is_named(change, words):
         ((128, 4, torch.float16, (9, 0)), "float16"),
         ((128, 64, torch.bfloat16, (9, 0)), "64"),
         ((128, 4, torch.bfloat16, (7, 5)), "7.5"),
+        ((256, 4, torch.float32, (8, 9)), "shared memory"),
     ],
 )
 def test_uncovered_shapes_are_named(args, words):
