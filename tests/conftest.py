@@ -1,10 +1,9 @@
-"""A tiny random target on disk, chats in its language, and run configs, for every test that trains or loads something."""
+"""A tiny target on disk, chats, and run configs, for every test that trains or loads something."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -13,77 +12,16 @@ import torch
 # Without a GPU kernels run interpreted, which Triton must know before transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import save_target, write_chats
 
 from fastdraft.config import Config, parse_config
 
 torch.set_num_threads(1)
 
-WORDS = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "el", "ir", "om", "us")]
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "\n"]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word is a token; the pad token is the end-of-turn token, as SmolLM2's is."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    pieces = pre_tokenizers.Split(r" ", "removed")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.Split("\n", "isolated")])
-    tokenizer.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    )
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
-    return made
-
-
-def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    """8 layers of 32, vocabulary 192, fp32; weights large enough that its choices are not near-ties."""
-    config = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=192,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
-
-
-def save_target(path: Path, seed: int = 0, **changes) -> Path:
-    tiny_llama(seed, **changes).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
-
 
 @pytest.fixture(scope="session")
 def target_dir(tmp_path_factory) -> Path:
     return save_target(tmp_path_factory.mktemp("target"))
-
-
-def write_chats(path: Path, count: int, seed: int = 0, turns: int = 2) -> Path:
-    """JSONL of conversations of `turns` messages, 4 to 20 words each."""
-    rng = random.Random(seed)
-    with path.open("w") as file:
-        for _ in range(count):
-            messages = [
-                {"role": ("user", "assistant")[i % 2], "content": " ".join(rng.choices(WORDS, k=rng.randint(4, 20)))}
-                for i in range(turns)
-            ]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
 
 
 @pytest.fixture(scope="session")

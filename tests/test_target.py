@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_target, tiny_llama
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
+from tiny import save_target, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdraft.batch import Batch
