@@ -91,6 +91,7 @@ class DecodeResult:
     num_target_forwards: int  # prefill included
     drafted: tuple[int, ...]  # [num_steps] rounds that drafted to this depth
     accepted: tuple[int, ...]  # [num_steps] rounds that kept a drafted token at this depth
+    per_round: tuple[int, ...]  # tokens of each round, in order; the prefill's token comes before them
     seconds: float  # wall clock, prefill included
 
     @property
@@ -226,7 +227,7 @@ def generate(
     out = first.tolist()
     state = DraftState(draft, len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk)
     known, g = torch.cat([ids[1:], first]), g[0]
-    drafted, accepted, rounds = [0] * settings.num_steps, [0] * settings.num_steps, 0
+    drafted, accepted, per_round = [0] * settings.num_steps, [0] * settings.num_steps, []
 
     while not (stopped_by := _stopped(out, target.eos_ids, limit, max_new_tokens)):
         root = len(prompt) + len(out) - 1  # its position: what the target's cache holds
@@ -236,12 +237,22 @@ def generate(
         path, known = _verify(target.head.logits(f), proposal, state.draft_ids, settings, generator)
         _keep_path(cache, root, path, 1 + len(proposal.parents))
         g = g[path]
-        out += _until_stop(known.tolist(), target.eos_ids)[: limit - len(out)]
-        rounds += 1
+        given = _until_stop(known.tolist(), target.eos_ids)[: limit - len(out)]
+        out += given
+        per_round.append(len(given))
         for j in range(depth):
             drafted[j] += 1
             accepted[j] += len(path) > j + 1
-    return DecodeResult(out, stopped_by, rounds, rounds + 1, tuple(drafted), tuple(accepted), time.perf_counter() - start)
+    return DecodeResult(
+        tokens=out,
+        stopped_by=stopped_by,
+        num_rounds=len(per_round),
+        num_target_forwards=len(per_round) + 1,
+        drafted=tuple(drafted),
+        accepted=tuple(accepted),
+        per_round=tuple(per_round),
+        seconds=time.perf_counter() - start,
+    )
 
 
 @torch.no_grad()
@@ -260,7 +271,7 @@ def generate_plain(
         _, f = target.forward(ids[None], cache)
         ids = _choose(target.head.logits(f[0, -1:]), settings, generator)
         out += ids.tolist()
-    return DecodeResult(out, stopped_by, 0, len(out), (), (), time.perf_counter() - start)
+    return DecodeResult(out, stopped_by, 0, len(out), (), (), (), time.perf_counter() - start)
 
 
 @torch.no_grad()

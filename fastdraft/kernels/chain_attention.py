@@ -148,6 +148,5 @@ class ChainAttention:
             self.scale,
             dk0,
             dv0,
-            accumulate=True,
             config=self.config,
         )
