@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, tau_sim
+from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config, read_yaml
 from fastdraft.cost import free_disk, plan, render
 from fastdraft.data.loader import Loader, eval_batches
@@ -126,6 +126,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             for batch in batches:
                 features = target.capture(batch.to(device))
                 step_sums += engine.step(batch, features, optimizer.grads).sums()
+                step_sums[0].masked_fill_(~all_finite(features), torch.nan)
             all_sum(optimizer.grad)
             all_sum(step_sums)
             norm = optimizer.step(step_sums[3, 0])
@@ -383,9 +384,15 @@ def refuse_nan(recent: list[Recent], run_dir: Path, rank: int) -> None:
             tensors[f"{i}.lengths"] = torch.tensor(batch.lengths)
         save_file(tensors, file)
         raise ValueError(
-            f"step {r.step}: loss sums {r.sums[0].tolist()} and gradient norm {float(r.norm)} are not all finite; training "
-            f"stopped. The step's batches are in {file}, the last checkpoint is good: lower optim.lr, or look at the batch"
+            f"step {r.step}: loss sums {r.sums[0].tolist()} and gradient norm {float(r.norm)} are not all finite, or the "
+            f"target's states were not; training stopped. The step's batches are in {file}, the last checkpoint is good: "
+            "lower optim.lr, or look at the batch"
         )
+
+
+def all_finite(features: Features) -> Tensor:  # scalar bool
+    """A teacher of NaN has no argmax, so its row would pass for one that is not live."""
+    return features.g.isfinite().all() & features.f.isfinite().all()
 
 
 def all_sum(x: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ def plan_chunks(batch: Batch, ttt_length: int, chunk_rows: int) -> list[Chunk]:
         wanted[i] = (label < end) & batch.loss_mask[label.clamp_max(batch.num_tokens - 1)]
         depth[wanted[i]] = i + 1
     chunks = []
-    for pos in depth.nonzero()[:, 0].split(chunk_rows):
+    trained = depth.nonzero()[:, 0]
+    for pos in trained.split(chunk_rows) if len(trained) else ():
         pos = pos[depth[pos].argsort(descending=True, stable=True)]
         sizes = tuple(int((depth[pos] > i).sum()) for i in range(ttt_length))
         sizes = tuple(m for m in sizes if m)

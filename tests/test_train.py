@@ -1,0 +1,528 @@
+"""Whole runs on a tiny target: learning, stopping and going on, other processes, damage, bad numbers, warm start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from serving_forward import ServedDraft
+from tiny import save_target, write_chats
+
+from fastdraft import checkpoint
+from fastdraft import train as training
+from fastdraft.batch import Batch, Features
+from fastdraft.checkpoint import list_checkpoints
+from fastdraft.data.loader import Loader
+from fastdraft.metrics import read_metrics
+from fastdraft.model.ttt_ref import attention_ref
+from fastdraft.target.hf import Target
+from fastdraft.train import StopSignal, draft_shape, export_run, load_data, open_run, train
+
+CLOCKS = ("time", "tokens_per_s")
+
+
+def losses(run_dir) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in read_metrics(run_dir)]
+
+
+def weights(run_dir) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint."""
+    return load_file(next(list_checkpoints(Path(run_dir))[-1].glob("*.safetensors")))
+
+
+def steps_kept(run_dir) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(Path(run_dir))]
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Calls act(batches) as the loader hands out optimizer step `step`; what it returns, if anything, is trained on."""
+    original, count = Loader.__next__, [0]
+
+    def handed(self):
+        batches = original(self)
+        count[0] += 1
+        return (act(batches) or batches) if count[0] == step else batches
+
+    monkeypatch.setattr(Loader, "__next__", handed)
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_keeps_the_last_and_the_best(make_config):
+    config = make_config(**{"max_steps": 30, "optim.lr": 5e-3, "checkpoint.every": 4, "eval.every": 10})
+    result = train(config)
+    assert (result.steps, result.stopped_by) == (30, None)
+    lines = losses(config.run_dir)
+    trained, held_out = ([r for r in lines if name in r] for name in ("loss", "eval/loss"))
+    assert [r["step"] for r in trained] == list(range(2, 31, 2)) and [r["step"] for r in held_out] == [10, 20, 30]
+    assert trained[-1]["loss"] < 0.9 * trained[0]["loss"] and trained[-1]["tau_sim"] > trained[0]["tau_sim"]
+    assert all(0 < r["a0"] < 1 and r["skipped_steps"] == 0 and r["grad_norm"] > 0 for r in trained)
+    best = json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text())
+    assert best["tau_sim"] == max(r["eval/tau_sim"] for r in held_out)
+    assert steps_kept(config.run_dir) == sorted({28, 30, best["step"]})
+    assert {"config.yaml", "draft.json", "metrics.jsonl"} <= {p.name for p in Path(config.run_dir).iterdir()}
+
+
+def test_the_schedule_counts_optimizer_steps(make_config):
+    """Warm-up and cosine by step, whatever is accumulated within one."""
+    seen = {}
+    for packs in (1, 3):
+        config = make_config(run_dir=str(make_config().run_dir) + str(packs), **{"optim.packs_per_step": packs})
+        train(config)
+        seen[packs] = [(r["step"], r["lr"]) for r in losses(config.run_dir) if "lr" in r]
+    assert seen[1] == seen[3]
+    assert seen[1][0] == (2, 1e-2) and seen[1][2][1] < seen[1][1][1] < 1e-2
+
+
+def test_accumulation_does_not_change_the_result(make_config, tmp_path):
+    """Every step sees all the data, as one pack or as many: the same losses and weights up to fp32 rounding."""
+    found = []
+    for pack_tokens, packs in ((4096, 1), (64, None)):
+        config = make_config(run_dir=str(tmp_path / str(pack_tokens)), **{"data.pack_tokens": pack_tokens})
+        if packs is None:
+            data = load_data(config, draft_shape(config).vocab_size).train
+            packs = Loader(data, pack_tokens, 1).num_packs
+            assert packs > 5
+        train(config.model_copy(update={"optim": config.optim.model_copy(update={"packs_per_step": packs})}))
+        found.append((losses(config.run_dir), weights(config.run_dir)["master"]))
+    for ours, theirs in zip(found[0][0], found[1][0], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=2e-4)
+
+
+def test_masters_and_moments_are_fp32_under_bf16(make_config):
+    config = make_config(precision="bf16")
+    train(config)
+    tensors = weights(config.run_dir)
+    assert {tensors[name].dtype for name in ("master", "m", "v")} == {torch.float32}
+    assert not torch.equal(tensors["master"], tensors["master"].bfloat16().float())
+    assert losses(config.run_dir)[-1]["eval/tau_sim"] > 1
+
+
+@pytest.mark.parametrize("changes", [{"loss.kind": "lk_alpha"}, {"loss.kind": "lk_lambda", "loss.lk_decay": 3.0}])
+def test_lk_losses_train(make_config, changes):
+    config = make_config(max_steps=12, **changes)
+    train(config)
+    lines = [r for r in losses(config.run_dir) if "loss" in r]
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["tau_sim"] > lines[0]["tau_sim"]
+
+
+def test_a_masked_step_is_skipped_with_a_count(make_config, monkeypatch):
+    def masked(batches):
+        return [Batch(b.input_ids, torch.zeros_like(b.loss_mask), b.lengths) for b in batches]
+
+    config = make_config(
+        max_steps=3, **{"eval.every": 9, "checkpoint.every": 1, "checkpoint.keep": 9, "metrics.log_every": 1}
+    )
+    at_step(monkeypatch, 2, masked)
+    train(config)
+    lines = [r for r in losses(config.run_dir) if "loss" in r]
+    assert [r["skipped_steps"] for r in lines] == [0, 1, 0] and lines[1]["loss"] == lines[1]["grad_norm"] == 0
+    first, second, third = (load_file(next(p.glob("*.safetensors"))) for p in list_checkpoints(Path(config.run_dir)))
+    assert all(torch.equal(first[name], second[name]) for name in ("master", "m", "v"))
+    assert not torch.equal(second["master"], third["master"]) and int(third["step_count"]) == 3
+
+
+# --- stop and go on ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(make_config, tmp_path):
+    """An uninterrupted run of 6 steps: its losses and last tensors."""
+
+    def run(**changes):
+        config = make_config(run_dir=str(tmp_path / "whole"), **changes)
+        train(config)
+        return losses(config.run_dir), weights(config.run_dir)
+
+    return run
+
+
+NARROW = {"draft.overrides": {"draft_vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("stops", "number", "changes"),
+    [
+        ((1,), signal.SIGTERM, {}),
+        ((3,), signal.SIGTERM, {"precision": "bf16"}),
+        ((3, 2), signal.SIGINT, NARROW),
+        ((5,), signal.SIGTERM, {"metrics.log_every": 4, "checkpoint.every": 5, "eval.every": 100}),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(make_config, whole, monkeypatch, capsys, stops, number, changes):
+    config, done = make_config(**changes), 0
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            at_step(patch, stop, lambda _: signal.raise_signal(number))
+            result = train(config)
+        done += stop
+        assert (result.steps, result.stopped_by) == (done, number)
+        assert steps_kept(config.run_dir)[-1] == done
+        assert f"stopped by {number.name} after step {done}; its checkpoint is written" in capsys.readouterr().out
+    assert train(config).stopped_by is None
+    assert f"step-{done:08d}, step {done}" in capsys.readouterr().out.replace("\n", "")
+    expected = whole(**changes)
+    assert losses(config.run_dir) == expected[0]
+    assert same(weights(config.run_dir), expected[1])
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config, whole, monkeypatch):
+    """Nothing of steps 5 and 6 was saved: their lines of metrics are cut and come again."""
+
+    def die(_):
+        raise KeyboardInterrupt
+
+    config = make_config(**{"checkpoint.every": 4, "metrics.log_every": 1, "eval.every": 100})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_step(patch, 6, die)
+        train(config)
+    assert steps_kept(config.run_dir) == [4] and losses(config.run_dir)[-1]["step"] == 5
+    train(config)
+    expected = whole(**{"checkpoint.every": 4, "metrics.log_every": 1, "eval.every": 100})
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+
+
+@pytest.mark.parametrize("damage", ["cut", "no state", "garbage state"])
+def test_a_damaged_checkpoint_is_said_and_the_previous_used(make_config, whole, capsys, damage):
+    config = make_config(**{"checkpoint.keep": 1, "eval.every": 100})
+    expected = whole(**{"checkpoint.keep": 1, "eval.every": 100})
+    train(make_config(**{"checkpoint.keep": 3, "eval.every": 100}))
+    newest = list_checkpoints(Path(config.run_dir))[-1]
+    if damage == "cut":
+        file = next(newest.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "no state":
+        (newest / "state.json").unlink()
+    else:
+        (newest / "state.json").write_text('{"format": 1, "st')
+    capsys.readouterr()
+    train(config)
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "going on from" in said and "step-00000004, step 4" in said
+    assert damage == "no state" or ("step-00000006 is unreadable" in said and "trying the one before it" in said)
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert steps_kept(config.run_dir) == [6]
+
+
+def test_only_damaged_checkpoints_left(make_config):
+    config = make_config()
+    train(config)
+    for path in list_checkpoints(Path(config.run_dir)):
+        (path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is readable; start anew with --fresh\. .*is unreadable"):
+        train(config)
+    before = losses(config.run_dir)
+    train(config, fresh=True)
+    assert losses(config.run_dir) == before
+
+
+def test_a_finished_run_stays(make_config):
+    config = make_config()
+    train(config)
+    before = losses(config.run_dir), weights(config.run_dir)
+    assert train(config).steps == 6
+    assert losses(config.run_dir) == before[0] and same(weights(config.run_dir), before[1])
+
+
+def test_another_run_is_refused(make_config, target_dir, tmp_path):
+    train(make_config())
+    before = weights(make_config().run_dir)
+    other = save_target(tmp_path / "other", seed=1)
+    draft = tmp_path / "draft.yaml"
+    draft.write_text("intermediate_size: 40\n")
+    few = write_chats(tmp_path / "few.jsonl", 10)
+    for changes, said in (
+        ({"target.path": str(other)}, "was trained for another target"),
+        ({"optim.lr": 1e-3}, r"other settings.*Changed: optim.lr: 0.01 -> 0.001$"),
+        ({"max_steps": 9, "seed": 4}, r"Changed: max_steps: 6 -> 9; seed: 0 -> 4$"),
+        ({"draft.overrides": {"draft_vocab_size": 80}}, r"draft's shape.draft_vocab_size: 64 -> 80"),
+        ({"draft.config": str(draft)}, r"draft's shape.intermediate_size: 48 -> 40"),
+        ({"data.paths": [str(few)]}, r"Changed: data.paths"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(make_config(**changes))
+    assert same(weights(make_config().run_dir), before)
+
+
+def test_changed_data_under_the_same_name_is_refused(make_config, tmp_path):
+    path = write_chats(tmp_path / "mine.jsonl", 12)
+    config = make_config(**{"data.paths": [str(path)]})
+    train(config)
+    write_chats(path, 12, seed=1)
+    with pytest.raises(ValueError, match="cannot resume at the same place in the data"):
+        train(config)
+
+
+def test_what_does_not_change_the_result_may_change(make_config, target_dir, tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
+        train(make_config())
+    shutil.copytree(target_dir, tmp_path / "moved")
+    shutil.move(make_config().run_dir, tmp_path / "moved run")
+    config = make_config(
+        run_dir=str(tmp_path / "moved run"),
+        **{"target.path": str(tmp_path / "moved"), "data.cache_dir": str(tmp_path / "cache"), "checkpoint.keep": 1},
+    )
+    train(config)
+    expected = whole()
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+
+
+def test_stop_signal_restores_what_was_there():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    with StopSignal() as stop:
+        assert not stop.agreed()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed() and stop.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one kills
+    assert {s: signal.getsignal(s) for s in before} == before
+
+
+# --- two processes -------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys
+from fastdraft.data.loader import Loader
+stop, step = int(sys.argv.pop(1)), 0
+original = Loader.__next__
+def handed(self):
+    global step
+    step += 1
+    if step == stop and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return original(self)
+Loader.__next__ = handed
+from fastdraft.cli import main
+main()
+"""
+
+
+def two_processes(config, tmp_path, stop: int) -> list[tuple[int, str]]:
+    """`fastdraft train` as torchrun would start it twice; rank 1 gets SIGTERM in step `stop`. Exit codes and output."""
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", CHILD, str(stop), "train", str(file)]
+    shared = {**training.os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    children = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [child.communicate(timeout=120)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, output) for child, output in zip(children, outputs, strict=True)]
+
+
+def test_two_processes_then_one_give_what_one_gives(make_config, tmp_path, whole):
+    """A signal to either stops both at the next line of metrics; one process goes on from their checkpoint."""
+    changes = {"eval.max_packs": 1}
+    config = make_config(**changes)
+    for code, output in two_processes(config, tmp_path, stop=3):
+        assert code == 128 + signal.SIGTERM, output
+    assert steps_kept(config.run_dir)[-1] == 4
+    train(config)
+    ours, theirs = (losses(config.run_dir), weights(config.run_dir)), whole(**changes)
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        assert mine == pytest.approx(other, rel=2e-4)
+    assert [r.get("lr") for r in ours[0]] == [r.get("lr") for r in theirs[0]]
+    torch.testing.assert_close(ours[1]["master"], theirs[1]["master"], rtol=1e-3, atol=2e-4)
+
+
+def test_packs_that_ranks_cannot_share_are_refused(make_config):
+    config = make_config(**{"optim.packs_per_step": 3})
+    data = load_data(config, draft_shape(config).vocab_size).train
+    with pytest.raises(ValueError, match="packs_per_step 3 must be a positive multiple of the 2 ranks"):
+        Loader(data, config.data.pack_tokens, 3, rank=1, world_size=2)
+
+
+# --- what can go wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", ["one NaN state", "too large states"])
+def test_nan_stops_the_run_with_the_batch_saved(make_config, monkeypatch, poison):
+    """At the latest before a checkpoint or an evaluation, however rarely metrics are looked at."""
+    config = make_config(**{"metrics.log_every": 100, "checkpoint.every": 2, "eval.every": 3, "max_steps": 10})
+    capture, batches = Target.capture, []
+
+    def poisoned(self, batch):
+        features = capture(self, batch)
+        if batch.num_tokens and any(torch.equal(batch.input_ids, b.input_ids) for b in batches):
+            if poison == "too large states":
+                return Features(features.g * 1e38, features.f)
+            features.f[5, 0] = torch.nan
+        return features
+
+    at_step(monkeypatch, 4, lambda handed: batches.extend(handed[:1]))
+    monkeypatch.setattr(Target, "capture", poisoned)
+    with pytest.raises(ValueError, match=r"step 4: loss sums .* are not all finite, or .*batches are in .*lower optim\.lr"):
+        train(config)
+    saved = load_file(Path(config.run_dir) / "not-finite-step-00000004-rank-0.safetensors")
+    assert torch.equal(saved["0.input_ids"], batches[0].input_ids) and torch.equal(
+        saved["0.loss_mask"], batches[0].loss_mask
+    )
+    assert saved["0.lengths"].tolist() == list(batches[0].lengths) and "1.input_ids" in saved
+    assert steps_kept(config.run_dir)[-1] == 3
+    assert all(t.isfinite().all() for name, t in weights(config.run_dir).items() if t.is_floating_point())
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(make_config, monkeypatch):
+    config = make_config(**{"eval.every": 100})
+    calls = []
+
+    def full(path, needed=0, what=""):
+        calls.append(what)
+        if len(calls) == 2:
+            raise ValueError(f"{what} needs 1.00 GiB at {path}, which has 0.50 GiB free; free some space")
+        return 1 << 40
+
+    monkeypatch.setattr(training, "free_disk", full)
+    with pytest.raises(ValueError, match="the checkpoint of step 4 needs 1"):
+        train(config)
+    assert steps_kept(config.run_dir) == [2]
+    train(config)
+    assert steps_kept(config.run_dir) == [4, 6]
+
+
+def test_bad_runs_are_sentences(make_config, target_dir, tmp_path):
+    user_only = tmp_path / "user.jsonl"
+    user_only.write_text(json.dumps({"messages": [{"role": "user", "content": "ba be bi"}]}) + "\n")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [}\n')
+    for changes, said in (
+        ({"data.paths": [str(tmp_path / "none.jsonl")]}, r"none\.jsonl"),
+        ({"data.paths": [str(user_only)]}, "no trained token"),
+        ({"data.paths": [str(bad)]}, r"bad\.jsonl:1"),
+        ({"target.path": str(tmp_path / "none")}, "has no readable config.json"),
+        ({"draft.overrides": {"draft_vocab_size": 500}}, "draft_vocab_size 500 is larger than vocab_size 192"),
+        ({"draft.overrides": {"hiden_size": 16}}, "'hiden_size' does not exist; the nearest is 'hidden_size'"),
+        ({"draft.overrides": {"layers": [1, 2, 7]}}, r"must ascend and lie in 0\.\.6"),
+        ({"draft": {"init_from": str(target_dir)}}, "is not a draft to start from"),
+        ({"draft.init_from": "x", "draft.overrides": {"fc_norm": True}}, "take out draft.config and draft.overrides"),
+        ({"draft.config": str(tmp_path / "none.yaml")}, r"none\.yaml cannot be read"),
+        ({"device": "cuda"}, "PyTorch sees no CUDA GPU"),
+    ):
+        if changes.get("device") == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(ValueError, match=said):
+            train(make_config(**changes))
+
+
+# --- overfit, export, warm start -----------------------------------------------------------------------------------------
+
+
+def step_logits(draft, target, ids: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    """Our draft's logits at every row t of steps 0 .. steps-1 of one document, read teacher-forced."""
+    batch = Batch(ids, torch.ones(len(ids), dtype=torch.bool), (len(ids),))
+    h, keys, values, found = draft.combine(target.capture(batch).g), [], [], []
+    for i in range(steps):
+        tokens = ids[(torch.arange(len(ids)) + 1 + i).clamp_max(len(ids) - 1)]
+        q, k, v = draft.qkv(tokens, h, batch.positions + i)
+        keys.append(k)
+        values.append(v)
+        h = draft.finish(h, attention_ref(q, keys, values, batch.lengths))
+        found.append(draft.logits(h))
+    return found
+
+
+@torch.no_grad()
+def test_overfit_export_and_an_independent_forward(make_config, tmp_path):
+    """One conversation: the loss reaches its floor, the teacher's entropy, and the export gives our logits elsewhere."""
+    data = write_chats(tmp_path / "one.jsonl", 1, seed=3)
+    config = make_config(
+        max_steps=150,
+        **{"data.paths": [str(data)], "draft.overrides": {}, "optim.packs_per_step": 1, "metrics.log_every": 50},
+    )
+    with torch.enable_grad():
+        train(config)
+    last = losses(config.run_dir)[-1]
+    prepared = load_data(config, 192)
+    sample = prepared.train[0]
+    ids, mask = torch.tensor(sample["input_ids"]), torch.tensor(sample["loss_mask"])
+    _, target, draft = open_run(Path(config.run_dir))
+    p = target.head.logits(target.capture(Batch(ids, mask, (len(ids),))).f).double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1)  # [L]
+    weighed = sum(0.8**i * entropy[u] for i in range(3) for u in range(1 + i, len(ids) - 1) if mask[u + 1])
+    floor = float(weighed / mask[2:].sum())
+    assert floor - 1e-3 <= last["loss"] < floor + 0.02
+    assert min(last[f"a{i}"] for i in range(3)) > 0.95 and last["top1"] > 0.9 and last["tau_sim"] > 3.7
+
+    said = export_run(Path(config.run_dir), tmp_path / "out", "last", overwrite=False)
+    assert said[-1].endswith("loads in SGLang and vLLM")
+    served = ServedDraft(tmp_path / "out", target.embedding)
+    assert served.captured_layers is None
+    ours = step_logits(draft, target, ids, 3)
+    g = target.capture(Batch(ids, mask, (len(ids),))).g
+    for t in (0, 1, 7, len(ids) - 4):
+        theirs = [
+            served.prefill(g[: t + 1], ids[1 : t + 2])[-1],
+            served.step(int(ids[t + 2])),
+            served.step(int(ids[t + 3])),
+        ]
+        for i in range(3):
+            torch.testing.assert_close(ours[i][t], theirs[i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, NARROW])
+def test_a_warm_start_continues_where_the_export_was(make_config, tmp_path, changes):
+    config = make_config(**changes)
+    train(config)
+    export_run(Path(config.run_dir), tmp_path / "draft", "last", overwrite=False)
+    warm = make_config(
+        run_dir=str(tmp_path / "warm"),
+        max_steps=1,
+        **{"draft": {"init_from": str(tmp_path / "draft")}, "optim.lr": 1e-30, "checkpoint.every": 1},
+    )
+    train(warm)
+    assert losses(warm.run_dir)[-1]["eval/tau_sim"] == losses(config.run_dir)[-1]["eval/tau_sim"]
+    for name in ("master", "d2t", "t2d"):
+        assert torch.equal(weights(warm.run_dir)[name], weights(config.run_dir)[name]), name
+
+
+def test_a_run_opens_as_it_was_trained(make_config):
+    """Also where H != Ht: the embedding is the run's own, not one projected anew."""
+    config = make_config(**NARROW)
+    train(config)
+    _, _, draft = open_run(Path(config.run_dir), "last")
+    saved = checkpoint.checkpoint_of_run(Path(config.run_dir), "last")
+    assert torch.equal(draft.embed_tokens.weight, weights(config.run_dir)["embed_tokens.weight"])
+    assert saved.step == 6 and torch.equal(draft.t2d.nonzero().flatten(), draft.draft_ids)
+    flat = torch.cat([p.flatten() for p in draft.trainable().values()])
+    assert torch.equal(flat, weights(config.run_dir)["master"])
+
+
+def test_init_from_the_target_beats_random(make_config, tmp_path):
+    first = {}
+    for init in ("target", "random"):
+        config = make_config(run_dir=str(tmp_path / init), max_steps=1, **{"draft.init": init, "optim.lr": 1e-9})
+        train(config)
+        tensors, (_, target, draft) = weights(config.run_dir), open_run(Path(config.run_dir))
+        copied = torch.allclose(draft.lm_head.weight, target.head.weight[draft.draft_ids])
+        assert copied == (init == "target"), tensors.keys()
+        first[init] = torch.equal(draft.norm.weight, target.final_norm)
+    assert first["target"]
