@@ -1,4 +1,4 @@
-"""A tiny random target and chats in its language. Not in conftest.py: there are several of that name, only one importable."""
+"""A tiny random target and chats in its language. Not in conftest.py: there are several, and only one can be imported."""
 
 from __future__ import annotations
 
