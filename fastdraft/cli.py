@@ -22,6 +22,12 @@ data = typer.Typer(help="Look at training data, and tokenise it once.", no_args_
 app.add_typer(data, name="data")
 console = Console()
 
+
+def say(line: str) -> None:
+    """A line as it is, however wide: paths and sentences stay whole in a pipe."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's configuration.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUBKEY=VALUE]...", help="Win over the file.")]
 
@@ -74,7 +80,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 
     loaded = load_config(config, overrides or [])
     for line in load_data(loaded, draft_shape(loaded).vocab_size).stats.lines():
-        console.print(line, markup=False)
+        say(line)
 
 
 @data.command("preview")
@@ -131,7 +137,7 @@ def export(
     from fastdraft.train import export_run
 
     for line in export_run(run, out, which, overwrite):
-        console.print(line, markup=False)
+        say(line)
 
 
 @app.command()
@@ -152,11 +158,11 @@ def check(
             raise ValueError("--checkpoint needs --target, the directory of the model it drafts for")
         findings = verify(checkpoint, target)
         for line in findings.warnings:
-            console.print("warning: " + line, markup=False)
+            say("warning: " + line)
         for line in findings.errors:
-            console.print("error: " + line, markup=False)
+            say("error: " + line)
         good = not findings.errors
-        console.print(f"{checkpoint}: " + ("loads in SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
+        say(f"{checkpoint}: " + ("loads in SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
     if golden is not None:
         table = Table("case", "worst quantity", "relative error", "")
         for name, quantity, error, passed in checks.check_golden(golden, engine):

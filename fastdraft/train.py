@@ -513,7 +513,8 @@ def print_plan(config: Config, console: Console) -> None:
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
     shape = draft_shape(config)
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     predicted = plan(
         shape,
         target_params=count_target_parameters(facts),

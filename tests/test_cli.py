@@ -1,0 +1,260 @@
+"""Every command as a user calls it: what it prints, what it leaves behind, its exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import save_target
+from safetensors.torch import load_file, save_file
+
+from fastdraft import cli
+from fastdraft.data.loader import Loader
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def fastdraft(monkeypatch, capsys):
+    """fastdraft("train", "x.yaml") -> exit code, standard output, standard error."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdraft", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return (exit.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def config_file(tree, tmp_path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.fixture
+def trained(fastdraft, config_file, tree) -> Path:
+    """The folder of a finished run."""
+    code, _, err = fastdraft("train", config_file, "max_steps=2", "checkpoint.every=1")
+    assert code == 0, err
+    return Path(tree["run_dir"])
+
+
+def refusal(called: tuple[int, str, str]) -> str:
+    """The one red line of a command that failed with exit code 1."""
+    code, _, err = called
+    lines = [line for line in err.splitlines() if line.startswith("fastdraft: ")]
+    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+# --- train ---------------------------------------------------------------------------------------------------------------
+
+
+def test_train_prints_data_progress_and_held_out(fastdraft, config_file, tree):
+    code, out, _ = fastdraft("train", config_file, "optim.lr=2e-3", "metrics.tensorboard=true")
+    assert code == 0
+    assert "24 conversations, 24 samples" in out and "held-out" in out and "step 6/6" in out
+    assert (Path(tree["run_dir"]) / "tensorboard").is_dir()
+    assert yaml.safe_load((Path(tree["run_dir"]) / "config.yaml").read_text())["optim"]["lr"] == 2e-3
+
+
+def test_a_signal_exits_with_its_number_and_the_same_command_goes_on(fastdraft, config_file, monkeypatch):
+    original, count = Loader.__next__, [0]
+
+    def handed(self):
+        count[0] += 1
+        if count[0] == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self)
+
+    monkeypatch.setattr(Loader, "__next__", handed)
+    code, out, _ = fastdraft("train", config_file)
+    assert code == 128 + 15 and "stopped by SIGTERM after step 3" in out
+    code, out, _ = fastdraft("train", config_file)
+    assert code == 0 and "going on from" in out
+    code, out, _ = fastdraft("train", config_file, "--fresh")
+    assert code == 0 and "going on from" not in out
+
+
+def test_plan_needs_no_weights_and_no_data_and_trains_nothing(fastdraft, config_file, target_dir, tree, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(target_dir, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    code, out, err = fastdraft(
+        "train", config_file, "--plan", f"target.path={bare}", "data.paths=[none.jsonl]", "optim.lr=3"
+    )
+    assert code == 0, err
+    resolved = yaml.safe_load(out[: out.index("parameters:")])
+    assert resolved["optim"]["lr"] == 3 and resolved["ttt_length"] == 3 and resolved["target"]["path"] == str(bare)
+    # fc, attention, mlp, norms, lm_head; embedding; target
+    trained = 3 * 32 * 32 + 2 * 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 4 * 32 + 64 * 32
+    weights = sum(t.numel() for t in load_file(target_dir / "model.safetensors").values())
+    assert f"draft {trained:,} trained + {192 * 32:,} frozen embedding, target {weights:,}" in out
+    assert "Memory of one device" in out and "Disk" in out and "GFLOP/token" in out
+    assert not Path(tree["run_dir"]).exists()
+
+
+def test_bad_configs_are_one_red_line(fastdraft, config_file, tmp_path, monkeypatch):
+    assert "unknown key 'optim.lrr'; did you mean 'lr'?" in refusal(fastdraft("train", config_file, "optim.lrr=1"))
+    assert "none.yaml cannot be read" in refusal(fastdraft("train", tmp_path / "none.yaml"))
+    assert "has no readable config.json" in refusal(fastdraft("train", config_file, f"target.path={tmp_path}"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": 3}\n')
+    assert "bad.jsonl:1" in refusal(fastdraft("train", config_file, f"data.paths=[{bad}]"))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, _, err = fastdraft("train", config_file, "optim.lrr=1")
+    assert code == 1 and "\x1b[31m" in err
+
+
+def test_usage(fastdraft):
+    assert fastdraft("trane")[0] == 2
+    assert fastdraft("train")[0] == 2
+    code, out, _ = fastdraft("--help")
+    assert code == 0 and all(name in out for name in ("train", "init", "data", "evaluate", "export", "check", "demo"))
+
+
+# --- init, data ----------------------------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_draft_config_that_train_takes(fastdraft, target_dir, config_file, tmp_path):
+    code, out, _ = fastdraft("init", target_dir)
+    assert code == 0 and yaml.safe_load(out)["layers"] == [1, 3, 4]
+    file = tmp_path / "draft.yaml"
+    assert fastdraft("init", target_dir, file)[0] == 0 and file.read_text() == out
+    assert "draft.yaml exists" in refusal(fastdraft("init", target_dir, file))
+    file.write_text(out.replace("intermediate_size: 48", "intermediate_size: 16"))
+    code, out, _ = fastdraft("train", config_file, "--plan", f"draft.config={file}", "draft.overrides={}")
+    assert code == 0 and f"draft {3072 + 4096 + 1024 + 3 * 32 * 16 + 128 + 192 * 32:,} trained" in out
+    assert "config.json cannot be read" in refusal(fastdraft("init", tmp_path))
+
+
+def test_preview_shows_what_is_trained(fastdraft, config_file, tree):
+    code, out, err = fastdraft("data", "preview", config_file, "-n", "2")
+    assert code == 0, err
+    assert out.count(" trained (") == 2 and "<|im_start|>" in out
+    words = json.loads(Path(tree["data"]["paths"][0]).read_text().splitlines()[0])["messages"][1]["content"].split()
+    assert all(word in out for word in words)
+    assert not Path(tree["run_dir"]).exists()
+
+
+def test_train_reads_what_prepare_wrote(fastdraft, config_file, tmp_path):
+    cache = tmp_path / "cache"
+    code, out, err = fastdraft("data", "prepare", config_file, f"data.cache_dir={cache}")
+    assert code == 0 and "24 conversations, 24 samples" in out, err
+    written = sorted(cache.glob("samples-*/samples.arrow"))
+    assert len(written) == 1
+    before = written[0].stat().st_mtime_ns
+    assert fastdraft("train", config_file, f"data.cache_dir={cache}", "max_steps=1")[0] == 0
+    assert sorted(cache.glob("samples-*/samples.arrow")) == written and written[0].stat().st_mtime_ns == before
+
+
+# --- evaluate, export, check ---------------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_json_alone(fastdraft, trained, tmp_path):
+    code, out, err = fastdraft("evaluate", trained, "--which", "last")
+    assert code == 0, err
+    report = json.loads(out)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line for line in lines if "eval/tau_sim" in line][-1]
+    assert report["decode"] is None
+    assert report["held_out"]["overall"]["tau_sim"] == pytest.approx(held_out["eval/tau_sim"], rel=1e-6)
+    assert report["held_out"]["by_position"][0]["start"] == 0
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "ba be bi"}\n{"prompt": "ca ce"}\n')
+    code, out, err = fastdraft(
+        "evaluate",
+        trained,
+        "--prompts",
+        prompts,
+        "--max-new-tokens",
+        "12",
+        "--num-steps",
+        "2",
+        "--out",
+        tmp_path / "r.json",
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "r.json").read_text())
+    assert report["decode"]["num_prompts"] == report["decode"]["num_equal"] == 2
+    assert 1 <= report["decode"]["accepted_length"] <= 3
+
+
+def test_evaluate_refusals(fastdraft, trained, tmp_path):
+    assert "is none of best, last, 1, 2" in refusal(fastdraft("evaluate", trained, "--which", "7"))
+    assert "holds no checkpoint" in refusal(fastdraft("evaluate", tmp_path))
+    assert "none.jsonl cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
+
+
+def test_export_and_check(fastdraft, trained, target_dir, tmp_path):
+    out_dir = tmp_path / "draft"
+    code, out, err = fastdraft("export", trained, out_dir)
+    assert code == 0 and "torch.float32; loads in SGLang and vLLM" in out, err
+    assert {p.name for p in out_dir.iterdir()} == {"config.json", "model.safetensors"}
+    assert "exists; choose another directory" in refusal(fastdraft("export", trained, out_dir))
+    assert fastdraft("export", trained, out_dir, "--overwrite", "--which", "1")[0] == 0
+
+    code, out, _ = fastdraft("check", "--checkpoint", out_dir, "--target", target_dir)
+    assert code == 0 and f"{out_dir}: loads in SGLang and vLLM" in out
+    tensors = {name: t.clone() for name, t in load_file(out_dir / "model.safetensors").items()}
+    del tensors["midlayer.hidden_norm.weight"]
+    tensors["lm_head.weight"][3, 4] = torch.nan
+    save_file(tensors, out_dir / "model.safetensors")
+    config = json.loads((out_dir / "config.json").read_text())
+    (out_dir / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    code, out, _ = fastdraft("check", "--checkpoint", out_dir, "--target", target_dir)
+    assert code == 1 and f"{out_dir}: 3 errors" in out
+    said = [line for line in out.splitlines() if line.startswith("error: ")]
+    for part in ("tie_word_embeddings", "missing: midlayer.hidden_norm.weight", "lm_head.weight has 1 NaN"):
+        assert sum(part in line for line in said) == 1, part
+    assert "--checkpoint needs --target" in refusal(fastdraft("check", "--checkpoint", out_dir))
+
+
+def test_export_of_a_run_whose_target_changed(fastdraft, trained, target_dir, config_file, tmp_path, tree):
+    moved = tmp_path / "mine"
+    shutil.copytree(target_dir, moved)
+    run_dir = tmp_path / "run of mine"
+    assert fastdraft("train", config_file, f"target.path={moved}", f"run_dir={run_dir}", "max_steps=1")[0] == 0
+    save_target(moved, seed=5)
+    assert "was trained for another target than" in refusal(fastdraft("export", run_dir, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+def test_check_golden(fastdraft, engine):
+    code, out, err = fastdraft("check", "--golden", GOLDEN, "--engine", engine)
+    assert code == 0 and out.count(" ok ") == 3 and "WRONG" not in out, err
+    assert all(name in out for name in ("gqa_full", "lk_alpha", "padded_t7"))
+
+
+def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):
+    file = GOLDEN / "gqa_full.safetensors"
+    tensors = {name: t.clone() for name, t in load_file(file).items()}
+    tensors["grads.fc.weight"][0, 0] += 1e-3 * tensors["grads.fc.weight"].abs().max()
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        save_file(tensors, tmp_path / "gqa_full.safetensors", opened.metadata())
+    shutil.copy(GOLDEN / "lk_alpha.safetensors", tmp_path)
+    code, out, _ = fastdraft("check", "--golden", tmp_path)
+    assert code == 1 and out.count("WRONG") == 1 and "grad fc.weight" in out
+    assert "'slow' is not one of" in refusal(fastdraft("check", "--golden", tmp_path, "--engine", "slow"))
+
+
+def test_check_says_what_is_here(fastdraft):
+    code, out, _ = fastdraft("check")
+    assert code == 0
+    for name in ("python", "torch", "transformers", "triton", "gpu"):
+        assert name in out
+    assert torch.__version__.split("+")[0] in out
