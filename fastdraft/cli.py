@@ -178,16 +178,6 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def demo(
-    run_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
-) -> None:
-    """The whole path on a real 135M model: answer prompts, train, decode speculatively, export, report."""
-    from fastdraft.demo import run_demo
-
-    run_demo(run_dir, console)
-
-
 def main() -> None:
     try:
         app(standalone_mode=True)

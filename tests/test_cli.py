@@ -119,7 +119,7 @@ def test_usage(fastdraft):
     assert fastdraft("trane")[0] == 2
     assert fastdraft("train")[0] == 2
     code, out, _ = fastdraft("--help")
-    assert code == 0 and all(name in out for name in ("train", "init", "data", "evaluate", "export", "check", "demo"))
+    assert code == 0 and all(name in out for name in ("train", "init", "data", "evaluate", "export", "check"))
 
 
 # --- init, data ----------------------------------------------------------------------------------------------------------

@@ -104,6 +104,16 @@ def test_accumulation_does_not_change_the_result(make_config, tmp_path):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=2e-4)
 
 
+def test_both_engines_train_alike(make_config, tmp_path):
+    found = []
+    for engine in ("reference", "fused"):
+        config = make_config(engine=engine, run_dir=str(tmp_path / engine))
+        train(config)
+        found.append(losses(config.run_dir))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+
+
 def test_masters_and_moments_are_fp32_under_bf16(make_config):
     config = make_config(precision="bf16")
     train(config)
@@ -237,6 +247,18 @@ def test_a_finished_run_stays(make_config):
     before = losses(config.run_dir), weights(config.run_dir)
     assert train(config).steps == 6
     assert losses(config.run_dir) == before[0] and same(weights(config.run_dir), before[1])
+
+
+def test_the_vocabulary_map_is_the_checkpoints_own(make_config, monkeypatch, whole):
+    """It is never built anew on resume, even if that would give another."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
+        train(make_config())
+    monkeypatch.setattr(training, "build_vocab_map", lambda *_: torch.arange(64))
+    train(make_config())
+    monkeypatch.undo()
+    ours, theirs = weights(make_config().run_dir), whole()[1]
+    assert not torch.equal(theirs["d2t"], torch.zeros(64, dtype=torch.int64)) and same(ours, theirs)
 
 
 def test_another_run_is_refused(make_config, target_dir, tmp_path):
