@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import save_target
 from safetensors.torch import load_file, save_file
+from tiny import save_target
 
 from fastdraft import cli
 from fastdraft.data.loader import Loader
