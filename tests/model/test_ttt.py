@@ -1,0 +1,288 @@
+"""The TTT engine against the reference step and the golden cases, its plan against a naive loop, its work and its memory.
+
+Work is counted on real CPU steps. Memory and tensor sizes are read on meta tensors of a real draft's shape, with the CPU
+backends of the kernels replaced by nothing: the attention reference holds [M, Hq, N] scores and the loss reference several
+[n, Vd], which the CUDA kernels do not.
+
+# N packed tokens, M chains of a chunk, T TTT steps, H hidden, V target vocabulary, Vd draft vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.golden import load_golden, worst_errors
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
+from fastdraft.model.ttt import TTTEngine, plan_chunks, ttt_engine_step
+from fastdraft.model.ttt_ref import ttt_ref_step
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
+V, HT = 31, 12
+SHAPES = {
+    "mha": {},
+    "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
+    "fc_norm": {"fc_norm": True, "num_key_value_heads": 1},
+    "wider": {"hidden_size": 20, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "head_dim": 8},
+    "full_vocabulary": {"draft_vocab_size": V},
+}
+LENGTHS = (23, 1, 9, 2, 17, 3, 12)
+
+
+def make_draft(dtype=torch.float64, **changes) -> Draft:
+    fields = dict(
+        hidden_size=HT,
+        target_hidden_size=HT,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=6,
+        vocab_size=V,
+        draft_vocab_size=14,
+        num_target_layers=8,
+        layers=(1, 3, 4),
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        max_position_embeddings=64,
+    )
+    config = DraftConfig(**fields | changes)
+    draft = Draft(config).double()
+    generator = torch.Generator().manual_seed(1)
+    for p in draft.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + (p.ndim == 1)
+    every = torch.randperm(config.vocab_size, generator=generator)
+    draft.set_vocab(every[: config.draft_vocab_size].sort().values)
+    return draft.to(dtype)
+
+
+def patchy_mask(lengths, generator) -> torch.Tensor:  # [N] bool
+    """By turns: a long prompt, one trained token at the document's end, every token, random runs, one in the middle."""
+    masks = []
+    for d, n in enumerate(lengths):
+        mask = torch.zeros(n, dtype=torch.bool)
+        match d % 5:
+            case 0:
+                mask[2 * n // 3 :] = True
+            case 1:
+                mask[-1] = True
+            case 2:
+                mask[:] = True
+            case 3:
+                mask = (torch.rand(n, generator=generator) < 0.4).repeat_interleave(2)[:n]
+            case 4:
+                mask[n // 2] = True
+        masks.append(mask)
+    return torch.cat(masks)
+
+
+def make_inputs(lengths=LENGTHS, seed=2, dtype=torch.float64, vocab=V, width=HT):
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(lengths)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    batch = Batch(torch.randint(vocab, (n,), generator=generator), patchy_mask(lengths, generator), tuple(lengths))
+    head = TargetHead(normal(vocab, width), bias=normal(vocab), scale=0.7, softcap=5.0)
+    return batch, Features(normal(n, 3 * width), normal(n, width)), head
+
+
+def decay(steps: int) -> torch.Tensor:
+    return 0.8 ** torch.arange(steps, dtype=torch.float64)
+
+
+def zero_grads(draft: Draft) -> dict[str, torch.Tensor]:
+    stats = torch.promote_types(draft.fc.weight.dtype, torch.float32)
+    return {name: torch.zeros_like(p, dtype=stats) for name, p in draft.trainable().items()}
+
+
+def assert_same(ours, theirs, tolerance=1e-12):
+    """Rows and gradients, relative to the largest element of each tensor; flags exactly."""
+    (rows, grads), (law_rows, law_grads) = ours, theirs
+    for name in ("hit", "live", "masked_in"):
+        assert torch.equal(getattr(rows, name), getattr(law_rows, name)), name
+    assert not rows.loss[~rows.live].any() and not rows.acceptance[~rows.live].any()
+    pairs = {name: (getattr(rows, name), getattr(law_rows, name)) for name in ("loss", "acceptance")}
+    assert grads.keys() == law_grads.keys()
+    for name, (got, law) in (pairs | {name: (grads[name], law_grads[name]) for name in grads}).items():
+        assert float((got - law).abs().max()) <= tolerance * max(float(law.abs().max()), 1e-3), name
+
+
+# --- exactness -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("chunk_rows", [5, 4096])
+def test_golden(path, chunk_rows):
+    errors = worst_errors(load_golden(path), lambda *args: ttt_engine_step(*args, chunk_rows=chunk_rows))
+    assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 4096])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_reference(shape, chunk_rows):
+    draft, (batch, features, head) = make_draft(**SHAPES[shape]), make_inputs()
+    ours = ttt_engine_step(draft, batch, features, head, decay(7), chunk_rows=chunk_rows)
+    theirs = ttt_ref_step(draft, batch, features, head, decay(7))
+    assert theirs[0].live.any(1).all() and bool(theirs[0].masked_in.any(0).logical_not().any())
+    assert shape == "full_vocabulary" or not torch.equal(theirs[0].live, theirs[0].masked_in)
+    assert all(grad.any() for grad in theirs[1].values())
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
+@pytest.mark.parametrize("steps", [1, 7, 12])
+def test_every_loss_and_length(kind, steps):
+    draft, (batch, features, head) = make_draft(**SHAPES["gqa"]), make_inputs()
+    args = draft, batch, features, head, decay(steps), kind, 0.9, 2.0
+    assert_same(ttt_engine_step(*args, chunk_rows=13), ttt_ref_step(*args))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    density=st.sampled_from([0.05, 0.3, 0.9]),
+    steps=st.integers(1, 12),
+    chunk_rows=st.integers(1, 20),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_reference_on_random_packs(lengths, density, steps, chunk_rows, seed):
+    draft, (batch, features, head) = make_draft(), make_inputs(lengths, seed)
+    mask = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed)) < density
+    args = draft, replace(batch, loss_mask=mask), features, head, decay(steps)
+    assert_same(ttt_engine_step(*args, chunk_rows=chunk_rows), ttt_ref_step(*args))
+
+
+@pytest.mark.parametrize("lengths", [(6, 4), (1, 2, 1)])
+def test_nothing_trained_gives_nothing(lengths):
+    """All masked, or all trained in documents too short to have a row."""
+    draft, (batch, features, head) = make_draft(), make_inputs(lengths)
+    batch = replace(batch, loss_mask=torch.full_like(batch.loss_mask, max(lengths) < 3))
+    grads = {name: torch.full_like(g, 3.0) for name, g in zero_grads(draft).items()}
+    rows = TTTEngine(draft, head, decay(4)).step(batch, features, grads)
+    assert rows.loss.shape == (4, sum(lengths)) and not rows.sums().any()
+    assert all((g == 3.0).all() for g in grads.values())
+
+
+def test_gradients_add_up():
+    draft, (batch, features, head) = make_draft(**SHAPES["fc_norm"]), make_inputs()
+    other_batch, other_features, _ = make_inputs((5, 11), seed=8)
+    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), zero_grads(draft)
+    engine.step(batch, features, grads)
+    engine.step(other_batch, other_features, grads)
+    first = ttt_ref_step(draft, batch, features, head, decay(4))[1]
+    second = ttt_ref_step(draft, other_batch, other_features, head, decay(4))[1]
+    for name, grad in grads.items():
+        law = first[name] + second[name]
+        assert float((grad - law).abs().max()) <= 1e-12 * float(law.abs().max()), name
+
+
+@pytest.mark.parametrize("kind", ["kl", "lk_lambda"])
+def test_rows_are_those_of_the_step(kind):
+    draft, (batch, features, head) = make_draft(**SHAPES["gqa"]), make_inputs()
+    engine = TTTEngine(draft, head, decay(5), kind, chunk_rows=9)
+    step, rows = engine.step(batch, features, zero_grads(draft)), engine.rows(batch, features)
+    for name in ("loss", "acceptance", "hit", "live", "masked_in"):
+        assert torch.equal(getattr(step, name), getattr(rows, name)), name
+
+
+def test_the_draft_and_its_input_stay_as_they_are():
+    draft, (batch, features, head) = make_draft(**SHAPES["fc_norm"]), make_inputs()
+    held = [*draft.state_dict().values(), features.g, features.f, head.weight, batch.input_ids, batch.loss_mask]
+    before = [x.clone() for x in held]
+    TTTEngine(draft, head, decay(5), chunk_rows=9).step(batch, features, zero_grads(draft))
+    assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))
+    assert all(p.grad is None for p in draft.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
+def test_precision(dtype, kind):
+    """Three ways: truth is the reference in float64 on the rounded inputs, plain the reference in the dtype."""
+    shape = dict(hidden_size=64, target_hidden_size=64, intermediate_size=96, num_attention_heads=4, head_dim=16)
+    draft = make_draft(**shape, vocab_size=151, draft_vocab_size=80).to(dtype)
+    for p in draft.parameters():
+        p.data = p.data * (0.3 if p.ndim > 1 else 1.0)
+    batch, features, head = make_inputs((40, 3, 25, 31), seed=3, dtype=dtype, vocab=151, width=64)
+    chosen = torch.randint(151, (batch.num_tokens,), generator=torch.Generator().manual_seed(4))
+    features = replace(features, f=head.weight[chosen] / 10 + features.f / 10)  # the target's choices are no near-ties
+    args = batch, features, head, decay(4), kind
+    ours, plain = ttt_engine_step(draft, *args, chunk_rows=32), ttt_ref_step(draft, *args)
+    exact = Features(features.g.double(), features.f.double())
+    exact_head = replace(head, weight=head.weight.double(), bias=head.bias.double())
+    truth = ttt_ref_step(draft.double(), batch, exact, exact_head, *args[3:])
+    assert all(grad.dtype == torch.float32 for grad in ours[1].values())
+    for name in ("live", "masked_in"):
+        assert torch.equal(getattr(ours[0], name), getattr(truth[0], name))
+        assert torch.equal(getattr(plain[0], name), getattr(truth[0], name))
+    found = {name: [getattr(rows, name) for rows, _ in (ours, plain, truth)] for name in ("loss", "acceptance")}
+    found |= {name: [grads[name] for _, grads in (ours, plain, truth)] for name in truth[1]}
+    for name, (got, rough, law) in found.items():
+        worst, allowed = (float((x.double() - law).abs().max()) for x in (got, rough))
+        ulp = torch.finfo(dtype).eps * float(law.abs().max())
+        assert worst <= 2 * allowed + ulp, f"{name}: {worst} against {allowed} + {ulp}"
+
+
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_ids_outside_the_vocabulary_are_refused(wrong):
+    draft, (batch, features, head) = make_draft(), make_inputs()
+    ids = batch.input_ids.clone()
+    ids[4] = wrong
+    with pytest.raises(ValueError, match=rf"token ids .*{wrong}.* do not fit the draft's vocabulary of {V}"):
+        TTTEngine(draft, head, decay(3)).step(replace(batch, input_ids=ids), features, zero_grads(draft))
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"), [({"step_weights": decay(13)}, r"13 is not in 1\.\.12"), ({"chunk_rows": 0}, "chunk_rows is 0")]
+)
+def test_bad_settings_are_refused(bad, match):
+    draft, (_, _, head) = make_draft(), make_inputs()
+    with pytest.raises(ValueError, match=match):
+        TTTEngine(draft, head, **{"step_weights": decay(3)} | bad)
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 10), min_size=1, max_size=6),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    steps=st.integers(1, 12),
+    chunk_rows=st.integers(1, 25),
+    seed=st.integers(0, 2**16),
+)
+def test_plan_equals_a_naive_loop(lengths, density, steps, chunk_rows, seed):
+    n = sum(lengths)
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density
+    batch = Batch(torch.zeros(n, dtype=torch.int64), mask, tuple(lengths))
+    wanted, depth, first = set(), {}, 0
+    for length in lengths:
+        for t in range(length):
+            for i in range(steps):
+                if t + 2 + i < length and mask[first + t + 2 + i]:
+                    wanted.add((i, first + t))
+                    depth[first + t] = i + 1
+        first += length
+    chunks = plan_chunks(batch, steps, chunk_rows)
+    chains = sorted(depth)
+    runs = [chains[k : k + chunk_rows] for k in range(0, len(chains), chunk_rows)]
+    assert [sorted(c.pos.tolist()) for c in chunks] == runs
+    found = set()
+    for c in chunks:
+        depths = [depth[t] for t in c.pos.tolist()]
+        assert depths == sorted(depths, reverse=True)
+        assert c.sizes == tuple(sum(d > i for d in depths) for i in range(depths[0]))
+        stacked = [(i, t) for i, size in enumerate(c.sizes) for t in c.pos[:size].tolist()]
+        heads = list(zip(c.head_step.tolist(), c.head_pos.tolist(), strict=True))
+        assert [stacked[k] for k in c.head_row.tolist()] == heads
+        assert c.teacher_pos[c.teacher_row].tolist() == [t + 1 + i for i, t in heads]
+        assert sorted(set(c.teacher_pos.tolist())) == c.teacher_pos.tolist()
+        assert set(c.teacher_row.tolist()) == set(range(len(c.teacher_pos)))  # no row of the teacher is idle
+        assert found.isdisjoint(heads)
+        found |= set(heads)
+    assert found == wanted
