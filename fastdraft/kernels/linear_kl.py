@@ -263,13 +263,12 @@ def _kl_rows_cpu(
     for rows in w.nonzero()[:, 0].split(CPU_ROWS):
         u = teacher_row[rows]
         s, t = z[rows].to(stats), teacher.logits[u].to(stats)
+        p = (t - teacher.lse_full[u, None]).exp_()
         p_draft = t.sub_(teacher.lse_draft[u, None]).exp_()
-        outside = (teacher.lse_draft[u] - teacher.lse_full[u]).exp()[:, None]
         out.hit[rows] = s.argmax(-1) == teacher.draft_argmax[u]
         log_q = s.sub_(s.logsumexp(-1, keepdim=True))
         ce = -torch.linalg.vecdot(p_draft, log_q)
         q = log_q.exp_()
-        p = p_draft * outside
         alpha = torch.minimum(p, q).sum(-1)
         mix = lk_scale * torch.exp(-lk_decay * alpha)
         value = {
@@ -287,7 +286,7 @@ def _kl_rows_cpu(
             a, b = (torch.zeros_like(mix), -1 / alpha) if loss == "lk_alpha" else (mix, mix - 1)
             c = (p > q).to(stats) + 0.5 * (p == q)
             c -= (c * q).sum(-1, keepdim=True)
-            dz = scale * (a[:, None] * (q - p_draft) + b[:, None] * q * c)
+            dz = scale * (q * (a[:, None] + b[:, None] * c) - a[:, None] * p_draft)
         z[rows] = dz.to(z.dtype)
     return out
 
