@@ -167,7 +167,7 @@ def check_linear(case, loss, chunk_rows, three_way):
     rows = linear_kl(x, weight, case.teacher, case.teacher_row, case.w, loss, *LK, chunk_rows=chunk_rows)
     (rows.loss * case.w).sum().backward()
     three_way(rows.loss.detach(), plain[0], truth[0], "loss")
-    three_way(x.grad, plain[1], truth[1], "dx")
+    three_way(x.grad, plain[1], truth[1], "dx", extra=rounding)
     three_way(weight.grad, plain[2], truth[2], "dweight")
 
 
