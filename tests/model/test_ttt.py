@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meta_step import flop_counter, meta_step
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.golden import load_golden, worst_errors
@@ -286,3 +287,99 @@ def test_plan_equals_a_naive_loop(lengths, density, steps, chunk_rows, seed):
         assert found.isdisjoint(heads)
         found |= set(heads)
     assert found == wanted
+
+
+# --- dead work is not done -----------------------------------------------------------------------------------------------
+
+
+def predicted_flops(c: DraftConfig, batch: Batch, steps: int, chunk_rows: int) -> int:
+    """Matrix FLOPs of a step on the CPU, from the plan's sizes: what is done for every token, and what for a row."""
+    h, inner, e, n = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, batch.num_tokens
+    kv, ht = c.num_key_value_heads * c.head_dim, c.target_hidden_size
+    qkv = h * (e + 2 * kv)
+    total = n * (3 * ht * h + qkv + 2 * h * kv)  # fc, the embedding's QKV, K^0 and V^0
+    total += n * (3 * ht * h + 2 * qkv + 2 * qkv)  # gradients of fc, and of weights and inputs of both halves of QKV
+    for chunk in plan_chunks(batch, steps, chunk_rows):
+        for i, m in enumerate(chunk.sizes):
+            forward = (qkv if i else h * e) + e * h + 3 * h * inner
+            backward = 2 * (e * h + 3 * h * inner) + (2 * qkv if i else 0)
+            attention = 6 * e * (n + i)  # the CPU reference reads all N keys: two products, four in the backward
+            total += m * (forward + backward + attention)
+        total += len(chunk.teacher_pos) * ht * c.vocab_size + 3 * len(chunk.head_row) * h * c.draft_vocab_size
+    return 2 * total
+
+
+@pytest.mark.parametrize("lengths", [(100, 60, 140), (120, 120)])
+def test_dead_work_is_not_done(lengths):
+    """The last tenth of each document trained: well below a fifth of the work of everything trained."""
+    shape = dict(hidden_size=32, target_hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    draft = make_draft(torch.float32, **shape, vocab_size=400, draft_vocab_size=200)
+    batch, features, head = make_inputs(lengths, dtype=torch.float32, vocab=400, width=32)
+    tenth = torch.cat([torch.arange(n) >= 0.9 * n for n in lengths])
+    counted = []
+    for mask in (torch.ones_like(tenth), tenth):
+        engine, its, grads = (
+            TTTEngine(draft, head, decay(7), chunk_rows=64),
+            replace(batch, loss_mask=mask),
+            zero_grads(draft),
+        )
+        with flop_counter() as counter:
+            engine.step(its, features, grads)
+        counted.append(counter.get_total_flops())
+        assert counted[-1] == pytest.approx(predicted_flops(draft.config, its, 7, 64), rel=0.02)
+    assert counted[1] < 0.2 * counted[0]
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+LLAMA_8B = DraftConfig(
+    hidden_size=4096,
+    target_hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    draft_vocab_size=32000,
+    num_target_layers=32,
+    layers=(1, 15, 28),
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_theta": 5e5},
+    max_position_embeddings=131072,
+)
+
+
+def all_trained(*lengths: int) -> Batch:
+    n = sum(lengths)
+    return Batch(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool), lengths)
+
+
+@pytest.mark.parametrize("lengths", [(16384,), (4096,) * 4])
+def test_nothing_over_a_vocabulary_or_all_steps_exists_for_the_pack(lengths):
+    """A tensor with a row for every token is no wider than g; one over a vocabulary has a chunk's rows and no more."""
+    c, n, steps, chunk_rows = LLAMA_8B, sum(lengths), 7, 1024
+    made, _ = meta_step(c, all_trained(*lengths), steps, chunk_rows)
+    head_rows = 4096  # of `linear_kl_grad`
+    assert (n, c.hidden_size) in made.shapes and (head_rows, c.draft_vocab_size) in made.shapes
+    width = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    weights = {(rows, c.hidden_size) for rows in (c.vocab_size, 2 * c.intermediate_size, width)}  # the target's head, ...
+    assert weights <= made.shapes
+    largest = max(torch.Size(shape).numel() for shape in made.shapes - weights)
+    assert largest < min(n * c.vocab_size, n * c.draft_vocab_size, steps * n * c.hidden_size) // 2
+    for shape in made.shapes - weights:
+        if shape and shape[0] >= n:
+            wide = torch.Size(shape[1:]).numel()
+            assert wide <= 3 * c.target_hidden_size and (shape[0] == n or wide == 1), shape
+        if shape and shape[-1] in (c.draft_vocab_size, c.vocab_size):
+            assert torch.Size(shape[:-1]).numel() <= max(head_rows, chunk_rows + steps), shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_chunk_needs_the_same_memory_in_any_pack(dtype):
+    """To the byte; and over the chunks of one pack, whose last ends early, it never grows."""
+    _, short = meta_step(LLAMA_8B, all_trained(4096), 7, 1024, dtype)
+    _, long = meta_step(LLAMA_8B, all_trained(8192), 7, 1024, dtype)
+    assert len(long) == 2 * len(short) == 8
+    assert set(short[:-1]) == set(long[:-1]) and max(long) == max(short)
+    _, narrow = meta_step(LLAMA_8B, all_trained(2048), 7, 512, dtype)
+    assert 2 * max(narrow) == pytest.approx(max(long), rel=0.1)

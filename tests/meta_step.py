@@ -1,0 +1,131 @@
+"""A step of the TTT engine on meta tensors: the bytes and shapes it makes at a real draft's size, without data.
+
+The code is the engine's own. Replaced are the kernels inside (attention, the teacher's and the loss's row steps, the bf16
+product into float32) by nothing: on the CPU they are references that hold what the CUDA kernels do not, such as the
+attention's [M, Hq, N] scores. `ChainAttention` allocates as it does on a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.kernels import chain_attention, linear_kl, teacher
+from fastdraft.kernels.teacher import PermutedHead
+from fastdraft.model import ttt
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter with `addmm_`, which its table lacks and weight gradients are added with."""
+    addmm = lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]  # noqa: E731
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm})
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the meta tensors alive that were made inside, their peak, and every shape made."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.live = self.peak = 0
+        self.shapes: set[tuple[int, ...]] = set()
+        self.known = {id(x.untyped_storage()) for x in inputs}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.device.type == "meta":
+                self._see(x)
+        return out
+
+    def _see(self, x):
+        storage = x.untyped_storage()
+        if id(storage) in self.known:
+            return
+        self.shapes.add(tuple(x.shape))
+        self.known.add(id(storage))
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+
+    def _forget(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+class _KernelAttention(chain_attention.ChainAttention):
+    cuda = property(lambda self: True, lambda self, value: None)
+
+
+@contextmanager
+def _kernels_replaced():
+    def loss_rows(z, *_):
+        return linear_kl.KLRows(
+            *(torch.empty(len(z), dtype=d, device=z.device) for d in (torch.float32,) * 2 + (torch.bool,))
+        )
+
+    def permuted(head, draft_ids):
+        ids = torch.empty(len(head.weight), dtype=torch.int64, device="meta")
+        return PermutedHead(torch.empty_like(head.weight), None, 1.0, None, ids, len(draft_ids))
+
+    nothing = lambda *_, **__: None  # noqa: E731
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (ttt, "ChainAttention", _KernelAttention),
+            (ttt, "permute_head", permuted),
+            (ttt, "add_outer", lambda dw, dz, x: torch.mm(dz.T, x, out=dw) if dz.dtype == dw.dtype else None),
+            (linear_kl, "add_outer", lambda dw, dz, x: torch.mm(dz.T, x, out=dw) if dz.dtype == dw.dtype else None),
+            (linear_kl, "kl_rows_", loss_rows),
+            (teacher, "_teacher_rows_cpu", nothing),
+            (chain_attention, "_config", nothing),
+            (chain_attention, "_ttt_attention_fwd", nothing),
+            (chain_attention, "_ttt_attention_bwd_q", lambda dout, *_, **__: (torch.empty_like(dout), None)),
+            (chain_attention, "_ttt_attention_bwd_kv", nothing),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def meta_step(
+    config: DraftConfig,
+    batch: Batch,
+    ttt_length: int,
+    chunk_rows: int,
+    dtype: torch.dtype = torch.bfloat16,
+    target_dtype: torch.dtype | None = None,
+    modes: tuple = (),  # other dispatch modes to run the step under
+) -> tuple[LiveBytes, list[int]]:  # what was made, and each chunk's peak above what was alive before it
+    """One engine and one step, gradients included."""
+    target_dtype = target_dtype or dtype
+    with torch.device("meta"):
+        draft = Draft(config).to(dtype)
+        n, width = batch.num_tokens, config.target_hidden_size
+        features = Features(torch.empty(n, 3 * width, dtype=target_dtype), torch.empty(n, width, dtype=target_dtype))
+        head = TargetHead(torch.empty(config.vocab_size, width, dtype=target_dtype))
+        grads = {name: torch.empty_like(p, dtype=torch.float32) for name, p in draft.trainable().items()}
+        weights = torch.empty(ttt_length)
+    inputs = [*draft.parameters(), *draft.buffers(), features.g, features.f, head.weight, *grads.values(), weights]
+    alive, chunk_peaks, run_chunk = LiveBytes(inputs), [], ttt._Step.run_chunk
+
+    def measured(step, chunk):
+        before, peak = alive.live, alive.peak
+        alive.peak = before
+        run_chunk(step, chunk)
+        chunk_peaks.append(alive.peak - before)
+        alive.peak = max(peak, alive.peak)
+
+    with ExitStack() as stack:
+        stack.enter_context(_kernels_replaced())
+        stack.enter_context(mock.patch.object(ttt._Step, "run_chunk", measured))
+        for mode in (alive, *modes):
+            stack.enter_context(mode)
+        ttt.TTTEngine(draft, head, weights, chunk_rows=chunk_rows).step(batch, features, grads)
+    return alive, chunk_peaks
