@@ -40,6 +40,10 @@ class LossConfig(Section):
     lk_decay: float = Field(1.0, ge=0)
 
 
+class FeaturesConfig(Section):
+    memory_gib: float = Field(0.0, ge=0)  # host memory for features of documents seen; above 0, resuming is not bit-exact
+
+
 class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
@@ -67,6 +71,7 @@ class Config(Section):
     target: TargetConfig
     data: DataConfig
     draft: DraftSection = DraftSection()
+    features: FeaturesConfig = FeaturesConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, tau_sim
+from fastdraft.batch import Batch, Features, Features, tau_sim
 from fastdraft.config import Config, read_yaml
 from fastdraft.cost import free_disk, plan, render
 from fastdraft.data.loader import Loader, eval_batches
@@ -39,6 +39,7 @@ from fastdraft.data.vocab import build_vocab_map
 from fastdraft.decode import DecodeSettings
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.export import export_draft, load_draft, verify
+from fastdraft.features.memory import FeatureCache
 from fastdraft.metrics import Metrics
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
@@ -89,6 +90,10 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     }
     first_step, told = resume(config, fresh, fingerprint, draft, optimizer, loader, window)
     engine = build_engine(config, draft, target)
+    cache = FeatureCache(target, config.features.memory_gib) if config.features.memory_gib else None
+
+    def capture(batch: Batch) -> Features:
+        return cache.capture(batch) if cache else target.capture(batch.to(device))
 
     def save(step: int) -> None:
         free_disk(run_dir, 12 * optimizer.master.numel(), f"the checkpoint of step {step}")
@@ -100,7 +105,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
         report = evaluate_tau(
-            lambda batch: engine.rows(batch, target.capture(batch.to(device))),
+            lambda batch: engine.rows(batch, capture(batch)),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
             config.ttt_length,
             reduce=all_sum,
@@ -124,7 +129,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             batches = next(loader)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
-                features = target.capture(batch.to(device))
+                features = capture(batch)
                 step_sums += engine.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
             all_sum(optimizer.grad)
