@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, Features, tau_sim
+from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config, read_yaml
 from fastdraft.cost import free_disk, plan, render
 from fastdraft.data.loader import Loader, eval_batches
@@ -258,13 +258,16 @@ def has_own_embedding(shape: DraftConfig) -> bool:
     return shape.hidden_size != shape.target_hidden_size
 
 
-def build_engine(config: Config, draft: Draft, target: Target) -> TTTEngine | ReferenceEngine:
+def engine_kind(config: Config, device: torch.device) -> Literal["fused", "reference"]:
     """The engine of the config. auto: fused on the CPU; the reference on a GPU, where fused is not measured yet."""
+    if config.engine == "auto":
+        return "fused" if device.type == "cpu" else "reference"
+    return config.engine
+
+
+def build_engine(config: Config, draft: Draft, target: Target) -> TTTEngine | ReferenceEngine:
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
-    kind = config.engine
-    if kind == "auto":
-        kind = "fused" if target.device.type == "cpu" else "reference"
-    engine = TTTEngine if kind == "fused" else ReferenceEngine
+    engine = TTTEngine if engine_kind(config, target.device) == "fused" else ReferenceEngine
     return engine(draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)
 
 
@@ -530,5 +533,7 @@ def print_plan(config: Config, console: Console) -> None:
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
+        engine=engine_kind(config, device),
+        device=device.type,
     )
     render(predicted, console)

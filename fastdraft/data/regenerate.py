@@ -1,7 +1,7 @@
 """The target answers prompts itself: a draft learns best from what its target would say.
 
 Batches of prompts of like length, left-padded, through transformers' generate, greedy. On a CPU, a decoding step runs its
-attention as one grouped matrix product per key/value head: PyTorch's fused kernel there repeats K and V for every query head
+attention as one grouped matrix product per key/value head: PyTorch's fused kernel repeats K and V for every query head
 and takes half of the step (SmolLM2-135M, batch 96, context 150, 2 cores: 0.43 s a step with it, 0.21 s with this).
 """
 
