@@ -3,10 +3,18 @@
 The reference engine (`model/ttt_ref.py`) keeps, for the backward of one pack, every row of every TTT step: two to four
 float32 rows over the draft vocabulary (by loss), attention probabilities [Hq, L, L + i] of every document, and keys and
 values repeated for each query head. On top of what is kept comes the largest short-lived part: full-vocabulary teacher
-logits or one document's attention. Not counted: the target's own forward, allocator slack, the CUDA context (0.5-1 GiB).
+logits or one document's attention.
 
-# N tokens of a pack, L tokens of a document, T TTT steps, H draft hidden, Ht target hidden, V target vocabulary,
-# Vd draft vocabulary, Hq/Hkv heads, D head dim, E = Hq*D, I MLP width, b bytes of a compute number, w of a softmax number
+The fused engine (`model/ttt.py`) keeps the pack's step 0 and the float32 gradients it collects, and for a chunk of chains
+every row of every step; whatever is larger comes on top: the head's logits, the chunk's backward, or step 0's backward of
+the whole pack. On the CPU its attention keeps [rows, Hq, N] probabilities too. It is counted with every token trained on:
+loss masks make its chunks fewer and its work less.
+
+Not counted: the target's own forward, allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch.
+
+# N tokens of a pack, L tokens of a document, T TTT steps, M chains of a chunk, R = T*M, H draft hidden, Ht target hidden,
+# V target vocabulary, Vd draft vocabulary, Hq/Hkv heads, D head dim, E = Hq*D, K = Hkv*D, W = E + 2K, I MLP width,
+# b bytes of a compute number, w of a softmax number, tb of a target number
 """
 
 from __future__ import annotations
@@ -14,16 +22,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastdraft.kernels.teacher import MAX_BLOCK
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.losses import LossKind
+from fastdraft.model.ttt import CHUNK_ROWS
 
 Precision = Literal["fp32", "bf16"]
+Engine = Literal["reference", "fused"]
+HEAD_ROWS = 4096  # rows of student logits at a time: `linear_kl_grad`
 GIB = 2**30
 ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of log Q, Q, P, P~, those the backward reads
 
@@ -69,23 +81,33 @@ def plan(
     document_tokens: int | None = None,  # longest document L; a pack is one document when left out
     keep: int = 2,  # latest checkpoints kept, besides the best one
     loss: LossKind = "kl",
-    engine: Literal["reference"] = "reference",
+    engine: Engine = "reference",
+    device: Literal["cuda", "cpu"] = "cuda",  # the fused engine's attention: kernels, or the reference that keeps scores
+    chunk_rows: int = CHUNK_ROWS,  # M of the fused engine
 ) -> Plan:
     """Predicted needs of a run on one device. Raises ValueError for sizes or names it has no formula for."""
-    if engine != "reference":
-        raise ValueError(f"no memory formula for engine {engine!r}; there is one for 'reference'")
+    if engine not in get_args(Engine):
+        raise ValueError(f"no memory formula for engine {engine!r}; there is one for {' and '.join(get_args(Engine))}")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is not fp32 or bf16")
     length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
-    if min(pack_tokens, ttt_length, length) < 1 or min(keep, target_params) < 0:
+    if min(pack_tokens, ttt_length, length, chunk_rows) < 1 or min(keep, target_params) < 0:
         raise ValueError(
-            f"pack_tokens {pack_tokens}, ttt_length {ttt_length} and document_tokens {document_tokens} must be at least 1, "
+            f"pack_tokens {pack_tokens}, ttt_length {ttt_length}, document_tokens {document_tokens} and chunk_rows "
+            f"{chunk_rows} must be at least 1, "
             f"keep {keep} and target_params {target_params} at least 0"
         )
     b = 2 if precision == "bf16" else 4
     trainable, frozen = num_params(draft)
     maps = 8 * draft.draft_vocab_size + draft.vocab_size  # d2t int64, t2d bool
-    kept, scores, logits, transient = _reference_step(draft, pack_tokens, length, ttt_length, b, ROWS_KEPT[loss])
+    if engine == "fused":
+        tb = target_dtype.itemsize
+        step = _fused_step(draft, pack_tokens, ttt_length, min(chunk_rows, pack_tokens), b, tb, device == "cpu")
+        work = _fused_flops(draft, pack_tokens, length, ttt_length, device == "cpu")
+    else:
+        step = _reference_step(draft, pack_tokens, length, ttt_length, b, ROWS_KEPT[loss])
+        step = (Row(f"gradient of one pack ({precision})", b * trainable), *step)
+        work = (Row("draft step, forward and backward", _reference_flops(draft, length, ttt_length)),)
     weights = trainable + frozen if b < 4 else frozen  # in fp32 the masters are the weights
     memory = (
         Row("target weights", target_params * target_dtype.itemsize),
@@ -93,12 +115,8 @@ def plan(
         Row("fp32 master weights", 4 * trainable),
         Row("fp32 moments (two)", 8 * trainable),
         Row("fp32 gradient", 4 * trainable),
-        Row(f"gradient of one pack ({precision})", b * trainable),
         Row("features g and f of a pack", 4 * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
-        Row("activations kept for the backward", kept),
-        Row("attention scores kept", scores),
-        Row("logits kept", logits),
-        Row("largest short-lived tensors", transient),
+        *step,
     )
     checkpoint = 12 * trainable + maps
     export = trainable * target_dtype.itemsize + draft.vocab_size + 8 * draft.draft_vocab_size
@@ -111,10 +129,7 @@ def plan(
         Row("one more while it is written", checkpoint),
         Row("export", export),
     )
-    flops = (
-        Row("target forward (every parameter active)", 2 * target_params),
-        Row("draft step, forward and backward", _reference_flops(draft, length, ttt_length)),
-    )
+    flops = (Row("target forward (every parameter active)", 2 * target_params), *work)
     return Plan(trainable, frozen, target_params, memory, disk, flops, checkpoint, export)
 
 
@@ -127,7 +142,7 @@ def num_params(c: DraftConfig) -> tuple[int, int]:
     return fc + attention + 3 * c.hidden_size * c.intermediate_size + head + norms, c.vocab_size * c.hidden_size
 
 
-def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, rows_kept: int) -> tuple[int, int, int, int]:
+def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, rows_kept: int) -> tuple[Row, ...]:
     """Bytes one forward of ttt_ref keeps (activations, attention scores, logits), and its largest short-lived part."""
     h, e, inner, heads = c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size, c.num_attention_heads
     w, cast = max(b, 4), b < 4  # a cast to float32 is a copy only below float32
@@ -146,7 +161,12 @@ def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, row
     vocabulary = n * c.vocab_size * ((b if cast else 0) + 2 * w)  # teacher logits as computed, cast, exponentiated
     rows = 5 * n * c.draft_vocab_size * w  # one step's loss and acceptance
     attention = heads * length * (length + steps) * (3 * b + w)
-    return n * per_token, probabilities, logits, max(vocabulary, rows, attention)
+    return (
+        Row("activations kept for the backward", n * per_token),
+        Row("attention scores kept", probabilities),
+        Row("logits kept", logits),
+        Row("largest short-lived tensors", max(vocabulary, rows, attention)),
+    )
 
 
 def _reference_flops(c: DraftConfig, length: int, steps: int) -> int:
@@ -158,6 +178,80 @@ def _reference_flops(c: DraftConfig, length: int, steps: int) -> int:
     teacher = c.target_hidden_size * c.vocab_size
     fc_backward = 2 * fc if c.fc_norm else fc  # without norms before it, nothing needs the gradient of g
     return 2 * (3 * forward + fc + fc_backward + teacher)
+
+
+def _fused_step(c: DraftConfig, n: int, steps: int, m: int, b: int, tb: int, cpu: bool) -> tuple[Row, ...]:
+    """Bytes of one step of the fused engine; m chains to a chunk, all T steps deep."""
+    h, ht, inner, heads, d = c.hidden_size, c.target_hidden_size, c.intermediate_size, c.num_attention_heads, c.head_dim
+    e, kv = heads * d, c.num_key_value_heads * d
+    width, w, cast, rows = e + 2 * kv, 4, b < 4, steps * m
+
+    head = tb * c.vocab_size * ht + 8 * c.vocab_size
+    weights = (2 * width + 2 * inner) * h * (b + w)  # q|k|v by half and gate|up, side by side, and their gradients
+
+    plan_rows = 57 + 43 * steps  # ids, mask, places; chunks' indices; results
+    g = 3 * ht * b * ((tb != b) + c.fc_norm) + 3 * w * c.fc_norm
+    collected = (h + width + 2 * kv) * w + e * b  # gradients of h^0, the embedding's QKV, K^0 and V^0, q of step 0
+    per_token = plan_rows + g + (3 * h + width + 2 * kv) * b + w + collected
+
+    stacked = rows * ((5 * h + 3 * inner + 3 * e) * b + 2 * w) + 2 * (steps - 1) * m * kv * (b + w)
+    stacked += m * ((e + kv + width if steps > 1 else e) + d) * b  # the last step's q, k, v
+    scores = 0
+    if cpu:
+        stacked += 2 * n * kv * w  # the chunk's share of K^0's and V^0's gradient
+        scores = sum(m * heads * ((n + i) * w + n * b) + m * n for i in range(steps))
+    else:
+        stacked += 2 * rows * heads * w
+
+    teacher_rows = min(m + steps, n)
+    logits = teacher_rows * c.draft_vocab_size * tb
+    normed = 3 * rows * h * b
+    rest = c.vocab_size - c.draft_vocab_size
+    block = -(-rest // max(-(-rest // MAX_BLOCK), 1))  # columns at a time beyond the draft vocabulary
+    head_passes = (
+        logits + teacher_rows * (ht + block) * tb,
+        logits + normed + min(HEAD_ROWS, rows) * c.draft_vocab_size * b,
+        logits + normed + rows * h * b + 4 * rows * h * w,
+    )
+    swiglu = (7 if cast else 6) * m * inner * w
+    buffers = rows * (2 * h + width + 2 * inner) * b
+    one_step = m * (2 * e + 2 * kv + h + d) * b if steps > 1 else 0  # the step before's dout, dq, dk, dv, dh
+    backward = buffers + one_step + max(swiglu, 4 * m * h * w)
+    attention = buffers + (4 if steps > 1 else 2) * m * heads * n * w if cpu else 0
+    pack = (d + kv + width + h + (h + width) * cast + 3 * ht * c.fc_norm) * b + 8 + w
+    pack = n * (pack + 4 * w * (max(h, ht) if c.fc_norm else h))
+    chunk = stacked + scores
+    return (
+        Row("target's head, draft vocabulary first", head),
+        Row("joined weights and their fp32 gradients", weights),
+        Row("kept for every token of a pack", n * per_token),
+        Row("rows of a chunk, all steps", stacked),
+        *([Row("attention scores of a chunk (CPU)", scores)] if cpu else []),
+        Row("largest short-lived tensors", max(chunk + max(*head_passes, backward, attention), pack) - chunk),
+    )
+
+
+def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool) -> tuple[Row, Row]:
+    """Matrix FLOPs of the fused engine per token, every token trained on: what it executes, recomputed products too."""
+    h, ht, e, kv = (
+        c.hidden_size,
+        c.target_hidden_size,
+        c.num_attention_heads * c.head_dim,
+        c.num_key_value_heads * c.head_dim,
+    )
+    qkv, mlp = h * (e + 2 * kv), 3 * h * c.intermediate_size
+    products = attention = 0
+    for size, count in ((length, n // length), (n % length, 1)):
+        products += count * size * (3 * ht * h * (2 + c.fc_norm) + 5 * qkv + 2 * h * kv)
+        products += count * max(size - 2, 0) * ht * c.vocab_size
+        for i in range(steps):
+            rows = max(size - 2 - i, 0)  # x_{t+2+i} exists
+            products += count * rows * (3 * (e * h + mlp + h * c.draft_vocab_size) + (3 * qkv if i else h * e))
+            if cpu:  # every key of the pack, two products forward, four back
+                attention += count * rows * 6 * e * (n + i)
+            else:  # keys up to its own; two products forward, three for dq, four for dk and dv
+                attention += count * e * (9 * rows * (rows + 1) // 2 + 7 * rows * i)
+    return Row("draft step but for attention", 2 * products // n), Row("draft's attention", 2 * attention // n)
 
 
 def free_disk(path: Path | str, needed: int = 0, what: str = "a checkpoint") -> int:

@@ -31,10 +31,11 @@ def flop_counter() -> FlopCounterMode:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the meta tensors alive that were made inside, their peak, and every shape made."""
+    """Bytes of a device's tensors alive that were made inside, their peak, and every shape made."""
 
-    def __init__(self, inputs):
+    def __init__(self, inputs, device="meta"):
         super().__init__()
+        self.device = device
         self.live = self.peak = 0
         self.shapes: set[tuple[int, ...]] = set()
         self.known = {id(x.untyped_storage()) for x in inputs}
@@ -42,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.device.type == "meta":
+            if isinstance(x, torch.Tensor) and x.device.type == self.device:
                 self._see(x)
         return out
 

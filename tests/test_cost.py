@@ -1,4 +1,4 @@
-"""Predictions against what a real, tiny reference step on the CPU holds and does."""
+"""Predictions against what a real, tiny step on the CPU holds and does, and a meta step of an 8B draft's size."""
 
 import io
 import weakref
@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meta_step import LiveBytes, flop_counter, meta_step
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +15,7 @@ from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.cost import free_disk, num_params, plan, render
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
+from fastdraft.model.ttt import TTTEngine
 from fastdraft.model.ttt_ref import ttt_ref
 
 
@@ -160,6 +162,112 @@ def test_flops_match_a_counted_step(changes):
     assert p.flops_per_token * 96 == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+# --- the fused engine ----------------------------------------------------------------------------------------------------
+
+LLAMA_8B = dict(
+    hidden_size=4096,
+    target_hidden_size=4096,
+    intermediate_size=14336,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    draft_vocab_size=32000,
+)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def all_trained(*lengths):
+    n = sum(lengths)
+    return Batch(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool), lengths)
+
+
+def fused_plan(c, n, steps, chunk_rows, dtype, target_dtype, **options):
+    precision = "bf16" if dtype == BF16 else "fp32"
+    options = dict(target_params=0, target_dtype=target_dtype, precision=precision, engine="fused") | options
+    return plan(c, pack_tokens=n, ttt_length=steps, chunk_rows=chunk_rows, **options)
+
+
+def engine_bytes(p):
+    """What the engine itself makes: the rows after the features."""
+    names = [row.name for row in p.memory]
+    return sum(row.size for row in p.memory[names.index("features g and f of a pack") + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("n", "chunk_rows", "steps", "dtype", "target_dtype", "changes"),
+    [
+        (8192, 4096, 7, BF16, BF16, LLAMA_8B),
+        (4096, 1024, 7, FP32, BF16, LLAMA_8B),
+        (8192, 512, 2, BF16, BF16, LLAMA_8B),  # peak: the backward of step 0
+        (2048, 512, 7, FP32, FP32, {}),
+        (2048, 512, 1, BF16, BF16, {"draft_vocab_size": 320}),
+        (2048, 256, 2, BF16, BF16, {"fc_norm": True, "target_hidden_size": 96}),
+        (2048, 512, 2, BF16, BF16, {"vocab_size": 40000}),  # peak: the teacher's logits
+        (2048, 512, 2, BF16, FP32, {"vocab_size": 8000, "draft_vocab_size": 8000}),
+    ],
+)
+def test_fused_memory_matches_a_step_on_meta_tensors(n, chunk_rows, steps, dtype, target_dtype, changes):
+    c = config(**changes)
+    made, _ = meta_step(c, all_trained(n), steps, chunk_rows, dtype, target_dtype)
+    predicted = engine_bytes(fused_plan(c, n, steps, chunk_rows, dtype, target_dtype))
+    assert predicted == pytest.approx(made.peak, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunk_rows", "steps", "dtype"),
+    [((256,), 4096, 4, FP32), ((512,), 128, 1, FP32), ((128,) * 4, 128, 7, FP32), ((256,), 4096, 4, BF16)],
+)
+def test_fused_memory_on_the_cpu_matches_a_real_step(lengths, chunk_rows, steps, dtype):
+    c = config()
+    draft, held, _ = tiny_step(c, dtype, steps, lengths)
+    *_, g, f, head = held
+    batch = all_trained(*lengths)
+    grads = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in draft.trainable().items()}
+    with LiveBytes([*held, *grads.values(), batch.input_ids, batch.loss_mask], "cpu") as made:
+        engine = TTTEngine(draft, TargetHead(head), torch.ones(steps), chunk_rows=chunk_rows)
+        engine.step(batch, Features(g, f), grads)
+    predicted = engine_bytes(fused_plan(c, sum(lengths), steps, chunk_rows, dtype, dtype, device="cpu"))
+    assert predicted == pytest.approx(made.peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes"),
+    [((2000, 2000), LLAMA_8B), ((300, 300, 120), {"fc_norm": True, "target_hidden_size": 64, "num_key_value_heads": 4})],
+)
+def test_fused_flops_match_a_counted_step(lengths, changes):
+    """All but attention; one chunk, so that no teacher row is computed for two chunks."""
+    c, n = config(**changes), sum(lengths)
+    counter = flop_counter()
+    meta_step(c, all_trained(*lengths), 4, n, FP32, modes=(counter,))
+    work = sizes(fused_plan(c, n, 4, n, FP32, FP32, document_tokens=lengths[0]).flops)
+    assert work["draft step but for attention"] * n == pytest.approx(counter.get_total_flops(), rel=0.001)
+
+
+def test_fused_attention_flops_are_those_of_the_pairs():
+    c, n, length, steps = config(), 50, 20, 5
+    p = fused_plan(c, n, steps, n, BF16, BF16, document_tokens=length)
+    width, total = c.num_attention_heads * c.head_dim, 0
+    for doc in (20, 20, 10):
+        for i in range(steps):
+            for t in range(doc - 2 - i):
+                total += 2 * width * (9 * (t + 1) + 7 * i)
+    assert sizes(p.flops)["draft's attention"] == total // n
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@settings(max_examples=30, deadline=None)
+@given(pack=st.integers(1, 10_000), rows=st.integers(1, 5000), steps=st.integers(1, 12))
+def test_more_of_anything_never_needs_less_of_the_fused(device, pack, rows, steps):
+    def memory(pack, rows, steps):
+        return fused_plan(config(), pack, steps, rows, BF16, BF16, device=device).memory_bytes
+
+    here = memory(pack, rows, steps)
+    assert memory(pack + 1, rows, steps) > here
+    assert memory(pack, rows + 1, steps) >= here
+    assert memory(pack, rows, steps + 1) > here
+
+
 @settings(max_examples=50, deadline=None)
 @given(pack=st.integers(1, 10_000), document=st.integers(1, 10_000), steps=st.integers(1, 12))
 def test_more_of_anything_never_needs_less(pack, document, steps):
@@ -187,7 +295,8 @@ def test_disk_counts_every_checkpoint_kept():
 def test_bad_sizes_and_names_are_refused():
     good = dict(target_params=0, target_dtype=torch.bfloat16, pack_tokens=8, ttt_length=2)
     for bad, match in (
-        ({"engine": "fused"}, "fused"),
+        ({"engine": "fast"}, "'fast'; there is one for reference and fused"),
+        ({"chunk_rows": 0}, "chunk_rows 0"),
         ({"precision": "fp8"}, "fp8"),
         ({"ttt_length": 0}, "ttt_length 0"),
         ({"pack_tokens": 0}, "pack_tokens 0"),
