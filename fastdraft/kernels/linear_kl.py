@@ -283,7 +283,8 @@ def _kl_rows_cpu(
         if loss == "kl":
             dz = q.sub_(p_draft).mul_(scale)
         else:
-            a, b = (torch.zeros_like(mix), -1 / alpha) if loss == "lk_alpha" else (mix, mix - 1)
+            inverse = torch.where(alpha < torch.finfo(stats).tiny, 0, 1 / alpha)  # the loss is constant below
+            a, b = (torch.zeros_like(mix), -inverse) if loss == "lk_alpha" else (mix, mix - 1)
             c = (p > q).to(stats) + 0.5 * (p == q)
             c -= (c * q).sum(-1, keepdim=True)
             dz = scale * (q * (a[:, None] + b[:, None] * c) - a[:, None] * p_draft)

@@ -158,6 +158,19 @@ def test_equals_the_reference_on_random_packs(lengths, density, steps, chunk_row
     assert_same(ttt_engine_step(*args, chunk_rows=chunk_rows), ttt_ref_step(*args))
 
 
+def test_acceptance_that_underflows_has_no_gradient():
+    """A student sure of what the target excludes: alpha is 0, its logarithm clamped, and nothing is NaN."""
+    draft, (batch, features, head) = make_draft(), make_inputs()
+    draft.lm_head.weight.data *= 3000.0
+    args = draft, batch, features, replace(head, scale=200.0, softcap=None), decay(3), "lk_alpha"
+    rows, grads = ttt_engine_step(*args)
+    law_rows, law_grads = ttt_ref_step(*args)
+    assert (law_rows.acceptance[law_rows.live] == 0).any()
+    torch.testing.assert_close(rows.loss, law_rows.loss, rtol=1e-9, atol=0)
+    for name, law in law_grads.items():
+        assert float((grads[name] - law).abs().max()) <= 1e-9 * float(law.abs().max()), name
+
+
 @pytest.mark.parametrize("lengths", [(6, 4), (1, 2, 1)])
 def test_nothing_trained_gives_nothing(lengths):
     """All masked, or all trained in documents too short to have a row."""
