@@ -45,8 +45,8 @@ from fastdraft.train import (
 
 HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "fastdraft"
-ANSWER_TOKENS, ANSWER_BATCH = 128, 64
-ANSWER_SECONDS = 150  # no new batch is begun after that, so that a slow machine keeps to ten minutes
+ANSWER_TOKENS, ANSWER_BATCH = 112, 110
+ANSWER_SECONDS = 120  # no new batch is begun after that, so that a slow machine keeps to ten minutes
 DECODE_PROMPTS, DECODE_TOKENS = 12, 64
 console = Console()
 

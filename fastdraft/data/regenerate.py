@@ -1,12 +1,14 @@
 """The target answers prompts itself: a draft learns best from what its target would say.
 
-Batches of prompts of like length, left-padded, through transformers' generate, greedy. On a CPU, a decoding step runs its
+Batches of prompts of like length through transformers' generate, greedy; what a batch's prompts all begin with (the system
+prompt) is run once. On a CPU, a decoding step runs its
 attention as one grouped matrix product per key/value head: PyTorch's fused kernel repeats K and V for every query head
 and takes half of the step (SmolLM2-135M, batch 96, context 150, 2 cores: 0.43 s a step with it, 0.21 s with this).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedTokenizerBase
+from transformers import AttentionInterface, DynamicCache, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -52,12 +54,18 @@ def regenerate(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         width = max(len(prompts[i]) for i in batch)
-        ids = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
-        mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
+        shared = len(os.path.commonprefix([prompts[i][:-1] for i in batch]))  # noqa: RUF071 (of lists, not paths)
+        ids, mask = [], []
+        for prompt in (prompts[i] for i in batch):  # padded after what all share, so that this is run once
+            gap = width - len(prompt)
+            ids.append(prompt[:shared] + [pad] * gap + prompt[shared:])
+            mask.append([1] * shared + [0] * gap + [1] * (len(prompt) - shared))
+        ids, mask = (torch.tensor(x, device=target.device) for x in (ids, mask))
         with torch.no_grad(), _grouped_on_cpu(target):
             out = target.model.generate(
-                input_ids=torch.tensor(ids, device=target.device),
-                attention_mask=torch.tensor(mask, device=target.device),
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=_prefill(target, ids, mask, shared),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=pad,
@@ -65,6 +73,27 @@ def regenerate(
             )
         answers = [_until_eos(row, target.eos_ids) for row in out[:, width:].tolist()]
         yield [Answer(i, prompts[i], answer) for i, answer in zip(batch, answers, strict=True)]
+
+
+def _prefill(
+    target: Target,
+    ids: Tensor,  # [B, width]
+    mask: Tensor,  # [B, width]
+    shared: int,  # leading tokens that all rows have in common
+) -> DynamicCache:
+    """Keys and values of all but the last token, which generate runs itself.
+
+    Left to generate, the prompt's forward ends in a matrix product of a strided slice with lm_head, for which PyTorch 2.13
+    copies the weight once a row: 8 s for 128 prompts on 2 cores.
+    """
+    cache = DynamicCache(config=target.config)
+    if shared:
+        target.forward(ids[:1, :shared], cache)
+        cache.batch_repeat_interleave(len(ids))
+    if ids.shape[1] - 1 > shared:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        target.forward(ids[:, shared:-1], cache, positions[:, shared:-1], mask[:, :-1])
+    return cache
 
 
 def _until_eos(tokens: list[int], eos_ids: frozenset[int]) -> list[int]:
@@ -104,7 +133,7 @@ def _grouped_attention(
     scores = (query.reshape(b, hkv, hq // hkv * n, d) @ key.transpose(-1, -2)).float()
     scores = scores.view(b, hkv, hq // hkv, n, -1) * (d**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        scores += attention_mask[:, :, None]
+        scores += attention_mask[:, :, None].clamp_min(torch.finfo(scores.dtype).min)  # padding sees nothing: no NaN
     p = scores.softmax(-1).to(query.dtype).view(b, hkv, hq // hkv * n, -1)
     return (p @ value).view(b, hq, n, d).transpose(1, 2), None
 
