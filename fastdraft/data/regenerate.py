@@ -133,7 +133,8 @@ def _grouped_attention(
     scores = (query.reshape(b, hkv, hq // hkv * n, d) @ key.transpose(-1, -2)).float()
     scores = scores.view(b, hkv, hq // hkv, n, -1) * (d**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        scores += attention_mask[:, :, None].clamp_min(torch.finfo(scores.dtype).min)  # padding sees nothing: no NaN
+        # a padding row sees nothing: the least number instead of -inf keeps NaN out of it
+        scores += attention_mask[:, :, None].to(scores.dtype).clamp_min(torch.finfo(scores.dtype).min)
     p = scores.softmax(-1).to(query.dtype).view(b, hkv, hq // hkv * n, -1)
     return (p @ value).view(b, hq, n, d).transpose(1, 2), None
 

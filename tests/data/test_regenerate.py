@@ -44,6 +44,13 @@ def test_attention_is_the_models_own_again_afterwards(target):
     assert target.model.config._attn_implementation == before == "sdpa"
 
 
+def test_bf16_answers_are_finite_choices():
+    target = Target(tiny_llama().bfloat16())
+    (batch,) = regenerate(target, [[40, 41, 42], [50], [60, 61]], 5, 3)
+    assert all(len(a.answer_ids) == 5 or a.answer_ids[-1] in target.eos_ids for a in batch)
+    assert any(token != 0 for a in batch for token in a.answer_ids)
+
+
 def test_rows_mask_the_prompt():
     row = Answer(0, [3, 4], [5, 6, 2]).row(make_tokenizer())
     assert row["input_ids"] == [3, 4, 5, 6, 2] and row["loss_mask"] == [0, 0, 1, 1, 1]
