@@ -1,24 +1,30 @@
-"""`fastdraft check`: what this machine can do, golden cases on an engine, a serving checkpoint against its target."""
+"""`fastdraft check`: what this machine can do, and golden cases on an engine."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 from pathlib import Path
 
 import torch
 
 from fastdraft.golden import RunStep, load_golden, worst_errors
+from fastdraft.kernels.ttt_attention import ttt_attention_config
 from fastdraft.model.ttt import ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
+from fastdraft.train import engine_kind
 
 ENGINES: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
 TOLERANCE = 1e-5  # relative, in float64: the cases' norms and softmax round through float32
 VERSIONS = ("fastdraft", "torch", "triton", "transformers", "safetensors", "datasets", "gguf", "wandb", "trackio", "mlflow")
 
 
-def check_golden(folder: Path, engine: str) -> list[tuple[str, str, float, bool]]:  # case, worst quantity, error, good
-    """Every golden case of a folder on an engine. Raises ValueError when there is none or no such engine."""
+def check_golden(folder: Path, engine: str) -> list[tuple[str, str, float, bool]]:  # case, quantity, its error, good
+    """Every golden case of a folder on an engine: step losses, acceptance, counts, and the worst of all gradients.
+
+    Raises ValueError when there is no case or no such engine.
+    """
     if engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is not one of {', '.join(ENGINES)}")
     files = sorted(folder.glob("*.safetensors"))
@@ -28,13 +34,14 @@ def check_golden(folder: Path, engine: str) -> list[tuple[str, str, float, bool]
     for file in files:
         case = load_golden(file)
         errors = worst_errors(case, ENGINES[engine])
-        worst = max(errors, key=errors.__getitem__)
-        found.append((case.name, worst, errors[worst], errors[worst] <= TOLERANCE))
+        worst = max((name for name in errors if name.startswith("grad ")), key=errors.__getitem__)
+        shown = [name for name in errors if not name.startswith("grad ")] + [worst]
+        found += [(case.name, name, errors[name], errors[name] <= TOLERANCE) for name in shown]
     return found
 
 
 def environment() -> list[tuple[str, str]]:
-    """What is here, as (name, value) rows."""
+    """What is here and what training would use of it, as (name, value) rows."""
     rows = [("python", platform.python_version()), ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads")]
     for name in VERSIONS:
         try:
@@ -48,4 +55,19 @@ def environment() -> list[tuple[str, str]]:
             rows.append((f"gpu {index}", f"{p.name}, {memory}, compute capability {p.major}.{p.minor}"))
     else:
         rows.append(("gpu", "none that PyTorch sees; everything runs on the CPU"))
-    return rows
+    rows.append(("Triton kernels", kernels()))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [*rows, ("training engine", f"{engine_kind('auto', device)} on {device.type} (engine: auto)")]
+
+
+def kernels() -> str:
+    """Whether the Triton kernels can run here, and why not."""
+    if not torch.cuda.is_available():
+        return "cannot run without a CUDA GPU; plain PyTorch computes the same"
+    if importlib.util.find_spec("triton") is None:
+        return "cannot run: Triton is not installed (pip install triton)"
+    try:
+        ttt_attention_config(128, 4, torch.bfloat16, torch.cuda.get_device_capability())
+    except ValueError as error:
+        return f"cannot run: {error}"
+    return "can run"

@@ -1,4 +1,5 @@
-"""The command line. Each command calls one function of the room it names; a ValueError becomes one line and exit code 1."""
+"""The command line, also as `python -m fastdraft.cli`. Each command calls one function of the room it names; what a user
+can cause becomes one line and exit code 1."""
 
 from __future__ import annotations
 
@@ -42,6 +43,8 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder's checkpoints and start anew.")] = False,
 ) -> None:
     """Train a draft; alone, or under torchrun. Goes on from the run folder's newest checkpoint."""
+    import torch
+
     from fastdraft.config import load_config
     from fastdraft.train import print_plan
     from fastdraft.train import train as run
@@ -51,6 +54,8 @@ def train(
         print_plan(loaded, console)
         return
     result = run(loaded, fresh)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
 
@@ -145,11 +150,15 @@ def check(
     checkpoint: Annotated[Path | None, typer.Option(help="Serving checkpoint to verify.")] = None,
     target: Annotated[Path | None, typer.Option(help="Its target's directory.")] = None,
     golden: Annotated[Path | None, typer.Option(help="Folder of golden cases to run.")] = None,
-    engine: Annotated[str, typer.Option(help="Engine for --golden.")] = "reference",
+    engine: Annotated[str | None, typer.Option(help="Engine for --golden: reference (the default) or fused.")] = None,
 ) -> None:
     """Verify a checkpoint, run golden cases, or with no option say what this machine can do."""
     from fastdraft import check as checks
 
+    if target is not None and checkpoint is None:
+        raise ValueError("--target belongs to --checkpoint; name the checkpoint to verify against it")
+    if engine is not None and golden is None:
+        raise ValueError("--engine belongs to --golden; name the folder of cases to run on it")
     good = True
     if checkpoint is not None:
         from fastdraft.export import verify
@@ -162,10 +171,10 @@ def check(
         for line in findings.errors:
             say("error: " + line)
         good = not findings.errors
-        say(f"{checkpoint}: " + ("loads in SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
+        say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
     if golden is not None:
-        table = Table("case", "worst quantity", "relative error", "")
-        for name, quantity, error, passed in checks.check_golden(golden, engine):
+        table = Table("case", "quantity", "worst relative error", "")
+        for name, quantity, error, passed in checks.check_golden(golden, engine or "reference"):
             table.add_row(name, quantity, f"{error:.1e}", "ok" if passed else "WRONG")
             good &= passed
         console.print(table)
@@ -181,6 +190,31 @@ def check(
 def main() -> None:
     try:
         app(standalone_mode=True)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"fastdraft: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except Exception as error:
+        said = _one_line(error)
+        if said is None:
+            raise
+        Console(stderr=True).print(f"fastdraft: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user; None for a fault of ours, whose traceback is wanted."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+
+    if isinstance(error, StrictDataclassError):
+        return "a config.json cannot be used: " + " ".join(str(error).split())
+    cpu_full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_full:
+        return (
+            f"out of memory: {str(error).strip()}\nTo need less, lower data.pack_tokens (with data.max_length), ttt_length "
+            "or draft_vocab_size; `fastdraft train CONFIG.yaml --plan` predicts the memory"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +14,7 @@ from fastdraft.metrics import MetricsConfig
 from fastdraft.model.losses import LossKind
 
 M = TypeVar("M", bound=BaseModel)
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -22,7 +23,7 @@ class Section(BaseModel):
 
 class TargetConfig(Section):
     path: str  # local directory or hub name
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # to run it in; auto: bf16. An export has its config.json's own dtype
     trust_remote_code: bool = False
 
 
@@ -30,13 +31,15 @@ class DraftSection(Section):
     config: str | None = None  # YAML of `fastdraft init`; None: derived from the target
     overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size or layers; they win over `config`
     init_from: str | None = None  # warm start from an EAGLE-3 checkpoint in serving format, shape and vocabulary included
-    init: Literal["target", "random"] = "target"  # target: `Draft.start_from_target` where H == Ht
+    init: Literal["target", "random"] = (
+        "target"  # of a new draft; target: `Draft.start_from_target` if as wide, else random
+    )
 
 
 class LossConfig(Section):
     kind: LossKind = "kl"
     step_decay: float = Field(0.8, gt=0, le=1)  # weight of TTT step i is step_decay ** i
-    lk_scale: float = Field(1.0, ge=0)
+    lk_scale: float = Field(1.0, ge=0)  # of lk_lambda alone, as lk_decay
     lk_decay: float = Field(1.0, ge=0)
 
 
@@ -48,7 +51,7 @@ class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     warmup_ratio: float = Field(0.015, ge=0, le=1)  # share of all steps
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(0.5, gt=0)  # global gradient norm after the division by N
@@ -84,7 +87,7 @@ class Config(Section):
     engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused on the CPU, reference on a GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
+    seed: int = 0  # of the draft's first weights; data.seed is that of the order
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

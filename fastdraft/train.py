@@ -41,7 +41,7 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.export import export_draft, load_draft, verify
 from fastdraft.features.memory import FeatureCache
 from fastdraft.metrics import Metrics
-from fastdraft.model.config import DraftConfig
+from fastdraft.model.config import DraftConfig, language_config, read_target_config
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import TTTEngine
 from fastdraft.model.ttt_ref import ReferenceEngine
@@ -89,6 +89,8 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
     }
     first_step, told = resume(config, fresh, fingerprint, draft, optimizer, loader, window)
+    if first_step >= total_steps:
+        told.append(f"all {total_steps} steps are done already; --fresh trains anew")
     engine = build_engine(config, draft, target)
     cache = FeatureCache(target, config.features.memory_gib) if config.features.memory_gib else None
 
@@ -157,18 +159,19 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
                 for numbers in window.values():
                     numbers.zero_()
                 recent.clear()
+            if saved != step and (keep or stopping):  # before anything else can fail
+                save(step)
+                saved = step
             if hold_out:
                 values = held_out()
                 if metrics:
                     metrics.log(step, values)
                 if checkpoint.beats_best(run_dir, values["eval/tau_sim"]):
-                    save(step)
-                    saved = step
+                    if saved != step:
+                        save(step)
+                        saved = step
                     checkpoint.mark_best(run_dir, step, values["eval/tau_sim"], config.checkpoint.keep)
                 clock = time.perf_counter()
-            if saved != step and (keep or stopping):
-                save(step)
-                saved = step
             if stopping:
                 if metrics:
                     metrics.say(
@@ -258,16 +261,16 @@ def has_own_embedding(shape: DraftConfig) -> bool:
     return shape.hidden_size != shape.target_hidden_size
 
 
-def engine_kind(config: Config, device: torch.device) -> Literal["fused", "reference"]:
-    """The engine of the config. auto: fused on the CPU; the reference on a GPU, where fused is not measured yet."""
-    if config.engine == "auto":
+def engine_kind(engine: Literal["auto", "fused", "reference"], device: torch.device) -> Literal["fused", "reference"]:
+    """auto: fused on the CPU; the reference on a GPU, where fused is not measured yet."""
+    if engine == "auto":
         return "fused" if device.type == "cpu" else "reference"
-    return config.engine
+    return engine
 
 
 def build_engine(config: Config, draft: Draft, target: Target) -> TTTEngine | ReferenceEngine:
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
-    engine = TTTEngine if engine_kind(config, target.device) == "fused" else ReferenceEngine
+    engine = TTTEngine if engine_kind(config.engine, target.device) == "fused" else ReferenceEngine
     return engine(draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)
 
 
@@ -476,10 +479,10 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`decode` is None when no prompts were given."""
+    """`held_out` is None when the run has no held-out data, `decode` when no prompts were given."""
 
     checkpoint: str
-    held_out: TauReport
+    held_out: TauReport | None
     decode: DecodeReport | None
 
 
@@ -491,36 +494,50 @@ def evaluate_run(
     dtype = compute_dtype(config, target.device)
     draft.to(dtype)
     eval_set = load_data(config, draft.config.vocab_size).eval
-    if not len(eval_set):
-        raise ValueError(f"{run_dir} has no held-out data; give the run data.eval_paths or an eval_fraction above 0")
-    batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
-    engine = build_engine(config, draft, target)
-    held_out = evaluate_tau(
-        lambda batch: engine.rows(batch, target.capture(batch.to(target.device))), batches, config.ttt_length
-    )
-    decoded = None
+    held_out = decoded = None
+    if len(eval_set):
+        batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
+        engine = build_engine(config, draft, target)
+        held_out = evaluate_tau(
+            lambda batch: engine.rows(batch, target.capture(batch.to(target.device))), batches, config.ttt_length
+        )
+    elif prompts is None:
+        raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
     if prompts is not None:
         tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-        ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer)
+        if config.data.chat_template is not None:
+            tokenizer.chat_template = Path(config.data.chat_template).expanduser().read_text(encoding="utf-8")
+        ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer, **config.data.chat_template_kwargs)
         decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens)
     return Evaluation(f"{run_dir} ({which})", held_out, decoded)
 
 
 def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
-    """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done."""
+    """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done.
+
+    The dtype is the one that the target's config.json names, whatever training ran the target in.
+    """
     config, target, draft = open_run(run_dir, which)
-    export_draft(draft, out, target.dtype, overwrite)
-    findings = verify(out, Path(cached_file(config.target.path, "config.json")).parent)
+    target_dir = Path(cached_file(config.target.path, "config.json")).parent
+    facts = language_config(read_target_config(target_dir))
+    named = facts.get("dtype") or facts.get("torch_dtype")
+    dtype = getattr(torch, str(named).removeprefix("torch.")) if named else target.dtype
+    export_draft(draft, out, dtype, overwrite)
+    findings = verify(out, target_dir)
     if findings.errors:
         raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
-    return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {target.dtype}; loads in SGLang and vLLM"]
+    return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]
 
 
 def print_plan(config: Config, console: Console) -> None:
-    """The resolved config, parameter counts, predicted memory and disk. Reads the target's config.json, not its weights."""
+    """The resolved config, parameter counts, predicted memory and disk. Reads the target's config.json, not its weights.
+
+    `device: cuda` is predicted for without a GPU, too.
+    """
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
     shape = draft_shape(config)
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     predicted = plan(
@@ -533,7 +550,8 @@ def print_plan(config: Config, console: Console) -> None:
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
-        engine=engine_kind(config, device),
+        engine=engine_kind(config.engine, device),
         device=device.type,
     )
+    console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine, device)} engine")
     render(predicted, console)

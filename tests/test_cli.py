@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import save_target
+from tiny import make_tokenizer, save_target
 
 from fastdraft import cli
+from fastdraft import train as training
 from fastdraft.data.loader import Loader
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -115,6 +118,42 @@ def test_bad_configs_are_one_red_line(fastdraft, config_file, tmp_path, monkeypa
     assert code == 1 and "\x1b[31m" in err
 
 
+def test_a_target_config_of_wrong_types_is_one_red_line(fastdraft, config_file, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    said = refusal(fastdraft("train", config_file, "--plan", f"target.path={tmp_path}"))
+    assert "has no readable config.json" in said and "hidden_size" in said and "expected int" in said
+    assert "expected int" in refusal(fastdraft("init", tmp_path))
+
+
+def test_out_of_memory_says_what_to_do_and_our_faults_keep_their_traceback(fastdraft, config_file, monkeypatch):
+    full = (torch.OutOfMemoryError("CUDA: full"), RuntimeError("DefaultCPUAllocator: can't allocate memory: full"))
+    for error in full:
+        monkeypatch.setattr(training, "train", Mock(side_effect=error))
+        code, _, err = fastdraft("train", config_file)
+        assert code == 1 and "full\nTo need less, lower data.pack_tokens" in err and "Traceback" not in err
+    monkeypatch.setattr(training, "train", lambda *_: {}["absent"])
+    monkeypatch.setattr(sys, "argv", ["fastdraft", "train", str(config_file)])
+    with pytest.raises(KeyError):
+        cli.main()
+
+
+def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
+    code, out, err = fastdraft("train", config_file, "--plan", "device=cuda")
+    assert code == 0 and "predicted for one cuda device and the reference engine" in out, err
+    assert "one cpu device and the fused engine" in fastdraft("train", config_file, "--plan", "device=cpu")[1]
+
+
+def test_a_finished_run_says_so(fastdraft, trained, config_file):
+    code, out, _ = fastdraft("train", config_file, "max_steps=2", "checkpoint.every=1")
+    assert code == 0 and "all 2 steps are done already" in out
+
+
+def test_the_module_is_the_command_as_torchrun_starts_it(config_file):
+    command = [sys.executable, "-m", "fastdraft.cli", "train", str(config_file), "optim.lrr=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "did you mean 'lr'?" in done.stderr
+
+
 def test_usage(fastdraft):
     assert fastdraft("trane")[0] == 2
     assert fastdraft("train")[0] == 2
@@ -195,18 +234,39 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     assert "is none of best, last, 1, 2" in refusal(fastdraft("evaluate", trained, "--which", "7"))
     assert "holds no checkpoint" in refusal(fastdraft("evaluate", tmp_path))
     assert "none.jsonl cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"messages": [{"role": "user", "content": null}]}\n')
+    assert "the chat template refuses a prompt" in refusal(fastdraft("evaluate", trained, "--prompts", odd))
+
+
+def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, config_file, tmp_path, monkeypatch):
+    template = tmp_path / "chat.jinja"
+    run_dir, prompts = tmp_path / "other", tmp_path / "prompts.jsonl"
+    settings = [f"data.chat_template={template}", "data.chat_template_kwargs={word: ba}", "data.eval_fraction=0"]
+    text = "{% for m in messages %} {{ m['content'] }}{% endfor %} <|im_end|>"
+    template.write_text("{% generation %}{{ word }}" + text + "{% endgeneration %}")
+    code, _, err = fastdraft("train", config_file, *settings, f"run_dir={run_dir}", "max_steps=1")
+    assert code == 0, err
+    seen = []
+    decode = training.evaluate_decode
+    monkeypatch.setattr(training, "evaluate_decode", lambda t, d, ids, *a: seen.append(ids) or decode(t, d, ids, *a))
+    prompts.write_text('{"prompt": "be bi"}\n')
+    code, out, err = fastdraft("evaluate", run_dir, "--prompts", prompts, "--max-new-tokens", "8")
+    assert code == 0 and json.loads(out)["held_out"] is None, err
+    assert seen == [[[make_tokenizer().convert_tokens_to_ids(x) for x in ("ba", "be", "bi", "<|im_end|>")]]]
+    assert "give --prompts" in refusal(fastdraft("evaluate", run_dir))
 
 
 def test_export_and_check(fastdraft, trained, target_dir, tmp_path):
     out_dir = tmp_path / "draft"
     code, out, err = fastdraft("export", trained, out_dir)
-    assert code == 0 and "torch.float32; loads in SGLang and vLLM" in out, err
+    assert code == 0 and "torch.float32; verified for SGLang and vLLM" in out, err
     assert {p.name for p in out_dir.iterdir()} == {"config.json", "model.safetensors"}
     assert "exists; choose another directory" in refusal(fastdraft("export", trained, out_dir))
     assert fastdraft("export", trained, out_dir, "--overwrite", "--which", "1")[0] == 0
 
     code, out, _ = fastdraft("check", "--checkpoint", out_dir, "--target", target_dir)
-    assert code == 0 and f"{out_dir}: loads in SGLang and vLLM" in out
+    assert code == 0 and f"{out_dir}: verified for SGLang and vLLM" in out
     tensors = {name: t.clone() for name, t in load_file(out_dir / "model.safetensors").items()}
     del tensors["midlayer.hidden_norm.weight"]
     tensors["lm_head.weight"][3, 4] = torch.nan
@@ -219,6 +279,15 @@ def test_export_and_check(fastdraft, trained, target_dir, tmp_path):
     for part in ("tie_word_embeddings", "missing: midlayer.hidden_norm.weight", "lm_head.weight has 1 NaN"):
         assert sum(part in line for line in said) == 1, part
     assert "--checkpoint needs --target" in refusal(fastdraft("check", "--checkpoint", out_dir))
+    assert "--target belongs to --checkpoint" in refusal(fastdraft("check", "--target", target_dir))
+
+
+def test_export_has_the_targets_dtype_whatever_training_ran_it_in(fastdraft, target_dir, config_file, tmp_path):
+    run_dir, out_dir = tmp_path / "bf16", tmp_path / "draft"
+    assert fastdraft("train", config_file, "target.dtype=auto", f"run_dir={run_dir}", "max_steps=1")[0] == 0
+    code, out, err = fastdraft("export", run_dir, out_dir)
+    assert code == 0 and "torch.float32; verified for SGLang and vLLM" in out, err
+    assert load_file(out_dir / "model.safetensors")["fc.weight"].dtype == torch.float32
 
 
 def test_export_of_a_run_whose_target_changed(fastdraft, trained, target_dir, config_file, tmp_path, tree):
@@ -234,7 +303,7 @@ def test_export_of_a_run_whose_target_changed(fastdraft, trained, target_dir, co
 @pytest.mark.parametrize("engine", ["reference", "fused"])
 def test_check_golden(fastdraft, engine):
     code, out, err = fastdraft("check", "--golden", GOLDEN, "--engine", engine)
-    assert code == 0 and out.count(" ok ") == 3 and "WRONG" not in out, err
+    assert code == 0 and out.count(" ok ") == 3 * 5 and "WRONG" not in out, err
     assert all(name in out for name in ("gqa_full", "lk_alpha", "padded_t7"))
 
 
@@ -250,11 +319,15 @@ def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):
     code, out, _ = fastdraft("check", "--golden", tmp_path)
     assert code == 1 and out.count("WRONG") == 1 and "grad fc.weight" in out
     assert "'slow' is not one of" in refusal(fastdraft("check", "--golden", tmp_path, "--engine", "slow"))
+    assert "--engine belongs to --golden" in refusal(fastdraft("check", "--engine", "fused"))
 
 
 def test_check_says_what_is_here(fastdraft):
     code, out, _ = fastdraft("check")
     assert code == 0
-    for name in ("python", "torch", "transformers", "triton", "gpu"):
+    for name in ("python", "torch", "transformers", "triton", "gpu", "Triton kernels"):
         assert name in out
+    there = torch.cuda.is_available()
+    assert ("kernels │ can run" in " ".join(out.split())) == there
+    assert ("reference on cuda" if there else "fused on cpu") in out
     assert torch.__version__.split("+")[0] in out

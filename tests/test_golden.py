@@ -36,8 +36,13 @@ def test_reference(name):
 
 def test_check_names_the_worst():
     found = check_golden(FOLDER, "reference")
-    assert [row[0] for row in found] == CASES
-    assert all(good and 0 < error <= TOLERANCE for _, _, error, good in found)
+    for name in CASES:
+        ours = [(quantity, error, good) for case, quantity, error, good in found if case == name]
+        assert [quantity for quantity, _, _ in ours[:-1]] == ["step_loss", "acceptance", "hits", "masked_in"]
+        errors = worst_errors(load_golden(FOLDER / f"{name}.safetensors"), ttt_ref_step)
+        worst = max(error for quantity, error in errors.items() if quantity.startswith("grad "))
+        assert ours[-1][0].startswith("grad ") and ours[-1][1] == worst > 0
+        assert all(good and error <= TOLERANCE for _, error, good in ours)
 
 
 def test_check_refuses():

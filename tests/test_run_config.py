@@ -72,6 +72,7 @@ def test_the_last_override_wins_and_empty_sections_are_filled(file):
         ("=3", r"override '=3' is not of the form"),
         ("optim.lr.x=3", r"lr is a value, not a section|optim.lr"),
         ("optim.betas=[0.9", r"override 'optim.betas=\[0.9': the value is not YAML"),
+        ("optim.betas=[0.9, 1.0]", r"optim.betas.1: .*less than 1"),
         ("optim.lr=fast", r"optim.lr: .*number.* \(given: 'fast'\)"),
         ("optim.lr=-1", r"optim.lr: .*greater than 0 \(given: -1\)"),
         ("ttt_length=13", r"ttt_length: .*less than or equal to 12 \(given: 13\)"),

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -377,6 +378,14 @@ def test_two_processes_then_one_give_what_one_gives(make_config, tmp_path, whole
     torch.testing.assert_close(ours[1]["master"], theirs[1]["master"], rtol=1e-3, atol=2e-4)
 
 
+def test_a_failed_evaluation_loses_no_step(make_config, monkeypatch):
+    monkeypatch.setattr(training, "evaluate_tau", Mock(side_effect=ValueError("no live row")))
+    config = make_config(**{"checkpoint.every": 3})
+    with pytest.raises(ValueError, match="no live row"):
+        train(config)
+    assert steps_kept(config.run_dir) == [3]
+
+
 def test_packs_that_ranks_cannot_share_are_refused(make_config):
     config = make_config(**{"optim.packs_per_step": 3})
     data = load_data(config, draft_shape(config).vocab_size).train
@@ -496,7 +505,7 @@ def test_overfit_export_and_an_independent_forward(make_config, tmp_path):
     assert min(last[f"a{i}"] for i in range(3)) > 0.95 and last["top1"] > 0.9 and last["tau_sim"] > 3.7
 
     said = export_run(Path(config.run_dir), tmp_path / "out", "last", overwrite=False)
-    assert said[-1].endswith("loads in SGLang and vLLM")
+    assert said[-1].endswith("verified for SGLang and vLLM")
     served = ServedDraft(tmp_path / "out", target.embedding)
     assert served.captured_layers is None
     ours = step_logits(draft, target, ids, 3)

@@ -40,7 +40,12 @@ def read_prompts(path: Path) -> list[Messages]:
     return prompts
 
 
-def prompt_ids(prompts: list[Messages], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each prompt, ready for the assistant's turn."""
-    texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in prompts]
+def prompt_ids(prompts: list[Messages], tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[list[int]]:
+    """Token ids of each prompt, ready for the assistant's turn. Raises ValueError when the chat template refuses one."""
+    try:
+        texts = [
+            tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True, **template_kwargs) for m in prompts
+        ]
+    except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
+        raise ValueError(f"the chat template refuses a prompt: {type(error).__name__}: {error}") from error
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

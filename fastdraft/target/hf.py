@@ -13,6 +13,7 @@ import hashlib
 import json
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -131,7 +132,7 @@ def load_target(
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"target {path!r} cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -143,7 +144,7 @@ def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
     """The target's config.json as a dict, without its weights."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"target {path!r} has no readable config.json: {_first_line(error)}") from error
 
 
@@ -157,7 +158,7 @@ def count_target_parameters(config: dict) -> int:
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"target {path!r} has no readable tokenizer: {_first_line(error)}") from error
 
 
@@ -219,4 +220,6 @@ def _groups_of_like_length(lengths: tuple[int, ...], least_fill: float = 0.8, mo
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, StrictDataclassError):  # its second line says what is wrong
+        return " ".join(str(error).split())
     return (str(error).strip() or type(error).__name__).splitlines()[0]
