@@ -7,6 +7,7 @@ The summary is one flat dict. Needed:
     tokens_per_s               packed training tokens per second
     seconds_total, export_dir  wall clock of everything; where the serving checkpoint is
 Shown when there:
+    accepted_length_chain      when accepted_length is of a tree: with a chain of as many steps
     decode_step_acceptance     share of decoding rounds that kept a drafted token at depth 1, 2, ...
     step_top1                  held-out top-1 agreement of each TTT step: what greedy decoding accepts
     decode_tokens_per_s, plain_tokens_per_s   decoding speed with the draft and by the target alone
@@ -128,6 +129,7 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("accepted length, before training", f"{_number(s['accepted_length_untrained'])} tokens per target forward"),
         ("accepted length, after", f"{_number(s['accepted_length'])} tokens per target forward"),
+        *([("the same as a chain", _number(s["accepted_length_chain"]))] if "accepted_length_chain" in s else []),
         ("tau_sim, held-out", _number(s["tau_sim"])),
         ("acceptance by step, teacher-forced", _shares(s["step_acceptance"])),
     ]

@@ -47,7 +47,9 @@ HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "fastdraft"
 ANSWER_TOKENS, ANSWER_BATCH = 112, 110
 ANSWER_SECONDS = 120  # no new batch is begun after that, so that a slow machine keeps to ten minutes
-DECODE_PROMPTS, DECODE_TOKENS = 12, 64
+DECODE_PROMPTS, DECODE_TOKENS = 8, 48
+CHAIN = DecodeSettings(num_steps=3)
+TREE = DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16)  # the engines' usual way, 16 tokens a check
 console = Console()
 
 
@@ -74,15 +76,15 @@ def main() -> None:
     step("4/5  speculative decoding of prompts it never saw")
     tokenizer = load_tokenizer(str(target_dir))
     prompts = prompt_ids(read_prompts(HERE / "heldout_prompts.jsonl")[:DECODE_PROMPTS], tokenizer)
-    settings = DecodeSettings(num_steps=config.ttt_length)
-    held_out = evaluate_run(run_dir, "best", None, 0, 0, settings).held_out
+    held_out = evaluate_run(run_dir, "best", None, 0, 0, CHAIN).held_out
     _, target, draft = open_run(run_dir)
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, load_data(config, target.vocab_size)[0])
     plain = [generate_plain(target, prompt, DECODE_TOKENS) for prompt in prompts]
-    before = evaluate_decode(target, untrained.to(target.device, target.dtype), prompts, settings, DECODE_TOKENS, plain)
+    before = evaluate_decode(target, untrained.to(target.device, target.dtype), prompts, TREE, DECODE_TOKENS, plain)
     draft.to(target.dtype)
-    after = evaluate_decode(target, draft, prompts, settings, DECODE_TOKENS, plain)
+    after = evaluate_decode(target, draft, prompts, TREE, DECODE_TOKENS, plain)
+    chain = evaluate_decode(target, draft, prompts, CHAIN, DECODE_TOKENS, plain)
 
     step("5/5  export and report")
     for line in export_run(run_dir, run_dir / "export", "best", overwrite=False):
@@ -91,6 +93,7 @@ def main() -> None:
     summary = {
         "accepted_length": after.accepted_length,
         "accepted_length_untrained": before.accepted_length,
+        "accepted_length_chain": chain.accepted_length,
         "tau_sim": held_out.overall.tau_sim,
         "step_acceptance": held_out.overall.acceptance,
         "step_top1": held_out.overall.top1,
@@ -98,8 +101,9 @@ def main() -> None:
         "decode_tokens_per_s": after.tokens_per_s,
         "plain_tokens_per_s": after.plain_tokens_per_s,
         "decode": asdict(after),
+        "decode_chain": asdict(chain),
         "by_position": asdict(held_out)["by_position"],
-        "decode_sample": sample(tokenizer, prompts[0], generate(target, draft, prompts[0], DECODE_TOKENS, settings)),
+        "decode_sample": sample(tokenizer, prompts[0], generate(target, draft, prompts[0], DECODE_TOKENS, TREE)),
         "tokens_per_s": sum(speeds) / len(speeds),
         "seconds_total": time.perf_counter() - start,
         "export_dir": run_dir / "export",
