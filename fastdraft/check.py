@@ -32,7 +32,10 @@ def check_golden(folder: Path, engine: str) -> list[tuple[str, str, float, bool]
         raise ValueError(f"{folder} holds no golden cases (*.safetensors)")
     found = []
     for file in files:
-        case = load_golden(file)
+        try:
+            case = load_golden(file)
+        except KeyError as error:
+            raise ValueError(f"{file} is not a golden case: it has no {error}") from error
         errors = worst_errors(case, ENGINES[engine])
         worst = max((name for name in errors if name.startswith("grad ")), key=errors.__getitem__)
         shown = [name for name in errors if not name.startswith("grad ")] + [worst]

@@ -154,8 +154,12 @@ def mark_best(run_dir: Path, step: int, tau_sim: float, keep: int) -> None:
 
 
 def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """Raises ValueError when best.json is there and damaged."""
     file = run_dir / "checkpoints" / "best.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, the next evaluation writes it again") from error
 
 
 def rewind(run_dir: Path, step: int, damaged: list[Path]) -> None:

@@ -92,7 +92,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 def preview_command(
     config: ConfigFile,
     overrides: Overrides = None,
-    n: Annotated[int, typer.Option("-n", help="Conversations to show.")] = 3,
+    n: Annotated[int, typer.Option("-n", min=1, help="Conversations to show.")] = 3,
 ) -> None:
     """Show the first conversations as the draft will see them, trained tokens coloured."""
     from fastdraft.config import load_config
@@ -111,8 +111,8 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts: also decode speculatively and measure.")] = None,
     which: Annotated[str, typer.Option(help="Checkpoint: best, last or a step.")] = "best",
-    max_prompts: Annotated[int, typer.Option(help="Prompts to decode.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 128,
+    max_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
     num_steps: Annotated[int, typer.Option(help="Draft steps, as SGLang's speculative_num_steps.")] = 3,
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,

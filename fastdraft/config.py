@@ -87,7 +87,7 @@ class Config(Section):
     engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused on the CPU, reference on a GPU
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0  # of the draft's first weights; data.seed is that of the order
+    seed: int = Field(0, ge=0)  # of the draft's first weights; data.seed is that of the order
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

@@ -309,7 +309,7 @@ def resume(
             refuse_other_run(saved, config, fingerprint, draft.config)
             checkpoint.load_tensors(saved, tensors)
         except checkpoint.Unreadable as error:
-            told.append(f"{error}; trying the one before it")
+            told.append(f"{error}; left aside")
             damaged.append(path)
             continue
         loader.load_state_dict(saved.state["loader"])

@@ -176,13 +176,17 @@ def test_init_writes_a_draft_config_that_train_takes(fastdraft, target_dir, conf
     assert "config.json cannot be read" in refusal(fastdraft("init", tmp_path))
 
 
-def test_preview_shows_what_is_trained(fastdraft, config_file, tree):
+def test_preview_shows_what_is_trained(fastdraft, config_file, tree, tmp_path):
     code, out, err = fastdraft("data", "preview", config_file, "-n", "2")
     assert code == 0, err
     assert out.count(" trained (") == 2 and "<|im_start|>" in out
     words = json.loads(Path(tree["data"]["paths"][0]).read_text().splitlines()[0])["messages"][1]["content"].split()
     assert all(word in out for word in words)
     assert not Path(tree["run_dir"]).exists()
+    untrained = tmp_path / "untrained.jsonl"
+    untrained.write_text('{"messages": [{"role": "user", "content": "ba"}]}\n')
+    code, out, _ = fastdraft("data", "preview", config_file, f"data.paths=[{untrained}]")
+    assert code == 0 and "no conversation with a trained token" in out
 
 
 def test_train_reads_what_prepare_wrote(fastdraft, config_file, tmp_path):
@@ -233,6 +237,12 @@ def test_evaluate_prints_json_alone(fastdraft, trained, tmp_path):
 def test_evaluate_refusals(fastdraft, trained, tmp_path):
     assert "is none of best, last, 1, 2" in refusal(fastdraft("evaluate", trained, "--which", "7"))
     assert "holds no checkpoint" in refusal(fastdraft("evaluate", tmp_path))
+    assert fastdraft("evaluate", trained, "--max-prompts", "0")[0] == 2
+    best = trained / "checkpoints" / "best.json"
+    whole = best.read_text()
+    best.write_text(whole[:5])
+    assert "best.json is damaged" in refusal(fastdraft("evaluate", trained))
+    best.write_text(whole)
     assert "none.jsonl cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"messages": [{"role": "user", "content": null}]}\n')
@@ -318,6 +328,10 @@ def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):
     shutil.copy(GOLDEN / "lk_alpha.safetensors", tmp_path)
     code, out, _ = fastdraft("check", "--golden", tmp_path)
     assert code == 1 and out.count("WRONG") == 1 and "grad fc.weight" in out
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", {"config": "{}"})
+    assert "other.safetensors is not a golden case: it has no 'hidden_size'" in refusal(
+        fastdraft("check", "--golden", tmp_path)
+    )
     assert "'slow' is not one of" in refusal(fastdraft("check", "--golden", tmp_path, "--engine", "slow"))
     assert "--engine belongs to --golden" in refusal(fastdraft("check", "--engine", "fused"))
 

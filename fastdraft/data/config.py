@@ -18,7 +18,7 @@ class DataConfig(BaseModel):
     on_bad_line: Literal["error", "skip"] = "error"
     train_on: Literal["all", "last_turn"] = "all"  # which assistant turns
     pack_tokens: int = 4096  # token budget of one pack
-    seed: int = 0
+    seed: int = Field(0, ge=0)  # of the order
     cache_dir: str | None = None  # None: ~/.cache/fastdraft
     num_workers: int | None = Field(None, ge=0)  # None: one per core, but none below 32 MB of input; 0: no processes
     chat_template: str | None = None  # path of a Jinja file used instead of the tokenizer's template

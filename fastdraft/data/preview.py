@@ -19,6 +19,7 @@ def preview(
     """The first n samples: trained tokens green, the rest dim, special tokens in reverse video."""
     console = console or Console()
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    number = 0
     for number, sample in enumerate(islice(samples, n), 1):
         ids, trained = [int(i) for i in sample.input_ids], [bool(m) for m in sample.loss_mask]
         title = f"sample {number}: {len(ids)} tokens, {sum(trained)} trained ({sum(trained) / len(ids):.0%})"
@@ -30,6 +31,8 @@ def preview(
             piece = tokenizer.decode([token[0] for token in run], clean_up_tokenization_spaces=False)
             text.append(piece, style=("green" if is_trained else "dim") + (" reverse" if is_special else ""))
         console.print(text, soft_wrap=True)
+    if not number:
+        console.print("no conversation with a trained token: is there an assistant turn, and does the template show it?")
     console.print(
         Text.assemble("trained: ", ("green", "green"), "; not trained: ", ("dim", "dim"), "; special: reverse video")
     )
