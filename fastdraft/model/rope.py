@@ -1,7 +1,7 @@
-"""Rotary position embedding with every scaling the target may use.
+"""Rotary position embedding of a draft.
 
-The inverse frequencies come from transformers' own table of RoPE variants (default, linear, dynamic, yarn, llama3,
-longrope), so a draft rotates exactly as its target does. Rotation is the half-split ("neox") form both engines use for
+The inverse frequencies of scaled variants (linear, llama3, yarn: what `DraftConfig` lets pass) come from transformers' own
+table, so a draft rotates exactly as its target does. Rotation is the half-split ("neox") form both engines use for
 Llama-style drafts: y = x * cos + rotate_half(x) * sin on the first `rotary_dim` channels of a head.
 """
 
@@ -18,14 +18,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 def inverse_frequencies(
     rope_parameters: dict[str, Any], head_dim: int, max_positions: int
 ) -> tuple[Tensor, float]:  # [rotary_dim/2] float32, factor on cos and sin
-    """Frequencies for `rope_parameters` (rope_theta, rope_type and that type's fields). Raises ValueError when unknown."""
+    """Frequencies for `rope_parameters` (rope_theta, rope_type and that type's fields)."""
     kind = rope_parameters.get("rope_type", "default")
     rotary_dim = int(head_dim * rope_parameters.get("partial_rotary_factor", 1.0))
     if kind == "default":
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
         return 1.0 / (rope_parameters["rope_theta"] ** exponent), 1.0
-    if kind not in ROPE_INIT_FUNCTIONS:
-        raise ValueError(f"rope_type {kind!r} is not one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
     config = LlamaConfig(
         hidden_size=head_dim,
         num_attention_heads=1,

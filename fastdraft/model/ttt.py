@@ -30,7 +30,7 @@ from fastdraft.kernels.chain_attention import ChainAttention
 from fastdraft.kernels.linear_kl import linear_kl_grad
 from fastdraft.kernels.matmul import add_outer
 from fastdraft.kernels.teacher import PermutedHead, permute_head, teacher
-from fastdraft.model.draft import Draft
+from fastdraft.model.draft import Draft, rms_norm
 from fastdraft.model.losses import LossKind
 from fastdraft.model.rope import rotate
 
@@ -83,16 +83,6 @@ def plan_chunks(batch: Batch, ttt_length: int, chunk_rows: int) -> list[Chunk]:
 
 
 # --- the layer's parts, forward and backward -----------------------------------------------------------------------------
-
-
-def rms_norm(
-    x: Tensor,  # [n, H]
-    weight: Tensor,  # [H]
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # y [n, H], 1/rms [n, 1] in at least float32
-    work = x.to(torch.promote_types(x.dtype, torch.float32))
-    r = torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (work * r).to(x.dtype), r
 
 
 def rms_norm_backward(

@@ -241,3 +241,8 @@ def test_target_config_is_completed_by_its_class_or_taken_as_written(tmp_path):
     assert DraftConfig.from_target(read_target_config(tmp_path)) == DraftConfig.from_target(LLAMA)
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         read_target_config(tmp_path / "nowhere")
+
+
+def test_an_override_of_the_wrong_type_is_a_sentence():
+    with pytest.raises(ValueError, match="num_attention_heads"):
+        DraftConfig.from_target(LLAMA | {"head_dim": None}, num_attention_heads="x")
