@@ -346,9 +346,10 @@ def language_config(target_config: dict[str, Any] | PretrainedConfig) -> dict[st
 
 
 def _even_share(hidden: Any, heads: Any) -> int | None:
-    """The customary head_dim, where the two are numbers that divide; what else they may be is the validator's to say."""
-    whole = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0
-    return hidden // heads if whole else None
+    """The customary head_dim, None where heads do not divide hidden. What is no number gets 1: the validator names it."""
+    if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0):
+        return 1
+    return hidden // heads if hidden % heads == 0 else None
 
 
 def _active_width(target: dict[str, Any]) -> int | None:
