@@ -24,6 +24,7 @@ from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.data.loader import Loader
 from fastdraft.metrics import read_metrics
+from fastdraft.model.draft import SURE
 from fastdraft.model.ttt_ref import attention_ref
 from fastdraft.target.hf import Target
 from fastdraft.train import StopSignal, draft_shape, export_run, load_data, open_run, train
@@ -550,13 +551,16 @@ def test_a_run_opens_as_it_was_trained(make_config):
     assert torch.equal(flat, weights(config.run_dir)["master"])
 
 
-def test_init_from_the_target_beats_random(make_config, tmp_path):
-    first = {}
+def test_init_from_the_target_copies_its_head_and_passes_its_high_state(make_config, tmp_path):
     for init in ("target", "random"):
         config = make_config(run_dir=str(tmp_path / init), max_steps=1, **{"draft.init": init, "optim.lr": 1e-9})
         train(config)
-        tensors, (_, target, draft) = weights(config.run_dir), open_run(Path(config.run_dir))
-        copied = torch.allclose(draft.lm_head.weight, target.head.weight[draft.draft_ids])
-        assert copied == (init == "target"), tensors.keys()
-        first[init] = torch.equal(draft.norm.weight, target.final_norm)
-    assert first["target"]
+        _, target, draft = open_run(Path(config.run_dir))
+        high = torch.randn(5, target.hidden_size)
+        g = torch.cat([torch.randn(5, 2 * target.hidden_size), high], -1)
+        from_target = (
+            torch.allclose(draft.lm_head.weight, target.head.weight[draft.draft_ids], atol=1e-6),
+            torch.allclose(draft.norm.weight, SURE * target.final_norm, atol=1e-6),
+            torch.allclose(draft.combine(g), high, atol=1e-4),
+        )
+        assert from_target == (init == "target",) * 3
