@@ -221,6 +221,23 @@ def test_greedy_output_is_the_targets_in_float32():
         assert generate(target, draft, prompts()[0], 16, settings).tokens == generate_plain(target, prompts()[0], 16).tokens
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_every_round_accepts_what_training_says_it_would(target, trained, plain, num_steps):
+    """A greedy chain's rounds follow from the teacher-forced hits alone: where a draft is accepted, it read the text."""
+    for prompt, answer in zip(prompts(), plain, strict=True):
+        ids = torch.tensor(prompt + answer)
+        batch = Batch(ids, torch.ones(len(ids), dtype=torch.bool), (len(ids),))
+        hit = ttt_ref(trained, batch, target.capture(batch), target.head, num_steps).hit
+        known, rounds = len(prompt) + 1, []  # the prefill gave the first token
+        while known < len(ids):
+            accepted = 0
+            while accepted < num_steps and known + accepted < len(ids) and bool(hit[accepted, known - 2]):
+                accepted += 1
+            rounds.append(min(accepted + 1, len(ids) - known))
+            known += accepted + 1
+        assert list(generate(target, trained, prompt, 30, DecodeSettings(num_steps)).per_round) == rounds
+
+
 def test_trees_keep_branches_a_chain_does_not_have(target, trained):
     """The cache is compacted when a path skips nodes: only then does a tree gain over a chain of its depth."""
     chain, tree = (
