@@ -496,11 +496,7 @@ def evaluate_run(
     eval_set = load_data(config, draft.config.vocab_size).eval
     held_out = decoded = None
     if len(eval_set):
-        batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
-        engine = build_engine(config, draft, target)
-        held_out = evaluate_tau(
-            lambda batch: engine.rows(batch, target.capture(batch.to(target.device))), batches, config.ttt_length
-        )
+        held_out = evaluate_held_out(config, target, draft, eval_set)
     elif prompts is None:
         raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
     if prompts is not None:
@@ -510,6 +506,15 @@ def evaluate_run(
         ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer, **config.data.chat_template_kwargs)
         decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens)
     return Evaluation(f"{run_dir} ({which})", held_out, decoded)
+
+
+def evaluate_held_out(config: Config, target: Target, draft: Draft, eval_set: Dataset) -> TauReport:
+    """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype."""
+    batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
+    engine = build_engine(config, draft, target)
+    return evaluate_tau(
+        lambda batch: engine.rows(batch, target.capture(batch.to(target.device))), batches, config.ttt_length
+    )
 
 
 def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
