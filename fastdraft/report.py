@@ -8,7 +8,7 @@ The summary is one flat dict. Needed:
     seconds_total, export_dir  wall clock of everything; where the serving checkpoint is
 Shown when there:
     accepted_length_chain      when accepted_length is of a tree: with a chain of as many steps
-    decode_step_acceptance     share of decoding rounds that kept a drafted token at depth 1, 2, ...
+    decode_step_acceptance     share of a chain's decoding rounds that kept a drafted token at depth 1, 2, ...
     step_top1                  held-out top-1 agreement of each TTT step: what greedy decoding accepts
     decode_tokens_per_s, plain_tokens_per_s   decoding speed with the draft and by the target alone
     by_position                `asdict(TauReport)["by_position"]`
@@ -134,7 +134,7 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("acceptance by step, teacher-forced", _shares(s["step_acceptance"])),
     ]
     if "decode_step_acceptance" in s:
-        rows.append(("kept by depth, decoding", _shares(s["decode_step_acceptance"])))
+        rows.append(("kept by depth, decoding a chain", _shares(s["decode_step_acceptance"])))
     if "decode_tokens_per_s" in s and "plain_tokens_per_s" in s:
         with_draft, plain = s["decode_tokens_per_s"], s["plain_tokens_per_s"]
         ratio = f" ({with_draft / plain:.2f}x)" if plain else ""

@@ -103,7 +103,7 @@ def main() -> None:
         "tau_sim": held_out.overall.tau_sim,
         "step_acceptance": held_out.overall.acceptance,
         "step_top1": held_out.overall.top1,
-        "decode_step_acceptance": after.step_acceptance,
+        "decode_step_acceptance": chain.step_acceptance,
         "decode_tokens_per_s": after.tokens_per_s,
         "plain_tokens_per_s": after.plain_tokens_per_s,
         "decode": asdict(after),
