@@ -47,8 +47,8 @@ HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "fastdraft"
 ANSWER_TOKENS, ANSWER_BATCH = 112, 128
 ANSWER_SECONDS = 100  # no new batch is begun after that, so that a slow machine keeps to ten minutes
-DECODE_PROMPTS, DECODE_TOKENS = 8, 64
-UNTRAINED_PROMPTS = 4  # enough to see that an untrained draft gives about one token a forward
+DECODE_PROMPTS, DECODE_TOKENS = 8, 52
+UNTRAINED_PROMPTS = 3  # enough to see that an untrained draft gives about one token a forward
 CHAIN = DecodeSettings(num_steps=3)
 TREE = DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16)  # the engines' usual way, 16 tokens a check
 console = Console()
