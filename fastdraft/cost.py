@@ -98,7 +98,8 @@ def plan(
             f"keep {keep} and target_params {target_params} at least 0"
         )
     b = 2 if precision == "bf16" else 4
-    trainable, frozen = num_params(draft)
+    count = draft.num_parameters()
+    trainable, frozen = count["trainable"], count["embedding"]
     maps = 8 * draft.draft_vocab_size + draft.vocab_size  # d2t int64, t2d bool
     if engine == "fused":
         tb = target_dtype.itemsize
@@ -131,15 +132,6 @@ def plan(
     )
     flops = (Row("target forward (every parameter active)", 2 * target_params), *work)
     return Plan(trainable, frozen, target_params, memory, disk, flops, checkpoint, export)
-
-
-def num_params(c: DraftConfig) -> tuple[int, int]:
-    """Trainable parameters and frozen ones (the embedding)."""
-    e, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = 2 * c.hidden_size * (e + 2 * kv) + e * c.hidden_size
-    norms = 4 * c.hidden_size + (3 * c.target_hidden_size if c.fc_norm else 0)
-    fc, head = 3 * c.target_hidden_size * c.hidden_size, c.hidden_size * c.draft_vocab_size
-    return fc + attention + 3 * c.hidden_size * c.intermediate_size + head + norms, c.vocab_size * c.hidden_size
 
 
 def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, rows_kept: int) -> tuple[Row, ...]:
