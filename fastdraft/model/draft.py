@@ -12,21 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdraft.kernels.rms_norm import rms_norm_ref as rms_norm
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.rope import Rope, rotate
 
 SURE = 0.4  # of the target's final norm: SmolLM2-135M's first losses are 7.3 a row with it, 13 without
-
-
-def rms_norm(
-    x: Tensor,  # [n, H]
-    weight: Tensor,  # [H]
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # y [n, H], 1/rms [n, 1] in at least float32
-    """x / rms(x) * weight, reduced in at least float32."""
-    work = x.to(torch.promote_types(x.dtype, torch.float32))
-    r = torch.rsqrt(work.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (work * r).to(x.dtype), r
 
 
 class RMSNorm(nn.Module):

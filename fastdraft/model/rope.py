@@ -53,9 +53,18 @@ class Rope(nn.Module):
         positions: Tensor,  # [n] int64
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:  # cos, sin [n, rotary_dim/2]
-        work = torch.float64 if dtype == torch.float64 else torch.float32
-        angles = positions.to(work)[:, None] * self.freqs.to(work)
-        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+        return cos_sin(positions, self.freqs, self.factor, dtype)
+
+
+def cos_sin(
+    positions: Tensor,  # [n] int64
+    freqs: Tensor,  # [rotary_dim/2] float32
+    factor: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # cos, sin [n, rotary_dim/2]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = positions.to(work)[:, None] * freqs.to(work)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def rotate(

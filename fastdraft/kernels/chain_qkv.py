@@ -1,0 +1,433 @@
+"""From the projection of the hidden half to a step's rotated q, k, v, and back.
+
+QKV of row j is W_h hn_j + W_e en_u with u = e_row[j] the token it reads. The second product e is computed once per token;
+a step adds it, rotates q and k by the row's RoPE position (half-split form on the first rotary_dim channels of a head,
+the rest passes through) and splits:
+
+    x = round(z_j + e_u)          q, k: (a, b) -> (a cos - b sin, b cos + a sin),  angle = position_j * freqs
+    backward: dz_j = round((da, db) -> (da cos + db sin, db cos - da sin)), dv as it is;  de_u += dz_j
+
+Any run of the three parts may be present: q alone (step 0), q | k | v, or k | v alone (K^0, V^0 of a pack).
+Precision: angles, sines and products in float32 (sines by libdevice, whose reduction is exact for any position), cos and
+sin rounded to the dtype as `Rope` gives them, one rounding at each store. dk, dv and de are float32 sums.
+Bytes a row of width W: forward 3 W numbers; backward dq and dz, dk and dv, and de read and written.
+de is added to by plain load and store, since e_row names a token once: two runs are bitwise equal.
+Source: RoPE (arXiv 2104.09864); docs/mathematics.md (c), the shared embedding half.
+
+# n rows, m embedding rows, Hq/Hkv heads, D head dim, W = (Hq + 2 Hkv) * D, or the width of the parts present
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdraft.model.rope import cos_sin, rotate
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-torch path runs
+    triton = None
+
+
+def _jit(**options):
+    return triton.jit(**options) if triton else lambda fn: fn
+
+
+def chain_qkv_ref(
+    z: Tensor,  # [n, W]
+    e: Tensor,  # [m, >= W]
+    e_row: Tensor,  # [n] int64, below 0: nothing is added
+    position: Tensor,  # [n] int64
+    freqs: Tensor,  # [rotary_dim/2]
+    factor: float,
+    heads: int,  # Hq, 0 without q
+    kv_heads: int,  # Hkv, 0 without k and v
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # q [n, Hq, D], k, v [n, Hkv, D]
+    """The specification, any dtype."""
+    share = torch.where(e_row[:, None] >= 0, e[e_row.clamp_min(0), : z.shape[1]], 0)
+    q, k, v = (z + share).unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+    cos, sin = cos_sin(position, freqs, factor, z.dtype)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def chain_qkv_backward_ref(
+    dq: Tensor | None,  # [n, Hq, D]
+    dk: Tensor | None,  # [n, Hkv, D]
+    dv: Tensor | None,  # [n, Hkv, D]
+    position: Tensor,  # [n] int64
+    freqs: Tensor,  # [rotary_dim/2]
+    factor: float,
+    dtype: torch.dtype,  # of z
+) -> Tensor:  # dz [n, W] in dtype
+    """The specification, any dtype: the rotation's transpose is the rotation back."""
+    cos, sin = cos_sin(position, freqs, factor, dtype)
+    parts = [rotate(d, cos.to(d.dtype), -sin.to(d.dtype)) for d in (dq, dk) if d is not None]
+    parts += [dv] if dv is not None else []
+    return torch.cat([d.flatten(1).to(dtype) for d in parts], -1)
+
+
+@dataclass(frozen=True)
+class ChainQKVConfig:
+    heads: int  # heads of a tile
+    num_warps: int
+
+
+def chain_qkv_config(
+    rotary_dim: int,
+) -> ChainQKVConfig:
+    """Eight numbers a thread for each half. A row's sines are computed once; few warps a row repeat them less."""
+    half = max(8, 1 << (rotary_dim // 2 - 1).bit_length())
+    return ChainQKVConfig(max(1, 512 // half), num_warps=2)
+
+
+@_jit()
+def _cos_sin(position, freqs_ptr, factor, HALF: tl.constexpr, HALF_P: tl.constexpr, dtype: tl.constexpr):
+    """[1, HALF_P] cos and sin, rounded to dtype, in float32."""
+    lanes = tl.arange(0, HALF_P)
+    angle = position.to(tl.float32) * tl.load(freqs_ptr + lanes, mask=lanes < HALF, other=0.0)
+    cos = (tl.cos(angle) * factor).to(dtype).to(tl.float32)
+    sin = (tl.sin(angle) * factor).to(dtype).to(tl.float32)
+    return cos[None, :], sin[None, :]
+
+
+@_jit()
+def _sum(z_ptr, e_ptr, inside, has_e):
+    """round(z + e) where inside, in float32."""
+    z = tl.load(z_ptr, mask=inside, other=0.0)
+    e = tl.load(e_ptr, mask=inside & has_e, other=0.0)
+    return (z.to(tl.float32) + e.to(tl.float32)).to(z.dtype).to(tl.float32)
+
+
+@_jit()
+def _rotate_heads(
+    z_ptr,  # [HEADS * D] of a row
+    e_ptr,  # [HEADS * D] of its token
+    out_ptr,  # [HEADS, D]
+    has_e,
+    cos,  # [1, HALF_P]
+    sin,  # [1, HALF_P]
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    REST_P: tl.constexpr,  # D - 2 HALF to a power of two, 0 where all rotates
+    TILE: tl.constexpr,
+):
+    dtype = out_ptr.dtype.element_ty
+    lanes = tl.arange(0, HALF_P)[None, :]
+    for first in range(0, HEADS, TILE):
+        head = first + tl.arange(0, TILE)[:, None]
+        inside = (head < HEADS) & (lanes < HALF)
+        at = head * D + lanes
+        a = _sum(z_ptr + at, e_ptr + at, inside, has_e)
+        b = _sum(z_ptr + at + HALF, e_ptr + at + HALF, inside, has_e)
+        tl.store(out_ptr + at, (a * cos - b * sin).to(dtype), mask=inside)
+        tl.store(out_ptr + at + HALF, (b * cos + a * sin).to(dtype), mask=inside)
+        if REST_P > 0:
+            rest = 2 * HALF + tl.arange(0, REST_P)[None, :]
+            inside = (head < HEADS) & (rest < D)
+            at = head * D + rest
+            tl.store(out_ptr + at, _sum(z_ptr + at, e_ptr + at, inside, has_e).to(dtype), mask=inside)
+
+
+@_jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
+def _chain_qkv_kernel(
+    z_ptr,  # [n, W]
+    e_ptr,  # [m, >= W]
+    e_row_ptr,  # [n] int64
+    position_ptr,  # [n] int64
+    freqs_ptr,  # [HALF] float32
+    q_ptr,  # [n, HQ, D]
+    k_ptr,  # [n, HKV, D]
+    v_ptr,  # [n, HKV, D]
+    factor,
+    z_stride,
+    e_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    HQ: tl.constexpr,  # 0 without q
+    HKV: tl.constexpr,  # 0 without k and v
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    REST_P: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    e_row = tl.load(e_row_ptr + row)
+    has_e = e_row >= 0
+    z_ptr += row * z_stride
+    e_ptr += e_row * e_stride
+    cos, sin = _cos_sin(tl.load(position_ptr + row), freqs_ptr, factor, HALF, HALF_P, z_ptr.dtype.element_ty)
+    if HQ > 0:
+        q_ptr += row * q_stride
+        _rotate_heads(z_ptr, e_ptr, q_ptr, has_e, cos, sin, HQ, D, HALF, HALF_P, REST_P, TILE)
+    if HKV > 0:
+        z_ptr += HQ * D
+        e_ptr += HQ * D
+        k_ptr += row * k_stride
+        _rotate_heads(z_ptr, e_ptr, k_ptr, has_e, cos, sin, HKV, D, HALF, HALF_P, REST_P, TILE)
+        WIDTH: tl.constexpr = HKV * D
+        v_ptr += row * v_stride
+        for first in range(0, WIDTH, TILE * HALF_P):
+            cols = first + tl.arange(0, TILE * HALF_P)
+            inside = cols < WIDTH
+            v = _sum(z_ptr + WIDTH + cols, e_ptr + WIDTH + cols, inside, has_e)
+            tl.store(v_ptr + cols, v.to(v_ptr.dtype.element_ty), mask=inside)
+
+
+@_jit()
+def _write_gradient(value, dz_ptr, de_ptr, inside, has_e):
+    """Stores value rounded, and adds the same number to de."""
+    rounded = value.to(dz_ptr.dtype.element_ty)
+    tl.store(dz_ptr, rounded, mask=inside)
+    old = tl.load(de_ptr, mask=inside & has_e, other=0.0)
+    tl.store(de_ptr, old + rounded.to(tl.float32), mask=inside & has_e)
+
+
+@_jit()
+def _rotate_heads_back(
+    d_ptr,  # [HEADS, D] of a row
+    dz_ptr,  # [HEADS * D]
+    de_ptr,  # [HEADS * D] of its token
+    has_e,
+    cos,  # [1, HALF_P]
+    sin,  # [1, HALF_P]
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    REST_P: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    lanes = tl.arange(0, HALF_P)[None, :]
+    for first in range(0, HEADS, TILE):
+        head = first + tl.arange(0, TILE)[:, None]
+        inside = (head < HEADS) & (lanes < HALF)
+        at = head * D + lanes
+        a = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(d_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        _write_gradient(a * cos + b * sin, dz_ptr + at, de_ptr + at, inside, has_e)
+        _write_gradient(b * cos - a * sin, dz_ptr + at + HALF, de_ptr + at + HALF, inside, has_e)
+        if REST_P > 0:
+            rest = 2 * HALF + tl.arange(0, REST_P)[None, :]
+            inside = (head < HEADS) & (rest < D)
+            at = head * D + rest
+            d = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            _write_gradient(d, dz_ptr + at, de_ptr + at, inside, has_e)
+
+
+@_jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
+def _chain_qkv_backward_kernel(
+    dq_ptr,  # [n, HQ, D]
+    dk_ptr,  # [n, HKV, D]
+    dv_ptr,  # [n, HKV, D]
+    e_row_ptr,  # [n] int64
+    position_ptr,  # [n] int64
+    freqs_ptr,  # [HALF] float32
+    dz_ptr,  # [n, W]
+    de_ptr,  # [m, >= W] float32
+    factor,
+    dq_stride,
+    dk_stride,
+    dv_stride,
+    dz_stride,
+    de_stride,
+    HQ: tl.constexpr,  # 0 without q
+    HKV: tl.constexpr,  # 0 without k and v
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    REST_P: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    e_row = tl.load(e_row_ptr + row)
+    has_e = e_row >= 0
+    dz_ptr += row * dz_stride
+    de_ptr += e_row * de_stride
+    cos, sin = _cos_sin(tl.load(position_ptr + row), freqs_ptr, factor, HALF, HALF_P, dz_ptr.dtype.element_ty)
+    if HQ > 0:
+        dq_ptr += row * dq_stride
+        _rotate_heads_back(dq_ptr, dz_ptr, de_ptr, has_e, cos, sin, HQ, D, HALF, HALF_P, REST_P, TILE)
+    if HKV > 0:
+        dz_ptr += HQ * D
+        de_ptr += HQ * D
+        dk_ptr += row * dk_stride
+        _rotate_heads_back(dk_ptr, dz_ptr, de_ptr, has_e, cos, sin, HKV, D, HALF, HALF_P, REST_P, TILE)
+        WIDTH: tl.constexpr = HKV * D
+        dv_ptr += row * dv_stride
+        for first in range(0, WIDTH, TILE * HALF_P):
+            cols = first + tl.arange(0, TILE * HALF_P)
+            inside = cols < WIDTH
+            d = tl.load(dv_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            _write_gradient(d, dz_ptr + WIDTH + cols, de_ptr + WIDTH + cols, inside, has_e)
+
+
+def _launch(
+    kernel,
+    tensors: tuple[Tensor | None, ...],  # in the kernel's order
+    factor: float,
+    strided: tuple[Tensor | None, ...],  # whose row strides follow
+    q: Tensor | None,  # [n, Hq, D]
+    k: Tensor | None,  # [n, Hkv, D]
+    half: int,  # rotary_dim/2
+    config: ChainQKVConfig,
+) -> None:
+    n, _, dim = (k if q is None else q).shape
+    rest = dim - 2 * half
+    kernel[(n,)](
+        *tensors,
+        factor,
+        *(0 if x is None else x.stride(0) for x in strided),
+        HQ=0 if q is None else q.shape[1],
+        HKV=0 if k is None else k.shape[1],
+        D=dim,
+        HALF=half,
+        HALF_P=triton.next_power_of_2(half),
+        REST_P=triton.next_power_of_2(rest) if rest else 0,
+        TILE=config.heads,
+        num_warps=config.num_warps,
+    )
+
+
+def _chain_qkv(
+    z: Tensor,  # [n, W]
+    e: Tensor,  # [m, >= W]
+    e_row: Tensor,  # [n]
+    position: Tensor,  # [n]
+    freqs: Tensor,  # [rotary_dim/2]
+    factor: float,
+    q: Tensor | None,  # [n, Hq, D]
+    k: Tensor | None,  # [n, Hkv, D]
+    v: Tensor | None,  # [n, Hkv, D]
+    config: ChainQKVConfig,
+) -> None:
+    tensors = (z, e, e_row, position, freqs, q, k, v)
+    _launch(_chain_qkv_kernel, tensors, factor, (z, e, q, k, v), q, k, len(freqs), config)
+
+
+def _chain_qkv_backward(
+    dq: Tensor | None,  # [n, Hq, D]
+    dk: Tensor | None,  # [n, Hkv, D]
+    dv: Tensor | None,  # [n, Hkv, D]
+    e_row: Tensor,  # [n]
+    position: Tensor,  # [n]
+    freqs: Tensor,  # [rotary_dim/2]
+    factor: float,
+    dz: Tensor,  # [n, W]
+    de: Tensor,  # [m, >= W]
+    config: ChainQKVConfig,
+) -> None:
+    tensors = (dq, dk, dv, e_row, position, freqs, dz, de)
+    _launch(_chain_qkv_backward_kernel, tensors, factor, (dq, dk, dv, dz, de), dq, dk, len(freqs), config)
+
+
+@torch.no_grad()
+def chain_qkv(
+    z: Tensor,  # [n, W] product with the hidden half, bf16 or fp32 on a GPU, any float dtype on the CPU; any row stride
+    e: Tensor,  # [m, >= W] the embedding's share of z's dtype; columns beyond W are not read; any row stride
+    e_row: Tensor,  # [n] int64 row of e, below 0: nothing is added
+    position: Tensor,  # [n] int64 RoPE positions, 0 <= position < 2^24
+    freqs: Tensor,  # [rotary_dim/2] float32 inverse frequencies
+    factor: float,  # on cos and sin
+    q: Tensor | None,  # [n, Hq, D] written, rotated; any row stride
+    k: Tensor | None,  # [n, Hkv, D] written, rotated; any row stride
+    v: Tensor | None,  # [n, Hkv, D] written; any row stride
+) -> None:
+    """Splits z + e[e_row] into rotated q, rotated k, and v; q, or k and v, may be None where z lacks their columns.
+
+    Allocates nothing on a GPU. Indices are not checked there. Raises ValueError for what does not fit.
+    """
+    heads, kv_heads, dim = _check(q, k, v, z, e, e_row, position, freqs)
+    for name, x in {"e": e, "q": q, "k": k, "v": v}.items():
+        if x is not None and x.dtype != z.dtype:
+            raise ValueError(f"{name} is {x.dtype}, z {z.dtype}; give both alike")
+    if z.is_cuda:
+        _chain_qkv(z, e, e_row, position, freqs, factor, q, k, v, chain_qkv_config(2 * len(freqs)))
+        return
+    for out, value in zip(
+        (q, k, v), chain_qkv_ref(z, e, e_row, position, freqs, factor, heads, kv_heads, dim), strict=True
+    ):
+        if out is not None:
+            out.copy_(value)
+
+
+@torch.no_grad()
+def chain_qkv_backward(
+    dq: Tensor | None,  # [n, Hq, D] bf16 or fp32 on a GPU
+    dk: Tensor | None,  # [n, Hkv, D] of any of these dtypes, as a rule float32 sums
+    dv: Tensor | None,  # [n, Hkv, D] the same
+    e_row: Tensor,  # [n] int64 row of de, none twice (unchecked: a sum would be lost); below 0: nothing is added
+    position: Tensor,  # [n] int64
+    freqs: Tensor,  # [rotary_dim/2] float32
+    factor: float,
+    dz: Tensor,  # [n, W] written; any row stride
+    de: Tensor,  # [m, >= W] float32 (float64), de[e_row[j], :W] += dz[j]; any row stride
+) -> None:
+    """dz: q's and k's gradients rotated back and v's, rounded; the same numbers are added to de.
+
+    A step of chains reads every token at most once, so e_row has no repeats. Allocates nothing on a GPU. Raises
+    ValueError for what does not fit.
+    """
+    _check(dq, dk, dv, dz, de, e_row, position, freqs)
+    if de.dtype != torch.promote_types(dz.dtype, torch.float32):
+        raise ValueError(f"de is {de.dtype}, dz {dz.dtype}; de adds in {torch.promote_types(dz.dtype, torch.float32)}")
+    if dz.is_cuda:
+        _chain_qkv_backward(dq, dk, dv, e_row, position, freqs, factor, dz, de, chain_qkv_config(2 * len(freqs)))
+        return
+    dz.copy_(chain_qkv_backward_ref(dq, dk, dv, position, freqs, factor, dz.dtype))
+    adds = e_row >= 0
+    de[:, : dz.shape[1]].index_add_(0, e_row[adds], dz[adds].to(de.dtype))
+
+
+def _check(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    z: Tensor,
+    e: Tensor,
+    e_row: Tensor,
+    position: Tensor,
+    freqs: Tensor,
+) -> tuple[int, int, int]:  # Hq, Hkv, D
+    """Raises ValueError for shapes, strides, dtypes or devices that do not fit; forward and backward alike."""
+    if (k is None) != (v is None) or (q is None and k is None):
+        raise ValueError("give q, or k and v, or all three")
+    n, _, dim = (k if q is None else q).shape
+    heads, kv_heads = (0 if x is None else x.shape[1] for x in (q, k))
+    width = (heads + 2 * kv_heads) * dim
+    if z.shape != (n, width) or e.ndim != 2 or e.shape[1] < width or z.stride(1) != 1 or e.stride(1) != 1:
+        raise ValueError(
+            f"z {tuple(z.shape)} and e {tuple(e.shape)} must be [{n}, {width}] and [m, >= {width}] with contiguous rows"
+        )
+    for name, x, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
+        if x is not None and (x.shape != (n, count, dim) or x.stride(2) != 1 or x.stride(1) != dim):
+            raise ValueError(
+                f"{name} is {tuple(x.shape)}, strides {x.stride()}; [{n}, {count}, {dim}] with contiguous rows is needed"
+            )
+    if e_row.shape != (n,) or position.shape != (n,) or e_row.dtype != torch.int64 or position.dtype != torch.int64:
+        raise ValueError(
+            f"e_row {tuple(e_row.shape)} {e_row.dtype} and position {tuple(position.shape)} {position.dtype} must be "
+            f"[{n}] torch.int64"
+        )
+    if freqs.ndim != 1 or not 0 < 2 * len(freqs) <= dim or freqs.dtype != torch.float32:
+        raise ValueError(
+            f"freqs is {tuple(freqs.shape)} {freqs.dtype}; [rotary_dim/2] torch.float32, rotary_dim 2..{dim}, is needed"
+        )
+    given = [x for x in (z, e, e_row, position, freqs, q, k, v) if x is not None]
+    if len({x.device for x in given}) > 1:
+        raise ValueError(f"tensors lie on {', '.join(sorted({str(x.device) for x in given}))}; give one device")
+    if z.is_cuda:
+        for x in (z, e, q, k, v):
+            if x is not None and x.dtype not in (torch.bfloat16, torch.float32):
+                raise ValueError(f"no chain_qkv kernel covers {x.dtype}; use torch.bfloat16 or torch.float32")
+        if triton is None:
+            raise ValueError("the chain_qkv kernels need Triton, which is not installed: pip install triton")
+    return heads, kv_heads, dim
