@@ -78,14 +78,27 @@ def init(
 
 
 @data.command()
-def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    report: Annotated[Path | None, typer.Option(help="Folder: also write data.html and its pictures there.")] = None,
+) -> None:
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
+    from fastdraft.data.statistics import statistics
     from fastdraft.train import draft_shape, load_data
 
     loaded = load_config(config, overrides or [])
-    for line in load_data(loaded, draft_shape(loaded).vocab_size).stats.lines():
+    shape = draft_shape(loaded)
+    prepared = load_data(loaded, shape.vocab_size)
+    numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
+    lines = [*prepared.stats.lines(), *numbers.lines(shape.draft_vocab_size)]
+    for line in lines:
         say(line)
+    if report is not None:
+        from fastdraft.report import write_data_report
+
+        say(str(write_data_report(report, numbers, lines, shape.draft_vocab_size)))
 
 
 @data.command("preview")

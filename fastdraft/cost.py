@@ -246,6 +246,15 @@ def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool) -> 
     return Row("draft step but for attention", 2 * products // n), Row("draft's attention", 2 * attention // n)
 
 
+def pair_cost(c: DraftConfig, target_params: int, steps: int) -> float:
+    """What attention in a document of L tokens costs per L^2, where the other work of a token (the target's forward and the
+    fused draft step) costs 1. The target's attention is counted as wide as its hidden state; half the pairs are causal."""
+    rest, _ = _fused_flops(c, 4096, 4096, steps, cpu=False)
+    target = 2 * c.target_hidden_size * c.num_target_layers
+    draft = 9 * c.num_attention_heads * c.head_dim * steps
+    return (target + draft) / (2 * target_params + rest.size)
+
+
 def free_disk(path: Path | str, needed: int = 0, what: str = "a checkpoint") -> int:
     """Free bytes where `path` is or will be. Raises ValueError when `needed` bytes for `what` do not fit."""
     place = Path(path).absolute()

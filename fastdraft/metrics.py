@@ -7,6 +7,7 @@ the progress line and the report know, each also with "eval/" before it for held
     a0, a1, ...    acceptance of TTT step i, 0..1
     tau_sim        simulated accepted length, tokens per target forward
     tokens_per_s   packed training tokens per second
+    data_wait      share of the time that training waited for its packs, 0..1
     lr, grad_norm  learning rate; gradient norm before clipping
 
 Any other name is written and tracked too. NaN and infinity have no JSON spelling and become null there.

@@ -1,4 +1,4 @@
-"""What a finished run has to show: summary.json, a closing table, and report.html with its pictures.
+"""What a finished run has to show: summary.json, a closing table, report.html with its pictures; and data.html of its data.
 
 The summary is one flat dict. Needed:
     accepted_length            tokens per verifying target forward in real decoding, with the trained draft
@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from fastdraft.data.statistics import Statistics
 from fastdraft.metrics import read_metrics
 
 REQUIRED = (
@@ -108,8 +110,38 @@ def write_report(run_dir: Path | str, summary: dict[str, Any]) -> Path:
             _write(path, pictures[name])
         else:
             path.unlink(missing_ok=True)  # of an earlier report
+    cards = [
+        (_number(summary["accepted_length"]), "tokens per target forward, trained"),
+        (_number(summary["accepted_length_untrained"]), "before training"),
+        (_number(summary["tau_sim"]), "tau_sim, held-out"),
+        (str(timedelta(seconds=round(summary["seconds_total"]))), "hours, in all"),
+    ]
+    sample = _sample(summary["decode_sample"]) if summary.get("decode_sample") else ""
     path = run_dir / "report.html"
-    _write(path, _page(run_dir.resolve().name, pictures, summary).encode())
+    _write(path, _page(f"fastdraft run {run_dir.resolve().name}", cards, pictures, sample, _facts(summary)).encode())
+    return path
+
+
+def write_data_report(folder: Path | str, numbers: Statistics, lines: list[str], draft_vocab_size: int) -> Path:
+    """Writes folder/data.html (self-contained) and its pictures folder/*.png; `lines` are what is said about the data."""
+    with matplotlib.rc_context(STYLE):
+        pictures = {
+            "lengths": _png(_lengths_figure(numbers)),
+            "trained_share": _png(_trained_figure(numbers)),
+            "coverage": _png(_coverage_figure(numbers, draft_vocab_size)),
+        }
+    for name, png in pictures.items():
+        _write(Path(folder) / f"{name}.png", png)
+    covered = numbers.coverage(draft_vocab_size)[draft_vocab_size]
+    cards = [
+        (f"{len(numbers.lengths):,}", "train samples"),
+        (f"{numbers.lengths.sum():,}", "tokens"),
+        (f"{numbers.trained.sum() / numbers.lengths.sum():.0%}", "of them trained"),
+        (f"{covered:.2%}", f"of those among the {draft_vocab_size:,} commonest"),
+        (f"{numbers.fill.mean() / numbers.pack_tokens:.1%}", "of the packs is filled"),
+    ]
+    path = Path(folder) / "data.html"
+    _write(path, _page("fastdraft data", cards, pictures, "", [("", line) for line in lines]).encode())
     return path
 
 
@@ -342,6 +374,37 @@ def _position_figure(s: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def _lengths_figure(numbers: Statistics) -> Figure:
+    figure, axes = _figure("Length of the samples", "tokens", "samples")
+    edges = np.geomspace(numbers.lengths.min(), numbers.lengths.max() + 1, 41)
+    axes.hist(numbers.lengths, bins=edges, color=BLUE)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+def _trained_figure(numbers: Statistics) -> Figure:
+    figure, axes = _figure("Trained share of the samples", "trained tokens (share, 0 to 1)", "samples")
+    axes.hist(numbers.trained / numbers.lengths, bins=np.linspace(0, 1, 41), color=GREEN)
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+def _coverage_figure(numbers: Statistics, draft_vocab_size: int) -> Figure:
+    figure, axes = _figure("Trained tokens in the vocabulary map", "draft vocabulary (tokens)", "coverage (share, 0 to 1)")
+    share = np.cumsum(np.sort(numbers.counts)[::-1]) / numbers.counts.sum()
+    axes.plot(np.arange(1, len(share) + 1), share, color=BLUE)
+    for size, covered in numbers.coverage(draft_vocab_size).items():
+        color = ORANGE if size == draft_vocab_size else MUTED
+        axes.plot([size], [covered], "o", color=color, ms=5, label=f"{size:,}: {covered:.2%}")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_ylim(0, 1.03)
+    axes.legend(loc="lower right")
+    return figure
+
+
 # --- the page ----------------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html>
@@ -380,25 +443,24 @@ ALT = {
     "accepted_length": "accepted length of the untrained and the trained draft",
     "steps": "share of rounds that keep each draft depth, simulated and measured",
     "position": "acceptance by position in the document",
+    "lengths": "histogram of sample lengths",
+    "trained_share": "histogram of the trained share of samples",
+    "coverage": "share of trained tokens that a vocabulary map holds, by its size",
 }
 
 
-def _page(name: str, pictures: dict[str, bytes], summary: dict[str, Any]) -> str:
-    cards = [
-        (_number(summary["accepted_length"]), "tokens per target forward, trained"),
-        (_number(summary["accepted_length_untrained"]), "before training"),
-        (_number(summary["tau_sim"]), "tau_sim, held-out"),
-        (str(timedelta(seconds=round(summary["seconds_total"]))), "hours, in all"),
-    ]
+def _page(
+    title: str, cards: list[tuple[str, str]], pictures: dict[str, bytes], sample: str, facts: list[tuple[str, str]]
+) -> str:
     return PAGE.format(
-        title=html.escape(f"fastdraft run {name}"),
+        title=html.escape(title),
         cards="".join(f"<div><b>{value}</b><span>{what}</span></div>" for value, what in cards),
         pictures="".join(
             f'<figure><img alt="{ALT[key]}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
             for key, png in pictures.items()
         ),
-        sample=_sample(summary["decode_sample"]) if summary.get("decode_sample") else "",
-        facts="".join(f"<tr><td>{k}</td><td>{html.escape(v)}</td></tr>" for k, v in _facts(summary)),
+        sample=sample,
+        facts="".join(f"<tr><td>{k}</td><td>{html.escape(v)}</td></tr>" for k, v in facts),
     )
 
 

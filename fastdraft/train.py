@@ -31,11 +31,11 @@ from transformers.utils import cached_file
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config, read_yaml
-from fastdraft.cost import free_disk, plan, render
-from fastdraft.data.loader import Loader, eval_batches
+from fastdraft.cost import free_disk, pair_cost, plan, render
+from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.data.prepare import Prepared, prepare
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.data.vocab import build_vocab_map
+from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
 from fastdraft.decode import DecodeSettings
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.export import export_draft, load_draft, verify
@@ -76,10 +76,11 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
     draft = new_draft(config)
     train_set, eval_set, stats = load_data(config, draft.config.vocab_size)
-    loader = Loader(train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world)
+    pairs = pair_cost(draft.config, target_parameters(config), config.ttt_length)
+    loader = Loader(train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs)
     total_steps = config.max_steps or config.epochs * loader.steps_per_epoch
     target = open_target(config, draft.config.layers, device)
-    fit_to_target(draft, config, target, train_set)
+    known = [*stats.lines(), *loader.lines(), *fit_to_target(draft, config, target, train_set)]
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
     draft.embed_tokens.to(dtype)
@@ -99,7 +100,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
     def save(step: int) -> None:
         free_disk(run_dir, 12 * optimizer.master.numel(), f"the checkpoint of step {step}")
-        state = {"step": step, "loader": loader.state_dict(), "target": fingerprint, "draft": draft.config.model_dump()}
+        state = {"step": step, "loader": ahead.state_dict(), "target": fingerprint, "draft": draft.config.model_dump()}
         checkpoint.save_checkpoint(
             run_dir, run_tensors(optimizer, draft, window), state | {"config": config.model_dump()}, config.checkpoint.keep
         )
@@ -116,19 +117,20 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        ahead = stack.enter_context(Ahead(loader, pin=device.type == "cuda"))
         metrics = None
         if rank == 0:
             write_run_files(config, draft.config)
             metrics = stack.enter_context(
                 Metrics(run_dir, config.metrics, total_steps, resume_step=first_step or None, settings=config.model_dump())
             )
-            for line in [*stats.lines(), *told]:
+            for line in [*known, *told]:
                 metrics.say(line)
         recent: list[Recent] = []  # the steps since the last look at the device
         saved, clock = first_step, time.perf_counter()
 
         for step in range(first_step + 1, total_steps + 1):
-            batches = next(loader)
+            batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
                 features = capture(batch)
@@ -155,7 +157,9 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
                     values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    values["data_wait"] = ahead.waited / seconds
                     metrics.log(step, values)
+                ahead.waited = 0.0
                 for numbers in window.values():
                     numbers.zero_()
                 recent.clear()
@@ -211,6 +215,10 @@ def open_target(config: Config, layers: tuple[int, int, int], device: torch.devi
     return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code)
 
 
+def target_parameters(config: Config) -> int:
+    return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
+
+
 def load_data(config: Config, vocab_size: int) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait."""
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
@@ -238,16 +246,22 @@ def new_draft(config: Config) -> Draft:
     return draft
 
 
-def fit_to_target(draft: Draft, config: Config, target: Target, train_set: Dataset) -> None:
+def fit_to_target(draft: Draft, config: Config, target: Target, train_set: Dataset) -> list[str]:  # what to tell the user
     """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
+    told, size = [], draft.config.draft_vocab_size
     if config.draft.init_from is None:
-        draft.set_vocab(build_vocab_map(train_set, draft.config.draft_vocab_size, draft.config.vocab_size))
+        counts = token_counts(train_set, draft.config.vocab_size)
+        draft.set_vocab(build_vocab_map(counts, size))
+        told.append(
+            f"vocabulary map: the {size:,} most trained tokens are {coverage(counts, [size])[size]:.2%} of all trained"
+        )
         if config.draft.init == "target" and draft.config.hidden_size == target.hidden_size:
             if target.final_norm is None:
                 raise ValueError(f"{config.target.path} has no final RMSNorm to start from; set draft.init=random")
             draft.start_from_target(target.head.weight, target.final_norm)
     if config.draft.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
         draft.set_embedding(target.embedding.float().cpu())
+    return told
 
 
 def frozen_tensors(draft: Draft) -> dict[str, Tensor]:

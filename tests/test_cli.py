@@ -18,7 +18,7 @@ from tiny import make_tokenizer, save_target
 
 from fastdraft import cli
 from fastdraft import train as training
-from fastdraft.data.loader import Loader
+from fastdraft.data.loader import Ahead
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -72,7 +72,7 @@ def test_train_prints_data_progress_and_held_out(fastdraft, config_file, tree):
 
 
 def test_a_signal_exits_with_its_number_and_the_same_command_goes_on(fastdraft, config_file, monkeypatch):
-    original, count = Loader.__next__, [0]
+    original, count = Ahead.__next__, [0]
 
     def handed(self):
         count[0] += 1
@@ -80,7 +80,7 @@ def test_a_signal_exits_with_its_number_and_the_same_command_goes_on(fastdraft, 
             signal.raise_signal(signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(Loader, "__next__", handed)
+    monkeypatch.setattr(Ahead, "__next__", handed)
     code, out, _ = fastdraft("train", config_file)
     assert code == 128 + 15 and "stopped by SIGTERM after step 3" in out
     code, out, _ = fastdraft("train", config_file)
@@ -193,6 +193,13 @@ def test_train_reads_what_prepare_wrote(fastdraft, config_file, tmp_path):
     cache = tmp_path / "cache"
     code, out, err = fastdraft("data", "prepare", config_file, f"data.cache_dir={cache}")
     assert code == 0 and "24 conversations, 24 samples" in out, err
+    assert "of all trained" in out and "% full" in out
+    report = tmp_path / "report"
+    code, out, err = fastdraft("data", "prepare", config_file, f"data.cache_dir={cache}", "--report", report)
+    assert code == 0 and out.splitlines()[-1] == str(report / "data.html"), err
+    assert sorted(p.name for p in report.iterdir()) == ["coverage.png", "data.html", "lengths.png", "trained_share.png"]
+    page = (report / "data.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "24 conversations, 24 samples" in page
     written = sorted(cache.glob("samples-*/samples.arrow"))
     assert len(written) == 1
     before = written[0].stat().st_mtime_ns

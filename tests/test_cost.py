@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.cost import free_disk, plan, render
+from fastdraft.cost import free_disk, pair_cost, plan, render
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import TTTEngine
@@ -323,3 +323,11 @@ def test_render_at_any_width(width):
     if width == 100:
         assert f"{p.memory_bytes / 2**30:.3f}" in out.getvalue()
         assert "target weights" in out.getvalue()
+
+
+def test_pair_cost_of_llama_8b():
+    """At 128k tokens a document's attention costs about as much as the rest of its work; at 4k it hardly counts."""
+    draft = config(**LLAMA_8B, num_target_layers=32)
+    cost = pair_cost(draft, 8_030_261_248, 7)
+    target = 2 * 4096 * 32 / (2 * 8_030_261_248)
+    assert target < cost < 2 * target and 4096 * cost < 0.1 and 0.9 < 2**17 * cost < 3

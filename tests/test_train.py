@@ -22,14 +22,14 @@ from fastdraft import checkpoint
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.data.loader import Loader
+from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
 from fastdraft.model.draft import SURE
 from fastdraft.model.ttt_ref import attention_ref
 from fastdraft.target.hf import Target
 from fastdraft.train import StopSignal, draft_shape, export_run, load_data, open_run, train
 
-CLOCKS = ("time", "tokens_per_s")
+CLOCKS = ("time", "tokens_per_s", "data_wait")
 
 
 def losses(run_dir) -> list[dict]:
@@ -51,14 +51,14 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 def at_step(monkeypatch, step: int, act) -> None:
     """Calls act(batches) as the loader hands out optimizer step `step`; what it returns, if anything, is trained on."""
-    original, count = Loader.__next__, [0]
+    original, count = Ahead.__next__, [0]
 
     def handed(self):
         batches = original(self)
         count[0] += 1
         return (act(batches) or batches) if count[0] == step else batches
 
-    monkeypatch.setattr(Loader, "__next__", handed)
+    monkeypatch.setattr(Ahead, "__next__", handed)
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------------
@@ -324,16 +324,16 @@ def test_stop_signal_restores_what_was_there():
 
 CHILD = """
 import os, signal, sys
-from fastdraft.data.loader import Loader
+from fastdraft.data.loader import Ahead
 stop, step = int(sys.argv.pop(1)), 0
-original = Loader.__next__
+original = Ahead.__next__
 def handed(self):
     global step
     step += 1
     if step == stop and os.environ["RANK"] == "1":
         signal.raise_signal(signal.SIGTERM)
     return original(self)
-Loader.__next__ = handed
+Ahead.__next__ = handed
 from fastdraft.cli import main
 main()
 """

@@ -1,14 +1,19 @@
 """Samples to batches: packs in an order that depends on seed and epoch alone, dealt to ranks, resumable to the pack.
 
-# n samples, N tokens of a pack
+# n samples, N tokens of a pack, L tokens of a document
 An epoch shuffles the samples, packs them and shuffles the packs. Optimizer steps take packs_per_step packs off that stream,
-running over the end of an epoch into the next, so every step is full. Rank r of w takes packs r, r+w, ... of each step.
+running over the end of an epoch into the next, so every step is full. Which packs make a step does not depend on the number
+of ranks; which rank takes which is dealt by cost, L + pair_cost * L^2 summed over a pack's documents. Ranks that share a
+sequence are one rank here and get the same packs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from collections.abc import Iterator
+from queue import Full, Queue
 from typing import Any
 
 import numpy as np
@@ -17,7 +22,7 @@ import torch
 from datasets import Dataset
 
 from fastdraft.batch import Batch
-from fastdraft.data.pack import pack
+from fastdraft.data.pack import deal, pack
 from fastdraft.data.samples import flat, scan
 
 
@@ -29,7 +34,14 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset, pack_tokens: int, packs_per_step: int, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        dataset: Dataset,
+        pack_tokens: int,
+        packs_per_step: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        pair_cost: float = 0.0,  # of L^2 in a document's cost: attention's share; `cost.pair_cost`
     ) -> None:
         if packs_per_step < 1 or packs_per_step % world_size:
             raise ValueError(
@@ -38,7 +50,7 @@ class Loader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
         self.pack_tokens, self.packs_per_step, self.seed = pack_tokens, packs_per_step, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.pair_cost = rank, world_size, pair_cost
         self._table = dataset.with_format("arrow")
         self._usable, self._lengths, self._data = _survey(dataset)
         self._epoch, self._next = 0, 0  # the next pack to hand out
@@ -58,6 +70,10 @@ class Loader:
     def utilisation(self) -> float:
         """Share of the packs' token budget that holds tokens."""
         return float(self._lengths.sum() / (self.num_packs * self.pack_tokens))
+
+    def lines(self) -> list[str]:
+        """For people: how well the packs are filled."""
+        return [f"{self.num_packs:,} packs of {self.pack_tokens:,} tokens, {self.utilisation:.1%} full"]
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "pack": self._next, **self._identity()}
@@ -81,25 +97,75 @@ class Loader:
         return self
 
     def __next__(self) -> list[Batch]:
-        batches = []
-        for i in range(self.packs_per_step):
-            if i % self.world_size == self.rank:
-                batches.append(_batch(self._table, self._packs[self._next]))
+        step = []
+        for _ in range(self.packs_per_step):
+            step.append(self._packs[self._next])
             self._next += 1
             if self._next == len(self._packs):
                 self._epoch, self._next = self._epoch + 1, 0
                 self._packs = self._pack_epoch(self._epoch)
-        return batches
+        costs = [float((n + self.pair_cost * n**2).sum()) for n in (self._lengths[samples] for samples in step)]
+        mine = deal(costs, self.world_size)[self.rank]
+        return [_batch(self._table, self._usable[step[p]]) for p in mine]
 
     def _identity(self) -> dict[str, Any]:
         return {"data": self._data, "pack_tokens": self.pack_tokens, "seed": self.seed}
 
     def _pack_epoch(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's packs, each the rows of the data set that it holds."""
+        """The epoch's packs, each the usable samples that it holds."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self._usable))
         packs = pack(self._lengths[order], self.pack_tokens)
-        return [self._usable[order[packs[p]]] for p in rng.permutation(len(packs))]
+        return [order[packs[p]] for p in rng.permutation(len(packs))]
+
+
+class Ahead:
+    """A loader's steps, made `depth` ahead in a background thread, pinned if asked. A context manager that takes the loader
+    over: set its state before. `next` raises the loader's errors; `waited` is the seconds that it kept its caller."""
+
+    def __init__(self, loader: Loader, pin: bool = False, depth: int = 2) -> None:
+        self.waited = 0.0
+        self._loader, self._pin = loader, pin
+        self._state = loader.state_dict()
+        self._made: Queue[tuple[list[Batch], dict[str, Any]] | Exception] = Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="fastdraft-loader", daemon=True)
+
+    def __enter__(self) -> Ahead:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def __next__(self) -> list[Batch]:
+        start = time.perf_counter()
+        made = self._made.get()
+        self.waited += time.perf_counter() - start
+        if isinstance(made, Exception):
+            raise made
+        batches, self._state = made
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state after the step last taken, whatever has been made ahead."""
+        return self._state
+
+    def _work(self) -> None:
+        made = None
+        while not self._stop.is_set() and not isinstance(made, Exception):
+            try:
+                batches = next(self._loader)
+                made = [batch.pin_memory() for batch in batches] if self._pin else batches, self._loader.state_dict()
+            except Exception as error:
+                made = error
+            while not self._stop.is_set():
+                try:
+                    self._made.put(made, timeout=0.1)
+                    break
+                except Full:
+                    pass
 
 
 def eval_batches(dataset: Dataset, pack_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Best-fit packing of samples into packs of a token budget, longest first.
+"""Best-fit packing of samples into packs of a token budget, longest first; and dealing packs to ranks by what they cost.
 
 Each sample goes where it leaves the least room. Open packs are kept by their free room, and which amounts of free room
 occur is a bit set in one integer, so finding the best fit is a shift and the lowest set bit.
@@ -42,3 +42,20 @@ def pack(
             room.setdefault(free - n, []).append(p)
             rooms |= 1 << (free - n)
     return packs
+
+
+def deal(
+    costs: Sequence[float] | np.ndarray,  # [n] of the packs of one optimizer step
+    num_ranks: int,  # divides n
+) -> list[list[int]]:
+    """For each rank the packs it takes, ascending: equally many for all, the costliest first to the rank with least so far.
+
+    Deterministic, so every rank can deal for itself. Equally many, because some parallel forwards meet once a pack.
+    """
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0.0] * num_ranks
+    for p in np.argsort(-np.asarray(costs, dtype=np.float64), kind="stable").tolist():
+        rank = min((r for r in range(num_ranks) if len(dealt[r]) * num_ranks < len(costs)), key=loads.__getitem__)
+        dealt[rank].append(p)
+        loads[rank] += costs[p]
+    return [sorted(packs) for packs in dealt]

@@ -33,19 +33,17 @@ def token_counts(
 
 
 def build_vocab_map(
-    data: Dataset | Iterable[tuple[np.ndarray, np.ndarray]],
+    counts: np.ndarray,  # [V] from `token_counts`
     draft_vocab_size: int,
-    vocab_size: int,
 ) -> Tensor:  # [Vd] int64, ascending target ids
     """The draft_vocab_size most trained tokens; ties, and what is missing if fewer are ever trained, go to the lower id.
 
-    ValueError for a draft vocabulary larger than the target's, or a token id the target does not have.
+    ValueError for a draft vocabulary larger than the target's.
     """
-    if not 1 <= draft_vocab_size <= vocab_size:
+    if not 1 <= draft_vocab_size <= len(counts):
         raise ValueError(
-            f"draft_vocab_size {draft_vocab_size} must be between 1 and the target's vocabulary of {vocab_size}"
+            f"draft_vocab_size {draft_vocab_size} must be between 1 and the target's vocabulary of {len(counts)}"
         )
-    counts = token_counts(data, vocab_size)
     return torch.from_numpy(np.sort(_by_count(counts)[:draft_vocab_size]))
 
 

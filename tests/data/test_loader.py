@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fastdraft.data.conversations import Conversation
-from fastdraft.data.loader import Loader, eval_batches
-from fastdraft.data.pack import pack
+from fastdraft.data.loader import Ahead, Loader, eval_batches
+from fastdraft.data.pack import deal, pack
 from fastdraft.data.preview import preview
 from fastdraft.data.samples import Sample, to_dataset
+from fastdraft.data.statistics import Statistics, statistics
 from fastdraft.data.tokenize import ChatTokenizer
 from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
 
@@ -87,13 +88,38 @@ def test_order_depends_on_seed_and_epoch():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_global_order_does_not_depend_on_the_ranks(world):
+@pytest.mark.parametrize("pair_cost", [0.0, 0.1])
+def test_a_steps_packs_do_not_depend_on_the_ranks(world, pair_cost):
     one = Loader(to_dataset(DATA), 64, 4, seed=5)
-    ranks = [Loader(to_dataset(DATA), 64, 4, seed=5, rank=r, world_size=world) for r in range(world)]
+    ranks = [Loader(to_dataset(DATA), 64, 4, 5, rank, world, pair_cost) for rank in range(world)]
     for _ in range(2 * one.steps_per_epoch):
         whole, parts = contents(next(one)), [contents(next(loader)) for loader in ranks]
-        assert [whole[r::world] for r in range(world)] == parts
+        assert {len(part) for part in parts} == {4 // world}
+        assert sorted(pack for part in parts for pack in part) == sorted(whole)
     assert one.state_dict() == ranks[0].state_dict()
+
+
+def test_ranks_get_equal_work_by_cost():
+    # Eight packs of 64 tokens each: by tokens all are alike, by pairs the one-document packs cost the most.
+    made = [Sample(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in [64] * 4 + [4] * 64]
+    loads = {}
+    for pair_cost in (0.0, 1.0):
+        loads[pair_cost] = []
+        for rank in range(4):
+            step = next(Loader(to_dataset(made), 64, 8, 0, rank, 4, pair_cost))
+            loads[pair_cost].append(sum(n + n * n for batch in step for n in batch.lengths))
+    assert len(set(loads[1.0])) == 1 < len(set(loads[0.0]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=8), st.integers(1, 5))
+def test_deal_gives_every_pack_to_one_rank(costs, ranks):
+    costs = [c + i for c in costs for i in range(ranks)]
+    dealt = deal(costs, ranks)
+    assert sorted(p for packs in dealt for p in packs) == list(range(len(costs)))
+    assert {len(packs) for packs in dealt} == {len(costs) // ranks}
+    loads = [sum(costs[p] for p in packs) for packs in dealt]
+    assert max(loads) - min(loads) <= max(costs) + 1e-9
 
 
 def test_steps_run_over_the_end_of_an_epoch():
@@ -136,6 +162,30 @@ def test_resume_refuses_other_data():
     Loader(to_dataset(DATA), 64, 4).load_state_dict(state)
 
 
+def test_ahead_gives_the_same_steps_and_the_state_of_the_last_one_taken():
+    straight = Loader(to_dataset(DATA), 64, 3, seed=2)
+    with Ahead(Loader(to_dataset(DATA), 64, 3, seed=2), depth=4) as ahead:
+        assert ahead.state_dict() == straight.state_dict()
+        for _ in range(2 * straight.steps_per_epoch):
+            assert contents(next(ahead)) == contents(next(straight))
+            assert ahead.state_dict() == straight.state_dict()
+        assert ahead.waited > 0
+
+
+def test_ahead_raises_what_the_loader_raises_where_it_is_awaited():
+    class Breaks(Loader):
+        def __next__(self):
+            if self.state_dict()["pack"] >= 2:
+                raise ValueError("no more")
+            return super().__next__()
+
+    with Ahead(Breaks(to_dataset(DATA), 64, 1)) as ahead:
+        next(ahead), next(ahead)
+        with pytest.raises(ValueError, match="no more"):
+            next(ahead)
+        assert ahead.state_dict()["pack"] == 2
+
+
 def test_untrained_samples_never_enter_a_pack():
     dead = [Sample(np.array([900 + i, 5, 6], np.int32), np.array([1, 1, 0], bool)) for i in range(5)]
     loader = Loader(to_dataset([*dead, *DATA[:3], *dead]), 64, 1)
@@ -175,20 +225,34 @@ def test_vocab_map():
     pairs = [(np.array([5, 3, 3, 9]), np.array([1, 1, 1, 0])), (np.array([7, 9, 5]), np.array([1, 0, 1]))]
     assert token_counts(pairs, 10).tolist() == [0, 0, 0, 2, 0, 2, 0, 1, 0, 0]
     for size, ids in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7]), (5, [0, 1, 3, 5, 7]), (10, list(range(10)))):
-        made = build_vocab_map(pairs, size, 10)
+        made = build_vocab_map(token_counts(pairs, 10), size)
         assert made.dtype == torch.int64 and made.tolist() == ids
     dataset = to_dataset([Sample(ids.astype(np.int32), mask.astype(bool)) for ids, mask in pairs])
-    assert build_vocab_map(dataset, 5, 10).tolist() == [0, 1, 3, 5, 7]
+    assert token_counts(dataset, 10).tolist() == token_counts(pairs, 10).tolist()
     assert coverage(token_counts(pairs, 10), [1, 2, 3, 64]) == pytest.approx({1: 0.4, 2: 0.8, 3: 1.0, 64: 1.0})
-    for size, vocab, reason in (
-        (11, 10, "draft_vocab_size 11"),
-        (0, 10, "draft_vocab_size 0"),
-        (2, 9, "token id 9 is not in"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            build_vocab_map(pairs, size, vocab)
+    for size in (11, 0):
+        with pytest.raises(ValueError, match=f"draft_vocab_size {size} must be between 1 and .* 10"):
+            build_vocab_map(token_counts(pairs, 10), size)
+    with pytest.raises(ValueError, match="token id 9 is not in"):
+        token_counts(pairs, 9)
     with pytest.raises(ValueError, match="no trained token"):
         coverage(np.zeros(10, np.int64), [1])
+
+
+def test_statistics():
+    made = [Sample(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in (
+        ([1, 2, 3, 4], [0, 0, 1, 1]), ([5, 3, 3, 9, 9, 9], [0, 0, 1, 1, 1, 0]), ([1, 1, 4], [0, 0, 1])
+    )]  # fmt: skip
+    numbers = statistics(to_dataset(made), 10, 8)
+    assert numbers.lengths.tolist() == [4, 6, 3] and numbers.trained.tolist() == [2, 3, 1]
+    assert numbers.counts.tolist() == [0, 0, 0, 2, 2, 0, 0, 0, 0, 2] and sorted(numbers.fill) == [6, 7]
+    assert numbers.coverage(2) == pytest.approx({2: 4 / 6})
+    lines = numbers.lines(2)
+    assert lines[0] == "train samples: 3 to 6 tokens, mean 4.3; half up to 4, 90 % up to 6, 99 % up to 6"
+    assert "of all train tokens 46%" in lines[1] and "3 of 10 tokens" in lines[2] and lines[2].endswith("2: 66.67%")
+    assert lines[3] == "2 packs of 8 tokens, 81.2% full"
+    wide = Statistics(numbers.lengths, numbers.trained, np.ones(70000, np.int64), 8, numbers.fill)
+    assert list(wide.coverage(32000)) == [8192, 16384, 32000, 32768, 65536]
 
 
 def test_preview_shows_trained_and_special_tokens():
