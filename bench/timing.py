@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import triton
 
+from bench.sources import source
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -50,6 +52,29 @@ def roof() -> tuple[float, float]:
     return 2 * source.nbytes / copy_us * 1e6, 2 * 8192**3 / mm_us * 1e6
 
 
+def append(op: str, row: dict, commit: str | None, results: Path = RESULTS) -> None:
+    """Appends a row to results/<op's file>.jsonl behind where and of what it was measured.
+
+    `commit` is for machines without git. A row may carry a `note` that explains it; the gate then lets it be slow.
+    """
+    if not commit:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    cuda = torch.cuda.is_available()
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "source": source(op),
+        "op": op,
+    }
+    results.mkdir(exist_ok=True, parents=True)
+    with open(results / f"{op.split('/')[0]}.jsonl", "a") as out:
+        out.write(json.dumps(about | row) + "\n")
+
+
 def record(
     op: str,
     shape: dict[str, int],
@@ -59,34 +84,21 @@ def record(
     flops: int,
     commit: str | None,
 ) -> None:
-    """Prints a line per provider and appends a row each to results/<op's file>.jsonl."""
-    commit = (
-        commit or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    )
+    """Prints a line per provider and appends a row each."""
     copy_rate, matrix_rate = roof()
     floor_us = max(num_bytes / copy_rate, flops / matrix_rate) * 1e6
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{op.split('/')[0]}.jsonl", "a") as out:
-        for provider, us in times.items():
-            median = us[len(us) // 2]
-            row = {
-                "date": datetime.date.today().isoformat(),
-                "commit": commit,
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "op": op,
-                "shape": shape,
-                "dtype": dtype,
-                "provider": provider,
-                "us": round(median, 1),
-                "p20": round(us[len(us) // 5], 1),
-                "p80": round(us[len(us) * 4 // 5], 1),
-                "bytes": num_bytes,
-                "flops": flops,
-                "pct_of_roof": round(100 * floor_us / median, 1),
-            }
-            out.write(json.dumps(row) + "\n")
-            print(
-                f"{op:24s} {shape!s:60s} {provider:16s} {median:10.1f} us  {row['pct_of_roof']:5.1f} % of roof", flush=True
-            )
+    for provider, us in times.items():
+        median = us[len(us) // 2]
+        row = {
+            "shape": shape,
+            "dtype": dtype,
+            "provider": provider,
+            "us": round(median, 1),
+            "p20": round(us[len(us) // 5], 1),
+            "p80": round(us[len(us) * 4 // 5], 1),
+            "bytes": num_bytes,
+            "flops": flops,
+            "pct_of_roof": round(100 * floor_us / median, 1),
+        }
+        append(op, row, commit)
+        print(f"{op:24s} {shape!s:60s} {provider:16s} {median:10.1f} us  {row['pct_of_roof']:5.1f} % of roof", flush=True)
