@@ -81,8 +81,8 @@ def test_what_the_mask_allows_is_trained_on():
 def test_rows(tmp_path):
     (tmp_path / "chats.jsonl").write_text('[["u", 6], ["a", 12]]\n[["s", 2], ["u", 4], ["a", 8]]\n')
     main(
-        f"--device cpu --dtype fp32 --shape tiny --tokens 32 --pattern live,chats --packs 1 --ttt 3 "
-        f"--engine fused,reference --rounds 1 --seconds 0.1 --commit abc --out {tmp_path} --chats {tmp_path}/chats.jsonl".split()
+        f"--device cpu --dtype fp32 --shape tiny --tokens 32 --pattern live,chats --packs 1 --ttt 3 --rounds 1 "
+        f"--engine fused,reference --seconds 0.1 --commit abc --out {tmp_path} --chats {tmp_path}/chats.jsonl".split()
     )
     rows = [json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines()]
     assert [(r["shape"]["pattern"], r["shape"]["tokens"], r["provider"]) for r in rows] == [
