@@ -326,8 +326,7 @@ def test_render_at_any_width(width):
 
 
 def test_pair_cost_of_llama_8b():
-    """At 128k tokens a document's attention costs about as much as the rest of its work; at 4k it hardly counts."""
+    """In a document of 64k tokens attention costs about as much as all other work; in one of 4k it hardly counts."""
     draft = config(**LLAMA_8B, num_target_layers=32)
     cost = pair_cost(draft, 8_030_261_248, 7)
-    target = 2 * 4096 * 32 / (2 * 8_030_261_248)
-    assert target < cost < 2 * target and 4096 * cost < 0.1 and 0.9 < 2**17 * cost < 3
+    assert 0.9 < 65536 * cost < 1.2 and 4096 * cost < 0.08
