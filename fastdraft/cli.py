@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at training data, and tokenise it once.", no_args_is_help=True)
 app.add_typer(data, name="data")
+bench = typer.Typer(help="Measure a draft where it serves.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 console = Console()
 
 
@@ -156,6 +158,56 @@ def export(
 
     for line in export_run(run, out, which, overwrite):
         say(line)
+
+
+@bench.command()
+def serve(
+    url: Annotated[str, typer.Option(help="A running SGLang or vLLM server with the draft.")],
+    prompts: Annotated[list[Path], typer.Option(help="JSONL with `prompt` or `messages`; may be repeated.")],
+    baseline_url: Annotated[str | None, typer.Option(help="The same target without a draft, measured beside it.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Or the serve.json of an earlier run without a draft.")] = None,
+    concurrency: Annotated[str, typer.Option(help="Requests in flight: a number, or several with commas.")] = "1",
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="Of each file, the first so many.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    body: Annotated[str, typer.Option(help="Further fields of every request, a JSON object.")] = "{}",
+    warmup: Annotated[int, typer.Option(help="Requests to each server before measuring.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 300.0,
+    retries: Annotated[int, typer.Option(help="Times a request that failed is sent again.")] = 2,
+    api_key: Annotated[str | None, typer.Option(envvar="FASTDRAFT_API_KEY", help="Sent as bearer token.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for serve.json and serve.png.")] = None,
+) -> None:
+    """Accepted length, acceptance by depth, speed and latency in a running server."""
+    from fastdraft.data.prompts import read_prompts
+    from fastdraft.report import write_file
+    from fastdraft.serve_bench import ServeReport, bench_serve, parse_load, read_report
+    from fastdraft.serve_report import render_serve, serve_picture
+
+    load = parse_load(
+        concurrency,
+        body,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        num_warmup=warmup,
+        timeout_s=timeout,
+        retries=retries,
+    )
+    sets = {file.stem: read_prompts(file)[:max_prompts] for file in prompts}
+    if len(sets) < len(prompts):
+        raise ValueError(f"two prompt files have one name: {', '.join(map(str, prompts))}; a file's name names its set")
+
+    def keep(report: ServeReport) -> None:
+        cell = report.cells[-1]
+        say(f"{cell.prompts}, {cell.concurrency} in flight: {cell.measured.output_tokens_per_s:,.1f} tokens/s")
+        if out is not None:  # after each cell: a server that dies costs the rest only
+            write_file(out / "serve.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
+
+    earlier = read_report(baseline) if baseline is not None else None
+    report = bench_serve(url, sets, load, baseline_url, earlier, api_key, keep)
+    render_serve(report, console)
+    if out is not None:
+        write_file(out / "serve.png", serve_picture(report))
+        say(f"wrote {out / 'serve.json'} and {out / 'serve.png'}")
 
 
 @app.command()

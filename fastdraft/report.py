@@ -82,7 +82,7 @@ def write_summary(run_dir: Path | str, summary: dict[str, Any]) -> Path:
     """Writes run_dir/summary.json, whole or not at all. Raises ValueError naming the keys that are missing."""
     _check(summary)
     path = Path(run_dir) / "summary.json"
-    _write(path, (json.dumps(_jsonable(summary), indent=2, allow_nan=False) + "\n").encode())
+    write_file(path, (json.dumps(_jsonable(summary), indent=2, allow_nan=False) + "\n").encode())
     return path
 
 
@@ -103,11 +103,11 @@ def write_report(run_dir: Path | str, summary: dict[str, Any]) -> Path:
             "steps": _steps_figure(summary),
             "position": _position_figure(summary),
         }
-        pictures = {name: _png(figure) for name, figure in figures.items() if figure is not None}
+        pictures = {name: png(figure) for name, figure in figures.items() if figure is not None}
     for name in figures:
         path = run_dir / "report" / f"{name}.png"
         if name in pictures:
-            _write(path, pictures[name])
+            write_file(path, pictures[name])
         else:
             path.unlink(missing_ok=True)  # of an earlier report
     cards = [
@@ -118,7 +118,7 @@ def write_report(run_dir: Path | str, summary: dict[str, Any]) -> Path:
     ]
     sample = _sample(summary["decode_sample"]) if summary.get("decode_sample") else ""
     path = run_dir / "report.html"
-    _write(path, _page(f"fastdraft run {run_dir.resolve().name}", cards, pictures, sample, _facts(summary)).encode())
+    write_file(path, _page(f"fastdraft run {run_dir.resolve().name}", cards, pictures, sample, _facts(summary)).encode())
     return path
 
 
@@ -126,12 +126,12 @@ def write_data_report(folder: Path | str, numbers: Statistics, lines: list[str],
     """Writes folder/data.html (self-contained) and its pictures folder/*.png; `lines` are what is said about the data."""
     with matplotlib.rc_context(STYLE):
         pictures = {
-            "lengths": _png(_lengths_figure(numbers)),
-            "trained_share": _png(_trained_figure(numbers)),
-            "coverage": _png(_coverage_figure(numbers, draft_vocab_size)),
+            "lengths": png(_lengths_figure(numbers)),
+            "trained_share": png(_trained_figure(numbers)),
+            "coverage": png(_coverage_figure(numbers, draft_vocab_size)),
         }
-    for name, png in pictures.items():
-        _write(Path(folder) / f"{name}.png", png)
+    for name, picture in pictures.items():
+        write_file(Path(folder) / f"{name}.png", picture)
     covered = numbers.coverage(draft_vocab_size)[draft_vocab_size]
     cards = [
         (f"{len(numbers.lengths):,}", "train samples"),
@@ -141,7 +141,7 @@ def write_data_report(folder: Path | str, numbers: Statistics, lines: list[str],
         (f"{numbers.fill.mean() / numbers.pack_tokens:.1%}", "of the packs is filled"),
     ]
     path = Path(folder) / "data.html"
-    _write(path, _page("fastdraft data", cards, pictures, "", [("", line) for line in lines]).encode())
+    write_file(path, _page("fastdraft data", cards, pictures, "", [("", line) for line in lines]).encode())
     return path
 
 
@@ -205,7 +205,7 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".tmp")
     with new.open("wb") as file:
@@ -227,7 +227,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
@@ -456,8 +456,8 @@ def _page(
         title=html.escape(title),
         cards="".join(f"<div><b>{value}</b><span>{what}</span></div>" for value, what in cards),
         pictures="".join(
-            f'<figure><img alt="{ALT[key]}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
-            for key, png in pictures.items()
+            f'<figure><img alt="{ALT[key]}" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></figure>'
+            for key, picture in pictures.items()
         ),
         sample=sample,
         facts="".join(f"<tr><td>{k}</td><td>{html.escape(v)}</td></tr>" for k, v in facts),

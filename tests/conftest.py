@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 from tiny import save_target, write_chats
 
+from fastdraft import cli
 from fastdraft.config import Config, parse_config
 
 torch.set_num_threads(1)
@@ -74,3 +76,17 @@ def make_config(tree):
         return parse_config(mine, Config)
 
     return make
+
+
+@pytest.fixture
+def fastdraft(monkeypatch, capsys):
+    """fastdraft("train", "x.yaml") -> exit code, standard output, standard error."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdraft", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return (exit.value.code or 0, *capsys.readouterr())
+
+    return call

@@ -14,27 +14,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import make_tokenizer, save_target
+from tiny import make_tokenizer, refusal, save_target
 
 from fastdraft import cli
 from fastdraft import train as training
 from fastdraft.data.loader import Ahead
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture
-def fastdraft(monkeypatch, capsys):
-    """fastdraft("train", "x.yaml") -> exit code, standard output, standard error."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fastdraft", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return (exit.value.code or 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -50,14 +36,6 @@ def trained(fastdraft, config_file, tree) -> Path:
     code, _, err = fastdraft("train", config_file, "max_steps=2", "checkpoint.every=1")
     assert code == 0, err
     return Path(tree["run_dir"])
-
-
-def refusal(called: tuple[int, str, str]) -> str:
-    """The one red line of a command that failed with exit code 1."""
-    code, _, err = called
-    lines = [line for line in err.splitlines() if line.startswith("fastdraft: ")]
-    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
 
 
 # --- train ---------------------------------------------------------------------------------------------------------------

@@ -69,3 +69,11 @@ def write_chats(path: Path, count: int, seed: int = 0, turns: int = 2) -> Path:
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
+
+
+def refusal(called: tuple[int, str, str]) -> str:
+    """The one red line of a command that failed with exit code 1."""
+    code, _, err = called
+    lines = [line for line in err.splitlines() if line.startswith("fastdraft: ")]
+    assert code == 1 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]

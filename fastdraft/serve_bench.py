@@ -1,0 +1,364 @@
+"""`fastdraft bench serve`: what a draft is worth in a running SGLang or vLLM server.
+
+A cell is one prompt set at one number of requests in flight, streamed through /v1/chat/completions. Every cell has a cache
+salt of its own, so that no cell's prefill reads another's prefix cache. Its numbers:
+
+    accepted length    (output tokens - requests) / verifying target forwards, as DecodeReport.accepted_length: a forward's
+                       own (bonus) token counts, the prefill's, one a request, does not
+    step_acceptance    share of verifying forwards that kept a drafted token at depth 1, 2, ...
+    inter-token        the time between two chunks of a stream, shared by the tokens of the later one
+
+Where the forwards are counted:
+    SGLang  each request's spec_tokens_details (spec_verify_ct, spec_correct_drafts_histogram); from older versions the
+            counter sglang:spec_verify_calls_total; else only the mean since the start is known, which is noted, not used
+    vLLM    the counters vllm:spec_decode_num_{drafts,accepted_tokens,accepted_tokens_per_pos}_total
+Counters are read before and after a cell and count by their difference. vLLM does not count a forward that had nothing
+drafted to verify; as one gives at most its accepted tokens and one more, there were at least (output tokens - requests -
+accepted tokens) forwards in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from fastdraft import serve_client as serve
+from fastdraft.serve_client import Answer, Counters, Server
+
+ACCEPTED_LENGTH = (
+    "tokens per verifying forward of the target, its own (bonus) token included and the prefill's left out, "
+    "as fastdraft evaluate counts"
+)
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent. `body` holds further fields of every request, such as chat_template_kwargs."""
+
+    concurrency: tuple[int, ...] = (1,)  # requests in flight, a cell each
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0 is greedy
+    body: dict[str, Any] = field(default_factory=dict)
+    num_warmup: int = 2  # requests to each server before the first cell, not measured
+    timeout_s: float = 300.0  # for one whole answer
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.concurrency or min(self.concurrency) < 1 or len(set(self.concurrency)) < len(self.concurrency):
+            raise ValueError(f"concurrency {self.concurrency} must be numbers of at least 1, each once")
+        if self.max_new_tokens < 2 or self.temperature < 0 or self.timeout_s <= 0 or min(self.num_warmup, self.retries) < 0:
+            raise ValueError(f"max_new_tokens must be at least 2, timeout_s above 0, the others not negative: {self}")
+
+
+def parse_load(concurrency: str, body: str, **rest: Any) -> Load:
+    """A Load from what a command line holds: "1,4,16", and a JSON object as text. Raises ValueError."""
+    try:
+        numbers = tuple(int(number) for number in concurrency.split(","))
+    except ValueError as error:
+        raise ValueError(f"concurrency {concurrency!r} must be whole numbers with commas, like 1,4,16") from error
+    try:
+        fields = json.loads(body)
+    except ValueError as error:
+        raise ValueError(f"body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"body must be a JSON object, not {body}")
+    return Load(numbers, body=fields, **rest)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    accepted_length: float  # ACCEPTED_LENGTH
+    engine_accept_length: float  # vLLM's own: 1 + accepted / drafts; SGLang's: output tokens / verifying forwards
+    num_forwards: int  # verifying ones
+    step_acceptance: list[float] | None
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell on one server."""
+
+    num_requests: int
+    num_retries: int
+    num_output_tokens: int
+    seconds: float  # from the first request sent to the last answer's end
+    output_tokens_per_s: float
+    first_token_ms: Percentiles | None  # over requests; None without any text
+    inter_token_ms: Percentiles | None  # over tokens; None when every answer came in one piece
+    end_to_end_ms: Percentiles  # over requests
+    acceptance: Acceptance | None  # None: no speculation, or not reported
+
+
+@dataclass(frozen=True)
+class Cell:
+    prompts: str  # name of the set
+    prompts_sha256: str  # of what was asked
+    concurrency: int
+    measured: Measured
+    baseline: Measured | None
+    speedup: float | None  # output tokens/s over the baseline's
+
+
+@dataclass(frozen=True)
+class ServeReport:
+    """`asdict` gives what JSON can hold."""
+
+    accepted_length_means: str
+    server: Server
+    baseline_server: Server | None
+    load: Load
+    cells: list[Cell]
+    notes: list[str]  # what the servers did not report, and what else a reader must know
+
+
+def read_report(path: Path) -> ServeReport:
+    """A serve.json, to compare with. Raises ValueError when it is none."""
+    try:
+        return TypeAdapter(ServeReport).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path} is no serve.json of fastdraft bench serve: {where}: {first['msg']}") from error
+
+
+def bench_serve(
+    url: str,
+    prompts: Mapping[str, Sequence[Messages]],  # by the set's name
+    load: Load,
+    baseline_url: str | None = None,
+    baseline: ServeReport | None = None,  # of an earlier run with the same prompts and load
+    api_key: str | None = None,
+    on_cell: Callable[[ServeReport], None] = lambda report: None,  # gets the report so far after each cell
+) -> ServeReport:
+    """Measures every prompt set at every concurrency; with `baseline_url`, each cell there too, right after.
+
+    Raises ValueError, in one sentence, when a server cannot be reached, is of neither engine, refuses a request, is too
+    slow or dies, and when `baseline` lacks a cell or was measured otherwise.
+    """
+    if baseline is not None and baseline_url is not None:
+        raise ValueError("give a baseline's URL or an earlier baseline's file, not both")
+    if not prompts:
+        raise ValueError("no prompts; give at least one set")
+    for name, messages in prompts.items():
+        if not messages:
+            raise ValueError(f"prompt set {name} holds no prompt")
+    if baseline is not None:
+        _check_baseline(baseline, prompts, load)
+    return asyncio.run(_bench(url, prompts, load, baseline_url, baseline, api_key, on_cell))
+
+
+def _sha256(messages: Sequence[Messages]) -> str:
+    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+
+
+def _earlier(baseline: ServeReport, messages: Sequence[Messages], concurrency: int) -> Measured | None:
+    same = (c for c in baseline.cells if c.prompts_sha256 == _sha256(messages) and c.concurrency == concurrency)
+    return next((cell.measured for cell in same), None)
+
+
+def _check_baseline(baseline: ServeReport, prompts: Mapping[str, Sequence[Messages]], load: Load) -> None:
+    for name in ("max_new_tokens", "temperature", "body"):
+        now, then = getattr(load, name), getattr(baseline.load, name)
+        if now != then:
+            raise ValueError(f"the baseline was measured with {name} {then}, this run has {now}: they do not compare")
+    for name, messages in prompts.items():
+        for concurrency in load.concurrency:
+            if _earlier(baseline, messages, concurrency) is None:
+                raise ValueError(f"the baseline has no cell with the prompts of {name} at concurrency {concurrency}")
+
+
+async def _bench(
+    url: str,
+    prompts: Mapping[str, Sequence[Messages]],
+    load: Load,
+    baseline_url: str | None,
+    baseline: ServeReport | None,
+    api_key: str | None,
+    on_cell: Callable[[ServeReport], None],
+) -> ServeReport:
+    async with (
+        serve.connect(url, load.timeout_s, api_key) as client,
+        serve.connect(baseline_url or url, load.timeout_s, api_key) as plain_client,
+    ):
+        server = await serve.probe(client)
+        plain = await serve.probe(plain_client) if baseline_url is not None else None
+        baseline_server = plain if baseline is None else baseline.server
+        notes = _first_notes(server, baseline_server, prompts, load)
+        if warm := list(islice(chain.from_iterable(prompts.values()), load.num_warmup)):
+            await _measure(client, server, warm, 1, load, [])
+            if plain is not None:
+                await _measure(plain_client, plain, warm, 1, load, [])
+        report = ServeReport(ACCEPTED_LENGTH, server, baseline_server, load, [], notes)
+        for name, messages in prompts.items():
+            for concurrency in load.concurrency:
+                measured = await _measure(client, server, messages, concurrency, load, notes)
+                if plain is not None:
+                    other = await _measure(plain_client, plain, messages, concurrency, load, notes)
+                else:
+                    other = _earlier(baseline, messages, concurrency) if baseline is not None else None
+                speedup = measured.output_tokens_per_s / other.output_tokens_per_s if other else None
+                cell = Cell(name, _sha256(messages), concurrency, measured, other, speedup)
+                report = replace(report, cells=[*report.cells, cell], notes=list(dict.fromkeys(notes)))
+                on_cell(report)
+    return report
+
+
+def _first_notes(
+    server: Server, baseline: Server | None, prompts: Mapping[str, Sequence[Messages]], load: Load
+) -> list[str]:
+    notes = []
+    if server.speculates is False:
+        notes.append(f"{server.url} runs without speculation: there is no accepted length to measure")
+    if baseline is not None and baseline.speculates is not False:
+        said = "speculates" if baseline.speculates else "does not say whether it speculates"
+        notes.append(f"the baseline {baseline.url} {said}: the speed-up is not over the target alone")
+    if baseline is not None and baseline.model != server.model:
+        notes.append(f"{server.url} serves {server.model}, the baseline {baseline.model}")
+    for name, messages in prompts.items():
+        if len(messages) < max(load.concurrency):
+            notes.append(f"{name} has only {len(messages)} prompts: never more than that many are in flight")
+    return notes
+
+
+# --- one cell ------------------------------------------------------------------------------------------------------------
+
+
+async def _measure(
+    client: httpx.AsyncClient,
+    server: Server,
+    prompts: Sequence[Messages],
+    concurrency: int,
+    load: Load,
+    notes: list[str],  # gets what the server did not report
+) -> Measured:
+    body = {
+        "model": server.model,
+        "max_tokens": load.max_new_tokens,
+        "temperature": load.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "cache_salt": uuid.uuid4().hex,
+        **({"return_spec_tokens_details": True} if server.engine == "SGLang" else {}),
+        **load.body,
+    }
+    bodies = [{**body, "messages": messages} for messages in prompts]
+    before = await serve.read_counters(client)
+    start = time.perf_counter()
+    answers = await serve.ask_all(client, bodies, concurrency, load.timeout_s, load.retries)
+    seconds = time.perf_counter() - start
+    num_tokens = sum(a.num_tokens for a in answers)
+    if not num_tokens:
+        raise ValueError(f"{server.url} answered {len(answers)} requests without a single token")
+    generated = serve.GENERATED[server.engine]
+    counted = await serve.counted_since(client, before, generated, num_tokens)
+    others = round(counted.get((generated, ""), num_tokens) - num_tokens)
+    if others:
+        notes.append(
+            f"{server.url} counted {others:+d} tokens besides those answered here: other requests, or answers cut off"
+        )
+    if server.speculates is False:
+        acceptance = None
+    elif server.engine == "vLLM":
+        acceptance = _vllm_acceptance(server, answers, counted, others, notes)
+    else:
+        info = await serve.sglang_info(client)
+        acceptance = _sglang_acceptance(server, answers, counted, others, info, notes)
+    return Measured(
+        num_requests=len(answers),
+        num_retries=sum(a.num_retries for a in answers),
+        num_output_tokens=num_tokens,
+        seconds=seconds,
+        output_tokens_per_s=num_tokens / seconds,
+        first_token_ms=_percentiles(a.first_s for a in answers if a.first_s is not None),
+        inter_token_ms=_percentiles(gap for a in answers for gap in a.gaps_s),
+        end_to_end_ms=_percentiles(a.end_s for a in answers),
+        acceptance=acceptance,
+    )
+
+
+def _percentiles(seconds: Iterable[float]) -> Percentiles | None:
+    values = list(seconds)
+    return Percentiles(*(np.percentile(values, (50, 90, 99)) * 1e3).tolist()) if values else None
+
+
+def _after_prefill(answers: list[Answer]) -> int:
+    return sum(a.num_tokens - 1 for a in answers if a.num_tokens)
+
+
+def _vllm_acceptance(
+    server: Server, answers: list[Answer], counted: Counters, others: int, notes: list[str]
+) -> Acceptance | None:
+    drafts, accepted = (round(counted.get((name, ""), 0)) for name in (serve.VLLM_DRAFTS, serve.VLLM_ACCEPTED))
+    if server.speculates is None:
+        notes.append(f"{server.url} reports nothing of speculation: no vllm: counters in /metrics (--disable-log-stats?)")
+    elif not drafts:
+        notes.append(f"{server.url} can speculate but verified nothing drafted")
+    if not drafts:
+        return None
+    own = 1 + accepted / drafts
+    steps = [value / drafts for value in serve.by_position(counted)]
+    if not steps:
+        notes.append(f"{server.url} does not report acceptance by depth ({serve.VLLM_BY_POSITION})")
+    if others:  # the counters' ratio holds whosesoever tokens they are
+        notes.append(f"{server.url}: accepted length is therefore 1 + accepted / drafts of all it served meanwhile")
+        return Acceptance(own, own, drafts, steps or None)
+    produced = _after_prefill(answers)
+    forwards = max(drafts, produced - accepted)
+    if forwards > drafts:
+        notes.append(f"{server.url}: some target forwards had nothing drafted to verify; the accepted length counts them")
+    return Acceptance(produced / forwards, own, forwards, steps or None)
+
+
+def _sglang_acceptance(
+    server: Server,
+    answers: list[Answer],
+    counted: Counters,
+    others: int,
+    info: Mapping[str, Any],  # /server_info, after the cell
+    notes: list[str],
+) -> Acceptance | None:
+    produced, tokens = _after_prefill(answers), sum(a.num_tokens for a in answers)
+    verified = [a for a in answers if a.num_tokens > 1]
+    details = [a.spec for a in verified if a.spec is not None and a.spec.spec_verify_ct]
+    if details and len(details) == len(verified):
+        forwards = sum(d.spec_verify_ct for d in details)
+        depth = max(len(d.spec_correct_drafts_histogram) for d in details)
+        rounds = np.zeros(max(depth, 1 + server.speculation.get("speculative_num_steps", 0)), dtype=np.int64)
+        for d in details:
+            rounds[: len(d.spec_correct_drafts_histogram)] += d.spec_correct_drafts_histogram
+        if not depth:
+            notes.append(f"{server.url} does not report acceptance by depth (spec_correct_drafts_histogram)")
+        steps = (rounds[::-1].cumsum()[::-1][1:] / forwards).tolist() if depth else None
+        return Acceptance(produced / forwards, tokens / forwards, forwards, steps)
+
+    lacks = f"{server.url} does not report verifying forwards by request (spec_tokens_details, which SGLang 0.5.21 has)"
+    forwards = round(counted.get((serve.SGLANG_FORWARDS, ""), 0))
+    if forwards and not others:
+        notes.append(f"{lacks}: taken from {serve.SGLANG_FORWARDS}, without acceptance by depth")
+        return Acceptance(produced / forwards, tokens / forwards, forwards, None)
+    states = info.get("internal_states")
+    states = [s for s in states if isinstance(s, dict)] if isinstance(states, list) else []
+    means = [s["avg_spec_accept_length"] for s in states if s.get("avg_spec_accept_length")]
+    known = f"only its mean since it was started is known, {np.mean(means):.3f}" if means else "nor a mean"
+    notes.append(f"{lacks}, nor by {serve.SGLANG_FORWARDS} alone (--enable-metrics): {known}")
+    return None

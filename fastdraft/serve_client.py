@@ -1,0 +1,303 @@
+"""Requests to a running SGLang or vLLM server: which engine it is, its counters, and streamed answers with their times.
+
+Names read in SGLang 0.5.21 and vLLM 0.32.0. No request lacks a time-out, and no more are in flight than asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel, ValidationError
+
+PROBE_S = 10.0  # for a connection, and for an answer that needs no generation
+SETTLE_S = 2.0  # counters may come this much later than the answers
+SGLANG_SPECULATION = (
+    "speculative_algorithm",
+    "speculative_draft_model_path",
+    "speculative_num_steps",
+    "speculative_eagle_topk",
+    "speculative_num_draft_tokens",
+)
+GENERATED = {"vLLM": "vllm:generation_tokens_total", "SGLang": "sglang:generation_tokens_total"}
+VLLM_DRAFTS, VLLM_ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
+VLLM_BY_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+SGLANG_FORWARDS = "sglang:spec_verify_calls_total"
+COUNTERS = {*GENERATED.values(), VLLM_DRAFTS, VLLM_ACCEPTED, VLLM_BY_POSITION, SGLANG_FORWARDS}
+# a delta's fields that hold generated text: the answer, either engine's name for thoughts, calls
+TEXT = ("content", "reasoning_content", "reasoning", "tool_calls")
+
+Counters = Mapping[tuple[str, str], float]  # COUNTERS by name and `position` (or ""), summed over engines and models
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    engine: str  # "SGLang" or "vLLM"
+    version: str | None
+    model: str
+    speculates: bool | None  # None: it does not say
+    speculation: dict[str, Any]  # what it says of it
+
+
+@dataclass(frozen=True)
+class Answer:
+    num_tokens: int
+    first_s: float | None  # from sending to the first text; None without any
+    end_s: float
+    gaps_s: list[float]  # one for every token after the first chunk's
+    spec: SpecDetails | None
+    num_retries: int
+
+
+class SpecDetails(BaseModel):
+    """SGLang's of one request."""
+
+    spec_verify_ct: int = 0
+    spec_correct_drafts_histogram: list[int] = []  # [n] forwards that kept n drafted tokens
+
+
+# --- the server ----------------------------------------------------------------------------------------------------------
+
+
+def connect(url: str, timeout_s: float, api_key: str | None = None) -> httpx.AsyncClient:
+    """A client for one server. Raises ValueError when `url` (with or without /v1) is not one."""
+    try:
+        parsed = httpx.URL(url.rstrip("/").removesuffix("/v1"))
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url!r} is not a URL: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"{url!r} is not a server's URL; give one like http://localhost:30000")
+    return httpx.AsyncClient(
+        base_url=parsed,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+        timeout=httpx.Timeout(timeout_s, connect=PROBE_S),
+        limits=httpx.Limits(max_connections=None),
+    )
+
+
+def server_url(client: httpx.AsyncClient) -> str:
+    return str(client.base_url).rstrip("/")
+
+
+async def probe(client: httpx.AsyncClient) -> Server:
+    """Which engine it is, and what it says of its speculation. Raises ValueError when it is neither or does not answer."""
+    url = server_url(client)
+    models = (await _get_object(client, "/v1/models")).get("data")
+    if not (isinstance(models, list) and models and isinstance(models[0], dict) and isinstance(models[0].get("id"), str)):
+        raise ValueError(f"{url} is no OpenAI-compatible server: /v1/models lists no model")
+    model, owner = models[0]["id"], models[0].get("owned_by")
+    info = await sglang_info(client)
+    if owner == "sglang" or "speculative_algorithm" in info:
+        speculation = {key: info[key] for key in SGLANG_SPECULATION if info.get(key) is not None}
+        speculates = bool(info["speculative_algorithm"]) if "speculative_algorithm" in info else None
+        return Server(url, "SGLang", info.get("version"), model, speculates, speculation)
+    counters = await read_counters(client)
+    logs = (GENERATED["vLLM"], "") in counters
+    if owner == "vllm" or logs:
+        version = (await _get_object(client, "/version")).get("version")
+        depth = len(by_position(counters))
+        speculates = (VLLM_DRAFTS, "") in counters if logs else None
+        return Server(url, "vLLM", version, model, speculates, {"num_speculative_tokens": depth} if depth else {})
+    raise ValueError(
+        f"{url} serves {model} but is neither SGLang (no /server_info) nor vLLM (no vllm: counters in /metrics)"
+    )
+
+
+async def sglang_info(client: httpx.AsyncClient) -> dict[str, Any]:
+    """SGLang's /server_info, also under its old name; empty if there is none."""
+    return await _get_object(client, "/server_info") or await _get_object(client, "/get_server_info")
+
+
+async def read_counters(client: httpx.AsyncClient) -> Counters:
+    """What /metrics shows of COUNTERS; empty if it shows none."""
+    response = await _get(client, "/metrics")
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    if response.status_code == 200:
+        try:
+            for family in text_string_to_metric_families(response.text):
+                for sample in (s for s in family.samples if s.name in COUNTERS):
+                    sums[sample.name, sample.labels.get("position", "")] += sample.value
+        except ValueError:  # not Prometheus' format
+            return {}
+    return dict(sums)
+
+
+async def counted_since(client: httpx.AsyncClient, before: Counters, generated: str, num_tokens: int) -> Counters:
+    """What was added to the counters, read once `generated` holds `num_tokens` more, or after SETTLE_S.
+
+    Raises ValueError when a counter went backwards.
+    """
+    give_up = time.perf_counter() + SETTLE_S
+    while True:
+        after = await read_counters(client)
+        missing = before.get((generated, ""), 0) + num_tokens - after.get((generated, ""), 0)
+        if missing <= 0 or (generated, "") not in after or time.perf_counter() > give_up:
+            break
+        await asyncio.sleep(0.05)
+    counted = {key: value - before.get(key, 0) for key, value in after.items()}
+    if any(value < 0 for value in counted.values()):
+        raise ValueError(f"the counters of {server_url(client)} went backwards: it was started anew while it was measured")
+    return counted
+
+
+def by_position(counters: Counters) -> list[float]:
+    """vLLM's accepted tokens at draft position 0, 1, ..."""
+    found = {int(position): value for (name, position), value in counters.items() if name == VLLM_BY_POSITION}
+    return [found[position] for position in sorted(found)]
+
+
+async def _get(client: httpx.AsyncClient, path: str) -> httpx.Response:
+    url = server_url(client)
+    try:
+        async with asyncio.timeout(PROBE_S):
+            response = await client.get(path)
+    except (TimeoutError, httpx.TimeoutException) as error:
+        raise ValueError(f"{url}{path} does not answer within {PROBE_S:g} s") from error
+    except httpx.HTTPError as error:
+        raise ValueError(f"{url} cannot be reached ({_say(error)}); is the server running?") from error
+    if response.status_code in (401, 403):
+        raise ValueError(f"{url}{path} answers {response.status_code}: it wants another API key")
+    return response
+
+
+async def _get_object(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
+    """The JSON object at a path; empty if there is none."""
+    response = await _get(client, path)
+    try:
+        value = response.json() if response.status_code == 200 else {}
+    except ValueError:
+        value = {}
+    return value if isinstance(value, dict) else {}
+
+
+# --- answers -------------------------------------------------------------------------------------------------------------
+
+
+class _Usage(BaseModel):
+    completion_tokens: int | None = None
+
+
+class _Choice(BaseModel):
+    delta: dict[str, Any] = {}
+
+
+class _Extension(BaseModel):
+    spec_tokens_details: SpecDetails | None = None
+
+
+class _Chunk(BaseModel):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    sglext: _Extension | None = None
+    error: Any = None
+
+
+class _Interrupted(Exception):
+    """The server could not take or finish a request; it may be sent again."""
+
+
+async def ask_all(
+    client: httpx.AsyncClient,
+    bodies: list[dict[str, Any]],  # of /v1/chat/completions, streaming, with usage
+    concurrency: int,  # requests in flight at most
+    timeout_s: float,  # for one whole answer
+    retries: int,  # of a request that was cut off or met an overloaded server; one that timed out is not sent again
+) -> list[Answer]:
+    """Every body's answer, as they finish. The first that fails for good ends all; ValueError says why."""
+    waiting, answers = iter(bodies), []
+
+    async def work() -> None:
+        for body in waiting:
+            answers.append(await _ask(client, body, timeout_s, retries))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(bodies))):
+                group.create_task(work())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return answers
+
+
+async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float, retries: int) -> Answer:
+    url = server_url(client)
+    said = ""
+    for attempt in range(retries + 1):
+        if attempt:
+            await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await _stream(client, body, attempt)
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise ValueError(
+                f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time, or fewer tokens or requests"
+            ) from error
+        except _Interrupted as error:
+            said = str(error)
+        except httpx.HTTPError as error:
+            said = _say(error)
+    raise ValueError(f"{url}: a request failed {retries + 1} times, at last: {said}")
+
+
+async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
+    url = server_url(client)
+    marks: list[tuple[float, int | None]] = []  # chunks with text: when, and the answer's tokens up to there if told
+    num_tokens, spec, done = None, None, False
+    start = time.perf_counter()
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            said = f"it answers {response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
+            if response.status_code == 429 or response.status_code >= 500:
+                raise _Interrupted(said)
+            raise ValueError(f"{url} refuses a request: {said}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data:"):
+                continue
+            content = line.removeprefix("data:").strip()
+            if content == "[DONE]":
+                done = True
+                continue
+            try:
+                chunk = _Chunk.model_validate_json(content)
+            except ValidationError as error:
+                raise ValueError(f"{url} streams what is no chat completion: {content[:200]}") from error
+            if chunk.error is not None:
+                raise _Interrupted(f"it reports {json.dumps(chunk.error)[:300]}")
+            told = chunk.usage.completion_tokens if chunk.usage else None
+            num_tokens = told if told is not None else num_tokens
+            if any(choice.delta.get(name) for choice in chunk.choices for name in TEXT):
+                marks.append((time.perf_counter() - start, told))
+            if chunk.sglext is not None:
+                spec = chunk.sglext.spec_tokens_details or spec
+        end_s = time.perf_counter() - start
+    if not done:
+        raise _Interrupted("the answer ended in the middle")
+    if num_tokens is None:
+        raise ValueError(f"{url} does not report how many tokens it generated (usage, asked for by stream_options)")
+    return Answer(num_tokens, marks[0][0] if marks else None, end_s, _gaps(marks, num_tokens), spec, num_retries)
+
+
+def _gaps(marks: list[tuple[float, int | None]], num_tokens: int) -> list[float]:
+    """Seconds before each token after the first chunk; all alike when the chunks do not tell their tokens."""
+    if len(marks) < 2:
+        return []
+    if any(told is None for _, told in marks):
+        rest = max(num_tokens - 1, 1)
+        return [(marks[-1][0] - marks[0][0]) / rest] * rest
+    gaps = []
+    for (before, had), (now, has) in pairwise(marks):
+        gaps += [(now - before) / (has - had)] * (has - had) if has > had else []
+    return gaps
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,416 @@
+"""`fastdraft bench serve` against servers that answer like SGLang and vLLM, with rounds and counters known beforehand."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from matplotlib.image import imread
+from tiny import refusal
+
+from fastdraft import serve_client
+from fastdraft.serve_bench import Load, bench_serve, read_report
+from fastdraft.serve_client import _gaps
+
+STEPS = 3
+
+
+def rounds(number: int) -> list[int]:
+    """Tokens that each verifying forward gives to prompt `number`, the prefill's left out."""
+    return [1 + (number * 5 + i * 3) % (STEPS + 1) for i in range(number % 4)]
+
+
+class Engine:
+    """A server thread. Class attributes are its faults and habits; tests set them on the instance."""
+
+    engine, version, speculates = "vLLM", "0.32.0", True
+    metrics = usage = details = True
+    chunk_s = 0.0
+    failures = 0  # first requests answered 503
+    dies_after = 10**9  # requests; then streams break and nothing listens any more
+    trim = 0  # drafted tokens beyond the stop: the counters have them, the answer has not
+    plain_forwards = 0  # of each request: give a token, nothing was drafted
+    foreign_tokens = 0  # generated for others during the first request
+    lifetime = 2.5
+    hangs = refuses = broken = garbage = None  # paths or a flag
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.counts = dict.fromkeys(("tokens", "drafts", "accepted"), 100)  # of an earlier life
+        self.per_position = [70, 20, 10]
+        self.bodies, self.in_flight, self.most, self.seen = [], 0, 0, 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                if outer.hangs == self.path:
+                    time.sleep(1.5)
+                text = outer.get(self.path)
+                self.reply(404 if text is None else 200, text or "")
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.in_flight += 1
+                    outer.seen += 1
+                    outer.most = max(outer.most, outer.in_flight)
+                    outer.bodies.append(body)
+                    mine = outer.seen
+                try:
+                    if mine <= outer.failures:
+                        self.reply(503, "overloaded")
+                    elif outer.refuses:
+                        self.reply(400, "context too long")
+                    else:
+                        self.stream(body, mine)
+                finally:
+                    with outer.lock:
+                        outer.in_flight -= 1
+
+            def reply(self, code, text):
+                content = text.encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def stream(self, body, mine):
+                self.send_response(200)
+                self.end_headers()
+                for chunk in outer.answer(body):
+                    if mine > outer.dies_after:
+                        outer.server.shutdown()
+                        outer.server.server_close()
+                        return
+                    time.sleep(outer.chunk_s)
+                    self.wfile.write(f"data: {chunk}\n\n".encode())
+                    self.wfile.flush()
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def get(self, path: str) -> str | None:
+        if path == "/v1/models":
+            return json.dumps({"data": [{"id": "target", "owned_by": self.engine.lower()}]})
+        if path == "/version" and self.engine == "vLLM":
+            return json.dumps({"version": self.version})
+        if path == "/get_server_info" and self.engine == "SGLang":
+            algorithm = "EAGLE3" if self.speculates else None
+            info = {"speculative_algorithm": algorithm, "speculative_num_steps": STEPS, "version": self.version}
+            state = {"avg_spec_accept_length": self.lifetime} if self.lifetime else {}
+            return json.dumps({**info, "internal_states": [state]})
+        if path == "/metrics" and self.metrics:
+            return self.prometheus()
+        return None
+
+    def prometheus(self) -> str:
+        counts, label = self.counts, '{engine="0",model_name="target"}'
+        if self.engine == "vLLM":
+            lines = [f"vllm:generation_tokens_total{label} {counts['tokens']}", f"vllm:other_total{label} 7"]
+            if self.speculates:
+                lines += [f"vllm:spec_decode_num_drafts_total{label} {counts['drafts']}"]
+                lines += [f"vllm:spec_decode_num_accepted_tokens_total{label} {counts['accepted']}"]
+                lines += [
+                    f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{i}"}} {n}'
+                    for i, n in enumerate(self.per_position)
+                ]
+        else:
+            lines = [f'sglang:generation_tokens_total{{is_streaming="true"}} {counts["tokens"]}']
+            lines += [f"sglang:spec_verify_calls_total{label} {counts['drafts']}"]
+        return "".join(f"# TYPE {line.split('{')[0]} counter\n{line}\n" for line in lines)
+
+    def answer(self, body: dict):
+        """The chunks of a stream. Rounds are counted, as in the engines, before the last is sent."""
+        number = int(body["messages"][-1]["content"].split()[-1])
+        given = rounds(number) if self.speculates else [1] * sum(rounds(number))
+        given = given + [1] * self.plain_forwards
+        total = 1 + sum(given)
+        yield json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        sent = 0
+        for i, tokens in enumerate([1, *given]):
+            sent += tokens
+            if i == len(given):
+                self.count(rounds(number) if self.speculates else [], total)
+            chunk = {"choices": [{"delta": {"content": "x" * tokens}}]}
+            yield (
+                "<html>"
+                if self.garbage
+                else json.dumps(chunk | ({"usage": {"completion_tokens": sent}} if self.usage else {}))
+            )
+        if self.engine == "SGLang" and self.details and body.get("return_spec_tokens_details") and given:
+            histogram = [rounds(number).count(n + 1) for n in range(max(rounds(number)))]
+            details = {"spec_verify_ct": len(given), "spec_correct_drafts_histogram": histogram}
+            yield json.dumps({"choices": [], "sglext": {"spec_tokens_details": details}})
+        if self.broken:
+            return
+        if self.usage is not None:
+            yield json.dumps({"choices": [], "usage": {"completion_tokens": total}})
+        yield "[DONE]"
+
+    def count(self, given: list[int], total: int) -> None:
+        with self.lock:
+            kept = [tokens - 1 for tokens in given]
+            if kept:
+                kept[-1] = min(STEPS, kept[-1] + self.trim)
+            self.counts["tokens"] += total + self.foreign_tokens
+            self.counts["drafts"] += len(given)
+            self.counts["accepted"] += sum(kept)
+            for position in range(STEPS):
+                self.per_position[position] += sum(n > position for n in kept)
+            self.foreign_tokens = 0
+
+
+@pytest.fixture
+def engine():
+    """engine("vLLM", chunk_s=0.1) -> a running server."""
+    made = []
+
+    def make(kind: str = "vLLM", **habits) -> Engine:
+        made.append(Engine())
+        for name, value in {"engine": kind, **habits}.items():
+            assert hasattr(Engine, name)
+            setattr(made[-1], name, value)
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+def ask(*numbers: int) -> list[list[dict]]:
+    return [[{"role": "user", "content": f"prompt {n}"}] for n in numbers]
+
+
+NUMBERS = tuple(range(12))
+GIVEN = [tokens for n in NUMBERS for tokens in rounds(n)]
+BY_DEPTH = [sum(tokens > depth + 1 for tokens in GIVEN) / len(GIVEN) for depth in range(STEPS)]
+QUICK = {"num_warmup": 1, "timeout_s": 10.0, "retries": 1}
+
+
+def test_the_rounds_of_the_test_tell_numbers_apart():
+    assert len(GIVEN) == 18 and len(set(BY_DEPTH)) == STEPS and BY_DEPTH[-1] > 0 and rounds(4) == []
+
+
+@pytest.mark.parametrize("kind", ["vLLM", "SGLang"])
+def test_numbers_are_those_of_the_measured_window(engine, kind):
+    server = engine(kind)
+    report = bench_serve(server.url, {"set": ask(*NUMBERS)}, Load((1, 4), **QUICK))
+    assert (report.server.engine, report.server.version, report.server.speculates) == (kind, "0.32.0", True)
+    assert [c.concurrency for c in report.cells] == [1, 4] and report.notes == []
+    for cell in report.cells:
+        m, a = cell.measured, cell.measured.acceptance
+        assert (m.num_requests, m.num_retries, m.num_output_tokens) == (12, 0, 12 + sum(GIVEN))
+        assert m.output_tokens_per_s == pytest.approx(m.num_output_tokens / m.seconds)
+        assert a.num_forwards == len(GIVEN) and a.accepted_length == sum(GIVEN) / len(GIVEN)
+        own = sum(GIVEN) / len(GIVEN) if kind == "vLLM" else (12 + sum(GIVEN)) / len(GIVEN)
+        assert a.engine_accept_length == pytest.approx(own) and a.step_acceptance == pytest.approx(BY_DEPTH)
+    body = server.bodies[-1]
+    assert body["stream_options"]["include_usage"] and body["max_tokens"] == 256 and body["temperature"] == 0
+    assert ("return_spec_tokens_details" in body) == (kind == "SGLang")
+    salts = [b["cache_salt"] for b in server.bodies]
+    assert len(set(salts)) == 3 and len(set(salts[1:13])) == 1  # warm-up and two cells
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_in_flight_than_asked(engine, concurrency):
+    server = engine(chunk_s=0.004)
+    bench_serve(server.url, {"set": ask(*NUMBERS)}, Load((concurrency,), **QUICK))
+    assert server.most == concurrency and server.seen == 13
+
+
+def test_tokens_past_the_stop_are_in_vllms_ratio_only(engine):
+    acceptance = bench_serve(engine(trim=2).url, {"set": ask(3, 7)}, Load(**QUICK)).cells[0].measured.acceptance
+    given = rounds(3) + rounds(7)
+    past = sum(min(STEPS, r[-1] + 1) - r[-1] + 1 for r in (rounds(3), rounds(7)))
+    assert acceptance.accepted_length == sum(given) / len(given)
+    assert acceptance.engine_accept_length == pytest.approx((sum(given) + past) / len(given)) and past
+
+
+def test_forwards_without_a_draft_count_as_forwards(engine):
+    report = bench_serve(engine(plain_forwards=2).url, {"set": ask(3, 7)}, Load(**QUICK))
+    given = rounds(3) + rounds(7) + [1] * 4
+    assert report.cells[0].measured.acceptance.accepted_length == sum(given) / len(given)
+    assert "nothing drafted" in " ".join(report.notes)
+
+
+def test_others_requests_are_noticed(engine):
+    report = bench_serve(engine(foreign_tokens=50).url, {"set": ask(3, 7)}, Load(num_warmup=0))
+    said = " ".join(report.notes)
+    assert "+50 tokens" in said and "1 + accepted / drafts" in said
+    assert report.cells[0].measured.acceptance.accepted_length == pytest.approx(sum(rounds(3) + rounds(7)) / 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "habits", "length", "said"),
+    [
+        ("vLLM", {"metrics": False}, None, "no vllm: counters in /metrics"),
+        ("vLLM", {"speculates": False}, None, "runs without speculation"),
+        ("SGLang", {"speculates": False}, None, "runs without speculation"),
+        ("SGLang", {"details": False}, sum(GIVEN) / len(GIVEN), "taken from sglang:spec_verify_calls_total"),
+        ("SGLang", {"details": False, "metrics": False}, None, "since it was started is known, 2.500"),
+        ("SGLang", {"details": False, "metrics": False, "lifetime": None}, None, "nor a mean"),
+    ],
+)
+def test_what_a_server_does_not_report_is_said(engine, kind, habits, length, said):
+    report = bench_serve(engine(kind, **habits).url, {"set": ask(*NUMBERS)}, Load(**QUICK))
+    acceptance = report.cells[0].measured.acceptance
+    assert (acceptance and acceptance.accepted_length) == length and any(said in note for note in report.notes)
+    assert report.cells[0].measured.output_tokens_per_s > 0
+
+
+def test_latencies(engine):
+    m = bench_serve(engine(chunk_s=0.02).url, {"set": ask(3, 7)}, Load(**QUICK)).cells[0].measured
+    assert 40 <= m.first_token_ms.p50 < 100  # two chunks: the role's, then text
+    assert 5 <= m.inter_token_ms.p50 <= m.inter_token_ms.p90 <= m.inter_token_ms.p99
+    assert 120 <= m.end_to_end_ms.p50 <= m.end_to_end_ms.p99 < 1000
+
+
+def test_a_chunks_tokens_share_the_time_before_it():
+    assert _gaps([(1.0, 1), (1.5, 3), (1.75, 4)], 5) == [0.25, 0.25, 0.25]
+    assert _gaps([(1.0, None), (2.0, None)], 5) == [0.25] * 4  # the server tells the total only
+    assert _gaps([(1.0, 2), (1.5, 2)], 2) == [] and _gaps([(1.0, 1)], 1) == []
+
+
+def test_baselines_beside_and_from_a_file(engine, tmp_path):
+    fast, slow = engine(), engine(speculates=False, chunk_s=0.005)
+    sets = {"a": ask(*NUMBERS), "b": ask(3)}
+    beside = bench_serve(fast.url, sets, Load((1, 2), **QUICK), baseline_url=slow.url + "/v1/")
+    assert [(c.prompts, c.concurrency) for c in beside.cells] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    for cell in beside.cells:
+        assert cell.speedup == cell.measured.output_tokens_per_s / cell.baseline.output_tokens_per_s > 1
+        assert cell.baseline.num_output_tokens == cell.measured.num_output_tokens
+    assert beside.notes == ["b has only 1 prompts: never more than that many are in flight"]
+
+    file = tmp_path / "serve.json"
+    file.write_text(json.dumps(asdict(bench_serve(slow.url, sets, Load((2, 1), **QUICK)))))
+    earlier = read_report(file)
+    later = bench_serve(fast.url, {"renamed": sets["b"]}, Load((2,), **QUICK), baseline=earlier)
+    assert later.cells[0].baseline == earlier.cells[2].measured and later.baseline_server.url == slow.url
+    for load, prompts, said in (
+        (Load((4,)), sets, "no cell with the prompts of a at concurrency 4"),
+        (Load((1,)), {"a": ask(5)}, "no cell"),
+        (Load((1,), max_new_tokens=8), sets, "max_new_tokens 256, this run has 8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            bench_serve(fast.url, prompts, load, baseline=earlier)
+    with pytest.raises(ValueError, match="not both"):
+        bench_serve(fast.url, sets, Load(), baseline_url=slow.url, baseline=earlier)
+
+
+def test_a_baseline_that_speculates_is_noted(engine):
+    notes = bench_serve(engine().url, {"a": ask(3)}, Load(**QUICK), baseline_url=engine("SGLang").url).notes
+    assert any("speculates: the speed-up is not over the target alone" in note for note in notes)
+
+
+# --- servers that fail ---------------------------------------------------------------------------------------------------
+
+
+def test_retries_are_bounded_and_counted(engine):
+    server = engine(failures=1)
+    report = bench_serve(server.url, {"a": ask(3, 7)}, Load(num_warmup=0, retries=1))
+    assert report.cells[0].measured.num_retries == 1 and server.seen == 3
+    server = engine(failures=99)
+    with pytest.raises(ValueError, match="a request failed 2 times, at last: it answers 503: overloaded"):
+        bench_serve(server.url, {"a": ask(3, 7)}, Load(num_warmup=0, retries=1))
+    assert server.seen == 2
+
+
+@pytest.mark.parametrize(
+    ("habits", "said"),
+    [
+        ({"dies_after": 3}, "a request failed 2 times, at last: Connect"),
+        ({"broken": True}, "ended in the middle"),
+        ({"refuses": True}, "refuses a request: it answers 400: context too long"),
+        ({"garbage": True}, "streams what is no chat completion: <html>"),
+        ({"usage": None}, "does not report how many tokens"),
+        ({"engine": "TGI", "metrics": False}, "neither SGLang .* nor vLLM"),
+        ({"hangs": "/v1/models"}, "/v1/models does not answer within 0.3 s"),
+        ({"chunk_s": 0.5}, "no whole answer to a request within 0.8 s"),
+    ],
+)
+def test_a_server_that_fails_is_one_sentence_and_no_hang(engine, monkeypatch, habits, said):
+    monkeypatch.setattr(serve_client, "PROBE_S", 0.3)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=said):
+        bench_serve(engine(**habits).url, {"a": ask(*NUMBERS)}, Load((2,), num_warmup=1, timeout_s=0.8, retries=1))
+    assert time.perf_counter() - started < 3
+
+
+def test_counters_that_go_backwards_are_a_restart(engine):
+    server = engine()
+    original, server.answer = server.answer, lambda body: server.counts.update(drafts=0) or original(body)
+    with pytest.raises(ValueError, match="went backwards"):
+        bench_serve(server.url, {"a": ask(3)}, Load(**QUICK))
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------
+
+
+def write_prompts(path, numbers):
+    path.write_text("".join(json.dumps({"id": n, "prompt": f"prompt {n}"}) + "\n" for n in numbers))
+    return path
+
+
+def test_the_command_writes_tables_json_and_a_picture(engine, fastdraft, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    server, plain = engine("SGLang"), engine("SGLang", speculates=False)
+    one, two = write_prompts(tmp_path / "one.jsonl", NUMBERS), write_prompts(tmp_path / "two.jsonl", (3, 7, 11))
+    code, out, err = fastdraft(
+        *("bench", "serve", "--url", server.url, "--baseline-url", plain.url, "--prompts", one, "--prompts", two),
+        *("--concurrency", "1,2", "--max-prompts", 12, "--out", tmp_path / "out", "--body", '{"top_k": 1}'),
+    )
+    assert code == 0, err
+    assert f"{sum(GIVEN) / len(GIVEN):.3f}" in out and " ".join(f"{share:.2f}" for share in BY_DEPTH) in out
+    assert "tokens per verifying forward of the target" in out and "EAGLE3" in out and "baseline" in out
+    report = read_report(tmp_path / "out" / "serve.json")
+    assert [c.prompts for c in report.cells] == ["one", "one", "two", "two"] and server.bodies[0]["top_k"] == 1
+    picture = imread(io.BytesIO((tmp_path / "out" / "serve.png").read_bytes()))
+    assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.01
+
+    code, out, err = fastdraft(
+        "bench", "serve", "--url", plain.url, "--prompts", two, "--baseline", tmp_path / "out/serve.json"
+    )
+    assert code == 1 and "top_k" in err
+    code, out, err = fastdraft("bench", "serve", "--url", plain.url, "--prompts", two, "--out", tmp_path / "plain")
+    assert code == 0 and "no draft" in out and "runs without speculation" in out
+    assert (tmp_path / "plain" / "serve.png").exists() and f"wrote {tmp_path}" in out
+
+
+def test_cells_measured_before_a_death_are_kept(engine, fastdraft, tmp_path):
+    server = engine(dies_after=2 + 3 + 1)
+    prompts = write_prompts(tmp_path / "p.jsonl", (1, 2, 3))
+    command = ("bench", "serve", "--url", server.url, "--prompts", prompts, "--concurrency", "1,2", "--retries", 0)
+    assert "a request failed 1 times" in refusal(fastdraft(*command, "--out", tmp_path))
+    assert [c.concurrency for c in read_report(tmp_path / "serve.json").cells] == [1]
+
+
+def test_bad_input_is_one_red_line(fastdraft, tmp_path):
+    prompts, empty = write_prompts(tmp_path / "p.jsonl", (1,)), write_prompts(tmp_path / "empty.jsonl", ())
+    (tmp_path / "other").mkdir()
+    same = write_prompts(tmp_path / "other" / "p.jsonl", (1,))
+    (tmp_path / "bad.json").write_text('{"cells": 3}')
+
+    def said(*options, url="http://127.0.0.1:9"):
+        return refusal(fastdraft("bench", "serve", "--url", url, *options))
+
+    assert "empty.jsonl holds no prompt" in said("--prompts", empty)
+    assert "http://127.0.0.1:9 cannot be reached" in said("--prompts", prompts)
+    assert "give one like http://" in said("--prompts", prompts, url="localhost:8000")
+    assert "like 1,4,16" in said("--prompts", prompts, "--concurrency", "1;2")
+    assert "each once" in said("--prompts", prompts, "--concurrency", "4,4")
+    assert "at least 1" in said("--prompts", prompts, "--concurrency", "0")
+    assert "body must be a JSON object" in said("--prompts", prompts, "--body", "[1]")
+    assert "body is not JSON" in said("--prompts", prompts, "--body", "{")
+    assert "have one name" in said("--prompts", prompts, "--prompts", same)
+    assert "bad.json is no serve.json" in said("--prompts", prompts, "--baseline", tmp_path / "bad.json")
+    assert "none.json" in said("--prompts", prompts, "--baseline", tmp_path / "none.json")
