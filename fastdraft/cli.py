@@ -4,6 +4,7 @@ can cause becomes one line and exit code 1."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data = typer.Typer(help="Look at training data, and tokenise it once.", no_args_is_help=True)
+data = typer.Typer(help="Answers of the target, a look at training data, and tokenising it once.", no_args_is_help=True)
 app.add_typer(data, name="data")
 bench = typer.Typer(help="Measure a draft where it serves.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -119,6 +120,57 @@ def preview_command(
     loaded = load_config(config, overrides or [])
     tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
     preview(first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size), tokenizer, n, console)
+
+
+@data.command()
+def regenerate(
+    prompts: Annotated[
+        list[str], typer.Argument(help="JSONL or Parquet of prompt, messages or conversations; glob patterns allowed.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="File to write, readable as data.paths.")],
+    url: Annotated[
+        list[str] | None, typer.Option(help="OpenAI-compatible server, http://host:port/v1; repeatable.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Instead of servers: a target to load here.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name, where the servers serve several.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: the model's own.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Default: the model's own.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Default: the model's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For each answer, reasoning included.")] = 2048,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of sampling.")] = None,
+    extra_body: Annotated[
+        str | None, typer.Option(metavar="JSON", help='More for a request: {"chat_template_kwargs": {...}}')
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time, for each server.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request.")] = 600.0,
+    retries: Annotated[int, typer.Option(min=0, help="Of one request, waiting 1, 2, 4 ... 60 s.")] = 6,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
+    batch_size: Annotated[int, typer.Option(min=1, help="With --target: conversations at a time.")] = 32,
+    dtype: Annotated[str, typer.Option(help="With --target: bf16 or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="With --target: auto, cpu or cuda.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="With --target.")] = False,
+    allow_failures: Annotated[bool, typer.Option("--allow-failures", help="Write OUT without what failed.")] = False,
+    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no prompt.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left at OUT.")] = False,
+) -> None:
+    """Let the target answer prompts. Stopped or killed, the same command goes on."""
+    from fastdraft.data import regenerate as room
+
+    sampling = room.Sampling(temperature, top_p, top_k, max_new_tokens, seed, room.parse_extra_body(extra_body))
+    if bool(url) == bool(target):
+        raise ValueError("give either --url (repeatable) or --target: who is to answer?")
+    if url:
+        options = {"concurrency": concurrency, "timeout_s": timeout, "retries": retries}
+        by = room.open_servers(url, model, sampling, api_key=os.environ.get(api_key_env), **options)
+    else:
+        from fastdraft.train import start_process
+
+        by = room.open_local(target, start_process(device)[0], dtype, batch_size, trust_remote_code, sampling)
+    outcome = room.regenerate(prompts, out, by, sampling, console, allow_failures, skip_bad_lines, fresh)
+    if outcome.stopped_by is not None:
+        raise typer.Exit(128 + outcome.stopped_by)
+    if not outcome.complete:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -24,8 +24,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fastdraft.config import Config, load_config
+from fastdraft.data import answer_local
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.data.regenerate import regenerate
 from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
@@ -158,7 +158,7 @@ def answer(config: Config, file: Path) -> None:
     prompts = prompt_ids(read_prompts(HERE / "train_prompts.jsonl"), tokenizer)
     start, tokens, count = time.perf_counter(), 0, 0
     with file.open("w", encoding="utf-8") as out:
-        for batch in regenerate(target, prompts, ANSWER_TOKENS, ANSWER_BATCH):
+        for batch in answer_local.answer(target, prompts, ANSWER_TOKENS, ANSWER_BATCH):
             out.writelines(json.dumps(a.row(tokenizer), ensure_ascii=False) + "\n" for a in batch)
             count, tokens = count + len(batch), tokens + sum(len(a.answer_ids) for a in batch)
             seconds = time.perf_counter() - start

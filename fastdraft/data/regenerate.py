@@ -1,143 +1,177 @@
-"""The target answers prompts itself: a draft learns best from what its target would say.
+"""`fastdraft data regenerate`: the target answers prompts itself. A draft learns best from what its target would say.
 
-Batches of prompts of like length through transformers' generate, greedy; what a batch's prompts all begin with (the system
-prompt) is run once. On a CPU, a decoding step runs its
-attention as one grouped matrix product per key/value head: PyTorch's fused kernel repeats K and V for every query head
-and takes half of the step (SmolLM2-135M, batch 96, context 150, 2 cores: 0.43 s a step with it, 0.21 s with this).
+`answer_job.py` reads prompts and shows progress, `dialogue.py` goes through a conversation's turns, `answer_server.py` or
+`answer_local.py` answers, `answer_file.py` keeps what is finished.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from rich.console import Console
 
-from fastdraft.target.hf import Target
+import fastdraft
+from fastdraft.data.answer_file import AnswerFile
+from fastdraft.data.answer_job import Job, Source, Stopped
+from fastdraft.data.answer_server import Servers, check_extra_body
+from fastdraft.data.conversations import expand
 
-GROUPED = "fastdraft_grouped"
+if TYPE_CHECKING:
+    import torch
+
+    from fastdraft.data.answer_local import LocalTarget
+
+FORMAT = 1  # raised when the same prompts and settings make other rows than before
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the target said to one prompt, as the tokens it said it in."""
+class Sampling:
+    """None is the model's own default: its generation_config.json, as a server or transformers reads it."""
 
-    index: int  # of the prompt
-    prompt_ids: list[int]
-    answer_ids: list[int]  # the end-of-turn token included, unless max_new_tokens cut the answer off
+    temperature: float | None = None  # 0 is greedy
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int = 2048  # for each answer
+    seed: int | None = None
+    extra_body: dict[str, Any] | None = None  # further keys of a request; for a local target chat_template_kwargs alone
 
-    def row(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """A line of training data: exact tokens and mask, and the text for people."""
-        return {
-            "input_ids": self.prompt_ids + self.answer_ids,
-            "loss_mask": [0] * len(self.prompt_ids) + [1] * len(self.answer_ids),
-            "text": tokenizer.decode(self.prompt_ids + self.answer_ids),
-        }
+
+@dataclass(frozen=True)
+class Outcome:
+    complete: bool  # OUT is written
+    failures: int
+    stopped_by: int | None = None  # signal
+
+
+def parse_extra_body(text: str | None) -> dict[str, Any] | None:
+    """The object of --extra-body. ValueError when it is none, or holds what has an option of its own."""
+    if text is None:
+        return None
+    try:
+        extra = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--extra-body is not JSON: {error}") from error
+    if not isinstance(extra, dict):
+        raise ValueError(f"--extra-body must be a JSON object, got {text}")
+    check_extra_body(extra)
+    return extra
+
+
+def open_servers(urls: list[str], model: str | None, sampling: Sampling, **options: Any) -> Servers:
+    """Servers that answer with these settings; options are those of `Servers`."""
+    body = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+    }
+    body = {name: value for name, value in body.items() if value is not None} | (sampling.extra_body or {})
+    return Servers(urls, model, body, sampling.seed, **options)
+
+
+def open_local(
+    path: str, device: torch.device, dtype: str, batch_size: int, trust_remote_code: bool, sampling: Sampling
+) -> LocalTarget:
+    """A target loaded here, in dtype bf16 or fp32, that answers with these settings."""
+    import torch  # here and not above: servers need neither it nor transformers, seconds to import
+
+    from fastdraft.data.answer_local import LocalTarget
+    from fastdraft.target.hf import load_target, load_tokenizer
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype {dtype} is not one of {', '.join(dtypes)}")
+    extra = sampling.extra_body or {}
+    if unknown := extra.keys() - {"chat_template_kwargs"}:
+        raise ValueError(f"--extra-body: {', '.join(sorted(unknown))} is for servers; --target knows chat_template_kwargs")
+    return LocalTarget(
+        load_target(path, dtypes[dtype], device, trust_remote_code=trust_remote_code),
+        load_tokenizer(path, trust_remote_code),
+        sampling.max_new_tokens,
+        batch_size,
+        sampling.temperature,
+        sampling.top_p,
+        sampling.top_k,
+        sampling.seed or 0,
+        extra.get("chat_template_kwargs"),
+    )
 
 
 def regenerate(
-    target: Target,
-    prompts: list[list[int]],  # token ids, ready for the assistant's turn
-    max_new_tokens: int,
-    batch_size: int,
-) -> Iterator[list[Answer]]:
-    """Greedy answers, one batch at a time, shortest prompts first."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    pad = min(target.eos_ids)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in batch)
-        shared = len(os.path.commonprefix([prompts[i][:-1] for i in batch]))  # noqa: RUF071 (of lists, not paths)
-        ids, mask = [], []
-        for prompt in (prompts[i] for i in batch):  # padded after what all share, so that this is run once
-            gap = width - len(prompt)
-            ids.append(prompt[:shared] + [pad] * gap + prompt[shared:])
-            mask.append([1] * shared + [0] * gap + [1] * (len(prompt) - shared))
-        ids, mask = (torch.tensor(x, device=target.device) for x in (ids, mask))
-        with torch.no_grad(), _grouped_on_cpu(target):
-            out = target.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=_prefill(target, ids, mask, shared),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=sorted(target.eos_ids),
-            )
-        answers = [_until_eos(row, target.eos_ids) for row in out[:, width:].tolist()]
-        yield [Answer(i, prompts[i], answer) for i, answer in zip(batch, answers, strict=True)]
+    paths: list[str],  # files or glob patterns
+    out: Path,
+    by: Servers | LocalTarget,
+    sampling: Sampling,
+    console: Console,
+    allow_failures: bool = False,  # write OUT without what failed
+    skip_bad_lines: bool = False,
+    fresh: bool = False,
+) -> Outcome:
+    """Answers all prompts into `out`, or goes on where an earlier call was stopped.
 
-
-def _prefill(
-    target: Target,
-    ids: Tensor,  # [B, width]
-    mask: Tensor,  # [B, width]
-    shared: int,  # leading tokens that all rows have in common
-) -> DynamicCache:
-    """Keys and values of all but the last token, which generate runs itself.
-
-    Left to generate, the prompt's forward ends in a matrix product of a strided slice with lm_head, for which PyTorch 2.13
-    copies the weight once a row: 8 s for 128 prompts on 2 cores.
+    ValueError: a bad line (unless skipped); an `out` of other settings or in use; no server answers any more.
     """
-    cache = DynamicCache(config=target.config)
-    if shared:
-        target.forward(ids[:1, :shared], cache)
-        cache.batch_repeat_interleave(len(ids))
-    if ids.shape[1] - 1 > shared:
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        target.forward(ids[:, shared:-1], cache, positions[:, shared:-1], mask[:, :-1])
-    return cache
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    if out.suffix != ".jsonl":
+        raise ValueError(f"--out {out} must end in .jsonl")
+    source = Source(expand(paths))
+    source.survey(skip_bad_lines)
+    if source.bad_lines:
+        say(f"{len(source.bad_lines):,} lines cannot be used and are left out, the first: {source.bad_lines[0]}")
+    settings = {"format": FORMAT, "source": source.hashes} | _settings(by, sampling)
+    about = {"fastdraft": fastdraft.__version__, "paths": source.files}
+    if isinstance(by, Servers):
+        about["servers"] = by.urls
+    else:
+        about["target"] = by.target.model.name_or_path
+    with AnswerFile(out, settings, about, fresh) as file:
+        if file.damaged:
+            say(f"{file.part}: {file.damaged} damaged lines; they are answered again")
+        if file.rows:
+            say(f"{len(file.rows):,} of {source.num_conversations:,} conversations are answered already")
+        job = Job(source, file, console, allow_failures)
+        try:
+            with job:
+                by.answer(job)
+        except Stopped as stopped:
+            say(f"{job.status()}; stopped by {stopped}. The same command goes on from here")
+            return Outcome(False, len(job.failures), stopped.number)
+        finally:
+            failed = file.write_failures(job.failures)
+        say(job.status())
+        if failed:
+            say(f"{failed:,} conversations failed; {file.failures} says why, the same command tries them again")
+            if not allow_failures:
+                say(f"{out} is not written yet: --allow-failures writes it without them")
+                return Outcome(False, failed)
+        file.finish({"failed": failed, "bad_lines": len(source.bad_lines)})
+        say(
+            f"{out}: {file.tally['conversations']:,} conversations, {file.tally['completion_tokens']:,} tokens answered, "
+            f"{file.tally['length_cut']:,} with an answer cut by its length, {file.tally['stopped']:,} ended early"
+        )
+        return Outcome(True, failed)
 
 
-def _until_eos(tokens: list[int], eos_ids: frozenset[int]) -> list[int]:
-    end = next((k + 1 for k, token in enumerate(tokens) if token in eos_ids), len(tokens))
-    return tokens[:end]
+def _settings(by: Servers | LocalTarget, sampling: Sampling) -> dict[str, Any]:
+    """What decides the answers. Another value of any of it and rows must not be mixed."""
+    settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    settings |= {"max_new_tokens": sampling.max_new_tokens, "seed": sampling.seed, "extra_body": sampling.extra_body}
+    if isinstance(by, Servers):
+        return {"backend": "server", "model": by.model} | settings
+    from fastdraft.target.hf import target_fingerprint
 
-
-@contextmanager
-def _grouped_on_cpu(target: Target) -> Iterator[None]:
-    """Our attention while generating on a CPU with plain causal attention; whatever the model uses otherwise."""
-    before = target.model.config._attn_implementation
-    if target.device.type != "cpu" or before != "sdpa":
-        yield
-        return
-    target.model.set_attn_implementation(GROUPED)
-    try:
-        yield
-    finally:
-        target.model.set_attn_implementation(before)
-
-
-def _grouped_attention(
-    module: nn.Module,
-    query: Tensor,  # [B, Hq, n, D]
-    key: Tensor,  # [B, Hkv, L, D]
-    value: Tensor,  # [B, Hkv, L, D]
-    attention_mask: Tensor | None,  # [B, 1, n, L] added to the scores
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:  # [B, n, Hq, D]
-    b, hq, n, d = query.shape
-    if n > 1:  # the prompt
-        mask = None if attention_mask is None else attention_mask.to(query.dtype)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=mask is None)
-    hkv = key.shape[1]
-    scores = (query.reshape(b, hkv, hq // hkv * n, d) @ key.transpose(-1, -2)).float()
-    scores = scores.view(b, hkv, hq // hkv, n, -1) * (d**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        # a padding row sees nothing: the least number instead of -inf keeps NaN out of it
-        scores += attention_mask[:, :, None].to(scores.dtype).clamp_min(torch.finfo(scores.dtype).min)
-    p = scores.softmax(-1).to(query.dtype).view(b, hkv, hq // hkv * n, -1)
-    return (p @ value).view(b, hq, n, d).transpose(1, 2), None
-
-
-AttentionInterface.register(GROUPED, _grouped_attention)
-AttentionMaskInterface.register(GROUPED, eager_mask)
+    generation = by.target.model.generation_config
+    names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+    return {
+        "backend": "transformers",
+        "model": target_fingerprint(by.target),
+        "dtype": str(by.target.dtype).removeprefix("torch."),
+        "batch_size": by.batch_size,
+        "generation_config": {name: getattr(generation, name, None) for name in names},
+    } | settings

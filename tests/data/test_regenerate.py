@@ -1,15 +1,403 @@
-"""The target's own greedy answers, whatever company a prompt is answered in."""
+"""`fastdraft data regenerate`: whatever servers do and whenever it is killed, every prompt has its answer once."""
 
 from __future__ import annotations
 
-import pytest
-from tiny import make_tokenizer, tiny_llama
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-from fastdraft.data.regenerate import Answer, regenerate
+import pytest
+from answering import FakeServer, answer_to
+from rich.console import Console
+from tiny import WORDS, make_tokenizer, tiny_llama
+
+from fastdraft import cli
+from fastdraft.data import answer_local
+from fastdraft.data.answer_local import LocalTarget
+from fastdraft.data.config import DataConfig
+from fastdraft.data.prepare import prepare
+from fastdraft.data.prompts import prompt_ids
+from fastdraft.data.regenerate import Sampling, open_servers, parse_extra_body, regenerate
 from fastdraft.decode import generate_plain
 from fastdraft.target.hf import Target
 
-PREFIX = list(range(20, 31))
+GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def serve():
+    """serve(...) -> a FakeServer, closed after the test."""
+    servers = []
+
+    def start(**options) -> FakeServer:
+        servers.append(FakeServer(**options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    return write_prompts(tmp_path / "prompts.jsonl", 20)
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    """One to three questions each, the earlier ones with an old answer."""
+    rows = []
+    for i in range(count):
+        texts = [f"{WORDS[i % 50]} {WORDS[(7 * i + k) % 90]}" for k in range(2 * (i % 3) + 1)]
+        rows.append({"messages": [{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(texts)]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(prompts, tmp_path):
+    """run(servers or a local target) -> outcome, what was printed."""
+
+    def call(by, sampling=GREEDY, out=tmp_path / "out.jsonl", paths=None, servers=None, **options):
+        if not isinstance(by, LocalTarget):
+            urls = [by.url] if isinstance(by, FakeServer) else [s.url for s in by]
+            by = open_servers(urls, None, sampling, **{"backoff_s": 0.01, "timeout_s": 5.0, **(servers or {})})
+        printed = io.StringIO()
+        outcome = regenerate(paths or [str(prompts)], out, by, sampling, Console(file=printed, width=500), **options)
+        return outcome, printed.getvalue()
+
+    return call
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def undisturbed(run, serve, tmp_path) -> bytes:
+    """The output of a run that nothing went wrong in."""
+    outcome, _ = run(serve(), out=tmp_path / "undisturbed" / "out.jsonl")
+    assert outcome.complete
+    return (tmp_path / "undisturbed" / "out.jsonl").read_bytes()
+
+
+# --- servers -------------------------------------------------------------------------------------------------------------
+
+
+def test_answers_in_the_order_of_the_input(undisturbed, prompts, tmp_path):
+    rows = rows_of(tmp_path / "undisturbed" / "out.jsonl")
+    assert [row["id"].split("-")[1] for row in rows] == [str(i) for i in range(20)]
+    for row, given in zip(rows, rows_of(prompts), strict=True):
+        assert [m["content"] for m in row["messages"][0::2]] == [m["content"] for m in given["messages"][0::2]]
+        for k in range(1, len(row["messages"]), 2):  # each answer is that to everything before it, new answers included
+            assert row["messages"][k]["content"] == answer_to({"messages": row["messages"][:k]})["message"]["content"]
+    left = {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    assert left == {"out.jsonl", "out.jsonl.meta.json", "out.jsonl.lock"}
+
+
+def test_faults_change_nothing(undisturbed, run, serve, tmp_path):
+    faults = {
+        0: (429, {"Retry-After": "0"}, b'{"error": {"message": "full"}}'),
+        1: (500, {}, b"oops"),
+        2: (200, {}, b"<html>"),
+        3: (200, {}, b'{"choices": []}'),
+        4: "disconnect",
+        5: (503, {}, b""),
+        6: 0.6,
+        7: (200, {}, json.dumps({"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]}).encode()),
+        9: (200, {"Content-Encoding": "gzip"}, b"no gzip"),
+    }
+    servers = [serve(fault=lambda number, body: faults.get(number)) for _ in range(2)]
+    outcome, _ = run(servers, servers={"concurrency": 3, "timeout_s": 0.3})
+    assert outcome.complete and outcome.failures == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == undisturbed
+    assert all(len(server.requests) > 10 for server in servers)
+
+
+def test_a_server_that_dies_is_replaced_by_the_other(undisturbed, run, serve, tmp_path):
+    dying, other = serve(), serve(delay_s=0.01)
+
+    def die(number, body):
+        if number >= 4:
+            dying.http.socket.close()
+            return "disconnect"
+
+    dying.fault = die
+    outcome, _ = run([dying, other], servers={"concurrency": 2})
+    assert outcome.complete and (tmp_path / "out.jsonl").read_bytes() == undisturbed
+
+
+def test_concurrency_is_bounded_and_used(run, serve):
+    servers = [serve(delay_s=0.03) for _ in range(2)]
+    run(servers, servers={"concurrency": 3})
+    assert [server.most_busy for server in servers] == [3, 3]
+
+
+def test_retry_after_is_honoured(run, serve):
+    times = []
+
+    def fault(number, body):
+        times.append(time.monotonic())
+        return (429, {"Retry-After": "0.4"}, b"") if number == 0 else None
+
+    run(serve(fault=fault), servers={"concurrency": 1})
+    assert times[1] - times[0] >= 0.4
+
+
+def test_settings_reach_the_server_and_the_record(run, serve, tmp_path):
+    server = serve()
+    sampling = Sampling(0.6, 0.9, 40, 77, 5, parse_extra_body('{"chat_template_kwargs": {"enable_thinking": true}}'))
+    run(server, sampling, servers={"api_key": "secret"})
+    sent = {"model": "tiny", "temperature": 0.6, "top_p": 0.9, "top_k": 40, "max_tokens": 77}
+    sent |= {"chat_template_kwargs": {"enable_thinking": True}}
+    assert all(sent.items() <= body.items() for body in server.requests)
+    assert len({body["seed"] for body in server.requests}) == len(server.requests)
+    assert server.keys == {"Bearer secret"}
+    meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
+    kept = {"model": "tiny", "temperature": 0.6, "top_p": 0.9, "top_k": 40, "max_new_tokens": 77, "seed": 5}
+    assert kept.items() <= meta["settings"].items() and meta["servers"] == [server.url]
+    assert meta["result"]["conversations"] == 20 and meta["fastdraft"]
+    assert "secret" not in (tmp_path / "out.jsonl.meta.json").read_text()
+
+
+def test_unset_settings_are_left_to_the_server(run, serve):
+    server = serve()
+    run(server, Sampling())
+    assert all(body.keys() == {"model", "messages", "max_tokens"} for body in server.requests)
+
+
+def test_tools_reasoning_and_cut_answers(run, serve, tmp_path):
+    def choice(body):
+        if body["messages"][-1]["role"] == "tool":
+            return {"message": {"content": "wet", "reasoning_content": "rain is wet"}, "finish_reason": "length"}
+        calls = [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
+        return {"message": {"content": None, "tool_calls": calls, "reasoning": "look"}, "finish_reason": "tool_calls"}
+
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    old = [{"id": "old", "type": "function", "function": {"name": "weather", "arguments": {"city": "Roma"}}}]
+    given = [
+        {"role": "user", "content": "Rome?"},
+        {"role": "assistant", "content": "", "tool_calls": old},
+        {"role": "tool", "content": "rain", "tool_call_id": "old"},
+    ]
+    source = tmp_path / "tools.jsonl"
+    source.write_text(json.dumps({"messages": given, "tools": [tool]}))
+    server = serve(choice=choice)
+    outcome, printed = run(server, paths=[str(source)])
+    assert outcome.complete and "1 with an answer cut" in printed
+    (row,) = rows_of(tmp_path / "out.jsonl")
+    assert server.requests[0]["tools"] == row["tools"] == [tool]
+    assert row["messages"][1]["tool_calls"] == choice({"messages": given[:1]})["message"]["tool_calls"]
+    assert row["messages"][1]["reasoning"] == "look" and row["messages"][2]["tool_call_id"] == "c1"
+    assert row["messages"][3] == {"role": "assistant", "content": "wet", "reasoning_content": "rain is wet"}
+    assert row["finish_reasons"] == ["tool_calls", "length"] and row["length_cut"] is True
+
+
+def test_the_output_is_training_data(undisturbed, tmp_path):
+    config = DataConfig(
+        paths=[str(tmp_path / "undisturbed" / "out.jsonl")],
+        eval_fraction=0,
+        cache_dir=str(tmp_path / "cache"),
+        num_workers=0,
+    )
+    prepared = prepare(config, make_tokenizer())
+    assert prepared.stats.conversations == prepared.stats.train_samples == 20
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------------------
+
+
+def test_failures_are_listed_and_only_they_are_tried_again(undisturbed, run, serve, tmp_path):
+    def refuse(number, body):
+        long = len(body["messages"]) == 5
+        return (400, {}, b'{"error": {"message": "too long for me"}}') if long else None
+
+    outcome, printed = run(serve(fault=refuse))
+    assert not outcome.complete and outcome.failures == 6 and "6 conversations failed" in printed
+    assert not (tmp_path / "out.jsonl").exists()
+    failures = rows_of(tmp_path / "out.failures.jsonl")
+    assert {f["answer"] for f in failures} == {3} and all("too long for me" in f["reason"] for f in failures)
+    assert [f["where"].split(":")[1] for f in failures] == [str(i + 1) for i in range(20) if i % 3 == 2]
+
+    outcome, printed = run(serve(fault=refuse), allow_failures=True)
+    assert outcome.complete and outcome.failures == 6
+    assert len(rows_of(tmp_path / "out.jsonl")) == 14 and len(rows_of(tmp_path / "out.failures.jsonl")) == 6
+
+    server = serve()
+    outcome, _ = run(server)
+    assert outcome.complete and (tmp_path / "out.jsonl").read_bytes() == undisturbed
+    assert len(server.requests) == 6 * 3 and not (tmp_path / "out.failures.jsonl").exists()
+
+    server = serve()
+    assert run(server)[0].complete and not server.requests
+    assert (tmp_path / "out.jsonl").read_bytes() == undisturbed
+
+
+def test_a_conversation_no_server_can_answer_is_a_failure(run, serve, tmp_path):
+    outcome, _ = run(serve(fault=lambda number, body: (500, {}, b"crash")), servers={"retries": 1}, allow_failures=True)
+    assert outcome.failures == 20
+    assert "HTTP 500: crash (2 attempts)" in rows_of(tmp_path / "out.failures.jsonl")[0]["reason"]
+
+
+def test_servers_that_are_gone_end_the_run(undisturbed, run, serve, tmp_path):
+    server = serve()
+    server.fault = lambda number, body: (503, {}, b"down") if number >= 10 else None
+    with pytest.raises(ValueError, match=r"no server has answered.*HTTP 503: down.*same command"):
+        run(server, servers={"retries": 2, "concurrency": 2})
+    assert 0 < len((tmp_path / "out.jsonl.part").read_text().splitlines()) <= 10
+    assert run(serve())[0].complete and (tmp_path / "out.jsonl").read_bytes() == undisturbed
+
+
+def test_refusing_everything_ends_the_run(run, serve, tmp_path):
+    prompts = write_prompts(tmp_path / "many.jsonl", 80)
+    with pytest.raises(ValueError, match=r"50 conversations in a row failed, the last.*no such setting"):
+        run(serve(fault=lambda number, body: (400, {}, b"no such setting")), paths=[str(prompts)])
+    assert len(rows_of(tmp_path / "out.failures.jsonl")) >= 50
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ((401, {}, b""), "refuses the API key"),
+        ((404, {}, b""), "does the address end in /v1"),
+        ((500, {}, b"boom"), "HTTP 500: boom"),
+        ((200, {}, b"<html>"), "not an OpenAI-compatible server"),
+        ((200, {}, b'{"data": [{"id": "a"}, {"id": "b"}]}'), "serves a, b: say which with --model"),
+    ],
+)
+def test_a_wrong_server_is_named(run, serve, models, said):
+    server = serve()
+    server.models = models
+    with pytest.raises(ValueError, match=said):
+        run(server)
+
+
+def test_a_server_of_another_model_is_named(run, serve):
+    server = serve()
+    with pytest.raises(ValueError, match="does not serve large; it serves tiny"):
+        open_servers([server.url], "large", GREEDY)
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_what_is_wrong_for_all_ends_the_run_at_once(run, serve, status):
+    server = serve(fault=lambda number, body: (status, {}, b"gone wrong"))
+    with pytest.raises(ValueError, match=f"HTTP {status}: gone wrong"):
+        run(server, servers={"concurrency": 1})
+    assert len(server.requests) == 1
+
+
+def test_bad_lines_are_named_or_skipped(run, serve, tmp_path):
+    source = tmp_path / "bad.jsonl"
+    source.write_text('{"prompt": "a"}\n{"input_ids": [1], "loss_mask": [1]}\n{"messages": []}\n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: has token ids"):
+        run(serve(), paths=[str(source)])
+    outcome, printed = run(serve(), paths=[str(source)], skip_bad_lines=True)
+    assert outcome.complete and "2 lines cannot be used" in printed
+    assert [row["id"].split("-")[1] for row in rows_of(tmp_path / "out.jsonl")] == ["0", "3"]
+
+
+def test_other_settings_are_refused_by_name(run, serve, prompts, tmp_path):
+    run(serve())
+    with pytest.raises(ValueError, match=r"max_new_tokens 8 then, 9 now.*--fresh"):
+        run(serve(), Sampling(0.0, max_new_tokens=9))
+    prompts.write_text(prompts.read_text() + '{"prompt": "more"}\n')
+    with pytest.raises(ValueError, match="source"):
+        run(serve())
+    assert run(serve(), fresh=True)[0].complete and len(rows_of(tmp_path / "out.jsonl")) == 21
+
+
+def test_a_file_of_somebody_else_is_left_alone(run, serve, tmp_path):
+    (tmp_path / "out.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match="exists, but not"):
+        run(serve())
+    assert (tmp_path / "out.jsonl").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("extra", ["[1]", "{", '{"temperature": 1}', '{"messages": []}'])
+def test_a_wrong_extra_body_is_refused(extra):
+    with pytest.raises(ValueError, match="--extra-body"):
+        parse_extra_body(extra)
+
+
+# --- interruptions -------------------------------------------------------------------------------------------------------
+
+
+def command(prompts: Path, out: Path, server: FakeServer) -> list[str]:
+    options = ["--temperature", "0", "--max-new-tokens", "8", "--concurrency", "2"]
+    return [
+        sys.executable,
+        "-m",
+        "fastdraft.cli",
+        "data",
+        "regenerate",
+        str(prompts),
+        "--out",
+        str(out),
+        "--url",
+        server.url,
+        *options,
+    ]
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_rows(part: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not part.exists() or part.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_and_begun_again_is_byte_for_byte_the_same(undisturbed, run, serve, prompts, tmp_path):
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    first = serve(delay_s=0.05)
+    process = start(prompts, out, first)
+    wait_for_rows(part, 4)
+    process.kill()
+    process.wait()
+    kept = part.read_bytes()
+    with part.open("ab") as file:  # a line torn by the kill
+        file.write(b'{"id": "77-5", "mess')
+    second = serve()
+    outcome, printed = run(second, servers={"concurrency": 2})
+    done = kept.count(b"\n")
+    assert outcome.complete and f"{done} of 20 conversations are answered already" in printed
+    assert out.read_bytes() == undisturbed and not part.exists()
+    turns = sum(len(json.loads(line)["finish_reasons"]) for line in kept.splitlines())
+    assert len(second.requests) == sum(i % 3 + 1 for i in range(20)) - turns
+
+
+def test_a_damaged_line_is_answered_again(undisturbed, run, serve, tmp_path):
+    server = serve()
+    server.fault = lambda number, body: (503, {}, b"") if number >= 10 else None
+    with pytest.raises(ValueError, match="no server"):
+        run(server, servers={"retries": 0, "concurrency": 2})
+    part = tmp_path / "out.jsonl.part"
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([lines[0], b"\0" * 40 + b"\n", *lines[2:]]))
+    outcome, printed = run(serve())
+    assert outcome.complete and "1 damaged lines" in printed and (tmp_path / "out.jsonl").read_bytes() == undisturbed
+
+
+def test_a_signal_ends_it_cleanly(undisturbed, run, serve, prompts, tmp_path):
+    process = start(prompts, tmp_path / "out.jsonl", serve(delay_s=0.05))
+    wait_for_rows(tmp_path / "out.jsonl.part", 3)
+    with pytest.raises(ValueError, match="in use by another process"):
+        run(serve())
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert "stopped by SIGTERM. The same command goes on from here" in printed and "Traceback" not in printed
+    assert run(serve())[0].complete and (tmp_path / "out.jsonl").read_bytes() == undisturbed
+
+
+# --- a target on this machine --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -17,41 +405,120 @@ def target() -> Target:
     return Target(tiny_llama().double())
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("shared", [PREFIX, []], ids=["shared-prefix", "nothing-shared"])
-def test_answers_are_the_targets_own(target, batch_size, shared):
-    tails = [[40, 41, 42], [50], [60 + i for i in range(9)], [45, 46], [70, 71, 72, 73], [81]]
-    prompts = [shared + tail for tail in tails]
-    answers = {a.index: a for batch in regenerate(target, prompts, 12, batch_size) for a in batch}
-    assert sorted(answers) == list(range(len(prompts)))
-    for index, prompt in enumerate(prompts):
-        assert answers[index].prompt_ids == prompt
-        assert answers[index].answer_ids == generate_plain(target, prompt, 12).tokens
+def local(target, sampling=GREEDY, batch_size=4) -> LocalTarget:
+    return LocalTarget(
+        target, make_tokenizer(), sampling.max_new_tokens, batch_size, sampling.temperature, seed=sampling.seed or 0
+    )
 
 
-def test_an_answer_ends_with_its_end_of_turn(target, monkeypatch):
-    first = generate_plain(target, [*PREFIX, 40], 6).tokens
-    monkeypatch.setattr(target, "eos_ids", frozenset({first[2]}))
-    (batch,) = regenerate(target, [[*PREFIX, 40], [*PREFIX, 50]], 6, 2)
-    answers = {a.index: a.answer_ids for a in batch}
-    assert answers[0] == first[: first.index(first[2]) + 1]
-    assert len(answers[1]) == 6 or answers[1][-1] == first[2]
+def test_a_local_target_answers_as_it_would_alone(run, target, prompts, tmp_path):
+    by = local(target)
+    outcome, _ = run(by, allow_failures=True)
+    assert outcome.complete
+    rows, tokenizer = rows_of(tmp_path / "out.jsonl"), by.tokenizer
+    assert sum(len(row["messages"]) > 2 for row in rows) >= 5
+    for row in rows:
+        for k, reason in zip(range(1, len(row["messages"]), 2), row["finish_reasons"], strict=True):
+            (ids,) = prompt_ids([row["messages"][:k]], tokenizer)
+            alone = generate_plain(target, ids, 8).tokens
+            assert reason == ("stop" if alone[-1] in target.eos_ids else "length")
+            said = alone[:-1] if reason == "stop" else alone
+            assert row["messages"][k]["content"] == tokenizer.decode(said)
+        assert row["length_cut"] == ("length" in row["finish_reasons"])
 
 
-def test_attention_is_the_models_own_again_afterwards(target):
-    before = target.model.config._attn_implementation
-    list(regenerate(target, [[40, 41], [50]], 2, 2))
-    assert target.model.config._attn_implementation == before == "sdpa"
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_local_run_stopped_between_batches_ends_the_same(run, target, tmp_path, monkeypatch, temperature):
+    sampling = Sampling(temperature, max_new_tokens=8, seed=3)
+    by = local(target, sampling)
+    run(by, sampling, out=tmp_path / "undisturbed.jsonl", allow_failures=True)
+    original, count = answer_local.answer_batch, [0]
+
+    def interrupted(*arguments, **options):
+        count[0] += 1
+        if count[0] == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(answer_local, "answer_batch", interrupted)
+    outcome, printed = run(by, sampling, allow_failures=True)
+    assert outcome.stopped_by == signal.SIGINT and "stopped by SIGINT" in printed
+    assert 0 < len(rows_of(tmp_path / "out.jsonl.part")) < 20
+    outcome, _ = run(by, sampling, allow_failures=True)
+    assert outcome.complete
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
 
 
-def test_bf16_answers_are_finite_choices():
-    target = Target(tiny_llama().bfloat16())
-    (batch,) = regenerate(target, [[40, 41, 42], [50], [60, 61]], 5, 3)
-    assert all(len(a.answer_ids) == 5 or a.answer_ids[-1] in target.eos_ids for a in batch)
-    assert any(token != 0 for a in batch for token in a.answer_ids)
+def test_sampling_reaches_the_local_target(run, target, tmp_path):
+    answers = set()
+    for seed in (1, 2, 2):
+        sampling = Sampling(2.0, max_new_tokens=8, seed=seed)
+        run(local(target, sampling), sampling, fresh=True, allow_failures=True)
+        answers.add((tmp_path / "out.jsonl").read_bytes())
+    assert len(answers) == 2
 
 
-def test_rows_mask_the_prompt():
-    row = Answer(0, [3, 4], [5, 6, 2]).row(make_tokenizer())
-    assert row["input_ids"] == [3, 4, 5, 6, 2] and row["loss_mask"] == [0, 0, 1, 1, 1]
-    assert row["text"]
+def test_what_a_local_target_cannot_answer_is_listed(run, target, tmp_path):
+    source = tmp_path / "odd.jsonl"
+    long = json.dumps({"prompt": " ".join(WORDS[:90] * 6)})
+    source.write_text(long + "\n" + json.dumps({"prompt": "ba be"}) + "\n")
+    outcome, _ = run(local(target), paths=[str(source)])
+    assert outcome.failures == 1
+    assert "leave no 8 of the target's 512" in rows_of(tmp_path / "out.failures.jsonl")[0]["reason"]
+
+
+def test_special_tokens_in_an_answer_are_no_text(target):
+    with pytest.raises(ValueError, match=r"special token <\|im_start\|>"):
+        local(target)._text([20, 1, 21, 2])
+    assert local(target)._text([20, 21, 2]) == local(target).tokenizer.decode([20, 21])
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fastdraft(monkeypatch, capsys):
+    """fastdraft("--url", ...) -> exit code, what was printed on both streams together."""
+
+    def call(*arguments) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fastdraft", "data", "regenerate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return exit.value.code or 0, "".join(capsys.readouterr())
+
+    return call
+
+
+def test_the_command_answers(fastdraft, serve, prompts, tmp_path, undisturbed):
+    out = tmp_path / "out.jsonl"
+    code, printed = fastdraft(prompts, "--out", out, "--url", serve().url, "--url", serve().url, "--temperature", 0)
+    assert code == 0 and "20/20 conversations" in printed
+    assert out.read_bytes() == undisturbed
+
+
+def test_the_command_answers_with_a_local_target(fastdraft, target_dir, tmp_path):
+    source = tmp_path / "one.jsonl"
+    source.write_text('{"prompt": "ba be"}\n')
+    options = ["--temperature", 0, "--max-new-tokens", 4, "--dtype", "fp32", "--device", "cpu"]
+    code, printed = fastdraft(source, "--out", tmp_path / "out.jsonl", "--target", target_dir, *options)
+    assert code == 0, printed
+    settings = json.loads((tmp_path / "out.jsonl.meta.json").read_text())["settings"]
+    assert settings["backend"] == "transformers" and settings["dtype"] == "float32" and settings["batch_size"] == 32
+
+
+def test_the_commands_failures_are_one_line_and_exit_code_1(fastdraft, serve, prompts, tmp_path):
+    out = ("--out", tmp_path / "out.jsonl")
+    free = serve()
+    free.close()
+    for arguments, said in (
+        ((prompts, *out), "give either --url (repeatable) or --target"),
+        ((prompts, *out, "--url", free.url), "no server there"),
+        ((prompts, *out, "--url", "localhost:8000"), "is no server's address"),
+        ((tmp_path / "none.jsonl", *out, "--url", serve().url), "none.jsonl: no such file"),
+        ((prompts, "--out", tmp_path / "out.txt", "--url", serve().url), "must end in .jsonl"),
+    ):
+        code, printed = fastdraft(*arguments)
+        assert code == 1 and said in printed and len(printed.splitlines()) == 1, printed
+    broken = serve(fault=lambda number, body: (400, {}, b"no") if number == 0 else None)
+    assert fastdraft(prompts, *out, "--url", broken.url)[0] == 1
+    assert not (tmp_path / "out.jsonl").exists()
