@@ -34,6 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from bench.timing import RESULTS, append, roof
@@ -136,6 +137,8 @@ def alone(make: Callable[[Work], object], work: Work, estimate_s: float, profile
     provider.update()
     synchronize(work)
     first_s = time.perf_counter() - start
+    if cuda and not isinstance(provider, Ours):  # torch's AdamW makes its moments in the first step
+        built = torch.cuda.memory_allocated() - before - provider.own_inputs
     if not cuda:
         return {"round_s": first_s * len(work.batches)}, losses
     if estimate_s > ONCE_S:
@@ -149,9 +152,9 @@ def alone(make: Callable[[Work], object], work: Work, estimate_s: float, profile
     counts = {"kernels": None, "syncs": None}
     if estimate_s < PROBE_S:
         counts = {"kernels": count_kernels(provider, profile), "syncs": count_syncs(provider)}
-    own_inputs = provider.own_inputs
+    own_inputs, fused = provider.own_inputs, isinstance(getattr(provider, "engine", None), TTTEngine)
     del provider
-    per_token = per_token_bytes(make, work)
+    per_token = per_token_bytes(make, work) if fused else 0
     fixed = before + own_inputs + built + per_token
     memory = {
         "weights_optimizer": built,
@@ -164,15 +167,13 @@ def alone(make: Callable[[Work], object], work: Work, estimate_s: float, profile
     return {"first_step_s": round(first_s, 2), "round_s": round_s, "memory": memory, **counts}, losses
 
 
-def per_token_bytes(make: Callable[[Work], object], work: Work) -> int:
-    """Peak of the largest pack with one trained token, less that of its first 16 tokens. 0 for what is not fused."""
+def per_token_bytes(make: Callable[[Work], Ours], work: Work) -> int:
+    """Peak of the largest pack with one trained token, less that of its first 16 tokens."""
     k = max(range(len(work.batches)), key=lambda k: work.batches[k].num_tokens)
     batch, features, peaks = work.batches[k], work.features[k], []
     for n in (16, batch.num_tokens):
         free()
         provider = make(work)
-        if not (isinstance(provider, Ours) and isinstance(provider.engine, TTTEngine)):
-            return 0
         mask = torch.zeros(n, dtype=torch.bool)
         mask[-1] = True
         before = torch.cuda.memory_allocated()
@@ -266,6 +267,7 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
     flops = sum(model_flops(work.config, batch, len(work.step_weights)) for batch in work.batches)
     estimate_s = flops / RATE
     rows, losses = {}, {}
+    torch._dynamo.reset()  # a peer compiles for this length alone, as in a process of its own
     for name, make in makes.items():
         try:
             rows[name], losses[name] = alone(make, work, estimate_s, args.profile)
