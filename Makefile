@@ -1,6 +1,7 @@
 # make demo    the whole path on a real 135M model: answers, training, speculative decoding, export, report
 # make test    the whole CPU test suite
 # make lint    ruff, rules and formatting
+# make gate    fails when a benchmark row is missing, older than its source, or slower than the one before; needs no GPU
 # make clean   delete the environment
 #
 # Everything runs in .venv, which the first of these makes and installs into; later ones reuse it until pyproject.toml
@@ -42,7 +43,7 @@ else:
 endef
 export FIND_TORCH
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -56,6 +57,9 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+gate: $(VENV)/installed
+	$(RUN) -m bench.gate
 
 clean:
 	rm -rf $(VENV)

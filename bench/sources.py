@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py"],
+    "chain_qkv": ["fastdraft/model/rope.py"],
     "step": [
         "fastdraft/kernels/*.py",
         "csrc/*",

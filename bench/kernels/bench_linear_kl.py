@@ -1,4 +1,4 @@
-"""Times the draft's head: python -m bench.kernels.bench_linear_kl. Rows go to bench/results/linear_kl.jsonl.
+"""Times the draft's head: python -m bench.kernels.bench_linear_kl, or pytest. Rows go to bench/results/linear_kl.jsonl.
 
 `linear_kl/rows` is the row kernel alone (roof: student and teacher logits read once, gradient written once),
 `linear_kl/step` the three GEMMs and the row kernel. "torch" is the same mathematics with autograd, "torch.compile" that
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ SHAPES = [  # H, Vd
     (576, 8192),
     (576, 49152),
 ]
+ROWS, LOSSES = (4096, 8192), ("kl", "lk_alpha")
 
 
 def torch_rows(
@@ -86,6 +88,26 @@ def providers(n: int, hidden: int, draft: int, loss: str, compiled: bool):
     return rows, step
 
 
+def bench_case(
+    hidden: int, draft: int, n: int, loss: str, rounds: int = 15, commit: str | None = None, compiled: bool = False
+) -> dict[str, dict[str, list[float]]]:
+    rows, step = providers(n, hidden, draft, loss, compiled)
+    shape, found = {"n": n, "H": hidden, "Vd": draft, "loss": loss}, {}
+    found["rows"] = measure(rows, rounds)
+    record("linear_kl/rows", shape, "bf16", found["rows"], 3 * 2 * n * draft, 0, commit)
+    num_bytes = 2 * (2 * n * hidden + n * draft + draft * hidden) + 8 * draft * hidden
+    found["step"] = measure(step, rounds)
+    record("linear_kl/step", shape, "bf16", found["step"], num_bytes, 6 * n * hidden * draft, commit)
+    return found
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize(("hidden", "draft"), SHAPES)
+def test_linear_kl(hidden, draft, n, loss, show):
+    show(bench_case(hidden, draft, n, loss)["step"])
+
+
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--commit", help="what to write in the rows where there is no git")
@@ -96,15 +118,10 @@ def main() -> None:
     for hidden, draft in SHAPES:
         if args.vocab and draft != args.vocab:
             continue
-        for n in (4096, 8192):
-            for loss in ("kl", "lk_alpha"):
-                rows, step = providers(n, hidden, draft, loss, args.compile and hidden == 4096 and n == 4096)
-                shape = {"n": n, "H": hidden, "Vd": draft, "loss": loss}
-                times = measure(rows, args.rounds)
-                record("linear_kl/rows", shape, "bf16", times, 3 * 2 * n * draft, 0, args.commit)
-                num_bytes = 2 * (2 * n * hidden + n * draft + draft * hidden) + 8 * draft * hidden
-                times = measure(step, args.rounds)
-                record("linear_kl/step", shape, "bf16", times, num_bytes, 6 * n * hidden * draft, args.commit)
+        for n in ROWS:
+            for loss in LOSSES:
+                compiled = args.compile and hidden == 4096 and n == 4096
+                bench_case(hidden, draft, n, loss, args.rounds, args.commit, compiled)
 
 
 if __name__ == "__main__":

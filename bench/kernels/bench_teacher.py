@@ -1,4 +1,4 @@
-"""Times the teacher's rows: python -m bench.kernels.bench_teacher. Rows go to bench/results/teacher.jsonl.
+"""Times the teacher's rows: python -m bench.kernels.bench_teacher, or pytest. Rows go to bench/results/teacher.jsonl.
 
 Roof: the head's GEMM, or head, features and kept logits moved once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+import pytest
 import torch
 
 from bench.timing import measure, record
@@ -18,6 +19,32 @@ SHAPES = [  # H, V, Vd
     (576, 49152, 8192),
     (576, 49152, 49152),
 ]
+ROWS = (4096, 8192)
+
+
+def bench_case(hidden: int, vocab: int, draft: int, n: int, rounds: int = 15, commit: str | None = None):
+    ids = torch.randperm(vocab, device="cuda")[:draft].sort().values
+    head = TargetHead(torch.randn(vocab, hidden, device="cuda", dtype=torch.bfloat16) * hidden**-0.5)
+    permuted = permute_head(head, ids)
+    f = [torch.randn(n, hidden, device="cuda", dtype=torch.bfloat16) * 3 for _ in range(3)]
+    buffers = teacher_buffers(n, permuted, torch.bfloat16)
+    times = measure(
+        {
+            "fastdraft": lambda i: teacher(f[i % 3], permuted, buffers),
+            "torch": lambda i: teacher_ref(f[i % 3], head, ids),
+        },
+        rounds,
+    )
+    num_bytes = 2 * (vocab * hidden + n * hidden + n * draft)
+    shape = {"n": n, "H": hidden, "V": vocab, "Vd": draft}
+    record("teacher", shape, "bf16", times, num_bytes, 2 * n * hidden * vocab, commit)
+    return times
+
+
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize(("hidden", "vocab", "draft"), SHAPES)
+def test_teacher(hidden, vocab, draft, n, show):
+    show(bench_case(hidden, vocab, draft, n))
 
 
 def main() -> None:
@@ -25,23 +52,9 @@ def main() -> None:
     args.add_argument("--commit", help="what to write in the rows where there is no git")
     args.add_argument("--rounds", type=int, default=15)
     args = args.parse_args()
-    for hidden, vocab, draft in SHAPES:
-        ids = torch.randperm(vocab, device="cuda")[:draft].sort().values
-        head = TargetHead(torch.randn(vocab, hidden, device="cuda", dtype=torch.bfloat16) * hidden**-0.5)
-        permuted = permute_head(head, ids)
-        for n in (4096, 8192):
-            f = [torch.randn(n, hidden, device="cuda", dtype=torch.bfloat16) * 3 for _ in range(3)]
-            buffers = teacher_buffers(n, permuted, torch.bfloat16)
-            times = measure(
-                {
-                    "fastdraft": lambda i, f=f, b=buffers, p=permuted: teacher(f[i % 3], p, b),
-                    "torch": lambda i, f=f, h=head, ids=ids: teacher_ref(f[i % 3], h, ids),
-                },
-                args.rounds,
-            )
-            num_bytes = 2 * (vocab * hidden + n * hidden + n * draft)
-            shape = {"n": n, "H": hidden, "V": vocab, "Vd": draft}
-            record("teacher", shape, "bf16", times, num_bytes, 2 * n * hidden * vocab, args.commit)
+    for shape in SHAPES:
+        for n in ROWS:
+            bench_case(*shape, n, args.rounds, args.commit)
 
 
 if __name__ == "__main__":

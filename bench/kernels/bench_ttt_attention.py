@@ -1,4 +1,5 @@
-"""Times TTT attention: python -m bench.kernels.bench_ttt_attention. Rows go to bench/results/ttt_attention.jsonl.
+"""Times TTT attention: python -m bench.kernels.bench_ttt_attention, or pytest. Rows go to
+bench/results/ttt_attention.jsonl.
 
 Llama-3.1-8B's draft heads. `fwd`; `bwd` is both backward kernels (5 products counted), `bwd_q` and `bwd_kv` each of them
 alone (the 3 and 4 products it computes). "cudnn" and "flash" are torch's SDPA on the same dense causal attention; packed,
@@ -9,7 +10,9 @@ not live and left out of the list.
 from __future__ import annotations
 
 import argparse
+import functools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,7 +50,9 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def bench_case(rows: int, num_keys: int, num_diag: int, packed: bool, rounds: int, commit: str | None) -> None:
+def bench_case(
+    rows: int, num_keys: int, num_diag: int, packed: bool, rounds: int = 15, commit: str | None = None
+) -> dict[str, dict[str, list[float]]]:
     if packed:
         pos, doc_start = chats(num_keys)
         rows = len(pos)
@@ -80,7 +85,12 @@ def bench_case(rows: int, num_keys: int, num_diag: int, packed: bool, rounds: in
         bwd_q(i)
         bwd_kv(i)
 
-    ours = {"fwd": {"ours": fwd}, "bwd": {"ours": bwd}, "bwd_q": {"ours": bwd_q}, "bwd_kv": {"ours": bwd_kv}}
+    ours = {
+        "fwd": {"fastdraft": fwd},
+        "bwd": {"fastdraft": bwd},
+        "bwd_q": {"fastdraft": bwd_q},
+        "bwd_kv": {"fastdraft": bwd_kv},
+    }
     if rows == num_keys and num_diag == 0:
         for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
             ours["fwd"][name], ours["bwd"][name] = sdpa(backend, rows)
@@ -94,11 +104,13 @@ def bench_case(rows: int, num_keys: int, num_diag: int, packed: bool, rounds: in
         "bwd_kv": (2 * q_bytes + 2 * k_bytes + 8 * k_bytes, 2),
     }
     shape = {"M": rows, "N": num_keys, "diag": num_diag, "Hq": HQ, "Hkv": HKV, "D": D} | ({"chats": 1} if packed else {})
+    found = {}
     for name, providers in ours.items():
         num_bytes, factor = need[name]
-        times = measure(providers, rounds)
+        found[name] = times = measure(providers, rounds)
         record(f"ttt_attention/{name}", shape, "bf16", times, num_bytes, int(flops * factor), commit)
         print("  TFLOP/s", {p: round(flops * factor / us[len(us) // 2] / 1e6) for p, us in times.items()})
+    return found
 
 
 def sdpa(backend: SDPBackend, n: int):
@@ -112,6 +124,17 @@ def sdpa(backend: SDPBackend, n: int):
 
     out = forward(0)
     return forward, lambda _: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+
+@functools.cache
+def times_of(case: tuple[int, int, int, bool]) -> dict[str, dict[str, list[float]]]:
+    return bench_case(*case)
+
+
+@pytest.mark.parametrize("pass_", ["fwd", "bwd"])
+@pytest.mark.parametrize("case", CASES)
+def test_ttt_attention(case, pass_, show):
+    show(times_of(case)[pass_])
 
 
 def main() -> None:

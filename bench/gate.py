@@ -1,0 +1,93 @@
+"""Are the recorded rows those of today's source, and none slower than before? python -m bench.gate; no GPU is needed.
+
+It fails, naming each, when
+
+- a Triton kernel has no benchmark in bench/kernels,
+- an op (each kernel's, and `step`) has no row, or its newest row is of other source than today's (`bench.sources`),
+- a newest row is more than 5 % slower than the row before it of the same op, shape, dtype and GPU, or is of a run that
+  failed, unless it carries a `note` that explains it.
+
+Only fastdraft's own rows are judged. To make them fresh, run the benchmark again on a GPU and commit the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from bench.sources import ROOT, source
+
+SLOWER = 1.05
+
+
+def load(path: Path) -> list[dict]:
+    """Rows of a file in the order they were written. ValueError names the line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    return rows
+
+
+def key(row: dict) -> tuple[str, ...]:
+    """What two rows have in common that may be compared."""
+    return row["op"], json.dumps(row["shape"], sort_keys=True), row["dtype"], str(row["gpu"]), row["provider"]
+
+
+def time_us(row: dict) -> float:
+    return row["us_per_token"] if "us_per_token" in row else row["us"]
+
+
+def newest(rows: list[dict]) -> dict[tuple[str, ...], list[dict]]:  # key -> its last two rows or one
+    """Of each op, shape, dtype, GPU and provider, in the file's order."""
+    last: dict[tuple[str, ...], list[dict]] = {}
+    for row in rows:
+        last[key(row)] = [*last.get(key(row), []), row][-2:]
+    return last
+
+
+def problems(root: Path = ROOT) -> list[str]:
+    """A sentence for everything that is missing, stale or slower."""
+    found = []
+    benched = {path.stem.removeprefix("bench_") for path in (root / "bench/kernels").glob("bench_*.py")}
+    for path in sorted((root / "fastdraft/kernels").glob("*.py")):
+        if "tl.program_id" in path.read_text() and path.stem not in benched:
+            found.append(f"{path.stem}: no benchmark; add bench/kernels/bench_{path.stem}.py")
+    for op in [*sorted(benched), "step"]:
+        path = root / f"bench/results/{op}.jsonl"
+        rows = [row for row in load(path) if row["provider"] == "fastdraft"] if path.exists() else []
+        if not rows:
+            found.append(f"{op}: no row of fastdraft in bench/results/{op}.jsonl; run its benchmark on a GPU")
+            continue
+        now = source(op, root)
+        for name, row in {row["op"]: row for row in rows}.items():
+            if row.get("source") != now:
+                found.append(
+                    f"{name}: the source changed since its newest row ({row['date']}, {row['commit']}); time it again"
+                )
+        for last in newest(rows).values():
+            row = last[-1]
+            about = f"{row['op']} {json.dumps(row['shape'])} on {row['gpu']}"
+            if "note" in row:
+                continue
+            if "failed" in row:
+                found.append(f"{about}: {row['failed']}")
+            elif len(last) == 2 and "failed" not in last[0] and time_us(row) > SLOWER * time_us(last[0]):
+                found.append(
+                    f"{about}: {time_us(row):.6g} us, was {time_us(last[0]):.6g} ({last[0]['date']}, {last[0]['commit']}); "
+                    f'make it faster, or give the row a "note" that says why'
+                )
+    return found
+
+
+def main() -> None:
+    found = problems()
+    print("\n".join(found) or "every benchmark row is of today's source, and none is slower than before")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
