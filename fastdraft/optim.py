@@ -6,7 +6,8 @@ number of live step-0 rows:
 
     g = G / N;  g *= min(1, clip / |g|);  m, v as Adam's;  w -= lr * (m^ / (sqrt(v^) + eps) + weight_decay * w)
 
-so the result does not depend on how the global batch was cut. Norm weights (1-D) take no weight decay.
+so the result does not depend on how the global batch was cut. Norm weights (1-D) take no weight decay. The arithmetic is
+`kernels/adamw.py`.
 Source: AdamW (arXiv 1711.05101).
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdraft.config import OptimConfig
+from fastdraft.kernels.adamw import adamw_, adamw_scratch
 
 
 class FlatAdamW:
@@ -33,16 +35,19 @@ class FlatAdamW:
         buffer = dict(device=first.device, dtype=torch.promote_types(dtype, torch.float32))
         self.master = torch.cat([p.detach().reshape(-1) for p in parameters.values()]).to(**buffer)
         self.m, self.v, self.grad = (torch.zeros(count, **buffer) for _ in range(3))
-        self.decayed = torch.cat([torch.full((p.numel(),), p.ndim > 1) for p in parameters.values()]).to(first.device)
         self.weights = self.master.to(dtype) if dtype != self.master.dtype else self.master
         self.updates = torch.zeros((), dtype=torch.float64, device=first.device)  # steps that had a live row
+        self.scratch = adamw_scratch(first.device)
         self.grads: dict[str, Tensor] = {}  # views of the gradient sum, by parameter name
-        start = 0
+        norms, start = [], 0
         for name, p in parameters.items():
             end = start + p.numel()
             p.data = self.weights[start:end].view(p.shape)
             self.grads[name] = self.grad[start:end].view(p.shape)
+            if p.ndim == 1:
+                norms.append((start, end))
             start = end
+        self.not_decayed = torch.tensor(norms, dtype=torch.int64, device=first.device).view(-1, 2)
 
     def lr(self, step: int) -> float:
         """Linear warm-up then cosine to min_lr_ratio, by optimizer step, counted from 0."""
@@ -53,7 +58,6 @@ class FlatAdamW:
         progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
         return c.lr * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    @torch.no_grad()
     def step(self, num_live: Tensor) -> Tensor:  # scalar tensor: norm of G / N before clipping
         """One AdamW step from the summed gradient over `num_live` (device scalar), then zeroes the sum.
 
@@ -62,23 +66,22 @@ class FlatAdamW:
         c = self.config
         lr = self.lr(self.step_count)
         self.step_count += 1
-        beta1, beta2 = c.betas
-        go = (num_live > 0).to(self.grad.dtype)
-        self.updates += go
-        count = self.updates.clamp_min(1)
-        grad = self.grad.div_(num_live.clamp_min(1))
-        norm = grad.norm()
-        grad.mul_((c.clip / norm.clamp_min(1e-30)).clamp_max(1.0))
-        self.m.lerp_(grad, go * (1 - beta1))
-        self.v.lerp_(grad.square(), go * (1 - beta2))
-        update = (self.m / (1 - beta1**count)).div_(self.v.sqrt().div_((1 - beta2**count).sqrt()).add_(c.eps))
-        if c.weight_decay:
-            update.add_(self.master * self.decayed, alpha=c.weight_decay)
-        self.master.sub_(update.mul_(go * lr))
-        if self.weights is not self.master:
-            self.weights.copy_(self.master)
-        self.grad.zero_()
-        return norm
+        return adamw_(
+            self.grad,
+            self.master,
+            self.m,
+            self.v,
+            None if self.weights is self.master else self.weights,
+            self.not_decayed,
+            num_live,
+            self.updates,
+            self.scratch,
+            lr=lr,
+            betas=c.betas,
+            eps=c.eps,
+            weight_decay=c.weight_decay,
+            clip=c.clip,
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The live buffers, and the step count in a tensor of its own."""
