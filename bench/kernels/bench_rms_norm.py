@@ -1,7 +1,7 @@
 """Times RMSNorm with its residual: python -m bench.kernels.bench_rms_norm, or pytest. Rows go to results/rms_norm.jsonl.
 
-`fwd` adds a residual and norms the sum, `bwd` adds the residual's gradient to the norm's. "torch" is the reference, eager;
-"liger" its fused add and norm, forward and backward, where it is installed.
+`fwd` adds a residual and norms the sum, `bwd` adds the residual's gradient to the norm's. "torch" is the reference, eager,
+"torch.compile" that compiled; "liger" its fused add and norm, forward and backward, where it is installed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_bac
 EPS = 1e-5
 SHAPES = [  # n, H
     (8192, 4096),
+    (8192, 8192),
     (8192, 576),
 ]
 
@@ -34,16 +35,25 @@ def bench_case(n: int, hidden: int, rounds: int = 15, commit: str | None = None)
         k = i % 3
         rms_norm_backward(dy[k], total[k], r, weight, dx, dweight, partial, add=(delta[k],))
 
-    def torch_backward(i):
-        k = i % 3
-        back, dw = rms_norm_backward_ref(dy[k], total[k], r[:, None], weight)
-        return (back + delta[k]).to(dx.dtype), dweight + dw
+    def add_and_norm(x, delta):
+        s = x + delta
+        return s, *rms_norm_ref(s, weight, EPS)
 
+    def norm_backward(dy, x, add):
+        back, dw = rms_norm_backward_ref(dy, x, r[:, None], weight)
+        return (back + add).to(dx.dtype), dweight + dw
+
+    compiled, compiled_backward = (torch.compile(f, dynamic=False) for f in (add_and_norm, norm_backward))
     forward = {
         "fastdraft": lambda i: rms_norm(x[i % 3], weight, EPS, y[i % 3], r, delta=delta[i % 3], total=total[i % 3]),
-        "torch": lambda i: rms_norm_ref(x[i % 3] + delta[i % 3], weight, EPS),
+        "torch": lambda i: add_and_norm(x[i % 3], delta[i % 3]),
+        "torch.compile": lambda i: compiled(x[i % 3], delta[i % 3]),
     }
-    backward = {"fastdraft": ours_backward, "torch": torch_backward}
+    backward = {
+        "fastdraft": ours_backward,
+        "torch": lambda i: norm_backward(dy[i % 3], total[i % 3], delta[i % 3]),
+        "torch.compile": lambda i: compiled_backward(dy[i % 3], total[i % 3], delta[i % 3]),
+    }
     try:
         from liger_kernel.transformers.functional import liger_fused_add_rms_norm
     except ImportError:
