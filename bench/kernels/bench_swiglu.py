@@ -1,7 +1,7 @@
 """Times SwiGLU: python -m bench.kernels.bench_swiglu, or pytest. Rows go to bench/results/swiglu.jsonl.
 
-"torch" is the reference, eager, "torch.compile" that compiled; "liger" its kernels on the joined projection, where it is installed (its backward does not
-give the activation back).
+"torch" is the reference, eager, "torch.compile" that compiled; "liger" its kernels on the joined projection, where it is
+installed (its backward does not give the activation back).
 From the second round on the backward's inputs are the last round's results: other numbers, the same work.
 """
 
