@@ -59,6 +59,21 @@ def test_equals_torch_adamw():
             torch.testing.assert_close(ours[name].data, theirs[name].data, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_gpu_does_what_the_cpu_does():
+    config = OptimConfig(lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3)
+    mine = {name: nn.Parameter(p.data.cuda()) for name, p in make_parameters().items()}
+    cpu, gpu = FlatAdamW(make_parameters(), config, 10, torch.float32), FlatAdamW(mine, config, 10, torch.float32)
+    for step, live in enumerate((0.0, 3.0, 5.0, 0.0, 2.0)):
+        grads = make_grads(step) if live else {}
+        add_grads(cpu, grads)
+        add_grads(gpu, {name: grad.cuda() for name, grad in grads.items()})
+        live = torch.tensor(live, dtype=torch.float64)
+        torch.testing.assert_close(gpu.step(live.cuda()).cpu(), cpu.step(live))
+    for ours, theirs in zip(gpu.state_dict().values(), cpu.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_schedule_counts_optimizer_steps():
     optimizer = FlatAdamW(make_parameters(), OptimConfig(lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25), 20, torch.float32)
     lrs = [optimizer.lr(step) for step in range(20)]
