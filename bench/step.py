@@ -348,15 +348,15 @@ def main(argv: list[str] | None = None) -> None:
     args.first_step = "cold" if args.cold else "warm"
     device, dtype = torch.device(args.device), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
 
-    makes: dict[str, Callable[[Work], object]] = {}
+    engines: dict[str, Callable[[Work], object]] = {}
     for engine in args.engine.split(","):
         if engine != "none":
             name = {"fused": "fastdraft", "reference": "reference"}[engine]
-            makes[name] = lambda work, engine=engine: Ours(work, engine, args.chunk_rows)
+            engines[name] = lambda work, engine=engine: Ours(work, engine, args.chunk_rows)
     if args.peer:
         from bench.peers.specforge import SpecForge
 
-        makes["specforge"] = lambda work: SpecForge(work, args.specforge, args.peer_attention, args.peer_batch)
+        specforge = lambda work: SpecForge(work, args.specforge, args.peer_attention, args.peer_batch)  # noqa: E731
     for shape_name in args.shape.split(","):
         config = SHAPES[shape_name]
         for pattern in args.pattern.split(","):
@@ -366,6 +366,9 @@ def main(argv: list[str] | None = None) -> None:
                 else:
                     batches = [live_batch(config, tokens)]
                 shape = {"model": shape_name, "tokens": tokens, "pattern": pattern, "T": args.ttt}
+                makes = dict(engines)
+                if args.peer:
+                    makes["specforge" + (f", {args.peer_batch} a batch" if pattern == "chats" else "")] = specforge
                 if args.chunk_rows:
                     shape["chunk_rows"] = args.chunk_rows
                 measure_work(makes, make_work(config, batches, args.ttt, dtype, device), args, shape)

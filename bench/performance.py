@@ -1,0 +1,338 @@
+"""Makes docs/performance.md and its plots from the rows in bench/results: python -m bench.performance
+
+Shown is the newest row of each op, shape, dtype, GPU and provider. A peer's row is set beside the row of ours that the same
+run wrote before it. What has no rows is left out. A test compares the committed page's numbers with those of the rows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bench.gate import load, newest
+from bench.sources import ROOT
+
+GIB = 2**30
+NAMES = {
+    "smollm2-135m": "SmolLM2-135M",
+    "llama-3.1-8b": "Llama-3.1-8B",
+    "qwen3-8b": "Qwen3-8B",
+    "llama-3.3-70b": "Llama-3.3-70B",
+}
+PEER, MAIN = "specforge", "llama-3.1-8b"
+HEAD = """# Performance
+
+Made from the rows in [bench/results](../bench/results) by `python -m bench.performance`; change the rows, not this page.
+"""
+
+
+def read(results: Path) -> list[dict]:
+    return [row for path in sorted(results.glob("*.jsonl")) for row in load(path) if "op" in row and "provider" in row]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def number(x: float | None, digits: int = 1) -> str:
+    return "" if x is None else f"{x:,.{digits}f}"
+
+
+def short(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def failed(row: dict) -> str:
+    return "out of memory" if "memory" in row["failed"] else row["failed"]
+
+
+# --- the step ------------------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """The step rows of one GPU in bf16: the newest of ours by (model, pattern, tokens), and pairs of ours and a peer's."""
+
+    def __init__(self, rows: list[dict], gpu: str):
+        mine = [r for r in rows if r["op"] == "step" and r["gpu"] == gpu and r["dtype"] == "bf16" and r["shape"]["T"] == 7]
+        mine = [r for r in mine if "chunk_rows" not in r["shape"]]
+        self.ours: dict[tuple[str, str, int], dict] = {}
+        self.pairs: dict[tuple[str, str, int], tuple[dict, dict]] = {}  # ours of the same run, the peer's fastest
+        peers: dict[tuple[str, str, int], dict[str, tuple[dict, dict]]] = {}
+        for row in mine:
+            place = (row["shape"]["model"], row["shape"]["pattern"], row["shape"]["tokens"])
+            if row["provider"] == "fastdraft":
+                self.ours[place] = row
+            elif row["provider"].startswith(PEER) and place in self.ours:
+                peers.setdefault(place, {})[row["provider"]] = (self.ours[place], row)
+        for place, found in peers.items():
+            self.pairs[place] = min(found.values(), key=lambda pair: pair[1].get("us_per_token", float("inf")))
+
+    def ratio(self, place: tuple[str, str, int], field: str = "us_per_token") -> float | None:
+        """How many times the peer's time ours is less, both in one run."""
+        if place not in self.pairs or any("failed" in row for row in self.pairs[place]):
+            return None
+        ours, peer = self.pairs[place]
+        return peer[field] / ours[field]
+
+    def of(self, pattern: str) -> list[tuple[tuple[str, str, int], dict]]:
+        order = list(NAMES)
+        known = [(place, row) for place, row in self.ours.items() if place[1] == pattern and place[0] in NAMES]
+        return sorted(known, key=lambda item: (order.index(item[0][0]), item[0][2]))
+
+    def live(self) -> str:
+        lines = []
+        for place, row in self.of("live"):
+            line = [NAMES[place[0]], short(place[2])]
+            if "failed" in row:
+                lines.append([*line, failed(row), "", "", "", "", ""])
+                continue
+            peer = self.pairs[place][1] if place in self.pairs else None
+            theirs = "" if peer is None else failed(peer) if "failed" in peer else number(peer["us_per_token"])
+            ratio = self.ratio(place)
+            spread = f"{number(row['us_per_token'])} ({number(row['p20'])}-{number(row['p80'])})"
+            mfu = "" if row["mfu"] is None else number(100 * row["mfu"])
+            line += [spread, number(row["model_us_per_token"]), mfu, number(row["pct_of_gemm"])]
+            lines.append([*line, theirs, "" if ratio is None else f"{ratio:.2f}"])
+        header = ["draft", "tokens", "us/token", "no optimizer", "MFU %", "% of GEMM", "SpecForge us/token", "times faster"]
+        return table(header, lines) if lines else ""
+
+    def chats(self) -> str:
+        lines = []
+        for place, row in self.of("chats"):
+            if "failed" in row:
+                continue
+            line = [NAMES[place[0]], short(place[2])]
+            line += [number(row[f], 0) for f in ("useful_tokens_per_s", "tokens_per_s")]
+            line.append("" if row["mfu"] is None else number(100 * row["mfu"]))
+            if place in self.pairs and "failed" not in self.pairs[place][1]:
+                peer = self.pairs[place][1]
+                line += [number(peer["useful_tokens_per_s"], 0), peer["provider"].partition(", ")[2]]
+                line.append(f"{self.ratio(place):.2f}")
+            else:
+                line += ["", "", ""]
+            lines.append(line)
+        header = ["draft", "pack", "useful tokens/s", "tokens/s", "MFU %", "SpecForge useful tokens/s", "", "times faster"]
+        return table(header, lines) if lines else ""
+
+    def memory(self) -> str:
+        lines = []
+        parts = ("weights_optimizer", "inputs", "per_token", "transient", "peak")
+        for place, row in self.of("live"):
+            if "memory" not in row:
+                continue
+            peer = self.pairs[place][1] if place in self.pairs else {}
+            theirs = [number(peer["memory"][p] / GIB) for p in ("transient", "peak")] if "memory" in peer else ["", ""]
+            if "failed" in peer:
+                theirs = ["", failed(peer)]
+            lines.append([NAMES[place[0]], short(place[2]), *(number(row["memory"][p] / GIB) for p in parts), *theirs])
+        header = ["draft, GiB", "tokens", "weights, optimizer, head", "g and f", "kept per token", "transient", "peak"]
+        return table([*header, "SpecForge transient", "its peak"], lines) if lines else ""
+
+    def launches(self) -> str:
+        lines = []
+        for place, row in self.of("live"):
+            if row.get("kernels") is None:
+                continue
+            first = f"{number(row['first_step_s'])} ({row['first_step']})"
+            peer = self.pairs[place][1] if place in self.pairs else {}
+            theirs = [str(peer[f]) if peer.get(f) is not None else "" for f in ("first_step_s", "kernels", "syncs")]
+            lines.append([NAMES[place[0]], short(place[2]), first, str(row["kernels"]), str(row["syncs"]), *theirs])
+        header = ["draft", "tokens", "first step s", "kernels", "host syncs", "SpecForge first step s", "kernels", "syncs"]
+        return table(header, lines) if lines else ""
+
+    def goals(self) -> str:
+        """The project's goals for Llama-3.1-8B's draft, and what the rows say of each."""
+        place = lambda tokens, pattern="live": (MAIN, pattern, tokens)  # noqa: E731
+        found: list[tuple[str, str]] = []
+        for tokens, times in ((2048, 1.7), (4096, 1.5), (8192, 1.4)):
+            ratio = self.ratio(place(tokens), "model_us_per_token")
+            if ratio is not None:
+                found.append((f"{times} times SpecForge at {short(tokens)}, forward and backward", f"{ratio:.2f}"))
+        ratio = self.ratio(place(8192, "chats"), "us_per_token")
+        if ratio is not None:
+            found.append(("2.2 times its useful tokens/s on real chats", f"{ratio:.2f}"))
+        at = {n: self.ours[place(n)] for n in (8192, 131072, 524288) if "memory" in self.ours.get(place(n), {})}
+        if 8192 in at:
+            if at[8192]["mfu"] is not None:
+                found.append(("65 % MFU at 8k", f"{100 * at[8192]['mfu']:.1f} %"))
+            memory = at[8192]["memory"]
+            transient = (memory["per_token"] + memory["transient_model"]) / GIB
+            found.append(("at most 4 GiB above weights and inputs at 8k, forward and backward", f"{transient:.1f} GiB"))
+        if 131072 in at:
+            found.append(("128k tokens in 40 GB", f"{at[131072]['memory']['peak'] / 1e9:.1f} GB"))
+        if 524288 in at:
+            found.append(("512k tokens in 80 GB", f"{at[524288]['memory']['peak'] / 1e9:.1f} GB"))
+        cold = [
+            row["first_step_s"]
+            for (model, *_), row in self.ours.items()
+            if model == MAIN and row.get("first_step") == "cold"
+        ]
+        if cold:
+            found.append(("first step in 20 s with empty caches", f"{max(cold):.1f} s"))
+        return table(["goal", "reached"], [list(line) for line in found]) if found else ""
+
+
+STEP_TEXT = {
+    "goals": "For Llama-3.1-8B's draft.",
+    "live": """Every token trained on, one document, T 7, bf16; medians, in brackets the 20th and 80th percentile. us/token
+is of the whole step, `no optimizer` of forward and backward alone. MFU counts the FLOPs that the published
+algorithm needs in them (`bench.work.model_flops`) over the data sheet's dense bf16 rate; % of GEMM over what
+an 8192^3 product reached in the same process. SpecForge ran in the same process, interleaved, on the same
+weights and inputs, with its own optimizer.""",
+    "chats": """Real chats, packed by us; one at a time, or a padded batch, in SpecForge, whose EAGLE-3 trainer
+has no packing (`bench/peers/specforge.py`). Useful tokens are those whose step-0 row is trained on.""",
+    "memory": """Peak of a step by what holds it. SpecForge's gradient is in bf16 and lives within the step: it counts as
+transient there, ours with the optimizer.""",
+    "launches": "The first step compiles: cold with empty caches, warm in a new process, later after another length.",
+}
+KERNEL_TEXT = """Medians in bf16. The roof of a row is the larger of its FLOPs over the GPU's matrix rate and its bytes
+over its copy rate, both measured in the same process.
+"""
+TITLES = {
+    "goals": "Goals",
+    "live": "Time",
+    "chats": "Real chats",
+    "memory": "Memory",
+    "launches": "First step and launches",
+}
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------------
+
+
+def kernels(rows: list[dict], gpu: str) -> str:
+    """A table of the newest rows, the other providers of a row beside ours."""
+    last = {k: found[-1] for k, found in newest([r for r in rows if "pct_of_roof" in r and r["gpu"] == gpu]).items()}
+    lines = []
+    for (op, shape, dtype, _, provider), row in sorted(last.items()):
+        if provider != "fastdraft":
+            continue
+        others = [
+            f"{p} {number(r['us'], 0)}"
+            for (o, s, d, _, p), r in last.items()
+            if (o, s, d) == (op, shape, dtype) and p != provider
+        ]
+        rate = number(row["flops"] / row["us"] / 1e6, 0) if row["flops"] else ""
+        size = " ".join(f"{k} {v}" for k, v in json.loads(shape).items())
+        band = number(row["bytes"] / row["us"] / 1e6, 2)
+        lines.append([op, size, number(row["us"], 0), rate, band, number(row["pct_of_roof"], 0), ", ".join(others)])
+    header = ["kernel", "shape", "us", "TFLOP/s", "TB/s", "% of roof", "beside it, us"]
+    return table(header, lines) if lines else ""
+
+
+# --- page and plots ------------------------------------------------------------------------------------------------------
+
+
+def gpus(rows: list[dict]) -> list[str]:
+    return sorted({row["gpu"] for row in rows if row.get("gpu") and row["provider"] == "fastdraft"})
+
+
+def page(rows: list[dict]) -> str:
+    parts = [HEAD]
+    for gpu in gpus(rows):
+        steps = Steps(rows, gpu)
+        sections = {name: getattr(steps, name)() for name in TITLES}
+        sections = {name: text for name, text in sections.items() if text}
+        if sections:
+            parts.append(f"## The draft step, {gpu}\n")
+        for name, text in sections.items():
+            parts += [f"### {TITLES[name]}\n", STEP_TEXT[name] + "\n", text]
+            plot = {"live": "step-time", "memory": "step-memory"}.get(name)
+            if plot and curve(steps):
+                parts.append(f"![{TITLES[name]} against context length](img/{plot}-{slug(gpu)}.svg)\n")
+        text = kernels(rows, gpu)
+        if text:
+            parts += [f"## Kernels, {gpu}\n", KERNEL_TEXT, text]
+            if any(row["flops"] for row in roofline(rows, gpu)):
+                parts.append(f"![Roofline](img/roofline-{slug(gpu)}.svg)\n")
+    return "\n".join(parts)
+
+
+def slug(gpu: str) -> str:
+    return gpu.lower().replace("nvidia ", "").split(" ")[0]
+
+
+def curve(steps: Steps) -> list[tuple[int, dict, dict | None]]:  # tokens, ours, the peer's
+    """Llama-3.1-8B's live rows that have times."""
+    pairs = {place: pair[1] for place, pair in steps.pairs.items()}
+    live = [(place, row) for place, row in steps.of("live") if place[0] == MAIN and "failed" not in row]
+    return [(place[2], row, pairs.get(place)) for place, row in live]
+
+
+def roofline(rows: list[dict], gpu: str) -> list[dict]:
+    mine = [r for r in rows if "pct_of_roof" in r and r["gpu"] == gpu and r["provider"] == "fastdraft"]
+    return [found[-1] for found in newest(mine).values()]
+
+
+def plots(rows: list[dict], folder: Path) -> None:
+    """SVG files of the page, the same bytes for the same rows."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"svg.hashsalt": "fastdraft", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(figure, name: str) -> None:
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+
+    for gpu in gpus(rows):
+        points = curve(Steps(rows, gpu))
+        for name, label, value in (
+            ("step-time", "us per token", lambda row: row.get("us_per_token")),
+            ("step-memory", "peak GiB", lambda row: row["memory"]["peak"] / GIB if "memory" in row else None),
+        ):
+            if not points:
+                break
+            figure, axes = plt.subplots(figsize=(5, 3))
+            for who, marks in (
+                ("fastdraft", [(n, value(ours)) for n, ours, _ in points]),
+                ("SpecForge", [(n, value(peer)) for n, _, peer in points if peer]),
+            ):
+                marks = [(n, y) for n, y in marks if y is not None]
+                if marks:
+                    axes.plot(*zip(*marks, strict=True), marker="o", label=who)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([n for n, *_ in points], [short(n) for n, *_ in points])
+            axes.set(xlabel="tokens", ylabel=label, ylim=(0, None), title=f"{NAMES[MAIN]}'s draft, T 7, {gpu}")
+            axes.legend()
+            save(figure, f"{name}-{slug(gpu)}")
+        dots = [row for row in roofline(rows, gpu) if row["flops"]]
+        if dots:
+            figure, axes = plt.subplots(figsize=(5, 3.5))
+            for op in sorted({row["op"] for row in dots}):
+                mine = [row for row in dots if row["op"] == op]
+                x = [row["flops"] / row["bytes"] for row in mine]
+                axes.plot(x, [row["flops"] / row["us"] / 1e6 for row in mine], "o", markersize=4, label=op)
+            matrix = max(row["flops"] / row["us"] / 1e6 * 100 / row["pct_of_roof"] for row in dots)
+            copies = [r["bytes"] / r["us"] / 1e6 * 100 / r["pct_of_roof"] for r in roofline(rows, gpu) if not r["flops"]]
+            left, right = 10.0, 2 * max(row["flops"] / row["bytes"] for row in dots)
+            knee = matrix / max(copies) if copies else left
+            axes.plot([left, knee, right], [matrix * left / knee, matrix, matrix], color="grey", linewidth=1)
+            axes.set(
+                xscale="log",
+                yscale="log",
+                xlabel="FLOP per byte",
+                ylabel="TFLOP/s",
+                title=f"Kernels under the roof, {gpu}",
+            )
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_formatter("")
+            axes.legend(fontsize=7)
+            save(figure, f"roofline-{slug(gpu)}")
+
+
+def main() -> None:
+    rows = read(ROOT / "bench/results")
+    (ROOT / "docs/performance.md").write_text(page(rows))
+    plots(rows, ROOT / "docs/img")
+
+
+if __name__ == "__main__":
+    main()
