@@ -68,11 +68,12 @@ class AnswerFile:
         self._lock.release()
 
     def _open(self) -> None:
-        if self._fresh:
+        before = read_meta(self.meta)
+        if self._fresh and before is not None:  # never a file that is not ours
+            before = None
             for file in (self.out, self.part, self.meta, self.failures):
                 file.unlink(missing_ok=True)
         there = [file for file in (self.out, self.part) if file.exists()]
-        before = read_meta(self.meta)
         if there and before is None:
             raise ValueError(f"{there[0]} exists, but not the {self.meta.name} of a regeneration; name another --out")
         if there and before["settings"] != self.settings:
@@ -148,7 +149,7 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; start anew with --fresh") from error
+        raise ValueError(f"{path} is damaged: {error}; delete it") from error
     if meta is not None and not (isinstance(meta, dict) and isinstance(meta.get("settings"), dict)):
         raise ValueError(f"{path} holds no settings of a regeneration; name another --out")
     return meta

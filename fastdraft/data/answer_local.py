@@ -112,7 +112,7 @@ class LocalTarget:
         self.sampling = {name: value for name, value in self.sampling.items() if value is not None}
         if temperature == 0:
             self.sampling = {"do_sample": False}
-        elif temperature is not None:
+        elif self.sampling:
             self.sampling["do_sample"] = True
         added = tokenizer.added_tokens_decoder.items()
         self._special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}

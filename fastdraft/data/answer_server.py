@@ -25,7 +25,7 @@ from fastdraft.data.dialogue import Dialogue, answer_message, for_request
 
 LONGEST_REST_S = 60.0  # between attempts, unless a server asks for more
 LONGEST_RETRY_AFTER_S = 600.0
-FINISHED = ("stop", "length", "tool_calls", "function_call")  # others (abort, error, content_filter) are no whole answer
+FINISHED = ("stop", "length", "tool_calls")  # others (abort, error, content_filter) are no whole answer
 BUSY = (429, 502, 503, 504)  # the server's state, not the request's fault
 AGAIN = (408, 409, 425, 500, *BUSY)
 OWN_KEYS = ("model", "messages", "tools", "stream", "n", "temperature", "top_p", "top_k", "max_tokens", "seed")
@@ -248,14 +248,14 @@ def _completion(response: httpx.Response) -> tuple[dict[str, Any], str, int]:
         body = response.json()
         choice = body["choices"][0]
         finish_reason, message = choice["finish_reason"], answer_message(choice["message"])
-        tokens = (body.get("usage") or {}).get("completion_tokens") or 0
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a chat completion: {response.text[:200]}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {response.text[:200]}") from error
     if finish_reason not in FINISHED:
         raise ValueError(f"the answer ended with finish_reason {finish_reason!r}")
-    return message, finish_reason, int(tokens)
+    return message, finish_reason, tokens
 
 
 def _error_text(response: httpx.Response) -> str:

@@ -121,6 +121,8 @@ def regenerate(
     if out.suffix != ".jsonl":
         raise ValueError(f"--out {out} must end in .jsonl")
     source = Source(expand(paths))
+    if out.exists() and any(out.samefile(file) for file in source.files):
+        raise ValueError(f"--out {out} is one of the files of prompts; name another")
     source.survey(skip_bad_lines)
     if source.bad_lines:
         say(f"{len(source.bad_lines):,} lines cannot be used and are left out, the first: {source.bad_lines[0]}")

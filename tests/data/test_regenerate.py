@@ -310,11 +310,16 @@ def test_other_settings_are_refused_by_name(run, serve, prompts, tmp_path):
     assert run(serve(), fresh=True)[0].complete and len(rows_of(tmp_path / "out.jsonl")) == 21
 
 
-def test_a_file_of_somebody_else_is_left_alone(run, serve, tmp_path):
+def test_a_file_of_somebody_else_is_left_alone(run, serve, prompts, tmp_path):
     (tmp_path / "out.jsonl").write_text("mine\n")
-    with pytest.raises(ValueError, match="exists, but not"):
-        run(serve())
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match="exists, but not"):
+            run(serve(), fresh=fresh)
     assert (tmp_path / "out.jsonl").read_text() == "mine\n"
+    before = prompts.read_bytes()
+    with pytest.raises(ValueError, match="one of the files of prompts"):
+        run(serve(), out=prompts, fresh=True)
+    assert prompts.read_bytes() == before
 
 
 @pytest.mark.parametrize("extra", ["[1]", "{", '{"temperature": 1}', '{"messages": []}'])
@@ -405,18 +410,23 @@ def target() -> Target:
     return Target(tiny_llama().double())
 
 
-def local(target, sampling=GREEDY, batch_size=4) -> LocalTarget:
+def local(target, sampling=GREEDY, batch_size=2) -> LocalTarget:
     return LocalTarget(
         target, make_tokenizer(), sampling.max_new_tokens, batch_size, sampling.temperature, seed=sampling.seed or 0
     )
 
 
-def test_a_local_target_answers_as_it_would_alone(run, target, prompts, tmp_path):
+@pytest.fixture
+def few(tmp_path) -> list[str]:
+    return [str(write_prompts(tmp_path / "few.jsonl", 6))]
+
+
+def test_a_local_target_answers_as_it_would_alone(run, target, few, tmp_path):
     by = local(target)
-    outcome, _ = run(by, allow_failures=True)
+    outcome, _ = run(by, paths=few, allow_failures=True)
     assert outcome.complete
     rows, tokenizer = rows_of(tmp_path / "out.jsonl"), by.tokenizer
-    assert sum(len(row["messages"]) > 2 for row in rows) >= 5
+    assert sum(len(row["messages"]) > 2 for row in rows) >= 2
     for row in rows:
         for k, reason in zip(range(1, len(row["messages"]), 2), row["finish_reasons"], strict=True):
             (ids,) = prompt_ids([row["messages"][:k]], tokenizer)
@@ -428,32 +438,32 @@ def test_a_local_target_answers_as_it_would_alone(run, target, prompts, tmp_path
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_a_local_run_stopped_between_batches_ends_the_same(run, target, tmp_path, monkeypatch, temperature):
-    sampling = Sampling(temperature, max_new_tokens=8, seed=3)
+def test_a_local_run_stopped_between_batches_ends_the_same(run, target, few, tmp_path, monkeypatch, temperature):
+    sampling = Sampling(temperature, max_new_tokens=5, seed=3)
     by = local(target, sampling)
-    run(by, sampling, out=tmp_path / "undisturbed.jsonl", allow_failures=True)
+    run(by, sampling, out=tmp_path / "undisturbed.jsonl", paths=few, allow_failures=True)
     original, count = answer_local.answer_batch, [0]
 
     def interrupted(*arguments, **options):
         count[0] += 1
-        if count[0] == 4:
+        if count[0] == 3:
             signal.raise_signal(signal.SIGINT)
         return original(*arguments, **options)
 
     monkeypatch.setattr(answer_local, "answer_batch", interrupted)
-    outcome, printed = run(by, sampling, allow_failures=True)
+    outcome, printed = run(by, sampling, paths=few, allow_failures=True)
     assert outcome.stopped_by == signal.SIGINT and "stopped by SIGINT" in printed
-    assert 0 < len(rows_of(tmp_path / "out.jsonl.part")) < 20
-    outcome, _ = run(by, sampling, allow_failures=True)
+    assert 0 < len(rows_of(tmp_path / "out.jsonl.part")) < 6
+    outcome, _ = run(by, sampling, paths=few, allow_failures=True)
     assert outcome.complete
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
 
 
-def test_sampling_reaches_the_local_target(run, target, tmp_path):
+def test_sampling_reaches_the_local_target(run, target, few, tmp_path):
     answers = set()
     for seed in (1, 2, 2):
-        sampling = Sampling(2.0, max_new_tokens=8, seed=seed)
-        run(local(target, sampling), sampling, fresh=True, allow_failures=True)
+        sampling = Sampling(2.0, max_new_tokens=5, seed=seed)
+        run(local(target, sampling, 6), sampling, paths=few, fresh=True, allow_failures=True)
         answers.add((tmp_path / "out.jsonl").read_bytes())
     assert len(answers) == 2
 
