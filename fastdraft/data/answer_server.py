@@ -11,6 +11,7 @@ import asyncio
 import email.utils
 import json
 import random
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ LONGEST_REST_S = 60.0  # between attempts, unless a server asks for more
 LONGEST_RETRY_AFTER_S = 600.0
 FINISHED = ("stop", "length", "tool_calls")  # others (abort, error, content_filter) are no whole answer
 BUSY = (429, 502, 503, 504)  # the server's state, not the request's fault
+SPARE_FILES = 64  # besides one for each connection
 AGAIN = (408, 409, 425, 500, *BUSY)
 OWN_KEYS = ("model", "messages", "tools", "stream", "n", "temperature", "top_p", "top_k", "max_tokens", "seed")
 
@@ -74,6 +76,12 @@ class Servers:
                 raise ValueError(f"{url!r} is no server's address; give it as http://host:port/v1")
         self.body, self.seed, self.concurrency = body, seed, concurrency
         self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if files != resource.RLIM_INFINITY and concurrency * len(urls) + SPARE_FILES > files:
+            raise ValueError(
+                f"{len(urls)} servers with {concurrency} requests each need more than {files} open files; "
+                "raise it (ulimit -n) or lower --concurrency"
+            )
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.model = asyncio.run(self._agreed_model(model))
 

@@ -322,6 +322,11 @@ def test_a_file_of_somebody_else_is_left_alone(run, serve, prompts, tmp_path):
     assert prompts.read_bytes() == before
 
 
+def test_more_requests_than_open_files_are_refused(serve):
+    with pytest.raises(ValueError, match="ulimit -n"):
+        open_servers([serve().url], None, GREEDY, concurrency=10**9)
+
+
 @pytest.mark.parametrize("extra", ["[1]", "{", '{"temperature": 1}', '{"messages": []}'])
 def test_a_wrong_extra_body_is_refused(extra):
     with pytest.raises(ValueError, match="--extra-body"):
