@@ -24,6 +24,8 @@ data = typer.Typer(help="Answers of the target, a look at training data, and tok
 app.add_typer(data, name="data")
 bench = typer.Typer(help="Measure a draft where it serves.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+features = typer.Typer(help="Run the target once, train from its features many times.", no_args_is_help=True)
+app.add_typer(features, name="features")
 console = Console()
 
 
@@ -171,6 +173,74 @@ def regenerate(
         raise typer.Exit(128 + outcome.stopped_by)
     if not outcome.complete:
         raise typer.Exit(1)
+
+
+StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a feature store.")]
+
+
+@features.command()
+def capture(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Argument(metavar="STORE", help="Folder to fill; may be partly filled.")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say how large it will be; capture nothing.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto: as the target runs; fp8: half of bf16.")] = "auto",
+    part: Annotated[
+        str, typer.Option(metavar="I/N", help="Only every N-th shard from the I-th (0 ..); `merge` the parts.")
+    ] = "0/1",
+) -> None:
+    """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
+    import torch
+
+    from fastdraft.config import load_config
+    from fastdraft.offline import capture_features
+
+    if dtype not in ("auto", "fp8"):
+        raise ValueError(f"--dtype {dtype} is not one of auto, fp8")
+    i, _, n = part.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise ValueError(f"--part {part} is not I/N with 0 <= I < N")
+    loaded = load_config(config, overrides or [])
+    capture_features(loaded, out, dtype, (int(i), int(n)), plan, say)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@features.command("inspect")
+def inspect_store(store: StoreFolder) -> None:
+    """Say whose features a store holds, and how many."""
+    from fastdraft.offline import inspect_lines
+
+    for line in inspect_lines(store):
+        say(line)
+
+
+@features.command("verify")
+def verify_features(store: StoreFolder) -> None:
+    """Read all of a store and name what is damaged; exit code 1 if anything is."""
+    from fastdraft.features.store import verify_store
+
+    bad = total = 0
+    for _, wrong in verify_store(store):
+        total += 1
+        if wrong is not None:
+            bad += 1
+            say(wrong)
+    say(f"{store}: {total - bad} of {total} files are sound")
+    if bad:
+        raise typer.Exit(1)
+
+
+@features.command("merge")
+def merge_features(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    stores: Annotated[list[Path], typer.Argument(metavar="STORE...", help="Stores of the same target.")],
+) -> None:
+    """Put the parts of one capture together, or stores of different data one after another."""
+    from fastdraft.features.store import merge_stores
+
+    found = merge_stores(out, stores, say)
+    say(f"{out}: {found.documents:,} documents in {found.shards} shards")
 
 
 @app.command()

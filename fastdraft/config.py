@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastdraft.data.config import DataConfig
 from fastdraft.metrics import MetricsConfig
@@ -45,6 +45,20 @@ class LossConfig(Section):
 
 class FeaturesConfig(Section):
     memory_gib: float = Field(0.0, ge=0)  # host memory for features of documents seen; above 0, resuming is not bit-exact
+    path: str | None = None  # a feature store (docs/features.md); None: the target runs in every epoch
+    mode: Literal["read", "cache"] = "read"  # read: all was captured before; cache: filled as documents come
+    max_gib: float | None = Field(None, gt=0)  # of disk for the cache
+    on_bad_shard: Literal["error", "skip"] = "error"  # skip: documents of damaged shards are left out, with a count
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FeaturesConfig:
+        if self.path is None and (self.mode == "cache" or self.max_gib is not None):
+            raise ValueError("features.mode and features.max_gib are of a store; name its folder as features.path")
+        if self.path is not None and self.memory_gib:
+            raise ValueError("features.path and features.memory_gib exclude each other; take one out")
+        if (self.mode == "cache") != (self.max_gib is not None):
+            raise ValueError("features.max_gib says how much of the disk mode: cache may fill; it needs both or neither")
+        return self
 
 
 class OptimConfig(Section):

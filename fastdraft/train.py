@@ -31,7 +31,7 @@ from transformers.utils import cached_file
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config, read_yaml
-from fastdraft.cost import free_disk, pair_cost, plan, render
+from fastdraft.cost import GIB, free_disk, pair_cost, plan, render
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.data.prepare import Prepared, prepare
 from fastdraft.data.prompts import prompt_ids, read_prompts
@@ -40,6 +40,17 @@ from fastdraft.decode import DecodeSettings
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.export import export_draft, load_draft, verify
 from fastdraft.features.memory import FeatureCache
+from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents, stored_target
+from fastdraft.features.store import (
+    COMPARED,
+    Meta,
+    Store,
+    capture_meta,
+    expected_meta,
+    refuse_other,
+    start_store,
+    target_ends,
+)
 from fastdraft.metrics import Metrics
 from fastdraft.model.config import DraftConfig, language_config, read_target_config
 from fastdraft.model.draft import Draft
@@ -57,7 +68,10 @@ from fastdraft.target.hf import (
 
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself
-FREE_ON_RESUME = ("checkpoint", "metrics", "eval", "device", "run_dir", "target.path", "data.cache_dir", "data.num_workers")
+FREE_ON_RESUME = (
+    *("checkpoint", "metrics", "eval", "device", "run_dir", "target.path", "data.cache_dir", "data.num_workers"),
+    *("features.on_bad_shard", "features.max_gib"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,12 +93,12 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     pairs = pair_cost(draft.config, target_parameters(config), config.ttt_length)
     loader = Loader(train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs)
     total_steps = config.max_steps or config.epochs * loader.steps_per_epoch
-    target = open_target(config, draft.config.layers, device)
-    known = [*stats.lines(), *loader.lines(), *fit_to_target(draft, config, target, train_set)]
+    target, reader, heard = open_features(config, draft.config.layers, device, [train_set, eval_set])
+    known = [*stats.lines(), *loader.lines(), *heard, *fit_to_target(draft, config, target, train_set)]
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
     draft.embed_tokens.to(dtype)
-    fingerprint = target_fingerprint(target)
+    fingerprint = target.fingerprint if isinstance(target, StoredTarget) else target_fingerprint(target)
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, config.ttt_length, dtype=torch.float64, device=device),
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
@@ -95,10 +109,14 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     engine = build_engine(config, draft, target)
     cache = FeatureCache(target, config.features.memory_gib) if config.features.memory_gib else None
 
-    def capture(batch: Batch) -> Features:
-        return cache.capture(batch) if cache else target.capture(batch.to(device))
+    def capture(batch: Batch) -> tuple[Batch, Features]:
+        if reader:
+            return reader.capture(batch)
+        return batch, cache.capture(batch) if cache else target.capture(batch.to(device))
 
     def save(step: int) -> None:
+        if isinstance(reader, StoreCache):
+            reader.flush()
         free_disk(run_dir, 12 * optimizer.master.numel(), f"the checkpoint of step {step}")
         state = {"step": step, "loader": ahead.state_dict(), "target": fingerprint, "draft": draft.config.model_dump()}
         checkpoint.save_checkpoint(
@@ -108,7 +126,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
         report = evaluate_tau(
-            lambda batch: engine.rows(batch, capture(batch)),
+            lambda batch: engine.rows(*capture(batch)),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
             config.ttt_length,
             reduce=all_sum,
@@ -117,7 +135,9 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        ahead = stack.enter_context(Ahead(loader, pin=device.type == "cuda"))
+        if reader:
+            stack.callback(reader.close)
+        ahead = stack.enter_context(Ahead(loader, device.type == "cuda", announce=reader.expect if reader else None))
         metrics = None
         if rank == 0:
             write_run_files(config, draft.config)
@@ -133,7 +153,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
-                features = capture(batch)
+                batch, features = capture(batch)
                 step_sums += engine.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
             all_sum(optimizer.grad)
@@ -155,11 +175,15 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
                 if metrics:
                     values = train_values(window["sums"], config.loss.step_decay)
                     values["skipped_steps"] = int(window["skipped_steps"])
+                    if reader and reader.skipped:
+                        values["skipped_documents"] = reader.skipped
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
                     values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
-                    values["data_wait"] = ahead.waited / seconds
+                    values["data_wait"] = (ahead.waited + (reader.waited if reader else 0.0)) / seconds
                     metrics.log(step, values)
                 ahead.waited = 0.0
+                if reader:
+                    reader.waited = 0.0
                 for numbers in window.values():
                     numbers.zero_()
                 recent.clear()
@@ -219,6 +243,36 @@ def target_parameters(config: Config) -> int:
     return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
 
 
+def open_features(
+    config: Config, layers: tuple[int, int, int], device: torch.device, sets: list[Dataset]
+) -> tuple[Target | StoredTarget, StoreReader | None, list[str]]:  # target, reader of the store if any, what to tell
+    """The target, or of a store that has all features only its embedding, head and norm. The store is checked against the
+    run: ValueError names each field that differs."""
+    if config.features.path is None:
+        return open_target(config, layers, device), None, []
+    folder = Path(config.features.path)
+    wanted = run_meta(config, layers)
+    if config.features.mode == "cache":
+        target = open_target(config, layers, device)
+        if checkpoint.is_rank_0():
+            start_store(folder, capture_meta(wanted, target, target_fingerprint(target)), target_ends(target))
+        checkpoint.barrier()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), rank, world)
+        checkpoint.barrier()  # nobody writes before all have counted
+        return target, cache, []
+    store = Store(folder)
+    refuse_other(folder, store.meta, wanted, COMPARED)
+    told = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
+    return stored_target(store, device), StoreReader(store, device, config.features.on_bad_shard), told
+
+
+def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:
+    """What a store for this run says of the target, as far as config and files tell."""
+    dtype = "fp32" if config.target.dtype == "fp32" else "bf16"
+    return expected_meta(config.target.path, config.target.trust_remote_code, layers, dtype)
+
+
 def load_data(config: Config, vocab_size: int) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait."""
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
@@ -246,7 +300,9 @@ def new_draft(config: Config) -> Draft:
     return draft
 
 
-def fit_to_target(draft: Draft, config: Config, target: Target, train_set: Dataset) -> list[str]:  # what to tell the user
+def fit_to_target(
+    draft: Draft, config: Config, target: Target | StoredTarget, train_set: Dataset
+) -> list[str]:  # what to tell the user
     """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
     told, size = [], draft.config.draft_vocab_size
     if config.draft.init_from is None:
@@ -282,7 +338,7 @@ def engine_kind(engine: Literal["auto", "fused", "reference"], device: torch.dev
     return engine
 
 
-def build_engine(config: Config, draft: Draft, target: Target) -> TTTEngine | ReferenceEngine:
+def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) -> TTTEngine | ReferenceEngine:
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
     engine = TTTEngine if engine_kind(config.engine, target.device) == "fused" else ReferenceEngine
     return engine(draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)

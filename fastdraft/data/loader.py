@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Full, Queue
 from typing import Any
 
@@ -62,6 +62,11 @@ class Loader:
         return len(self._packs)
 
     @property
+    def packs(self) -> list[np.ndarray]:
+        """All packs of the epoch in order, each the rows of the data set that it holds (see `read_pack`)."""
+        return [self._usable[samples] for samples in self._packs]
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that see every sample once; the last may run into the next epoch."""
         return -(-self.num_packs // self.packs_per_step)
@@ -106,7 +111,7 @@ class Loader:
                 self._packs = self._pack_epoch(self._epoch)
         costs = [float((n + self.pair_cost * n**2).sum()) for n in (self._lengths[samples] for samples in step)]
         mine = deal(costs, self.world_size)[self.rank]
-        return [_batch(self._table, self._usable[step[p]]) for p in mine]
+        return [read_pack(self._table, self._usable[step[p]]) for p in mine]
 
     def _identity(self) -> dict[str, Any]:
         return {"data": self._data, "pack_tokens": self.pack_tokens, "seed": self.seed}
@@ -120,12 +125,19 @@ class Loader:
 
 
 class Ahead:
-    """A loader's steps, made `depth` ahead in a background thread, pinned if asked. A context manager that takes the loader
-    over: set its state before. `next` raises the loader's errors; `waited` is the seconds that it kept its caller."""
+    """A loader's steps, made `depth` ahead in a background thread, pinned if asked, and announced there. A context manager
+    that takes the loader over: set its state before. `next` raises the loader's errors; `waited` is the seconds that it
+    kept its caller."""
 
-    def __init__(self, loader: Loader, pin: bool = False, depth: int = 2) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        pin: bool = False,
+        depth: int = 2,
+        announce: Callable[[list[Batch]], None] | None = None,  # gets the very batches that `next` will give
+    ) -> None:
         self.waited = 0.0
-        self._loader, self._pin = loader, pin
+        self._loader, self._pin, self._announce = loader, pin, announce
         self._state = loader.state_dict()
         self._made: Queue[tuple[list[Batch], dict[str, Any]] | Exception] = Queue(depth)
         self._stop = threading.Event()
@@ -157,7 +169,10 @@ class Ahead:
         while not self._stop.is_set() and not isinstance(made, Exception):
             try:
                 batches = next(self._loader)
-                made = [batch.pin_memory() for batch in batches] if self._pin else batches, self._loader.state_dict()
+                batches = [batch.pin_memory() for batch in batches] if self._pin else batches
+                if self._announce:
+                    self._announce(batches)
+                made = batches, self._loader.state_dict()
             except Exception as error:
                 made = error
             while not self._stop.is_set():
@@ -171,9 +186,14 @@ class Ahead:
 def eval_batches(dataset: Dataset, pack_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Every sample once, over all ranks together, in an order of its own that never changes. A rank may get one batch more
     than another. ValueError as for `Loader`."""
-    usable, lengths, _ = _survey(dataset)
     table = dataset.with_format("arrow")
-    return (_batch(table, usable[rows]) for rows in pack(lengths, pack_tokens)[rank::world_size])
+    return (read_pack(table, rows) for rows in eval_packs(dataset, pack_tokens)[rank::world_size])
+
+
+def eval_packs(dataset: Dataset, pack_tokens: int) -> list[np.ndarray]:
+    """The packs of `eval_batches`, each the rows of the data set that it holds."""
+    usable, lengths, _ = _survey(dataset)
+    return [usable[rows] for rows in pack(lengths, pack_tokens)]
 
 
 def _survey(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
@@ -195,7 +215,10 @@ def _survey(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
     return usable, np.concatenate(lengths)[usable], data
 
 
-def _batch(table: Dataset, rows: np.ndarray) -> Batch:
+def read_pack(
+    table: Dataset,  # in Arrow format
+    rows: np.ndarray,
+) -> Batch:
     piece: pa.Table = table[rows.tolist()]
     ids, mask, lengths = flat(piece)
     return Batch(

@@ -8,8 +8,6 @@ resumed (and fills its cache anew) is not bit for bit the one that was not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,11 @@ class FeatureCache:
         """g and f of every token, on the target's device."""
         keys = [ids.numpy().tobytes() for ids in batch.input_ids.split(batch.lengths)]
         new = [d for d, key in enumerate(keys) if key not in self.documents]
-        fresh = dict(zip(new, self._run(batch, new), strict=True))
+        fresh = {}
+        if new:
+            part, features = run_documents(self.target, batch, new)
+            pairs = zip(features.g.split(part.lengths), features.f.split(part.lengths), strict=True)
+            fresh = dict(zip(new, pairs, strict=True))
         for d, pair in fresh.items():
             size = sum(x.numel() * x.element_size() for x in pair)
             if size <= self.room:
@@ -41,11 +43,14 @@ class FeatureCache:
         g, f = (torch.cat([x.to(self.target.device) for x in column]) for column in zip(*pairs, strict=True))
         return Features(g, f)
 
-    def _run(self, batch: Batch, documents: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        if not documents:
-            return iter(())
-        ids, mask = (x.split(batch.lengths) for x in (batch.input_ids, batch.loss_mask))
-        lengths = tuple(batch.lengths[d] for d in documents)
-        part = Batch(torch.cat([ids[d] for d in documents]), torch.cat([mask[d] for d in documents]), lengths)
-        features = self.target.capture(part.to(self.target.device))
-        return zip(features.g.split(lengths), features.f.split(lengths), strict=True)
+
+def run_documents(
+    target: Target,
+    batch: Batch,  # on the host
+    documents: list[int],  # ascending; at least one
+) -> tuple[Batch, Features]:
+    """Some documents of a batch as a batch of their own, and its features."""
+    ids, mask = (x.split(batch.lengths) for x in (batch.input_ids, batch.loss_mask))
+    lengths = tuple(batch.lengths[d] for d in documents)
+    part = Batch(torch.cat([ids[d] for d in documents]), torch.cat([mask[d] for d in documents]), lengths)
+    return part, target.capture(part.to(target.device))

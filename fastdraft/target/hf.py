@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.model.config import default_layers
@@ -171,6 +173,23 @@ def target_fingerprint(target: Target) -> str:
         flat = weight.detach().flatten()
         digest.update(flat[:: -(-len(flat) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def checkpoint_fingerprint(path: str) -> str:
+    """Names a checkpoint on disk without loading it: every tensor's name, shape and first 64 values, however they are
+    spread over files. 16 hex digits. Raises ValueError when it is not in safetensors."""
+    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
+    found: dict[str, bytes] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                part = opened.get_slice(name)
+                shape = part.get_shape()
+                values = part[(*(slice(0, 1) for _ in shape[:-1]), slice(0, 64))] if shape else opened.get_tensor(name)
+                found[name] = json.dumps([name, shape, values.float().flatten().tolist()]).encode()
+    if not found:
+        raise ValueError(f"target {path!r} has no *.safetensors files to tell its weights by; save it as safetensors")
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
 def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:

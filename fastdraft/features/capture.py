@@ -1,0 +1,205 @@
+"""The capture job: the target runs once over all documents, and their features go into a store.
+
+The packs are those of a run's first epoch (and its held-out packs), and the target sees them as it would online: with the
+same settings, training from the store has the same features bit for bit in that epoch. A document that comes twice is
+kept once. Shards are fixed beforehand, from tokens alone, so a store's bytes do not depend on who wrote which shard, on
+how often the job was killed, or on the number of processes: any number of them, on any machines that share the folder,
+take shards that nobody holds. A lock dies with its process.
+
+# D documents of a pack
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import xxhash
+from datasets import Dataset
+
+from fastdraft.batch import Batch
+from fastdraft.cost import GIB, free_disk
+from fastdraft.data.loader import Loader, eval_packs, read_pack
+from fastdraft.features.store import INDEX_BYTES, SHARD_BYTES, Meta, document_keys, list_shards, needed, shard_number
+from fastdraft.features.writer import ShardWriter
+from fastdraft.target.hf import Target
+
+LOCKS = "claims"
+
+
+@dataclass(frozen=True)
+class Pack:
+    table: Dataset  # in Arrow format
+    rows: np.ndarray  # of the table, in the order of the pack
+    documents: tuple[int, ...]  # those to store: what no earlier pack has
+    num_tokens: int
+
+    def read(self) -> Batch:
+        return read_pack(self.table, self.rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a capture will write, known from tokens and masks alone."""
+
+    shards: tuple[tuple[Pack, ...], ...]
+    shard_bytes: tuple[int, ...]  # of features; INDEX_BYTES a document come on top
+    tokens: int  # the target runs over these
+    documents: int  # stored
+    trained: int  # stored rows of f: one for each trained token
+    data: str  # hash of the documents, in order
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.shard_bytes) + INDEX_BYTES * self.documents
+
+    def lines(self, meta: Meta) -> list[str]:
+        plain = sum(meta.row_bytes.values())
+        return [
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.trained:,} of them trained",
+            f"{meta.dtype}: {self.num_bytes / max(self.tokens, 1):,.0f} bytes a token (all rows: {plain:,}), "
+            f"{self.num_bytes / GIB:.3f} GiB in {len(self.shards)} shards",
+        ]
+
+
+def plan_capture(
+    train_set: Dataset,
+    eval_set: Dataset,
+    pack_tokens: int,
+    seed: int,  # data.seed
+    meta: Meta,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """Reads all tokens once. ValueError as for `Loader`."""
+    seen: set[bytes] = set()
+    shards, sizes, filling, size = [], [], [], 0
+    tokens = trained = 0
+    data = xxhash.xxh3_64(f"{pack_tokens} {seed} {shard_bytes}".encode())
+    for table, rows in _packs(train_set, eval_set, pack_tokens, seed):
+        batch = read_pack(table, rows)
+        new = []
+        for d, key in enumerate(document_keys(batch)):
+            if key not in seen:
+                seen.add(key)
+                new.append(d)
+                data.update(key)
+        if not new:
+            continue
+        wanted = needed(batch)
+        trained += sum(wanted.f_rows[d] for d in new)
+        tokens += batch.num_tokens
+        size += sum(wanted.g_rows[d] * meta.row_bytes["g"] + wanted.f_rows[d] * meta.row_bytes["f"] for d in new)
+        filling.append(Pack(table, rows, tuple(new), batch.num_tokens))
+        if size >= shard_bytes:
+            shards.append(tuple(filling))
+            sizes.append(size)
+            filling, size = [], 0
+    if filling:
+        shards.append(tuple(filling))
+        sizes.append(size)
+    return Plan(tuple(shards), tuple(sizes), tokens, len(seen), trained, data.hexdigest())
+
+
+def _packs(train_set: Dataset, eval_set: Dataset, pack_tokens: int, seed: int) -> Iterator[tuple[Dataset, np.ndarray]]:
+    table = train_set.with_format("arrow")
+    for rows in Loader(train_set, pack_tokens, 1, seed).packs:
+        yield table, rows
+    if len(eval_set):
+        table = eval_set.with_format("arrow")
+        for rows in eval_packs(eval_set, pack_tokens):
+            yield table, rows
+
+
+def missing_bytes(plan: Plan, folder: Path) -> int:
+    """What is still to be written."""
+    here = {shard_number(path) for path in list_shards(folder)}
+    return plan.num_bytes - sum(size for n, size in enumerate(plan.shard_bytes) if n in here)
+
+
+def run_capture(
+    target: Target,
+    plan: Plan,
+    folder: Path,
+    meta: Meta,  # of the started store
+    part: tuple[int, int] = (0, 1),  # (i, n): only shards i, i+n, ...; for machines that share no folder, to be merged
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Fills the store; returns when every shard of the part is there, whoever wrote it. Goes on where it was killed.
+
+    Raises ValueError when the disk is too small or becomes full, or features are not finite.
+    """
+    free_disk(folder, missing_bytes(plan, folder) // part[1], "the feature store")
+    locks = folder / LOCKS
+    locks.mkdir(exist_ok=True)
+    mine = range(part[0], len(plan.shards), part[1])
+    first = int(os.environ.get("RANK", 0)) * len(mine) // int(os.environ.get("WORLD_SIZE", 1))
+    order = [*mine[first:], *mine[:first]]  # ranks begin far apart
+    progress = _Progress(plan, mine, folder, say)
+    for wait in (False, True):  # take what is free; then what others left behind when they died
+        with ShardWriter(folder, meta) as writer:
+            for number in order:
+                _capture_shard(target, plan.shards[number], number, writer, wait, progress)
+    if missing_bytes(plan, folder) <= INDEX_BYTES * plan.documents:  # complete: nobody writes any more
+        shutil.rmtree(locks, ignore_errors=True)
+
+
+def _capture_shard(
+    target: Target, packs: tuple[Pack, ...], number: int, writer: ShardWriter, wait: bool, progress: _Progress
+) -> None:
+    if _is_there(writer.folder, number):
+        return
+    lock = filelock.FileLock(writer.folder / LOCKS / f"{number:05d}.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        return  # somebody is at it
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{writer.folder} lies on a file system without locks: give each process --part I/N and a folder of its own, "
+            "then merge them"
+        ) from error
+    if _is_there(writer.folder, number):
+        lock.release()
+        return
+
+    def written(path: Path) -> None:
+        progress.wrote(number, packs)
+        lock.release()
+
+    for pack in packs:
+        batch = pack.read()
+        writer.add(batch, target.capture(batch.to(target.device)), pack.documents)
+    writer.finish(number, written)
+
+
+def _is_there(folder: Path, number: int) -> bool:
+    return any(folder.glob(f"shard-{number:05d}-*.safetensors"))
+
+
+class _Progress:
+    """A line for each shard that this process wrote: its own speed, and the time left if others do as much as till now."""
+
+    def __init__(self, plan: Plan, mine: range, folder: Path, say: Callable[[str], None]):
+        self.mine, self.folder, self.say = mine, folder, say
+        self.left_before = self._left()
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def _left(self) -> int:
+        here = {shard_number(path) for path in list_shards(self.folder)}
+        return sum(number not in here for number in self.mine)
+
+    def wrote(self, number: int, packs: tuple[Pack, ...]) -> None:
+        seconds = time.perf_counter() - self.start
+        self.tokens += sum(pack.num_tokens for pack in packs)
+        left = self._left()
+        minutes = left * seconds / max(self.left_before - left, 1) / 60
+        self.say(
+            f"shard {number}: {len(self.mine) - left} of {len(self.mine)} are there, {self.tokens / seconds:,.0f} tokens/s "
+            f"here, about {minutes:.0f} min left"
+        )

@@ -1,0 +1,544 @@
+"""The feature store: g and f of documents on disk, written once by `capture`, read by every training run after that.
+
+    STORE/meta.json                       whose features: target, tokenizer, layers, dtype (`Meta`)
+    STORE/target.safetensors              the target's embedding, lm_head and final norm: training needs no more of it
+    STORE/shard-00007-<xxh3>.safetensors  g [G, 3*Ht], f [F, Ht], and with fp8 g_scale [G, 3], f_scale [F, 1];
+                                          its index: keys [D, 16] uint8, rows [D, 2] int64, checksums [D] int64
+
+A document is known by a hash of its token ids and loss mask. Its rows lie together, documents end to end, nothing
+between them, and only the rows that a loss can reach are kept (`needed`). A shard's name ends in the xxh3-128 of the file;
+each document has the xxh3-64 of its rows too, which is checked whenever it is read. Reading is by mmap.
+
+# N packed tokens, D documents, G kept rows of g, F kept rows of f, Ht target hidden, W width of a row
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from fastdraft.batch import Batch, TargetHead
+from fastdraft.model.config import language_config, read_json
+from fastdraft.target.hf import Target, checkpoint_fingerprint, load_target_config, load_tokenizer
+
+FORMAT = 1
+SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
+INDEX_BYTES = 40  # of a document
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+STORED_AS = {
+    torch.uint8: "U8",
+    torch.int64: "I64",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+WIDTHS = {"g": 3, "f": 1}  # layers side by side
+
+
+class BadShard(ValueError):
+    """A shard that is damaged, incomplete, or of another store."""
+
+
+# --- whose features --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What features depend on, and how they are stored."""
+
+    target: str  # `target_fingerprint`
+    weights: str  # `checkpoint_fingerprint`
+    config: str  # hash of the target's config.json
+    tokenizer: str  # hash of the tokenizer
+    layers: tuple[int, int, int]
+    hidden_size: int  # Ht
+    target_dtype: str  # bf16 or fp32: what the target ran in
+    dtype: str  # of the rows: as the target's, or fp8
+    ends: str = ""  # xxh3-128 of target.safetensors
+    head_scale: float = 1.0
+    head_softcap: float | None = None
+    data: str | None = None  # hash of all documents that are to be captured; None: whatever comes
+    shards: int | None = None  # shards of a complete store; None: open-ended
+    format: int = FORMAT
+
+    @property
+    def identity(self) -> str:
+        """Names whose features these are and how they are stored, the data left out. 16 hex digits."""
+        facts = {k: v for k, v in asdict(self).items() if k not in ("data", "shards")}
+        return _json_hash(facts)
+
+    @property
+    def row_bytes(self) -> dict[str, int]:
+        """Bytes of a row of g and of a row of f, scales included."""
+        size = DTYPES[self.dtype].itemsize * self.hidden_size + (4 if self.dtype == "fp8" else 0)
+        return {name: layers * size for name, layers in WIDTHS.items()}
+
+
+COMPARED = ("config", "weights", "tokenizer", "layers", "hidden_size", "target_dtype")  # a run against a store
+IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
+SAID = {
+    "format": "store format",
+    "target": "target weights",
+    "weights": "target weights",
+    "config": "target config.json",
+    "layers": "captured layers",
+    "target_dtype": "target.dtype",
+}
+
+
+def refuse_other(store: Path, meta: Meta, wanted: Meta, fields_compared: Iterable[str]) -> None:
+    """Raises ValueError naming every field in which the store is of another target, tokenizer or format."""
+    wrong = {}
+    for name in fields_compared:
+        ours, theirs = getattr(wanted, name), getattr(meta, name)
+        if ours != theirs:
+            wrong.setdefault(SAID.get(name, name), f"{theirs} there, {ours} here")
+    if wrong:
+        named = "; ".join(f"{name}: {values}" for name, values in wrong.items())
+        raise ValueError(f"feature store {store} holds other features than this run needs ({named}); capture them anew")
+
+
+def read_meta(folder: Path) -> Meta:
+    """Raises ValueError when the folder holds no store, a damaged one, or one of another format."""
+    try:
+        found = json.loads((folder / "meta.json").read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is no mapping")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} holds no feature store (no meta.json); `fastdraft features capture` makes one"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/meta.json is damaged ({error}); capture into another folder") from None
+    if found.get("format") != FORMAT:
+        raise ValueError(
+            f"feature store {folder} has format {found.get('format')!r}, this version of fastdraft reads {FORMAT}; "
+            "use the version that wrote it, or capture anew"
+        )
+    names = {field.name for field in fields(Meta)}
+    if found.keys() != names:
+        raise ValueError(f"{folder}/meta.json lacks or adds {sorted(found.keys() ^ names)}; it is damaged")
+    return Meta(**found | {"layers": tuple(found["layers"])})
+
+
+def start_store(folder: Path, meta: Meta, ends: dict[str, Tensor]) -> Meta:
+    """Writes meta.json and target.safetensors, or checks that they are of the same capture. Raises ValueError if not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".writing-target-{os.getpid()}"
+    try:
+        save_file(ends, aside)
+        meta = replace(meta, ends=file_checksum(aside))
+        if (folder / "meta.json").exists():
+            found = read_meta(folder)
+            refuse_other(folder, found, meta, [field.name for field in fields(Meta)])
+            return found
+        if any(folder.glob("shard-*")):
+            raise ValueError(f"{folder} has shards but no meta.json: it is damaged; capture into another folder")
+        publish(aside, folder / "target.safetensors")
+    finally:
+        aside.unlink(missing_ok=True)
+    write_meta(folder, meta)
+    return meta
+
+
+def write_meta(folder: Path, meta: Meta) -> None:
+    aside = folder / f".writing-meta-{os.getpid()}"
+    aside.write_text(json.dumps(asdict(meta), indent=1) + "\n")
+    publish(aside, folder / "meta.json")
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Gives a file that was written aside its name, once it is on the disk."""
+    for path, flags in ((aside, os.O_RDONLY), (final.parent, os.O_RDONLY | os.O_DIRECTORY)):
+        opened = os.open(path, flags)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+        if path == aside:
+            os.rename(aside, final)
+
+
+def target_ends(target: Target) -> dict[str, Tensor]:
+    """What training needs of a target besides its features: embedding, lm_head, final norm."""
+    ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
+    ends["final_norm"] = target.final_norm
+    if target.head.weight.data_ptr() == target.embedding.data_ptr():
+        del ends["head.weight"]
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in ends.items() if tensor is not None}
+
+
+def expected_meta(
+    path: str,  # of the target
+    trust_remote_code: bool,
+    layers: tuple[int, int, int],
+    target_dtype: str,  # bf16 or fp32
+) -> Meta:
+    """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""
+    facts = load_target_config(path, trust_remote_code)
+    written = read_json(Path(cached_file(path, "config.json")))  # without defaults, which change with transformers
+    return Meta(
+        target="",
+        weights=checkpoint_fingerprint(path),
+        config=_json_hash({k: v for k, v in written.items() if k not in IDLE_FACTS}),
+        tokenizer=_tokenizer_hash(load_tokenizer(path, trust_remote_code)),
+        layers=layers,
+        hidden_size=language_config(facts)["hidden_size"],
+        target_dtype=target_dtype,
+        dtype=target_dtype,
+    )
+
+
+def capture_meta(wanted: Meta, target: Target, fingerprint: str, **changes) -> Meta:
+    """A run's `expected_meta` with what only its loaded target tells; `changes` win."""
+    head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
+    return replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return _json_hash(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))
+
+
+def _json_hash(value: object) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+# --- which rows, and their names -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The rows of a batch that a loss can reach, documents in order."""
+
+    g_rows: tuple[int, ...]  # D rows of g of each document: its first ones
+    f_rows: tuple[int, ...]  # D
+    g_index: Tensor  # [G] int64 rows of the batch
+    f_index: Tensor  # [F] int64
+
+
+def needed(batch: Batch) -> Needed:
+    """DESIGN's equations: f_u is read where x_{u+1} is trained on, u >= 1; g_s by every chain t >= s, and the last chain
+    starts two tokens before the last trained one. Nothing else of g and f can change a loss, whatever T is."""
+    place = batch.positions
+    trained = (batch.loss_mask & (place >= 2)).nonzero()[:, 0]
+    lengths = torch.tensor(batch.lengths)
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+    f_rows = torch.bincount(owner[trained], minlength=len(lengths))
+    last = torch.zeros(len(lengths), dtype=torch.int64).scatter_reduce_(0, owner[trained], place[trained], "amax")
+    g_rows = (last - 1).clamp_min(0)
+    g_index = (place < g_rows[owner]).nonzero()[:, 0]
+    return Needed(tuple(g_rows.tolist()), tuple(f_rows.tolist()), g_index, trained - 1)
+
+
+def document_keys(batch: Batch) -> list[bytes]:
+    """D names of 16 bytes: the hash of a document's token ids and loss mask."""
+    ids = batch.input_ids.to(torch.int32).numpy()
+    mask = batch.loss_mask.numpy()
+    keys, start = [], 0
+    for length in batch.lengths:
+        digest = xxhash.xxh3_128(ids[start : start + length])
+        digest.update(mask[start : start + length])
+        keys.append(digest.digest())
+        start += length
+    return keys
+
+
+def raw(x: Tensor) -> np.ndarray:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return x.view(torch.uint8).reshape(-1).numpy()
+
+
+def document_checksum(parts: Iterable[Tensor]) -> int:
+    """xxh3-64 over a document's rows of every tensor of `tensor_names`, or over an index; as int64."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(raw(part))
+    return int(np.uint64(digest.intdigest()).view(np.int64))
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3-128 of a file, 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def tensor_names(dtype: str) -> tuple[str, ...]:
+    """Row tensors of a shard, in the order in which a document's checksum runs over them."""
+    return ("g", "f", "g_scale", "f_scale") if dtype == "fp8" else ("g", "f")
+
+
+# --- a shard -------------------------------------------------------------------------------------------------------------
+
+
+def shard_number(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def list_shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*-*.safetensors"))
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    meta: Meta,
+    keys: list[bytes],  # D
+    rows: list[tuple[int, int]],  # D pairs of g rows, f rows
+    tensors: dict[str, Tensor],  # `tensor_names`: rows of all documents end to end, on the CPU
+) -> Path:
+    """Writes aside, syncs, renames. Raises ValueError naming the document whose features are not finite."""
+    checksums = []
+    ends = {"g": 0, "f": 0}
+    for d, (g_rows, f_rows) in enumerate(rows):
+        begins, ends = ends, {"g": ends["g"] + g_rows, "f": ends["f"] + f_rows}
+        parts = [x[begins[name[0]] : ends[name[0]]] for name, x in tensors.items()]
+        checksums.append(document_checksum(parts))
+        finite = parts[2:] if meta.dtype == "fp8" else parts  # a row that is not finite has such a scale
+        if not all(bool(part.isfinite().all()) for part in finite):
+            raise ValueError(
+                f"the target's states of document {keys[d].hex()} (shard {number}, document {d}) are not finite; no draft "
+                "can be trained on them: run the target in bf16 or fp32, or look at the document"
+            )
+    index = {
+        "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 16).copy()),
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "checksums": torch.tensor(checksums, dtype=torch.int64),
+    }
+    aside = folder / f".writing-{number:05d}"
+    mark = f"{meta.identity} {document_checksum(index.values()):x}"  # one entry: safetensors does not order several
+    save_file(tensors | index, aside, metadata={"fastdraft": mark})
+    final = folder / f"shard-{number:05d}-{file_checksum(aside)}.safetensors"
+    publish(aside, final)
+    return final
+
+
+class Shard:
+    """One shard, mapped into memory. Raises BadShard where header or index cannot be what `write_shard` wrote."""
+
+    def __init__(self, path: Path, meta: Meta):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._base = np.frombuffer(self._map, np.uint8).ctypes.data
+            header_bytes = int.from_bytes(self._map[:8], "little")
+            self._header = json.loads(self._map[8 : 8 + header_bytes])
+            self._data = 8 + header_bytes
+            identity, _, index_checksum = self._header["__metadata__"]["fastdraft"].partition(" ")
+            if identity != meta.identity:
+                raise ValueError("it belongs to another store")
+            index = [
+                self._tensor(name, dtype, width)
+                for name, dtype, width in (
+                    ("keys", torch.uint8, 16),
+                    ("rows", torch.int64, 2),
+                    ("checksums", torch.int64, None),
+                )
+            ]
+            if f"{document_checksum(index):x}" != index_checksum:
+                raise ValueError("its index has another checksum")
+            self.keys = [bytes(key) for key in index[0].numpy()]
+            self.rows, self.checksums = index[1].numpy(), index[2].numpy()
+            ends = self.rows.cumsum(0)
+            self.starts = ends - self.rows
+            self.tensors = {}
+            for name in tensor_names(meta.dtype):
+                layers, count = WIDTHS[name[0]], int(ends[-1, "gf".index(name[0])]) if len(ends) else 0
+                scale = name.endswith("_scale")
+                dtype, width = (torch.float32, layers) if scale else (DTYPES[meta.dtype], layers * meta.hidden_size)
+                self.tensors[name] = self._tensor(name, dtype, width)
+                if len(self.tensors[name]) != count:
+                    raise ValueError(f"{name} has {len(self.tensors[name])} rows, its index says {count}")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise BadShard(f"{path} is damaged: {error}") from error
+
+    def _tensor(self, name: str, dtype: torch.dtype, width: int | None) -> Tensor:  # [n, width], or [n]
+        said = self._header[name]
+        shape, (begin, end) = said["shape"], said["data_offsets"]
+        if STORED_AS[dtype] != said["dtype"] or shape[1:] != [width] * (width is not None):
+            raise ValueError(f"{name} is {said['dtype']} {shape}")
+        count = math.prod(shape)
+        if end - begin != count * dtype.itemsize or not 0 <= begin <= end <= len(self._map) - self._data:
+            raise ValueError(f"{name} lies outside the file")
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # nobody writes to it
+            return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._data + begin).view(shape)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def parts(self, d: int) -> list[Tensor]:
+        """Rows of document d of every tensor, as views of the file."""
+        (g_start, f_start), (g_rows, f_rows) = self.starts[d].tolist(), self.rows[d].tolist()
+        at = {"g": slice(g_start, g_start + g_rows), "f": slice(f_start, f_start + f_rows)}
+        return [x[at[name[0]]] for name, x in self.tensors.items()]
+
+    def read_ahead(self, d: int) -> None:
+        """Asks the system to start reading document d from the disk."""
+        for part in self.parts(d):
+            if part.numel():
+                begin = part.data_ptr() - self._base
+                page = begin - begin % mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, page, begin + part.numel() * part.element_size() - page)
+
+    def is_sound(self, d: int) -> bool:
+        return document_checksum(self.parts(d)) == self.checksums[d]
+
+
+# --- a store -------------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """An open store. Shards that cannot be opened are in `damaged`, with the reason; the others' documents in `place`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.meta = read_meta(self.folder)
+        self.shards: list[Shard] = []
+        self.damaged: dict[str, str] = {}
+        self.place: dict[bytes, tuple[Shard, int]] = {}  # key -> shard, document in it
+        self._seen: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Opens the shards that were written since."""
+        for path in list_shards(self.folder):
+            if path.name in self._seen:
+                continue
+            self._seen.add(path.name)
+            try:
+                shard = Shard(path, self.meta)
+            except BadShard as error:
+                self.damaged[path.name] = str(error)
+                continue
+            self.shards.append(shard)
+            for d, key in enumerate(shard.keys):
+                self.place.setdefault(key, (shard, d))
+
+    @property
+    def is_complete(self) -> bool:
+        return self.meta.shards is None or len({shard_number(Path(name)) for name in self._seen}) >= self.meta.shards
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in list_shards(self.folder))
+
+    def ends(self) -> tuple[Tensor, TargetHead, Tensor | None]:  # embedding [V, Ht], head, final norm [Ht]
+        """What training needs of the target. Raises ValueError when target.safetensors is damaged."""
+        path = self.folder / "target.safetensors"
+        try:
+            if file_checksum(path) != self.meta.ends:
+                raise ValueError("its checksum is not meta.json's")
+            found = load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged: {error}; run the same capture again into another folder") from error
+        head = TargetHead(
+            found.get("head.weight", found["embedding"]),
+            found.get("head.bias"),
+            self.meta.head_scale,
+            self.meta.head_softcap,
+        )
+        return found["embedding"], head, found.get("final_norm")
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a store holds."""
+
+    shards: int
+    documents: int
+    g_rows: int
+    f_rows: int
+    num_bytes: int
+
+
+def census(store: Store) -> Census:
+    rows = sum((shard.rows.sum(0) for shard in store.shards), np.zeros(2, np.int64))
+    return Census(len(store.shards), sum(map(len, store.shards)), int(rows[0]), int(rows[1]), store.num_bytes)
+
+
+def verify_store(folder: Path) -> Iterator[tuple[str, str | None]]:
+    """Every file of a store with what is wrong with it, or None. Reads all of it. Raises ValueError without a meta.json."""
+    store = Store(folder)
+    try:
+        store.ends()
+        yield "target.safetensors", None
+    except ValueError as error:
+        yield "target.safetensors", str(error)
+    by_name = {shard.path.name: shard for shard in store.shards}
+    for path in list_shards(folder):
+        wrong = store.damaged.get(path.name)
+        if wrong is None and file_checksum(path) != path.stem.split("-")[2]:
+            shard = by_name[path.name]
+            bad = [d for d in range(len(shard)) if not shard.is_sound(d)]
+            wrong = f"{path} is damaged: " + (
+                f"{len(bad)} of its {len(shard)} documents ({', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''})"
+                if bad
+                else "its header or index"
+            )
+        yield path.name, wrong
+    if not store.is_complete:
+        here = {shard_number(path) for path in list_shards(folder)}
+        missing = [n for n in range(store.meta.shards) if n not in here]
+        some = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+        yield "capture", f"{len(missing)} of {store.meta.shards} shards are not there yet ({some}); run the capture again"
+
+
+def merge_stores(out: Path, inputs: list[Path], say: Callable[[str], None] = lambda line: None) -> Census:
+    """Copies the shards of several stores into a new one.
+
+    Parts of one capture become that capture's store, byte for byte; stores of other data are put one after another.
+    Raises ValueError when they are of different targets, tokenizers or dtypes, damaged, or `out` holds something.
+    """
+    if len(inputs) < 2:
+        raise ValueError(f"merge needs two stores or more, {len(inputs)} given")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; name a new folder")
+    metas = [read_meta(folder) for folder in inputs]
+    first = metas[0]
+    same_capture = all(meta == first for meta in metas) and first.shards is not None
+    for folder, meta in zip(inputs[1:], metas[1:], strict=True):
+        kept = [field.name for field in fields(Meta) if field.name not in ("data", "shards")]
+        refuse_other(folder, meta, first, kept)
+    out.mkdir(parents=True, exist_ok=True)
+    taken: dict[int, str] = {}
+    total = 0
+    for folder in inputs:
+        for path in list_shards(folder):
+            if file_checksum(path) != path.stem.split("-")[2]:
+                raise ValueError(f"{path} is damaged; `fastdraft features verify {folder}` says more")
+            number = shard_number(path) if same_capture else total
+            if same_capture and number in taken:
+                if taken[number] != path.name:
+                    say(f"shard {number} is in two stores with different bytes; the first is kept")
+                continue
+            taken[number], total = path.name, total + 1
+            aside = out / ".writing-merge"
+            shutil.copyfile(path, aside)
+            publish(aside, out / f"shard-{number:05d}-{path.stem.split('-')[2]}.safetensors")
+    shutil.copyfile(inputs[0] / "target.safetensors", out / ".writing-merge")
+    publish(out / ".writing-merge", out / "target.safetensors")
+    write_meta(out, first if same_capture else replace(first, data=None, shards=None))
+    return census(Store(out))

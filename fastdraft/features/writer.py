@@ -1,0 +1,143 @@
+"""Features of packs to shards, beside the target: a thread copies, checks, hashes and writes while the next pack runs.
+
+On a GPU rows leave through pinned memory on a stream of their own. At most one finished shard waits for the disk; if
+another is finished before it is written, the caller waits. Host memory: four shards at most.
+
+# N packed tokens, D documents
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdraft.batch import Batch, Features
+from fastdraft.features.fp8 import quantize
+from fastdraft.features.store import DTYPES, WIDTHS, Meta, document_keys, needed, tensor_names, write_shard
+
+
+@dataclass
+class _Open:
+    """A shard being filled."""
+
+    keys: list[bytes] = field(default_factory=list)
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    pieces: dict[str, list[Tensor]] = field(default_factory=dict)  # by tensor name, on the CPU
+    copied: torch.cuda.Event | None = None  # when the last piece is there
+    num_bytes: int = 0
+
+
+class ShardWriter:
+    """`add` packs, `finish` a shard, `close` at the end; also a context manager. An error of the thread is raised by the
+    next call of any of them."""
+
+    def __init__(self, folder: Path, meta: Meta):
+        self.folder, self.meta = folder, meta
+        self._open = _Open()
+        self._queue: queue.Queue[tuple[int, _Open, Callable[[Path], None]] | None] = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._thread = threading.Thread(target=self._write_all, name="feature-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def open_bytes(self) -> int:
+        """Of the rows added since the last `finish`."""
+        return self._open.num_bytes
+
+    def add(
+        self,
+        batch: Batch,  # on the host
+        features: Features,  # of the whole batch, on the target's device
+        documents: Sequence[int],  # those of the batch to keep
+    ) -> None:
+        """Takes the rows of some documents; does not wait for the device."""
+        self._raise()
+        wanted, keys = needed(batch), document_keys(batch)
+        keep = torch.zeros(len(batch.lengths), dtype=torch.bool)
+        keep[list(documents)] = True
+        for name, x, index, rows in (
+            ("g", features.g, wanted.g_index, wanted.g_rows),
+            ("f", features.f, wanted.f_index, wanted.f_rows),
+        ):
+            if len(documents) < len(batch.lengths):
+                index = index[keep.repeat_interleave(torch.tensor(rows))]
+            kept = x.index_select(0, index.to(x.device, non_blocking=True))
+            if self.meta.dtype == "fp8":
+                kept, scale = quantize(kept, WIDTHS[name])
+                self._take(f"{name}_scale", scale)
+            self._take(name, kept.to(DTYPES[self.meta.dtype]))
+        for d in sorted(documents):
+            self._open.keys.append(keys[d])
+            self._open.rows.append((wanted.g_rows[d], wanted.f_rows[d]))
+
+    def _take(self, name: str, x: Tensor) -> None:
+        self._open.num_bytes += x.numel() * x.element_size()
+        if x.is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(x.device)
+            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._stream.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(self._stream):
+                host.copy_(x, non_blocking=True)
+            x.record_stream(self._stream)
+            self._open.copied = self._stream.record_event()
+            x = host
+        self._open.pieces.setdefault(name, []).append(x)
+
+    def finish(self, number: int, then: Callable[[Path], None] = lambda path: None) -> None:
+        """Hands what was added to the thread as shard `number`; `then` is called there once it is on the disk."""
+        self._raise()
+        self._queue.put((number, self._open, then))
+        self._open = _Open()
+
+    def drain(self) -> None:
+        """Waits until all finished shards are written."""
+        self._queue.join()
+        self._raise()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        self._raise()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        elif self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _raise(self) -> None:
+        if isinstance(self._error, OSError):
+            raise ValueError(
+                f"features could not be written to {self.folder} ({self._error.strerror or self._error}); what is there is "
+                "whole: free some space and run the same command again"
+            ) from self._error
+        if self._error is not None:
+            raise self._error
+
+    def _write_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None:  # after an error nothing is written; the caller is about to see it
+                try:
+                    self._write(*item)
+                except BaseException as error:  # raised in the caller's thread
+                    self._error = error
+            self._queue.task_done()
+
+    def _write(self, number: int, shard: _Open, then: Callable[[Path], None]) -> None:
+        if shard.copied is not None:
+            shard.copied.synchronize()
+        tensors = {name: torch.cat(shard.pieces.pop(name)) for name in tensor_names(self.meta.dtype)}
+        then(write_shard(self.folder, number, self.meta, shard.keys, shard.rows, tensors))
