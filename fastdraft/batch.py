@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+LossKind = Literal["kl", "lk_alpha", "lk_lambda"]
 
 
 @dataclass(frozen=True)

@@ -360,10 +360,10 @@ def check(
         good = not findings.errors
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
     if golden is not None:
-        table = Table("case", "quantity", "worst relative error", "")
-        for name, quantity, error, passed in checks.check_golden(golden, engine or "reference"):
-            table.add_row(name, quantity, f"{error:.1e}", "ok" if passed else "WRONG")
-            good &= passed
+        table = Table("case", "quantity", "worst relative error", "allowed", "")
+        for name, quantity, error, allowed in checks.check_golden(golden, engine or "reference"):
+            table.add_row(name, quantity, f"{error:.1e}", f"{allowed:.0e}", "ok" if error <= allowed else "WRONG")
+            good &= error <= allowed
         console.print(table)
     if checkpoint is None and golden is None:
         table = Table("", "", show_header=False)

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastdraft.batch import LossKind
 from fastdraft.data.config import DataConfig
 from fastdraft.metrics import MetricsConfig
-from fastdraft.model.losses import LossKind
 
 M = TypeVar("M", bound=BaseModel)
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -28,9 +28,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastdraft.batch import LossKind
 from fastdraft.kernels.teacher import MAX_BLOCK
 from fastdraft.model.config import DraftConfig
-from fastdraft.model.losses import LossKind
 from fastdraft.model.ttt import CHUNK_ROWS
 
 Precision = Literal["fp32", "bf16"]

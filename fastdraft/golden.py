@@ -7,20 +7,20 @@ teacher's logits are given, so the target's head is the identity and f is the lo
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, Rows, TargetHead
+from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
-from fastdraft.model.losses import LossKind
 
 # `ttt_ref_step`'s signature: (draft, batch, features, head, step_weights, kind) -> (rows, gradients by parameter name)
 RunStep = Callable[[Draft, Batch, Features, TargetHead, Tensor, LossKind], tuple[Rows, dict[str, Tensor]]]
@@ -42,6 +42,14 @@ class Golden:
     hits: Tensor  # [T]
     masked_in: Tensor  # [T]
     grads: dict[str, Tensor]
+
+    def inputs(self, device: str, dtype: torch.dtype) -> Golden:
+        """The same case with what goes in rounded to dtype, on a device; what must come out stays."""
+        moved = {name: x if x is None else x.to(device, dtype) for name, x in vars(self.features).items()}
+        head = replace(self.head, weight=self.head.weight.to(device, dtype))
+        draft = copy.deepcopy(self.draft).to(device, dtype)
+        weights = self.step_weights.to(device, torch.promote_types(dtype, torch.float32))
+        return replace(self, draft=draft, features=Features(**moved), head=head, step_weights=weights)
 
 
 def load_golden(path: Path) -> Golden:

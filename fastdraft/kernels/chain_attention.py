@@ -1,13 +1,16 @@
 """Attention of a chunk of chains, step by step and back: the engine's view of `ttt_attention`.
 
-Step i's rows are the first sizes[i] chains. Forward appends the step's diagonal K^i, V^i; backward runs the steps in
-reverse, so that a diagonal's gradient is complete when its own step is reached; the gradient of K^0, V^0 comes last, from
+Step i's rows are the first sizes[i] chains, one slice of the stack. The caller writes their rotated q, and at i >= 1 their
+own k, v, where `place` says, then runs `forward`; writes the output's gradient into `dout` and runs `backward`, steps in
+reverse, so that a diagonal's gradient is complete when its own step is reached. The gradient of K^0, V^0 comes last, from
 the stacked rows of all steps at once. CUDA tensors run the kernels, CPU tensors the reference and its autograd.
 
-# M chains, R = sum(sizes) stacked rows, N packed tokens, Hq/Hkv heads, D head dim
+# M chains, M1 of them with a step 1, R = sum(sizes) stacked rows, N packed tokens, Hq/Hkv heads, D head dim, T steps
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,110 +23,122 @@ from fastdraft.kernels.ttt_attention import (
     ttt_attention_ref,
 )
 
+Take = Callable[[str, int], Tensor]  # a buffer by its name, the first rows of it
+
+
+def attention_buffers(
+    heads: int, kv_heads: int, dim: int, chunk_rows: int, steps: int, dtype: torch.dtype, device: str
+) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:  # by name: rows, shape of a row, dtype
+    """What `ChainAttention` takes for up to `chunk_rows` chains."""
+    rows, stats = steps * chunk_rows, torch.promote_types(dtype, torch.float32)
+    diagonal = (steps - 1, (chunk_rows, kv_heads, dim))
+    table = {name: (rows, (heads, dim), dtype) for name in ("q", "out", "dout")}
+    table |= {"dq": (chunk_rows, (heads, dim), dtype)}
+    table |= {"k_diag": (*diagonal, dtype), "v_diag": (*diagonal, dtype)}
+    table |= {"dk_diag": (*diagonal, stats), "dv_diag": (*diagonal, stats)}
+    if device != "cpu":
+        table |= {"lse": (heads, (rows,), torch.float32), "delta": (heads, (rows,), torch.float32)}
+    return table
+
 
 class ChainAttention:
-    """Holds queries, outputs and diagonals of one chunk; `out` [R, Hq, D] is what the steps gave."""
+    """The attention of one chunk; `out` [R, Hq, D] is what the steps gave."""
 
     def __init__(
         self,
+        take: Take,
         k0: Tensor,  # [N, Hkv, D] rotated
         v0: Tensor,  # [N, Hkv, D]
-        pos: Tensor,  # [M] int64, row of each chain in k0
-        doc_start: Tensor,  # [M] int64
+        row_pos: Tensor,  # [R] int64, row in k0
+        row_start: Tensor,  # [R] int64
         sizes: tuple[int, ...],  # rows of each step, not growing
-        num_heads: int,
         backward: bool,  # whether `backward` will be called
     ):
-        self.k0, self.v0, self.pos, self.doc_start, self.sizes, self.keep = k0, v0, pos, doc_start, sizes, backward
-        kv_heads, dim = k0.shape[1:]
-        self.scale = dim**-0.5
-        total = sum(sizes)
-        self.steps = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-        self.q, self.out, self.dout = (k0.new_empty(total, num_heads, dim) for _ in range(3))
-        diagonal = (len(sizes) - 1, sizes[1] if len(sizes) > 1 else 0, kv_heads, dim)
-        self.k_diag, self.v_diag = k0.new_empty(diagonal), k0.new_empty(diagonal)
-        stats = torch.promote_types(k0.dtype, torch.float32)
+        self.k0, self.v0, self.row_pos, self.row_start, self.keep = k0, v0, row_pos, row_start, backward
+        self.scale, total, longest = k0.shape[2] ** -0.5, len(row_pos), sizes[1] if len(sizes) > 1 else 0
+        self.sizes, self.steps = sizes, [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+        self.q, self.out, self.dout = (take(name, total) for name in ("q", "out", "dout"))
+        self.k_diag, self.v_diag = (take(name, len(sizes) - 1)[:, :longest] for name in ("k_diag", "v_diag"))
         if backward:
-            self.dk_diag, self.dv_diag = (torch.zeros(diagonal, dtype=stats, device=k0.device) for _ in range(2))
-        self.cuda = k0.is_cuda
-        if self.cuda:
-            self.config = _config(self.q, k0)  # ValueError where no kernel covers the shape, dtype or GPU
-            self.lse, self.delta = (k0.new_empty(num_heads, total, dtype=torch.float32) for _ in range(2))
+            self.dq = take("dq", sizes[0])
+            diagonals = (take(name, len(sizes) - 1)[:, :longest] for name in ("dk_diag", "dv_diag"))
+            self.dk_diag, self.dv_diag = (x.zero_() for x in diagonals)
+        if k0.is_cuda:
+            self.config = _config(self.q, k0)
+            heads = self.q.shape[1]
+            self.lse, self.delta = (take(name, heads)[:, :total] for name in ("lse", "delta"))
         elif backward:
             self.graphs: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+            stats = torch.promote_types(k0.dtype, torch.float32)
             self.dk0, self.dv0 = (torch.zeros_like(x, dtype=stats) for x in (k0, v0))
 
-    def forward(
-        self,
-        i: int,
-        q: Tensor,  # [M_i, Hq, D] rotated
-        k: Tensor | None,  # [M_i, Hkv, D] rotated; None at step 0
-        v: Tensor | None,  # [M_i, Hkv, D]
-    ) -> Tensor:  # [M_i, Hq, D]
+    def place(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Where step i's q [M_i, Hq, D], k, v [M_i, Hkv, D] go. At step 0 its rows read K^0, V^0 alone."""
+        n = self.sizes[i]
+        if i == 0:
+            return self.q[self.steps[0]], None, None
+        return self.q[self.steps[i]], self.k_diag[i - 1, :n], self.v_diag[i - 1, :n]
+
+    def forward(self, i: int) -> Tensor:  # [M_i, Hq, D]
         rows, n = self.steps[i], self.sizes[i]
-        if i > 0:
-            self.k_diag[i - 1, :n], self.v_diag[i - 1, :n] = k, v
-        self.q[rows] = q
-        if self.cuda:
+        if self.k0.is_cuda:
             _ttt_attention_fwd(
                 self.q[rows],
                 self.k0,
                 self.v0,
                 self.k_diag[:i],
                 self.v_diag[:i],
-                self.pos[:n],
-                self.doc_start[:n],
+                self.row_pos[rows],
+                self.row_start[rows],
                 self.scale,
                 self.out[rows],
                 self.lse[:, rows],
                 self.config,
             )
             return self.out[rows]
-        inputs = tuple(x.detach() for x in (q, self.k0, self.v0, self.k_diag[:i, :n], self.v_diag[:i, :n]))
+        inputs = tuple(x.detach() for x in (self.q[rows], self.k0, self.v0, self.k_diag[:i, :n], self.v_diag[:i, :n]))
         with torch.set_grad_enabled(self.keep):
             if self.keep:  # the diagonals are written again by later steps, so the graph gets copies
                 inputs = tuple(x.clone().requires_grad_() for x in inputs)
-            out = ttt_attention_ref(*inputs, self.pos[:n], self.doc_start[:n], self.scale)
+            out = ttt_attention_ref(*inputs, self.row_pos[rows], self.row_start[rows], self.scale)
         if self.keep:
             self.graphs.append((out, inputs))
         self.out[rows] = out.detach()
         return self.out[rows]
 
-    def backward(
-        self,
-        i: int,
-        dout: Tensor,  # [M_i, Hq, D]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # dq [M_i, Hq, D]; dk, dv [M_i, Hkv, D], None at step 0
+    def backward(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """dq [M_i, Hq, D], and from step 1 on dk, dv [M_i, Hkv, D] float32: valid until the next call."""
         rows, n = self.steps[i], self.sizes[i]
-        if self.cuda:
-            self.dout[rows] = dout
-            dq, _ = _ttt_attention_bwd_q(
+        if self.k0.is_cuda:
+            _ttt_attention_bwd_q(
                 self.dout[rows],
                 self.q[rows],
                 self.k0,
                 self.v0,
                 self.k_diag[:i],
                 self.v_diag[:i],
-                self.pos[:n],
-                self.doc_start[:n],
+                self.row_pos[rows],
+                self.row_start[rows],
                 self.out[rows],
                 self.lse[:, rows],
                 self.scale,
                 self.dk_diag[:i],
                 self.dv_diag[:i],
-                delta=self.delta[:, rows],
-                config=self.config,
+                self.dq[:n],
+                self.delta[:, rows],
+                self.config,
             )
         else:
             out, inputs = self.graphs.pop()
-            dq, dk0, dv0, dk, dv = torch.autograd.grad(out, inputs, dout, materialize_grads=True)
+            dq, dk0, dv0, dk, dv = torch.autograd.grad(out, inputs, self.dout[rows], materialize_grads=True)
+            self.dq[:n] = dq
             self.dk0 += dk0
             self.dv0 += dv0
             self.dk_diag[:i, :n] += dk
             self.dv_diag[:i, :n] += dv
         if i == 0:
-            return dq, None, None
-        return dq, self.dk_diag[i - 1, :n].to(dq.dtype), self.dv_diag[i - 1, :n].to(dq.dtype)
+            return self.dq[:n], None, None
+        return self.dq[:n], self.dk_diag[i - 1, :n], self.dv_diag[i - 1, :n]
 
     def backward_context(
         self,
@@ -131,18 +146,17 @@ class ChainAttention:
         dv0: Tensor,  # [N, Hkv, D] float32, added to
     ) -> None:
         """Call once after the last `backward`."""
-        if not self.cuda:
+        if not self.k0.is_cuda:
             dk0 += self.dk0
             dv0 += self.dv0
             return
-        pos, doc_start = (torch.cat([x[:n] for n in self.sizes]) for x in (self.pos, self.doc_start))
         _ttt_attention_bwd_kv(
             self.dout,
             self.q,
             self.k0,
             self.v0,
-            pos,
-            doc_start,
+            self.row_pos,
+            self.row_start,
             self.lse,
             self.delta,
             self.scale,

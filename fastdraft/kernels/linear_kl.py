@@ -23,11 +23,12 @@ Source: EAGLE-3 (arXiv 2503.01840); LK losses (arXiv 2602.23881).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from fastdraft.batch import LossKind
 from fastdraft.kernels.matmul import add_outer
 from fastdraft.kernels.teacher import TeacherRows
 
@@ -42,7 +43,6 @@ except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-
         return fn
 
 
-Loss = Literal["kl", "lk_alpha", "lk_lambda"]
 CPU_ROWS = 32  # rows of Vd float32 that stay in a core's cache: 1 MB at Vd 8192
 
 
@@ -54,38 +54,51 @@ class KLRows(NamedTuple):
     hit: Tensor  # [n] bool
 
 
+def row_losses_ref(
+    z: Tensor,  # [n, Vd] student logits
+    teacher: TeacherRows,  # n rows
+    loss: LossKind = "kl",
+    lk_scale: float = 1.0,
+    lk_decay: float = 1.0,
+) -> KLRows:
+    """The specification of a live row in plain torch, any dtype, in at least float32. Only the loss carries a gradient."""
+    if loss not in get_args(LossKind):
+        raise ValueError(f"loss {loss!r} is not one of {', '.join(get_args(LossKind))}")
+    stats = torch.promote_types(z.dtype, teacher.lse_draft.dtype)
+    z, t = z.to(stats), teacher.logits.to(stats)
+    log_q = z.log_softmax(-1)
+    alpha = torch.minimum((t - teacher.lse_full[:, None]).exp(), log_q.exp()).sum(-1)
+    if loss == "lk_alpha":
+        value = -alpha.clamp_min(torch.finfo(stats).tiny).log()
+    else:
+        value = -((t - teacher.lse_draft[:, None]).exp() * log_q).sum(-1)
+        if loss == "lk_lambda":
+            mix = lk_scale * torch.exp(-lk_decay * alpha.detach())
+            value = mix * value + (1 - mix) * (1 - alpha)
+    return KLRows(value, alpha.detach(), z.argmax(-1) == teacher.draft_argmax)
+
+
 def kl_rows_ref(
     z: Tensor,  # [n, Vd] student logits
     teacher: TeacherRows,  # m rows
     teacher_row: Tensor,  # [n] int64
     w: Tensor,  # [n] gradient weight, 0 = dead
-    loss: Loss = "kl",
+    loss: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
 ) -> tuple[KLRows, Tensor]:  # rows, gradient of sum w * loss [n, Vd] in z's dtype
-    """The specification in plain torch, any dtype; the gradient is autograd's."""
+    """The specification of the row kernel: `row_losses_ref` of the live rows, its gradient by autograd."""
     live = w != 0
     rows = KLRows(
         *(torch.zeros(len(z), dtype=dtype, device=z.device) for dtype in (teacher.lse_draft.dtype,) * 2 + (torch.bool,))
     )
     dz = torch.zeros_like(z)
-    u = teacher_row[live]
     with torch.enable_grad():
         s = z[live].to(teacher.lse_draft.dtype).requires_grad_()
-        t = teacher.logits[u].to(s.dtype)
-        log_q = s.log_softmax(-1)
-        alpha = torch.minimum((t - teacher.lse_full[u, None]).exp(), log_q.exp()).sum(-1)
-        if loss == "lk_alpha":
-            value = -alpha.clamp_min(torch.finfo(s.dtype).tiny).log()
-        else:
-            value = -((t - teacher.lse_draft[u, None]).exp() * log_q).sum(-1)
-            if loss == "lk_lambda":
-                mix = lk_scale * torch.exp(-lk_decay * alpha.detach())
-                value = mix * value + (1 - mix) * (1 - alpha)
-        dz[live] = torch.autograd.grad((value * w[live]).sum(), s)[0].to(dz.dtype)
-    rows.loss[live] = value.detach()
-    rows.acceptance[live] = alpha.detach()
-    rows.hit[live] = s.argmax(-1) == teacher.draft_argmax[u]
+        found = row_losses_ref(s, teacher.at(teacher_row[live]), loss, lk_scale, lk_decay)
+        dz[live] = torch.autograd.grad((found.loss * w[live]).sum(), s)[0].to(dz.dtype)
+    for out, x in zip(rows, found, strict=True):
+        out[live] = x.detach()
     return rows, dz
 
 
@@ -216,7 +229,7 @@ def _kl_rows(
     teacher: TeacherRows,  # m rows, logits contiguous
     teacher_row: Tensor,  # [n]
     w: Tensor,  # [n]
-    loss: Loss,
+    loss: LossKind,
     lk_scale: float,
     lk_decay: float,
     grad: bool,
@@ -250,7 +263,7 @@ def _kl_rows_cpu(
     teacher: TeacherRows,
     teacher_row: Tensor,  # [n]
     w: Tensor,  # [n]
-    loss: Loss,
+    loss: LossKind,
     lk_scale: float,
     lk_decay: float,
     grad: bool,
@@ -297,12 +310,12 @@ def kl_rows_(
     teacher: TeacherRows,  # of `fastdraft.kernels.teacher.teacher`, m rows
     teacher_row: Tensor,  # [n] int64, the teacher row each row reads, in 0..m-1 (unchecked: a check would wait for the GPU)
     w: Tensor,  # [n] float32 gradient weight, 0 = dead row
-    loss: Loss = "kl",
+    loss: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
     grad: bool = True,
 ) -> KLRows:
-    """Loss, acceptance and hit of every row; with `grad`, z is overwritten by the gradient of sum w * loss.
+    """LossKind, acceptance and hit of every row; with `grad`, z is overwritten by the gradient of sum w * loss.
 
     CPU tensors run the same formulas in plain torch. Raises ValueError for what does not fit.
     """
@@ -313,9 +326,9 @@ def kl_rows_(
     return _kl_rows_cpu(z, teacher, teacher_row, w, loss, lk_scale, lk_decay, grad)
 
 
-def _check(z: Tensor, teacher: TeacherRows, teacher_row: Tensor, w: Tensor, loss: Loss) -> None:
-    if loss not in get_args(Loss):
-        raise ValueError(f"loss {loss!r} is not one of {', '.join(get_args(Loss))}")
+def _check(z: Tensor, teacher: TeacherRows, teacher_row: Tensor, w: Tensor, loss: LossKind) -> None:
+    if loss not in get_args(LossKind):
+        raise ValueError(f"loss {loss!r} is not one of {', '.join(get_args(LossKind))}")
     if z.ndim != 2 or z.shape[1] != teacher.logits.shape[1] or not (z.is_contiguous() and teacher.logits.is_contiguous()):
         raise ValueError(
             f"student logits {tuple(z.shape)} and teacher logits {tuple(teacher.logits.shape)} must be contiguous "
@@ -348,7 +361,7 @@ def linear_kl_grad(
     w: Tensor,  # [n] float32
     dx: Tensor | None,  # [n, H], overwritten by the gradient of sum w * loss; None: no gradients
     dweight: Tensor | None,  # [Vd, H] float32 (float64 for float64 x), the gradient is added; None with dx None
-    loss: Loss = "kl",
+    loss: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
     chunk_rows: int = 4096,
@@ -390,43 +403,3 @@ def linear_kl_grad(
             torch.mm(z, weight, out=dx[part])
             add_outer(dweight, z, x[part])
     return parts[0] if len(parts) == 1 else KLRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-class _LinearKL(torch.autograd.Function):
-    """Saves x and the weight only; backward computes the logits again, with the incoming gradient as row weight."""
-
-    @staticmethod
-    def forward(ctx, x, weight, teacher, teacher_row, w, loss, lk_scale, lk_decay, chunk_rows):
-        ctx.save_for_backward(x, weight, teacher_row, w)
-        ctx.teacher, ctx.options = teacher, (loss, lk_scale, lk_decay, chunk_rows)
-        rows = linear_kl_grad(x, weight, teacher, teacher_row, w, None, None, *ctx.options)
-        ctx.mark_non_differentiable(rows.acceptance, rows.hit)
-        return tuple(rows)
-
-    @staticmethod
-    def backward(ctx, dloss, _dalpha, _dhit):
-        x, weight, teacher_row, w = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        row_w = torch.where(w != 0, dloss.to(w.dtype), 0.0)
-        linear_kl_grad(x, weight, ctx.teacher, teacher_row, row_w, dx, dweight, *ctx.options)
-        return dx, dweight.to(weight.dtype), None, None, None, None, None, None, None
-
-
-def linear_kl(
-    x: Tensor,  # [n, H] normed draft states
-    weight: Tensor,  # [Vd, H] lm_head
-    teacher: TeacherRows,
-    teacher_row: Tensor,  # [n] int64
-    live: Tensor,  # [n] float32, 0 = dead row; only that matters here, the gradient comes from the caller's sum
-    loss: Loss = "kl",
-    lk_scale: float = 1.0,
-    lk_decay: float = 1.0,
-    chunk_rows: int = 4096,
-) -> KLRows:
-    """Row losses with an autograd graph to x and weight; four GEMMs in all, memory of one chunk of logits.
-
-    The gradient to weight is summed in float32 and rounded once to weight's dtype. An engine that knows its row weights
-    before the forward uses `linear_kl_grad`, which computes the logits once. Raises ValueError as that does.
-    """
-    return KLRows(*_LinearKL.apply(x, weight, teacher, teacher_row, live, loss, lk_scale, lk_decay, chunk_rows))

@@ -79,6 +79,13 @@ class TeacherRows(NamedTuple):
         """The same buffers, first n rows."""
         return TeacherRows(*(x[:n] for x in self))
 
+    def at(
+        self,
+        rows: Tensor,  # [n] int64
+    ) -> TeacherRows:
+        """A copy of those rows."""
+        return TeacherRows(*(x[rows] for x in self))
+
 
 def permute_head(
     head: TargetHead,

@@ -43,7 +43,7 @@ except ModuleNotFoundError:  # CPU installs: only the reference runs there
     triton = None
 
 LOG2E = 1.4426950408889634
-HEAD_DIMS = (64, 96, 128, 256)
+HEAD_DIMS = (8, 16, 32, 64, 96, 128, 256)
 
 
 def _jit(**options):
@@ -118,6 +118,9 @@ def ttt_attention_config(
     if group > 32:
         raise ValueError(f"ttt_attention covers up to 32 query heads per key/value head, got {group}")
     hopper = arch is None or arch >= (9, 0)
+    if head_dim < 64:  # tests and tiny drafts
+        tile = Tile(32, 32, 4, 1)
+        return TTTAttentionConfig(tile, tile, tile)
     if dtype == torch.float32:  # for exactness, not speed: no tensor cores
         if head_dim == 256 and arch is not None and arch[0] not in (9, 10) and arch != (8, 0):
             raise ValueError(
@@ -593,7 +596,7 @@ def _constants(q: Tensor, k0: Tensor) -> dict:
     return dict(
         G=q.shape[1] // k0.shape[1],
         D=dim,
-        DP=triton.next_power_of_2(dim),
+        DP=max(16, triton.next_power_of_2(dim)),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )
 
@@ -838,7 +841,7 @@ def ttt_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # out [M, Hq, D], lse [Hq, M] fp32, natural log, no gradient
     """Differentiable attention of one step's queries. CPU tensors run `ttt_attention_ref`, CUDA tensors the kernels.
 
-    Raises ValueError for shapes that do not fit together and, on CUDA, for a head dim (64, 96, 128, 256 are covered), dtype
+    Raises ValueError for shapes that do not fit together and, on CUDA, for a head dim (8 to 256, see HEAD_DIMS), dtype
     (bfloat16, float32), group (up to 32) or GPU (compute capability 8.0 and up) without a kernel. The values of pos and
     doc_start are not checked (that would wait for the GPU): 0 <= doc_start <= pos < N.
     """

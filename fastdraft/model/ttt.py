@@ -3,110 +3,148 @@
 Computes what `ttt_ref_step` computes (the specification) by four facts (docs/mathematics.md):
 
 1 Once K^0, V^0 of the whole pack exist, a position's chain depends on no other: steps 0..T-1, all losses and the backward
-  run for `chunk_rows` chains at a time. Per token g, f, h^0, the embedding's share of QKV, K^0, V^0 and gradients are kept.
-2 Row (t, i) is computed only while some step j >= i at t is trained on, its head only if (t, i) itself is. Chains of a
-  chunk are sorted by depth, deepest first, so step i's rows are a prefix of step i-1's and everything is a slice.
-3 The embedding's half of QKV depends on the token alone: computed once for the pack, step i reads its row t+1+i, and its
-  gradient is collected once.
+  run for `chunk_rows` chains at a time (`model/chunks.py`). Kept for every token are h^0, K^0, V^0 and their gradients.
+2 Row (t, i) is computed only while some step j >= i at t is trained on, its head only if (t, i) itself is.
+3 The embedding's half of QKV depends on the token alone: a chunk computes it once for each token its rows read, step i
+  reads the row of token t+1+i, and its gradient is collected once.
 4 A chunk's weight gradients are one product per weight over the rows of all steps, added in float32.
 
-Which rows are needed follows from the loss mask, so it is planned on the host; whether the target's choice is a
-draft-vocabulary token is known on the device only and becomes a zero weight.
+`chunk_buffers` lists all memory a chunk needs; it is taken once. Products are cuBLAS's, all else the kernels of `kernels/`,
+which run as plain PyTorch on a CPU. The host reads nothing back from the device.
 
-# N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), K head rows, H hidden, Hq/Hkv heads, D head dim
-# T TTT steps, Vd draft vocabulary, W = (Hq + 2 Hkv) * D
+# N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), m tokens they read, K head rows, T TTT steps
+# H hidden, Ht target hidden, Hq/Hkv heads, D head dim, E = Hq*D, W = (Hq + 2 Hkv)*D, I MLP width, Vd draft vocabulary
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, Rows, TargetHead
-from fastdraft.kernels.chain_attention import ChainAttention
+from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
+from fastdraft.kernels.chain_attention import ChainAttention, attention_buffers
+from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
 from fastdraft.kernels.linear_kl import linear_kl_grad
 from fastdraft.kernels.matmul import add_outer
-from fastdraft.kernels.teacher import PermutedHead, permute_head, teacher
-from fastdraft.model.draft import Draft, rms_norm
-from fastdraft.model.losses import LossKind
-from fastdraft.model.rope import rotate
+from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_partials
+from fastdraft.kernels.swiglu import swiglu, swiglu_backward_
+from fastdraft.kernels.teacher import PermutedHead, TeacherRows, permute_head, teacher
+from fastdraft.model.chunks import Chunk, plan_chunks
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
 
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 2048
+HEAD_ROWS = 8192  # rows of student logits at a time
 
-
-# --- which rows a batch needs --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Chains to run together, deepest first. A row of a step is an index into `pos`; head rows index the stacked steps."""
-
-    pos: Tensor  # [M] int64, token row of each chain
-    sizes: tuple[int, ...]  # M_i, rows of step i
-    head_row: Tensor  # [K] int64, stacked row whose logits are trained on
-    head_step: Tensor  # [K] int64, its step
-    head_pos: Tensor  # [K] int64, its token row
-    teacher_pos: Tensor  # [m] int64, token rows whose target distribution is needed
-    teacher_row: Tensor  # [K] int64, index into teacher_pos
-
-    def to(self, device: torch.device) -> Chunk:
-        moved = {name: x.to(device, non_blocking=True) for name, x in vars(self).items() if torch.is_tensor(x)}
-        return Chunk(sizes=self.sizes, **moved)
+Table = dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # by name: rows, shape of a row, dtype
 
 
-def plan_chunks(batch: Batch, ttt_length: int, chunk_rows: int) -> list[Chunk]:
-    """The chains of a batch on the host, `chunk_rows` at a time. Empty when nothing is trained on."""
-    end, row = batch.doc_end, torch.arange(batch.num_tokens)
-    wanted = torch.zeros(ttt_length, batch.num_tokens, dtype=torch.bool)  # (i, t) is trained on, as far as the mask says
-    depth = torch.zeros(batch.num_tokens, dtype=torch.int64)  # steps the chain must run
-    for i in range(ttt_length):
-        label = row + 2 + i
-        wanted[i] = (label < end) & batch.loss_mask[label.clamp_max(batch.num_tokens - 1)]
-        depth[wanted[i]] = i + 1
-    chunks = []
-    trained = depth.nonzero()[:, 0]
-    for pos in trained.split(chunk_rows) if len(trained) else ():
-        pos = pos[depth[pos].argsort(descending=True, stable=True)]
-        sizes = tuple(int((depth[pos] > i).sum()) for i in range(ttt_length))
-        sizes = tuple(m for m in sizes if m)
-        rows = [wanted[i, pos[:m]].nonzero()[:, 0] for i, m in enumerate(sizes)]
-        steps = torch.cat([torch.full_like(r, i) for i, r in enumerate(rows)])
-        head_pos = torch.cat([pos[r] for r in rows])
-        teacher_pos, teacher_row = torch.unique(head_pos + 1 + steps, return_inverse=True)
-        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-        head_row = torch.cat([r + offset for r, offset in zip(rows, offsets, strict=True)])
-        chunks.append(Chunk(pos, sizes, head_row, steps, head_pos, teacher_pos, teacher_row))
-    return chunks
+# --- memory --------------------------------------------------------------------------------------------------------------
 
 
-# --- the layer's parts, forward and backward -----------------------------------------------------------------------------
+def chunk_buffers(
+    c: DraftConfig,
+    chunk_rows: int,
+    steps: int,
+    dtype: torch.dtype,  # of the draft
+    target_dtype: torch.dtype,
+    device: str,  # cpu, or a GPU's
+) -> Table:
+    """All buffers of a chunk of `chunk_rows` chains: what a step needs besides inputs and what is kept for every token."""
+    h, width = c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    rows, tokens, stats = steps * chunk_rows, chunk_rows + steps, torch.promote_types(dtype, torch.float32)
+    head_rows, block = min(HEAD_ROWS, rows), 2 * chunk_rows  # tokens at a time of what is done once for the pack
+    stacked = {"y": h, "h_mid": h, "n2": h, "hn": h, "dy": h, "qkv": width, "gate_up": 2 * c.intermediate_size}
+    table: Table = {name: (rows, (n,), dtype) for name, n in (stacked | {"act": c.intermediate_size}).items()}
+    table |= {name: (chunk_rows, (h,), dtype) for name in ("branch", "dn")}
+    table |= {name: (rows, (), stats) for name in ("r_n2", "r_hn")}
+    table |= {"e": (tokens, (h,), dtype), "r_e": (tokens, (), stats), "de": (tokens, (width,), stats)}
+    table |= {"e_qkv": (tokens, (width,), dtype), "d_e": (tokens, (h,), dtype)}
+    table |= {"x": (head_rows, (h,), dtype), "dx": (head_rows, (h,), dtype), "r_x": (head_rows, (), stats)}
+    table |= {"logits": (head_rows, (c.draft_vocab_size,), dtype)}
+    teacher_stats = torch.promote_types(target_dtype, torch.float32)
+    kinds = (teacher_stats, teacher_stats, torch.int64, torch.int64, teacher_stats)
+    table |= {f"teacher.{name}": (tokens, (), kind) for name, kind in zip(TeacherRows._fields[1:], kinds, strict=True)}
+    table |= {"teacher.logits": (tokens, (c.draft_vocab_size,), target_dtype)}
+    columns = min(c.draft_vocab_size * head_rows // tokens // 256 * 256, 256 * -(-c.vocab_size // 256))
+    if target_dtype != dtype or columns == 0:  # else the student's logits, which nobody needs yet
+        table |= {"teacher.scratch": (tokens, (columns or 256,), target_dtype)}
+    table |= attention_buffers(c.num_attention_heads, c.num_key_value_heads, c.head_dim, chunk_rows, steps, dtype, device)
+    kv = 2 * c.num_key_value_heads * c.head_dim
+    table |= {"pack.x": (block, (2 * h,), dtype), "pack.dx": (block, (2 * h,), dtype), "pack.kv": (block, (kv,), dtype)}
+    table |= {"pack.r": (2 * block, (), stats)}
+    if c.fc_norm:
+        table |= {name: (block, (3 * c.target_hidden_size,), dtype) for name in ("pack.g", "pack.dg")}
+        table |= {"pack.r_g": (3 * block, (), stats)}
+        ht = c.target_hidden_size
+        table |= {"pack.partial": (rms_norm_partials(ht, torch.device(device)), (ht,), stats)}
+    return table | {"partial": (rms_norm_partials(h, torch.device(device)), (h,), stats)}
 
 
-def rms_norm_backward(
-    dy: Tensor,  # [n, H]
-    x: Tensor,  # [n, H]
-    r: Tensor,  # [n, 1] of the forward
-    weight: Tensor,  # [H]
-    dweight: Tensor,  # [H] added to
-) -> Tensor:  # dx [n, H]
-    normed, dy = x.to(r.dtype) * r, dy.to(r.dtype)
-    dweight += (dy * normed).sum(0)
-    dy = dy * weight.to(r.dtype)
-    return (r * (dy - normed * (dy * normed).mean(-1, keepdim=True))).to(x.dtype)
+def pack_buffers(c: DraftConfig, tokens: int, dtype: torch.dtype) -> Table:
+    """What a step keeps for every token besides the features."""
+    stats, kv = torch.promote_types(dtype, torch.float32), (c.num_key_value_heads, c.head_dim)
+    table: Table = {name: (tokens, (c.hidden_size,), dtype) for name in ("h0", "dh0")}
+    table |= {name: (tokens, kv, dtype) for name in ("k0", "v0")}
+    return table | {name: (tokens, kv, stats) for name in ("dk0", "dv0")}
 
 
-def swiglu_backward(
-    dact: Tensor,  # [n, I]
-    gate: Tensor,  # [n, I]
-    up: Tensor,  # [n, I]
-) -> Tensor:  # [n, 2*I] gradients of gate | up
-    work = torch.promote_types(gate.dtype, torch.float32)
-    g, dact = gate.to(work), dact.to(work)
-    s = g.sigmoid()
-    return torch.cat([dact * up.to(work) * s * (1 + g * (1 - s)), dact * g * s], -1).to(gate.dtype)
+def table_bytes(table: Table) -> int:
+    return sum(rows * math.prod(shape) * dtype.itemsize for rows, shape, dtype in table.values())
+
+
+class Buffers:
+    """Named buffers, taken in full when first asked for."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.table, self.held = device, {}, {}
+
+    def require(self, table: Table) -> None:
+        """Raises ValueError where the GPU's free memory does not hold what is new."""
+        changed = {name: spec for name, spec in table.items() if self.table.get(name) != spec}
+        self.table |= changed
+        for name in changed:
+            self.held.pop(name, None)
+
+    def __call__(self, name: str, rows: int) -> Tensor:  # [rows, ...], what was last in it
+        room, shape, dtype = self.table[name]
+        if name not in self.held:
+            self.held[name] = torch.empty(room, *shape, dtype=dtype, device=self.device)
+        return self.held[name][:rows]
+
+
+# --- weights -------------------------------------------------------------------------------------------------------------
+
+
+def end_to_end(
+    parts: list[Tensor],  # [n_j, width] each
+) -> Tensor | None:  # [sum n_j, width]
+    """One tensor over parts that lie one after the other in one buffer, as `FlatAdamW` has them; None where they do not."""
+    first = parts[0]
+    same = all(p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parts)
+    follows = all(b.storage_offset() == a.storage_offset() + a.numel() for a, b in pairwise(parts))
+    if not (same and follows and all(p.is_contiguous() for p in parts)):
+        return None
+    return first.as_strided((sum(len(p) for p in parts), first.shape[1]), first.stride(), first.storage_offset())
+
+
+QKV = tuple(f"midlayer.self_attn.{x}_proj.weight" for x in "qkv")
+GATE_UP = tuple(f"midlayer.mlp.{x}_proj.weight" for x in ("gate", "up"))
+DOWN, OUT = "midlayer.mlp.down_proj.weight", "midlayer.self_attn.o_proj.weight"
+INPUT_NORM, HIDDEN_NORM = "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight"
+POST_NORM = "midlayer.post_attention_layernorm.weight"
+
+
+def flat_gradients(draft: Draft) -> dict[str, Tensor]:
+    """Zero gradient sums by parameter name, views of one buffer as the engine wants them."""
+    parameters = draft.trainable()
+    stats = torch.promote_types(draft.fc.weight.dtype, torch.float32)
+    flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=stats, device=draft.fc.weight.device)
+    parts = flat.split([p.numel() for p in parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)}
 
 
 class TTTEngine:
@@ -129,11 +167,13 @@ class TTTEngine:
         self.draft, self.config = draft, draft.config
         self.head: PermutedHead = permute_head(head, draft.draft_ids)
         self.step_weights, self.loss, self.chunk_rows = step_weights, (kind, lk_scale, lk_decay), chunk_rows
+        self.take = Buffers(draft.fc.weight.device)
 
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
         """Rows of a batch, and d(sum_i step_weights[i] * sum_t loss)/dw added to `grads` (float32, by parameter name).
 
-        `batch` lies on the host, `features` on the draft's device. Raises ValueError for token ids outside the vocabulary.
+        `batch` lies on the host, `features` on the draft's device, `grads` end to end in one buffer (`FlatAdamW.grads` or
+        `flat_gradients`). Raises ValueError for token ids outside the vocabulary, or memory that does not suffice.
         """
         return _Step(self, batch, features, grads).run()
 
@@ -146,150 +186,172 @@ class _Step:
     """One batch through the engine: `run`, read from top to bottom."""
 
     def __init__(self, engine: TTTEngine, batch: Batch, features: Features, grads: dict[str, Tensor] | None):
-        self.engine, self.c, self.features, self.grads = engine, engine.config, features, grads
+        self.engine, self.c, self.features, self.grads, self.take = engine, engine.config, features, grads, engine.take
         ids = batch.input_ids
         if int(ids.min()) < 0 or int(ids.max()) >= self.c.vocab_size:
             raise ValueError(
                 f"token ids {int(ids.min())}..{int(ids.max())} do not fit the draft's vocabulary of {self.c.vocab_size}"
             )
-        device = engine.draft.fc.weight.device
-        self.chunks = [c.to(device) for c in plan_chunks(batch, len(engine.step_weights), engine.chunk_rows)]
-        self.batch = batch.to(device)
-        self.w = {name: p.detach() for name, p in engine.draft.named_parameters()}
-        attn = [self.w[f"midlayer.self_attn.{x}_proj.weight"] for x in "qkv"]
-        h = self.c.hidden_size
-        self.w_e = torch.cat([w[:, :h] for w in attn])  # [W, H] reads the embedding
-        self.w_h = torch.cat([w[:, h:] for w in attn])  # [W, H] reads the hidden state
-        self.w_gu = torch.cat([self.w["midlayer.mlp.gate_proj.weight"], self.w["midlayer.mlp.up_proj.weight"]])
+        c, w = self.c, {name: p.detach() for name, p in engine.draft.named_parameters()}
+        self.host, self.w, self.device, self.dtype = batch, w, w["fc.weight"].device, w["fc.weight"].dtype
+        self.stats = torch.promote_types(self.dtype, torch.float32)
+        self.q_width = c.num_attention_heads * c.head_dim
+        self.w_qkv, self.w_gu = (end_to_end(parts) for parts in ([w[name] for name in QKV], [w[name] for name in GATE_UP]))
+        if self.w_qkv is None or self.w_gu is None:
+            self.w_qkv, self.w_gu = torch.cat([w[name] for name in QKV]), torch.cat([w[name] for name in GATE_UP])
+        self.w_e, self.w_h = self.w_qkv.split(c.hidden_size, 1)  # [W, H] read the embedding and the hidden state
         if grads is not None:
-            stats = grads["fc.weight"].dtype
-            self.dw_e, self.dw_h = (torch.zeros_like(w, dtype=stats) for w in (self.w_e, self.w_h))
-            self.dw_gu = torch.zeros_like(self.w_gu, dtype=stats)
+            self.dw_qkv, self.dw_gu = (end_to_end([grads[name] for name in names]) for names in (QKV, GATE_UP))
+            if self.dw_qkv is None or self.dw_gu is None:
+                raise ValueError("grads must lie end to end in one buffer: use FlatAdamW.grads or flat_gradients(draft)")
+            self.dw_e, self.dw_h = self.dw_qkv.split(c.hidden_size, 1)
 
     @torch.no_grad()
     def run(self) -> Rows:
-        t, n = len(self.engine.step_weights), self.batch.num_tokens
-        stats = torch.promote_types(self.w["fc.weight"].dtype, torch.float32)
-        device = self.batch.input_ids.device
-        self.loss, self.acceptance = (torch.zeros(t * n, dtype=stats, device=device) for _ in range(2))
+        t, n, device = len(self.engine.step_weights), self.host.num_tokens, self.device
+        self.loss, self.acceptance = (torch.zeros(t * n, dtype=self.stats, device=device) for _ in range(2))
         self.hit, self.live, self.masked_in = (torch.zeros(t * n, dtype=torch.bool, device=device) for _ in range(3))
-        if self.chunks:
-            self.forward_pack()
-            for chunk in self.chunks:
-                self.run_chunk(chunk)
-            if self.grads is not None:
-                self.backward_pack()
+        started = False
+        for chunk in plan_chunks(self.host, t, self.engine.chunk_rows):
+            if not started:
+                started = True
+                self.start_pack()
+            self.run_chunk(chunk.to(device))
+        if started and self.grads is not None:
+            self.finish_pack()
         return Rows(*(x.view(t, n) for x in (self.loss, self.acceptance, self.hit, self.live, self.masked_in)))
 
-    # --- step 0 of the whole pack: what every chain reads ------------------------------------------------------------
+    # --- step 0's keys, values and hidden states of the whole pack: what every chain reads ----------------------------
 
-    def forward_pack(self) -> None:
-        c, w, eps = self.c, self.w, self.c.rms_norm_eps
-        dtype = w["fc.weight"].dtype
-        g = self.features.g.to(dtype)
-        if c.fc_norm:
-            parts = [rms_norm(x, w[f"fc_norm.{j}.weight"], eps) for j, x in enumerate(g.chunk(3, -1))]
-            self.g, self.g_in, self.g_r = torch.cat([y for y, _ in parts], -1), g, [r for _, r in parts]
-        else:
-            self.g = g
-        self.h0 = self.g @ w["fc.weight"].T  # [N, H]
-        hn, _ = rms_norm(self.h0, w["midlayer.hidden_norm.weight"], eps)
-        self.e = w["embed_tokens.weight"][self.batch.input_ids].to(dtype)
-        self.e_normed, self.e_r = rms_norm(self.e, w["midlayer.input_layernorm.weight"], eps)
-        self.e_qkv = self.e_normed @ self.w_e.T  # [N, W]
-        self.last = self.batch.doc_end - 1
-        q_width = c.num_attention_heads * c.head_dim
-        next_token = torch.minimum(torch.arange(len(g), device=g.device) + 1, self.last)
-        kv = hn @ self.w_h[q_width:].T + self.e_qkv[next_token, q_width:]
-        k, v = kv.unflatten(-1, (2, c.num_key_value_heads, c.head_dim)).unbind(1)
-        self.k0, self.v0 = rotate(k, *self.rope(self.batch.positions)).contiguous(), v.contiguous()
-        if self.grads is not None:
-            stats = self.dw_h.dtype
-            self.dh0, self.de_qkv = torch.zeros_like(self.h0, dtype=stats), torch.zeros_like(self.e_qkv, dtype=stats)
-            self.dq0 = self.h0.new_zeros(len(g), q_width)
-            self.dk0, self.dv0 = (torch.zeros_like(x, dtype=stats) for x in (self.k0, self.v0))
+    def start_pack(self) -> None:
+        n, take, grads = self.host.num_tokens, self.take, self.grads is not None
+        room = max(take.table.get("h0", (0,))[0], -(-n // 1024) * 1024)  # packs differ a little in length
+        target_dtype = self.engine.head.weight.dtype
+        sizes = self.engine.chunk_rows, len(self.engine.step_weights), self.dtype, target_dtype, self.device.type
+        take.require(chunk_buffers(self.c, *sizes) | pack_buffers(self.c, room, self.dtype))
+        self.h0, self.k0, self.v0 = (take(name, n) for name in ("h0", "k0", "v0"))
+        if grads:
+            self.dh0, self.dk0, self.dv0 = (take(name, n).zero_() for name in ("dh0", "dk0", "dv0"))
+        row = torch.arange(n)
+        next_id = self.host.input_ids[torch.minimum(row + 1, self.host.doc_end - 1)]
+        self.next_id, self.position = to_device(torch.stack([next_id, self.host.positions]), self.device)
+        for rows in self.pack_blocks():
+            torch.mm(self.read_features(rows), self.w["fc.weight"].T, out=self.h0[rows])
+            x, _, _ = self.read_pack(rows)
+            kv = take("pack.kv", len(x))
+            torch.mm(x, self.w_qkv[self.q_width :].T, out=kv)
+            chain_qkv(kv, None, None, self.position[rows], *self.rope, None, self.k0[rows], self.v0[rows])
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.engine.draft.rope(positions, self.h0.dtype)
+    @property
+    def rope(self) -> tuple[Tensor, float]:
+        return self.engine.draft.rope.freqs, self.engine.draft.rope.factor
+
+    def pack_blocks(self) -> list[slice]:
+        n, block = self.host.num_tokens, self.take.table["pack.x"][0]
+        return [slice(first, min(first + block, n)) for first in range(0, n, block)]
+
+    def read_features(self, rows: slice) -> Tensor:  # [b, 3*Ht] what fc reads
+        g, c = self.features.g[rows].to(self.dtype), self.c
+        if not c.fc_norm:
+            return g
+        out, r = self.take("pack.g", len(g)), self.take("pack.r_g", 3 * len(g))
+        parts = zip(g.chunk(3, 1), out.chunk(3, 1), r.chunk(3), strict=True)
+        for j, (part, normed, rj) in enumerate(parts):
+            rms_norm(part, self.w[f"fc_norm.{j}.weight"], c.rms_norm_eps, normed, rj)
+        return out
+
+    def read_pack(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:  # [b, 2H] what K^0, V^0 read, 1/rms of its halves
+        c, h0 = self.c, self.h0[rows]
+        x = self.take("pack.x", len(h0))
+        e, hn = x.split(c.hidden_size, 1)
+        r_e, r_h = self.take("pack.r", 2 * len(h0)).chunk(2)
+        rms_norm(self.w["embed_tokens.weight"], self.w[INPUT_NORM], c.rms_norm_eps, e, r_e, rows=self.next_id[rows])
+        rms_norm(h0, self.w[HIDDEN_NORM], c.rms_norm_eps, hn, r_h)
+        return x, r_e, r_h
 
     # --- a chunk of chains: steps 0..T-1, the head, and the backward ---------------------------------------------------
 
     def run_chunk(self, chunk: Chunk) -> None:
-        c, w, eps = self.c, self.w, self.c.rms_norm_eps
-        sizes, m, total = chunk.sizes, len(chunk.pos), sum(chunk.sizes)
-        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        steps = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
-        new = self.h0.new_empty
-        h_in, hn, h_mid, n2, y = (new(total, c.hidden_size) for _ in range(5))
-        gate_up, act = new(total, 2 * c.intermediate_size), new(total, c.intermediate_size)
-        r_hn, r_n2 = (new(total, 1, dtype=self.loss.dtype) for _ in range(2))
+        w, eps, take, h0 = self.w, self.c.rms_norm_eps, self.take, self.h0
+        steps, total, m, tokens = chunk.steps, len(chunk.row_pos), chunk.sizes[0], len(chunk.token_id)
+        y, h_mid, n2, hn, gate_up, act = (take(name, total) for name in ("y", "h_mid", "n2", "hn", "gate_up", "act"))
+        r_n2, r_hn, branch = take("r_n2", total), take("r_hn", total), take("branch", m)
+        e, r_e, e_qkv = take("e", tokens), take("r_e", tokens), take("e_qkv", tokens)
+        rms_norm(w["embed_tokens.weight"], w[INPUT_NORM], eps, e, r_e, rows=chunk.token_id)
+        torch.mm(e, self.w_e.T, out=e_qkv)
         attention = ChainAttention(
-            self.k0, self.v0, chunk.pos, self.batch.doc_start[chunk.pos], sizes, heads, self.grads is not None
+            take, self.k0, self.v0, chunk.row_pos, chunk.row_start, chunk.sizes, self.grads is not None
         )
-        position = self.batch.positions[chunk.pos]
+        pos = chunk.row_pos[steps[0]]
 
         for i, rows in enumerate(steps):
-            n = sizes[i]
-            h_in[rows] = self.h0[chunk.pos] if i == 0 else y[steps[i - 1]][:n]
-            hn[rows], r_hn[rows] = rms_norm(h_in[rows], w["midlayer.hidden_norm.weight"], eps)
-            token = torch.minimum(chunk.pos[:n] + 1 + i, self.last[chunk.pos[:n]])
-            cos_sin = self.rope(position[:n] + i)
+            n = chunk.sizes[i]
             if i == 0:
-                q = hn[rows] @ self.w_h[: heads * dim].T + self.e_qkv[token, : heads * dim]
-                q, k, v = rotate(q.unflatten(-1, (heads, dim)), *cos_sin), None, None
+                h, h_rows = h0, pos
+                rms_norm(h0, w[HIDDEN_NORM], eps, hn[rows], r_hn[rows], rows=pos)
             else:
-                qkv = (hn[rows] @ self.w_h.T + self.e_qkv[token]).unflatten(-1, (-1, dim))
-                q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-                q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-            out = attention.forward(i, q, k, v)
-            h_mid[rows] = h_in[rows] + out.flatten(1) @ w["midlayer.self_attn.o_proj.weight"].T
-            n2[rows], r_n2[rows] = rms_norm(h_mid[rows], w["midlayer.post_attention_layernorm.weight"], eps)
+                h, h_rows, before = y[steps[i - 1]], None, steps[i - 1]
+                down = branch[: chunk.sizes[i - 1]]
+                rms_norm(h_mid[before], w[HIDDEN_NORM], eps, hn[rows], r_hn[rows], delta=down, total=h)
+            width = self.w_h.shape[0] if i else self.q_width
+            z = take("qkv", total).view(-1)[: n * width].view(n, width)  # free until the backward
+            torch.mm(hn[rows], self.w_h[:width].T, out=z)
+            chain_qkv(z, e_qkv, chunk.token_row[rows], chunk.row_position[rows], *self.rope, *attention.place(i))
+            torch.mm(attention.forward(i).flatten(1), w[OUT].T, out=branch[:n])
+            rms_norm(h, w[POST_NORM], eps, n2[rows], r_n2[rows], rows=h_rows, delta=branch[:n], total=h_mid[rows])
             torch.mm(n2[rows], self.w_gu.T, out=gate_up[rows])
-            gate, up = gate_up[rows].chunk(2, -1)
-            torch.mul(F.silu(gate), up, out=act[rows])
-            y[rows] = h_mid[rows] + act[rows] @ w["midlayer.mlp.down_proj.weight"].T
+            swiglu(gate_up[rows], act[rows])
+            torch.mm(act[rows], w[DOWN].T, out=branch[:n])
+        rms_norm(h_mid[rows], w[HIDDEN_NORM], eps, None, None, delta=branch[:n], total=y[rows])
 
         dy = self.run_head(chunk, y)
         if self.grads is None:
             return
-        grads = self.grads
-        dqkv, d_mid = new(total, self.w_h.shape[0]), new(total, c.hidden_size)
-        d_gu = new(total, 2 * c.intermediate_size)
-        for i in reversed(range(len(sizes))):
-            rows, n = steps[i], sizes[i]
-            gate, up = gate_up[rows].chunk(2, -1)
-            d_gu[rows] = swiglu_backward(dy[rows] @ w["midlayer.mlp.down_proj.weight"], gate, up)
-            d_mid[rows] = dy[rows] + rms_norm_backward(
-                d_gu[rows] @ self.w_gu,
-                h_mid[rows],
-                r_n2[rows],
-                w["midlayer.post_attention_layernorm.weight"],
-                grads["midlayer.post_attention_layernorm.weight"],
+        grads, partial, dn = self.grads, take("partial", take.table["partial"][0]), take("dn", m)
+        dqkv, de = take("qkv", total), take("de", tokens).zero_()
+        for i in reversed(range(len(steps))):
+            rows, n = steps[i], chunk.sizes[i]
+            torch.mm(dy[rows], w[DOWN], out=act[rows])
+            swiglu_backward_(gate_up[rows], act[rows])  # now gradients of gate | up, and act again
+            torch.mm(gate_up[rows], self.w_gu, out=dn[:n])
+            d_mid = h_mid[rows]  # its place, row by row
+            rms_norm_backward(
+                dn[:n], h_mid[rows], r_n2[rows], w[POST_NORM], d_mid, grads[POST_NORM], partial, add=(dy[rows],)
             )
-            dout = (d_mid[rows] @ w["midlayer.self_attn.o_proj.weight"]).unflatten(-1, (heads, dim))
-            dq, dk, dv = attention.backward(i, dout)
-            cos, sin = self.rope(position[:n] + i)
-            token = torch.minimum(chunk.pos[:n] + 1 + i, self.last[chunk.pos[:n]])
-            dq = rotate(dq, cos, -sin).flatten(1)
-            if i == 0:  # K^0, V^0 still collect gradients from other chunks: backward_pack goes on from here
-                self.dq0[chunk.pos] = dq
-                self.dh0[chunk.pos] += d_mid[rows]
-                continue
-            dqkv[rows] = torch.cat([dq, rotate(dk, cos, -sin).flatten(1), dv.flatten(1)], -1)
-            self.de_qkv[token] += dqkv[rows]
-            dh = d_mid[rows] + rms_norm_backward(
-                dqkv[rows] @ self.w_h,
-                h_in[rows],
+            torch.mm(d_mid, w[OUT], out=attention.dout[rows].flatten(1))
+            dq, dk, dv = attention.backward(i)
+            width = self.w_h.shape[0] if i else self.q_width  # K^0, V^0 still collect from other chunks: `finish_pack`
+            dz, row_position = dqkv[rows, :width], chunk.row_position[rows]
+            chain_qkv_backward(dq, dk, dv, chunk.token_row[rows], row_position, *self.rope, dz, de)
+            torch.mm(dz, self.w_h[:width], out=dn[:n])
+            if i == 0:
+                x, x_rows, dx, dx_rows, add = h0, pos, self.dh0, pos, (d_mid,)
+            else:
+                before = dy[steps[i - 1]][:n]
+                x, x_rows, dx, dx_rows, add = y[steps[i - 1]][:n], None, before, None, (before, d_mid)
+            rms_norm_backward(
+                dn[:n],
+                x,
                 r_hn[rows],
-                w["midlayer.hidden_norm.weight"],
-                grads["midlayer.hidden_norm.weight"],
+                w[HIDDEN_NORM],
+                dx,
+                grads[HIDDEN_NORM],
+                partial,
+                rows=dx_rows,
+                x_rows=x_rows,
+                add=add,
             )
-            dy[steps[i - 1]][:n] += dh
         attention.backward_context(self.dk0, self.dv0)
-        add_outer(grads["midlayer.mlp.down_proj.weight"], dy, act)
-        add_outer(self.dw_gu, d_gu, n2)
-        add_outer(grads["midlayer.self_attn.o_proj.weight"], d_mid, attention.out.flatten(1))
+        add_outer(grads[DOWN], dy, act)
+        add_outer(self.dw_gu, gate_up, n2)
+        add_outer(grads[OUT], h_mid, attention.out.flatten(1))
+        add_outer(self.dw_h[: self.q_width], dqkv[:m, : self.q_width], hn[:m])
         add_outer(self.dw_h, dqkv[m:], hn[m:])
+        de_qkv, d_e = e_qkv.copy_(de), take("d_e", tokens)
+        add_outer(self.dw_e, de_qkv, e)
+        torch.mm(de_qkv, self.w_e, out=d_e)
+        embedding = w["embed_tokens.weight"]
+        rms_norm_backward(d_e, embedding, r_e, w[INPUT_NORM], None, grads[INPUT_NORM], partial, x_rows=chunk.token_id)
 
     def run_head(
         self,
@@ -297,61 +359,62 @@ class _Step:
         y: Tensor,  # [R, H]
     ) -> Tensor:  # dy [R, H], zero rows where no logits are trained on
         """Losses of the chunk's head rows into the results; their gradient with respect to y."""
-        c, w, t = self.c, self.w, self.batch.num_tokens
-        rows = teacher(self.features.f[chunk.teacher_pos], self.engine.head)
+        c, w, take, head, grads = self.c, self.w, self.take, self.engine.head, self.grads
+        m, room = len(chunk.teacher_pos), take.table["logits"][0]
+        rows = TeacherRows(*(take(f"teacher.{name}", m) for name in TeacherRows._fields))
+        scratch = "teacher.scratch" if "teacher.scratch" in take.table else "logits"
+        scratch = take(scratch, take.table[scratch][0]).view(-1)
+        rows = teacher(self.features.f[chunk.teacher_pos], head, (rows, scratch))
         live = rows.in_draft[chunk.teacher_row]
-        weight = self.engine.step_weights[chunk.head_step].to(self.loss.dtype) * live
-        x = y[chunk.head_row]
-        xn, r = rms_norm(x, w["norm.weight"], c.rms_norm_eps)
-        dxn = torch.empty_like(xn) if self.grads is not None else None
-        dlm = self.grads["lm_head.weight"] if self.grads is not None else None
-        out = linear_kl_grad(xn, w["lm_head.weight"], rows, chunk.teacher_row, weight, dxn, dlm, *self.engine.loss)
-        at = chunk.head_step * t + chunk.head_pos
-        self.loss[at], self.acceptance[at] = out.loss.to(self.loss.dtype), out.acceptance.to(self.loss.dtype)
-        self.hit[at], self.live[at], self.masked_in[at] = out.hit, live, torch.ones_like(live)
-        dy = torch.zeros_like(y)
-        if self.grads is not None:
-            dy[chunk.head_row] = rms_norm_backward(dxn, x, r, w["norm.weight"], self.grads["norm.weight"])
+        weight = self.engine.step_weights[chunk.head_step].to(self.stats) * live
+        self.live[chunk.head_out], self.masked_in[chunk.head_out] = live, torch.ones_like(live)
+        dy = take("dy", len(y)).zero_()
+        for first in range(0, len(live), room):
+            part = slice(first, first + room)
+            at, out = chunk.head_row[part], chunk.head_out[part]
+            x, r = take("x", len(at)), take("r_x", len(at))
+            rms_norm(y, w["norm.weight"], c.rms_norm_eps, x, r, rows=at)
+            dx, dlm = (take("dx", len(at)), grads["lm_head.weight"]) if grads is not None else (None, None)
+            logits, teacher_row = take("logits", len(at)), chunk.teacher_row[part]
+            found = linear_kl_grad(
+                x, w["lm_head.weight"], rows, teacher_row, weight[part], dx, dlm, *self.engine.loss, len(at), logits
+            )
+            self.loss[out], self.acceptance[out] = found.loss.to(self.stats), found.acceptance.to(self.stats)
+            self.hit[out] = found.hit
+            if grads is not None:
+                partial = take("partial", take.table["partial"][0])
+                rms_norm_backward(dx, y, r, w["norm.weight"], dy, grads["norm.weight"], partial, rows=at, x_rows=at)
         return dy
 
     # --- the backward of what every chain read -----------------------------------------------------------------------
 
-    def backward_pack(self) -> None:
-        c, w, grads, eps = self.c, self.w, self.grads, self.c.rms_norm_eps
-        dtype, n = self.h0.dtype, self.batch.num_tokens
-        cos, sin = self.rope(self.batch.positions)
-        dk = rotate(self.dk0.to(dtype), cos, -sin).flatten(1)
-        dqkv = torch.cat([self.dq0, dk, self.dv0.to(dtype).flatten(1)], -1)  # [N, W] of step 0
-        next_token = torch.minimum(torch.arange(n, device=dqkv.device) + 1, self.last)
-        self.de_qkv.index_add_(0, next_token, dqkv.to(self.de_qkv.dtype))
-        hn, r = rms_norm(self.h0, w["midlayer.hidden_norm.weight"], eps)
-        add_outer(self.dw_h, dqkv, hn)
-        self.dh0 += rms_norm_backward(
-            dqkv @ self.w_h, self.h0, r, w["midlayer.hidden_norm.weight"], grads["midlayer.hidden_norm.weight"]
-        )
-        dh0, de_qkv = self.dh0.to(dtype), self.de_qkv.to(dtype)
-        add_outer(grads["fc.weight"], dh0, self.g)
-        if c.fc_norm:
-            dg = (dh0 @ w["fc.weight"]).chunk(3, -1)
-            for j, (d, x) in enumerate(zip(dg, self.g_in.chunk(3, -1), strict=True)):
-                rms_norm_backward(d, x, self.g_r[j], w[f"fc_norm.{j}.weight"], grads[f"fc_norm.{j}.weight"])
-        add_outer(self.dw_e, de_qkv, self.e_normed)
-        rms_norm_backward(
-            de_qkv @ self.w_e,
-            self.e,
-            self.e_r,
-            w["midlayer.input_layernorm.weight"],
-            grads["midlayer.input_layernorm.weight"],
-        )
-        h, start = c.hidden_size, 0
-        for name in "qkv":
-            grad = grads[f"midlayer.self_attn.{name}_proj.weight"]
-            grad[:, :h] += self.dw_e[start : start + len(grad)]
-            grad[:, h:] += self.dw_h[start : start + len(grad)]
-            start += len(grad)
-        gate, up = self.dw_gu.chunk(2)
-        grads["midlayer.mlp.gate_proj.weight"] += gate
-        grads["midlayer.mlp.up_proj.weight"] += up
+    def finish_pack(self) -> None:
+        c, w, grads, take = self.c, self.w, self.grads, self.take
+        partial = take("partial", take.table["partial"][0])
+        for rows in self.pack_blocks():
+            x, r_e, r_h = self.read_pack(rows)
+            dkv, dx, dh0 = take("pack.kv", len(x)), take("pack.dx", len(x)), self.dh0[rows]
+            chain_qkv_backward(None, self.dk0[rows], self.dv0[rows], None, self.position[rows], *self.rope, dkv, None)
+            add_outer(self.dw_qkv[self.q_width :], dkv, x)
+            torch.mm(dkv, self.w_qkv[self.q_width :], out=dx)
+            d_e, d_hn = dx.split(c.hidden_size, 1)
+            rms_norm_backward(d_hn, self.h0[rows], r_h, w[HIDDEN_NORM], dh0, grads[HIDDEN_NORM], partial, add=(dh0,))
+            embedding, ids = w["embed_tokens.weight"], self.next_id[rows]
+            rms_norm_backward(d_e, embedding, r_e, w[INPUT_NORM], None, grads[INPUT_NORM], partial, x_rows=ids)
+            add_outer(grads["fc.weight"], dh0, self.read_features(rows))
+            if c.fc_norm:
+                dg, r_g = take("pack.dg", len(x)), take("pack.r_g", 3 * len(x)).chunk(3)
+                partial_g = take("pack.partial", take.table["pack.partial"][0])
+                torch.mm(dh0, w["fc.weight"], out=dg)
+                g = self.features.g[rows].to(self.dtype).chunk(3, 1)
+                for j, d in enumerate(dg.chunk(3, 1)):
+                    name = f"fc_norm.{j}.weight"
+                    rms_norm_backward(d, g[j], r_g[j], w[name], None, grads[name], partial_g)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def ttt_engine_step(
@@ -366,7 +429,5 @@ def ttt_engine_step(
     chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """One step with an engine of its own and fresh gradients: `ttt_ref_step`'s signature, for checks."""
-    engine = TTTEngine(draft, head, step_weights, kind, lk_scale, lk_decay, chunk_rows)
-    stats = torch.promote_types(draft.fc.weight.dtype, torch.float32)
-    grads = {name: torch.zeros_like(p, dtype=stats) for name, p in draft.trainable().items()}
+    engine, grads = TTTEngine(draft, head, step_weights, kind, lk_scale, lk_decay, chunk_rows), flat_gradients(draft)
     return engine.step(batch, features, grads), grads

@@ -23,9 +23,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, Rows, TargetHead
+from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
+from fastdraft.kernels.linear_kl import row_losses_ref
+from fastdraft.kernels.teacher import teacher_ref
 from fastdraft.model.draft import Draft
-from fastdraft.model.losses import LossKind, kl_rows_ref, teacher_ref
 
 
 def ttt_ref(
@@ -41,7 +42,7 @@ def ttt_ref(
     """All T steps over a batch; `Rows.loss` carries the autograd graph. The caller weighs the steps and sums."""
     row = torch.arange(batch.num_tokens, device=batch.input_ids.device)
     last = batch.doc_end - 1
-    teacher = teacher_ref(head.logits(features.f), draft.draft_ids)
+    teacher = teacher_ref(features.f, head, draft.draft_ids)
     steps, keys, values = [], [], []
     h = draft.combine(features.g.to(draft.fc.weight.dtype))
     for i in range(ttt_length):
@@ -52,8 +53,9 @@ def ttt_ref(
         h = draft.finish(h, attention_ref(q, keys, values, batch.lengths))
 
         masked_in = (u + 1 <= last) & batch.loss_mask[(u + 1).minimum(last)]
-        live = masked_in & draft.t2d[teacher.top[u.minimum(last)]]
-        loss, alpha, hit = kl_rows_ref(draft.logits(h), teacher[u.minimum(last)], draft.draft_ids, kind, lk_scale, lk_decay)
+        rows = teacher.at(u.minimum(last))
+        live = masked_in & rows.in_draft
+        loss, alpha, hit = row_losses_ref(draft.logits(h), rows, kind, lk_scale, lk_decay)
         steps.append((loss.where(live, 0.0), alpha.where(live, 0.0), hit & masked_in, live, masked_in))
     return Rows(*(torch.stack(x) for x in zip(*steps, strict=True)))
 

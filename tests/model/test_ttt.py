@@ -22,7 +22,8 @@ from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.golden import load_golden, worst_errors
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import TTTEngine, plan_chunks, ttt_engine_step
+from fastdraft.model.chunks import plan_chunks
+from fastdraft.model.ttt import TTTEngine, flat_gradients, ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
@@ -94,11 +95,6 @@ def make_inputs(lengths=LENGTHS, seed=2, dtype=torch.float64, vocab=V, width=HT)
 
 def decay(steps: int) -> torch.Tensor:
     return 0.8 ** torch.arange(steps, dtype=torch.float64)
-
-
-def zero_grads(draft: Draft) -> dict[str, torch.Tensor]:
-    stats = torch.promote_types(draft.fc.weight.dtype, torch.float32)
-    return {name: torch.zeros_like(p, dtype=stats) for name, p in draft.trainable().items()}
 
 
 def assert_same(ours, theirs, tolerance=1e-12):
@@ -176,7 +172,9 @@ def test_nothing_trained_gives_nothing(lengths):
     """All masked, or all trained in documents too short to have a row."""
     draft, (batch, features, head) = make_draft(), make_inputs(lengths)
     batch = replace(batch, loss_mask=torch.full_like(batch.loss_mask, max(lengths) < 3))
-    grads = {name: torch.full_like(g, 3.0) for name, g in zero_grads(draft).items()}
+    grads = flat_gradients(draft)
+    for grad in grads.values():
+        grad.fill_(3.0)
     rows = TTTEngine(draft, head, decay(4)).step(batch, features, grads)
     assert rows.loss.shape == (4, sum(lengths)) and not rows.sums().any()
     assert all((g == 3.0).all() for g in grads.values())
@@ -185,7 +183,7 @@ def test_nothing_trained_gives_nothing(lengths):
 def test_gradients_add_up():
     draft, (batch, features, head) = make_draft(**SHAPES["fc_norm"]), make_inputs()
     other_batch, other_features, _ = make_inputs((5, 11), seed=8)
-    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), zero_grads(draft)
+    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), flat_gradients(draft)
     engine.step(batch, features, grads)
     engine.step(other_batch, other_features, grads)
     first = ttt_ref_step(draft, batch, features, head, decay(4))[1]
@@ -199,7 +197,7 @@ def test_gradients_add_up():
 def test_rows_are_those_of_the_step(kind):
     draft, (batch, features, head) = make_draft(**SHAPES["gqa"]), make_inputs()
     engine = TTTEngine(draft, head, decay(5), kind, chunk_rows=9)
-    step, rows = engine.step(batch, features, zero_grads(draft)), engine.rows(batch, features)
+    step, rows = engine.step(batch, features, flat_gradients(draft)), engine.rows(batch, features)
     for name in ("loss", "acceptance", "hit", "live", "masked_in"):
         assert torch.equal(getattr(step, name), getattr(rows, name)), name
 
@@ -208,7 +206,7 @@ def test_the_draft_and_its_input_stay_as_they_are():
     draft, (batch, features, head) = make_draft(**SHAPES["fc_norm"]), make_inputs()
     held = [*draft.state_dict().values(), features.g, features.f, head.weight, batch.input_ids, batch.loss_mask]
     before = [x.clone() for x in held]
-    TTTEngine(draft, head, decay(5), chunk_rows=9).step(batch, features, zero_grads(draft))
+    TTTEngine(draft, head, decay(5), chunk_rows=9).step(batch, features, flat_gradients(draft))
     assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))
     assert all(p.grad is None for p in draft.parameters())
 
@@ -247,7 +245,7 @@ def test_ids_outside_the_vocabulary_are_refused(wrong):
     ids = batch.input_ids.clone()
     ids[4] = wrong
     with pytest.raises(ValueError, match=rf"token ids .*{wrong}.* do not fit the draft's vocabulary of {V}"):
-        TTTEngine(draft, head, decay(3)).step(replace(batch, input_ids=ids), features, zero_grads(draft))
+        TTTEngine(draft, head, decay(3)).step(replace(batch, input_ids=ids), features, flat_gradients(draft))
 
 
 @pytest.mark.parametrize(
@@ -259,49 +257,6 @@ def test_bad_settings_are_refused(bad, match):
         TTTEngine(draft, head, **{"step_weights": decay(3)} | bad)
 
 
-# --- the plan ------------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 10), min_size=1, max_size=6),
-    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    steps=st.integers(1, 12),
-    chunk_rows=st.integers(1, 25),
-    seed=st.integers(0, 2**16),
-)
-def test_plan_equals_a_naive_loop(lengths, density, steps, chunk_rows, seed):
-    n = sum(lengths)
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density
-    batch = Batch(torch.zeros(n, dtype=torch.int64), mask, tuple(lengths))
-    wanted, depth, first = set(), {}, 0
-    for length in lengths:
-        for t in range(length):
-            for i in range(steps):
-                if t + 2 + i < length and mask[first + t + 2 + i]:
-                    wanted.add((i, first + t))
-                    depth[first + t] = i + 1
-        first += length
-    chunks = plan_chunks(batch, steps, chunk_rows)
-    chains = sorted(depth)
-    runs = [chains[k : k + chunk_rows] for k in range(0, len(chains), chunk_rows)]
-    assert [sorted(c.pos.tolist()) for c in chunks] == runs
-    found = set()
-    for c in chunks:
-        depths = [depth[t] for t in c.pos.tolist()]
-        assert depths == sorted(depths, reverse=True)
-        assert c.sizes == tuple(sum(d > i for d in depths) for i in range(depths[0]))
-        stacked = [(i, t) for i, size in enumerate(c.sizes) for t in c.pos[:size].tolist()]
-        heads = list(zip(c.head_step.tolist(), c.head_pos.tolist(), strict=True))
-        assert [stacked[k] for k in c.head_row.tolist()] == heads
-        assert c.teacher_pos[c.teacher_row].tolist() == [t + 1 + i for i, t in heads]
-        assert sorted(set(c.teacher_pos.tolist())) == c.teacher_pos.tolist()
-        assert set(c.teacher_row.tolist()) == set(range(len(c.teacher_pos)))  # no row of the teacher is idle
-        assert found.isdisjoint(heads)
-        found |= set(heads)
-    assert found == wanted
-
-
 # --- dead work is not done -----------------------------------------------------------------------------------------------
 
 
@@ -310,14 +265,13 @@ def predicted_flops(c: DraftConfig, batch: Batch, steps: int, chunk_rows: int) -
     h, inner, e, n = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, batch.num_tokens
     kv, ht = c.num_key_value_heads * c.head_dim, c.target_hidden_size
     qkv = h * (e + 2 * kv)
-    total = n * (3 * ht * h + qkv + 2 * h * kv)  # fc, the embedding's QKV, K^0 and V^0
-    total += n * (3 * ht * h + 2 * qkv + 2 * qkv)  # gradients of fc, and of weights and inputs of both halves of QKV
+    total = n * (2 * 3 * ht * h + 3 * 2 * h * 2 * kv)  # fc and its gradient; K^0, V^0 of both halves, forward and backward
     for chunk in plan_chunks(batch, steps, chunk_rows):
         for i, m in enumerate(chunk.sizes):
-            forward = (qkv if i else h * e) + e * h + 3 * h * inner
-            backward = 2 * (e * h + 3 * h * inner) + (2 * qkv if i else 0)
+            products = (qkv if i else h * e) + e * h + 3 * h * inner
             attention = 6 * e * (n + i)  # the CPU reference reads all N keys: two products, four in the backward
-            total += m * (forward + backward + attention)
+            total += m * (3 * products + attention)
+        total += 3 * len(chunk.token_id) * qkv  # the embedding's share, its weight's and its norm's gradient
         total += len(chunk.teacher_pos) * ht * c.vocab_size + 3 * len(chunk.head_row) * h * c.draft_vocab_size
     return 2 * total
 
@@ -334,7 +288,7 @@ def test_dead_work_is_not_done(lengths):
         engine, its, grads = (
             TTTEngine(draft, head, decay(7), chunk_rows=64),
             replace(batch, loss_mask=mask),
-            zero_grads(draft),
+            flat_gradients(draft),
         )
         with flop_counter() as counter:
             engine.step(its, features, grads)

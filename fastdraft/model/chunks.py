@@ -1,0 +1,102 @@
+"""Which rows of a batch the TTT engine computes: planned on the host, from the loss mask alone.
+
+Row (i, t) is TTT step i of the chain at token row t. It is trained on when x_{t+2+i} exists in the document and the loss
+mask has it; it is computed when some (j, t), j >= i, is trained on. A chunk takes up to `chunk_rows` chains in order of t and
+sorts them by depth, deepest first, so that step i's rows are a prefix of step i-1's and every step is a slice of the stack.
+A chunk's rows read at most M + T - 1 tokens, and as many teacher rows: a token read by step i of one chain is read by step 0
+of another, save at the chunk's end.
+
+Whether the target's choice is a draft-vocabulary token is known on the device only; such rows get weight 0 there.
+
+# N packed tokens, M chains of a chunk (M_i at step i), R = sum M_i stacked rows, K head rows, T TTT steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fastdraft.batch import Batch
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Chains to run together. Every tensor is int64; the rows of step 0, the first M, are the chains themselves."""
+
+    sizes: tuple[int, ...]  # M_i
+    row_pos: Tensor  # [R] token row t
+    row_start: Tensor  # [R] first token row of its document
+    row_position: Tensor  # [R] RoPE position, the step's shift included
+    token_id: Tensor  # [m] tokens the rows read, one for each token row read
+    token_row: Tensor  # [R] index into token_id
+    head_row: Tensor  # [K] stacked rows whose logits are trained on, ascending
+    head_step: Tensor  # [K]
+    head_out: Tensor  # [K] i * N + t
+    teacher_pos: Tensor  # [m'] token rows whose target distribution is needed, ascending
+    teacher_row: Tensor  # [K] index into teacher_pos
+
+    @property
+    def steps(self) -> list[slice]:
+        """Each step's rows in the stack."""
+        return [slice(sum(self.sizes[:i]), sum(self.sizes[: i + 1])) for i in range(len(self.sizes))]
+
+    def to(self, device: torch.device) -> Chunk:
+        """One copy, from pinned memory to a GPU, so that the host does not wait."""
+        if device.type != "cuda":
+            return self
+        names = [field.name for field in fields(self) if field.name != "sizes"]
+        tensors = [getattr(self, name) for name in names]
+        moved = torch.cat(tensors).pin_memory().to(device, non_blocking=True)
+        return Chunk(self.sizes, **dict(zip(names, moved.split([len(x) for x in tensors]), strict=True)))
+
+
+def plan_chunks(
+    batch: Batch,  # on the host
+    ttt_length: int,
+    chunk_rows: int,
+) -> Iterator[Chunk]:
+    """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on."""
+    n, start, end = batch.num_tokens, batch.doc_start, batch.doc_end
+    wanted = torch.zeros(ttt_length, n, dtype=torch.bool)  # (i, t) is trained on, as far as the mask says
+    depth = torch.zeros(n, dtype=torch.int64)  # steps the chain must run
+    for i in range(min(ttt_length, n - 2)):
+        rows = slice(0, n - 2 - i)
+        wanted[i, rows] = batch.loss_mask[2 + i :] & (torch.arange(2 + i, n) < end[rows])
+        depth[wanted[i]] = i + 1
+    chains = depth.nonzero()[:, 0]
+    for pos in chains.split(chunk_rows) if len(chains) else ():
+        pos = pos[depth[pos].argsort(descending=True, stable=True)]
+        sizes = tuple(m for m in (len(pos) - (depth[pos] <= i).count_nonzero().item() for i in range(ttt_length)) if m)
+        row_pos = torch.cat([pos[:m] for m in sizes])
+        row_step = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        row_start = start[row_pos]
+        tokens, token_row = _distinct(row_pos + 1 + row_step)
+        head_row = wanted[row_step, row_pos].nonzero()[:, 0]
+        head_pos, head_step = row_pos[head_row], row_step[head_row]
+        teacher_pos, teacher_row = _distinct(head_pos + 1 + head_step)
+        yield Chunk(
+            sizes,
+            row_pos,
+            row_start,
+            row_pos - row_start + row_step,
+            batch.input_ids[tokens],
+            token_row,
+            head_row,
+            head_step,
+            head_step * n + head_pos,
+            teacher_pos,
+            teacher_row,
+        )
+
+
+def _distinct(
+    values: Tensor,  # [n] int64, n >= 1
+) -> tuple[Tensor, Tensor]:  # distinct values ascending, and where each value lies among them [n]
+    """torch.unique without its sort: the values span little more than a chunk."""
+    low = values.min()
+    there = torch.zeros(int(values.max() - low) + 1, dtype=torch.bool)
+    there[values - low] = True
+    return there.nonzero()[:, 0] + low, there.cumsum(0)[values - low] - 1
