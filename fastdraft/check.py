@@ -87,8 +87,8 @@ def environment() -> list[tuple[str, str]]:
     else:
         rows.append(("gpu", "none that PyTorch sees; everything runs on the CPU"))
     rows.append(("Triton kernels", kernels()))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [*rows, ("training engine", f"{engine_kind('auto', device)} on {device.type} (engine: auto)")]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [*rows, ("training engine", f"{engine_kind('auto')} on {device} (engine: auto)")]
 
 
 def kernels() -> str:

@@ -98,7 +98,8 @@ class Config(Section):
     ttt_length: int = Field(7, ge=1, le=12)
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0)
-    engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused on the CPU, reference on a GPU
+    engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused
+    chunk_rows: int | None = Field(None, gt=0)  # chains the fused engine runs at a time; None: as many as 3.5 GiB hold
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)  # of the draft's first weights; data.seed is that of the order

@@ -5,10 +5,9 @@ float32 rows over the draft vocabulary (by loss), attention probabilities [Hq, L
 values repeated for each query head. On top of what is kept comes the largest short-lived part: full-vocabulary teacher
 logits or one document's attention.
 
-The fused engine (`model/ttt.py`) keeps the pack's step 0 and the float32 gradients it collects, and for a chunk of chains
-every row of every step; whatever is larger comes on top: the head's logits, the chunk's backward, or step 0's backward of
-the whole pack. On the CPU its attention keeps [rows, Hq, N] probabilities too. It is counted with every token trained on:
-loss masks make its chunks fewer and its work less.
+The fused engine (`model/ttt.py`) lists what it takes: a chunk's buffers, once, and what it keeps for every token of a pack.
+On the CPU its attention keeps [rows, Hq, N] probabilities too. Its FLOPs are counted with every token trained on: loss
+masks make its chunks fewer and its work less.
 
 Not counted: the target's own forward, allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch.
 
@@ -29,13 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdraft.batch import LossKind
-from fastdraft.kernels.teacher import MAX_BLOCK
 from fastdraft.model.config import DraftConfig
-from fastdraft.model.ttt import CHUNK_ROWS
+from fastdraft.model.ttt import CHUNK_BYTES, chunk_buffers, fitting_chunk_rows, pack_buffers, table_bytes
 
 Precision = Literal["fp32", "bf16"]
 Engine = Literal["reference", "fused"]
-HEAD_ROWS = 4096  # rows of student logits at a time: `linear_kl_grad`
 GIB = 2**30
 ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of log Q, Q, P, P~, those the backward reads
 
@@ -83,7 +80,7 @@ def plan(
     loss: LossKind = "kl",
     engine: Engine = "reference",
     device: Literal["cuda", "cpu"] = "cuda",  # the fused engine's attention: kernels, or the reference that keeps scores
-    chunk_rows: int = CHUNK_ROWS,  # M of the fused engine
+    chunk_rows: int | None = None,  # M of the fused engine; None: its own choice
 ) -> Plan:
     """Predicted needs of a run on one device. Raises ValueError for sizes or names it has no formula for."""
     if engine not in get_args(Engine):
@@ -91,7 +88,7 @@ def plan(
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision {precision!r} is not fp32 or bf16")
     length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
-    if min(pack_tokens, ttt_length, length, chunk_rows) < 1 or min(keep, target_params) < 0:
+    if min(pack_tokens, ttt_length, length, 1 if chunk_rows is None else chunk_rows) < 1 or min(keep, target_params) < 0:
         raise ValueError(
             f"pack_tokens {pack_tokens}, ttt_length {ttt_length}, document_tokens {document_tokens} and chunk_rows "
             f"{chunk_rows} must be at least 1, "
@@ -102,8 +99,8 @@ def plan(
     trainable, frozen = count["trainable"], count["embedding"]
     maps = 8 * draft.draft_vocab_size + draft.vocab_size  # d2t int64, t2d bool
     if engine == "fused":
-        tb = target_dtype.itemsize
-        step = _fused_step(draft, pack_tokens, ttt_length, min(chunk_rows, pack_tokens), b, tb, device == "cpu")
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        step = _fused_step(draft, pack_tokens, ttt_length, chunk_rows, dtype, target_dtype, device)
         work = _fused_flops(draft, pack_tokens, length, ttt_length, device == "cpu")
     else:
         step = _reference_step(draft, pack_tokens, length, ttt_length, b, ROWS_KEPT[loss])
@@ -172,55 +169,31 @@ def _reference_flops(c: DraftConfig, length: int, steps: int) -> int:
     return 2 * (3 * forward + fc + fc_backward + teacher)
 
 
-def _fused_step(c: DraftConfig, n: int, steps: int, m: int, b: int, tb: int, cpu: bool) -> tuple[Row, ...]:
-    """Bytes of one step of the fused engine; m chains to a chunk, all T steps deep."""
-    h, ht, inner, heads, d = c.hidden_size, c.target_hidden_size, c.intermediate_size, c.num_attention_heads, c.head_dim
-    e, kv = heads * d, c.num_key_value_heads * d
-    width, w, cast, rows = e + 2 * kv, 4, b < 4, steps * m
-
-    head = tb * c.vocab_size * ht + 8 * c.vocab_size
-    weights = (2 * width + 2 * inner) * h * (b + w)  # q|k|v by half and gate|up, side by side, and their gradients
-
-    plan_rows = 57 + 43 * steps  # ids, mask, places; chunks' indices; results
-    g = 3 * ht * b * ((tb != b) + c.fc_norm) + 3 * w * c.fc_norm
-    collected = (h + width + 2 * kv) * w + e * b  # gradients of h^0, the embedding's QKV, K^0 and V^0, q of step 0
-    per_token = plan_rows + g + (3 * h + width + 2 * kv) * b + w + collected
-
-    stacked = rows * ((5 * h + 3 * inner + 3 * e) * b + 2 * w) + 2 * (steps - 1) * m * kv * (b + w)
-    stacked += m * ((e + kv + width if steps > 1 else e) + d) * b  # the last step's q, k, v
-    scores = 0
-    if cpu:
-        stacked += 2 * n * kv * w  # the chunk's share of K^0's and V^0's gradient
-        scores = sum(m * heads * ((n + i) * w + n * b) + m * n for i in range(steps))
-    else:
-        stacked += 2 * rows * heads * w
-
-    teacher_rows = min(m + steps, n)
-    logits = teacher_rows * c.draft_vocab_size * tb
-    normed = 3 * rows * h * b
-    rest = c.vocab_size - c.draft_vocab_size
-    block = -(-rest // max(-(-rest // MAX_BLOCK), 1))  # columns at a time beyond the draft vocabulary
-    head_passes = (
-        logits + teacher_rows * (ht + block) * tb,
-        logits + normed + min(HEAD_ROWS, rows) * c.draft_vocab_size * b,
-        logits + normed + rows * h * b + 4 * rows * h * w,
-    )
-    swiglu = (7 if cast else 6) * m * inner * w
-    buffers = rows * (2 * h + width + 2 * inner) * b
-    one_step = m * (2 * e + 2 * kv + h + d) * b if steps > 1 else 0  # the step before's dout, dq, dk, dv, dh
-    backward = buffers + one_step + max(swiglu, 4 * m * h * w)
-    attention = buffers + (4 if steps > 1 else 2) * m * heads * n * w if cpu else 0
-    pack = (d + kv + width + h + (h + width) * cast + 3 * ht * c.fc_norm) * b + 8 + w
-    pack = n * (pack + 4 * w * (max(h, ht) if c.fc_norm else h))
-    chunk = stacked + scores
-    return (
-        Row("target's head, draft vocabulary first", head),
-        Row("joined weights and their fp32 gradients", weights),
-        Row("kept for every token of a pack", n * per_token),
-        Row("rows of a chunk, all steps", stacked),
-        *([Row("attention scores of a chunk (CPU)", scores)] if cpu else []),
-        Row("largest short-lived tensors", max(chunk + max(*head_passes, backward, attention), pack) - chunk),
-    )
+def _fused_step(
+    c: DraftConfig, n: int, steps: int, chunk_rows: int | None, dtype: torch.dtype, target_dtype: torch.dtype, device: str
+) -> tuple[Row, ...]:
+    """Bytes of one step of the fused engine, every token trained on."""
+    room = -(-n // 1024) * 1024
+    fitting = chunk_rows or fitting_chunk_rows(c, steps, dtype, target_dtype, device, CHUNK_BYTES) or 64
+    m, stats = min(fitting, room), torch.promote_types(dtype, torch.float32).itemsize
+    rows, width = steps * min(m, n), c.target_hidden_size
+    results = n * (16 + 9 + steps * (2 * stats + 3))  # next ids and positions, ids and mask, `Rows`
+    kept = table_bytes(pack_buffers(c, room, dtype)) + results
+    index = rows * (8 * 7 + 40) + min(m + steps, n) * width * target_dtype.itemsize  # the plan's rows, their results, and f
+    cast = 0 if dtype == target_dtype else min(2 * m, n) * 3 * width * dtype.itemsize
+    found = [
+        Row("target's head, draft vocabulary first", target_dtype.itemsize * c.vocab_size * width + 8 * c.vocab_size),
+        Row("buffers of a chunk", table_bytes(chunk_buffers(c, m, steps, dtype, target_dtype, device))),
+        Row("kept for every token of a pack", kept),
+        Row("short-lived tensors", max(index, cast)),
+    ]
+    if device == "cpu":
+        heads, b = c.num_attention_heads, dtype.itemsize
+        scores = sum(min(m, n) * (heads * ((n + i) * stats + n * b) + n) for i in range(steps))
+        sums = 2 * n * c.num_key_value_heads * c.head_dim * stats
+        backward = 4 * min(m, n) * heads * n * stats
+        found.append(Row("attention's scores and gradients of a chunk (CPU)", scores + sums + backward))
+    return tuple(found)
 
 
 def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool) -> tuple[Row, Row]:
@@ -234,11 +207,11 @@ def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool) -> 
     qkv, mlp = h * (e + 2 * kv), 3 * h * c.intermediate_size
     products = attention = 0
     for size, count in ((length, n // length), (n % length, 1)):
-        products += count * size * (3 * ht * h * (2 + c.fc_norm) + 5 * qkv + 2 * h * kv)
-        products += count * max(size - 2, 0) * ht * c.vocab_size
+        products += count * size * (3 * ht * h * (2 + c.fc_norm) + 3 * 2 * h * 2 * kv)
+        products += count * max(size - 2, 0) * (ht * c.vocab_size + 3 * qkv)
         for i in range(steps):
             rows = max(size - 2 - i, 0)  # x_{t+2+i} exists
-            products += count * rows * (3 * (e * h + mlp + h * c.draft_vocab_size) + (3 * qkv if i else h * e))
+            products += count * rows * (3 * (e * h + mlp + h * c.draft_vocab_size) + 3 * (qkv if i else h * e))
             if cpu:  # every key of the pack, two products forward, four back
                 attention += count * rows * 6 * e * (n + i)
             else:  # keys up to its own; two products forward, three for dq, four for dk and dv

@@ -331,17 +331,14 @@ def has_own_embedding(shape: DraftConfig) -> bool:
     return shape.hidden_size != shape.target_hidden_size
 
 
-def engine_kind(engine: Literal["auto", "fused", "reference"], device: torch.device) -> Literal["fused", "reference"]:
-    """auto: fused on the CPU; the reference on a GPU, where fused is not measured yet."""
-    if engine == "auto":
-        return "fused" if device.type == "cpu" else "reference"
-    return engine
+def engine_kind(engine: Literal["auto", "fused", "reference"]) -> Literal["fused", "reference"]:
+    return "fused" if engine == "auto" else engine
 
 
 def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) -> TTTEngine | ReferenceEngine:
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
-    engine = TTTEngine if engine_kind(config.engine, target.device) == "fused" else ReferenceEngine
-    return engine(draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay)
+    args = draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
+    return TTTEngine(*args, config.chunk_rows) if engine_kind(config.engine) == "fused" else ReferenceEngine(*args)
 
 
 def run_tensors(optimizer: FlatAdamW, draft: Draft, window: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -625,8 +622,9 @@ def print_plan(config: Config, console: Console) -> None:
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
-        engine=engine_kind(config.engine, device),
+        engine=engine_kind(config.engine),
+        chunk_rows=config.chunk_rows,
         device=device.type,
     )
-    console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine, device)} engine")
+    console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine)} engine")
     render(predicted, console)

@@ -1,8 +1,7 @@
 """A step of the TTT engine on meta tensors: the bytes and shapes it makes at a real draft's size, without data.
 
-The code is the engine's own. Replaced are the kernels inside (attention, the teacher's and the loss's row steps, the bf16
-product into float32) by nothing: on the CPU they are references that hold what the CUDA kernels do not, such as the
-attention's [M, Hq, N] scores. `ChainAttention` allocates as it does on a GPU.
+The code is the engine's own. Replaced are the kernels inside (all but the products) by nothing: on the CPU they are
+references that hold what the CUDA kernels do not, such as the attention's [M, Hq, N] scores.
 """
 
 from __future__ import annotations
@@ -63,7 +62,26 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _KernelAttention(chain_attention.ChainAttention):
-    cuda = property(lambda self: True, lambda self, value: None)
+    """Takes the buffers of a GPU's, computes nothing."""
+
+    def __init__(self, take, k0, v0, row_pos, row_start, sizes, backward):
+        super().__init__(take, k0, v0, row_pos, row_start, sizes, backward=False)
+        if backward:
+            self.dq = take("dq", sizes[0])
+            for name in ("dk_diag", "dv_diag"):
+                setattr(self, name, take(name, len(sizes) - 1)[:, : self.k_diag.shape[1]])
+        for name in ("lse", "delta"):
+            take(name, self.q.shape[1])
+
+    def forward(self, i):
+        return self.out[self.steps[i]]
+
+    def backward(self, i):
+        n = self.sizes[i]
+        return (self.dq[:n], None, None) if i == 0 else (self.dq[:n], self.dk_diag[i - 1, :n], self.dv_diag[i - 1, :n])
+
+    def backward_context(self, dk0, dv0):
+        pass
 
 
 @contextmanager
@@ -77,19 +95,28 @@ def _kernels_replaced():
         ids = torch.empty(len(head.weight), dtype=torch.int64, device="meta")
         return PermutedHead(torch.empty_like(head.weight), None, 1.0, None, ids, len(draft_ids))
 
-    nothing = lambda *_, **__: None  # noqa: E731
+    def nothing(*_, **__):
+        pass
+
+    def product(dw, dz, x):  # counted, and takes no memory
+        if dz.dtype == dw.dtype:
+            torch.mm(dz.T, x, out=dw)
+
+    def buffers(c, chunk_rows, steps, dtype, target_dtype, _device):
+        return table(c, chunk_rows, steps, dtype, target_dtype, "cuda")
+
+    table = ttt.chunk_buffers
     with ExitStack() as stack:
         for owner, name, value in (
             (ttt, "ChainAttention", _KernelAttention),
+            (ttt, "chunk_buffers", buffers),
             (ttt, "permute_head", permuted),
-            (ttt, "add_outer", lambda dw, dz, x: torch.mm(dz.T, x, out=dw) if dz.dtype == dw.dtype else None),
-            (linear_kl, "add_outer", lambda dw, dz, x: torch.mm(dz.T, x, out=dw) if dz.dtype == dw.dtype else None),
+            *((ttt, name, nothing) for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward_")),
+            *((ttt, name, nothing) for name in ("chain_qkv", "chain_qkv_backward")),
+            (ttt, "add_outer", product),
+            (linear_kl, "add_outer", product),
             (linear_kl, "kl_rows_", loss_rows),
             (teacher, "_teacher_rows_cpu", nothing),
-            (chain_attention, "_config", nothing),
-            (chain_attention, "_ttt_attention_fwd", nothing),
-            (chain_attention, "_ttt_attention_bwd_q", lambda dout, *_, **__: (torch.empty_like(dout), None)),
-            (chain_attention, "_ttt_attention_bwd_kv", nothing),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
@@ -99,34 +126,25 @@ def meta_step(
     config: DraftConfig,
     batch: Batch,
     ttt_length: int,
-    chunk_rows: int,
+    chunk_rows: int | None,
     dtype: torch.dtype = torch.bfloat16,
     target_dtype: torch.dtype | None = None,
     modes: tuple = (),  # other dispatch modes to run the step under
-) -> tuple[LiveBytes, list[int]]:  # what was made, and each chunk's peak above what was alive before it
-    """One engine and one step, gradients included."""
+) -> LiveBytes:
+    """What one engine and one step make, gradients included."""
     target_dtype = target_dtype or dtype
     with torch.device("meta"):
         draft = Draft(config).to(dtype)
         n, width = batch.num_tokens, config.target_hidden_size
         features = Features(torch.empty(n, 3 * width, dtype=target_dtype), torch.empty(n, width, dtype=target_dtype))
         head = TargetHead(torch.empty(config.vocab_size, width, dtype=target_dtype))
-        grads = {name: torch.empty_like(p, dtype=torch.float32) for name, p in draft.trainable().items()}
+        grads = ttt.flat_gradients(draft)
         weights = torch.empty(ttt_length)
-    inputs = [*draft.parameters(), *draft.buffers(), features.g, features.f, head.weight, *grads.values(), weights]
-    alive, chunk_peaks, run_chunk = LiveBytes(inputs), [], ttt._Step.run_chunk
-
-    def measured(step, chunk):
-        before, peak = alive.live, alive.peak
-        alive.peak = before
-        run_chunk(step, chunk)
-        chunk_peaks.append(alive.peak - before)
-        alive.peak = max(peak, alive.peak)
-
+    inputs = [*draft.parameters(), *draft.buffers(), features.g, features.f, head.weight, weights]
+    alive = LiveBytes([*inputs, *grads.values()])
     with ExitStack() as stack:
         stack.enter_context(_kernels_replaced())
-        stack.enter_context(mock.patch.object(ttt._Step, "run_chunk", measured))
         for mode in (alive, *modes):
             stack.enter_context(mode)
         ttt.TTTEngine(draft, head, weights, chunk_rows=chunk_rows).step(batch, features, grads)
-    return alive, chunk_peaks
+    return alive

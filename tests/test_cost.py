@@ -15,7 +15,7 @@ from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.cost import free_disk, pair_cost, plan, render
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import TTTEngine
+from fastdraft.model.ttt import TTTEngine, flat_gradients
 from fastdraft.model.ttt_ref import ttt_ref
 
 
@@ -201,19 +201,19 @@ def engine_bytes(p):
     [
         (8192, 4096, 7, BF16, BF16, LLAMA_8B),
         (4096, 1024, 7, FP32, BF16, LLAMA_8B),
-        (8192, 512, 2, BF16, BF16, LLAMA_8B),  # peak: the backward of step 0
+        (8192, None, 7, BF16, BF16, LLAMA_8B),
         (2048, 512, 7, FP32, FP32, {}),
         (2048, 512, 1, BF16, BF16, {"draft_vocab_size": 320}),
         (2048, 256, 2, BF16, BF16, {"fc_norm": True, "target_hidden_size": 96}),
-        (2048, 512, 2, BF16, BF16, {"vocab_size": 40000}),  # peak: the teacher's logits
+        (2048, 512, 2, BF16, BF16, {"vocab_size": 40000}),
         (2048, 512, 2, BF16, FP32, {"vocab_size": 8000, "draft_vocab_size": 8000}),
     ],
 )
 def test_fused_memory_matches_a_step_on_meta_tensors(n, chunk_rows, steps, dtype, target_dtype, changes):
     c = config(**changes)
-    made, _ = meta_step(c, all_trained(n), steps, chunk_rows, dtype, target_dtype)
+    made = meta_step(c, all_trained(n), steps, chunk_rows, dtype, target_dtype)
     predicted = engine_bytes(fused_plan(c, n, steps, chunk_rows, dtype, target_dtype))
-    assert predicted == pytest.approx(made.peak, rel=0.01)
+    assert predicted == pytest.approx(made.peak, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_fused_memory_on_the_cpu_matches_a_real_step(lengths, chunk_rows, steps,
     draft, held, _ = tiny_step(c, dtype, steps, lengths)
     *_, g, f, head = held
     batch = all_trained(*lengths)
-    grads = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in draft.trainable().items()}
+    grads = flat_gradients(draft)
     with LiveBytes([*held, *grads.values(), batch.input_ids, batch.loss_mask], "cpu") as made:
         engine = TTTEngine(draft, TargetHead(head), torch.ones(steps), chunk_rows=chunk_rows)
         engine.step(batch, Features(g, f), grads)

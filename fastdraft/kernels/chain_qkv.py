@@ -39,8 +39,8 @@ def _jit(**options):
 
 def chain_qkv_ref(
     z: Tensor,  # [n, W]
-    e: Tensor,  # [m, >= W]
-    e_row: Tensor,  # [n] int64, below 0: nothing is added
+    e: Tensor | None,  # [m, >= W]
+    e_row: Tensor | None,  # [n] int64
     position: Tensor,  # [n] int64
     freqs: Tensor,  # [rotary_dim/2]
     factor: float,
@@ -49,8 +49,8 @@ def chain_qkv_ref(
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # q [n, Hq, D], k, v [n, Hkv, D]
     """The specification, any dtype."""
-    share = torch.where(e_row[:, None] >= 0, e[e_row.clamp_min(0), : z.shape[1]], 0)
-    q, k, v = (z + share).unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+    x = z if e is None else z + e[e_row, : z.shape[1]]
+    q, k, v = x.unflatten(-1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
     cos, sin = cos_sin(position, freqs, factor, z.dtype)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -96,11 +96,14 @@ def _cos_sin(position, freqs_ptr, factor, HALF: tl.constexpr, HALF_P: tl.constex
 
 
 @_jit()
-def _sum(z_ptr, e_ptr, inside, has_e):
+def _sum(z_ptr, e_ptr, inside, HAS_E: tl.constexpr):
     """round(z + e) where inside, in float32."""
     z = tl.load(z_ptr, mask=inside, other=0.0)
-    e = tl.load(e_ptr, mask=inside & has_e, other=0.0)
-    return (z.to(tl.float32) + e.to(tl.float32)).to(z.dtype).to(tl.float32)
+    if HAS_E:
+        e = tl.load(e_ptr, mask=inside, other=0.0)
+        return (z.to(tl.float32) + e.to(tl.float32)).to(z.dtype).to(tl.float32)
+    else:
+        return z.to(tl.float32)
 
 
 @_jit()
@@ -108,9 +111,9 @@ def _rotate_heads(
     z_ptr,  # [HEADS * D] of a row
     e_ptr,  # [HEADS * D] of its token
     out_ptr,  # [HEADS, D]
-    has_e,
     cos,  # [1, HALF_P]
     sin,  # [1, HALF_P]
+    HAS_E: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -124,15 +127,15 @@ def _rotate_heads(
         head = first + tl.arange(0, TILE)[:, None]
         inside = (head < HEADS) & (lanes < HALF)
         at = head * D + lanes
-        a = _sum(z_ptr + at, e_ptr + at, inside, has_e)
-        b = _sum(z_ptr + at + HALF, e_ptr + at + HALF, inside, has_e)
+        a = _sum(z_ptr + at, e_ptr + at, inside, HAS_E)
+        b = _sum(z_ptr + at + HALF, e_ptr + at + HALF, inside, HAS_E)
         tl.store(out_ptr + at, (a * cos - b * sin).to(dtype), mask=inside)
         tl.store(out_ptr + at + HALF, (b * cos + a * sin).to(dtype), mask=inside)
         if REST_P > 0:
             rest = 2 * HALF + tl.arange(0, REST_P)[None, :]
             inside = (head < HEADS) & (rest < D)
             at = head * D + rest
-            tl.store(out_ptr + at, _sum(z_ptr + at, e_ptr + at, inside, has_e).to(dtype), mask=inside)
+            tl.store(out_ptr + at, _sum(z_ptr + at, e_ptr + at, inside, HAS_E).to(dtype), mask=inside)
 
 
 @_jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
@@ -151,6 +154,7 @@ def _chain_qkv_kernel(
     q_stride,
     k_stride,
     v_stride,
+    HAS_E: tl.constexpr,
     HQ: tl.constexpr,  # 0 without q
     HKV: tl.constexpr,  # 0 without k and v
     D: tl.constexpr,
@@ -160,35 +164,36 @@ def _chain_qkv_kernel(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    e_row = tl.load(e_row_ptr + row)
-    has_e = e_row >= 0
     z_ptr += row * z_stride
-    e_ptr += e_row * e_stride
+    if HAS_E:
+        e_ptr += tl.load(e_row_ptr + row) * e_stride
     cos, sin = _cos_sin(tl.load(position_ptr + row), freqs_ptr, factor, HALF, HALF_P, z_ptr.dtype.element_ty)
     if HQ > 0:
         q_ptr += row * q_stride
-        _rotate_heads(z_ptr, e_ptr, q_ptr, has_e, cos, sin, HQ, D, HALF, HALF_P, REST_P, TILE)
+        _rotate_heads(z_ptr, e_ptr, q_ptr, cos, sin, HAS_E, HQ, D, HALF, HALF_P, REST_P, TILE)
     if HKV > 0:
         z_ptr += HQ * D
-        e_ptr += HQ * D
+        if HAS_E:
+            e_ptr += HQ * D
         k_ptr += row * k_stride
-        _rotate_heads(z_ptr, e_ptr, k_ptr, has_e, cos, sin, HKV, D, HALF, HALF_P, REST_P, TILE)
+        _rotate_heads(z_ptr, e_ptr, k_ptr, cos, sin, HAS_E, HKV, D, HALF, HALF_P, REST_P, TILE)
         WIDTH: tl.constexpr = HKV * D
         v_ptr += row * v_stride
         for first in range(0, WIDTH, TILE * HALF_P):
             cols = first + tl.arange(0, TILE * HALF_P)
             inside = cols < WIDTH
-            v = _sum(z_ptr + WIDTH + cols, e_ptr + WIDTH + cols, inside, has_e)
+            v = _sum(z_ptr + WIDTH + cols, e_ptr + WIDTH + cols, inside, HAS_E)
             tl.store(v_ptr + cols, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 @_jit()
-def _write_gradient(value, dz_ptr, de_ptr, inside, has_e):
+def _write_gradient(value, dz_ptr, de_ptr, inside, HAS_E: tl.constexpr):
     """Stores value rounded, and adds the same number to de."""
     rounded = value.to(dz_ptr.dtype.element_ty)
     tl.store(dz_ptr, rounded, mask=inside)
-    old = tl.load(de_ptr, mask=inside & has_e, other=0.0)
-    tl.store(de_ptr, old + rounded.to(tl.float32), mask=inside & has_e)
+    if HAS_E:
+        old = tl.load(de_ptr, mask=inside, other=0.0)
+        tl.store(de_ptr, old + rounded.to(tl.float32), mask=inside)
 
 
 @_jit()
@@ -196,9 +201,9 @@ def _rotate_heads_back(
     d_ptr,  # [HEADS, D] of a row
     dz_ptr,  # [HEADS * D]
     de_ptr,  # [HEADS * D] of its token
-    has_e,
     cos,  # [1, HALF_P]
     sin,  # [1, HALF_P]
+    HAS_E: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -213,14 +218,14 @@ def _rotate_heads_back(
         at = head * D + lanes
         a = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(d_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
-        _write_gradient(a * cos + b * sin, dz_ptr + at, de_ptr + at, inside, has_e)
-        _write_gradient(b * cos - a * sin, dz_ptr + at + HALF, de_ptr + at + HALF, inside, has_e)
+        _write_gradient(a * cos + b * sin, dz_ptr + at, de_ptr + at, inside, HAS_E)
+        _write_gradient(b * cos - a * sin, dz_ptr + at + HALF, de_ptr + at + HALF, inside, HAS_E)
         if REST_P > 0:
             rest = 2 * HALF + tl.arange(0, REST_P)[None, :]
             inside = (head < HEADS) & (rest < D)
             at = head * D + rest
             d = tl.load(d_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            _write_gradient(d, dz_ptr + at, de_ptr + at, inside, has_e)
+            _write_gradient(d, dz_ptr + at, de_ptr + at, inside, HAS_E)
 
 
 @_jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
@@ -239,6 +244,7 @@ def _chain_qkv_backward_kernel(
     dv_stride,
     dz_stride,
     de_stride,
+    HAS_E: tl.constexpr,
     HQ: tl.constexpr,  # 0 without q
     HKV: tl.constexpr,  # 0 without k and v
     D: tl.constexpr,
@@ -248,26 +254,26 @@ def _chain_qkv_backward_kernel(
     TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    e_row = tl.load(e_row_ptr + row)
-    has_e = e_row >= 0
     dz_ptr += row * dz_stride
-    de_ptr += e_row * de_stride
+    if HAS_E:
+        de_ptr += tl.load(e_row_ptr + row) * de_stride
     cos, sin = _cos_sin(tl.load(position_ptr + row), freqs_ptr, factor, HALF, HALF_P, dz_ptr.dtype.element_ty)
     if HQ > 0:
         dq_ptr += row * dq_stride
-        _rotate_heads_back(dq_ptr, dz_ptr, de_ptr, has_e, cos, sin, HQ, D, HALF, HALF_P, REST_P, TILE)
+        _rotate_heads_back(dq_ptr, dz_ptr, de_ptr, cos, sin, HAS_E, HQ, D, HALF, HALF_P, REST_P, TILE)
     if HKV > 0:
         dz_ptr += HQ * D
-        de_ptr += HQ * D
+        if HAS_E:
+            de_ptr += HQ * D
         dk_ptr += row * dk_stride
-        _rotate_heads_back(dk_ptr, dz_ptr, de_ptr, has_e, cos, sin, HKV, D, HALF, HALF_P, REST_P, TILE)
+        _rotate_heads_back(dk_ptr, dz_ptr, de_ptr, cos, sin, HAS_E, HKV, D, HALF, HALF_P, REST_P, TILE)
         WIDTH: tl.constexpr = HKV * D
         dv_ptr += row * dv_stride
         for first in range(0, WIDTH, TILE * HALF_P):
             cols = first + tl.arange(0, TILE * HALF_P)
             inside = cols < WIDTH
             d = tl.load(dv_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            _write_gradient(d, dz_ptr + WIDTH + cols, de_ptr + WIDTH + cols, inside, has_e)
+            _write_gradient(d, dz_ptr + WIDTH + cols, de_ptr + WIDTH + cols, inside, HAS_E)
 
 
 def _launch(
@@ -278,6 +284,7 @@ def _launch(
     q: Tensor | None,  # [n, Hq, D]
     k: Tensor | None,  # [n, Hkv, D]
     half: int,  # rotary_dim/2
+    has_e: bool,
     config: ChainQKVConfig,
 ) -> None:
     n, _, dim = (k if q is None else q).shape
@@ -286,6 +293,7 @@ def _launch(
         *tensors,
         factor,
         *(0 if x is None else x.stride(0) for x in strided),
+        HAS_E=has_e,
         HQ=0 if q is None else q.shape[1],
         HKV=0 if k is None else k.shape[1],
         D=dim,
@@ -299,8 +307,8 @@ def _launch(
 
 def _chain_qkv(
     z: Tensor,  # [n, W]
-    e: Tensor,  # [m, >= W]
-    e_row: Tensor,  # [n]
+    e: Tensor | None,  # [m, >= W]
+    e_row: Tensor | None,  # [n]
     position: Tensor,  # [n]
     freqs: Tensor,  # [rotary_dim/2]
     factor: float,
@@ -309,31 +317,31 @@ def _chain_qkv(
     v: Tensor | None,  # [n, Hkv, D]
     config: ChainQKVConfig,
 ) -> None:
-    tensors = (z, e, e_row, position, freqs, q, k, v)
-    _launch(_chain_qkv_kernel, tensors, factor, (z, e, q, k, v), q, k, len(freqs), config)
+    tensors = (z, z if e is None else e, e_row, position, freqs, q, k, v)  # HAS_E false: not read
+    _launch(_chain_qkv_kernel, tensors, factor, (z, e, q, k, v), q, k, len(freqs), e is not None, config)
 
 
 def _chain_qkv_backward(
     dq: Tensor | None,  # [n, Hq, D]
     dk: Tensor | None,  # [n, Hkv, D]
     dv: Tensor | None,  # [n, Hkv, D]
-    e_row: Tensor,  # [n]
+    e_row: Tensor | None,  # [n]
     position: Tensor,  # [n]
     freqs: Tensor,  # [rotary_dim/2]
     factor: float,
     dz: Tensor,  # [n, W]
-    de: Tensor,  # [m, >= W]
+    de: Tensor | None,  # [m, >= W]
     config: ChainQKVConfig,
 ) -> None:
-    tensors = (dq, dk, dv, e_row, position, freqs, dz, de)
-    _launch(_chain_qkv_backward_kernel, tensors, factor, (dq, dk, dv, dz, de), dq, dk, len(freqs), config)
+    tensors = (dq, dk, dv, e_row, position, freqs, dz, dz if de is None else de)
+    _launch(_chain_qkv_backward_kernel, tensors, factor, (dq, dk, dv, dz, de), dq, dk, len(freqs), de is not None, config)
 
 
 @torch.no_grad()
 def chain_qkv(
     z: Tensor,  # [n, W] product with the hidden half, bf16 or fp32 on a GPU, any float dtype on the CPU; any row stride
-    e: Tensor,  # [m, >= W] the embedding's share of z's dtype; columns beyond W are not read; any row stride
-    e_row: Tensor,  # [n] int64 row of e, below 0: nothing is added
+    e: Tensor | None,  # [m, >= W] the embedding's share of z's dtype, any row stride; None: z has it already
+    e_row: Tensor | None,  # [n] int64 row of e; None with e
     position: Tensor,  # [n] int64 RoPE positions, 0 <= position < 2^24
     freqs: Tensor,  # [rotary_dim/2] float32 inverse frequencies
     factor: float,  # on cos and sin
@@ -364,12 +372,12 @@ def chain_qkv_backward(
     dq: Tensor | None,  # [n, Hq, D] bf16 or fp32 on a GPU
     dk: Tensor | None,  # [n, Hkv, D] of any of these dtypes, as a rule float32 sums
     dv: Tensor | None,  # [n, Hkv, D] the same
-    e_row: Tensor,  # [n] int64 row of de, none twice (unchecked: a sum would be lost); below 0: nothing is added
+    e_row: Tensor | None,  # [n] int64 row of de, none twice (unchecked: a sum would be lost); None with de
     position: Tensor,  # [n] int64
     freqs: Tensor,  # [rotary_dim/2] float32
     factor: float,
     dz: Tensor,  # [n, W] written; any row stride
-    de: Tensor,  # [m, >= W] float32 (float64), de[e_row[j], :W] += dz[j]; any row stride
+    de: Tensor | None,  # [m, >= W] float32 (float64), de[e_row[j], :W] += dz[j]; any row stride; None: dz alone
 ) -> None:
     """dz: q's and k's gradients rotated back and v's, rounded; the same numbers are added to de.
 
@@ -377,14 +385,14 @@ def chain_qkv_backward(
     ValueError for what does not fit.
     """
     _check(dq, dk, dv, dz, de, e_row, position, freqs)
-    if de.dtype != torch.promote_types(dz.dtype, torch.float32):
+    if de is not None and de.dtype != torch.promote_types(dz.dtype, torch.float32):
         raise ValueError(f"de is {de.dtype}, dz {dz.dtype}; de adds in {torch.promote_types(dz.dtype, torch.float32)}")
     if dz.is_cuda:
         _chain_qkv_backward(dq, dk, dv, e_row, position, freqs, factor, dz, de, chain_qkv_config(2 * len(freqs)))
         return
     dz.copy_(chain_qkv_backward_ref(dq, dk, dv, position, freqs, factor, dz.dtype))
-    adds = e_row >= 0
-    de[:, : dz.shape[1]].index_add_(0, e_row[adds], dz[adds].to(de.dtype))
+    if de is not None:
+        de[:, : dz.shape[1]].index_add_(0, e_row, dz.to(de.dtype))
 
 
 def _check(
@@ -392,8 +400,8 @@ def _check(
     k: Tensor | None,
     v: Tensor | None,
     z: Tensor,
-    e: Tensor,
-    e_row: Tensor,
+    e: Tensor | None,
+    e_row: Tensor | None,
     position: Tensor,
     freqs: Tensor,
 ) -> tuple[int, int, int]:  # Hq, Hkv, D
@@ -403,20 +411,20 @@ def _check(
     n, _, dim = (k if q is None else q).shape
     heads, kv_heads = (0 if x is None else x.shape[1] for x in (q, k))
     width = (heads + 2 * kv_heads) * dim
-    if z.shape != (n, width) or e.ndim != 2 or e.shape[1] < width or z.stride(1) != 1 or e.stride(1) != 1:
-        raise ValueError(
-            f"z {tuple(z.shape)} and e {tuple(e.shape)} must be [{n}, {width}] and [m, >= {width}] with contiguous rows"
-        )
+    if (e is None) != (e_row is None):
+        raise ValueError("give e (de) and e_row together, or neither")
+    if z.shape != (n, width) or z.stride(1) != 1:
+        raise ValueError(f"z is {tuple(z.shape)} with strides {z.stride()}; [{n}, {width}] with contiguous rows is needed")
+    if e is not None and (e.ndim != 2 or e.shape[1] < width or e.stride(1) != 1):
+        raise ValueError(f"e is {tuple(e.shape)}, strides {e.stride()}; [m, >= {width}] with contiguous rows is needed")
     for name, x, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
         if x is not None and (x.shape != (n, count, dim) or x.stride(2) != 1 or x.stride(1) != dim):
             raise ValueError(
                 f"{name} is {tuple(x.shape)}, strides {x.stride()}; [{n}, {count}, {dim}] with contiguous rows is needed"
             )
-    if e_row.shape != (n,) or position.shape != (n,) or e_row.dtype != torch.int64 or position.dtype != torch.int64:
-        raise ValueError(
-            f"e_row {tuple(e_row.shape)} {e_row.dtype} and position {tuple(position.shape)} {position.dtype} must be "
-            f"[{n}] torch.int64"
-        )
+    for name, x in (("e_row", e_row), ("position", position)):
+        if x is not None and (x.shape != (n,) or x.dtype != torch.int64):
+            raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; [{n}] torch.int64 is needed")
     if freqs.ndim != 1 or not 0 < 2 * len(freqs) <= dim or freqs.dtype != torch.float32:
         raise ValueError(
             f"freqs is {tuple(freqs.shape)} {freqs.dtype}; [rotary_dim/2] torch.float32, rotary_dim 2..{dim}, is needed"

@@ -97,6 +97,7 @@ def _rms_norm_kernel(
     H: tl.constexpr,
     INDEXED: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    HAS_Y: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -108,13 +109,14 @@ def _rms_norm_kernel(
         delta = tl.load(delta_ptr + row * delta_stride + cols, mask=inside, other=0.0)
         s = (s.to(tl.float32) + delta.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * total_stride + cols, s, mask=inside)
-    if row < num_normed:
-        wide = s.to(tl.float32)
-        r = tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
-        tl.store(r_ptr + row, r)
-        w = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        normed = (wide * r).to(s.dtype).to(tl.float32)
-        tl.store(y_ptr + row * y_stride + cols, (w * normed).to(s.dtype), mask=inside)
+    if HAS_Y:  # noqa: SIM102 (decided when compiled; with `and` it would not be)
+        if row < num_normed:
+            wide = s.to(tl.float32)
+            r = tl.rsqrt(tl.sum(wide * wide, 0) / H + eps)
+            tl.store(r_ptr + row, r)
+            w = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            normed = (wide * r).to(s.dtype).to(tl.float32)
+            tl.store(y_ptr + row * y_stride + cols, (w * normed).to(s.dtype), mask=inside)
 
 
 @_jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["x_rows_ptr", "rows_ptr", "r_ptr"])
@@ -220,6 +222,7 @@ def _rms_norm(
         H=x.shape[1],
         INDEXED=rows is not None,
         HAS_DELTA=delta is not None,
+        HAS_Y=y is not None,
         BLOCK=config.block,
         num_warps=config.num_warps,
     )
@@ -320,7 +323,8 @@ def rms_norm(
 def rms_norm_partials(hidden: int, device: torch.device) -> int:  # P, rows of `partial` that `rms_norm_backward` can use
     if device.type != "cuda":
         return 1
-    return rms_norm_config(hidden).programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132  # an H100
+    return rms_norm_config(hidden).programs_per_sm * sms
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """Which rows of a batch the TTT engine computes: planned on the host, from the loss mask alone.
 
 Row (i, t) is TTT step i of the chain at token row t. It is trained on when x_{t+2+i} exists in the document and the loss
-mask has it; it is computed when some (j, t), j >= i, is trained on. A chunk takes up to `chunk_rows` chains in order of t and
-sorts them by depth, deepest first, so that step i's rows are a prefix of step i-1's and every step is a slice of the stack.
-A chunk's rows read at most M + T - 1 tokens, and as many teacher rows: a token read by step i of one chain is read by step 0
-of another, save at the chunk's end.
+mask has it; it is computed when some (j, t), j >= i, is trained on. A chunk takes up to `chunk_rows` chains in order of t
+and sorts them by depth, deepest first, so that step i's rows are a prefix of step i-1's and every step is a slice of the
+stack. A chunk's rows read at most M + T - 1 tokens, and as many teacher rows: a token read by step i of one chain is read
+by step 0 of another, save at the chunk's end.
 
 Whether the target's choice is a draft-vocabulary token is known on the device only; such rows get weight 0 there.
 

@@ -36,8 +36,8 @@ from fastdraft.model.chunks import Chunk, plan_chunks
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 
-CHUNK_ROWS = 2048
-HEAD_ROWS = 8192  # rows of student logits at a time
+CHUNK_BYTES = 3.5 * 2**30  # of a chunk's buffers, unless chunk_rows says otherwise: the 8B draft's 2048 chains at T 7
+HEAD_BYTES = 2**29  # of student logits at a time: 8192 rows of the 8B draft
 
 Table = dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # by name: rows, shape of a row, dtype
 
@@ -56,7 +56,8 @@ def chunk_buffers(
     """All buffers of a chunk of `chunk_rows` chains: what a step needs besides inputs and what is kept for every token."""
     h, width = c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     rows, tokens, stats = steps * chunk_rows, chunk_rows + steps, torch.promote_types(dtype, torch.float32)
-    head_rows, block = min(HEAD_ROWS, rows), 2 * chunk_rows  # tokens at a time of what is done once for the pack
+    head_rows = min(max(HEAD_BYTES // (c.draft_vocab_size * dtype.itemsize) // 256 * 256, 256), rows)
+    block = 2 * chunk_rows  # tokens at a time of what is done once for the pack
     stacked = {"y": h, "h_mid": h, "n2": h, "hn": h, "dy": h, "qkv": width, "gate_up": 2 * c.intermediate_size}
     table: Table = {name: (rows, (n,), dtype) for name, n in (stacked | {"act": c.intermediate_size}).items()}
     table |= {name: (chunk_rows, (h,), dtype) for name in ("branch", "dn")}
@@ -96,18 +97,32 @@ def table_bytes(table: Table) -> int:
     return sum(rows * math.prod(shape) * dtype.itemsize for rows, shape, dtype in table.values())
 
 
+def fitting_chunk_rows(
+    c: DraftConfig, steps: int, dtype: torch.dtype, target_dtype: torch.dtype, device: str, limit: float
+) -> int:
+    """Chains whose buffers take up to `limit` bytes: a power of two up to 16384 (2048 on a CPU, whose attention keeps
+    scores); 0 where 64 need more."""
+    sizes = (16384 >> k for k in range(3 if device == "cpu" else 0, 9))
+    needs = ((m, table_bytes(chunk_buffers(c, m, steps, dtype, target_dtype, device))) for m in sizes)
+    return next((m for m, need in needs if need <= limit), 0)
+
+
 class Buffers:
-    """Named buffers, taken in full when first asked for."""
+    """Named buffers, each taken in full when first asked for."""
 
     def __init__(self, device: torch.device):
         self.device, self.table, self.held = device, {}, {}
 
-    def require(self, table: Table) -> None:
-        """Raises ValueError where the GPU's free memory does not hold what is new."""
-        changed = {name: spec for name, spec in table.items() if self.table.get(name) != spec}
-        self.table |= changed
-        for name in changed:
-            self.held.pop(name, None)
+    def resize(self, table: Table) -> None:
+        """From now on these sizes. What a buffer of another size held is gone."""
+        for name, spec in table.items():
+            if self.table.get(name) != spec:
+                self.held.pop(name, None)
+        self.table = table
+
+    @property
+    def held_table(self) -> Table:
+        return {name: self.table[name] for name in self.held}
 
     def __call__(self, name: str, rows: int) -> Tensor:  # [rows, ...], what was last in it
         room, shape, dtype = self.table[name]
@@ -158,16 +173,40 @@ class TTTEngine:
         kind: LossKind = "kl",
         lk_scale: float = 1.0,
         lk_decay: float = 1.0,
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,  # chains at a time; None: as many as CHUNK_BYTES hold
     ):
         if not 1 <= len(step_weights) <= 12:
             raise ValueError(f"ttt_length {len(step_weights)} is not in 1..12")
-        if chunk_rows < 1:
+        if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows is {chunk_rows}; at least 1 is needed")
         self.draft, self.config = draft, draft.config
         self.head: PermutedHead = permute_head(head, draft.draft_ids)
-        self.step_weights, self.loss, self.chunk_rows = step_weights, (kind, lk_scale, lk_decay), chunk_rows
-        self.take = Buffers(draft.fc.weight.device)
+        self.step_weights, self.loss = step_weights, (kind, lk_scale, lk_decay)
+        device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
+        self.sizes = len(step_weights), dtype, head.weight.dtype, device.type  # of `chunk_buffers`
+        self.chunk_rows = chunk_rows or fitting_chunk_rows(self.config, *self.sizes, CHUNK_BYTES) or 64
+        self.take = Buffers(device)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
+        room = max(self.take.table.get("h0", (0,))[0], -(-tokens // 1024) * 1024)  # packs differ a little in length
+        pack = pack_buffers(self.config, room, self.sizes[1])
+        table = chunk_buffers(self.config, min(self.chunk_rows, room), *self.sizes) | pack
+        if table == self.take.table:
+            return
+        device = self.take.device
+        if device.type == "cuda":
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + cached + table_bytes(self.take.held_table)
+            if table_bytes(table) > free:
+                fits = fitting_chunk_rows(self.config, *self.sizes, free - table_bytes(pack))
+                need, of_it, have = (f"{x / 2**30:.1f} GiB" for x in (table_bytes(table), table_bytes(pack), free))
+                raise ValueError(
+                    f"{min(self.chunk_rows, room)} chains of a pack of {tokens} tokens need {need} ({of_it} of it for the "
+                    f"pack), {have} of {device} are free; "
+                    + (f"set chunk_rows={fits}" if fits else "lower data.pack_tokens, or free memory on the GPU")
+                )
+        self.take.resize(table)
 
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
         """Rows of a batch, and d(sum_i step_weights[i] * sum_t loss)/dw added to `grads` (float32, by parameter name).
@@ -225,10 +264,7 @@ class _Step:
 
     def start_pack(self) -> None:
         n, take, grads = self.host.num_tokens, self.take, self.grads is not None
-        room = max(take.table.get("h0", (0,))[0], -(-n // 1024) * 1024)  # packs differ a little in length
-        target_dtype = self.engine.head.weight.dtype
-        sizes = self.engine.chunk_rows, len(self.engine.step_weights), self.dtype, target_dtype, self.device.type
-        take.require(chunk_buffers(self.c, *sizes) | pack_buffers(self.c, room, self.dtype))
+        self.engine.reserve(n)
         self.h0, self.k0, self.v0 = (take(name, n) for name in ("h0", "k0", "v0"))
         if grads:
             self.dh0, self.dk0, self.dv0 = (take(name, n).zero_() for name in ("dh0", "dk0", "dv0"))
@@ -426,7 +462,7 @@ def ttt_engine_step(
     kind: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int | None = None,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """One step with an engine of its own and fresh gradients: `ttt_ref_step`'s signature, for checks."""
     engine, grads = TTTEngine(draft, head, step_weights, kind, lk_scale, lk_decay, chunk_rows), flat_gradients(draft)

@@ -1,4 +1,4 @@
-"""The TTT engine against the reference step and the golden cases, its plan against a naive loop, its work and its memory.
+"""The TTT engine against the reference step and the golden cases, its work and its memory.
 
 Work is counted on real CPU steps. Memory and tensor sizes are read on meta tensors of a real draft's shape, with the CPU
 backends of the kernels replaced by nothing: the attention reference holds [M, Hq, N] scores and the loss reference several
@@ -20,10 +20,17 @@ from meta_step import flop_counter, meta_step
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.golden import load_golden, worst_errors
+from fastdraft.model.chunks import plan_chunks
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
-from fastdraft.model.chunks import plan_chunks
-from fastdraft.model.ttt import TTTEngine, flat_gradients, ttt_engine_step
+from fastdraft.model.ttt import (
+    TTTEngine,
+    chunk_buffers,
+    fitting_chunk_rows,
+    flat_gradients,
+    table_bytes,
+    ttt_engine_step,
+)
 from fastdraft.model.ttt_ref import ttt_ref_step
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
@@ -324,29 +331,53 @@ def all_trained(*lengths: int) -> Batch:
 @pytest.mark.parametrize("lengths", [(8192,), (2048,) * 4])
 def test_nothing_over_a_vocabulary_or_all_steps_exists_for_the_pack(lengths):
     """A tensor with a row for every token is no wider than g; one over a vocabulary has a chunk's rows and no more."""
-    c, n, steps, chunk_rows = LLAMA_8B, sum(lengths), 7, 1024
-    made, _ = meta_step(c, all_trained(*lengths), steps, chunk_rows)
-    head_rows = 4096  # of `linear_kl_grad`
+    c, n, steps, chunk_rows = LLAMA_8B, sum(lengths), 7, 512
+    made = meta_step(c, all_trained(*lengths), steps, chunk_rows)
+    head_rows = steps * chunk_rows
     assert (n, c.hidden_size) in made.shapes and (head_rows, c.draft_vocab_size) in made.shapes
     width = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    weights = {(rows, c.hidden_size) for rows in (c.vocab_size, 2 * c.intermediate_size, width)}  # the target's head, ...
+    weights = {(c.vocab_size, c.hidden_size), (width, 2 * c.hidden_size), (2 * c.intermediate_size, c.hidden_size)}
     assert weights <= made.shapes
     largest = max(torch.Size(shape).numel() for shape in made.shapes - weights)
     assert largest < min(n * c.vocab_size, n * c.draft_vocab_size, steps * n * c.hidden_size)
     for shape in made.shapes - weights:
         if shape and shape[0] >= n:
             wide = torch.Size(shape[1:]).numel()
-            assert wide <= 3 * c.target_hidden_size and (shape[0] == n or wide == 1), shape
+            assert wide <= c.hidden_size and (shape[0] == n or wide == 1), shape
         if shape and shape[-1] in (c.draft_vocab_size, c.vocab_size):
             assert torch.Size(shape[:-1]).numel() <= max(head_rows, chunk_rows + steps), shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_chunk_needs_the_same_memory_in_any_pack(dtype):
-    """To the byte; and over the chunks of one pack, whose last ends early, it never grows."""
-    _, short = meta_step(LLAMA_8B, all_trained(2048), 7, 1024, dtype)
-    _, long = meta_step(LLAMA_8B, all_trained(4096), 7, 1024, dtype)
-    assert len(long) == 2 * len(short) == 4
-    assert set(short[:-1]) == set(long[:-1]) and max(long) == max(short)
-    _, narrow = meta_step(LLAMA_8B, all_trained(1024), 7, 512, dtype)
-    assert 2 * max(narrow) == pytest.approx(max(long), rel=0.1)
+def test_memory_grows_by_what_is_kept_for_a_token_alone(dtype):
+    """h^0, K^0, V^0 and their gradients, results, ids and positions: nothing else depends on the pack's length."""
+    c, steps = LLAMA_8B, 7
+    short, long = (meta_step(c, all_trained(n), steps, 512, dtype).peak for n in (4096, 12288))
+    kv = 2 * c.num_key_value_heads * c.head_dim
+    kept = 2 * c.hidden_size * dtype.itemsize + kv * (dtype.itemsize + 4) + steps * (2 * 4 + 3) + 2 * 8
+    assert long - short == pytest.approx(8192 * kept, rel=0.02)
+
+
+def test_memory_of_a_chunk_grows_with_its_rows():
+    narrow, wide = (table_bytes(chunk_buffers(LLAMA_8B, m, 7, torch.bfloat16, torch.bfloat16, "cuda")) for m in (512, 1024))
+    assert wide == pytest.approx(2 * narrow, rel=0.02)
+    assert fitting_chunk_rows(LLAMA_8B, 7, torch.bfloat16, torch.bfloat16, "cuda", wide) == 1024
+    assert fitting_chunk_rows(LLAMA_8B, 7, torch.bfloat16, torch.bfloat16, "cuda", wide - 1) == 512
+    assert fitting_chunk_rows(LLAMA_8B, 7, torch.bfloat16, torch.bfloat16, "cuda", 1e6) == 0
+
+
+def test_a_second_step_takes_no_buffer():
+    draft, (batch, features, head) = make_draft(), make_inputs()
+    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), flat_gradients(draft)
+    engine.step(batch, features, grads)
+    held = {name: x.data_ptr() for name, x in engine.take.held.items()}
+    other, other_features, _ = make_inputs((31, 2, 8), seed=5)
+    engine.step(other, other_features, grads)
+    assert {name: x.data_ptr() for name, x in engine.take.held.items()} == held
+
+
+def test_gradients_must_lie_end_to_end():
+    draft, (batch, features, head) = make_draft(), make_inputs()
+    apart = {name: torch.zeros_like(p) for name, p in draft.trainable().items()}
+    with pytest.raises(ValueError, match=r"end to end in one buffer: use FlatAdamW\.grads"):
+        TTTEngine(draft, head, decay(3)).step(batch, features, apart)
