@@ -191,7 +191,7 @@ def _fused_step(
         heads, b = c.num_attention_heads, dtype.itemsize
         scores = sum(min(m, n) * (heads * ((n + i) * stats + n * b) + n) for i in range(steps))
         sums = 2 * n * c.num_key_value_heads * c.head_dim * stats
-        backward = 4 * min(m, n) * heads * n * stats
+        backward = (4 if steps > 1 else 2) * min(m, n) * heads * n * stats
         found.append(Row("attention's scores and gradients of a chunk (CPU)", scores + sums + backward))
     return tuple(found)
 

@@ -135,6 +135,10 @@ def meta_step(
     target_dtype = target_dtype or dtype
     with torch.device("meta"):
         draft = Draft(config).to(dtype)
+        parameters = list(draft.trainable().values())  # end to end, as the optimizer has them
+        flat = torch.empty(sum(p.numel() for p in parameters), dtype=dtype)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.data = part.view(p.shape)
         n, width = batch.num_tokens, config.target_hidden_size
         features = Features(torch.empty(n, 3 * width, dtype=target_dtype), torch.empty(n, width, dtype=target_dtype))
         head = TargetHead(torch.empty(config.vocab_size, width, dtype=target_dtype))

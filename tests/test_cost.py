@@ -213,7 +213,7 @@ def test_fused_memory_matches_a_step_on_meta_tensors(n, chunk_rows, steps, dtype
     c = config(**changes)
     made = meta_step(c, all_trained(n), steps, chunk_rows, dtype, target_dtype)
     predicted = engine_bytes(fused_plan(c, n, steps, chunk_rows, dtype, target_dtype))
-    assert predicted == pytest.approx(made.peak, rel=0.02)
+    assert predicted == pytest.approx(made.peak, rel=0.04)
 
 
 @pytest.mark.parametrize(
