@@ -17,7 +17,8 @@ first_step_s, first_step a provider's first step; "cold" in a fresh process with
                          fresh process, "later" after another length in the same process
 kernels, syncs           launched in a step by torch.profiler; `torch.cuda.set_sync_debug_mode` warnings (.item, nonzero, a
                          blocking copy), which know nothing of synchronize and cudaFree
-loss_error               of a peer: largest relative difference of a TTT step's summed loss from ours at the same weights
+loss_error               of a peer: largest relative difference of a TTT step's summed loss from ours at the same weights;
+                         above AGREE the rows are written and the program fails
 
 A provider without the memory gets a row with `failed` and no times. On a CPU (--device cpu) there is nothing but times.
 """
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -49,6 +51,7 @@ PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A
 BURST_S = 0.2  # steps of one sample run at least this long together
 RATE = 250e12  # FLOPs a second, to guess beforehand how long a round will take
 PROBE_S = 10.0  # above this guess kernels and synchronisations are not counted, and no round is for warming up
+AGREE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 ONCE_S = 60.0  # above this guess the first step is the only one, and what is timed
 
 
@@ -262,8 +265,8 @@ def peak_flops() -> float | None:
     return next((rate for part, rate in PEAK.items() if part in name), None)
 
 
-def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: argparse.Namespace, shape: dict) -> None:
-    """Runs every provider on the work and writes a row each."""
+def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: argparse.Namespace, shape: dict) -> bool:
+    """Runs every provider on the work and writes a row each. Whether all computed the same losses."""
     flops = sum(model_flops(work.config, batch, len(work.step_weights)) for batch in work.batches)
     estimate_s = flops / RATE
     rows, losses = {}, {}
@@ -295,6 +298,7 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
         told = {k: v for k, v in row.items() if k not in ("interleaved_with", "memory")}
         memory = {k: f"{v / 2**30:.2f} GiB" for k, v in row.get("memory", {}).items()}
         print(shape, name, told, memory, flush=True)
+    return all(row.get("loss_error", 0.0) <= AGREE[work.dtype] for row in rows.values())
 
 
 def rates(whole_us: list[float], model_us: list[float], work: Work, flops: int) -> dict:
@@ -357,6 +361,7 @@ def main(argv: list[str] | None = None) -> None:
         from bench.peers.specforge import SpecForge
 
         specforge = lambda work: SpecForge(work, args.specforge, args.peer_attention, args.peer_batch)  # noqa: E731
+    agree = True
     for shape_name in args.shape.split(","):
         config = SHAPES[shape_name]
         for pattern in args.pattern.split(","):
@@ -371,9 +376,11 @@ def main(argv: list[str] | None = None) -> None:
                     makes["specforge" + (f", {args.peer_batch} a batch" if pattern == "chats" else "")] = specforge
                 if args.chunk_rows:
                     shape["chunk_rows"] = args.chunk_rows
-                measure_work(makes, make_work(config, batches, args.ttt, dtype, device), args, shape)
+                agree &= measure_work(makes, make_work(config, batches, args.ttt, dtype, device), args, shape)
                 args.first_step = "later"
                 free()
+    if not agree:
+        sys.exit("the providers' losses differ by more than rounding (loss_error): they did not do the same work")
 
 
 if __name__ == "__main__":
