@@ -115,14 +115,17 @@ class Servers:
         servers = [Server(url, asyncio.Semaphore(self.concurrency)) for url in self.urls]
         todo = job.todo()
         async with self._client() as client, asyncio.TaskGroup() as group:
-            for _ in range(self.concurrency * len(servers)):
-                group.create_task(self._work(client, servers, job, todo))
+            for home in servers * self.concurrency:
+                group.create_task(self._work(client, servers, home, job, todo))
 
-    async def _work(self, client: httpx.AsyncClient, servers: list[Server], job: Job, todo: Iterator[Dialogue]) -> None:
+    async def _work(
+        self, client: httpx.AsyncClient, servers: list[Server], home: Server, job: Job, todo: Iterator[Dialogue]
+    ) -> None:
+        """One conversation after the other, all its turns at `home`, which has its beginning cached, while that answers."""
         for dialogue in todo:
             try:
                 while dialogue.wants_answer():
-                    message, finish_reason, tokens = await self._turn(client, servers, dialogue)
+                    message, finish_reason, tokens = await self._turn(client, servers, home, dialogue)
                     dialogue.take(message, finish_reason, tokens)
                     job.turn(tokens)
             except Unanswered as error:
@@ -131,13 +134,13 @@ class Servers:
                 job.answered(dialogue)
 
     async def _turn(
-        self, client: httpx.AsyncClient, servers: list[Server], dialogue: Dialogue
+        self, client: httpx.AsyncClient, servers: list[Server], home: Server, dialogue: Dialogue
     ) -> tuple[dict[str, Any], str, int]:  # message, finish_reason, completion tokens
-        """One answer, from whichever server gives it. Unanswered after the last retry."""
+        """One answer, from `home` or else from any. Unanswered after the last retry."""
         body = self._body(dialogue)
         silent_since, server = None, None
         for attempt in range(self.retries + 1):
-            server = await _least_busy(servers, server)
+            server = await _awake(servers, home, server)
             server.busy += 1
             try:
                 async with server.slots:
@@ -241,12 +244,12 @@ def check_extra_body(extra: dict[str, Any]) -> None:
         raise ValueError(f"--extra-body must not hold {', '.join(own)}: the command sets it, or has an option for it")
 
 
-async def _least_busy(servers: list[Server], last: Server | None) -> Server:
-    """A server that does not rest, another than the last one if there is."""
+async def _awake(servers: list[Server], home: Server, last: Server | None) -> Server:
+    """A server that does not rest: if possible not the last one, which failed; home, or else the least busy."""
     while True:
         now = time.monotonic()
         if awake := [s for s in servers if s.resting_until <= now]:
-            return min(awake, key=lambda s: (s is last, s.busy))
+            return min(awake, key=lambda s: (s is last, s is not home, s.busy))
         await asyncio.sleep(min(s.resting_until for s in servers) - now)
 
 

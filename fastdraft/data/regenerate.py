@@ -133,6 +133,8 @@ def regenerate(
     else:
         about["target"] = by.target.model.name_or_path
     with AnswerFile(out, settings, about, fresh) as file:
+        if isinstance(by, Servers):
+            say(f"{by.model}, {len(by.urls)} servers, {by.concurrency} requests at a time for each")
         if file.damaged:
             say(f"{file.part}: {file.damaged} damaged lines; they are answered again")
         if file.rows:

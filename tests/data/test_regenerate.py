@@ -137,6 +137,13 @@ def test_concurrency_is_bounded_and_used(run, serve):
     assert [server.most_busy for server in servers] == [3, 3]
 
 
+def test_a_conversation_stays_with_its_server(run, serve):
+    servers = [serve(delay_s=0.01) for _ in range(2)]
+    run(servers, servers={"concurrency": 2})
+    first, second = ({str(body["messages"][0]) for body in server.requests} for server in servers)
+    assert first and second and not first & second
+
+
 def test_retry_after_is_honoured(run, serve):
     times = []
 
