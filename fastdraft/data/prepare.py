@@ -33,7 +33,7 @@ from fastdraft.data.conversations import BadLine, Line, expand, parse, read_line
 from fastdraft.data.samples import SCHEMA, Sample, flat, record_batch
 from fastdraft.data.tokenize import ChatTokenizer
 
-FORMAT = 1  # raised when the same input makes other samples than before
+FORMAT = 2  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 

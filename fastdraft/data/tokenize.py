@@ -171,9 +171,10 @@ class ChatTokenizer:
                 opened, turn = (self._encode(x[len(before) :]) for x in (prompt, text))
                 common = _common(opened.ids, turn.ids)
                 start = len(before) + (turn.offsets[common - 1][1] if common else 0)
-            elif (at := text.rfind(self._prompt_end)) >= 0 and self._prompt_end:
+            elif self._prompt_end and text.count(self._prompt_end) == prompt.count(self._prompt_end) > 0:
                 # The turn changes the text before it (Mistral Nemo moves the system prompt): what is served is the prompt.
-                generated = text[at + len(self._prompt_end) :]
+                # As many prompt ends as there: the last is this turn's, neither an earlier turn's nor part of the answer.
+                generated = text.rpartition(self._prompt_end)[2]
                 end += start + len(generated) - len(text)
                 text = prompt + generated
             else:
@@ -267,13 +268,16 @@ class ChatTokenizer:
 
     @cached_property
     def _prompt_end(self) -> str:
-        """What stands right before an answer: the generation prompt, or without one the end of the user's turn."""
-        question = "fastdraft-question"
+        """What stands right before an answer: the generation prompt, or without one the end of the user's turn. Empty when
+        that stands after an answer, too."""
+        question, answer = "fastdraft-question", "fastdraft-answer"
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         try:
-            prompt = self._probe([{"role": "user", "content": question}], add_generation_prompt=True)
+            prompt, text = self._probe(chat[:1], add_generation_prompt=True), self._probe(chat)
         except _Refused:
             return ""
-        return self._header or prompt.partition(question)[2].strip()
+        end = self._header or prompt.partition(question)[2].strip()
+        return "" if end in text.partition(answer)[2] else end
 
     @cached_property
     def _closing(self) -> str:
@@ -294,8 +298,8 @@ class ChatTokenizer:
         common = _common(encodings[0].ids, encodings[1].ids)
         end = encodings[0].offsets[common - 1][1] if common else 0
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        closes = len(encodings[0].ids) > common and encodings[0].ids[common] in special
-        return last[end:].strip() if closes and last[:end].strip() else ""
+        rest = last[end:].strip()
+        return rest if rest and self._encode(rest).ids[0] in special and last[:end].strip() else ""
 
 
 class _Refused(Exception):

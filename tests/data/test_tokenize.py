@@ -170,6 +170,30 @@ def test_a_prompt_that_the_answer_changes_is_kept_as_served():
     assert spans(tokenizer, done.samples[0])[-1] == "How are you?<|im_end|>"
 
 
+def test_an_opened_prompt_is_not_looked_for_in_earlier_turns():
+    """The generation prompt ends with '<', which the first turn happens to begin with and the last does not."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ '</s>' if loop.last else '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n<' if add_generation_prompt }}"
+    )
+    messages = [{"role": "assistant", "content": ""}, {"role": "system", "content": "Be"}, *chat("a", "b")[1:]]
+    with pytest.raises(BadLine, match="its start cannot be found"):
+        tokenize(template, messages)
+
+
+def test_templates_without_a_generation_prompt():
+    """What closes the conversation is found behind white space; what ends the last turn is not taken for a prompt."""
+    messages = [{"role": "system", "content": ""}, *chat("", "a")[1:]]
+    template = (
+        "{% for m in messages %}{{ '\n\n' + m.role + ': ' + m.content + END }}{% endfor %}"
+        "{{ '' if add_generation_prompt else '<|endoftext|>' }}"
+    )
+    tokenizer, done = tokenize(template.replace("END", "'<|im_end|>\n'"), messages)
+    assert spans(tokenizer, done.samples[0])[0].endswith("a<|im_end|>")
+    with pytest.raises(BadLine, match="its start cannot be found"):
+        tokenize(template.replace("END", "('<|return|>' if loop.last else '<|im_end|>')"), messages)
+
+
 def test_an_opened_think_that_the_turn_has_not():
     """The prompt and the turn part within '<': the token of the turn that begins there is still trained."""
     template = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<|user|>\n'")
