@@ -186,8 +186,8 @@ has no packing (`bench/peers/specforge.py`). Useful tokens are those whose step-
 transient there, ours with the optimizer.""",
     "launches": "The first step compiles: cold with empty caches, warm in a new process, later after another length.",
 }
-KERNEL_TEXT = """Medians in bf16. The roof of a row is the larger of its FLOPs over the GPU's matrix rate and its bytes
-over its copy rate, both measured in the same process.
+KERNEL_TEXT = """Medians, in bf16 where nothing else is said. The roof of a row is the larger of its FLOPs over the
+GPU's matrix rate and its bytes over its copy rate, both measured in the same process.
 """
 TITLES = {
     "goals": "Goals",
@@ -216,7 +216,8 @@ def kernels(rows: list[dict], gpu: str) -> str:
         rate = number(row["flops"] / row["us"] / 1e6, 0) if row["flops"] else ""
         size = " ".join(f"{k} {v}" for k, v in json.loads(shape).items())
         band = number(row["bytes"] / row["us"] / 1e6, 2)
-        lines.append([op, size, number(row["us"], 0), rate, band, number(row["pct_of_roof"], 0), ", ".join(others)])
+        name = op if dtype == "bf16" else f"{op}, {dtype}"
+        lines.append([name, size, number(row["us"], 0), rate, band, number(row["pct_of_roof"], 0), ", ".join(others)])
     header = ["kernel", "shape", "us", "TFLOP/s", "TB/s", "% of roof", "beside it, us"]
     return table(header, lines) if lines else ""
 
