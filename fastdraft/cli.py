@@ -175,6 +175,12 @@ def regenerate(
         raise typer.Exit(1)
 
 
+def _auto_or_fp8(dtype: str) -> str:
+    if dtype not in ("auto", "fp8"):
+        raise ValueError(f"--dtype {dtype} is not one of auto, fp8")
+    return dtype
+
+
 StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of a feature store.")]
 
 
@@ -195,15 +201,28 @@ def capture(
     from fastdraft.config import load_config
     from fastdraft.offline import capture_features
 
-    if dtype not in ("auto", "fp8"):
-        raise ValueError(f"--dtype {dtype} is not one of auto, fp8")
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"--part {part} is not I/N with 0 <= I < N")
     loaded = load_config(config, overrides or [])
-    capture_features(loaded, out, dtype, (int(i), int(n)), plan, say)
+    capture_features(loaded, out, _auto_or_fp8(dtype), (int(i), int(n)), plan, say)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@features.command("import-specforge")
+def import_specforge_command(
+    config: ConfigFile,
+    dumps: Annotated[Path, typer.Argument(metavar="DIR", help="Output folder of SpecForge's prepare_hidden_states.")],
+    out: Annotated[Path, typer.Argument(metavar="STORE", help="Folder to fill; may be partly filled.")],
+    overrides: Overrides = None,
+    dtype: Annotated[str, typer.Option(help="auto: target.dtype; fp8: half of bf16.")] = "auto",
+) -> None:
+    """Put existing SpecForge features into a store, checked against the config's target."""
+    from fastdraft.config import load_config
+    from fastdraft.offline import import_specforge
+
+    import_specforge(load_config(config, overrides or []), dumps, out, _auto_or_fp8(dtype), say)
 
 
 @features.command("inspect")

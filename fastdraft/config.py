@@ -29,6 +29,7 @@ class TargetConfig(Section):
 
 class DraftSection(Section):
     config: str | None = None  # YAML of `fastdraft init`; None: derived from the target
+    vocab_map: str | None = None  # a SpecForge vocab_mapping.pt; None: the tokens trained on most often
     overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size or layers; they win over `config`
     init_from: str | None = None  # warm start from an EAGLE-3 checkpoint in serving format, shape and vocabulary included
     init: Literal["target", "random"] = (

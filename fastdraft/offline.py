@@ -12,6 +12,7 @@ import filelock
 from fastdraft.config import Config
 from fastdraft.cost import GIB, free_disk
 from fastdraft.features.capture import missing_bytes, plan_capture, run_capture
+from fastdraft.features.specforge import import_bytes, import_dumps, list_dumps
 from fastdraft.features.store import DTYPES, SHARD_BYTES, Store, capture_meta, census, start_store, target_ends
 from fastdraft.target.hf import target_fingerprint
 from fastdraft.train import draft_shape, load_data, open_target, run_meta, start_process
@@ -52,6 +53,28 @@ def capture_features(
     (out / ".start.lock").unlink(missing_ok=True)
     found = census(Store(out))
     say(f"{out}: {found.documents:,} documents in {found.shards} of {meta.shards} shards, {found.num_bytes / GIB:.3f} GiB")
+
+
+def import_specforge(
+    config: Config,
+    folder: Path,
+    out: Path,
+    dtype: Literal["auto", "fp8"] = "auto",  # auto: target.dtype
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Makes a store of the dumps of SpecForge's prepare_hidden_states in `folder`, after running the target over the first
+    of them to see that they are its. ValueError names the file and the fault, or the fields in which `out` is another's."""
+    shape = draft_shape(config)
+    wanted = run_meta(config, shape.layers)
+    wanted = replace(wanted, dtype="fp8" if dtype == "fp8" else wanted.dtype)
+    dumps = list_dumps(folder)
+    free_disk(out, import_bytes(dumps, wanted), "the feature store")
+    device, _, _ = start_process(config.device)
+    target = open_target(config, shape.layers, device)
+    out.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(out / ".start.lock"):  # one import at a time
+        meta = start_store(out, capture_meta(wanted, target, target_fingerprint(target)), target_ends(target))
+        import_dumps(dumps, target, out, meta, say)
 
 
 def inspect_lines(folder: Path) -> list[str]:

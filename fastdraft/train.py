@@ -41,6 +41,7 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.export import export_draft, load_draft, verify
 from fastdraft.features.memory import FeatureCache
 from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents, stored_target
+from fastdraft.features.specforge import read_vocab_mapping
 from fastdraft.features.store import (
     COMPARED,
     Meta,
@@ -283,8 +284,11 @@ def draft_shape(config: Config) -> DraftConfig:
     """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
     if config.draft.init_from is not None:
-        if config.draft.config or config.draft.overrides:
-            raise ValueError("draft.init_from brings the draft's shape; take out draft.config and draft.overrides")
+        if config.draft.config or config.draft.overrides or config.draft.vocab_map:
+            raise ValueError(
+                "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
+                "draft.vocab_map"
+            )
         return load_draft(config.draft.init_from, facts).config
     shape = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
     return DraftConfig.from_target(facts, **shape)
@@ -307,10 +311,18 @@ def fit_to_target(
     told, size = [], draft.config.draft_vocab_size
     if config.draft.init_from is None:
         counts = token_counts(train_set, draft.config.vocab_size)
-        draft.set_vocab(build_vocab_map(counts, size))
-        told.append(
-            f"vocabulary map: the {size:,} most trained tokens are {coverage(counts, [size])[size]:.2%} of all trained"
-        )
+        if config.draft.vocab_map is not None:
+            ids = read_vocab_mapping(Path(config.draft.vocab_map), draft.config.vocab_size)
+            share = counts[ids.numpy()].sum() / counts.sum()
+            told.append(
+                f"vocabulary map of {config.draft.vocab_map}: its {len(ids):,} tokens are {share:.2%} of all trained"
+            )
+        else:
+            ids = build_vocab_map(counts, size)
+            told.append(
+                f"vocabulary map: the {size:,} most trained tokens are {coverage(counts, [size])[size]:.2%} of all trained"
+            )
+        draft.set_vocab(ids)
         if config.draft.init == "target" and draft.config.hidden_size == target.hidden_size:
             if target.final_norm is None:
                 raise ValueError(f"{config.target.path} has no final RMSNorm to start from; set draft.init=random")

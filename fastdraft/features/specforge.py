@@ -1,0 +1,197 @@
+"""Features that SpecForge's prepare_hidden_states wrote, put into a store; and its vocabulary map.
+
+A dump `data_<i>.ckpt` (or `.ckpt.gz`) is one document, a torch.save of
+    input_ids [N] int64, loss_mask [N] of 0 and 1: token i is trained on, as here
+    aux_hidden_state [1, N, 3*Ht]: what layers 2, n/2, n-3 read, which is what 1, n/2-1, n-4 give, low | mid | high
+    hidden_state [1, N, Ht]: what lm_head reads, after the final norm (its trainer applies lm_head to it as it is)
+and `vocab_mapping.pt` one of d2t [Vd] int64 (target id - draft id) and t2d [V] bool. (Read from SpecForge's source of
+August 2026.) Padding on the right is not marked, and need not be: the document is cut after its last trained token, since
+nothing behind that can change a loss (`store.needed`). Files are loaded with weights_only: nothing in them runs.
+
+# N tokens of a document, Ht target hidden, V target vocabulary, Vd draft vocabulary
+"""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from fastdraft.batch import Batch, Features
+from fastdraft.data.samples import Sample, record_batch
+from fastdraft.features.store import (
+    DTYPES,
+    SHARD_BYTES,
+    WIDTHS,
+    Meta,
+    Store,
+    document_keys,
+    publish,
+    shard_number,
+)
+from fastdraft.features.writer import ShardWriter
+from fastdraft.target.hf import Target
+
+DOCUMENTS = "documents.parquet"
+TOLERANCE = 0.1  # median over tokens of |theirs - ours| / |ours|; engines in bf16 differ by about 0.01
+
+
+def list_dumps(folder: Path) -> list[Path]:
+    """Dumps in SpecForge's own order. Raises ValueError when there are none."""
+    found = [p for p in folder.rglob("data_*") if re.fullmatch(r"data_\d+\.ckpt(\.gz)?", p.name)]
+    if not found:
+        raise ValueError(f"{folder} holds no data_<number>.ckpt or .ckpt.gz; name the output folder of SpecForge's script")
+    return sorted(found, key=lambda p: (int(p.name.split(".")[0].removeprefix("data_")), p))
+
+
+def read_dump(path: Path, hidden_size: int, dtype: torch.dtype) -> tuple[Batch, Features] | None:
+    """A document up to its last trained token, features in `dtype`; None when nothing in it can be trained on.
+
+    Raises ValueError naming the file and the fault; also when its numbers do not fit `dtype` exactly.
+    """
+    found = _load(path, compressed=path.suffix == ".gz")
+    try:
+        ids, mask = found["input_ids"], found["loss_mask"]
+        states = {"g": found["aux_hidden_state"], "f": found["hidden_state"]}
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}; it has {', '.join(map(str, found))}") from None
+    n = ids.numel()
+    if ids.shape != (n,) or mask.shape != (n,) or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"{path}: input_ids {tuple(ids.shape)} and loss_mask {tuple(mask.shape)} must be one row of equal "
+            "length, loss_mask of 0 and 1"
+        )
+    for name, x in states.items():
+        wanted = (1, n, WIDTHS[name] * hidden_size)
+        if tuple(x.shape) != wanted:
+            raise ValueError(f"{path}: the states are {tuple(x.shape)}; {n} tokens of this target have {wanted}")
+        if torch.promote_types(x.dtype, dtype) != dtype:
+            raise ValueError(f"{path}: the states are {x.dtype}, target.dtype is {dtype}; set target.dtype=fp32")
+    trained = mask.bool()
+    trained[:2] = False
+    if not bool(trained.any()):
+        return None
+    end = int(trained.nonzero()[-1]) + 1
+    features = Features(*(x[0, :end].to(dtype) for x in states.values()))
+    if not bool(features.g.isfinite().all() and features.f.isfinite().all()):
+        raise ValueError(f"{path}: the states are not all finite; leave the file out")
+    return Batch(ids[:end].to(torch.int64), mask[:end].bool(), (end,)), features
+
+
+def _load(path: Path, compressed: bool) -> dict[str, Any]:
+    try:
+        if compressed:
+            with gzip.open(path) as file:
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, not a dict of tensors")
+    return found
+
+
+def refuse_other_states(path: Path, theirs: Features, target: Target, batch: Batch) -> None:
+    """Runs the target over a dumped document. Raises ValueError naming what is not what the target gives there."""
+    ours = target.capture(batch.to(target.device))
+    ours = Features(ours.g.cpu(), ours.f.cpu())
+    pairs = [*zip(theirs.g.chunk(3, -1), ours.g.chunk(3, -1), strict=True), (theirs.f, ours.f)]
+    names = [f"layer {layer}" for layer in target.layers] + ["hidden_state (after the final norm)"]
+    wrong = []
+    for name, (a, b) in zip(names, pairs, strict=True):
+        a, b = a.float(), b.float()
+        error = float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-9)).median())
+        if not error <= TOLERANCE:
+            wrong.append(f"{name} by {error:.2f}")
+    if wrong:
+        raise ValueError(
+            f"{path} is not of this target, or of other layers: its states are off from the target's own: "
+            f"{'; '.join(wrong)} (relative, at most {TOLERANCE}); check target.path and draft.overrides.layers"
+        )
+
+
+def import_dumps(
+    dumps: list[Path],
+    target: Target,
+    out: Path,
+    meta: Meta,  # of the started store
+    say: Callable[[str], None] = lambda line: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Puts the dumps' documents into a started store, and their tokens into documents.parquet, to train on. Killed, it
+    goes on. Raises ValueError as `read_dump` and `refuse_other_states` do."""
+    store, dtype = Store(out), DTYPES[meta.target_dtype]
+    number = max((shard_number(shard.path) for shard in store.shards), default=-1) + 1
+    taken, longest, unused, twice = set(store.place), 0, 0, 0
+    proven = False
+    aside = out / f".writing-{DOCUMENTS}"
+    columns = pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))])
+    seen: set[bytes] = set()
+    samples: list[Sample] = []
+    with pq.ParquetWriter(aside, columns) as tokens, ShardWriter(out, meta) as writer:
+        for path in dumps:
+            document = read_dump(path, meta.hidden_size, dtype)
+            if document is None:
+                unused += 1
+                continue
+            batch, features = document
+            if not proven:
+                refuse_other_states(path, features, target, batch)
+                proven = True
+            (key,) = document_keys(batch)
+            if key in seen:
+                twice += 1
+                continue
+            seen.add(key)
+            longest = max(longest, batch.num_tokens)
+            samples.append(Sample(batch.input_ids.numpy(), batch.loss_mask.numpy()))
+            if len(samples) == 1000:
+                tokens.write_batch(record_batch(samples).select(columns.names))
+                samples.clear()
+            if key in taken:
+                continue
+            writer.add(batch, features, [0])
+            if writer.open_bytes >= shard_bytes:
+                writer.finish(number)
+                number += 1
+        tokens.write_batch(record_batch(samples).select(columns.names))
+        if writer.open_bytes:
+            writer.finish(number)
+    if not seen:
+        raise ValueError(f"none of the {len(dumps)} dumps has a trained token")
+    publish(aside, out / DOCUMENTS)
+    say(
+        f"{len(seen):,} documents; {unused} dumps without a trained token and {twice} repeated ones left out. Train with "
+        f"data.paths=[{out / DOCUMENTS}], data.max_length of at least {longest}, features.path={out}"
+    )
+
+
+def import_bytes(dumps: list[Path], meta: Meta) -> int:
+    """At most what the store will take. Compressed dumps count as they are: an estimate for them."""
+    return sum(path.stat().st_size for path in dumps) // (2 if meta.dtype == "fp8" else 1)
+
+
+def read_vocab_mapping(path: Path, vocab_size: int) -> Tensor:  # [Vd] int64, ascending target ids
+    """The draft vocabulary of a vocab_mapping.pt. Raises ValueError when d2t and t2d disagree or are of another target."""
+    found = _load(path, compressed=False)
+    try:
+        d2t, t2d = found["d2t"], found["t2d"].bool()
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}; a vocabulary map has d2t and t2d") from None
+    ids = d2t.to(torch.int64) + torch.arange(d2t.numel())
+    if t2d.shape != (vocab_size,):
+        raise ValueError(f"{path} is for a target of {t2d.numel()} tokens, this one has {vocab_size}")
+    if not torch.equal(ids, t2d.nonzero()[:, 0]):
+        raise ValueError(f"{path}: d2t and t2d do not name the same {int(t2d.sum())} tokens in ascending order")
+    return ids

@@ -1,0 +1,171 @@
+"""SpecForge's dumps become a store that trains as an own capture does; what is not right about them is named."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_target
+
+from fastdraft.batch import Batch
+from fastdraft.data.loader import Loader
+from fastdraft.features.specforge import DOCUMENTS, read_vocab_mapping
+from fastdraft.features.store import list_shards
+from fastdraft.metrics import read_metrics
+from fastdraft.offline import import_specforge
+from fastdraft.target.hf import Target, load_target
+from fastdraft.train import draft_shape, load_data, train
+
+CLOCKS = ("time", "tokens_per_s", "data_wait")
+PAD = 2
+
+
+def dump(path: Path, target: Target, ids: torch.Tensor, mask: torch.Tensor, width: int, **changes) -> None:
+    """As SpecForge writes a document: padded on the right, the states of the padding with it."""
+    n = len(ids)
+    padded = torch.cat([ids, torch.full((width - n,), PAD)])
+    features = target.capture(Batch(padded, torch.zeros(width, dtype=torch.bool), (width,)))
+    found = {
+        "input_ids": padded,
+        "loss_mask": torch.cat([mask.long(), torch.zeros(width - n, dtype=torch.int64)]),
+        "aux_hidden_state": features.g[None],
+        "hidden_state": features.f[None],
+    } | changes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        with gzip.open(path, "wb") as file:
+            torch.save(found, file)
+    else:
+        torch.save(found, path)
+
+
+@pytest.fixture
+def target(target_dir) -> Target:
+    return load_target(str(target_dir), torch.float32, "cpu")
+
+
+@pytest.fixture
+def dumps(make_config, target, tmp_path) -> Path:
+    """Every document of the run in one file each, some compressed, and one in which nothing is trained."""
+    config = make_config(**{"data.eval_fraction": 0})
+    loader = Loader(load_data(config, 192).train, 96, 1)
+    documents = [d for rows in loader.packs for d in rows]
+    table = loader._table
+    for i, row in enumerate(documents):
+        ids, mask = (torch.tensor(table[[int(row)]][name][0].as_py()) for name in ("input_ids", "loss_mask"))
+        where = tmp_path / "dumps" / f"rows_{i // 10 * 10}-{i // 10 * 10 + 10}" / f"data_{i}.ckpt{'.gz' * (i % 3 == 0)}"
+        dump(where, target, ids, mask, 70)
+    dump(where.with_name("data_900.ckpt"), target, torch.arange(5, 15), torch.zeros(10, dtype=torch.bool), 70)
+    return tmp_path / "dumps"
+
+
+def test_dumps_train_as_the_online_run_does(make_config, dumps, tmp_path):
+    said = []
+    out = tmp_path / "store"
+    import_specforge(make_config(), dumps, out, say=said.append)
+    assert "1 dumps without a trained token" in said[-1] and "of at least" in said[-1]
+    config = make_config(
+        run_dir=str(tmp_path / "offline"),
+        **{"features.path": str(out), "data.paths": [str(out / DOCUMENTS)], "data.eval_fraction": 0},
+    )
+    train(config)
+    online = config.features.model_copy(update={"path": None})
+    train(config.model_copy(update={"features": online, "run_dir": str(tmp_path / "online")}))
+    runs = [[r for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("offline", "online")]
+    for ours, theirs in zip(*runs, strict=True):
+        for name in ours.keys() - set(CLOCKS):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_an_import_goes_on(make_config, dumps, tmp_path, monkeypatch):
+    out, whole = tmp_path / "store", tmp_path / "whole"
+    import_specforge(make_config(), dumps, whole)
+    damaged = dumps / "rows_10-20" / "data_13.ckpt"
+    good = damaged.read_bytes()
+    damaged.write_bytes(good[: len(good) // 2])
+    monkeypatch.setattr("fastdraft.features.specforge.SHARD_BYTES", 1)
+    with pytest.raises(ValueError, match=r"data_13.ckpt cannot be read"):
+        import_specforge(make_config(), dumps, out)
+    assert not (out / DOCUMENTS).exists()
+    damaged.write_bytes(good)
+    import_specforge(make_config(), dumps, out)
+    assert (out / DOCUMENTS).read_bytes() == (whole / DOCUMENTS).read_bytes()
+    assert len(list_shards(whole)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_state": torch.zeros(1, 70, 31)}, r"the states are \(1, 70, 31\); 70 tokens .* \(1, 70, 32\)"),
+        (
+            {"aux_hidden_state": torch.zeros(1, 70, 96).half(), "hidden_state": torch.zeros(1, 70, 32)},
+            "layer 1 by 1.00; .*norm",
+        ),
+        ({"loss_mask": torch.full((70,), 3)}, "loss_mask of 0 and 1"),
+        ({"loss_mask": torch.ones(60)}, "equal length"),
+        ({"aux_hidden_state": torch.full((1, 70, 96), torch.nan)}, "are not all finite"),
+        ({"hidden_state": torch.zeros(1, 70, 32).double()}, "target.dtype is torch.float32"),
+    ],
+)
+def test_a_wrong_dump_is_named(make_config, target, tmp_path, changes, named):
+    dump(tmp_path / "in" / "data_0.ckpt", target, torch.arange(20, 60), torch.ones(40, dtype=torch.bool), 70, **changes)
+    with pytest.raises(ValueError, match=named):
+        import_specforge(make_config(), tmp_path / "in", tmp_path / "out")
+
+
+def test_dumps_of_another_target_or_before_the_norm_are_refused(make_config, tmp_path, target):
+    other = load_target(str(save_target(tmp_path / "other", seed=9)), torch.float32, "cpu")
+    ids, mask = torch.arange(20, 60), torch.ones(40, dtype=torch.bool)
+    dump(tmp_path / "other" / "data_0.ckpt", other, ids, mask, 70)
+    shifted = load_target(str(make_config().target.path), torch.float32, "cpu", (1, 3, 5))
+    dump(tmp_path / "shifted" / "data_0.ckpt", shifted, ids, mask, 70)
+    model, before = target.model.model, []
+    handle = model.norm.register_forward_pre_hook(lambda module, x: before.append(x[0]))
+    dump(tmp_path / "unused" / "data_0.ckpt", target, ids, mask, 70)
+    handle.remove()
+    dump(tmp_path / "before" / "data_0.ckpt", target, ids, mask, 70, hidden_state=before[0].detach().clone())
+    for name, wrong in (
+        ("other", "layer 1 by .*hidden_state"),
+        ("shifted", "layer 4 by"),
+        ("before", "off .*: hidden_state"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            import_specforge(make_config(), tmp_path / name, tmp_path / "out" / name)
+
+
+def test_nothing_in_a_dump_runs(make_config, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "in").mkdir()
+    torch.save({"input_ids": Evil()}, tmp_path / "in" / "data_0.ckpt")
+    with pytest.raises(ValueError, match=r"data_0.ckpt cannot be read: Weights only load failed"):
+        import_specforge(make_config(), tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match=r"holds no data_<number>.ckpt"):
+        import_specforge(make_config(), tmp_path / "out", tmp_path / "out2")
+
+
+def test_a_vocabulary_map_is_taken_over(make_config, tmp_path):
+    ids = torch.arange(64) * 3
+    t2d = torch.zeros(192, dtype=torch.bool)
+    t2d[ids] = True
+    file = tmp_path / "vocab_mapping.pt"
+    torch.save({"d2t": ids - torch.arange(64), "t2d": t2d}, file)
+    assert torch.equal(read_vocab_mapping(file, 192), ids)
+    config = make_config(max_steps=1, **{"draft.vocab_map": str(file)})
+    train(config)
+    from fastdraft.train import open_run
+
+    draft = open_run(Path(config.run_dir), "last")[2]
+    assert torch.equal(draft.draft_ids.cpu(), ids) and draft_shape(config).draft_vocab_size == 64
+    for d2t, mask, named in (
+        (ids, t2d, "do not name the same"),
+        (ids - torch.arange(64), t2d[:-1], "is for a target of 191 tokens"),
+    ):
+        torch.save({"d2t": d2t, "t2d": mask}, file)
+        with pytest.raises(ValueError, match=named):
+            read_vocab_mapping(file, 192)
