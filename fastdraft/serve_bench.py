@@ -9,8 +9,9 @@ salt of its own, so that no cell's prefill reads another's prefix cache. Its num
     inter-token        the time between two chunks of a stream, shared by the tokens of the later one
 
 Where the forwards are counted:
-    SGLang  each request's spec_tokens_details (spec_verify_ct, spec_correct_drafts_histogram); from older versions the
-            counter sglang:spec_verify_calls_total; else only the mean since the start is known, which is noted, not used
+    SGLang  each request's spec_tokens_details (spec_verify_ct, spec_correct_drafts_histogram); versions that do not stream
+            them (0.5.17) give them as meta_info in a second pass over the cell, not streamed and not timed; failing both,
+            the counter sglang:spec_verify_calls_total; else only the mean since the start, which is noted and not used
     vLLM    the counters vllm:spec_decode_num_{drafts,accepted_tokens,accepted_tokens_per_pos}_total
 Counters are read before and after a cell and count by their difference. vLLM does not count a forward that had nothing
 drafted to verify; as one gives at most its accepted tokens and one more, there were at least (output tokens - requests -
@@ -261,7 +262,7 @@ async def _measure(
         **({"return_spec_tokens_details": True} if server.engine == "SGLang" else {}),
         **load.body,
     }
-    bodies = [{**body, "messages": messages} for messages in prompts]
+    bodies = [body | {"messages": messages} for messages in prompts]
     before = await serve.read_counters(client)
     start = time.perf_counter()
     answers = await serve.ask_all(client, bodies, concurrency, load.timeout_s, load.retries)
@@ -282,7 +283,16 @@ async def _measure(
         acceptance = _vllm_acceptance(server, answers, counted, others, notes)
     else:
         info = await serve.sglang_info(client)
-        acceptance = _sglang_acceptance(server, answers, counted, others, info, notes)
+        counting = answers
+        if _details(answers) is None:
+            unstreamed = {"stream": False, "stream_options": None, "return_meta_info": True, "cache_salt": uuid.uuid4().hex}
+            again = await serve.ask_all(
+                client, [body | unstreamed for body in bodies], concurrency, load.timeout_s, load.retries
+            )
+            if _details(again) is not None:
+                counting = again
+                notes.append(f"{server.url} does not stream spec_tokens_details: counted in a second, unstreamed pass")
+        acceptance = _sglang_acceptance(server, counting, counted, others, info, notes)
     return Measured(
         num_requests=len(answers),
         num_retries=sum(a.num_retries for a in answers),
@@ -329,6 +339,12 @@ def _vllm_acceptance(
     return Acceptance(produced / forwards, own, forwards, steps or None)
 
 
+def _details(answers: list[Answer]) -> list[serve.SpecDetails] | None:
+    """Of each answer that was verified at all (one of a single token is the prefill's); None if one lacks them."""
+    details = [a.spec for a in answers if a.num_tokens > 1]
+    return details if all(d is not None and d.spec_verify_ct for d in details) else None
+
+
 def _sglang_acceptance(
     server: Server,
     answers: list[Answer],
@@ -338,9 +354,11 @@ def _sglang_acceptance(
     notes: list[str],
 ) -> Acceptance | None:
     produced, tokens = _after_prefill(answers), sum(a.num_tokens for a in answers)
-    verified = [a for a in answers if a.num_tokens > 1]
-    details = [a.spec for a in verified if a.spec is not None and a.spec.spec_verify_ct]
-    if details and len(details) == len(verified):
+    details = _details(answers)
+    if details == []:
+        notes.append(f"{server.url} verified nothing: no answer was longer than the prefill's token")
+        return None
+    if details is not None:
         forwards = sum(d.spec_verify_ct for d in details)
         depth = max(len(d.spec_correct_drafts_histogram) for d in details)
         rounds = np.zeros(max(depth, 1 + server.speculation.get("speculative_num_steps", 0)), dtype=np.int64)
@@ -351,7 +369,7 @@ def _sglang_acceptance(
         steps = (rounds[::-1].cumsum()[::-1][1:] / forwards).tolist() if depth else None
         return Acceptance(produced / forwards, tokens / forwards, forwards, steps)
 
-    lacks = f"{server.url} does not report verifying forwards by request (spec_tokens_details, which SGLang 0.5.21 has)"
+    lacks = f"{server.url} does not report verifying forwards by request (spec_tokens_details, or meta_info)"
     forwards = round(counted.get((serve.SGLANG_FORWARDS, ""), 0))
     if forwards and not others:
         notes.append(f"{lacks}: taken from {serve.SGLANG_FORWARDS}, without acceptance by depth")

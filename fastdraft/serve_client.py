@@ -1,6 +1,6 @@
 """Requests to a running SGLang or vLLM server: which engine it is, its counters, and streamed answers with their times.
 
-Names read in SGLang 0.5.21 and vLLM 0.32.0. No request lacks a time-out, and no more are in flight than asked.
+Names as in SGLang 0.5.17 and 0.5.21 and vLLM 0.32.0. No request lacks a time-out, and no more are in flight than asked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -190,6 +190,16 @@ class _Choice(BaseModel):
     delta: dict[str, Any] = {}
 
 
+class _Whole(BaseModel):
+    """What answers a request that does not stream."""
+
+    class Choice(BaseModel):
+        meta_info: SpecDetails | None = None
+
+    choices: list[Choice]
+    usage: _Usage
+
+
 class _Extension(BaseModel):
     spec_tokens_details: SpecDetails | None = None
 
@@ -207,7 +217,7 @@ class _Interrupted(Exception):
 
 async def ask_all(
     client: httpx.AsyncClient,
-    bodies: list[dict[str, Any]],  # of /v1/chat/completions, streaming, with usage
+    bodies: list[dict[str, Any]],  # of /v1/chat/completions; streamed ones ask for usage
     concurrency: int,  # requests in flight at most
     timeout_s: float,  # for one whole answer
     retries: int,  # of a request that was cut off or met an overloaded server; one that timed out is not sent again
@@ -236,7 +246,7 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float
             await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
         try:
             async with asyncio.timeout(timeout_s):
-                return await _stream(client, body, attempt)
+                return await (_stream if body.get("stream") else _whole)(client, body, attempt)
         except (TimeoutError, httpx.TimeoutException) as error:
             raise ValueError(
                 f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time, or fewer tokens or requests"
@@ -255,10 +265,8 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
     start = time.perf_counter()
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
-            said = f"it answers {response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
-            if response.status_code == 429 or response.status_code >= 500:
-                raise _Interrupted(said)
-            raise ValueError(f"{url} refuses a request: {said}")
+            await response.aread()
+            _refused(response, url)
         async for line in response.aiter_lines():
             if not line.startswith("data:"):
                 continue
@@ -284,6 +292,27 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
     if num_tokens is None:
         raise ValueError(f"{url} does not report how many tokens it generated (usage, asked for by stream_options)")
     return Answer(num_tokens, marks[0][0] if marks else None, end_s, _gaps(marks, num_tokens), spec, num_retries)
+
+
+async def _whole(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
+    url = server_url(client)
+    start = time.perf_counter()
+    response = await client.post("/v1/chat/completions", json=body)
+    if response.status_code != 200:
+        _refused(response, url)
+    try:
+        answer = _Whole.model_validate_json(response.content)
+    except ValidationError as error:
+        raise ValueError(f"{url} answers what is no chat completion: {response.text[:200]}") from error
+    spec = answer.choices[0].meta_info if answer.choices else None
+    return Answer(answer.usage.completion_tokens or 0, None, time.perf_counter() - start, [], spec, num_retries)
+
+
+def _refused(response: httpx.Response, url: str) -> NoReturn:
+    said = f"it answers {response.status_code}: {response.text[:300]}"
+    if response.status_code == 429 or response.status_code >= 500:
+        raise _Interrupted(said)
+    raise ValueError(f"{url} refuses a request: {said}")
 
 
 def _gaps(marks: list[tuple[float, int | None]], num_tokens: int) -> list[float]:

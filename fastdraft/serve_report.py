@@ -67,7 +67,7 @@ def _steps(cell: Cell) -> list[float]:
 
 
 def _percentiles(p: Percentiles | None) -> str:
-    return "-" if p is None else " / ".join(f"{value:,.1f}" for value in (p.p50, p.p90, p.p99))
+    return "-" if p is None else " / ".join(f"{x:.0f}" if x >= 100 else f"{x:.1f}" for x in (p.p50, p.p90, p.p99))
 
 
 def _say(console: Console, line: str) -> None:

@@ -30,6 +30,8 @@ class Engine:
 
     engine, version, speculates = "vLLM", "0.32.0", True
     metrics = usage = details = True
+    meta_info = False
+    short = False  # answers are the prefill's token
     chunk_s = 0.0
     failures = 0  # first requests answered 503
     dies_after = 10**9  # requests; then streams break and nothing listens any more
@@ -69,8 +71,10 @@ class Engine:
                         self.reply(503, "overloaded")
                     elif outer.refuses:
                         self.reply(400, "context too long")
-                    else:
+                    elif body["stream"]:
                         self.stream(body, mine)
+                    else:
+                        self.reply(200, outer.whole(body))
                 finally:
                     with outer.lock:
                         outer.in_flight -= 1
@@ -132,14 +136,14 @@ class Engine:
         """The chunks of a stream. Rounds are counted, as in the engines, before the last is sent."""
         number = int(body["messages"][-1]["content"].split()[-1])
         given = rounds(number) if self.speculates else [1] * sum(rounds(number))
-        given = given + [1] * self.plain_forwards
+        given = [] if self.short else given + [1] * self.plain_forwards
         total = 1 + sum(given)
         yield json.dumps({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         sent = 0
         for i, tokens in enumerate([1, *given]):
             sent += tokens
             if i == len(given):
-                self.count(rounds(number) if self.speculates else [], total)
+                self.count(rounds(number) if self.speculates and not self.short else [], total)
             chunk = {"choices": [{"delta": {"content": "x" * tokens}}]}
             yield (
                 "<html>"
@@ -147,14 +151,24 @@ class Engine:
                 else json.dumps(chunk | ({"usage": {"completion_tokens": sent}} if self.usage else {}))
             )
         if self.engine == "SGLang" and self.details and body.get("return_spec_tokens_details") and given:
-            histogram = [rounds(number).count(n + 1) for n in range(max(rounds(number)))]
-            details = {"spec_verify_ct": len(given), "spec_correct_drafts_histogram": histogram}
-            yield json.dumps({"choices": [], "sglext": {"spec_tokens_details": details}})
+            yield json.dumps({"choices": [], "sglext": {"spec_tokens_details": self.spec(number)}})
         if self.broken:
             return
         if self.usage is not None:
             yield json.dumps({"choices": [], "usage": {"completion_tokens": total}})
         yield "[DONE]"
+
+    def spec(self, number: int) -> dict:
+        histogram = [rounds(number).count(n + 1) for n in range(max(rounds(number)))]
+        return {"spec_verify_ct": len(rounds(number)), "spec_correct_drafts_histogram": histogram}
+
+    def whole(self, body: dict) -> str:
+        """An answer that does not stream."""
+        number = int(body["messages"][-1]["content"].split()[-1])
+        self.count(rounds(number), 1 + sum(rounds(number)))
+        told = self.meta_info and body["return_meta_info"] and rounds(number)
+        choice = {"message": {"content": "x"}} | ({"meta_info": {"id": "a", **self.spec(number)}} if told else {})
+        return json.dumps({"choices": [choice], "usage": {"completion_tokens": 1 + sum(rounds(number))}})
 
     def count(self, given: list[int], total: int) -> None:
         with self.lock:
@@ -256,6 +270,8 @@ def test_others_requests_are_noticed(engine):
         ("vLLM", {"metrics": False}, None, "no vllm: counters in /metrics"),
         ("vLLM", {"speculates": False}, None, "runs without speculation"),
         ("SGLang", {"speculates": False}, None, "runs without speculation"),
+        ("SGLang", {"short": True}, None, "verified nothing"),
+        ("vLLM", {"short": True}, None, "verified nothing"),
         ("SGLang", {"details": False}, sum(GIVEN) / len(GIVEN), "taken from sglang:spec_verify_calls_total"),
         ("SGLang", {"details": False, "metrics": False}, None, "since it was started is known, 2.500"),
         ("SGLang", {"details": False, "metrics": False, "lifetime": None}, None, "nor a mean"),
@@ -266,6 +282,15 @@ def test_what_a_server_does_not_report_is_said(engine, kind, habits, length, sai
     acceptance = report.cells[0].measured.acceptance
     assert (acceptance and acceptance.accepted_length) == length and any(said in note for note in report.notes)
     assert report.cells[0].measured.output_tokens_per_s > 0
+
+
+def test_an_older_sglang_counts_in_an_unstreamed_pass(engine):
+    server = engine("SGLang", details=False, metrics=False, meta_info=True)
+    report = bench_serve(server.url, {"set": ask(*NUMBERS)}, Load((3,), num_warmup=0))
+    m = report.cells[0].measured
+    assert m.acceptance.accepted_length == sum(GIVEN) / len(GIVEN)
+    assert m.acceptance.step_acceptance == pytest.approx(BY_DEPTH) and m.num_requests == 12
+    assert server.seen == 24 and server.most == 3 and "second, unstreamed pass" in report.notes[0]
 
 
 def test_latencies(engine):
