@@ -315,7 +315,7 @@ def serve(
     warmup: Annotated[int, typer.Option(help="Requests to each server before measuring.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 300.0,
     retries: Annotated[int, typer.Option(help="Times a request that failed is sent again.")] = 2,
-    api_key: Annotated[str | None, typer.Option(envvar="FASTDRAFT_API_KEY", help="Sent as bearer token.")] = None,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     out: Annotated[Path | None, typer.Option(help="Directory for serve.json and serve.png.")] = None,
 ) -> None:
     """Accepted length, acceptance by depth, speed and latency in a running server."""
@@ -344,7 +344,7 @@ def serve(
             write_file(out / "serve.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
 
     earlier = read_report(baseline) if baseline is not None else None
-    report = bench_serve(url, sets, load, baseline_url, earlier, api_key, keep)
+    report = bench_serve(url, sets, load, baseline_url, earlier, os.environ.get(api_key_env), keep)
     render_serve(report, console)
     if out is not None:
         write_file(out / "serve.png", serve_picture(report))

@@ -45,7 +45,7 @@ class Engine:
         self.lock = threading.Lock()
         self.counts = dict.fromkeys(("tokens", "drafts", "accepted"), 100)  # of an earlier life
         self.per_position = [70, 20, 10]
-        self.bodies, self.in_flight, self.most, self.seen = [], 0, 0, 0
+        self.bodies, self.keys, self.in_flight, self.most, self.seen = [], set(), 0, 0, 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,6 +61,7 @@ class Engine:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
+                    outer.keys.add(self.headers["Authorization"])
                     outer.in_flight += 1
                     outer.seen += 1
                     outer.most = max(outer.most, outer.in_flight)
@@ -388,14 +389,27 @@ def write_prompts(path, numbers):
 
 def test_the_command_writes_tables_json_and_a_picture(engine, fastdraft, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("MY_KEY", "secret")
     server, plain = engine("SGLang"), engine("SGLang", speculates=False)
     one, two = write_prompts(tmp_path / "one.jsonl", NUMBERS), write_prompts(tmp_path / "two.jsonl", (3, 7, 11))
     code, out, err = fastdraft(
         *("bench", "serve", "--url", server.url, "--baseline-url", plain.url, "--prompts", one, "--prompts", two),
-        *("--concurrency", "1,2", "--max-prompts", 12, "--out", tmp_path / "out", "--body", '{"top_k": 1}'),
+        *(
+            "--api-key-env",
+            "MY_KEY",
+            "--concurrency",
+            "1,2",
+            "--max-prompts",
+            12,
+            "--out",
+            tmp_path / "out",
+            "--body",
+            '{"top_k": 1}',
+        ),
     )
     assert code == 0, err
     assert f"{sum(GIVEN) / len(GIVEN):.3f}" in out and " ".join(f"{share:.2f}" for share in BY_DEPTH) in out
+    assert server.keys == plain.keys == {"Bearer secret"}
     assert "tokens per verifying forward of the target" in out and "EAGLE3" in out and "baseline" in out
     report = read_report(tmp_path / "out" / "serve.json")
     assert [c.prompts for c in report.cells] == ["one", "one", "two", "two"] and server.bodies[0]["top_k"] == 1
