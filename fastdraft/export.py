@@ -162,7 +162,9 @@ def _map_problems(
         d2t = torch.zeros(c.draft_vocab_size, dtype=torch.int64)
     ids = d2t + torch.arange(c.draft_vocab_size)
     problems = []
-    if int(ids.min()) < 0 or int(ids.max()) >= c.vocab_size:
+    if c.draft_vocab_size < c.vocab_size and torch.equal(t2d.nonzero().flatten(), d2t):
+        problems.append("d2t holds the target ids themselves; it must be an offset, target id minus draft id.")
+    elif int(ids.min()) < 0 or int(ids.max()) >= c.vocab_size:
         worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         problems.append(
             f"d2t maps to target id {worst}, outside the vocabulary of {c.vocab_size}; "

@@ -1,0 +1,196 @@
+"""`fastdraft check --engine`: a user's own draft in the user's own engine, compared token for token, and faults named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.engines.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
+from fastdraft.engines.run import EnginePlace, Output, Run, Served, engine_version, run_engine
+from fastdraft.export import load_draft
+from fastdraft.model.config import language_config, read_target_config
+from fastdraft.model.draft import Draft
+from fastdraft.target.hf import Target, load_target, load_tokenizer
+
+PROMPTS = (
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "What are the differences between a frog and a toad?",
+    "Translate into French: The train leaves at nine, and I have lost my ticket.",
+    "A shop sells pens at 3 for 2 dollars. What do 12 pens cost? Show your steps.",
+    "List five things to check before a long drive.",
+    "Summarise the story of Romeo and Juliet for a child.",
+    "What does the HTTP status code 404 mean, and what should a server send with it?",
+)
+LOW = 1.15  # tokens a verifying forward, below which a draft is hardly worth its time
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """What to serve and for how long. `prompts`: a JSONL file; None: eight of our own."""
+
+    place: EnginePlace
+    checkpoint: Path
+    target: Path
+    prompts: Path | None = None
+    max_prompts: int = 16
+    max_new_tokens: int = 64
+    num_steps: int = 3
+    dtype: str | None = None  # None: the one the target's config.json names
+    timeout_s: float = 1800
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sentences for the user: what was measured, what to look at, what is wrong."""
+
+    facts: list[str]
+    warnings: list[str]
+    errors: list[str]
+
+
+def check_engine(check: EngineCheck) -> Report:
+    """Serves the checkpoint in the engine and compares what it drafted with fastdraft's own reading.
+
+    Raises ValueError when the checkpoint cannot be read as a draft of this target, the engine is missing, too old, fails or
+    runs out of time, or a prompt leaves no room in the target's context.
+    """
+    facts = language_config(read_target_config(check.target))
+    draft = load_draft(check.checkpoint, facts)
+    engine_version(check.place)
+    own = str(facts.get("dtype") or facts.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    dtype = check.dtype or own
+    prompts = _prompt_ids(check, facts["max_position_embeddings"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = load_target(str(check.target), getattr(torch, dtype), "cpu", draft.config.layers, check.trust_remote_code)
+    stop_ids = sorted(target.eos_ids)
+    run = Run(
+        str(check.target.resolve()),
+        str(check.checkpoint.resolve()),
+        prompts,
+        check.max_new_tokens,
+        stop_ids,
+        dtype,
+        check.num_steps,
+        plain=True,
+        trust_remote_code=check.trust_remote_code,
+    )
+    (served,) = run_engine(check.place, [run], check.timeout_s)  # before the target takes the GPU
+    target.model.to(device)
+    target = Target(target.model, draft.config.layers)
+    return compare(target, draft, prompts, served, check.num_steps)
+
+
+def compare(target: Target, draft: Draft, prompts: list[list[int]], served: Served, num_steps: int) -> Report:
+    """`draft` as `load_draft` gave it, in the checkpoint's dtype; the target in the dtype the engine ran in."""
+    checkpoint_dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
+    draft = draft.to(target.device, target.dtype)
+    if draft.config.hidden_size == draft.config.target_hidden_size:
+        draft.set_embedding(target.embedding)
+    parity = Parity(target, draft, prompts, served.outputs, num_steps)
+    tokens = sum(len(o.tokens) for o in served.outputs)
+    report = Report([f"{served.engine} {served.version}, {served.dtype}: {len(prompts)} prompts, {tokens} tokens"], [], [])
+    if served.dtype != checkpoint_dtype:
+        report.warnings.append(
+            f"dtype: {served.engine} ran in {served.dtype}, the checkpoint's weights are {checkpoint_dtype}; "
+            "serve in that dtype, or export in the one served"
+        )
+    if not _target_agrees(parity, prompts, served, report):
+        return report
+    told = diagnose(parity)
+    _say_drafts(told, served, report)
+    _say_causes(told, served, report)
+    return report
+
+
+def _prompt_ids(check: EngineCheck, context: int) -> list[list[int]]:
+    tokenizer = load_tokenizer(str(check.target), check.trust_remote_code)
+    if check.prompts is None:
+        asked = [[{"role": "user", "content": text}] for text in PROMPTS]
+    else:
+        asked = read_prompts(check.prompts)
+    if tokenizer.chat_template is None:  # a base model's target completes the last message's text
+        prompts = [tokenizer(messages[-1]["content"])["input_ids"] for messages in asked[: check.max_prompts]]
+    else:
+        prompts = prompt_ids(asked[: check.max_prompts], tokenizer)
+    room = context - check.max_new_tokens - check.num_steps - 1
+    if (longest := max(map(len, prompts))) > room:
+        raise ValueError(
+            f"a prompt has {longest} tokens; with {check.max_new_tokens} new and {check.num_steps} drafted ones it does "
+            f"not fit the target's context of {context}: shorten it, or lower --max-new-tokens"
+        )
+    return prompts
+
+
+def _target_agrees(parity: Parity, prompts: list[list[int]], served: Served, report: Report) -> bool:
+    found = {"with the draft": parity.target_evidence()}
+    if served.plain is not None:
+        plain = [Output(tokens) for tokens in served.plain]
+        found["without"] = Parity(parity.target, parity.draft, prompts, plain, parity.num_steps).target_evidence()
+        same = sum(o.tokens == p for o, p in zip(served.outputs, served.plain, strict=True))
+        report.facts.append(f"greedy output with and without the draft: equal for {same} of {len(prompts)} prompts")
+    for how, evidence in found.items():
+        report.facts.append(f"output {how}: {_of_target(evidence)}")
+        if evidence.agreement < 0.99:
+            report.errors.append(
+                f"{served.engine} does not say what this target says: {_of_target(evidence)}. It serves another target, or "
+                "another precision of it; the drafts were not compared"
+            )
+    return not report.errors
+
+
+def _of_target(e: TargetEvidence) -> str:
+    near = f", {e.num_near} more at near-ties" if e.num_near else ""
+    return f"{e.num_equal} of {e.num_tokens} tokens are the target's first choice{near}"
+
+
+def _say_drafts(told: Diagnosis, served: Served, report: Report) -> None:
+    ours = told.reference
+    if ours.num_proposed:
+        near = f", {ours.num_near} more at near-ties" if ours.num_near else ""
+        report.facts.append(f"drafted tokens: {ours.num_equal} of {ours.num_proposed} are fastdraft's{near}")
+        theirs = sum(len(o.tokens) - 1 for o in served.outputs) / max(sum(len(o.rounds) for o in served.outputs), 1)
+        engine = f"{theirs:.3f} in {served.engine}"
+        if served.accepted_length is not None:
+            engine += f" (which itself says {served.accepted_length:.3f})"
+    else:
+        report.facts.append(f"{served.engine} does not show what it drafted; verifying rounds are compared")
+        theirs = sum(len(o.tokens) - 1 for o in served.outputs) / max(served.num_rounds or 0, 1)
+        engine = f"{theirs:.3f} in {served.engine}"
+    report.facts.append(f"accepted length, chain: {engine}, {ours.accepted_length:.3f} by fastdraft")
+
+
+def _say_causes(told: Diagnosis, served: Served, report: Report) -> None:
+    ours = told.reference
+    if not told.agrees:
+        causes = [
+            f"{e.reading.fault}: {served.engine} drafts as with {e.reading.says}{_fit(e, ours)}" for e in told.served_as
+        ]
+        report.errors.extend(causes)
+        if not causes:
+            report.errors.append(
+                f"{served.engine}'s drafts are not this checkpoint's{_fit(ours, None)}, and no single fault known here "
+                "explains them: not layer ids, position, vocabulary map, norm, dtype, RoPE or epsilon; is it the same "
+                "checkpoint?"
+            )
+    for e in told.trained_as:
+        report.errors.append(
+            f"{e.reading.fault}: with {e.reading.says} the accepted length would be {e.accepted_length:.3f} instead of "
+            f"{ours.accepted_length:.3f}; the draft was trained so, and its config.json or d2t says otherwise"
+        )
+    if told.agrees and not told.trained_as and ours.accepted_length < LOW:
+        report.warnings.append(
+            f"the accepted length of {ours.accepted_length:.3f} is low, and no other reading of the checkpoint does "
+            "better: it is served as trained. Train longer, or on the target's own answers to prompts like these"
+        )
+
+
+def _fit(evidence: Evidence, ours: Evidence | None) -> str:
+    if not evidence.num_proposed:
+        return f" (accepted length {evidence.accepted_length:.3f})"
+    share = f"{evidence.num_equal} of {evidence.num_proposed} drafted tokens"
+    return f" ({share})" if ours is None else f" ({share} are those, {ours.num_equal} the checkpoint's)"

@@ -1,0 +1,80 @@
+"""Runs in SGLang's own Python, on a GPU: serves drafts on token ids with its offline engine.
+
+    python sglang_child.py JOB.json RESULT.json
+
+The same files as vllm_child.py. SGLang drafts in another process and does not show what; it tells how many verifying
+forwards each request took. Kernels that need no compiler and no CUDA graph, so that partial installs will do.
+"""
+
+import json
+import sys
+
+import sglang
+
+
+def main(job: str, result: str) -> None:
+    with open(job, encoding="utf-8") as file:
+        runs = json.load(file)
+    served = []
+    for run in runs:
+        found = serve(run, run["checkpoint"])
+        found["plain"] = [o["tokens"] for o in serve(run, None)["outputs"]] if run["plain"] else None
+        served.append(found)
+    with open(result, "w", encoding="utf-8") as file:
+        json.dump(served, file)
+
+
+def serve(run: dict, checkpoint: str | None) -> dict:
+    options = {}
+    if checkpoint is not None:
+        options = {
+            "speculative_algorithm": "EAGLE3",
+            "speculative_draft_model_path": checkpoint,
+            "speculative_num_steps": run["num_steps"],
+            "speculative_eagle_topk": run["eagle_topk"],
+            "speculative_num_draft_tokens": run["num_draft_tokens"] or run["num_steps"] + 1,
+        }
+    engine = sglang.Engine(
+        model_path=run["target"],
+        trust_remote_code=run["trust_remote_code"],
+        dtype=run["dtype"],
+        skip_tokenizer_init=True,
+        attention_backend="triton",
+        sampling_backend="pytorch",
+        grammar_backend="none",
+        disable_cuda_graph=True,
+        disable_radix_cache=True,
+        max_running_requests=8,
+        mem_fraction_static=0.6,
+        random_seed=0,
+        log_level="error",
+        **options,
+    )
+    sampling = {
+        "temperature": 0.0,
+        "max_new_tokens": run["max_new_tokens"],
+        "ignore_eos": True,
+        "stop_token_ids": run["stop_ids"],
+    }
+    answers = engine.generate(input_ids=run["prompts"], sampling_params=sampling)
+    engine.shutdown()
+    outputs = []
+    for answer in answers:
+        told = answer["meta_info"]
+        outputs.append({"tokens": answer["output_ids"], "num_rounds": told.get("spec_verify_ct")})
+    counts = [o["num_rounds"] for o in outputs]
+    known = checkpoint is not None and all(n is not None for n in counts)
+    tokens = sum(len(o["tokens"]) for o in outputs)
+    return {
+        "engine": "sglang",
+        "version": sglang.__version__,
+        "dtype": run["dtype"],
+        "outputs": outputs,
+        # the mean of each request's spec_accept_length, weighted by its rounds
+        "accepted_length": tokens / sum(counts) if known else None,
+        "num_rounds": sum(counts) if known else None,
+    }
+
+
+if __name__ == "__main__":  # SGLang's workers import this file again
+    main(*sys.argv[1:])

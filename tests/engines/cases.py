@@ -1,0 +1,89 @@
+"""Tiny random targets of several shapes, each with a draft trained a little on what its target says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_decode import prompts, train_on_own_output
+from tiny import tiny_llama
+
+from fastdraft.decode import DecodeSettings
+from fastdraft.engines.run import EnginePlace, Run
+from fastdraft.export import export_draft, verify
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
+from fastdraft.target.hf import Target
+
+NEW_TOKENS = 30
+CHAIN = DecodeSettings(num_steps=3)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # so that the prompts are long enough to tell
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+
+# name: what is unusual about the target, and about the draft
+CASES: dict[str, tuple[dict, dict]] = {
+    "gqa": ({"num_attention_heads": 4, "num_key_value_heads": 1}, {}),
+    "layers": ({}, {"layers": (0, 2, 5)}),
+    "whole vocabulary": ({}, {"draft_vocab_size": 192}),
+    "narrow draft": ({}, {"hidden_size": 32}),
+    "wide draft": ({}, {"hidden_size": 96}),
+    "llama3": ({"rope_parameters": LLAMA3}, {}),
+    "yarn": ({"rope_parameters": YARN}, {}),
+    "fc_norm": ({}, {"fc_norm": True}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    target: Target
+    draft: Draft
+    prompts: list[list[int]]
+    target_dir: Path
+    checkpoint: Path
+
+    def run(self) -> Run:
+        return Run(str(self.target_dir), str(self.checkpoint), self.prompts, NEW_TOKENS, [2], "float32", plain=True)
+
+
+def make_case(name: str, folder: Path, steps: int = 40) -> Case:
+    target_changes, draft_changes = CASES[name]
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    model = tiny_llama(0, **shape | {"initializer_range": 0.15} | target_changes)
+    model.save_pretrained(folder / "target")
+    c = DraftConfig.from_target(model.config.to_dict(), **{"draft_vocab_size": 120} | draft_changes)
+    target, draft = Target(model, c.layers), Draft(c)
+    generator = torch.Generator().manual_seed(1)
+    draft.init_weights(0.15, generator)
+    draft.set_vocab(torch.randperm(c.vocab_size, generator=generator)[: c.draft_vocab_size].sort().values)
+    draft.set_embedding(target.embedding)
+    train_on_own_output(target, draft, NEW_TOKENS, steps)
+    checkpoint = export_draft(draft, folder / "draft", torch.float32)
+    findings = verify(checkpoint, folder / "target")
+    assert not findings.errors
+    return Case(name, target, draft, prompts(), folder / "target", checkpoint)
+
+
+def rewrite_config(checkpoint: Path, **changes) -> None:
+    """Changes fields of an exported config.json; None takes one out."""
+    file = checkpoint / "config.json"
+    config = {key: value for key, value in (json.loads(file.read_text()) | changes).items() if value is not None}
+    file.write_text(json.dumps(config))
+
+
+def engine_place(name: str, environ: dict[str, str]) -> EnginePlace:
+    """The engine that `make test-engines` installed."""
+    variable = f"FASTDRAFT_{name.upper()}_PYTHON"
+    if variable not in environ:
+        pytest.fail(f"{variable} names no interpreter; run these tests with `make test-engines`")
+    return EnginePlace(name, environ[variable], environ.get(f"FASTDRAFT_{name.upper()}_PYTHONPATH"))

@@ -1,0 +1,225 @@
+"""Each way an engine can misread a draft, or a draft's files can misstate it, is named; and engines that fail say so."""
+
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
+
+from fastdraft.decode import DecodeSettings, generate, generate_plain
+from fastdraft.engines import check as checks
+from fastdraft.engines.parity import Parity, Reading, diagnose, read_as, run_chains
+from fastdraft.engines.run import EnginePlace, Output, Round, Run, Served, engine_version, run_engine
+from fastdraft.evaluate import evaluate_decode
+from fastdraft.model.draft import Draft
+from fastdraft.target.hf import Target
+
+NEW_TOKENS, STEPS = 30, 3
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    draft = tiny_draft(target, fc_norm=True)
+    train_on_own_output(target, draft, NEW_TOKENS, steps=60)
+    return draft
+
+
+def serve(target, draft, reading=None, shows=True) -> Served:
+    """What an engine that reads the draft so would answer, and draft on the way."""
+    reading = reading or Reading()
+    wrong = read_as(draft, reading)
+    outputs = []
+    for prompt in prompts():
+        tokens = generate_plain(target, prompt, NEW_TOKENS).tokens
+        ids = torch.tensor(prompt + tokens)
+        (g,) = Parity(target, draft, [prompt], [Output(tokens)], STEPS).states(reading.layers or draft.config.layers)
+        chain = torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)
+        for i in range(STEPS):
+            chain[:, i] = run_chains(wrong, reading, ids, g, chain).choice[:, i]
+        rounds, after = [], 1
+        while after < len(tokens):
+            drafted = chain[len(prompt) + after - 2].tolist()
+            rounds.append(Round(after, drafted))
+            kept = 0
+            while kept < STEPS and after + kept < len(tokens) and drafted[kept] == tokens[after + kept]:
+                kept += 1
+            after += kept + 1
+        outputs.append(Output(tokens, rounds if shows else [], len(rounds)))
+    rounds = sum(o.num_rounds for o in outputs)
+    plain = [o.tokens for o in outputs]
+    return Served("vllm" if shows else "sglang", "0.0", "float32", outputs, plain, None, rounds)
+
+
+def diagnosis(target, draft, served):
+    return diagnose(Parity(target, draft, prompts(), served.outputs, STEPS))
+
+
+def test_the_documented_reading_is_what_decode_does(target, draft):
+    """Rounds and accepted length from teacher-forced chains are the decoder's own."""
+    told = diagnosis(target, draft, serve(target, draft))
+    report = evaluate_decode(target, draft, prompts(), DecodeSettings(STEPS), NEW_TOKENS)
+    assert told.agrees and not told.served_as and not told.trained_as
+    assert told.reference.accepted_length == report.accepted_length
+    ours = [generate(target, draft, p, NEW_TOKENS, DecodeSettings(STEPS)).num_rounds for p in prompts()]
+    assert list(told.reference.rounds) == ours
+    assert 1.3 < report.accepted_length < 3.9  # or the faults below would change nothing
+
+
+FAULTS = {
+    "layer ids": Reading("layer ids", layers=(0, 1, 2)),
+    "position": Reading("position", advances=False),
+    "token": Reading("token", shift=0),
+    "vocabulary map": Reading("vocabulary map", vocabulary="absolute"),
+    "norm": Reading("norm", normed_state=True),
+    "config field": Reading("config field", rope=(("rope_theta", 1e4), ("rope_type", "default"))),
+}
+
+
+def scaled(draft) -> Draft:
+    """The draft with a RoPE far from plain, so that reading it as plain shows."""
+    c = draft.config.model_copy(update={"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 16.0}})
+    made = Draft(c)
+    made.load_state_dict(draft.state_dict())
+    return made
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_engine_that_reads_otherwise_is_told_how(target, draft, fault):
+    mine = scaled(draft) if fault == "config field" else draft
+    served = serve(target, mine, FAULTS[fault])
+    proposed = sum(len(r.drafted) for o in served.outputs for r in o.rounds)
+    first = checks.compare(target, mine, prompts(), served, STEPS).errors[0]
+    assert first.startswith(f"{fault}: vllm drafts as with")
+    assert f"({proposed} of {proposed} drafted tokens are those" in first
+
+
+def test_a_draft_run_in_another_dtype_is_told(target):
+    """An untrained draft has near-ties everywhere, so that rounding shows."""
+    draft = tiny_draft(target)
+    draft.lm_head.weight.data *= 1e-3
+    draft.lm_head.weight.data += 1.0
+    draft.norm.weight.data.fill_(1.0)
+    told = diagnosis(target, draft, serve(target, draft, Reading("dtype", dtype=torch.bfloat16)))
+    assert not told.agrees and told.served_as[0].reading.fault == "dtype"
+
+
+def test_layer_ids_other_than_trained_are_told(target, draft):
+    """The engine does what config.json says; the layers the draft was trained on would be accepted more often."""
+    wrong = Draft(draft.config.model_copy(update={"layers": (2, 3, 4)}))
+    wrong.load_state_dict(draft.state_dict())
+    other = Target(target.model, (2, 3, 4))
+    served = serve(other, wrong)
+    told = diagnosis(other, wrong, served)
+    assert told.agrees and not told.served_as
+    assert told.trained_as[0].reading.layers == draft.config.layers
+    assert told.trained_as[0].accepted_length > told.reference.accepted_length + 0.2
+    report = checks.compare(other, wrong, prompts(), served, STEPS)
+    assert any(line.startswith("layer ids: with outputs of layers [1, 2, 3] (the default)") for line in report.errors)
+
+
+def test_an_engine_without_proposals_is_judged_by_its_rounds(target, draft):
+    assert diagnosis(target, draft, serve(target, draft, shows=False)).agrees
+    told = diagnosis(target, draft, serve(target, draft, FAULTS["layer ids"], shows=False))
+    assert not told.agrees and "layer ids" in [e.reading.fault for e in told.served_as]
+
+
+def test_a_low_acceptance_that_nothing_explains_is_the_drafts_own(target):
+    untrained = tiny_draft(target)
+    report = checks.compare(target, untrained, prompts(), serve(target, untrained), STEPS)
+    assert not report.errors and "served as trained" in report.warnings[0]
+
+
+def test_another_target_is_told_and_nothing_else(target, draft):
+    served = serve(target, draft)
+    wrong = [replace(o, tokens=[(t + 1) % 96 for t in o.tokens]) for o in served.outputs]
+    report = checks.compare(target, draft, prompts(), replace(served, outputs=wrong), STEPS)
+    assert len(report.errors) == 1 and "does not say what this target says" in report.errors[0]
+
+
+def test_the_engines_dtype_is_compared_with_the_checkpoints(target, draft):
+    half = tiny_draft(target).to(torch.bfloat16)
+    report = checks.compare(target, half, prompts(), serve(target, tiny_draft(target)), STEPS)
+    assert "dtype: vllm ran in float32, the checkpoint's weights are bfloat16" in report.warnings[0]
+
+
+# --- engines that are missing, old, slow or dying ------------------------------------------------------------------------
+
+RUN = Run("/nowhere/target", "/nowhere/draft", [[1, 2]], 4, [2], "float32")
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A `vllm` package with some code, installed in some version."""
+
+    def install(version, code="") -> EnginePlace:
+        (tmp_path / "vllm").mkdir()
+        (tmp_path / "vllm" / "__init__.py").write_text(code)
+        info = tmp_path / f"vllm-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+        (info / "top_level.txt").write_text("vllm\n")
+        (info / "RECORD").write_text("vllm/__init__.py,,\n")
+        return EnginePlace("vllm", sys.executable, str(tmp_path))
+
+    return install
+
+
+def test_a_missing_engine(tmp_path):
+    with pytest.raises(ValueError, match=r"sglang is not installed for .*--engine-python PATH"):
+        engine_version(EnginePlace("sglang"))
+    with pytest.raises(ValueError, match="no interpreter that can run; give --engine-python"):
+        engine_version(EnginePlace("vllm", str(tmp_path / "python")))
+
+
+def test_an_old_engine(fake):
+    with pytest.raises(ValueError, match=r"vllm 0\.10\.2 is too old .* 0\.32\.0 and newer"):
+        run_engine(fake("0.10.2"), [RUN], 10)
+
+
+def test_a_version_that_will_do(fake):
+    assert engine_version(fake("0.32.0.post1")) == "0.32.0.post1"
+
+
+def test_an_engine_that_fails_says_why(fake):
+    with pytest.raises(ValueError, match="vllm failed with exit code 1: RuntimeError: no room for the KV cache"):
+        run_engine(fake("0.32.0", "raise RuntimeError('no room for the KV cache')"), [RUN], 30)
+
+
+def test_an_engine_that_dies(fake):
+    with pytest.raises(ValueError, match="vllm was killed by SIGKILL"):
+        run_engine(fake("0.32.0", "import os; os.kill(os.getpid(), 9)"), [RUN], 30)
+
+
+def test_an_engine_that_hangs_is_stopped_with_all_it_started(fake, tmp_path):
+    code = """
+import os, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(os.environ["PYTHONPATH"] + "/worker", "w").write(str(worker.pid))
+print("waiting for a GPU", flush=True)
+time.sleep(600)
+"""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="did not finish within 5 s and was stopped; last words: waiting for a GPU"):
+        run_engine(fake("0.32.0", code), [RUN], 5)
+    assert time.monotonic() - start < 60
+    worker = int((tmp_path / "worker").read_text())
+    for _ in range(100):
+        if not alive(worker):
+            return
+        time.sleep(0.1)
+    pytest.fail("the engine's worker goes on")
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
