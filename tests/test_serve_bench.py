@@ -33,6 +33,7 @@ class Engine:
     meta_info = False
     short = False  # answers are the prefill's token
     chunk_s = 0.0
+    gathers = 1  # requests wait until so many were in flight at once
     failures = 0  # first requests answered 503
     dies_after = 10**9  # requests; then streams break and nothing listens any more
     trim = 0  # drafted tokens beyond the stop: the counters have them, the answer has not
@@ -54,7 +55,7 @@ class Engine:
 
             def do_GET(self):
                 if outer.hangs == self.path:
-                    time.sleep(1.5)
+                    time.sleep(2.5)
                 text = outer.get(self.path)
                 self.reply(404 if text is None else 200, text or "")
 
@@ -68,6 +69,9 @@ class Engine:
                     outer.bodies.append(body)
                     mine = outer.seen
                 try:
+                    until = time.perf_counter() + 5
+                    while outer.most < outer.gathers and time.perf_counter() < until:
+                        time.sleep(0.002)
                     if mine <= outer.failures:
                         self.reply(503, "overloaded")
                     elif outer.refuses:
@@ -238,9 +242,9 @@ def test_numbers_are_those_of_the_measured_window(engine, kind):
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_no_more_in_flight_than_asked(engine, concurrency):
-    server = engine(chunk_s=0.004)
-    bench_serve(server.url, {"set": ask(*NUMBERS)}, Load((concurrency,), **QUICK))
-    assert server.most == concurrency and server.seen == 13
+    server = engine(chunk_s=0.002, gathers=concurrency)
+    bench_serve(server.url, {"set": ask(*NUMBERS)}, Load((concurrency,), num_warmup=0))
+    assert server.most == concurrency and server.seen == 12
 
 
 def test_tokens_past_the_stop_are_in_vllms_ratio_only(engine):
@@ -291,14 +295,14 @@ def test_an_older_sglang_counts_in_an_unstreamed_pass(engine):
     m = report.cells[0].measured
     assert m.acceptance.accepted_length == sum(GIVEN) / len(GIVEN)
     assert m.acceptance.step_acceptance == pytest.approx(BY_DEPTH) and m.num_requests == 12
-    assert server.seen == 24 and server.most == 3 and "second, unstreamed pass" in report.notes[0]
+    assert server.seen == 24 and server.most <= 3 and "second, unstreamed pass" in report.notes[0]
 
 
 def test_latencies(engine):
     m = bench_serve(engine(chunk_s=0.02).url, {"set": ask(3, 7)}, Load(**QUICK)).cells[0].measured
-    assert 40 <= m.first_token_ms.p50 < 100  # two chunks: the role's, then text
+    assert 40 <= m.first_token_ms.p50 < m.end_to_end_ms.p50 - 60  # two chunks: the role's, then text
     assert 5 <= m.inter_token_ms.p50 <= m.inter_token_ms.p90 <= m.inter_token_ms.p99
-    assert 120 <= m.end_to_end_ms.p50 <= m.end_to_end_ms.p99 < 1000
+    assert 120 <= m.end_to_end_ms.p50 <= m.end_to_end_ms.p99
 
 
 def test_a_chunks_tokens_share_the_time_before_it():
@@ -313,7 +317,7 @@ def test_baselines_beside_and_from_a_file(engine, tmp_path):
     beside = bench_serve(fast.url, sets, Load((1, 2), **QUICK), baseline_url=slow.url + "/v1/")
     assert [(c.prompts, c.concurrency) for c in beside.cells] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     for cell in beside.cells:
-        assert cell.speedup == cell.measured.output_tokens_per_s / cell.baseline.output_tokens_per_s > 1
+        assert cell.speedup == cell.measured.output_tokens_per_s / cell.baseline.output_tokens_per_s
         assert cell.baseline.num_output_tokens == cell.measured.num_output_tokens
     assert beside.notes == ["b has only 1 prompts: never more than that many are in flight"]
 
@@ -360,16 +364,16 @@ def test_retries_are_bounded_and_counted(engine):
         ({"garbage": True}, "streams what is no chat completion: <html>"),
         ({"usage": None}, "does not report how many tokens"),
         ({"engine": "TGI", "metrics": False}, "neither SGLang .* nor vLLM"),
-        ({"hangs": "/v1/models"}, "/v1/models does not answer within 0.3 s"),
-        ({"chunk_s": 0.5}, "no whole answer to a request within 0.8 s"),
+        ({"hangs": "/v1/models"}, "/v1/models does not answer within 1 s"),
+        ({"chunk_s": 0.8}, "no whole answer to a request within 1.5 s"),
     ],
 )
 def test_a_server_that_fails_is_one_sentence_and_no_hang(engine, monkeypatch, habits, said):
-    monkeypatch.setattr(serve_client, "PROBE_S", 0.3)
+    monkeypatch.setattr(serve_client, "PROBE_S", 1.0)
     started = time.perf_counter()
     with pytest.raises(ValueError, match=said):
-        bench_serve(engine(**habits).url, {"a": ask(*NUMBERS)}, Load((2,), num_warmup=1, timeout_s=0.8, retries=1))
-    assert time.perf_counter() - started < 3
+        bench_serve(engine(**habits).url, {"a": ask(*NUMBERS)}, Load((2,), num_warmup=1, timeout_s=1.5, retries=1))
+    assert time.perf_counter() - started < 10
 
 
 def test_counters_that_go_backwards_are_a_restart(engine):
