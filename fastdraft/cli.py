@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -356,15 +356,34 @@ def check(
     checkpoint: Annotated[Path | None, typer.Option(help="Serving checkpoint to verify.")] = None,
     target: Annotated[Path | None, typer.Option(help="Its target's directory.")] = None,
     golden: Annotated[Path | None, typer.Option(help="Folder of golden cases to run.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Engine for --golden: reference (the default) or fused.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="With --checkpoint: vllm or sglang, to serve it there. With --golden: reference or fused."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="With vllm or sglang: JSONL of prompts to serve.")] = None,
+    max_prompts: Annotated[int, typer.Option(min=1, help="Of them, at most this many.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 64,
+    num_steps: Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")] = 3,
+    dtype: Annotated[str | None, typer.Option(help="What the engine runs in; the target's own dtype if left out.")] = None,
+    engine_python: Annotated[Path | None, typer.Option(help="The Python that has the engine; else this one.")] = None,
+    engine_pythonpath: Annotated[str | None, typer.Option(help="PYTHONPATH for it.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the engine may take in all.")] = 1800,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the target's own code.")] = False,
 ) -> None:
-    """Verify a checkpoint, run golden cases, or with no option say what this machine can do."""
+    """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do."""
     from fastdraft import check as checks
+    from fastdraft.engines.run import ENGINES, EnginePlace
 
     if target is not None and checkpoint is None:
         raise ValueError("--target belongs to --checkpoint; name the checkpoint to verify against it")
-    if engine is not None and golden is None:
-        raise ValueError("--engine belongs to --golden; name the folder of cases to run on it")
+    serving = engine in ENGINES
+    if engine is not None and golden is None and not serving:
+        raise ValueError(
+            f"--engine {engine}: with --checkpoint and --target it is one of {', '.join(ENGINES)}; "
+            f"{', '.join(checks.ENGINES)} belong to --golden, the folder of cases to run on it"
+        )
+    if serving and checkpoint is None:
+        raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
     good = True
     if checkpoint is not None:
         from fastdraft.export import verify
@@ -378,9 +397,20 @@ def check(
             say("error: " + line)
         good = not findings.errors
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
+        if serving:
+            from fastdraft.engines.check import EngineCheck, check_engine
+
+            place = EnginePlace(engine, str(engine_python or sys.executable), engine_pythonpath)
+            what = EngineCheck(place, checkpoint, target, prompts, max_prompts, max_new_tokens, num_steps, dtype)
+            report = check_engine(replace(what, timeout_s=timeout, trust_remote_code=trust_remote_code))
+            for line in report.lines():
+                say(line)
+            good &= not report.errors
     if golden is not None:
         table = Table("case", "quantity", "worst relative error", "allowed", "")
-        for name, quantity, error, allowed in checks.check_golden(golden, engine or "reference"):
+        for name, quantity, error, allowed in checks.check_golden(
+            golden, "reference" if engine is None or serving else engine
+        ):
             table.add_row(name, quantity, f"{error:.1e}", f"{allowed:.0e}", "ok" if error <= allowed else "WRONG")
             good &= error <= allowed
         console.print(table)

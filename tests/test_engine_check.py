@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
+from tiny import refusal
 
 from fastdraft.decode import DecodeSettings, generate, generate_plain
 from fastdraft.engines import check as checks
 from fastdraft.engines.parity import Parity, Reading, diagnose, read_as, run_chains
 from fastdraft.engines.run import EnginePlace, Output, Round, Run, Served, engine_version, run_engine
 from fastdraft.evaluate import evaluate_decode
+from fastdraft.export import export_draft
+from fastdraft.model.config import DraftConfig, read_target_config
 from fastdraft.model.draft import Draft
 from fastdraft.target.hf import Target
 
@@ -223,3 +226,20 @@ def alive(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_the_command_says_what_is_missing(fastdraft, target_dir, tmp_path):
+    assert "--engine vllm needs --checkpoint and --target" in refusal(fastdraft("check", "--engine", "vllm"))
+    draft = Draft(DraftConfig.from_target(read_target_config(target_dir), draft_vocab_size=64))
+    draft.init_weights(0.1, torch.Generator().manual_seed(0))
+    draft.set_vocab(torch.arange(64))
+    export_draft(draft, tmp_path / "draft", torch.float32)
+    there = ("check", "--checkpoint", tmp_path / "draft", "--target", target_dir)
+    assert "--engine slow: with --checkpoint and --target it is one of vllm, sglang" in refusal(
+        fastdraft(*there, "--engine", "slow")
+    )
+    said = refusal(fastdraft(*there, "--engine", "sglang"))
+    assert "sglang is not installed" in said and "--engine-python" in said
+    assert "--dtype int8 is none that engines serve" in refusal(
+        fastdraft(*there, "--engine", "vllm", "--engine-python", sys.executable, "--dtype", "int8")
+    )

@@ -25,6 +25,7 @@ PROMPTS = (
     "Summarise the story of Romeo and Juliet for a child.",
     "What does the HTTP status code 404 mean, and what should a server send with it?",
 )
+DTYPES = ("bfloat16", "float16", "float32")
 LOW = 1.15  # tokens a verifying forward, below which a draft is hardly worth its time
 
 
@@ -52,6 +53,10 @@ class Report:
     warnings: list[str]
     errors: list[str]
 
+    def lines(self) -> list[str]:
+        good = [] if self.errors else ["what the engine drafts is what fastdraft drafts"]
+        return [*self.facts, *(f"warning: {x}" for x in self.warnings), *(f"error: {x}" for x in self.errors), *good]
+
 
 def check_engine(check: EngineCheck) -> Report:
     """Serves the checkpoint in the engine and compares what it drafted with fastdraft's own reading.
@@ -60,10 +65,12 @@ def check_engine(check: EngineCheck) -> Report:
     runs out of time, or a prompt leaves no room in the target's context.
     """
     facts = language_config(read_target_config(check.target))
-    draft = load_draft(check.checkpoint, facts)
-    engine_version(check.place)
     own = str(facts.get("dtype") or facts.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     dtype = check.dtype or own
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
+    engine_version(check.place)
+    draft = load_draft(check.checkpoint, facts)
     prompts = _prompt_ids(check, facts["max_position_embeddings"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(str(check.target), getattr(torch, dtype), "cpu", draft.config.layers, check.trust_remote_code)
