@@ -16,7 +16,7 @@ from fastdraft.features.store import list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.offline import import_specforge
 from fastdraft.target.hf import Target, load_target
-from fastdraft.train import draft_shape, load_data, train
+from fastdraft.train import draft_shape, load_data, open_run, train
 
 CLOCKS = ("time", "tokens_per_s", "data_wait")
 PAD = 2
@@ -128,8 +128,8 @@ def test_dumps_of_another_target_or_before_the_norm_are_refused(make_config, tmp
     dump(tmp_path / "before" / "data_0.ckpt", target, ids, mask, 70, hidden_state=before[0].detach().clone())
     for name, wrong in (
         ("other", "layer 1 by .*hidden_state"),
-        ("shifted", "layer 4 by"),
-        ("before", "off .*: hidden_state"),
+        ("shifted", "own: layer 4 by"),
+        ("before", "own: hidden_state"),
     ):
         with pytest.raises(ValueError, match=wrong):
             import_specforge(make_config(), tmp_path / name, tmp_path / "out" / name)
@@ -158,8 +158,6 @@ def test_a_vocabulary_map_is_taken_over(make_config, tmp_path):
     assert torch.equal(read_vocab_mapping(file, 192), ids)
     config = make_config(max_steps=1, **{"draft.vocab_map": str(file)})
     train(config)
-    from fastdraft.train import open_run
-
     draft = open_run(Path(config.run_dir), "last")[2]
     assert torch.equal(draft.draft_ids.cpu(), ids) and draft_shape(config).draft_vocab_size == 64
     for d2t, mask, named in (
