@@ -1,7 +1,7 @@
 """Features of packs to shards, beside the target: a thread copies, checks, hashes and writes while the next pack runs.
 
 On a GPU rows leave through pinned memory on a stream of their own. At most one finished shard waits for the disk; if
-another is finished before it is written, the caller waits. Host memory: four shards at most.
+another is finished before it is written, the caller waits. Host memory: three shards at most.
 
 # N packed tokens, D documents
 """
@@ -19,17 +19,15 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Features
 from fastdraft.features.fp8 import quantize
-from fastdraft.features.store import DTYPES, WIDTHS, Meta, document_keys, needed, tensor_names, write_shard
+from fastdraft.features.store import DTYPES, WIDTHS, Meta, PackRows, document_keys, needed, tensor_names, write_shard
 
 
 @dataclass
 class _Open:
     """A shard being filled."""
 
-    keys: list[bytes] = field(default_factory=list)
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    pieces: dict[str, list[Tensor]] = field(default_factory=dict)  # by tensor name, on the CPU
-    copied: torch.cuda.Event | None = None  # when the last piece is there
+    packs: list[PackRows] = field(default_factory=list)
+    copied: torch.cuda.Event | None = None  # when the last rows are on the host
     num_bytes: int = 0
 
 
@@ -62,6 +60,7 @@ class ShardWriter:
         wanted, keys = needed(batch), document_keys(batch)
         keep = torch.zeros(len(batch.lengths), dtype=torch.bool)
         keep[list(documents)] = True
+        tensors, probes = {}, {}
         for name, x, index, rows in (
             ("g", features.g, wanted.g_index, wanted.g_rows),
             ("f", features.f, wanted.f_index, wanted.f_rows),
@@ -71,24 +70,33 @@ class ShardWriter:
             kept = x.index_select(0, index.to(x.device, non_blocking=True))
             if self.meta.dtype == "fp8":
                 kept, scale = quantize(kept, WIDTHS[name])
-                self._take(f"{name}_scale", scale)
-            self._take(name, kept.to(DTYPES[self.meta.dtype]))
-        for d in sorted(documents):
-            self._open.keys.append(keys[d])
-            self._open.rows.append((wanted.g_rows[d], wanted.f_rows[d]))
+                probes[name] = tensors[f"{name}_scale"] = self._to_host(scale)
+            else:
+                probes[name] = self._to_host(kept.sum(1, keepdim=True, dtype=torch.float32))
+            tensors[name] = self._to_host(kept.to(DTYPES[self.meta.dtype]))
+        kept_documents = sorted(documents)
+        self._open.packs.append(
+            PackRows(
+                [keys[d] for d in kept_documents],
+                [(wanted.g_rows[d], wanted.f_rows[d]) for d in kept_documents],
+                {name: tensors[name] for name in tensor_names(self.meta.dtype)},
+                probes,
+            )
+        )
+        self._open.num_bytes += sum(x.numel() * x.element_size() for x in tensors.values())
 
-    def _take(self, name: str, x: Tensor) -> None:
-        self._open.num_bytes += x.numel() * x.element_size()
-        if x.is_cuda:
-            self._stream = self._stream or torch.cuda.Stream(x.device)
-            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            self._stream.wait_stream(torch.cuda.current_stream(x.device))
-            with torch.cuda.stream(self._stream):
-                host.copy_(x, non_blocking=True)
-            x.record_stream(self._stream)
-            self._open.copied = self._stream.record_event()
-            x = host
-        self._open.pieces.setdefault(name, []).append(x)
+    def _to_host(self, x: Tensor) -> Tensor:
+        """On a GPU the copy is under way; `_Open.copied` says when it is there."""
+        if not x.is_cuda:
+            return x
+        self._stream = self._stream or torch.cuda.Stream(x.device)
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(x, non_blocking=True)
+        x.record_stream(self._stream)
+        self._open.copied = self._stream.record_event()
+        return host
 
     def finish(self, number: int, then: Callable[[Path], None] = lambda path: None) -> None:
         """Hands what was added to the thread as shard `number`; `then` is called there once it is on the disk."""
@@ -139,5 +147,4 @@ class ShardWriter:
     def _write(self, number: int, shard: _Open, then: Callable[[Path], None]) -> None:
         if shard.copied is not None:
             shard.copied.synchronize()
-        tensors = {name: torch.cat(shard.pieces.pop(name)) for name in tensor_names(self.meta.dtype)}
-        then(write_shard(self.folder, number, self.meta, shard.keys, shard.rows, tensors))
+        then(write_shard(self.folder, number, self.meta, shard.packs))

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import save_target, tiny_llama, write_chats
 
 from fastdraft.batch import Batch, Features
 from fastdraft.cli import main
+from fastdraft.data.loader import Loader, read_pack
 from fastdraft.features import capture as capture_module
 from fastdraft.features.fp8 import dequantize, quantize
+from fastdraft.features.read import StoreReader
 from fastdraft.features.store import Store, list_shards, merge_stores, needed, read_meta, shard_number, verify_store
 from fastdraft.metrics import read_metrics
 from fastdraft.model.draft import Draft
@@ -217,6 +220,43 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(make_config, tmp_path):
     capture_features(config, out, shard_bytes=SMALL)
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in list_shards(out)}.items()
     assert files(out) == files(store) and len(list_shards(out)) == read_meta(store).shards > 3
+
+
+def test_a_shard_is_a_safetensors_file(make_config, store):
+    for shard in Store(store).shards:
+        found = load_file(shard.path)
+        assert found.keys() == {"g", "f", "keys", "rows", "checksums"}
+        assert all(torch.equal(found[name], x) for name, x in shard.tensors.items())
+        assert found["g"].shape == (int(found["rows"][:, 0].sum()), 96)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_on_a_gpu(make_config, tmp_path, dtype):
+    """Pinned copies and streams of their own: what is read is what the target gave."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    config = make_config(device="cuda", **{"target.dtype": "bf16"})
+    capture_features(config, tmp_path / "store", dtype, shard_bytes=SMALL)
+    opened = Store(tmp_path / "store")
+    reader = StoreReader(opened, torch.device("cuda"))
+    target = Target(tiny_llama().bfloat16().cuda(), draft_shape(config).layers)
+    data = load_data(config, 192).train
+    batches = [read_pack(data.with_format("arrow"), rows) for rows in Loader(data, 96, 1).packs]
+    reader.expect(batches)
+    for batch in batches:
+        kept, (same, ours) = needed(batch), reader.capture(batch)
+        theirs = target.capture(batch.to("cuda"))
+        assert same is batch and ours.g.is_cuda
+        for index, a, b in ((kept.g_index, ours.g, theirs.g), (kept.f_index, ours.f, theirs.f)):
+            rest = torch.ones(batch.num_tokens, dtype=torch.bool)
+            rest[index] = False
+            torch.testing.assert_close(a[index.cuda()], b[index.cuda()], rtol=2**-4 if dtype == "fp8" else 0, atol=1e-2)
+            assert not a[rest.cuda()].any()
+    reader.close()
+    assert (
+        train(make_config(device="cuda", **{"target.dtype": "bf16", "features.path": str(tmp_path / "store")})).steps == 6
+    )
 
 
 def test_captured_twice_runs_nothing(make_config, store, monkeypatch):

@@ -1,0 +1,215 @@
+"""What the feature store costs and gives: python -m bench.features --target DIR --data FILE.jsonl [--steps 160]
+
+Appends rows to bench/results/features.jsonl:
+
+  features/capture   tokens/s of the whole capture, shards on the disk included, and of the target's bare forward over the
+                     same padded groups (no hooks, nothing kept), in turns; bytes a token
+  features/read      GB/s of `StoreReader.read` over shuffled packs, shards in memory and not, beside plain reads of them
+  features/fp8       held-out tau_sim of drafts trained alike online, from the store, and from the fp8 store
+
+The data should be the target's own answers (`fastdraft data regenerate`); --steps 0 leaves the training out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastdraft.config import Config, parse_config
+from fastdraft.data.loader import Loader
+from fastdraft.features.capture import Plan, plan_capture, run_capture
+from fastdraft.features.read import StoreReader
+from fastdraft.features.store import Meta, Store, capture_meta, census, list_shards, start_store, target_ends
+from fastdraft.metrics import read_metrics
+from fastdraft.target.hf import Target, _groups_of_like_length, target_fingerprint
+from fastdraft.train import draft_shape, load_data, open_target, run_meta, start_process, train
+
+RESULTS = Path(__file__).parent / "results" / "features.jsonl"
+
+
+def append(op: str, row: dict) -> None:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    cuda = torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
+    about = {"date": datetime.date.today().isoformat(), "commit": git.stdout.strip(), "machine": where}
+    line = json.dumps(about | {"torch": torch.__version__, "op": op} | row)
+    print(line, flush=True)
+    with RESULTS.open("a") as out:
+        out.write(line + "\n")
+
+
+def settle(device: torch.device) -> float:
+    """Seconds, once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def bare_forward(target: Target, plan: Plan) -> float:
+    """Seconds of the decoder alone over every pack of the plan, grouped and padded as capture does."""
+    start = settle(target.device)
+    for packs in plan.shards:
+        for pack in packs:
+            batch = pack.read()
+            documents = batch.input_ids.to(target.device).split(batch.lengths)
+            for group in _groups_of_like_length(batch.lengths):
+                ids = torch.nn.utils.rnn.pad_sequence([documents[d] for d in group], batch_first=True)
+                target.decoder(input_ids=ids, use_cache=False)
+    return settle(target.device) - start
+
+
+def captured(target: Target, plan: Plan, meta: Meta, folder: Path) -> float:
+    shutil.rmtree(folder, ignore_errors=True)
+    meta = start_store(folder, meta, target_ends(target))
+    start = settle(target.device)
+    run_capture(target, plan, folder, meta)
+    return settle(target.device) - start
+
+
+def bench_capture(config: Config, target: Target, folders: dict[str, Path], rounds: int) -> None:
+    data = load_data(config, target.vocab_size)
+    wanted = run_meta(config, target.layers)
+    plans, metas = {}, {}
+    for dtype in folders:
+        named = replace(wanted, dtype=wanted.target_dtype if dtype == "auto" else dtype)
+        plan = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, named)
+        plans[dtype] = plan
+        metas[dtype] = capture_meta(named, target, target_fingerprint(target), data=plan.data, shards=len(plan.shards))
+    seconds: dict[str, list[float]] = {"bare": [], **{dtype: [] for dtype in folders}}
+    bare_forward(target, replace(plans["auto"], shards=(plans["auto"].shards[0][:1],)))
+    for _ in range(rounds):
+        seconds["bare"].append(bare_forward(target, plans["auto"]))
+        for dtype, folder in folders.items():
+            seconds[dtype].append(captured(target, plans[dtype], metas[dtype], folder))
+    for dtype, folder in folders.items():
+        plan, found = plans[dtype], census(Store(folder))
+        shares = [bare / mine for bare, mine in zip(seconds["bare"], seconds[dtype], strict=True)]
+        row = {
+            "target": Path(config.target.path).name,
+            "target_parameters": sum(p.numel() for p in target.model.parameters()),
+            "dtype": metas[dtype].dtype,
+            "tokens": plan.tokens,
+            "trained_tokens": plan.trained,
+            "tokens_per_s": round(plan.tokens / statistics.median(seconds[dtype]), 1),
+            "bare_tokens_per_s": round(plan.tokens / statistics.median(seconds["bare"]), 1),
+            "share_of_bare": round(statistics.median(shares), 4),
+            "shares": [round(share, 4) for share in shares],
+            "bytes_per_token": round(sum(p.stat().st_size for p in list_shards(folder)) / plan.tokens, 1),
+            "bytes_per_token_all_rows": sum(metas[dtype].row_bytes.values()),
+            "predicted_bytes": plan.num_bytes,
+            "shard_bytes": found.num_bytes,
+        }
+        append("features/capture", row)
+
+
+def forget(folder: Path) -> None:
+    """Takes the shards out of the system's file cache."""
+    for path in list_shards(folder):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bench_read(config: Config, device: torch.device, folder: Path, rounds: int) -> None:
+    data = load_data(config, draft_shape(config).vocab_size)
+    loader = Loader(data.train, config.data.pack_tokens, 1, seed=7)
+    batches = [next(loader)[0] for _ in range(min(64, loader.num_packs))]
+    rates: dict[str, list[float]] = {"cold": [], "warm": [], "disk": [], "memory": []}
+    for _ in range(rounds):
+        for state in ("cold", "warm"):
+            if state == "cold":
+                forget(folder)
+            reader, size = StoreReader(Store(folder), device), 0
+            start = settle(device)
+            for batch in batches:
+                read = reader.read(batch)
+                size += sum(x.numel() * x.element_size() for x in (read.features.g, read.features.f))
+            rates[state].append(size / (settle(device) - start) / 1e9)
+        for state in ("disk", "memory"):
+            if state == "disk":
+                forget(folder)
+            size, into = 0, bytearray(1 << 24)
+            start = time.perf_counter()
+            for path in list_shards(folder):
+                with path.open("rb", buffering=0) as file:
+                    while count := file.readinto(into):
+                        size += count
+            rates[state].append(size / (time.perf_counter() - start) / 1e9)
+    row = {"dtype": Store(folder).meta.dtype, "packs": len(batches)}
+    append("features/read", row | {f"{name}_gb_per_s": round(statistics.median(x), 2) for name, x in rates.items()})
+
+
+def bench_fp8(config: Config, folders: dict[str, Path], seeds: int) -> None:
+    """Drafts that differ in where their features come from."""
+    for source in ("online", *folders):
+        taus, losses = [], []
+        for seed in range(seeds):
+            changes = {"seed": seed, "run_dir": f"{config.run_dir}/{source}-{seed}"}
+            if source != "online":
+                changes["features"] = config.features.model_copy(update={"path": str(folders[source])})
+            train(config.model_copy(update=changes), fresh=True)
+            last = [record for record in read_metrics(changes["run_dir"]) if "eval/tau_sim" in record][-1]
+            taus.append(round(last["eval/tau_sim"], 4))
+            losses.append(round(last["eval/loss"], 4))
+        named = {"auto": run_meta(config, draft_shape(config).layers).dtype}.get(source, source)
+        append("features/fp8", {"features": named, "steps": config.max_steps, "tau_sim": taus, "eval_loss": losses})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True, help="directory of the target")
+    parser.add_argument("--data", required=True, help="JSONL of its answers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each training; 0 for none")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--pack-tokens", type=int, default=512)
+    parser.add_argument("--folder", help="where stores and runs go; default: a temporary one")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        config = parse_config(
+            {
+                "target": {"path": asked.target},
+                "draft": {"overrides": {"draft_vocab_size": 8192}},
+                "data": {
+                    "paths": [asked.data],
+                    "max_length": asked.pack_tokens,
+                    "pack_tokens": asked.pack_tokens,
+                    "eval_fraction": 0.1,
+                    "cache_dir": f"{folder}/tokens",
+                    "num_workers": 0,
+                },
+                "ttt_length": 3,
+                "max_steps": max(asked.steps, 1),
+                "precision": "bf16",
+                "optim": {"lr": 2e-3, "warmup_ratio": 0.05, "packs_per_step": 1},
+                "eval": {"every": 10**6},
+                "checkpoint": {"every": 10**6, "keep": 1},
+                "metrics": {"tensorboard": False, "log_every": 20},
+                "run_dir": f"{folder}/runs",
+            },
+            Config,
+        )
+        device, _, _ = start_process(config.device)
+        folders = {dtype: Path(folder) / dtype for dtype in ("auto", "fp8")}
+        target = open_target(config, draft_shape(config).layers, device)
+        bench_capture(config, target, folders, asked.rounds)
+        del target
+        for store in folders.values():
+            bench_read(config, device, store, asked.rounds)
+        if asked.steps:
+            bench_fp8(config, folders, asked.seeds)
+
+
+if __name__ == "__main__":
+    main()
