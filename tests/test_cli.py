@@ -298,7 +298,8 @@ def test_export_of_a_run_whose_target_changed(fastdraft, trained, target_dir, co
 @pytest.mark.parametrize("engine", ["reference", "fused"])
 def test_check_golden(fastdraft, engine):
     code, out, err = fastdraft("check", "--golden", GOLDEN, "--engine", engine)
-    assert code == 0 and out.count(" ok ") == 3 * 5 and "WRONG" not in out, err
+    places = 1 if engine == "reference" else 4 if torch.cuda.is_available() else 2
+    assert code == 0 and out.count(" ok ") == 3 * 5 * places and "WRONG" not in out, err
     assert all(name in out for name in ("gqa_full", "lk_alpha", "padded_t7"))
 
 
