@@ -68,13 +68,12 @@ def evaluate_tau(
         raise ValueError(f"position_edges {edges} must ascend from 0")
     sums = torch.zeros(5, ttt_length, len(edges), dtype=torch.float64)
     for batch in batches:
-        sums = sums.to(batch.input_ids.device)
         rows = step_rows(batch)
         if rows.live.shape != (ttt_length, batch.num_tokens):
             raise ValueError(f"rows are {tuple(rows.live.shape)}, not [{ttt_length} steps, {batch.num_tokens} tokens]")
         each = torch.stack([x.double() for x in (rows.loss, rows.acceptance, rows.hit, rows.live, rows.masked_in)])
-        bucket = torch.bucketize(batch.positions, torch.tensor(edges[1:], device=sums.device), right=True)
-        sums.index_add_(2, bucket, each)
+        bucket = torch.bucketize(batch.positions, torch.tensor(edges[1:]), right=True)
+        sums = sums.to(each.device).index_add_(2, bucket.to(each.device), each)
     sums = sums.cpu()
     if reduce is not None:
         sums = reduce(sums)
