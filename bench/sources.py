@@ -12,11 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py"],
-    "chain_qkv": ["fastdraft/model/rope.py"],
     "step": [
         "fastdraft/kernels/*.py",
         "csrc/*",
-        "fastdraft/model/ttt*.py",
+        "fastdraft/model/chunks.py",
+        "fastdraft/model/ttt.py",
         "fastdraft/model/draft.py",
         "fastdraft/model/rope.py",
         "fastdraft/optim.py",

@@ -370,7 +370,8 @@ def check(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the engine may take in all.")] = 1800,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the target's own code.")] = False,
 ) -> None:
-    """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do."""
+    """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do, and prove
+    its kernels."""
     from fastdraft import check as checks
     from fastdraft.engines.run import ENGINES, EnginePlace
 
@@ -407,20 +408,27 @@ def check(
                 say(line)
             good &= not report.errors
     if golden is not None:
-        table = Table("case", "quantity", "worst relative error", "allowed", "")
-        for name, quantity, error, allowed in checks.check_golden(
-            golden, "reference" if engine is None or serving else engine
-        ):
-            table.add_row(name, quantity, f"{error:.1e}", f"{allowed:.0e}", "ok" if error <= allowed else "WRONG")
-            good &= error <= allowed
-        console.print(table)
+        golden_engine = "reference" if engine is None or serving else engine
+        good &= show_errors("case", checks.check_golden(golden, golden_engine))
     if checkpoint is None and golden is None:
         table = Table("", "", show_header=False)
         for row in checks.environment():
             table.add_row(*row)
         console.print(table)
+        if checks.kernels() == "can run":
+            say("the kernels on this GPU: a bf16 step of the fused engine against the reference in float64")
+            good &= show_errors("draft", checks.prove_kernels("cuda"))
     if not good:
         raise typer.Exit(1)
+
+
+def show_errors(what: str, rows: list[tuple[str, str, float, float]]) -> bool:
+    """Prints what was compared, quantity, error and what is allowed; True when all errors are allowed."""
+    table = Table(what, "quantity", "worst relative error", "allowed", "")
+    for name, quantity, error, allowed in rows:
+        table.add_row(name, quantity, f"{error:.1e}", f"{allowed:.0e}", "ok" if error <= allowed else "WRONG")
+    console.print(table)
+    return all(error <= allowed for _, _, error, allowed in rows)
 
 
 def main() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastdraft.check import check_golden
+from fastdraft import check
+from fastdraft.check import check_golden, prove_kernels
 from fastdraft.golden import load_golden, worst_errors
 from fastdraft.kernels.teacher import teacher_ref
+from fastdraft.model import ttt
 from fastdraft.model import ttt_ref as reference
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt_ref import ttt_ref_step
@@ -185,3 +187,14 @@ def test_another_file_is_no_case(tmp_path):
 def test_files_are_float64():
     tensors = load_file(FOLDER / f"{CASES[0]}.safetensors")
     assert {t.dtype for name, t in tensors.items() if name.startswith(("weights.", "grads."))} == {torch.float64}
+
+
+def test_the_proof_of_the_kernels_passes_and_can_fail(monkeypatch):
+    """On the CPU the engine's plain-torch kernels; one that is off by 2 % is WRONG."""
+    small = dict(tokens=96, hidden=64, vocab=400)
+    monkeypatch.setattr(check, "PROVED", {"small": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)})
+    rows = prove_kernels("cpu", **small)
+    assert len(rows) == 3 * 4 and all(error <= allowed for *_, error, allowed in rows), rows
+    rms_norm = ttt.rms_norm_backward
+    monkeypatch.setattr(ttt, "rms_norm_backward", lambda dy, *args, **options: rms_norm(1.05 * dy, *args, **options))
+    assert any(error > allowed for *_, error, allowed in prove_kernels("cpu", **small))

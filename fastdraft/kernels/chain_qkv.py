@@ -24,8 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdraft.model.rope import cos_sin, rotate
-
 try:
     import triton
     import triton.language as tl
@@ -35,6 +33,28 @@ except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-
 
 def _jit(**options):
     return triton.jit(**options) if triton else lambda fn: fn
+
+
+def cos_sin(
+    positions: Tensor,  # [n] int64
+    freqs: Tensor,  # [rotary_dim/2] float32
+    factor: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # cos, sin [n, rotary_dim/2]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = positions.to(work)[:, None] * freqs.to(work)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def rotate(
+    x: Tensor,  # [n, heads, D]
+    cos: Tensor,  # [n, rotary_dim/2]
+    sin: Tensor,  # [n, rotary_dim/2]
+) -> Tensor:  # [n, heads, D]
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def chain_qkv_ref(

@@ -70,10 +70,11 @@ class RMSNormConfig:
 def rms_norm_config(
     hidden: int,
 ) -> RMSNormConfig:
-    """Sixteen numbers a thread; backward programs fill sixteen warps of an SM (their sums take registers)."""
+    """Sixteen numbers a thread; backward programs fill sixteen warps of an SM (their sums take registers). Two rows of
+    16384 fp32 numbers in flight do not fit an H100's shared memory."""
     block = max(32, 1 << (hidden - 1).bit_length())
     num_warps = min(max(block // 512, 1), 16)
-    return RMSNormConfig(block, num_warps, stages=2, programs_per_sm=16 // num_warps)
+    return RMSNormConfig(block, num_warps, stages=2 if block <= 8192 else 1, programs_per_sm=16 // num_warps)
 
 
 REDUCE_ROWS, REDUCE_COLS = 128, 32  # tile of the partial sums' kernel: 32 float32 are one cache line

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdraft.kernels.chain_qkv import rotate
 from fastdraft.kernels.rms_norm import rms_norm_ref as rms_norm
 from fastdraft.model.config import DraftConfig
-from fastdraft.model.rope import Rope, rotate
+from fastdraft.model.rope import Rope
 
 SURE = 0.4  # of the target's final norm: SmolLM2-135M's first losses are 7.3 a row with it, 13 without
 

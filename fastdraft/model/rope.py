@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fastdraft.kernels.chain_qkv import cos_sin
+
 
 def inverse_frequencies(
     rope_parameters: dict[str, Any], head_dim: int, max_positions: int
@@ -54,25 +56,3 @@ class Rope(nn.Module):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:  # cos, sin [n, rotary_dim/2]
         return cos_sin(positions, self.freqs, self.factor, dtype)
-
-
-def cos_sin(
-    positions: Tensor,  # [n] int64
-    freqs: Tensor,  # [rotary_dim/2] float32
-    factor: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # cos, sin [n, rotary_dim/2]
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(work)[:, None] * freqs.to(work)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-
-
-def rotate(
-    x: Tensor,  # [n, heads, D]
-    cos: Tensor,  # [n, rotary_dim/2]
-    sin: Tensor,  # [n, rotary_dim/2]
-) -> Tensor:  # [n, heads, D]
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

@@ -43,7 +43,8 @@ def three_way():
         assert ours.shape == truth.shape and not ours.isnan().any(), f"{what}: {tuple(ours.shape)} or NaN"
         ulp = torch.finfo(ours.dtype).eps * 2.0 ** math.floor(math.log2(max(float(truth.abs().max()), 1e-30)))
         error = float((ours.double() - truth).abs().max())
-        bound = 2 * float((plain.double() - truth).abs().max()) + ulp + extra
+        ulps = 1 if truth.numel() >= 64 else 4  # of a handful of numbers plain may be right by luck
+        bound = 2 * float((plain.double() - truth).abs().max()) + ulps * ulp + extra
         assert error <= bound, f"{what}: error {error:.3e} above {bound:.3e}"
 
     return check

@@ -28,6 +28,7 @@ from fastdraft.model.ttt import (
     chunk_buffers,
     fitting_chunk_rows,
     flat_gradients,
+    pack_buffers,
     table_bytes,
     ttt_engine_step,
 )
@@ -380,3 +381,21 @@ def test_gradients_must_lie_end_to_end():
     apart = {name: torch.zeros_like(p) for name, p in draft.trainable().items()}
     with pytest.raises(ValueError, match=r"end to end in one buffer: use FlatAdamW\.grads"):
         TTTEngine(draft, head, decay(3)).step(batch, features, apart)
+
+
+def test_a_gpu_without_room_says_what_fits(monkeypatch):
+    """The free memory is faked: what 2048 chains and a pack of 4096 tokens take."""
+    draft, (_, _, head) = make_draft(torch.float32), make_inputs(dtype=torch.float32)
+    engine = TTTEngine(draft, head, decay(7).float(), chunk_rows=4096)
+    engine.take.device = torch.device("cuda")
+    free = table_bytes(chunk_buffers(draft.config, 2048, *engine.sizes) | pack_buffers(draft.config, 4096, torch.float32))
+    for name, value in (("memory_reserved", 0), ("memory_allocated", 0), ("mem_get_info", (free, 80 * 2**30))):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    with pytest.raises(ValueError, match=r"4096 chains of a pack of 4096 tokens need .* are free; set chunk_rows=2048"):
+        engine.reserve(4096)
+    engine.chunk_rows = 2048
+    engine.reserve(4096)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 80 * 2**30))
+    engine.take.held.clear()
+    with pytest.raises(ValueError, match=r"lower data\.pack_tokens"):
+        engine.reserve(9000)
