@@ -370,8 +370,8 @@ def check(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the engine may take in all.")] = 1800,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the target's own code.")] = False,
 ) -> None:
-    """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do, and prove
-    its kernels."""
+    """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do, and
+    prove its kernels."""
     from fastdraft import check as checks
     from fastdraft.engines.run import ENGINES, EnginePlace
 
