@@ -118,14 +118,15 @@ class Steps:
     def memory(self) -> str:
         lines = []
         parts = ("weights_optimizer", "inputs", "per_token", "transient", "peak")
-        for place, row in self.of("live"):
+        for place, row in [*self.of("live"), *self.of("tail")]:
             if "memory" not in row:
                 continue
+            trained = short(place[2]) + (", the last 8k trained on" if place[1] == "tail" else "")
             peer = self.pairs[place][1] if place in self.pairs else {}
             theirs = [number(peer["memory"][p] / GIB) for p in ("transient", "peak")] if "memory" in peer else ["", ""]
             if "failed" in peer:
                 theirs = ["", failed(peer)]
-            lines.append([NAMES[place[0]], short(place[2]), *(number(row["memory"][p] / GIB) for p in parts), *theirs])
+            lines.append([NAMES[place[0]], trained, *(number(row["memory"][p] / GIB) for p in parts), *theirs])
         header = ["draft, GiB", "tokens", "weights, optimizer, head", "g and f", "kept per token", "transient", "peak"]
         return table([*header, "SpecForge transient", "its peak"], lines) if lines else ""
 
@@ -152,7 +153,7 @@ class Steps:
         ratio = self.ratio(place(8192, "chats"), "us_per_token")
         if ratio is not None:
             found.append(("2.2 times its useful tokens/s on real chats", f"{ratio:.2f}"))
-        at = {n: self.ours[place(n)] for n in (8192, 131072, 524288) if "memory" in self.ours.get(place(n), {})}
+        at = {n: self.ours[place(n)] for n in (8192, 131072) if "memory" in self.ours.get(place(n), {})}
         if 8192 in at:
             if at[8192]["mfu"] is not None:
                 found.append(("65 % MFU at 8k", f"{100 * at[8192]['mfu']:.1f} %"))
@@ -161,8 +162,9 @@ class Steps:
             found.append(("at most 4 GiB above weights and inputs at 8k, forward and backward", f"{transient:.1f} GiB"))
         if 131072 in at:
             found.append(("128k tokens in 40 GB", f"{at[131072]['memory']['peak'] / 1e9:.1f} GB"))
-        if 524288 in at:
-            found.append(("512k tokens in 80 GB", f"{at[524288]['memory']['peak'] / 1e9:.1f} GB"))
+        longest = self.ours.get(place(524288, "tail"), {})
+        if "memory" in longest:
+            found.append(("512k tokens in 80 GB", f"{longest['memory']['peak'] / 1e9:.1f} GB, the last 8k trained on"))
         cold = [
             row["first_step_s"]
             for (model, *_), row in self.ours.items()

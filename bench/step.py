@@ -53,6 +53,7 @@ RATE = 250e12  # FLOPs a second, to guess beforehand how long a round will take
 PROBE_S = 10.0  # above this guess kernels and synchronisations are not counted, and no round is for warming up
 AGREE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 ONCE_S = 60.0  # above this guess the first step is the only one, and what is timed
+TAIL = 8192  # tokens trained on of a long document: its memory is the whole document's, its time is not
 
 
 class Ours:
@@ -106,8 +107,9 @@ def free() -> None:
 # --- one provider alone --------------------------------------------------------------------------------------------------
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """PyTorch's, cuBLAS's, or the engine's, which sees it before the step."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(x in str(error) for x in ("ALLOC_FAILED", "GiB of cuda"))
 
 
 def peaks(provider, work: Work) -> tuple[int, int]:
@@ -252,7 +254,7 @@ def interleaved(
         for name in makes:
             rows[name] |= {"rounds": rounds, "interleaved_with": [other for other in makes if other != name]}
         return samples
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         if not out_of_memory(error) or len(makes) == 1:
             raise
     providers = None
@@ -274,7 +276,7 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
     for name, make in makes.items():
         try:
             rows[name], losses[name] = alone(make, work, estimate_s, args.profile)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if not out_of_memory(error):
                 raise
             rows[name] = {"failed": f"out of memory: {str(error).split('. ')[0]}"}
@@ -325,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b", help=f"comma-separated: {', '.join(SHAPES)}")
     parser.add_argument("--tokens", default="2048,4096,8192", help="comma-separated packs' sizes")
-    parser.add_argument("--pattern", default="live", help="comma-separated: live, chats")
+    parser.add_argument("--pattern", default="live", help="comma-separated: live, chats, tail (the last 8192 tokens)")
     parser.add_argument("--chats", type=Path, default=CHATS, help="JSONL of [role, tokens] lists")
     parser.add_argument("--packs", type=int, default=4, help="of chats")
     parser.add_argument("--engine", default="fused", help="comma-separated: fused, reference; or none")
@@ -369,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
                 if pattern == "chats":
                     batches = chat_batches(config, tokens, args.chats, args.packs)
                 else:
-                    batches = [live_batch(config, tokens)]
+                    batches = [live_batch(config, tokens, TAIL if pattern == "tail" else None)]
                 shape = {"model": shape_name, "tokens": tokens, "pattern": pattern, "T": args.ttt}
                 makes = dict(engines)
                 if args.peer:

@@ -123,10 +123,11 @@ def make_head(config: DraftConfig, dtype: torch.dtype, device: torch.device) -> 
 # --- documents -----------------------------------------------------------------------------------------------------------
 
 
-def live_batch(config: DraftConfig, num_tokens: int) -> Batch:
-    """One document, every token trained on."""
+def live_batch(config: DraftConfig, num_tokens: int, trained: int | None = None) -> Batch:
+    """One document, every token trained on, or the last `trained`."""
     ids = torch.randint(config.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(3))
-    return Batch(ids, torch.ones(num_tokens, dtype=torch.bool), (num_tokens,))
+    mask = torch.arange(num_tokens) >= num_tokens - (trained or num_tokens)
+    return Batch(ids, mask, (num_tokens,))
 
 
 def chat_batches(config: DraftConfig, num_tokens: int, path: Path, num_packs: int) -> list[Batch]:
