@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py"],
+    "engines": ["fastdraft/engines/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py", "fastdraft/export.py"],
     "step": [
         "fastdraft/kernels/*.py",
         "csrc/*",

@@ -73,7 +73,7 @@ def check_engine(check: EngineCheck) -> Report:
     draft = load_draft(check.checkpoint, facts)
     prompts = _prompt_ids(check, facts["max_position_embeddings"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(str(check.target), getattr(torch, dtype), "cpu", draft.config.layers, check.trust_remote_code)
+    target = load_target(str(check.target), getattr(torch, dtype), "cpu", trust_remote_code=check.trust_remote_code)
     stop_ids = sorted(target.eos_ids)
     run = Run(
         str(check.target.resolve()),
@@ -87,8 +87,7 @@ def check_engine(check: EngineCheck) -> Report:
         trust_remote_code=check.trust_remote_code,
     )
     (served,) = run_engine(check.place, [run], check.timeout_s)  # before the target takes the GPU
-    target.model.to(device)
-    target = Target(target.model, draft.config.layers)
+    target = Target(target.model.to(device), draft.config.layers)
     return compare(target, draft, prompts, served, check.num_steps)
 
 

@@ -31,7 +31,7 @@ import importlib.metadata, importlib.util, sys
 name = sys.argv[1]
 if importlib.util.find_spec(name) is None: sys.exit(3)
 found = importlib.metadata.packages_distributions().get(name, [name])
-print(importlib.metadata.version(sorted(found, key=lambda d: not d.startswith(name))[0]))
+print(importlib.metadata.version(sorted(found, key=lambda d: (d != name, not d.startswith(name)))[0]))
 """
 
 

@@ -61,18 +61,17 @@ def serve(run: dict, checkpoint: str | None) -> dict:
     outputs = []
     for answer in answers:
         told = answer["meta_info"]
-        outputs.append({"tokens": answer["output_ids"], "num_rounds": told.get("spec_verify_ct")})
-    counts = [o["num_rounds"] for o in outputs]
-    known = checkpoint is not None and all(n is not None for n in counts)
-    tokens = sum(len(o["tokens"]) for o in outputs)
+        # absent where the first token ended the output: then nothing was verified
+        rounds = told.get("spec_verify_ct", 0) if checkpoint is not None else None
+        outputs.append({"tokens": answer["output_ids"], "num_rounds": rounds})
+    lengths = [a["meta_info"]["spec_accept_length"] for a in answers if "spec_accept_length" in a["meta_info"]]
     return {
         "engine": "sglang",
         "version": sglang.__version__,
         "dtype": run["dtype"],
         "outputs": outputs,
-        # the mean of each request's spec_accept_length, weighted by its rounds
-        "accepted_length": tokens / sum(counts) if known else None,
-        "num_rounds": sum(counts) if known else None,
+        "accepted_length": sum(lengths) / len(lengths) if lengths else None,  # mean of the requests' own numbers
+        "num_rounds": None if checkpoint is None else sum(o["num_rounds"] for o in outputs),
     }
 
 

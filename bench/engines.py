@@ -1,0 +1,164 @@
+"""Does a real engine accept what fastdraft says it will? python -m bench.engines --target DIR --draft EXPORT_DIR
+
+The engine serves the target with an exported draft, greedily, on a prompt file; `fastdraft.evaluate` decodes the same
+prompts with the same settings in this process; a row of each setting goes to bench/results/engines.jsonl and the program
+fails where the lengths differ by more than --goal:
+
+chain    3 steps, top-1, 4 draft tokens (the root included)
+tree     3 steps, top-4, 16 draft tokens; SGLang only
+
+What is compared is tokens / verifying forwards over all prompts. `spec_accept_length` counts all completion tokens, as
+SGLang does; `accepted_length` leaves out the first, which the prefill gives. The engine's own number is in `engine_says`.
+
+The engine has a Python of its own: --engine-python, and --engine-pythonpath for packages that go before it. With SGLang
+in a folder (unpacked wheels, or pip install --target):
+
+    python -m bench.engines --target smollm2 --draft runs/demo/export --dtype fp32 --engine-pythonpath site
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.timing import RESULTS, append
+from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.decode import DecodeResult, DecodeSettings, generate_plain
+from fastdraft.engines.run import ENGINES, EnginePlace, Run, Served, engine_version, run_engine
+from fastdraft.evaluate import evaluate_decode
+from fastdraft.export import load_draft, verify
+from fastdraft.model.draft import Draft
+from fastdraft.target.hf import Target, load_target, load_tokenizer
+
+PROMPTS = Path(__file__).parents[1] / "examples" / "demo" / "heldout_prompts.jsonl"
+SETTINGS = {
+    "chain": DecodeSettings(num_steps=3, eagle_topk=1, num_draft_tokens=4),
+    "tree": DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def served_lengths(served: Served) -> dict[str, float]:
+    """Both lengths from the engine's tokens and verifying rounds. Raises ValueError when it did not count rounds."""
+    if not served.num_rounds:
+        raise ValueError(f"{served.engine} {served.version} reported no verifying forwards; was the draft used at all?")
+    tokens = sum(len(o.tokens) for o in served.outputs)
+    return {
+        "spec_accept_length": tokens / served.num_rounds,
+        "accepted_length": (tokens - len(served.outputs)) / served.num_rounds,
+    }
+
+
+def compare(
+    target: Target,
+    draft: Draft,
+    prompts: list[list[int]],
+    plain: list[DecodeResult],
+    served: Served,
+    settings: DecodeSettings,
+    max_new_tokens: int,
+) -> dict[str, object]:
+    """What a row says of one setting; `relative_difference` is that of spec_accept_length."""
+    report = evaluate_decode(target, draft, prompts, settings, max_new_tokens, plain)
+    theirs = served_lengths(served)
+    ours = {"spec_accept_length": report.spec_accept_length, "accepted_length": report.accepted_length}
+    same = sum(o.tokens == p.tokens for o, p in zip(served.outputs, plain, strict=True))
+    return {
+        **theirs,
+        "engine_says": served.accepted_length,
+        **{f"fastdraft_{name}": length for name, length in ours.items()},
+        "relative_difference": theirs["spec_accept_length"] / report.spec_accept_length - 1,
+        "num_rounds": served.num_rounds,
+        "fastdraft_num_rounds": report.num_rounds,
+        "num_prompts": len(prompts),
+        "num_equal_to_plain": same,  # outputs of the engine that are the target's own in PyTorch, token for token
+        "fastdraft_num_equal_to_plain": report.num_equal,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--draft", required=True, help="a directory that `fastdraft export` wrote")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help='JSONL with "prompt" or "messages"')
+    parser.add_argument("--max-prompts", type=int, default=80)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--engine", choices=ENGINES, default="sglang")
+    parser.add_argument("--engine-python", default=sys.executable)
+    parser.add_argument("--engine-pythonpath")
+    parser.add_argument("--settings", default="chain,tree")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--goal", type=float, default=0.03, help="largest relative difference")
+    parser.add_argument("--timeout", type=float, default=1500, help="seconds for one setting in the engine")
+    parser.add_argument("--commit", help="for machines without git")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    names = args.settings.split(",")
+    if unknown := [name for name in names if name not in SETTINGS]:
+        raise ValueError(f"--settings {', '.join(unknown)}: choose among {', '.join(SETTINGS)}")
+    if args.engine == "vllm" and "tree" in names:
+        raise ValueError("vLLM verifies chains only; give --settings chain")
+    place = EnginePlace(args.engine, args.engine_python, args.engine_pythonpath)
+    print(f"{args.engine} {engine_version(place)}", flush=True)
+    if errors := verify(args.draft, args.target).errors:
+        raise ValueError(f"{args.draft} does not verify: " + " ".join(errors))
+    dtype = DTYPES[args.dtype]
+    prompts = prompt_ids(read_prompts(args.prompts)[: args.max_prompts], load_tokenizer(args.target))
+    target = load_target(args.target, dtype, "cpu")
+    draft = load_draft(args.draft, target.config)
+    stop_ids = sorted(target.eos_ids)
+    served = {}
+    for name in names:  # before the target takes its memory
+        s = SETTINGS[name]
+        run = Run(
+            str(Path(args.target).resolve()),
+            str(Path(args.draft).resolve()),
+            prompts,
+            args.max_new_tokens,
+            stop_ids,
+            str(dtype).removeprefix("torch."),
+            s.num_steps,
+            s.eagle_topk,
+            s.num_draft_tokens,
+        )
+        (served[name],) = run_engine(place, [run], args.timeout)
+        print(f"{name}: {served_lengths(served[name])}", flush=True)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = Target(target.model.to(device), draft.config.layers)
+    draft = draft.to(device, dtype)
+    if draft.config.hidden_size == draft.config.target_hidden_size:
+        draft.set_embedding(target.embedding)
+    plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]
+    far = []
+    for name in names:
+        found = compare(target, draft, prompts, plain, served[name], SETTINGS[name], args.max_new_tokens)
+        about = {
+            "engine": args.engine,
+            "engine_version": served[name].version,
+            "setting": name,
+            "dtype": args.dtype,
+            "target": Path(args.target).resolve().name,
+            "prompts": args.prompts.name,
+            "max_new_tokens": args.max_new_tokens,
+        }
+        command = shlex.join(["python", "-m", "bench.engines", *sys.argv[1:]])
+        append("engines", about | found | {"command": command}, args.commit, args.results)
+        print(
+            f"{name:6s} {args.dtype}  {args.engine} {found['spec_accept_length']:.4f}  "
+            f"fastdraft {found['fastdraft_spec_accept_length']:.4f}  difference {found['relative_difference']:+.2%}",
+            flush=True,
+        )
+        if abs(found["relative_difference"]) > args.goal:
+            far.append(name)
+    if far:
+        sys.exit(f"more than {args.goal:.0%} apart: {', '.join(far)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""bench.engines with an SGLang that is played: settings reach it, its counts become the row, and a difference fails."""
+
+import json
+import sys
+
+import pytest
+import torch
+from test_decode import train_on_own_output
+from tiny import save_target, tiny_llama
+
+from bench import engines as bench
+from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.decode import generate
+from fastdraft.export import export_draft, load_draft
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
+from fastdraft.target.hf import Target, load_tokenizer
+
+# An Engine that answers as told for its topk, and refuses what SGLang's would not know.
+PLAYED = """
+import json, os
+__version__ = "0.5.21"
+class Engine:
+    def __init__(self, model_path, trust_remote_code, dtype, skip_tokenizer_init, attention_backend, sampling_backend,
+                 grammar_backend, disable_cuda_graph, disable_radix_cache, max_running_requests, mem_fraction_static,
+                 random_seed, log_level, speculative_algorithm, speculative_draft_model_path, speculative_num_steps,
+                 speculative_eagle_topk, speculative_num_draft_tokens):
+        self.asked = [dtype, speculative_algorithm, speculative_num_steps, speculative_eagle_topk,
+                      speculative_num_draft_tokens]
+    def generate(self, input_ids, sampling_params):
+        assert sampling_params["temperature"] == 0 and sampling_params["stop_token_ids"] == [2]
+        answers = json.load(open(os.path.dirname(__file__) + "/answers.json"))[json.dumps(self.asked)]
+        assert [ids for ids, _, _ in answers] == input_ids
+        return [{"output_ids": out, "meta_info": {"spec_verify_ct": n, "spec_accept_length": len(out) / n}}
+                for _, out, n in answers]
+    def shutdown(self):
+        pass
+"""
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """A target, its draft, prompts and the played SGLang, whose answers are our own decoder's."""
+    folder = tmp_path_factory.mktemp("engines")
+    save_target(folder / "target")
+    target = Target(tiny_llama())
+    draft = Draft(DraftConfig.from_target(target.config.to_dict(), draft_vocab_size=120))
+    generator = torch.Generator().manual_seed(1)
+    draft.init_weights(0.2, generator)
+    draft.set_vocab(torch.randperm(192, generator=generator)[:120].sort().values)
+    draft.set_embedding(target.embedding)
+    train_on_own_output(target, draft, NEW_TOKENS, 30)
+    export_draft(draft, folder / "draft", torch.float32)
+    (folder / "prompts.jsonl").write_text('{"prompt": "ba be bi"}\n{"prompt": "do du dan ka"}\n')
+    prompts = prompt_ids(read_prompts(folder / "prompts.jsonl"), load_tokenizer(str(folder / "target")))
+    draft = load_draft(folder / "draft", target.config)
+    draft.set_embedding(target.embedding)
+    answers = {}
+    for s in bench.SETTINGS.values():
+        done = [(p, generate(target, draft, p, NEW_TOKENS, s)) for p in prompts]
+        asked = ["float32", "EAGLE3", s.num_steps, s.eagle_topk, s.num_draft_tokens]
+        answers[json.dumps(asked)] = [(p, d.tokens, d.num_rounds) for p, d in done]
+    package = folder / "site" / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PLAYED)
+    (package / "answers.json").write_text(json.dumps(answers))
+    info = folder / "site" / "sglang-0.5.21.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.21\n")
+    (info / "top_level.txt").write_text("sglang\n")
+    return folder
+
+
+def run(there, monkeypatch, results, *more):
+    args = ["--target", there / "target", "--draft", there / "draft", "--prompts", there / "prompts.jsonl"]
+    args += ["--engine-pythonpath", there / "site", "--dtype", "fp32", "--max-new-tokens", NEW_TOKENS, "--commit", "abc"]
+    monkeypatch.setattr(sys, "argv", ["engines.py", *map(str, [*args, "--results", results, *more])])
+    bench.main()
+    return [json.loads(line) for line in (results / "engines.jsonl").read_text().splitlines()]
+
+
+def test_a_row_for_each_setting(there, monkeypatch, tmp_path):
+    chain, tree = run(there, monkeypatch, tmp_path)
+    assert (chain["setting"], tree["setting"]) == ("chain", "tree")
+    for row in (chain, tree):
+        assert row["relative_difference"] == 0 and row["num_equal_to_plain"] == row["num_prompts"] == 2
+        assert row["spec_accept_length"] == row["fastdraft_spec_accept_length"] > row["accepted_length"] > 1
+        assert row["engine_version"] == "0.5.21" and row["command"].startswith("python -m bench.engines --target")
+    assert tree["num_rounds"] < chain["num_rounds"]
+
+
+def test_too_great_a_difference_fails(there, monkeypatch, tmp_path, capsys):
+    file = there / "site" / "sglang" / "answers.json"
+    answers = file.read_text()
+    more = {asked: [(p, out, n + 1) for p, out, n in rows] for asked, rows in json.loads(answers).items()}
+    file.write_text(json.dumps(more))
+    try:
+        with pytest.raises(SystemExit, match="more than 3% apart: chain"):
+            run(there, monkeypatch, tmp_path, "--settings", "chain")
+    finally:
+        file.write_text(answers)
+    (row,) = [json.loads(line) for line in (tmp_path / "engines.jsonl").read_text().splitlines()]
+    assert row["num_rounds"] == row["fastdraft_num_rounds"] + 2 and row["relative_difference"] < -0.03
