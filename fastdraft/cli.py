@@ -97,7 +97,7 @@ def prepare(
     shape = draft_shape(loaded)
     prepared = load_data(loaded, shape.vocab_size)
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
-    lines = [*prepared.stats.lines(), *numbers.lines(shape.draft_vocab_size)]
+    lines = [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]
     for line in lines:
         say(line)
     if report is not None:

@@ -105,6 +105,14 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)  # of the draft's first weights; data.seed is that of the order
 
+    @model_validator(mode="after")
+    def _streams_say_where_they_end(self) -> Config:
+        if self.data.streaming and self.max_steps is None:
+            raise ValueError("data.streaming needs max_steps: how long a stream is, is not known before its end")
+        if self.data.streaming and self.features.path is not None and self.features.mode != "cache":
+            raise ValueError("data.streaming cannot read a store: it knows no document beforehand; set features.mode=cache")
+        return self
+
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Reads YAML, applies `a.b=value` overrides (values are YAML), validates. Raises ValueError with one line per fault."""

@@ -34,6 +34,10 @@ def capture_features(
     shape = draft_shape(config)
     wanted = run_meta(config, shape.layers)
     wanted = replace(wanted, dtype="fp8" if dtype == "fp8" else wanted.dtype)
+    if config.data.streaming:
+        raise ValueError(
+            "features capture needs the data whole; set data.streaming=false, or fill a cache: features.mode=cache"
+        )
     data = load_data(config, shape.vocab_size)
     plan = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, wanted, shard_bytes)
     ends_bytes = 2 * shape.vocab_size * wanted.hidden_size * DTYPES[wanted.target_dtype].itemsize  # at most

@@ -35,6 +35,7 @@ from fastdraft.cost import GIB, free_disk, pair_cost, plan, render
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.data.prepare import Prepared, prepare
 from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.data.stream import open_stream
 from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
 from fastdraft.decode import DecodeSettings
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
@@ -90,12 +91,15 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
-    train_set, eval_set, stats = load_data(config, draft.config.vocab_size)
+    data = load_data(config, draft.config.vocab_size)
+    train_set, eval_set = data.train, data.eval
     pairs = pair_cost(draft.config, target_parameters(config), config.ttt_length)
-    loader = Loader(train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs)
+    loader = Loader(
+        data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
+    )
     total_steps = config.max_steps or config.epochs * loader.steps_per_epoch
     target, reader, heard = open_features(config, draft.config.layers, device, [train_set, eval_set])
-    known = [*stats.lines(), *loader.lines(), *heard, *fit_to_target(draft, config, target, train_set)]
+    known = [*data.lines(), *loader.lines(), *heard, *fit_to_target(draft, config, target, train_set)]
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
     draft.embed_tokens.to(dtype)
@@ -139,6 +143,8 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
         if reader:
             stack.callback(reader.close)
         ahead = stack.enter_context(Ahead(loader, device.type == "cuda", announce=reader.expect if reader else None))
+        if data.stream:
+            stack.callback(data.stream.close)
         metrics = None
         if rank == 0:
             write_run_files(config, draft.config)
@@ -275,9 +281,12 @@ def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:
 
 
 def load_data(config: Config, vocab_size: int) -> Prepared:
-    """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait."""
+    """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
+
+    With data.streaming, the stream and sets made of a sample of it.
+    """
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-    return prepare(config.data, tokenizer, vocab_size)
+    return (open_stream if config.data.streaming else prepare)(config.data, tokenizer, vocab_size)
 
 
 def draft_shape(config: Config) -> DraftConfig:

@@ -98,6 +98,16 @@ def test_every_fault_has_its_line(file):
     assert {line.split(":")[0].split(";")[0] for line in lines} == {"unknown key 'ttt_lenght'", "optim.lr", "seed"}
 
 
+def test_a_stream_needs_its_steps_and_no_whole_store(file):
+    assert load_config(file, ["data.streaming=true", "max_steps=5"]).data.streaming
+    for changes, said in (
+        (["max_steps=null"], "data.streaming needs max_steps"),
+        (["max_steps=5", "features.path=store"], "data.streaming cannot read a store"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_config(file, ["data.streaming=true", *changes])
+
+
 def test_missing_keys_are_named(tmp_path):
     with pytest.raises(ValueError) as error:
         parse_config({"target": {}}, Config)

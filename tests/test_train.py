@@ -164,6 +164,7 @@ def whole(make_config, tmp_path):
     return run
 
 
+STREAM = {"data.streaming": True, "data.block_conversations": 5, "data.vocab_samples": 20}
 NARROW = {"draft.overrides": {"draft_vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2}}
 
 
@@ -173,6 +174,7 @@ NARROW = {"draft.overrides": {"draft_vocab_size": 64, "hidden_size": 16, "num_at
         ((1,), signal.SIGTERM, {}),
         ((3,), signal.SIGTERM, {"precision": "bf16"}),
         ((3, 2), signal.SIGINT, NARROW),
+        ((2, 3), signal.SIGTERM, STREAM),
         ((5,), signal.SIGTERM, {"metrics.log_every": 4, "checkpoint.every": 5, "eval.every": 100}),
     ],
 )
@@ -458,7 +460,7 @@ def test_bad_runs_are_sentences(make_config, target_dir, tmp_path):
         ({"draft.overrides": {"hiden_size": 16}}, "'hiden_size' does not exist; the nearest is 'hidden_size'"),
         ({"draft.overrides": {"layers": [1, 2, 7]}}, r"must ascend and lie in 0\.\.6"),
         ({"draft": {"init_from": str(target_dir)}}, "is not a draft to start from"),
-        ({"draft.init_from": "x", "draft.overrides": {"fc_norm": True}}, "take out draft.config and draft.overrides"),
+        ({"draft.init_from": "x", "draft.overrides": {"fc_norm": True}}, "take out draft.config, draft.overrides"),
         ({"draft.config": str(tmp_path / "none.yaml")}, r"none\.yaml cannot be read"),
         ({"device": "cuda"}, "PyTorch sees no CUDA GPU"),
     ):

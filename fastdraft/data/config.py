@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    paths: list[str] = Field(min_length=1)  # JSONL (.jsonl, .json, .ndjson, also .gz) or .parquet; glob patterns allowed
+    paths: list[str] = Field(min_length=1)  # JSONL (.jsonl, .json, .ndjson, also .gz) or .parquet; globs; streaming: URLs
     eval_paths: list[str] = []
     eval_fraction: float = Field(0.05, ge=0, lt=1)  # of conversations, by content hash; used when eval_paths is empty
     max_length: int = Field(4096, ge=3)  # tokens of one sample; three is the least that can train anything
@@ -21,6 +21,9 @@ class DataConfig(BaseModel):
     seed: int = Field(0, ge=0)  # of the order
     cache_dir: str | None = None  # None: ~/.cache/fastdraft
     num_workers: int | None = Field(None, ge=0)  # None: one per core, but none below 32 MB of input; 0: no processes
+    streaming: bool = False  # read and tokenise while training, a block at a time; needs max_steps
+    block_conversations: int = Field(20_000, gt=0)  # streaming: shuffled and packed together
+    vocab_samples: int = Field(100_000, gt=0)  # streaming: conversations for the vocabulary map and held-out data
     chat_template: str | None = None  # path of a Jinja file used instead of the tokenizer's template
     chat_template_kwargs: dict[str, Any] = {}  # passed to the template, e.g. enable_thinking: false
 

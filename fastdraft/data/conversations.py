@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -60,18 +61,27 @@ class Line:
 
     where: str
     content: bytes | dict
+    place: tuple[int, int] = (0, 0)  # what of its file is read with it: lines or rows; bytes, 0 in a Parquet file
 
     @property
     def num_bytes(self) -> int:
         return len(self.content) if isinstance(self.content, bytes) else len(str(self.content))
 
 
-def expand(paths: list[str]) -> list[str]:
-    """Files named by paths and glob patterns, in order. ValueError: one that is missing, a folder, or of another kind."""
+def expand(paths: list[str], urls: bool = False) -> list[str]:
+    """Files named by paths and glob patterns, in order; also URLs (`fsspec`'s: hf://, s3://, https://, ...) if asked.
+
+    ValueError: one that is missing, a folder, or of another kind.
+    """
     files = []
     for path in paths:
-        path = os.path.expanduser(path)
-        found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if "://" in path:
+            if not urls:
+                raise ValueError(f"{path}: only data.streaming reads URLs; download the file, or set data.streaming=true")
+            found = _glob_url(path)
+        else:
+            path = os.path.expanduser(path)
+            found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
             raise ValueError(f"{path}: no such file; check data.paths and data.eval_paths")
         for file in found:
@@ -83,32 +93,52 @@ def expand(paths: list[str]) -> list[str]:
     return files
 
 
-def read_lines(path: str) -> Iterator[Line]:
-    """Non-blank lines or rows of one file. ValueError for an unreadable or empty file."""
-    empty = True
-    for line in _parquet_rows(path) if path.endswith(".parquet") else _jsonl_lines(path):
+def _glob_url(path: str) -> list[str]:
+    try:
+        files, _ = fsspec.core.url_to_fs(path)
+        return sorted(files.unstrip_protocol(name) for name in files.glob(path))
+    except (OSError, ValueError, ImportError) as error:  # a protocol that is unknown, or whose package is missing
+        raise ValueError(f"{path}: cannot be listed: {error}") from error
+
+
+def read_lines(path: str, place: tuple[int, int] = (0, 0)) -> Iterator[Line]:
+    """Non-blank lines or rows of one file, after that place of a line (`Line.place`).
+
+    ValueError for an unreadable or empty file.
+    """
+    empty = place == (0, 0)
+    for line in _parquet_rows(path, place[0]) if path.endswith(".parquet") else _jsonl_lines(path, *place):
         empty = False
         yield line
     if empty:
         raise ValueError(f"{path}: empty, no conversation in it")
 
 
-def _jsonl_lines(path: str) -> Iterator[Line]:
+def _jsonl_lines(path: str, done: int, at: int) -> Iterator[Line]:
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            for number, content in enumerate(file, 1):
+        with _open(path) as file:
+            file.seek(at)
+            for number, content in enumerate(file, done + 1):
+                at += len(content)
                 content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
                 if content.strip():
-                    yield Line(f"{path}:{number}", content)
+                    yield Line(f"{path}:{number}", content, (number, at))
     except (OSError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _parquet_rows(path: str) -> Iterator[Line]:
+def _open(path: str) -> Any:  # a context manager of a binary file
+    if "://" in path:
+        return fsspec.open(path, "rb", compression="gzip" if path.endswith(".gz") else None)
+    return (gzip.open if path.endswith(".gz") else open)(path, "rb")
+
+
+def _parquet_rows(path: str, done: int) -> Iterator[Line]:
     try:
-        rows = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield Line(f"{path}:{number}", _without_nulls(row))
+        file = path if "://" in path else glob.escape(path)
+        rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+        for number, row in enumerate(rows.skip(done), done + 1):
+            yield Line(f"{path}:{number}", _without_nulls(row), (number, 0))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 

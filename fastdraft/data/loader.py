@@ -1,10 +1,10 @@
-"""Samples to batches: packs in an order that depends on seed and epoch alone, dealt to ranks, resumable to the pack.
+"""Samples to batches: packs in an order that depends on seed and block alone, dealt to ranks, resumable to the pack.
 
 # n samples, N tokens of a pack, L tokens of a document
-An epoch shuffles the samples, packs them and shuffles the packs. Optimizer steps take packs_per_step packs off that stream,
-running over the end of an epoch into the next, so every step is full. Which packs make a step does not depend on the number
-of ranks; which rank takes which is dealt by cost, L + pair_cost * L^2 summed over a pack's documents. Ranks that share a
-sequence are one rank here and get the same packs.
+A block is an epoch of a data set, or a piece of a stream. Its samples are shuffled and packed, its packs shuffled. An
+optimizer step takes packs_per_step packs, running over the end of a block into the next, so every step is full. Which packs
+make a step does not depend on the number of ranks; which rank takes which is dealt by cost, L + pair_cost * L^2 summed over
+a pack's documents. Ranks that share a sequence are one rank here and get the same packs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from queue import Full, Queue
 from typing import Any
 
@@ -24,6 +25,7 @@ from datasets import Dataset
 from fastdraft.batch import Batch
 from fastdraft.data.pack import deal, pack
 from fastdraft.data.samples import flat, scan
+from fastdraft.data.stream import Place, Stream
 
 
 class Loader:
@@ -35,7 +37,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        data: Dataset | Stream,
         pack_tokens: int,
         packs_per_step: int,
         seed: int = 0,
@@ -51,20 +53,19 @@ class Loader:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
         self.pack_tokens, self.packs_per_step, self.seed = pack_tokens, packs_per_step, seed
         self.rank, self.world_size, self.pair_cost = rank, world_size, pair_cost
-        self._table = dataset.with_format("arrow")
-        self._usable, self._lengths, self._data = _survey(dataset)
-        self._epoch, self._next = 0, 0  # the next pack to hand out
-        self._packs = self._pack_epoch(0)
+        self._blocks = _Epochs(data) if isinstance(data, Dataset) else data
+        self._block = self._open(self._blocks.first)
+        self._next = 0  # the next pack to hand out
 
     @property
     def num_packs(self) -> int:
-        """Packs of one epoch, over all ranks; the same in every epoch."""
-        return len(self._packs)
+        """Packs of this block, over all ranks; the same in every epoch of a data set."""
+        return len(self._block.packs)
 
     @property
     def packs(self) -> list[np.ndarray]:
-        """All packs of the epoch in order, each the rows of the data set that it holds (see `read_pack`)."""
-        return [self._usable[samples] for samples in self._packs]
+        """All packs of the block in order, each the rows of the data set that it holds (see `read_pack`)."""
+        return self._block.packs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,29 +75,28 @@ class Loader:
     @property
     def utilisation(self) -> float:
         """Share of the packs' token budget that holds tokens."""
-        return float(self._lengths.sum() / (self.num_packs * self.pack_tokens))
+        return float(self._block.lengths.sum() / (self.num_packs * self.pack_tokens))
 
     def lines(self) -> list[str]:
         """For people: how well the packs are filled."""
         return [f"{self.num_packs:,} packs of {self.pack_tokens:,} tokens, {self.utilisation:.1%} full"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "pack": self._next, **self._identity()}
+        return {"place": list(self._block.place), "pack": self._next, **self._identity(self._block)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. ValueError when the data, pack_tokens or seed is not what the state was taken with."""
-        for name, value in self._identity().items():
+        place = tuple(state["place"])
+        block = self._block if place == self._block.place else self._open(place)
+        for name, value in self._identity(block).items():
             if state.get(name) != value:
                 raise ValueError(
                     f"cannot resume at the same place in the data: {name} was {state.get(name)!r} and is {value!r}; "
                     f"resume with the data and settings of the checkpoint, or start a new run from its weights"
                 )
-        if not 0 <= state["pack"] < self.num_packs or state["epoch"] < 0:
-            raise ValueError(
-                f"cannot resume at epoch {state['epoch']}, pack {state['pack']}: an epoch has {self.num_packs} packs"
-            )
-        self._epoch, self._next = state["epoch"], state["pack"]
-        self._packs = self._pack_epoch(self._epoch)
+        if not 0 <= state["pack"] < len(block.packs):
+            raise ValueError(f"cannot resume at {state['place']}, pack {state['pack']}: there are {len(block.packs)} packs")
+        self._block, self._next = block, state["pack"]
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -104,24 +104,59 @@ class Loader:
     def __next__(self) -> list[Batch]:
         step = []
         for _ in range(self.packs_per_step):
-            step.append(self._packs[self._next])
+            step.append((self._block, self._next))
             self._next += 1
-            if self._next == len(self._packs):
-                self._epoch, self._next = self._epoch + 1, 0
-                self._packs = self._pack_epoch(self._epoch)
-        costs = [float((n + self.pair_cost * n**2).sum()) for n in (self._lengths[samples] for samples in step)]
-        mine = deal(costs, self.world_size)[self.rank]
-        return [read_pack(self._table, self._usable[step[p]]) for p in mine]
+            if self._next == len(self._block.packs):
+                self._block, self._next = self._open(self._block.after), 0
+        costs = [float((n + self.pair_cost * n**2).sum()) for n in (block.pack_lengths[p] for block, p in step)]
+        mine = (step[i] for i in deal(costs, self.world_size)[self.rank])
+        return [read_pack(block.table, block.packs[p]) for block, p in mine]
 
-    def _identity(self) -> dict[str, Any]:
-        return {"data": self._data, "pack_tokens": self.pack_tokens, "seed": self.seed}
+    def _identity(self, block: _Block) -> dict[str, Any]:
+        return {"data": block.data, "pack_tokens": self.pack_tokens, "seed": self.seed}
 
-    def _pack_epoch(self, epoch: int) -> list[np.ndarray]:
-        """The epoch's packs, each the usable samples that it holds."""
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(self._usable))
-        packs = pack(self._lengths[order], self.pack_tokens)
-        return [order[packs[p]] for p in rng.permutation(len(packs))]
+    def _open(self, place: Place) -> _Block:
+        """The block that begins there, shuffled and packed."""
+        dataset, after = self._blocks.block(place)
+        usable, lengths, data = self._blocks.survey if isinstance(self._blocks, _Epochs) else _survey(dataset)
+        rng = np.random.default_rng([self.seed, *place[:3]])  # a Parquet file's places have no bytes
+        order = rng.permutation(len(usable))
+        packs = pack(lengths[order], self.pack_tokens)
+        packs = [order[packs[p]] for p in rng.permutation(len(packs))]
+        return _Block(
+            place,
+            after,
+            dataset.with_format("arrow"),
+            data,
+            lengths,
+            [usable[p] for p in packs],
+            [lengths[p] for p in packs],
+        )
+
+
+@dataclass(frozen=True)
+class _Block:
+    place: Place
+    after: Place  # where the next one begins
+    table: Dataset  # in Arrow format
+    data: str  # hash of all samples
+    lengths: np.ndarray  # [n] of the usable samples
+    packs: list[np.ndarray]  # rows of the table in each
+    pack_lengths: list[np.ndarray]  # their lengths
+
+
+class _Epochs:
+    """A data set as an endless row of blocks, each the whole of it: an epoch's place is its number."""
+
+    first: Place = (0,)
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.survey = dataset, _survey(dataset)
+
+    def block(self, place: Place) -> tuple[Dataset, Place]:
+        if len(place) != 1 or place[0] < 0:
+            raise ValueError(f"place {list(place)} is not the number of an epoch")
+        return self.dataset, (place[0] + 1,)
 
 
 class Ahead:

@@ -13,16 +13,17 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import filelock
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tokenizers
 import transformers
 from datasets import Dataset
@@ -32,6 +33,9 @@ from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import BadLine, Line, expand, parse, read_lines
 from fastdraft.data.samples import SCHEMA, Sample, flat, record_batch
 from fastdraft.data.tokenize import ChatTokenizer
+
+if TYPE_CHECKING:
+    from fastdraft.data.stream import Stream
 
 FORMAT = 2  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
@@ -54,6 +58,7 @@ class Stats:
     skipped: list[str] = field(default_factory=list)  # FILE:LINE: reason, the first SKIPPED_KEPT
     train_samples: int = 0
     eval_samples: int = 0
+    after: list[int] = field(default_factory=list)  # of a stream's block: where the next one begins
     from_cache: bool = False
 
     def add(self, other: Stats) -> None:
@@ -85,9 +90,14 @@ class Stats:
 
 
 class Prepared(NamedTuple):
-    train: Dataset
-    eval: Dataset  # empty only when eval_fraction is 0 or there is a single conversation
+    train: Dataset  # of a stream, a sample
+    eval: Dataset  # empty only when eval_fraction is 0 or too small for the data
     stats: Stats
+    stream: Stream | None = None
+
+    def lines(self) -> list[str]:
+        """The statistics as sentences for people."""
+        return [*(["streaming; of a sample of the data:"] if self.stream else []), *self.stats.lines()]
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
@@ -98,10 +108,13 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     tokenizer or template that cannot make a mask; nothing to train on; a damaged cache. OSError when the cache cannot be
     written.
     """
-    cache_dir = Path(config.cache_dir or Path.home() / ".cache" / "fastdraft").expanduser()
     train_files, eval_files = expand(config.paths), expand(config.eval_paths)
-    chat = _chat_tokenizer(config, tokenizer, vocab_size)
-    parts = [_prepared(files, config, chat, cache_dir) for files in (train_files, eval_files) if files]
+    chat = chat_tokenizer(config, tokenizer, vocab_size)
+    return divide([tokenized(files, config, chat) for files in (train_files, eval_files) if files], config)
+
+
+def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
+    """Train and eval sets of what became of data.paths and, if given, data.eval_paths. ValueError: nothing to train on."""
     stats = Stats(from_cache=all(part.from_cache for _, part in parts))
     for _, part in parts:
         stats.add(part)
@@ -112,8 +125,8 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: 
             f"{', '.join(config.paths)}: {stats.conversations} conversations, but no trained token in them: is there an "
             f"assistant turn, does the loss_mask have a 1, and does max_length {config.max_length} reach it?{skipped}"
         )
-    train, held_out = (train, parts[1][0]) if eval_files else _split(train, config.eval_fraction)
-    if eval_files and not len(held_out):
+    train, held_out = (train, parts[1][0]) if config.eval_paths else _split(train, config)
+    if config.eval_paths and not len(held_out):
         raise ValueError(f"{', '.join(config.eval_paths)}: no trained token in them; eval data needs assistant turns too")
     stats.train_samples, stats.eval_samples = len(train), len(held_out)
     return Prepared(train, held_out, stats)
@@ -123,8 +136,8 @@ def first_samples(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
 ) -> Iterator[Sample]:
     """The samples of data.paths one by one as they are read, with no cache: for a preview. Errors as `prepare`'s."""
-    chat = _chat_tokenizer(config, tokenizer, vocab_size)
-    for path in expand(config.paths):
+    chat = chat_tokenizer(config, tokenizer, vocab_size)
+    for path in expand(config.paths, config.streaming):
         for line in read_lines(path):
             try:
                 yield from chat(parse(line)).samples
@@ -133,7 +146,7 @@ def first_samples(
                     raise
 
 
-def _chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> ChatTokenizer:
+def chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> ChatTokenizer:
     template = None
     if config.chat_template is not None:
         try:
@@ -151,14 +164,19 @@ def _chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, voca
     )
 
 
-def _split(data: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+def held_out_below(config: DataConfig) -> int:
+    """Conversations with a lower hash are held out, wherever they are: data.eval_fraction of all."""
+    return 0 if config.eval_paths else int(config.eval_fraction * 2**64)
+
+
+def _split(data: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
     """Train and eval by conversation hash: all samples of a conversation, and its copies, fall on the same side.
 
-    Each side gets at least one conversation if there are two, however small the data.
+    Each side gets at least one conversation if there are two, however small the data; not of a stream's sample.
     """
     keys = data.select_columns("conversation").with_format("arrow")[:]["conversation"].to_numpy()
-    held_out = keys < np.uint64(fraction * 2**64)
-    if fraction and keys.min() != keys.max():
+    held_out = keys < np.uint64(held_out_below(config))
+    if config.eval_fraction and keys.min() != keys.max() and not config.streaming:
         if not held_out.any():
             held_out = keys == keys.min()
         elif held_out.all():
@@ -168,38 +186,60 @@ def _split(data: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
     return tuple(data.select(np.flatnonzero(rows), keep_in_memory=True) for rows in (~held_out, held_out))
 
 
-def _prepared(files: list[str], config: DataConfig, chat: ChatTokenizer, cache_dir: Path) -> tuple[Dataset, Stats]:
+def tokenized(files: list[str], config: DataConfig, chat: ChatTokenizer) -> tuple[Dataset, Stats]:
     """All samples of the files, tokenised now or before."""
-    folder = cache_dir / f"samples-{_cache_key(files, config, chat)}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):
+    key = settings_key(config, chat)
+    for file in files:
+        with open(file, "rb") as opened:
+            key.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
+    workers = config.num_workers
+    if workers is None:
+        workers = (os.cpu_count() or 1) if sum(map(os.path.getsize, files)) > 32 * 2**20 else 0
+
+    def write(file: Path) -> Stats:
+        with mapper(chat, config.on_bad_line == "skip", workers) as mapped:
+            return write_samples((line for path in files for line in read_lines(path)), mapped, file)
+
+    return cached(cache_dir(config) / f"samples-{key.hexdigest()}", write)
+
+
+def cache_dir(config: DataConfig) -> Path:
+    return Path(config.cache_dir or Path.home() / ".cache" / "fastdraft").expanduser()
+
+
+def cached(folder: Path, write: Callable[[Path], Stats], lock: Path | None = None) -> tuple[Dataset, Stats]:
+    """The samples in a folder of the cache. If it is not there, `write` makes their file, and the folder gets its name when
+    it is complete; of several processes one does, the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock or f"{folder}.lock"):
         from_cache = folder.is_dir()
         if not from_cache:
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             partial.mkdir()
             try:
-                stats = _write(files, config, chat, partial / "samples.arrow")
+                stats = write(partial / "samples.arrow")
                 (partial / "stats.json").write_text(json.dumps(asdict(stats)), encoding="utf-8")
                 partial.rename(folder)
             except OSError as error:
                 raise OSError(
-                    error.errno, f"cannot write the token cache under {cache_dir}: {error.strerror or error}"
+                    error.errno, f"cannot write the token cache under {folder.parent}: {error.strerror or error}"
                 ) from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    try:
-        stats = Stats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
-        dataset = Dataset.from_file(str(folder / "samples.arrow"))
-        if len(dataset) != stats.samples:  # Arrow takes a stream cut between two batches for a shorter one
-            raise ValueError(f"{len(dataset)} of {stats.samples} samples are there")
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"the token cache {folder} is damaged: {error}; delete it, it will be made again") from error
+        try:
+            stats = Stats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
+            dataset = Dataset.from_file(str(folder / "samples.arrow"))
+            if len(dataset) != stats.samples:  # Arrow takes a stream cut between two batches for a shorter one
+                raise ValueError(f"{len(dataset)} of {stats.samples} samples are there")
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"the token cache {folder} is damaged: {error}; delete it, it will be made again") from error
     stats.from_cache = from_cache
     return dataset, stats
 
 
-def _cache_key(files: list[str], config: DataConfig, chat: ChatTokenizer) -> str:
+def settings_key(config: DataConfig, chat: ChatTokenizer) -> hashlib.blake2b:
+    """A hash begun with everything but the data that makes the samples what they are."""
     backend = getattr(chat.tokenizer, "backend_tokenizer", None)
     settings = {
         "format": FORMAT,
@@ -210,48 +250,42 @@ def _cache_key(files: list[str], config: DataConfig, chat: ChatTokenizer) -> str
         "vocab_size": chat.vocab_size,
         "settings": config.model_dump(include={"max_length", "on_too_long", "on_bad_line", "train_on"}),
     }
-    key = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"), digest_size=16)
-    for file in files:
-        with open(file, "rb") as opened:
-            key.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
-    return key.hexdigest()
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"), digest_size=16)
 
 
-def _write(files: list[str], config: DataConfig, chat: ChatTokenizer, path: Path) -> Stats:
-    """Tokenise the files into one Arrow stream. Bad lines raise or are counted, in file order."""
+def write_samples(lines: Iterable[Line], mapped: Mapped, file: Path, lowest_key: int = 0) -> Stats:
+    """Tokenise lines into one Arrow stream, without conversations that have a hash below `lowest_key`.
+
+    Bad lines raise or are counted, in order.
+    """
     stats = Stats()
-    skip = config.on_bad_line == "skip"
-    workers = config.num_workers
-    if workers is None:
-        workers = (os.cpu_count() or 1) if sum(map(os.path.getsize, files)) > 32 * 2**20 else 0
-    with (
-        pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_stream(sink, SCHEMA) as writer,
-        _mapper(chat, skip, workers) as mapped,
-    ):
-        for batch, part, error in mapped(_chunks(files)):
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for batch, part, error in mapped(_chunks(lines)):
             if error is not None:
                 raise BadLine(*error)
+            if lowest_key:
+                batch = batch.filter(pc.greater_equal(batch["conversation"], pa.scalar(lowest_key, pa.uint64())))
+                part.samples = batch.num_rows
             stats.add(part)
             if batch.num_rows:
                 writer.write_batch(batch)
     return stats
 
 
-def _chunks(files: list[str]) -> Iterator[list[Line]]:
+def _chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
     chunk, size = [], 0
-    for file in files:
-        for line in read_lines(file):
-            chunk.append(line)
-            size += line.num_bytes
-            if size >= CHUNK_BYTES:
-                yield chunk
-                chunk, size = [], 0
+    for line in lines:
+        chunk.append(line)
+        size += line.num_bytes
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
     if chunk:
         yield chunk
 
 
 Done = tuple[pa.RecordBatch, Stats, tuple[str, str] | None]  # samples, counts, and the (where, reason) that stopped it
+Mapped = Callable[[Iterator[list[Line]]], Iterator[Done]]
 
 
 def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
@@ -278,7 +312,7 @@ def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
 
 
 @contextmanager
-def _mapper(chat: ChatTokenizer, skip: bool, workers: int):
+def mapper(chat: ChatTokenizer, skip: bool, workers: int) -> Iterator[Mapped]:
     """A function that maps chunks to what came of them, in order, with a bounded number of chunks in memory."""
     if not workers:
         yield lambda chunks: (_tokenize_chunk(chat, skip, chunk) for chunk in chunks)

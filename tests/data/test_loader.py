@@ -138,7 +138,7 @@ def test_resume_is_exact_at_every_step():
     for _ in range(2 * straight.steps_per_epoch + 1):
         states.append(straight.state_dict())
         steps.append(contents(next(straight)))
-    assert states[-1]["epoch"] == 2
+    assert states[-1]["place"] == [2]
     for state, step in zip(states, steps, strict=True):
         resumed = Loader(to_dataset(DATA), 64, 3, seed=2)
         resumed.load_state_dict(state)
@@ -157,7 +157,7 @@ def test_resume_refuses_other_data():
     ):
         with pytest.raises(ValueError, match=f"cannot resume at the same place in the data: {name} was"):
             loader.load_state_dict(state)
-    with pytest.raises(ValueError, match="epoch 0, pack 9999"):
+    with pytest.raises(ValueError, match=r"at \[0\], pack 9999"):
         Loader(to_dataset(DATA), 64, 2).load_state_dict({**state, "pack": 9999})
     Loader(to_dataset(DATA), 64, 4).load_state_dict(state)
 

@@ -91,17 +91,17 @@ def test_workers_make_the_same_file(config, monkeypatch, tmp_path):
 
 
 def test_a_killed_run_leaves_nothing_that_is_taken_for_a_cache(config, tokenizer, monkeypatch, tmp_path):
-    write = room._write
+    write = room.write_samples
 
-    def dies(files, config, chat, path):
-        path.write_bytes(b"half")
+    def dies(lines, mapped, file):
+        file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "_write", dies)
+    monkeypatch.setattr(room, "write_samples", dies)
     with pytest.raises(KeyboardInterrupt):
         prepare(config(*CHATS), tokenizer)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([], [".lock"])
-    monkeypatch.setattr(room, "_write", write)
+    monkeypatch.setattr(room, "write_samples", write)
     assert prepare(config(*CHATS), tokenizer).stats.samples == 40
 
 
@@ -120,7 +120,7 @@ def test_full_disk_is_said(config, tokenizer, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room, "_write", full)
+    monkeypatch.setattr(room, "write_samples", full)
     with pytest.raises(OSError, match=r"cannot write the token cache under .*cache: No space left on device"):
         prepare(config(*CHATS), tokenizer)
 

@@ -50,9 +50,9 @@ def target(target_dir) -> Target:
 def dumps(make_config, target, tmp_path) -> Path:
     """Every document of the run in one file each, some compressed, and one in which nothing is trained."""
     config = make_config(**{"data.eval_fraction": 0})
-    loader = Loader(load_data(config, 192).train, 96, 1)
-    documents = [d for rows in loader.packs for d in rows]
-    table = loader._table
+    samples = load_data(config, 192).train
+    documents = [d for rows in Loader(samples, 96, 1).packs for d in rows]
+    table = samples.with_format("arrow")
     for i, row in enumerate(documents):
         ids, mask = (torch.tensor(table[[int(row)]][name][0].as_py()) for name in ("input_ids", "loss_mask"))
         where = tmp_path / "dumps" / f"rows_{i // 10 * 10}-{i // 10 * 10 + 10}" / f"data_{i}.ckpt{'.gz' * (i % 3 == 0)}"

@@ -1,0 +1,162 @@
+"""Data that is read and tokenised while it trains, because it fits no disk or is not to be waited for.
+
+A stream is cut into blocks of data.block_conversations lines. A block is tokenised into the cache ahead of its turn,
+shuffled and packed like an epoch of data that is known whole (`data/loader.py`), and deleted two blocks later. So the order
+depends on the seed alone, every rank and every start of a run makes the same blocks, and a place in the stream is four
+numbers: epoch, file, and lines and bytes read of it. Ranks that see one cache folder tokenise each block once.
+
+The order of files is drawn anew each epoch; lines mix within their block only, so sorted files want shuffling before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import filelock
+import fsspec
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fastdraft.data.config import DataConfig
+from fastdraft.data.conversations import Line, expand, read_lines
+from fastdraft.data.prepare import (
+    Mapped,
+    Prepared,
+    Stats,
+    cache_dir,
+    cached,
+    chat_tokenizer,
+    divide,
+    held_out_below,
+    mapper,
+    settings_key,
+    tokenized,
+    write_samples,
+)
+from fastdraft.data.tokenize import ChatTokenizer
+
+Place = tuple[int, ...]  # epoch, file of its order, lines and bytes of that file that are read
+
+
+def open_stream(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
+    """The stream of data.paths, and as train and eval sets a sample of it (`Stream.sample`).
+
+    Held out is what `prepare` would hold out, as far as it is in the sample; the stream leaves all of it out. ValueError as
+    `prepare`'s.
+    """
+    chat = chat_tokenizer(config, tokenizer, vocab_size)
+    stream = Stream(config, chat)
+    parts = [stream.sample()]
+    if config.eval_paths:
+        parts.append(tokenized(expand(config.eval_paths), config, chat))
+    return divide(parts, config)._replace(stream=stream)
+
+
+class Stream:
+    """Blocks of a stream by their place, the next one made in the background. `close` stops that."""
+
+    first: Place = (0, 0, 0, 0)
+
+    def __init__(self, config: DataConfig, chat: ChatTokenizer) -> None:
+        self.files = expand(config.paths, urls=True)
+        self._config, self._chat, self._lowest_key = config, chat, held_out_below(config)
+        key = settings_key(config, chat)
+        marks = [fsspec.core.url_to_fs(file)[0].ukey(file) for file in self.files]  # changes with a file's size or time
+        key.update(json.dumps([marks, config.seed, config.block_conversations, self._lowest_key]).encode())
+        self._name = str(cache_dir(config) / f"stream-{key.hexdigest()}")
+        self._lock = Path(f"{self._name}.lock")
+        self._background = ThreadPoolExecutor(1, "fastdraft-stream")
+        self._coming: dict[Place, Future[tuple[Dataset, Place]]] = {}
+        self._before: list[Path] = []  # folders of the last blocks given
+        self._closed = threading.Event()
+        self._workers = ExitStack()
+        self._mapped = None
+
+    def block(self, place: Place) -> tuple[Dataset, Place]:
+        """The samples of the block that begins there, at least one, and where the next begins. Starts making that one.
+
+        ValueError: a place that is not in the data, an unreadable file, a bad line (unless on_bad_line is skip).
+        """
+        if len(place) != 4 or min(place) < 0 or place[1] >= len(self.files):
+            raise ValueError(f"place {list(place)} is not in a stream of {len(self.files)} files")
+        coming = self._coming.pop(place, None) or self._background.submit(self._make, place)
+        dataset, after = coming.result()
+        for other in self._coming.values():
+            other.cancel()
+        self._coming = {after: self._background.submit(self._make, after)}
+        for folder in self._before[:-1]:
+            self._background.submit(self._delete, folder)
+        self._before = [*self._before[-1:], self._folder(place)]
+        return dataset, after
+
+    def close(self) -> None:
+        self._closed.set()
+        self._background.shutdown(cancel_futures=True)
+        self._workers.close()
+
+    def sample(self) -> tuple[Dataset, Stats]:
+        """The first data.vocab_samples conversations, as many of each file."""
+        each = -(-self._config.vocab_samples // len(self.files))
+        lines = (line for file in self.files for line in islice(read_lines(file), each))
+
+        def write(file: Path) -> Stats:
+            with self._mapper() as mapped:
+                return write_samples(lines, mapped, file)
+
+        return cached(Path(f"{self._name}-sample-{self._config.vocab_samples}"), write, self._lock)
+
+    def _make(self, place: Place) -> tuple[Dataset, Place]:
+        while True:
+            dataset, stats = cached(self._folder(place), partial(self._write, place), self._lock)
+            place = tuple(stats.after)
+            if len(dataset):
+                return dataset, place
+
+    def _write(self, place: Place, file: Path) -> Stats:
+        after = [place[0] + 1, 0, 0, 0]
+
+        def lines() -> Iterator[Line]:
+            for count, (i, line) in enumerate(self._lines(place), 1):
+                if self._closed.is_set():
+                    raise ValueError("the stream was closed")
+                yield line
+                if count == self._config.block_conversations:
+                    after[:] = [place[0], i, *line.place]
+                    return
+
+        if self._mapped is None:
+            self._mapped = self._workers.enter_context(self._mapper())
+        stats = write_samples(lines(), self._mapped, file, self._lowest_key)
+        stats.after = after
+        return stats
+
+    def _delete(self, folder: Path) -> None:
+        with filelock.FileLock(self._lock):  # another run of the same stream may be opening it
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _lines(self, place: Place) -> Iterator[tuple[int, Line]]:
+        """Lines from a place to the end of its epoch, with the number of their file in the epoch's order."""
+        epoch, first, *read = place
+        order = np.random.default_rng([self._config.seed, epoch]).permutation(len(self.files))
+        for i in range(first, len(order)):
+            for line in read_lines(self.files[order[i]], tuple(read) if i == first else (0, 0)):
+                yield i, line
+
+    def _mapper(self) -> AbstractContextManager[Mapped]:
+        workers = self._config.num_workers
+        if workers is None:
+            workers = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        return mapper(self._chat, self._config.on_bad_line == "skip", workers)
+
+    def _folder(self, place: Place) -> Path:
+        return Path(f"{self._name}-{'-'.join(map(str, place))}")

@@ -1,0 +1,135 @@
+import gzip
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+from chats import chat, make_tokenizer
+from datasets import Dataset
+
+from fastdraft.data.config import DataConfig
+from fastdraft.data.loader import Ahead, Loader
+from fastdraft.data.prepare import prepare
+from fastdraft.data.stream import open_stream
+
+CHATS = [{"messages": chat(f"Question {i}?", f"Answer {i} " + "and two " * (i % 9))} for i in range(50)]
+
+
+@pytest.fixture
+def settings(tmp_path, write):
+    """Three files and small blocks."""
+    files = [write(CHATS[a:b], f"{a}.jsonl") for a, b in ((0, 20), (20, 27), (27, 50))]
+    return dict(paths=files, streaming=True, block_conversations=9, num_workers=0, eval_fraction=0.2, max_length=64)
+
+
+@pytest.fixture
+def loader(settings, tmp_path):
+    """loader(packs_per_step, ...) on a stream of its own, in a cache of its own unless told."""
+    opened = []
+
+    def loader(packs_per_step=2, rank=0, world=1, cache=None, **changes):
+        cache = cache or tmp_path / f"cache{len(opened)}"
+        config = DataConfig(**settings | {"cache_dir": str(cache), "pack_tokens": 100} | changes)
+        opened.append(open_stream(config, make_tokenizer()))
+        return Loader(opened[-1].stream, 100, packs_per_step, config.seed, rank, world)
+
+    yield loader
+    for prepared in opened:
+        prepared.stream.close()
+
+
+def contents(step):
+    return [(b.input_ids.tolist(), b.loss_mask.tolist(), b.lengths) for b in step]
+
+
+def documents(step):
+    return [tuple(ids.tolist()) for b in step for ids in b.input_ids.split(b.lengths)]
+
+
+def rows(dataset):
+    return sorted(tuple(row["input_ids"]) for row in dataset)
+
+
+def test_an_epoch_is_what_prepare_would_train_on(settings, loader, tmp_path):
+    whole = prepare(DataConfig(**settings | {"streaming": False, "cache_dir": str(tmp_path / "whole")}), make_tokenizer())
+    sampled = open_stream(DataConfig(**settings | {"cache_dir": str(tmp_path / "sample")}), make_tokenizer())
+    assert rows(sampled.train) == rows(whole.train) and rows(sampled.eval) == rows(whole.eval) != []
+    assert sampled.lines()[0] == "streaming; of a sample of the data:"
+    few = open_stream(DataConfig(**settings | {"cache_dir": str(tmp_path / "few"), "vocab_samples": 9}), make_tokenizer())
+    assert few.stats.conversations == 9 and set(rows(few.train)) < set(rows(whole.train))
+    stream = loader(1)
+    epochs: list[list] = [[], []]
+    while (epoch := stream.state_dict()["place"][0]) < 2:
+        epochs[epoch] += documents(next(stream))
+    assert [sorted(epoch) for epoch in epochs] == [rows(whole.train)] * 2 and epochs[0] != epochs[1]
+    kept = [path for path in (tmp_path / "cache0").glob("stream-*-*-*-*-*") if (path / "samples.arrow").exists()]
+    assert 1 <= len(kept) <= 5, "blocks that are done with are deleted"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_is_exact_at_every_step_on_any_number_of_ranks(loader, world):
+    straight = loader(2)
+    states, steps = [], []
+    while straight.state_dict()["place"][0] < 2:
+        states.append(json.loads(json.dumps(straight.state_dict())))
+        steps.append(contents(next(straight)))
+    assert len({tuple(state["place"]) for state in states}) > 8
+    for i in range(0, len(states), 3):
+        resumed = [loader(2, rank, world, cache="shared" if world > 1 and i % 2 else None) for rank in range(world)]
+        for one in resumed:
+            one.load_state_dict(states[i])
+        for step in steps[i : i + 3]:
+            assert sorted(pack for one in resumed for pack in contents(next(one))) == sorted(step)
+
+
+def test_the_order_depends_on_the_seed_and_not_on_workers(loader, monkeypatch):
+    first = [contents(next(one)) for one in (loader(9), loader(9, num_workers=1), loader(9, seed=1))]
+    assert first[0] == first[1] != first[2]
+
+
+def test_a_bad_line_is_named_when_its_block_comes(settings, loader, write, tmp_path):
+    write([*CHATS[27:46], "not JSON", *CHATS[47:]], "27.jsonl")
+    with pytest.raises(ValueError, match=r"27\.jsonl:20: not JSON"):
+        loader()
+    with Ahead(loader(vocab_samples=3)) as ahead, pytest.raises(ValueError, match=r"27\.jsonl:20: not JSON"):
+        for _ in range(99):
+            next(ahead)
+    skipping = loader(1, on_bad_line="skip")
+    while skipping.state_dict()["place"][0] < 1:
+        next(skipping)
+
+
+def test_resume_refuses_other_data(loader, write):
+    one = loader()
+    while one.state_dict()["place"][0] < 1:
+        state = one.state_dict()
+        next(one)
+    for place in ([0], [0, 3, 0, 0], [0, 0, -1, 0]):
+        with pytest.raises(ValueError, match="is not in a stream of 3 files"):
+            loader().load_state_dict({**state, "place": place})
+    for first in (0, 20, 27):
+        write([{"messages": chat("x", "y" * 200)}] * 30, f"{first}.jsonl")
+    with pytest.raises(ValueError, match=r"cannot resume at the same place in the data: data was|not JSON"):
+        loader().load_state_dict(state)
+
+
+def test_compressed_columnar_and_remote_files(settings, loader, tmp_path):
+    expected = [contents(next(one)) for one in [loader(3)] for _ in range(12)]
+    packed = []
+    for path in map(Path, settings["paths"]):
+        packed.append(str(path.with_suffix(".jsonl.gz")))
+        Path(packed[-1]).write_bytes(gzip.compress(path.read_bytes()))
+    tables = []
+    for path in map(Path, settings["paths"]):
+        tables.append(str(path.with_suffix(".parquet")))
+        Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()]).to_parquet(tables[-1])
+    for path in map(Path, settings["paths"]):
+        fsspec.filesystem("memory").pipe(f"/chats/{int(path.stem):02}.jsonl", path.read_bytes())
+    for paths in (packed, tables, ["memory://chats/*.jsonl"]):
+        made = [contents(next(one)) for one in [loader(3, paths=paths)] for _ in range(12)]
+        assert made == expected, paths
+    with pytest.raises(ValueError, match="streaming reads URLs"):
+        prepare(DataConfig(paths=["memory://chats/*.jsonl"], cache_dir=str(tmp_path)), make_tokenizer())
+    for url, reason in (("memory://chats/*.json", "no such file"), ("nothing://a", "cannot be listed")):
+        with pytest.raises(ValueError, match=reason):
+            loader(paths=[url])
