@@ -67,7 +67,7 @@ def test_an_epoch_is_what_prepare_would_train_on(settings, loader, tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_resume_is_exact_at_every_step_on_any_number_of_ranks(loader, world):
+def test_resume_is_exact_at_every_step_on_any_number_of_ranks(loader, tmp_path, world):
     straight = loader(2)
     states, steps = [], []
     while straight.state_dict()["place"][0] < 2:
@@ -75,14 +75,16 @@ def test_resume_is_exact_at_every_step_on_any_number_of_ranks(loader, world):
         steps.append(contents(next(straight)))
     assert len({tuple(state["place"]) for state in states}) > 8
     for i in range(0, len(states), 3):
-        resumed = [loader(2, rank, world, cache="shared" if world > 1 and i % 2 else None) for rank in range(world)]
+        resumed = [
+            loader(2, rank, world, cache=tmp_path / "shared" if world > 1 and i % 2 else None) for rank in range(world)
+        ]
         for one in resumed:
             one.load_state_dict(states[i])
         for step in steps[i : i + 3]:
             assert sorted(pack for one in resumed for pack in contents(next(one))) == sorted(step)
 
 
-def test_the_order_depends_on_the_seed_and_not_on_workers(loader, monkeypatch):
+def test_the_order_depends_on_the_seed_and_not_on_workers(loader):
     first = [contents(next(one)) for one in (loader(9), loader(9, num_workers=1), loader(9, seed=1))]
     assert first[0] == first[1] != first[2]
 
