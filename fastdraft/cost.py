@@ -81,6 +81,7 @@ def plan(
     engine: Engine = "reference",
     device: Literal["cuda", "cpu"] = "cuda",  # the fused engine's attention: kernels, or the reference that keeps scores
     chunk_rows: int | None = None,  # M of the fused engine; None: its own choice
+    stored: bool = False,  # features are read from a store: of the target, only embedding and head are loaded
 ) -> Plan:
     """Predicted needs of a run on one device. Raises ValueError for sizes or names it has no formula for."""
     if engine not in get_args(Engine):
@@ -108,7 +109,9 @@ def plan(
         work = (Row("draft step, forward and backward", _reference_flops(draft, length, ttt_length)),)
     weights = trainable + frozen if b < 4 else frozen  # in fp32 the masters are the weights
     memory = (
-        Row("target weights", target_params * target_dtype.itemsize),
+        Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_dtype.itemsize)
+        if stored
+        else Row("target weights", target_params * target_dtype.itemsize),
         Row(f"draft weights ({precision})" if b < 4 else "draft's frozen embedding", weights * b + maps),
         Row("fp32 master weights", 4 * trainable),
         Row("fp32 moments (two)", 8 * trainable),
@@ -127,7 +130,7 @@ def plan(
         Row("one more while it is written", checkpoint),
         Row("export", export),
     )
-    flops = (Row("target forward (every parameter active)", 2 * target_params), *work)
+    flops = work if stored else (Row("target forward (every parameter active)", 2 * target_params), *work)
     return Plan(trainable, frozen, target_params, memory, disk, flops, checkpoint, export)
 
 

@@ -646,6 +646,7 @@ def print_plan(config: Config, console: Console) -> None:
         engine=engine_kind(config.engine),
         chunk_rows=config.chunk_rows,
         device=device.type,
+        stored=config.features.path is not None and config.features.mode == "read",
     )
     console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine)} engine")
     render(predicted, console)

@@ -159,6 +159,8 @@ def _capture_shard(
         lock.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout:
         return  # somebody is at it
+    except FileNotFoundError:
+        return  # the last shard was written just now, and its writer took the locks away
     except NotImplementedError as error:
         raise ValueError(
             f"{writer.folder} lies on a file system without locks: give each process --part I/N and a folder of its own, "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import socket
 import sys
 import time
 from pathlib import Path
@@ -474,3 +476,58 @@ def test_a_cache_is_filled_by_one_run(make_config, tmp_path):
     lock = capture_module.filelock.FileLock(tmp_path / "cache" / ".cache.lock")
     with lock, pytest.raises(ValueError, match="another run is filling"):
         train(make_config(run_dir=str(tmp_path / "second"), **changes))
+
+
+# --- several processes ---------------------------------------------------------------------------------------------------
+
+
+def as_rank(rank: int, port: int, act, *args) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    act(*args)
+    torch.distributed.destroy_process_group()
+
+
+def by_two_ranks(act, *args) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=as_rank, args=(rank, port, act, *args)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def test_two_ranks_fill_and_read_one_store(make_config, store, tmp_path):
+    by_two_ranks(capture_features, make_config(), tmp_path / "two", "auto", (0, 1), False, lambda line: None, SMALL)
+    assert files(tmp_path / "two") == files(store)
+    runs = [make_config(run_dir=str(tmp_path / name), **{"features.path": str(store)}) for name in ("one", "both")]
+    train(runs[0])
+    by_two_ranks(train, runs[1])
+    for ours, theirs in zip(*(losses(run.run_dir) for run in runs), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+
+
+def test_two_ranks_fill_one_cache(make_config, tmp_path, monkeypatch):
+    cache = {"features.path": str(tmp_path / "cache"), "features.mode": "cache", "features.max_gib": 1.0, "max_steps": 16}
+    config, online = make_config(**cache), make_config(max_steps=16, run_dir=str(tmp_path / "online"))
+    by_two_ranks(train, config)
+    train(online)
+    for ours, theirs in zip(losses(config.run_dir), losses(online.run_dir), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    tokens = count_target(monkeypatch)
+    train(make_config(run_dir=str(tmp_path / "again"), **cache))
+    assert tokens == []
+
+
+def test_the_plan_of_an_offline_run_has_no_target(tree, tmp_path, fastdraft):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    online, offline = (
+        fastdraft("train", tmp_path / "run.yaml", "--plan", *more)[1] for more in ([], ["features.path=anywhere"])
+    )
+    assert "target weights" in online and "target forward" in online
+    assert "embedding and head" in offline and "target weights" not in offline and "target forward" not in offline
