@@ -367,7 +367,9 @@ def check(
     dtype: Annotated[str | None, typer.Option(help="What the engine runs in; the target's own dtype if left out.")] = None,
     engine_python: Annotated[Path | None, typer.Option(help="The Python that has the engine; else this one.")] = None,
     engine_pythonpath: Annotated[str | None, typer.Option(help="PYTHONPATH for it.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the engine may take in all.")] = 1800,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that the engine may take, with and without the draft each.")
+    ] = 1800,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the target's own code.")] = False,
 ) -> None:
     """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do, and

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.engines.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
-from fastdraft.engines.run import EnginePlace, Output, Run, Served, engine_version, run_engine
+from fastdraft.engines.run import EnginePlace, Run, Served, engine_version, run_engine
 from fastdraft.export import load_draft
 from fastdraft.model.config import language_config, read_target_config
 from fastdraft.model.draft import Draft
@@ -83,16 +83,19 @@ def check_engine(check: EngineCheck) -> Report:
         stop_ids,
         dtype,
         check.num_steps,
-        plain=True,
         trust_remote_code=check.trust_remote_code,
     )
-    (served,) = run_engine(check.place, [run], check.timeout_s)  # before the target takes the GPU
+    # a process each, before the target takes the GPU
+    (served,), (plain,) = (run_engine(check.place, [r], check.timeout_s) for r in (run, replace(run, checkpoint=None)))
     target = Target(target.model.to(device), draft.config.layers)
-    return compare(target, draft, prompts, served, check.num_steps)
+    return compare(target, draft, prompts, served, plain, check.num_steps)
 
 
-def compare(target: Target, draft: Draft, prompts: list[list[int]], served: Served, num_steps: int) -> Report:
-    """`draft` as `load_draft` gave it, in the checkpoint's dtype; the target in the dtype the engine ran in."""
+def compare(
+    target: Target, draft: Draft, prompts: list[list[int]], served: Served, plain: Served, num_steps: int
+) -> Report:
+    """`draft` as `load_draft` gave it, in the checkpoint's dtype; the target in the dtype the engine ran in. `plain` is the
+    same engine without a draft."""
     checkpoint_dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
     draft = draft.to(target.device, target.dtype)
     if draft.config.hidden_size == draft.config.target_hidden_size:
@@ -105,7 +108,7 @@ def compare(target: Target, draft: Draft, prompts: list[list[int]], served: Serv
             f"dtype: {served.engine} ran in {served.dtype}, the checkpoint's weights are {checkpoint_dtype}; "
             "serve in that dtype, or export in the one served"
         )
-    if not _target_agrees(parity, prompts, served, report):
+    if not _target_agrees(parity, prompts, served, plain, report):
         return report
     told = diagnose(parity)
     _say_drafts(told, served, report)
@@ -132,14 +135,11 @@ def _prompt_ids(check: EngineCheck, context: int) -> list[list[int]]:
     return prompts
 
 
-def _target_agrees(parity: Parity, prompts: list[list[int]], served: Served, report: Report) -> bool:
-    found = {"with the draft": parity.target_evidence()}
-    if served.plain is not None:
-        plain = [Output(tokens) for tokens in served.plain]
-        found["without"] = Parity(parity.target, parity.draft, prompts, plain, parity.num_steps).target_evidence()
-        same = sum(o.tokens == p for o, p in zip(served.outputs, served.plain, strict=True))
-        report.facts.append(f"greedy output with and without the draft: equal for {same} of {len(prompts)} prompts")
-    for how, evidence in found.items():
+def _target_agrees(parity: Parity, prompts: list[list[int]], served: Served, plain: Served, report: Report) -> bool:
+    alone = Parity(parity.target, parity.draft, prompts, plain.outputs, parity.num_steps)
+    same = sum(o.tokens == p.tokens for o, p in zip(served.outputs, plain.outputs, strict=True))
+    report.facts.append(f"greedy output with and without the draft: equal for {same} of {len(prompts)} prompts")
+    for how, evidence in {"with the draft": parity.target_evidence(), "without": alone.target_evidence()}.items():
         report.facts.append(f"output {how}: {_of_target(evidence)}")
         if evidence.agreement < 0.99:
             report.errors.append(

@@ -50,10 +50,10 @@ class EnginePlace:
 
 @dataclass(frozen=True)
 class Run:
-    """One target with one draft and the prompts to serve greedily."""
+    """A target, its draft, and prompts to serve greedily."""
 
     target: str
-    checkpoint: str
+    checkpoint: str | None  # None: the target alone
     prompts: list[list[int]]
     max_new_tokens: int
     stop_ids: list[int]
@@ -61,7 +61,6 @@ class Run:
     num_steps: int = 3
     eagle_topk: int = 1  # vLLM: always a chain
     num_draft_tokens: int | None = None  # the root included; None: num_steps + 1
-    plain: bool = False  # also without the draft
     trust_remote_code: bool = False
 
 
@@ -86,9 +85,8 @@ class Served:
     version: str
     dtype: str  # that the engine ran in
     outputs: list[Output]
-    plain: list[list[int]] | None  # outputs without the draft, where asked for
-    accepted_length: float | None  # the engine's own number; vLLM: 1 + accepted / drafts, SGLang: see docs/serving.md
-    num_rounds: int | None
+    accepted_length: float | None  # the engine's own number; docs/serving.md says how each counts
+    num_rounds: int | None  # verifying forwards; None without a draft
 
 
 def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:

@@ -15,17 +15,13 @@ import sglang
 def main(job: str, result: str) -> None:
     with open(job, encoding="utf-8") as file:
         runs = json.load(file)
-    served = []
-    for run in runs:
-        found = serve(run, run["checkpoint"])
-        found["plain"] = [o["tokens"] for o in serve(run, None)["outputs"]] if run["plain"] else None
-        served.append(found)
+    served = [serve(run) for run in runs]
     with open(result, "w", encoding="utf-8") as file:
         json.dump(served, file)
 
 
-def serve(run: dict, checkpoint: str | None) -> dict:
-    options = {}
+def serve(run: dict) -> dict:
+    checkpoint, options = run["checkpoint"], {}
     if checkpoint is not None:
         options = {
             "speculative_algorithm": "EAGLE3",

@@ -38,23 +38,19 @@ SpecDecodeBaseProposer.propose = propose
 def main(job: str, result: str) -> None:
     with open(job, encoding="utf-8") as file:
         runs = json.load(file)
-    served = []
-    for run in runs:
-        found = serve(run, run["checkpoint"])
-        found["plain"] = [o["tokens"] for o in serve(run, None)["outputs"]] if run["plain"] else None
-        served.append(found)
+    served = [serve(run) for run in runs]
     with open(result, "w", encoding="utf-8") as file:
         json.dump(served, file)
 
 
-def serve(run: dict, checkpoint: str | None) -> dict:
+def serve(run: dict) -> dict:
     longest = max(len(ids) for ids in run["prompts"])
     length = longest + run["max_new_tokens"] + run["num_steps"] + 1  # less would silently end the drafting early
     options = {}
-    if checkpoint is not None:
+    if run["checkpoint"] is not None:
         options["speculative_config"] = {
             "method": "eagle3",
-            "model": checkpoint,
+            "model": run["checkpoint"],
             "num_speculative_tokens": run["num_steps"],
         }
     llm = LLM(
@@ -99,7 +95,7 @@ def serve(run: dict, checkpoint: str | None) -> dict:
         "accepted_length": None,
         "num_rounds": None,
     }
-    if checkpoint is not None:
+    if run["checkpoint"] is not None:
         counts = {m.name: m.value for m in llm.get_metrics() if m.name.startswith("vllm:spec") and hasattr(m, "value")}
         drafts, accepted = counts["vllm:spec_decode_num_drafts"], counts["vllm:spec_decode_num_accepted_tokens"]
         found["num_rounds"] = drafts

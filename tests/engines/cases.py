@@ -53,7 +53,7 @@ class Case:
     checkpoint: Path
 
     def run(self) -> Run:
-        return Run(str(self.target_dir), str(self.checkpoint), self.prompts, NEW_TOKENS, [2], "float32", plain=True)
+        return Run(str(self.target_dir), str(self.checkpoint), self.prompts, NEW_TOKENS, [2], "float32")
 
 
 def make_case(name: str, folder: Path, steps: int = 40) -> Case:

@@ -1,5 +1,6 @@
 """`fastdraft check --engine vllm` on real vLLM: each seeded fault is named, a sound draft passes."""
 
+import json
 import os
 import shutil
 import sys
@@ -7,19 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_decode
 import torch
 from cases import LLAMA3, engine_place, make_case, rewrite_config
 from safetensors.torch import load_file, save_file
-from test_decode import train_on_own_output
-from tiny import save_target, tiny_llama
+from tiny import make_tokenizer, save_target, tiny_llama
 
+from bench import engines as bench
 from fastdraft import cli
+from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.engines.check import compare
 from fastdraft.engines.run import run_engine
 from fastdraft.export import export_draft, load_draft
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
-from fastdraft.target.hf import Target
+from fastdraft.target.hf import Target, load_target
 
 # A vLLM that leaves all steps of a checkpoint named "position" at the position of the first.
 SITECUSTOMIZE = """
@@ -95,33 +98,30 @@ def served(case, tmp_path_factory):
         checkpoint = folder / fault.replace(" ", "-")
         shutil.copytree(case.checkpoint, checkpoint)
         seed(fault, checkpoint)
-        runs.append(replace(case.run(), checkpoint=str(checkpoint), plain=False))
+        runs.append(replace(case.run(), checkpoint=str(checkpoint)))
     runs.append(replace(case.run(), dtype="bfloat16"))
+    runs += [replace(run, checkpoint=None) for run in (case.run(), runs[-1])]
     place = replace(engine_place("vllm", os.environ), pythonpath=str(folder))
-    return dict(zip([*FAULTS, "dtype"], run_engine(place, runs, 900), strict=True))
+    return dict(zip([*FAULTS, "dtype", "float32", "bfloat16"], run_engine(place, runs, 900), strict=True))
 
 
-def reported(case, served, target=None):
-    return compare(target or case.target, load_draft(case.checkpoint, case.target.config), case.prompts, served, 3)
+def reported(case, target, served, alone):
+    return compare(target, load_draft(case.checkpoint, target.config), case.prompts, served, alone, 3)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_fault_is_named(case, served, fault):
-    report = reported(case, served[fault])
+    report = reported(case, case.target, served[fault], served["float32"])
     assert report.errors and report.errors[0].startswith(f"{fault}: vllm drafts as with {FAULTS[fault]}")
     said = report.errors[0].rpartition("(")[2].split()
     assert said[0] == said[2]  # "N of N drafted tokens are those, M the checkpoint's"
 
 
 def test_another_dtype_is_named(case, served):
-    target = Target(tiny_llama_like(case).to(torch.bfloat16), case.target.layers)
-    report = reported(case, served["dtype"], target)
+    target = load_target(str(case.target_dir), torch.bfloat16, "cpu", case.target.layers)
+    report = reported(case, target, served["dtype"], served["bfloat16"])
     assert "dtype: vllm ran in bfloat16, the checkpoint's weights are float32" in report.warnings[0]
     assert not report.errors  # what bf16 rounds differently are near-ties
-
-
-def tiny_llama_like(case):
-    return type(case.target.model).from_pretrained(case.target_dir)
 
 
 def check(monkeypatch, capsys, *args) -> tuple[int, str, str]:
@@ -132,7 +132,7 @@ def check(monkeypatch, capsys, *args) -> tuple[int, str, str]:
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """From directories and text prompts to a verdict; the same for a draft of layers that it was not trained on."""
+    """From directories and text prompts to a verdict; out of time; and the same draft in bench.engines."""
     shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     shape["initializer_range"] = 0.15
     target_dir = save_target(tmp_path / "target", **shape)
@@ -142,10 +142,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     draft.init_weights(0.15, generator)
     draft.set_vocab(torch.randperm(192, generator=generator)[:120].sort().values)
     draft.set_embedding(target.embedding)
-    train_on_own_output(target, draft, 30, 40)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ba be bi"}\n{"prompt": "do du dan ka"}\n')
+    asked = prompt_ids(read_prompts(tmp_path / "prompts.jsonl"), make_tokenizer())
+    monkeypatch.setattr(test_decode, "prompts", lambda: asked)
+    test_decode.train_on_own_output(target, draft, 24, 30)
     export_draft(draft, tmp_path / "draft", torch.float32)
     place = engine_place("vllm", os.environ)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ba be bi"}\n{"prompt": "do du dan ka"}\n')
     options = ["--target", target_dir, "--engine", "vllm", "--engine-python", place.python, "--max-new-tokens", 24]
     code, out, err = check(
         monkeypatch, capsys, "--checkpoint", tmp_path / "draft", *options, "--prompts", tmp_path / "prompts.jsonl"
@@ -156,3 +158,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
     code, _, err = check(monkeypatch, capsys, "--checkpoint", tmp_path / "draft", *options, "--timeout", 1)
     assert code == 1 and "did not finish within 1 s" in err
+
+    args = ["--target", target_dir, "--draft", tmp_path / "draft", "--prompts", tmp_path / "prompts.jsonl"]
+    args += ["--engine", "vllm", "--engine-python", place.python, "--settings", "chain", "--dtype", "fp32"]
+    args += ["--max-new-tokens", 24, "--commit", "abc", "--results", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["engines.py", *map(str, args)])
+    bench.main()
+    (row,) = [json.loads(line) for line in (tmp_path / "engines.jsonl").read_text().splitlines()]
+    assert row["relative_difference"] == 0 and row["num_equal_to_plain"] == 2
+    assert row["spec_accept_length"] > row["accepted_length"] > 1

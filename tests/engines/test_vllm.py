@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,13 @@ def vllm():
 def served(vllm, tmp_path_factory):
     """Every case, and what one vLLM process made of it."""
     cases = [make_case(name, tmp_path_factory.mktemp("case")) for name in CASES]
-    return dict(zip(CASES, zip(cases, run_engine(vllm, [case.run() for case in cases], 900), strict=True), strict=True))
+    runs = [run for case in cases for run in with_and_without(case.run())]
+    found = run_engine(vllm, runs, 900)
+    return dict(zip(CASES, zip(cases, found[::2], found[1::2], strict=True), strict=True))
+
+
+def with_and_without(run: Run) -> list[Run]:
+    return [run, replace(run, checkpoint=None)]
 
 
 def record_proposals(monkeypatch) -> list[list[int]]:
@@ -48,13 +55,13 @@ def record_proposals(monkeypatch) -> list[list[int]]:
     return made
 
 
-def assert_same(target, draft, prompts, served, new_tokens, monkeypatch):
+def assert_same(target, draft, prompts, served, alone, new_tokens, monkeypatch):
     """Drafted tokens, output and accepted length, the engine's beside ours."""
     made = record_proposals(monkeypatch)
-    for prompt, output, plain in zip(prompts, served.outputs, served.plain, strict=True):
+    for prompt, output, plain in zip(prompts, served.outputs, alone.outputs, strict=True):
         made.clear()
         ours = generate(target, draft, prompt, new_tokens, CHAIN)
-        assert output.tokens == plain == ours.tokens == generate_plain(target, prompt, new_tokens).tokens
+        assert output.tokens == plain.tokens == ours.tokens == generate_plain(target, prompt, new_tokens).tokens
         assert [r.drafted for r in output.rounds] == [p.tokens.tolist() for p in made]
         assert len(output.rounds) == ours.num_rounds
     monkeypatch.undo()
@@ -68,12 +75,12 @@ def assert_same(target, draft, prompts, served, new_tokens, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_tiny_targets(served, name, monkeypatch):
-    case, found = served[name]
+    case, found, alone = served[name]
     assert found.dtype == "float32"
     draft = load_draft(case.checkpoint, case.target.config)
     if not draft.embed_tokens.weight.isfinite().all():
         draft.set_embedding(case.target.embedding)
-    report = assert_same(case.target, draft, case.prompts, found, NEW_TOKENS, monkeypatch)
+    report = assert_same(case.target, draft, case.prompts, found, alone, NEW_TOKENS, monkeypatch)
     assert 1.2 < report.accepted_length < 3.9  # some are accepted and some are not
     told = diagnose(Parity(case.target, draft, case.prompts, found.outputs, CHAIN.num_steps))
     assert told.agrees and not told.served_as
@@ -107,7 +114,7 @@ def test_smollm2(vllm, tmp_path, monkeypatch):
     target = load_target(target_dir, torch.float32, "cpu")  # so that near-ties fall alike
     draft = load_draft(tmp_path / "export", target.config).float()
     draft.set_embedding(target.embedding)
-    run = Run(target_dir, str(tmp_path / "export"), prompts, SMOL_TOKENS, sorted(target.eos_ids), "float32", plain=True)
-    (found,) = run_engine(vllm, [run], 900)
-    report = assert_same(target, draft, prompts, found, SMOL_TOKENS, monkeypatch)
+    run = Run(target_dir, str(tmp_path / "export"), prompts, SMOL_TOKENS, sorted(target.eos_ids), "float32")
+    found, alone = run_engine(vllm, with_and_without(run), 900)
+    report = assert_same(target, draft, prompts, found, alone, SMOL_TOKENS, monkeypatch)
     assert report.accepted_length > 1.05
