@@ -46,12 +46,8 @@ def serve(run: dict) -> dict:
         log_level="error",
         **options,
     )
-    sampling = {
-        "temperature": 0.0,
-        "max_new_tokens": run["max_new_tokens"],
-        "ignore_eos": True,
-        "stop_token_ids": run["stop_ids"],
-    }
+    # no ignore_eos: it would switch stop_token_ids off as well
+    sampling = {"temperature": 0.0, "max_new_tokens": run["max_new_tokens"], "stop_token_ids": run["stop_ids"]}
     answers = engine.generate(input_ids=run["prompts"], sampling_params=sampling)
     engine.shutdown()
     outputs = []
