@@ -150,6 +150,13 @@ def test_another_target_is_told_and_nothing_else(target, draft):
     assert len(report.errors) == 2 and "does not say what this target says" in report.errors[0]
 
 
+def test_outputs_of_one_token_say_nothing_about_a_draft(target, draft):
+    served = serve(target, draft)
+    short = [Output(o.tokens[:1], [], 0) for o in served.outputs]
+    report = compare(target, draft, replace(served, outputs=short))
+    assert report.errors == ["every output ended at its first token, so nothing was drafted; give other prompts"]
+
+
 def test_the_engines_dtype_is_compared_with_the_checkpoints(target, draft):
     half = tiny_draft(target).to(torch.bfloat16)
     report = compare(target, half, serve(target, tiny_draft(target)))

@@ -110,6 +110,9 @@ def compare(
         )
     if not _target_agrees(parity, prompts, served, plain, report):
         return report
+    if tokens == len(prompts):
+        report.errors.append("every output ended at its first token, so nothing was drafted; give other prompts")
+        return report
     told = diagnose(parity)
     _say_drafts(told, served, report)
     _say_causes(told, served, report)
