@@ -29,8 +29,9 @@ import torch
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
 from fastdraft.features.capture import Plan, plan_capture, run_capture
+from fastdraft.features.meta import Meta, capture_meta, start_store, target_ends
 from fastdraft.features.read import StoreReader
-from fastdraft.features.store import Meta, Store, capture_meta, census, list_shards, start_store, target_ends
+from fastdraft.features.store import Store, census, list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.target.hf import Target, _groups_of_like_length, target_fingerprint
 from fastdraft.train import draft_shape, load_data, open_target, run_meta, start_process, train

@@ -41,18 +41,10 @@ from fastdraft.decode import DecodeSettings
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.export import export_draft, load_draft, verify
 from fastdraft.features.memory import FeatureCache
+from fastdraft.features.meta import COMPARED, Meta, capture_meta, expected_meta, refuse_other, start_store, target_ends
 from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents, stored_target
 from fastdraft.features.specforge import read_vocab_mapping
-from fastdraft.features.store import (
-    COMPARED,
-    Meta,
-    Store,
-    capture_meta,
-    expected_meta,
-    refuse_other,
-    start_store,
-    target_ends,
-)
+from fastdraft.features.store import Store
 from fastdraft.metrics import Metrics
 from fastdraft.model.config import DraftConfig, language_config, read_target_config
 from fastdraft.model.draft import Draft
@@ -182,8 +174,8 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
                 if metrics:
                     values = train_values(window["sums"], config.loss.step_decay)
                     values["skipped_steps"] = int(window["skipped_steps"])
-                    if reader and reader.skipped:
-                        values["skipped_documents"] = reader.skipped
+                    if reader and reader.skipped + reader.run_again:
+                        values["skipped_documents"], values["damaged_documents"] = reader.skipped, reader.run_again
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
                     values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
                     values["data_wait"] = (ahead.waited + (reader.waited if reader else 0.0)) / seconds
@@ -267,7 +259,7 @@ def open_features(
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), rank, world)
         checkpoint.barrier()  # nobody writes before all have counted
-        return target, cache, []
+        return target, cache, [f"{reason}; its documents are run again" for reason in cache.store.damaged.values()]
     store = Store(folder)
     refuse_other(folder, store.meta, wanted, COMPARED)
     told = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)

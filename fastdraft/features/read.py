@@ -25,11 +25,10 @@ from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.data.samples import scan
 from fastdraft.features.fp8 import dequantize
 from fastdraft.features.memory import run_documents
+from fastdraft.features.meta import DTYPES, WIDTHS
 from fastdraft.features.store import (
-    DTYPES,
     INDEX_BYTES,
     SHARD_BYTES,
-    WIDTHS,
     Store,
     document_checksum,
     document_keys,
@@ -126,7 +125,8 @@ class StoreReader:
     def __init__(self, store: Store, device: torch.device, on_bad_shard: OnBadShard = "error"):
         self.store, self.device, self.on_bad_shard = store, device, on_bad_shard
         self.waited = 0.0  # seconds that `take` kept its caller
-        self.skipped = 0  # documents, each as often as it was to be trained on
+        self.skipped = 0  # documents left out, each as often as it was to be trained on
+        self.run_again = 0  # documents that a cache has and cannot read, likewise
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._coming: dict[int, Future[Read]] = {}  # by id of the batch
         self._pool: ThreadPoolExecutor | None = None
@@ -287,6 +287,7 @@ class StoreCache(StoreReader):
                 self.store.refresh()  # other ranks write, too
             if any(keys[d] in self.store.place for d in read.absent):
                 read = self.take(batch)
+        self.run_again += len(read.damaged)
         again = sorted(read.absent + read.damaged)
         if not again:
             return batch, read.features

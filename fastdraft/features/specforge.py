@@ -28,16 +28,8 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Features
 from fastdraft.data.samples import Sample, record_batch
-from fastdraft.features.store import (
-    DTYPES,
-    SHARD_BYTES,
-    WIDTHS,
-    Meta,
-    Store,
-    document_keys,
-    publish,
-    shard_number,
-)
+from fastdraft.features.meta import DTYPES, WIDTHS, Meta, publish
+from fastdraft.features.store import SHARD_BYTES, Store, document_keys, shard_number
 from fastdraft.features.writer import ShardWriter
 from fastdraft.target.hf import Target
 

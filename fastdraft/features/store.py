@@ -17,30 +17,34 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from fastdraft.batch import Batch, TargetHead
-from fastdraft.model.config import language_config, read_json
-from fastdraft.target.hf import Target, checkpoint_fingerprint, load_target_config, load_tokenizer
+from fastdraft.features.meta import (
+    DTYPES,
+    WIDTHS,
+    Meta,
+    file_checksum,
+    publish,
+    read_meta,
+    refuse_other,
+    write_meta,
+)
 
-FORMAT = 1
 SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
 INDEX_BYTES = 40  # of a document
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
+INDEX = {"keys": (torch.uint8, 16), "rows": (torch.int64, 2), "checksums": (torch.int64, None)}  # dtype, width
 STORED_AS = {
     torch.uint8: "U8",
     torch.int64: "I64",
@@ -48,177 +52,10 @@ STORED_AS = {
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-WIDTHS = {"g": 3, "f": 1}  # layers side by side
 
 
 class BadShard(ValueError):
     """A shard that is damaged, incomplete, or of another store."""
-
-
-# --- whose features --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What features depend on, and how they are stored."""
-
-    target: str  # `target_fingerprint`
-    weights: str  # `checkpoint_fingerprint`
-    config: str  # hash of the target's config.json
-    tokenizer: str  # hash of the tokenizer
-    layers: tuple[int, int, int]
-    hidden_size: int  # Ht
-    target_dtype: str  # bf16 or fp32: what the target ran in
-    dtype: str  # of the rows: as the target's, or fp8
-    ends: str = ""  # xxh3-128 of target.safetensors
-    head_scale: float = 1.0
-    head_softcap: float | None = None
-    data: str | None = None  # hash of all documents that are to be captured; None: whatever comes
-    shards: int | None = None  # shards of a complete store; None: open-ended
-    format: int = FORMAT
-
-    @property
-    def identity(self) -> str:
-        """Names whose features these are and how they are stored, the data left out. 16 hex digits."""
-        facts = {k: v for k, v in asdict(self).items() if k not in ("data", "shards")}
-        return _json_hash(facts)
-
-    @property
-    def row_bytes(self) -> dict[str, int]:
-        """Bytes of a row of g and of a row of f, scales included."""
-        size = DTYPES[self.dtype].itemsize * self.hidden_size + (4 if self.dtype == "fp8" else 0)
-        return {name: layers * size for name, layers in WIDTHS.items()}
-
-
-COMPARED = ("config", "weights", "tokenizer", "layers", "hidden_size", "target_dtype")  # a run against a store
-IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
-INDEX = {"keys": (torch.uint8, 16), "rows": (torch.int64, 2), "checksums": (torch.int64, None)}  # dtype, width
-SAID = {
-    "format": "store format",
-    "target": "target weights",
-    "weights": "target weights",
-    "config": "target config.json",
-    "layers": "captured layers",
-    "target_dtype": "target.dtype",
-}
-
-
-def refuse_other(store: Path, meta: Meta, wanted: Meta, fields_compared: Iterable[str]) -> None:
-    """Raises ValueError naming every field in which the store is of another target, tokenizer or format."""
-    wrong = {}
-    for name in fields_compared:
-        ours, theirs = getattr(wanted, name), getattr(meta, name)
-        if ours != theirs:
-            wrong.setdefault(SAID.get(name, name), f"{theirs} there, {ours} here")
-    if wrong:
-        named = "; ".join(f"{name}: {values}" for name, values in wrong.items())
-        raise ValueError(f"feature store {store} holds other features than this run needs ({named}); capture them anew")
-
-
-def read_meta(folder: Path) -> Meta:
-    """Raises ValueError when the folder holds no store, a damaged one, or one of another format."""
-    try:
-        found = json.loads((folder / "meta.json").read_text())
-        if not isinstance(found, dict):
-            raise ValueError("it is no mapping")
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} holds no feature store (no meta.json); `fastdraft features capture` makes one"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{folder}/meta.json is damaged ({error}); capture into another folder") from None
-    if found.get("format") != FORMAT:
-        raise ValueError(
-            f"feature store {folder} has format {found.get('format')!r}, this version of fastdraft reads {FORMAT}; "
-            "use the version that wrote it, or capture anew"
-        )
-    names = {field.name for field in fields(Meta)}
-    if found.keys() != names:
-        raise ValueError(f"{folder}/meta.json lacks or adds {sorted(found.keys() ^ names)}; it is damaged")
-    return Meta(**found | {"layers": tuple(found["layers"])})
-
-
-def start_store(folder: Path, meta: Meta, ends: dict[str, Tensor]) -> Meta:
-    """Writes meta.json and target.safetensors, or checks that they are of the same capture. Raises ValueError if not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".writing-target-{os.getpid()}"
-    try:
-        save_file(ends, aside)
-        meta = replace(meta, ends=file_checksum(aside))
-        if (folder / "meta.json").exists():
-            found = read_meta(folder)
-            refuse_other(folder, found, meta, [field.name for field in fields(Meta)])
-            return found
-        if any(folder.glob("shard-*")):
-            raise ValueError(f"{folder} has shards but no meta.json: it is damaged; capture into another folder")
-        publish(aside, folder / "target.safetensors")
-    finally:
-        aside.unlink(missing_ok=True)
-    write_meta(folder, meta)
-    return meta
-
-
-def write_meta(folder: Path, meta: Meta) -> None:
-    aside = folder / f".writing-meta-{os.getpid()}"
-    aside.write_text(json.dumps(asdict(meta), indent=1) + "\n")
-    publish(aside, folder / "meta.json")
-
-
-def publish(aside: Path, final: Path) -> None:
-    """Gives a file that was written aside its name, once it is on the disk."""
-    for path, flags in ((aside, os.O_RDONLY), (final.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        opened = os.open(path, flags)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-        if path == aside:
-            os.rename(aside, final)
-
-
-def target_ends(target: Target) -> dict[str, Tensor]:
-    """What training needs of a target besides its features: embedding, lm_head, final norm."""
-    ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
-    ends["final_norm"] = target.final_norm
-    if target.head.weight.data_ptr() == target.embedding.data_ptr():
-        del ends["head.weight"]
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in ends.items() if tensor is not None}
-
-
-def expected_meta(
-    path: str,  # of the target
-    trust_remote_code: bool,
-    layers: tuple[int, int, int],
-    target_dtype: str,  # bf16 or fp32
-) -> Meta:
-    """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""
-    facts = load_target_config(path, trust_remote_code)
-    written = read_json(Path(cached_file(path, "config.json")))  # without defaults, which change with transformers
-    return Meta(
-        target="",
-        weights=checkpoint_fingerprint(path),
-        config=_json_hash({k: v for k, v in written.items() if k not in IDLE_FACTS}),
-        tokenizer=_tokenizer_hash(load_tokenizer(path, trust_remote_code)),
-        layers=layers,
-        hidden_size=language_config(facts)["hidden_size"],
-        target_dtype=target_dtype,
-        dtype=target_dtype,
-    )
-
-
-def capture_meta(wanted: Meta, target: Target, fingerprint: str, **changes) -> Meta:
-    """A run's `expected_meta` with what only its loaded target tells; `changes` win."""
-    head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
-    return replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return _json_hash(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))
-
-
-def _json_hash(value: object) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
 
 
 # --- which rows, and their names -----------------------------------------------------------------------------------------
@@ -272,15 +109,6 @@ def document_checksum(parts: Iterable[Tensor]) -> int:
     for part in parts:
         digest.update(raw(part))
     return int(np.uint64(digest.intdigest()).view(np.int64))
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3-128 of a file, 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def tensor_names(dtype: str) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Features
 from fastdraft.features.fp8 import quantize
-from fastdraft.features.store import DTYPES, WIDTHS, Meta, PackRows, document_keys, needed, tensor_names, write_shard
+from fastdraft.features.meta import DTYPES, WIDTHS, Meta
+from fastdraft.features.store import PackRows, document_keys, needed, tensor_names, write_shard
 
 
 @dataclass

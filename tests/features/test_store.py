@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -18,20 +20,24 @@ from tiny import save_target, tiny_llama, write_chats
 
 from fastdraft.batch import Batch, Features
 from fastdraft.cli import main
-from fastdraft.data.loader import Loader, read_pack
+from fastdraft.data.loader import Ahead, Loader, read_pack
+from fastdraft.decode import DecodeSettings
 from fastdraft.features import capture as capture_module
 from fastdraft.features.fp8 import dequantize, quantize
+from fastdraft.features.meta import read_meta
 from fastdraft.features.read import StoreReader
-from fastdraft.features.store import Store, list_shards, merge_stores, needed, read_meta, shard_number, verify_store
+from fastdraft.features.store import Store, list_shards, merge_stores, needed, shard_number, verify_store
 from fastdraft.metrics import read_metrics
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
 from fastdraft.offline import capture_features
 from fastdraft.target.hf import Target
-from fastdraft.train import draft_shape, load_data, train
+from fastdraft.train import draft_shape, evaluate_run, load_data, train
 
 CLOCKS = ("time", "tokens_per_s", "data_wait")
+SELDOM = {"max_steps": 16, "eval.every": 8, "checkpoint.every": 8}  # a little under three epochs
+CACHE = SELDOM | {"features.mode": "cache", "features.max_gib": 1.0}
 SMALL = 16 * 1024  # bytes of a shard in these tests
 
 
@@ -66,6 +72,18 @@ def count_target(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(Target, "capture", counted)
     return tokens
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Calls act() before optimizer step `step`."""
+    original, count = Ahead.__next__, itertools.count(1)
+
+    def handed(self):
+        if next(count) == step:
+            act()
+        return original(self)
+
+    monkeypatch.setattr(Ahead, "__next__", handed)
 
 
 # --- which rows ----------------------------------------------------------------------------------------------------------
@@ -143,13 +161,18 @@ def test_offline_equals_online(make_config, store, tmp_path, monkeypatch):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_an_offline_run_resumes_bit_for_bit(make_config, store, tmp_path):
+def test_an_offline_run_resumes_bit_for_bit(make_config, store, tmp_path, monkeypatch):
     whole = make_config(run_dir=str(tmp_path / "whole"), **{"features.path": str(store)})
     train(whole)
     config = make_config(**{"features.path": str(store)})
-    train(config.model_copy(update={"max_steps": 6}))
-    parts = losses(config.run_dir)
-    assert parts == losses(whole.run_dir)
+    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(config).stopped_by == signal.SIGTERM
+    monkeypatch.undo()
+    train(config)
+    assert losses(config.run_dir) == losses(whole.run_dir)
+    held_out = evaluate_run(Path(config.run_dir), "last", None, 1, 1, DecodeSettings()).held_out  # runs the target
+    last = [r for r in losses(config.run_dir) if "eval/tau_sim" in r][-1]
+    assert held_out.overall.tau_sim == pytest.approx(last["eval/tau_sim"], rel=1e-6)
 
 
 def test_bf16_and_fp8(make_config, tmp_path):
@@ -438,8 +461,8 @@ def test_a_damaged_target_file_is_named(make_config, store):
 
 
 def test_a_cache_runs_every_document_once(make_config, tmp_path, monkeypatch):
-    changes = {"features.path": str(tmp_path / "cache"), "features.mode": "cache", "features.max_gib": 1.0, "max_steps": 16}
-    online = make_config(max_steps=16, run_dir=str(tmp_path / "online"))
+    changes = CACHE | {"features.path": str(tmp_path / "cache")}
+    online = make_config(run_dir=str(tmp_path / "online"), **SELDOM)
     train(online)
     tokens = count_target(monkeypatch)
     config = make_config(**changes)
@@ -455,12 +478,34 @@ def test_a_cache_runs_every_document_once(make_config, tmp_path, monkeypatch):
     assert tokens == [] and not list((tmp_path / "cache").glob(".writing*"))
 
 
+def test_a_stopped_cache_run_resumes_bit_for_bit(make_config, tmp_path, monkeypatch):
+    """In the second epoch: what was captured before the stop is read, not run in other company."""
+    paths = [{"features.path": str(tmp_path / name), "run_dir": str(tmp_path / f"run-{name}")} for name in ("a", "b")]
+    whole, config = (make_config(**CACHE | path) for path in paths)
+    train(whole)
+    at_step(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(config).stopped_by == signal.SIGTERM
+    monkeypatch.undo()
+    train(config)
+    assert losses(config.run_dir) == losses(whole.run_dir)
+
+
+def test_a_damaged_cache_runs_the_target_instead(make_config, tmp_path, monkeypatch):
+    config = make_config(**CACHE | {"features.path": str(tmp_path / "cache")})
+    train(config)
+    shard = list_shards(tmp_path / "cache")[0]
+    flip(shard, shard.stat().st_size // 2)
+    tokens = count_target(monkeypatch)
+    again = config.model_copy(update={"run_dir": str(tmp_path / "again")})
+    train(again)
+    assert tokens and [r for r in losses(again.run_dir) if "loss" in r][-1]["damaged_documents"] >= 2
+    for ours, theirs in zip(losses(again.run_dir), losses(config.run_dir), strict=True):
+        assert {k: v for k, v in ours.items() if "documents" not in k} == pytest.approx(theirs, rel=1e-3)
+
+
 def test_a_cache_keeps_to_its_room(make_config, tmp_path, monkeypatch):
     room = 60_000
-    config = make_config(
-        max_steps=16,
-        **{"features.path": str(tmp_path / "cache"), "features.mode": "cache", "features.max_gib": room / 2**30},
-    )
+    config = make_config(**CACHE | {"features.path": str(tmp_path / "cache"), "features.max_gib": room / 2**30})
     tokens = count_target(monkeypatch)
     train(config)
     size = Store(tmp_path / "cache").num_bytes
@@ -471,7 +516,7 @@ def test_a_cache_keeps_to_its_room(make_config, tmp_path, monkeypatch):
 
 
 def test_a_cache_is_filled_by_one_run(make_config, tmp_path):
-    changes = {"features.path": str(tmp_path / "cache"), "features.mode": "cache", "features.max_gib": 1.0}
+    changes = CACHE | {"features.path": str(tmp_path / "cache"), "max_steps": 2}
     train(make_config(**changes))
     lock = capture_module.filelock.FileLock(tmp_path / "cache" / ".cache.lock")
     with lock, pytest.raises(ValueError, match="another run is filling"):
@@ -513,8 +558,8 @@ def test_two_ranks_fill_and_read_one_store(make_config, store, tmp_path):
 
 
 def test_two_ranks_fill_one_cache(make_config, tmp_path, monkeypatch):
-    cache = {"features.path": str(tmp_path / "cache"), "features.mode": "cache", "features.max_gib": 1.0, "max_steps": 16}
-    config, online = make_config(**cache), make_config(max_steps=16, run_dir=str(tmp_path / "online"))
+    cache = CACHE | {"features.path": str(tmp_path / "cache")}
+    config, online = make_config(**cache), make_config(run_dir=str(tmp_path / "online"), **SELDOM)
     by_two_ranks(train, config)
     train(online)
     for ours, theirs in zip(losses(config.run_dir), losses(online.run_dir), strict=True):
