@@ -221,7 +221,7 @@ FAULTS = {
     "weight not float": (tensor("norm.weight", lambda t: t.to(torch.int8)), ["norm.weight is torch.int8"]),
     "d2t int32": (tensor("d2t", lambda t: t.int()), ["d2t is torch.int32", "int64"]),
     "t2d bytes": (tensor("t2d", lambda t: t.to(torch.uint8)), ["t2d is torch.uint8", "bool"]),
-    "d2t is ids": (tensor("d2t", lambda t: t + torch.arange(len(t))), ["d2t", "target id"]),
+    "d2t is ids": (tensor("d2t", lambda t: t + torch.arange(len(t))), ["d2t holds the target ids themselves", "offset"]),
     "d2t out of range": (tensor("d2t", lambda t: t + 61), ["outside the vocabulary of 61"]),
     "d2t negative": (tensor("d2t", lambda t: t - 40), ["target id -", "outside the vocabulary"]),
     "d2t not ascending": (tensor("d2t", lambda t: torch.zeros_like(t) - torch.arange(len(t)) + 3), ["must ascend"]),
