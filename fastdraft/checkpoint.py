@@ -176,8 +176,9 @@ def rewind(run_dir: Path, step: int, damaged: list[Path]) -> None:
     barrier()
 
 
-def checkpoint_of_run(run_dir: Path, which: str = "best") -> Saved:
-    """`which`: best, last, or a step number. Raises ValueError when the run has none."""
+def checkpoints_of_run(run_dir: Path, which: str = "best") -> list[Path]:
+    """`which`: best, last, or a step number. The checkpoint asked for; where no step is named also those to turn to, newest
+    first, should it be damaged. Raises ValueError when the run has none."""
     found = {int(p.name.removeprefix("step-")): p for p in list_checkpoints(run_dir)}
     if not found:
         raise ValueError(f"{run_dir} holds no checkpoint; train first, or name a run folder that has checkpoints/step-*")
@@ -190,7 +191,8 @@ def checkpoint_of_run(run_dir: Path, which: str = "best") -> Saved:
         step = int(which)
     else:
         raise ValueError(f"checkpoint {which!r} of {run_dir} is none of best, last, {', '.join(map(str, sorted(found)))}")
-    return read_state(found[step])
+    others = [] if which.isdigit() else [found[n] for n in sorted(found, reverse=True) if n != step]
+    return [found[step], *others]
 
 
 def _delete_old(folder: Path, keep: int) -> None:

@@ -440,7 +440,8 @@ def main() -> None:
         said = _one_line(error)
         if said is None:
             raise
-        Console(stderr=True).print(f"fastdraft: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+        who = f"fastdraft, rank {os.environ['RANK']}" if "RANK" in os.environ else "fastdraft"  # under torchrun all speak
+        Console(stderr=True).print(f"{who}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

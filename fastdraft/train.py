@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.distributed as dist
 import yaml
 from datasets import Dataset
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
@@ -473,10 +475,14 @@ def refuse_nan(recent: list[Recent], run_dir: Path, rank: int) -> None:
         for i, batch in enumerate(r.batches):
             tensors |= {f"{i}.input_ids": batch.input_ids, f"{i}.loss_mask": batch.loss_mask}
             tensors[f"{i}.lengths"] = torch.tensor(batch.lengths)
-        save_file(tensors, file)
+        where = f"are in {file}"
+        try:
+            save_file(tensors, file)
+        except (OSError, SafetensorError) as error:
+            where = f"could not be written to {file} ({error})"
         raise ValueError(
             f"step {r.step}: loss sums {r.sums[0].tolist()} and gradient norm {float(r.norm)} are not all finite, or the "
-            f"target's states were not; training stopped. The step's batches are in {file}, the last checkpoint is good: "
+            f"target's states were not; training stopped. The step's batches {where}, the last checkpoint is good: "
             "lower optim.lr, or look at the batch"
         )
 
@@ -539,22 +545,37 @@ def write_run_files(config: Config, draft: DraftConfig) -> None:
 
 def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]:
     """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode."""
-    saved = checkpoint.checkpoint_of_run(run_dir, which)
+    saved, draft = read_draft(run_dir, which)
     config = Config.model_validate(saved.state["config"])
     device, _, _ = start_process(config.device)
-    draft = Draft(DraftConfig.model_validate(saved.state["draft"]))
-    parameters = list(draft.trainable().values())
-    sizes = [p.numel() for p in parameters]
-    tensors = {"master": torch.empty(sum(sizes))} | frozen_tensors(draft)
-    checkpoint.load_tensors(saved, tensors)
-    for p, values in zip(parameters, tensors["master"].split(sizes), strict=True):
-        p.data.copy_(values.view_as(p))
     target = open_target(config, draft.config.layers, device)
     if target_fingerprint(target) != saved.state["target"]:
         raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
     if not has_own_embedding(draft.config):
         draft.set_embedding(target.embedding.float().cpu())
     return config, target, draft.to(device)
+
+
+def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, Draft]:
+    """The draft of a run's checkpoint; where best or last is damaged, of the newest one that is not, with a warning."""
+    paths = checkpoint.checkpoints_of_run(run_dir, which)
+    for path, following in zip(paths, [*paths[1:], None], strict=True):
+        try:
+            saved = checkpoint.read_state(path)
+            draft = Draft(DraftConfig.model_validate(saved.state["draft"]))
+            parameters = list(draft.trainable().values())
+            sizes = [p.numel() for p in parameters]
+            tensors = {"master": torch.empty(sum(sizes))} | frozen_tensors(draft)
+            checkpoint.load_tensors(saved, tensors)
+        except checkpoint.Unreadable as error:
+            if following is None:
+                raise
+            warnings.warn(f"{error}; {following.name} is used instead", stacklevel=2)
+            continue
+        for p, values in zip(parameters, tensors["master"].split(sizes), strict=True):
+            p.data.copy_(values.view_as(p))
+        return saved, draft
+    raise AssertionError("a run has a checkpoint or checkpoints_of_run raises")
 
 
 @dataclass(frozen=True)

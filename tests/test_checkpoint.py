@@ -13,7 +13,7 @@ from fastdraft import checkpoint
 from fastdraft.checkpoint import (
     Unreadable,
     beats_best,
-    checkpoint_of_run,
+    checkpoints_of_run,
     list_checkpoints,
     load_tensors,
     mark_best,
@@ -79,19 +79,20 @@ def test_the_last_k_and_the_best_stay(tmp_path):
     assert not beats_best(tmp_path, 1.5) and beats_best(tmp_path, 1.6)
     mark_best(tmp_path, 5, 1.6, keep=2)
     assert steps(tmp_path) == [4, 5]
-    assert checkpoint_of_run(tmp_path).step == 5
+    assert checkpoints_of_run(tmp_path)[0].name == "step-00000005"
 
 
 def test_which_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="holds no checkpoint; train first"):
-        checkpoint_of_run(tmp_path)
+        checkpoints_of_run(tmp_path)
     for step in (10, 20, 30):
         save(tmp_path, step, keep=5)
-    assert checkpoint_of_run(tmp_path, "best").step == 30
+    order = lambda which: [int(path.name[5:]) for path in checkpoints_of_run(tmp_path, which)]  # noqa: E731
+    assert order("best") == [30, 20, 10]
     mark_best(tmp_path, 20, 2.0, keep=5)
-    assert [checkpoint_of_run(tmp_path, which).step for which in ("best", "last", "10")] == [20, 30, 10]
+    assert [order(which) for which in ("best", "last", "10")] == [[20, 30, 10], [30, 20, 10], [10]]
     with pytest.raises(ValueError, match=r"'15' of .* is none of best, last, 10, 20, 30"):
-        checkpoint_of_run(tmp_path, "15")
+        checkpoints_of_run(tmp_path, "15")
 
 
 def test_a_killed_write_leaves_no_checkpoint(tmp_path):
@@ -125,7 +126,7 @@ def test_a_full_disk_is_a_sentence_and_the_previous_stays(tmp_path, monkeypatch,
     monkeypatch.undo()
     assert steps(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".writing*"))
     into = empty_like(make_tensors(1))
-    load_tensors(read_state(checkpoint_of_run(tmp_path).path), into)
+    load_tensors(read_state(checkpoints_of_run(tmp_path)[0]), into)
     assert torch.equal(into["master"], make_tensors(1)["master"])
 
 
@@ -200,6 +201,6 @@ def test_rng_state_goes_on(tmp_path):
     expected = torch.rand(4)
     torch.manual_seed(6)
     into = {name: t.clone() for name, t in checkpoint.rng_state(torch.device("cpu")).items()}
-    load_tensors(checkpoint_of_run(tmp_path), into)
+    load_tensors(read_state(checkpoints_of_run(tmp_path)[0]), into)
     checkpoint.set_rng_state(into)
     assert torch.equal(torch.rand(4), expected)

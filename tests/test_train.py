@@ -546,11 +546,25 @@ def test_a_run_opens_as_it_was_trained(make_config):
     config = make_config(**NARROW)
     train(config)
     _, _, draft = open_run(Path(config.run_dir), "last")
-    saved = checkpoint.checkpoint_of_run(Path(config.run_dir), "last")
+    saved = checkpoint.read_state(checkpoint.checkpoints_of_run(Path(config.run_dir), "last")[0])
     assert torch.equal(draft.embed_tokens.weight, weights(config.run_dir)["embed_tokens.weight"])
     assert saved.step == 6 and torch.equal(draft.t2d.nonzero().flatten(), draft.draft_ids)
     flat = torch.cat([p.flatten() for p in draft.trainable().values()])
     assert torch.equal(flat, weights(config.run_dir)["master"])
+
+
+def test_a_damaged_best_checkpoint_is_passed_over(make_config, tmp_path):
+    """Export takes the newest readable one and says so; a step asked for by its number is not replaced."""
+    config = make_config(**{"checkpoint.every": 2, "checkpoint.keep": 3})
+    train(config)
+    run_dir = Path(config.run_dir)
+    asked, instead, *_ = checkpoint.checkpoints_of_run(run_dir)
+    (tensors,) = asked.glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=rf"{asked.name} is unreadable.*; {instead.name} is used instead"):
+        export_run(run_dir, tmp_path / "out", "best", overwrite=False)
+    with pytest.raises(ValueError, match=f"{asked.name} is unreadable"):
+        open_run(run_dir, str(int(asked.name[5:])))
 
 
 def test_init_from_the_target_copies_its_head_and_passes_its_high_state(make_config, tmp_path):
