@@ -73,6 +73,8 @@ def test_a_run_learns_and_keeps_the_last_and_the_best(make_config):
     assert [r["step"] for r in trained] == list(range(2, 31, 2)) and [r["step"] for r in held_out] == [10, 20, 30]
     assert trained[-1]["loss"] < 0.9 * trained[0]["loss"] and trained[-1]["tau_sim"] > trained[0]["tau_sim"]
     assert all(0 < r["a0"] < 1 and r["skipped_steps"] == 0 and r["grad_norm"] > 0 for r in trained)
+    waits = [r["data_wait"] for r in read_metrics(config.run_dir) if "loss" in r]
+    assert len(waits) == 15 and all(0 <= wait < 1 for wait in waits)
     best = json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text())
     assert best["tau_sim"] == max(r["eval/tau_sim"] for r in held_out)
     assert steps_kept(config.run_dir) == sorted({28, 30, best["step"]})
