@@ -1,10 +1,10 @@
 """The TTT engine against the reference step and the golden cases, and its memory.
 
-Work is counted on real CPU steps. Memory and tensor sizes are read on meta tensors of a real draft's shape, with the CPU
-backends of the kernels replaced by nothing: the attention reference holds [M, Hq, N] scores and the loss reference several
-[n, Vd], which the CUDA kernels do not.
+Memory and tensor sizes are read on meta tensors of a real draft's shape, with the CPU backends of the kernels replaced by
+nothing: the attention reference holds [M, Hq, N] scores and the loss reference several [n, Vd], which the CUDA kernels do
+not. That no work is done for nothing is tests/test_step_cost.py's.
 
-# N packed tokens, M chains of a chunk, T TTT steps, H hidden, V target vocabulary, Vd draft vocabulary
+# N packed tokens, T TTT steps, H hidden, V target vocabulary
 """
 
 from __future__ import annotations
