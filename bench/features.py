@@ -33,8 +33,9 @@ from fastdraft.features.meta import Meta, capture_meta, start_store, target_ends
 from fastdraft.features.read import StoreReader
 from fastdraft.features.store import Store, census, list_shards
 from fastdraft.metrics import read_metrics
+from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_process
 from fastdraft.target.hf import Target, _groups_of_like_length, target_fingerprint
-from fastdraft.train import draft_shape, load_data, open_target, run_meta, start_process, train
+from fastdraft.train import train
 
 RESULTS = Path(__file__).parent / "results" / "features.jsonl"
 

@@ -19,7 +19,7 @@ from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
-from fastdraft.train import engine_kind
+from fastdraft.run import engine_kind
 
 ENGINES: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
 TOLERANCE = 1e-5  # relative, in float64 and float32; the cases' own norms round through float32

@@ -51,7 +51,7 @@ def train(
     import torch
 
     from fastdraft.config import load_config
-    from fastdraft.train import print_plan
+    from fastdraft.run import print_plan
     from fastdraft.train import train as run
 
     loaded = load_config(config, overrides or [])
@@ -91,7 +91,7 @@ def prepare(
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
     from fastdraft.data.statistics import statistics
-    from fastdraft.train import draft_shape, load_data
+    from fastdraft.run import draft_shape, load_data
 
     loaded = load_config(config, overrides or [])
     shape = draft_shape(loaded)
@@ -116,8 +116,8 @@ def preview_command(
     from fastdraft.config import load_config
     from fastdraft.data.prepare import first_samples
     from fastdraft.data.preview import preview
+    from fastdraft.run import draft_shape
     from fastdraft.target.hf import load_tokenizer
-    from fastdraft.train import draft_shape
 
     loaded = load_config(config, overrides or [])
     tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
@@ -165,7 +165,7 @@ def regenerate(
         options = {"concurrency": concurrency, "timeout_s": timeout, "retries": retries}
         by = room.open_servers(url, model, sampling, api_key=os.environ.get(api_key_env), **options)
     else:
-        from fastdraft.train import start_process
+        from fastdraft.run import start_process
 
         by = room.open_local(target, start_process(device)[0], dtype, batch_size, trust_remote_code, sampling)
     outcome = room.regenerate(prompts, out, by, sampling, console, allow_failures, skip_bad_lines, fresh)
@@ -277,7 +277,7 @@ def evaluate(
 ) -> None:
     """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding."""
     from fastdraft.decode import DecodeSettings
-    from fastdraft.train import evaluate_run
+    from fastdraft.run import evaluate_run
 
     settings = DecodeSettings(num_steps, eagle_topk, num_draft_tokens, temperature)
     report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings)
@@ -295,7 +295,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Write a checkpoint that SGLang and vLLM load unmodified, and verify it."""
-    from fastdraft.train import export_run
+    from fastdraft.run import export_run
 
     for line in export_run(run, out, which, overwrite):
         say(line)

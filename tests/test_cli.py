@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer, refusal, save_target
 
 from fastdraft import cli
+from fastdraft import run as a_run
 from fastdraft import train as training
 from fastdraft.data.loader import Ahead
 
@@ -243,8 +244,8 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
     code, _, err = fastdraft("train", config_file, *settings, f"run_dir={run_dir}", "max_steps=1")
     assert code == 0, err
     seen = []
-    decode = training.evaluate_decode
-    monkeypatch.setattr(training, "evaluate_decode", lambda t, d, ids, *a: seen.append(ids) or decode(t, d, ids, *a))
+    decode = a_run.evaluate_decode
+    monkeypatch.setattr(a_run, "evaluate_decode", lambda t, d, ids, *a: seen.append(ids) or decode(t, d, ids, *a))
     prompts.write_text('{"prompt": "be bi"}\n')
     code, out, err = fastdraft("evaluate", run_dir, "--prompts", prompts, "--max-new-tokens", "8")
     assert code == 0 and json.loads(out)["held_out"] is None, err

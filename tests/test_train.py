@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from serving_forward import ServedDraft
 from tiny import save_target, write_chats
 
 from fastdraft import checkpoint
+from fastdraft import run as a_run
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
@@ -26,8 +28,9 @@ from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
 from fastdraft.model.draft import SURE
 from fastdraft.model.ttt_ref import attention_ref
+from fastdraft.run import draft_shape, export_run, load_data, open_run
 from fastdraft.target.hf import Target
-from fastdraft.train import StopSignal, draft_shape, export_run, load_data, open_run, train
+from fastdraft.train import StopSignal, train
 
 CLOCKS = ("time", "tokens_per_s", "data_wait")
 
@@ -263,7 +266,7 @@ def test_the_vocabulary_map_is_the_checkpoints_own(make_config, monkeypatch, who
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
         train(make_config())
-    monkeypatch.setattr(training, "build_vocab_map", lambda *_: torch.arange(64))
+    monkeypatch.setattr(a_run, "build_vocab_map", lambda *_: torch.arange(64))
     train(make_config())
     monkeypatch.undo()
     ours, theirs = weights(make_config().run_dir), whole()[1]
@@ -351,7 +354,7 @@ def two_processes(config, tmp_path, stop: int) -> list[tuple[int, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", CHILD, str(stop), "train", str(file)]
-    shared = {**training.os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     children = [
         subprocess.Popen(
             command,

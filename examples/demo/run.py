@@ -30,8 +30,7 @@ from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_pl
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
 from fastdraft.report import render_summary, write_report, write_summary
-from fastdraft.target.hf import load_tokenizer
-from fastdraft.train import (
+from fastdraft.run import (
     evaluate_held_out,
     export_run,
     fit_to_target,
@@ -40,8 +39,9 @@ from fastdraft.train import (
     open_run,
     open_target,
     start_process,
-    train,
 )
+from fastdraft.target.hf import load_tokenizer
+from fastdraft.train import train
 
 HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "fastdraft"

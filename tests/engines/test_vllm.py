@@ -19,8 +19,9 @@ from fastdraft.engines.parity import Parity, diagnose
 from fastdraft.engines.run import Run, run_engine
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.export import load_draft
+from fastdraft.run import export_run
 from fastdraft.target.hf import load_target, load_tokenizer
-from fastdraft.train import export_run, train
+from fastdraft.train import train
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 SMOL_TOKENS = 32

@@ -15,8 +15,9 @@ from fastdraft.features.specforge import DOCUMENTS, read_vocab_mapping
 from fastdraft.features.store import list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.offline import import_specforge
+from fastdraft.run import draft_shape, load_data, open_run
 from fastdraft.target.hf import Target, load_target
-from fastdraft.train import draft_shape, load_data, open_run, train
+from fastdraft.train import train
 
 CLOCKS = ("time", "tokens_per_s", "data_wait")
 PAD = 2

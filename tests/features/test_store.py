@@ -32,8 +32,9 @@ from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
 from fastdraft.offline import capture_features
+from fastdraft.run import draft_shape, evaluate_run, load_data
 from fastdraft.target.hf import Target
-from fastdraft.train import draft_shape, evaluate_run, load_data, train
+from fastdraft.train import train
 
 CLOCKS = ("time", "tokens_per_s", "data_wait")
 SELDOM = {"max_steps": 16, "eval.every": 8, "checkpoint.every": 8}  # a little under three epochs
@@ -149,7 +150,7 @@ def test_offline_equals_online(make_config, store, tmp_path, monkeypatch):
     offline = make_config(max_steps=16, run_dir=str(tmp_path / "offline"), **{"features.path": str(store)})
     train(online)
     tokens = count_target(monkeypatch)
-    monkeypatch.setattr("fastdraft.train.load_target", None)
+    monkeypatch.setattr("fastdraft.run.load_target", None)
     train(offline)
     assert tokens == []
     ours, theirs = losses(offline.run_dir), losses(online.run_dir)

@@ -1,0 +1,315 @@
+"""What a run is made of, from its config: process, data, target or feature store, draft, engine; and a finished run's
+draft, its evaluation and export, from the run's folder."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import yaml
+from datasets import Dataset
+from rich.console import Console
+from torch import Tensor
+from transformers.utils import cached_file
+
+from fastdraft import checkpoint
+from fastdraft.config import Config, read_yaml
+from fastdraft.cost import GIB, plan, render
+from fastdraft.data.loader import eval_batches
+from fastdraft.data.prepare import Prepared, prepare
+from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.data.stream import open_stream
+from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
+from fastdraft.decode import DecodeSettings
+from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
+from fastdraft.export import export_draft, load_draft, verify
+from fastdraft.features.meta import COMPARED, Meta, capture_meta, expected_meta, refuse_other, start_store, target_ends
+from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents, stored_target
+from fastdraft.features.specforge import read_vocab_mapping
+from fastdraft.features.store import Store
+from fastdraft.model.config import DraftConfig, language_config, read_target_config
+from fastdraft.model.draft import Draft
+from fastdraft.model.ttt import TTTEngine
+from fastdraft.model.ttt_ref import ReferenceEngine
+from fastdraft.target.hf import (
+    Target,
+    count_target_parameters,
+    load_target,
+    load_target_config,
+    load_tokenizer,
+    target_fingerprint,
+)
+
+
+def start_process(device: str) -> tuple[torch.device, int, int]:  # device, rank, number of ranks
+    """Joins the process group when torchrun started this process. Raises ValueError for a device this machine lacks."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device: cuda, but PyTorch sees no CUDA GPU here; set device=cpu or install a CUDA build of PyTorch"
+        )
+    cuda = device != "cpu" and torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    found = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(found)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=found if cuda else None)
+    return found, (dist.get_rank() if dist.is_initialized() else 0), (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def open_target(config: Config, layers: tuple[int, int, int], device: torch.device) -> Target:
+    dtype = torch.float32 if config.target.dtype == "fp32" else torch.bfloat16
+    return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code)
+
+
+def target_parameters(config: Config) -> int:
+    return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
+
+
+def open_features(
+    config: Config, layers: tuple[int, int, int], device: torch.device, sets: list[Dataset]
+) -> tuple[Target | StoredTarget, StoreReader | None, list[str]]:  # target, reader of the store if any, what to tell
+    """The target, or of a store that has all features only its embedding, head and norm. The store is checked against the
+    run: ValueError names each field that differs."""
+    if config.features.path is None:
+        return open_target(config, layers, device), None, []
+    folder = Path(config.features.path)
+    wanted = run_meta(config, layers)
+    if config.features.mode == "cache":
+        target = open_target(config, layers, device)
+        if checkpoint.is_rank_0():
+            start_store(folder, capture_meta(wanted, target, target_fingerprint(target)), target_ends(target))
+        checkpoint.barrier()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), rank, world)
+        checkpoint.barrier()  # nobody writes before all have counted
+        return target, cache, [f"{reason}; its documents are run again" for reason in cache.store.damaged.values()]
+    store = Store(folder)
+    refuse_other(folder, store.meta, wanted, COMPARED)
+    told = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
+    return stored_target(store, device), StoreReader(store, device, config.features.on_bad_shard), told
+
+
+def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:
+    """What a store for this run says of the target, as far as config and files tell."""
+    dtype = "fp32" if config.target.dtype == "fp32" else "bf16"
+    return expected_meta(config.target.path, config.target.trust_remote_code, layers, dtype)
+
+
+def load_data(config: Config, vocab_size: int) -> Prepared:
+    """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
+
+    With data.streaming, the stream and sets made of a sample of it.
+    """
+    tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+    return (open_stream if config.data.streaming else prepare)(config.data, tokenizer, vocab_size)
+
+
+def draft_shape(config: Config) -> DraftConfig:
+    """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    if config.draft.init_from is not None:
+        if config.draft.config or config.draft.overrides or config.draft.vocab_map:
+            raise ValueError(
+                "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
+                "draft.vocab_map"
+            )
+        return load_draft(config.draft.init_from, facts).config
+    shape = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
+    return DraftConfig.from_target(facts, **shape)
+
+
+def new_draft(config: Config) -> Draft:
+    """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
+    shape = draft_shape(config)
+    if config.draft.init_from is not None:
+        return load_draft(config.draft.init_from, shape.num_target_layers).float()
+    draft = Draft(shape)
+    draft.init_weights(draft.config.initializer_range, torch.Generator().manual_seed(config.seed))
+    return draft
+
+
+def fit_to_target(
+    draft: Draft, config: Config, target: Target | StoredTarget, train_set: Dataset
+) -> list[str]:  # what to tell the user
+    """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
+    told, size = [], draft.config.draft_vocab_size
+    if config.draft.init_from is None:
+        counts = token_counts(train_set, draft.config.vocab_size)
+        if config.draft.vocab_map is not None:
+            ids = read_vocab_mapping(Path(config.draft.vocab_map), draft.config.vocab_size)
+            share = counts[ids.numpy()].sum() / counts.sum()
+            told.append(
+                f"vocabulary map of {config.draft.vocab_map}: its {len(ids):,} tokens are {share:.2%} of all trained"
+            )
+        else:
+            ids = build_vocab_map(counts, size)
+            told.append(
+                f"vocabulary map: the {size:,} most trained tokens are {coverage(counts, [size])[size]:.2%} of all trained"
+            )
+        draft.set_vocab(ids)
+        if config.draft.init == "target" and draft.config.hidden_size == target.hidden_size:
+            if target.final_norm is None:
+                raise ValueError(f"{config.target.path} has no final RMSNorm to start from; set draft.init=random")
+            draft.start_from_target(target.head.weight, target.final_norm)
+    if config.draft.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
+        draft.set_embedding(target.embedding.float().cpu())
+    return told
+
+
+def frozen_tensors(draft: Draft) -> dict[str, Tensor]:
+    """What a draft needs besides its trained weights and its target: the vocabulary map, and where its embedding is not
+    the target's own, that too."""
+    own = {"embed_tokens.weight": draft.embed_tokens.weight.data}
+    return {"d2t": draft.d2t, "t2d": draft.t2d} | (own if has_own_embedding(draft.config) else {})
+
+
+def has_own_embedding(shape: DraftConfig) -> bool:
+    return shape.hidden_size != shape.target_hidden_size
+
+
+def engine_kind(engine: Literal["auto", "fused", "reference"]) -> Literal["fused", "reference"]:
+    return "fused" if engine == "auto" else engine
+
+
+def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) -> TTTEngine | ReferenceEngine:
+    weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
+    args = draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
+    return TTTEngine(*args, config.chunk_rows) if engine_kind(config.engine) == "fused" else ReferenceEngine(*args)
+
+
+# --- a finished run ------------------------------------------------------------------------------------------------------
+
+
+def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]:
+    """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode."""
+    saved, draft = read_draft(run_dir, which)
+    config = Config.model_validate(saved.state["config"])
+    device, _, _ = start_process(config.device)
+    target = open_target(config, draft.config.layers, device)
+    if target_fingerprint(target) != saved.state["target"]:
+        raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
+    if not has_own_embedding(draft.config):
+        draft.set_embedding(target.embedding.float().cpu())
+    return config, target, draft.to(device)
+
+
+def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, Draft]:
+    """The draft of a run's checkpoint; where best or last is damaged, of the newest one that is not, with a warning."""
+    paths = checkpoint.checkpoints_of_run(run_dir, which)
+    for path, following in zip(paths, [*paths[1:], None], strict=True):
+        try:
+            saved = checkpoint.read_state(path)
+            draft = Draft(DraftConfig.model_validate(saved.state["draft"]))
+            parameters = list(draft.trainable().values())
+            sizes = [p.numel() for p in parameters]
+            tensors = {"master": torch.empty(sum(sizes))} | frozen_tensors(draft)
+            checkpoint.load_tensors(saved, tensors)
+        except checkpoint.Unreadable as error:
+            if following is None:
+                raise
+            warnings.warn(f"{error}; {following.name} is used instead", stacklevel=2)
+            continue
+        for p, values in zip(parameters, tensors["master"].split(sizes), strict=True):
+            p.data.copy_(values.view_as(p))
+        return saved, draft
+    raise AssertionError("a run has a checkpoint or checkpoints_of_run raises")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`held_out` is None when the run has no held-out data, `decode` when no prompts were given."""
+
+    checkpoint: str
+    held_out: TauReport | None
+    decode: DecodeReport | None
+
+
+def evaluate_run(
+    run_dir: Path, which: str, prompts: Path | None, max_prompts: int, max_new_tokens: int, settings: DecodeSettings
+) -> Evaluation:
+    """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given."""
+    config, target, draft = open_run(run_dir, which)
+    dtype = compute_dtype(config, target.device)
+    draft.to(dtype)
+    eval_set = load_data(config, draft.config.vocab_size).eval
+    held_out = decoded = None
+    if len(eval_set):
+        held_out = evaluate_held_out(config, target, draft, eval_set)
+    elif prompts is None:
+        raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
+    if prompts is not None:
+        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        if config.data.chat_template is not None:
+            tokenizer.chat_template = Path(config.data.chat_template).expanduser().read_text(encoding="utf-8")
+        ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer, **config.data.chat_template_kwargs)
+        decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens)
+    return Evaluation(f"{run_dir} ({which})", held_out, decoded)
+
+
+def evaluate_held_out(config: Config, target: Target, draft: Draft, eval_set: Dataset) -> TauReport:
+    """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype."""
+    batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
+    engine = build_engine(config, draft, target)
+    return evaluate_tau(
+        lambda batch: engine.rows(batch, target.capture(batch.to(target.device))), batches, config.ttt_length
+    )
+
+
+def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
+    """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done.
+
+    The dtype is the one that the target's config.json names, whatever training ran the target in.
+    """
+    config, target, draft = open_run(run_dir, which)
+    target_dir = Path(cached_file(config.target.path, "config.json")).parent
+    facts = language_config(read_target_config(target_dir))
+    named = facts.get("dtype") or facts.get("torch_dtype")
+    dtype = getattr(torch, str(named).removeprefix("torch.")) if named else target.dtype
+    export_draft(draft, out, dtype, overwrite)
+    findings = verify(out, target_dir)
+    if findings.errors:
+        raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
+    return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]
+
+
+def print_plan(config: Config, console: Console) -> None:
+    """The resolved config, parameter counts, predicted memory and disk. Reads the target's config.json, not its weights.
+
+    `device: cuda` is predicted for without a GPU, too.
+    """
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    shape = draft_shape(config)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+    predicted = plan(
+        shape,
+        target_params=count_target_parameters(facts),
+        target_dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
+        pack_tokens=config.data.pack_tokens,
+        ttt_length=config.ttt_length,
+        precision="bf16" if compute_dtype(config, device) == torch.bfloat16 else "fp32",
+        document_tokens=config.data.max_length,
+        keep=config.checkpoint.keep,
+        loss=config.loss.kind,
+        engine=engine_kind(config.engine),
+        chunk_rows=config.chunk_rows,
+        device=device.type,
+        stored=config.features.path is not None and config.features.mode == "read",
+    )
+    console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine)} engine")
+    render(predicted, console)
