@@ -3,9 +3,9 @@
 Appends rows to bench/results/features.jsonl:
 
   features/capture   tokens/s of the whole capture, shards on the disk included, and of the target's bare forward over the
-                     same padded groups (no hooks, nothing kept), in turns; bytes a token
+                     same padded groups (no hooks, nothing kept), shard by shard in turns; bytes a token
   features/read      GB/s of `StoreReader.read` over shuffled packs, shards in memory and not, beside plain reads of them
-  features/fp8       held-out tau_sim of drafts trained alike online, from the store, and from the fp8 store
+  features/fp8       held-out tau_sim of drafts trained alike from the store, the fp8 store, and with --online none
 
 The data should be the target's own answers (`fastdraft data regenerate`); --steps 0 leaves the training out.
 """
@@ -16,7 +16,6 @@ import argparse
 import datetime
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -28,10 +27,10 @@ import torch
 
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
-from fastdraft.features.capture import Plan, plan_capture, run_capture
+from fastdraft.features.capture import Pack, Plan, plan_capture, run_capture
 from fastdraft.features.meta import Meta, capture_meta, start_store, target_ends
 from fastdraft.features.read import StoreReader
-from fastdraft.features.store import Store, census, list_shards
+from fastdraft.features.store import Store, list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_process
 from fastdraft.target.hf import Target, _groups_of_like_length, target_fingerprint
@@ -59,59 +58,56 @@ def settle(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def bare_forward(target: Target, plan: Plan) -> float:
-    """Seconds of the decoder alone over every pack of the plan, grouped and padded as capture does."""
+def bare_forward(target: Target, packs: tuple[Pack, ...]) -> float:
+    """Seconds of the decoder alone over packs, grouped and padded as capture does."""
     start = settle(target.device)
-    for packs in plan.shards:
-        for pack in packs:
-            batch = pack.read()
-            documents = batch.input_ids.to(target.device).split(batch.lengths)
-            for group in _groups_of_like_length(batch.lengths):
-                ids = torch.nn.utils.rnn.pad_sequence([documents[d] for d in group], batch_first=True)
-                target.decoder(input_ids=ids, use_cache=False)
+    for pack in packs:
+        batch = pack.read()
+        documents = batch.input_ids.to(target.device).split(batch.lengths)
+        for group in _groups_of_like_length(batch.lengths):
+            ids = torch.nn.utils.rnn.pad_sequence([documents[d] for d in group], batch_first=True)
+            target.decoder(input_ids=ids, use_cache=False)
     return settle(target.device) - start
 
 
-def captured(target: Target, plan: Plan, meta: Meta, folder: Path) -> float:
-    shutil.rmtree(folder, ignore_errors=True)
-    meta = start_store(folder, meta, target_ends(target))
+def capture_shard(target: Target, plan: Plan, meta: Meta, folder: Path, number: int) -> float:
+    """Seconds until the shard is on the disk."""
     start = settle(target.device)
-    run_capture(target, plan, folder, meta)
+    run_capture(target, plan, folder, meta, (number, len(plan.shards)))
     return settle(target.device) - start
 
 
-def bench_capture(config: Config, target: Target, folders: dict[str, Path], rounds: int) -> None:
+def bench_capture(config: Config, target: Target, folders: dict[str, Path], shard_tokens: int, timed: int) -> None:
+    """Shard by shard: the bare forward of its packs, then its capture, first one and then the other dtype."""
     data = load_data(config, target.vocab_size)
-    wanted = run_meta(config, target.layers)
-    plans, metas = {}, {}
-    for dtype in folders:
-        named = replace(wanted, dtype=wanted.target_dtype if dtype == "auto" else dtype)
-        plan = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, named)
-        plans[dtype] = plan
-        metas[dtype] = capture_meta(named, target, target_fingerprint(target), data=plan.data, shards=len(plan.shards))
-    seconds: dict[str, list[float]] = {"bare": [], **{dtype: [] for dtype in folders}}
-    bare_forward(target, replace(plans["auto"], shards=(plans["auto"].shards[0][:1],)))
-    for _ in range(rounds):
-        seconds["bare"].append(bare_forward(target, plans["auto"]))
-        for dtype, folder in folders.items():
-            seconds[dtype].append(captured(target, plans[dtype], metas[dtype], folder))
+    wanted, fingerprint = run_meta(config, target.layers), target_fingerprint(target)
     for dtype, folder in folders.items():
-        plan, found = plans[dtype], census(Store(folder))
-        shares = [bare / mine for bare, mine in zip(seconds["bare"], seconds[dtype], strict=True)]
+        named = replace(wanted, dtype=wanted.target_dtype if dtype == "auto" else dtype)
+        size = shard_tokens * sum(named.row_bytes.values())
+        plan = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, named, size)
+        meta = capture_meta(named, target, fingerprint, data=plan.data, shards=len(plan.shards))
+        meta = start_store(folder, meta, target_ends(target))
+        bare_forward(target, plan.shards[0][:1])
+        bare, mine = [], []
+        for number, packs in enumerate(plan.shards[:timed]):
+            bare.append(bare_forward(target, packs))
+            mine.append(capture_shard(target, plan, meta, folder, number))
+        run_capture(target, plan, folder, meta)
+        shares = sorted(a / b for a, b in zip(bare, mine, strict=True))
+        tokens = sum(pack.num_tokens for packs in plan.shards[:timed] for pack in packs)
         row = {
             "target": Path(config.target.path).name,
             "target_parameters": sum(p.numel() for p in target.model.parameters()),
-            "dtype": metas[dtype].dtype,
+            "dtype": meta.dtype,
             "tokens": plan.tokens,
             "trained_tokens": plan.trained,
-            "tokens_per_s": round(plan.tokens / statistics.median(seconds[dtype]), 1),
-            "bare_tokens_per_s": round(plan.tokens / statistics.median(seconds["bare"]), 1),
-            "share_of_bare": round(statistics.median(shares), 4),
-            "shares": [round(share, 4) for share in shares],
+            "timed_tokens": tokens,
+            "tokens_per_s": round(tokens / sum(mine), 1),
+            "bare_tokens_per_s": round(tokens / sum(bare), 1),
+            "share_of_bare": round(sum(bare) / sum(mine), 4),
+            "share_by_shard": [round(shares[0], 4), round(statistics.median(shares), 4), round(shares[-1], 4)],
             "bytes_per_token": round(sum(p.stat().st_size for p in list_shards(folder)) / plan.tokens, 1),
-            "bytes_per_token_all_rows": sum(metas[dtype].row_bytes.values()),
-            "predicted_bytes": plan.num_bytes,
-            "shard_bytes": found.num_bytes,
+            "bytes_per_token_all_rows": sum(meta.row_bytes.values()),
         }
         append("features/capture", row)
 
@@ -152,9 +148,9 @@ def bench_read(config: Config, device: torch.device, folder: Path, rounds: int) 
     append("features/read", row | {f"{name}_gb_per_s": round(statistics.median(x), 2) for name, x in rates.items()})
 
 
-def bench_fp8(config: Config, folders: dict[str, Path], seeds: int) -> None:
+def bench_fp8(config: Config, folders: dict[str, Path], seeds: int, online: bool) -> None:
     """Drafts that differ in where their features come from."""
-    for source in ("online", *folders):
+    for source in (["online"] if online else []) + list(folders):
         taus, losses = [], []
         for seed in range(seeds):
             changes = {"seed": seed, "run_dir": f"{config.run_dir}/{source}-{seed}"}
@@ -172,8 +168,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True, help="directory of the target")
     parser.add_argument("--data", required=True, help="JSONL of its answers")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shard-tokens", type=int, default=4096, help="tokens captured between two bare forwards")
+    parser.add_argument("--timed-shards", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3, help="of reading")
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each training; 0 for none")
+    parser.add_argument("--online", action="store_true", help="train one draft without a store, too")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pack-tokens", type=int, default=512)
     parser.add_argument("--folder", help="where stores and runs go; default: a temporary one")
@@ -205,12 +204,12 @@ def main() -> None:
         device, _, _ = start_process(config.device)
         folders = {dtype: Path(folder) / dtype for dtype in ("auto", "fp8")}
         target = open_target(config, draft_shape(config).layers, device)
-        bench_capture(config, target, folders, asked.rounds)
+        bench_capture(config, target, folders, asked.shard_tokens, asked.timed_shards)
         del target
         for store in folders.values():
             bench_read(config, device, store, asked.rounds)
         if asked.steps:
-            bench_fp8(config, folders, asked.seeds)
+            bench_fp8(config, folders, asked.seeds, asked.online)
 
 
 if __name__ == "__main__":
