@@ -321,8 +321,8 @@ def serve(
     """Accepted length, acceptance by depth, speed and latency in a running server."""
     from fastdraft.data.prompts import read_prompts
     from fastdraft.report import write_file
-    from fastdraft.serve_bench import ServeReport, bench_serve, parse_load, read_report
-    from fastdraft.serve_report import render_serve, serve_picture
+    from fastdraft.serve.bench import ServeReport, bench_serve, parse_load, read_report
+    from fastdraft.serve.report import render_serve, serve_picture
 
     load = parse_load(
         concurrency,

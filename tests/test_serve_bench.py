@@ -13,9 +13,9 @@ import pytest
 from matplotlib.image import imread
 from tiny import refusal
 
-from fastdraft import serve_client
-from fastdraft.serve_bench import Load, bench_serve, read_report
-from fastdraft.serve_client import _gaps
+from fastdraft.serve import client
+from fastdraft.serve.bench import Load, bench_serve, read_report
+from fastdraft.serve.client import _gaps
 
 STEPS = 3
 
@@ -369,7 +369,7 @@ def test_retries_are_bounded_and_counted(engine):
     ],
 )
 def test_a_server_that_fails_is_one_sentence_and_no_hang(engine, monkeypatch, habits, said):
-    monkeypatch.setattr(serve_client, "PROBE_S", 1.0)
+    monkeypatch.setattr(client, "PROBE_S", 1.0)
     started = time.perf_counter()
     with pytest.raises(ValueError, match=said):
         bench_serve(engine(**habits).url, {"a": ask(*NUMBERS)}, Load((2,), num_warmup=1, timeout_s=1.5, retries=1))

@@ -35,8 +35,24 @@ import httpx
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from fastdraft import serve_client as serve
-from fastdraft.serve_client import Answer, Counters, Server
+from fastdraft.serve.client import (
+    GENERATED,
+    SGLANG_FORWARDS,
+    VLLM_ACCEPTED,
+    VLLM_BY_POSITION,
+    VLLM_DRAFTS,
+    Answer,
+    Counters,
+    Server,
+    SpecDetails,
+    ask_all,
+    by_position,
+    connect,
+    counted_since,
+    probe,
+    read_counters,
+    sglang_info,
+)
 
 ACCEPTED_LENGTH = (
     "tokens per verifying forward of the target, its own (bonus) token included and the prefill's left out, "
@@ -198,11 +214,11 @@ async def _bench(
     on_cell: Callable[[ServeReport], None],
 ) -> ServeReport:
     async with (
-        serve.connect(url, load.timeout_s, api_key) as client,
-        serve.connect(baseline_url or url, load.timeout_s, api_key) as plain_client,
+        connect(url, load.timeout_s, api_key) as client,
+        connect(baseline_url or url, load.timeout_s, api_key) as plain_client,
     ):
-        server = await serve.probe(client)
-        plain = await serve.probe(plain_client) if baseline_url is not None else None
+        server = await probe(client)
+        plain = await probe(plain_client) if baseline_url is not None else None
         baseline_server = plain if baseline is None else baseline.server
         notes = _first_notes(server, baseline_server, prompts, load)
         if warm := list(islice(chain.from_iterable(prompts.values()), load.num_warmup)):
@@ -263,15 +279,15 @@ async def _measure(
         **load.body,
     }
     bodies = [body | {"messages": messages} for messages in prompts]
-    before = await serve.read_counters(client)
+    before = await read_counters(client)
     start = time.perf_counter()
-    answers = await serve.ask_all(client, bodies, concurrency, load.timeout_s, load.retries)
+    answers = await ask_all(client, bodies, concurrency, load.timeout_s, load.retries)
     seconds = time.perf_counter() - start
     num_tokens = sum(a.num_tokens for a in answers)
     if not num_tokens:
         raise ValueError(f"{server.url} answered {len(answers)} requests without a single token")
-    generated = serve.GENERATED[server.engine]
-    counted = await serve.counted_since(client, before, generated, num_tokens)
+    generated = GENERATED[server.engine]
+    counted = await counted_since(client, before, generated, num_tokens)
     others = round(counted.get((generated, ""), num_tokens) - num_tokens)
     if others:
         notes.append(
@@ -282,13 +298,11 @@ async def _measure(
     elif server.engine == "vLLM":
         acceptance = _vllm_acceptance(server, answers, counted, others, notes)
     else:
-        info = await serve.sglang_info(client)
+        info = await sglang_info(client)
         counting = answers
         if _details(answers) is None:
             unstreamed = {"stream": False, "stream_options": None, "return_meta_info": True, "cache_salt": uuid.uuid4().hex}
-            again = await serve.ask_all(
-                client, [body | unstreamed for body in bodies], concurrency, load.timeout_s, load.retries
-            )
+            again = await ask_all(client, [body | unstreamed for body in bodies], concurrency, load.timeout_s, load.retries)
             if _details(again) is not None:
                 counting = again
                 notes.append(f"{server.url} does not stream spec_tokens_details: counted in a second, unstreamed pass")
@@ -318,7 +332,7 @@ def _after_prefill(answers: list[Answer]) -> int:
 def _vllm_acceptance(
     server: Server, answers: list[Answer], counted: Counters, others: int, notes: list[str]
 ) -> Acceptance | None:
-    drafts, accepted = (round(counted.get((name, ""), 0)) for name in (serve.VLLM_DRAFTS, serve.VLLM_ACCEPTED))
+    drafts, accepted = (round(counted.get((name, ""), 0)) for name in (VLLM_DRAFTS, VLLM_ACCEPTED))
     if server.speculates is None:
         notes.append(f"{server.url} reports nothing of speculation: no vllm: counters in /metrics (--disable-log-stats?)")
     elif not drafts:
@@ -326,9 +340,9 @@ def _vllm_acceptance(
     if not drafts:
         return None
     own = 1 + accepted / drafts
-    steps = [value / drafts for value in serve.by_position(counted)]
+    steps = [value / drafts for value in by_position(counted)]
     if not steps:
-        notes.append(f"{server.url} does not report acceptance by depth ({serve.VLLM_BY_POSITION})")
+        notes.append(f"{server.url} does not report acceptance by depth ({VLLM_BY_POSITION})")
     if others:  # the counters' ratio holds whosesoever tokens they are
         notes.append(f"{server.url}: accepted length is therefore 1 + accepted / drafts of all it served meanwhile")
         return Acceptance(own, own, drafts, steps or None)
@@ -339,7 +353,7 @@ def _vllm_acceptance(
     return Acceptance(produced / forwards, own, forwards, steps or None)
 
 
-def _details(answers: list[Answer]) -> list[serve.SpecDetails] | None:
+def _details(answers: list[Answer]) -> list[SpecDetails] | None:
     """Of each answer that was verified at all (one of a single token is the prefill's); None if one lacks them."""
     details = [a.spec for a in answers if a.num_tokens > 1]
     return details if all(d is not None and d.spec_verify_ct for d in details) else None
@@ -370,13 +384,13 @@ def _sglang_acceptance(
         return Acceptance(produced / forwards, tokens / forwards, forwards, steps)
 
     lacks = f"{server.url} does not report verifying forwards by request (spec_tokens_details, or meta_info)"
-    forwards = round(counted.get((serve.SGLANG_FORWARDS, ""), 0))
+    forwards = round(counted.get((SGLANG_FORWARDS, ""), 0))
     if forwards and not others:
-        notes.append(f"{lacks}: taken from {serve.SGLANG_FORWARDS}, without acceptance by depth")
+        notes.append(f"{lacks}: taken from {SGLANG_FORWARDS}, without acceptance by depth")
         return Acceptance(produced / forwards, tokens / forwards, forwards, None)
     states = info.get("internal_states")
     states = [s for s in states if isinstance(s, dict)] if isinstance(states, list) else []
     means = [s["avg_spec_accept_length"] for s in states if s.get("avg_spec_accept_length")]
     known = f"only its mean since it was started is known, {np.mean(means):.3f}" if means else "nor a mean"
-    notes.append(f"{lacks}, nor by {serve.SGLANG_FORWARDS} alone (--enable-metrics): {known}")
+    notes.append(f"{lacks}, nor by {SGLANG_FORWARDS} alone (--enable-metrics): {known}")
     return None

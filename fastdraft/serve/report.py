@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdraft.report import INK, STYLE, png
-from fastdraft.serve_bench import Cell, Percentiles, ServeReport
-from fastdraft.serve_client import Server
+from fastdraft.serve.bench import Cell, Percentiles, ServeReport
+from fastdraft.serve.client import Server
 
 LATENCIES = ("first_token_ms", "inter_token_ms", "end_to_end_ms")
 
