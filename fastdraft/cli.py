@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -343,6 +343,8 @@ def serve(
         if out is not None:  # after each cell: a server that dies costs the rest only
             write_file(out / "serve.json", (json.dumps(asdict(report), indent=1) + "\n").encode())
 
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     earlier = read_report(baseline) if baseline is not None else None
     report = bench_serve(url, sets, load, baseline_url, earlier, os.environ.get(api_key_env), keep)
     render_serve(report, console)
@@ -404,8 +406,9 @@ def check(
             from fastdraft.engines.check import EngineCheck, check_engine
 
             place = EnginePlace(engine, str(engine_python or sys.executable), engine_pythonpath)
-            what = EngineCheck(place, checkpoint, target, prompts, max_prompts, max_new_tokens, num_steps, dtype)
-            report = check_engine(replace(what, timeout_s=timeout, trust_remote_code=trust_remote_code))
+            lengths = (max_prompts, max_new_tokens, num_steps)
+            what = EngineCheck(place, checkpoint, target, prompts, *lengths, dtype, timeout, trust_remote_code)
+            report = check_engine(what)
             for line in report.lines():
                 say(line)
             good &= not report.errors

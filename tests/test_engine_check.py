@@ -1,5 +1,7 @@
 """Each way an engine can misread a draft, or a draft's files can misstate it, is named; and engines that fail say so."""
 
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,7 +13,7 @@ from tiny import refusal
 
 from fastdraft.decode import DecodeSettings, generate, generate_plain
 from fastdraft.engines import check as checks
-from fastdraft.engines.parity import Parity, Reading, diagnose, read_as, run_chains
+from fastdraft.engines.parity import Parity, Reading, _gain, diagnose, read_as, run_chains
 from fastdraft.engines.run import EnginePlace, Output, Round, Run, Served, engine_version, run_engine
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.export import export_draft
@@ -157,6 +159,15 @@ def test_outputs_of_one_token_say_nothing_about_a_draft(target, draft):
     assert report.errors == ["every output ended at its first token, so nothing was drafted; give other prompts"]
 
 
+def test_one_place_is_no_evidence_of_other_training(target, draft):
+    """The single round of an output of two tokens: whatever another reading would have won there may be chance."""
+    told = diagnosis(target, draft, serve(target, draft)).reference
+    once = [replace(told, lengths=torch.tensor([length], dtype=torch.float64)) for length in (1.0, 4.0)]
+    assert _gain(once[1], once[0]) == 0
+    often = [replace(e, lengths=e.lengths + torch.tensor([0.0, 0.0, 0.1, 0.0])) for e in once]
+    assert _gain(often[1], often[0]) == pytest.approx(3)
+
+
 def test_the_engines_dtype_is_compared_with_the_checkpoints(target, draft):
     half = tiny_draft(target).to(torch.bfloat16)
     report = compare(target, half, serve(target, tiny_draft(target)))
@@ -197,6 +208,14 @@ def test_an_old_engine(fake):
         run_engine(fake("0.10.2"), [RUN], 10)
 
 
+def test_an_engine_whose_version_takes_too_long(tmp_path):
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o755)
+    with pytest.raises(ValueError, match=r"python did not say its version of vllm within 0\.2 s"):
+        engine_version(EnginePlace("vllm", str(slow)), timeout_s=0.2)
+
+
 def test_a_version_that_will_do(fake):
     assert engine_version(fake("0.32.0.post1")) == "0.32.0.post1"
 
@@ -224,11 +243,34 @@ time.sleep(600)
         run_engine(fake("0.32.0", code), [RUN], 5)
     assert time.monotonic() - start < 60
     worker = int((tmp_path / "worker").read_text())
-    for _ in range(100):
-        if not alive(worker):
-            return
-        time.sleep(0.1)
-    pytest.fail("the engine's worker goes on")
+    assert within(10, lambda: not alive(worker)), "the engine's worker goes on"
+
+
+def test_stopping_fastdraft_stops_the_engine(fake, tmp_path):
+    code = """
+import os, time
+open(os.environ["PYTHONPATH"] + "/pid.new", "w").write(str(os.getpid()))
+os.rename(os.environ["PYTHONPATH"] + "/pid.new", os.environ["PYTHONPATH"] + "/pid")
+time.sleep(600)
+"""
+    place = fake("0.32.0", code)
+    script = f"from fastdraft.engines.run import *; run_engine({place!r}, [{RUN!r}], 300)"
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        assert within(30, (tmp_path / "pid").exists)
+        parent.terminate()
+        assert parent.wait(30) == 128 + signal.SIGTERM
+        pid = int((tmp_path / "pid").read_text())
+        assert within(10, lambda: not alive(pid)), "the engine goes on"
+    finally:
+        parent.kill()
+
+
+def within(seconds: float, happens) -> bool:
+    until = time.monotonic() + seconds
+    while not (so := happens()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return so
 
 
 def alive(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import threading
@@ -9,6 +10,7 @@ import time
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 from matplotlib.image import imread
 from tiny import refusal
@@ -33,6 +35,7 @@ class Engine:
     meta_info = False
     short = False  # answers are the prefill's token
     chunk_s = 0.0
+    letter = "x"  # of the answers' text
     gathers = 1  # requests wait until so many were in flight at once
     failures = 0  # first requests answered 503
     dies_after = 10**9  # requests; then streams break and nothing listens any more
@@ -149,11 +152,11 @@ class Engine:
             sent += tokens
             if i == len(given):
                 self.count(rounds(number) if self.speculates and not self.short else [], total)
-            chunk = {"choices": [{"delta": {"content": "x" * tokens}}]}
+            chunk = {"choices": [{"delta": {"content": self.letter * tokens}}]}
             yield (
                 "<html>"
                 if self.garbage
-                else json.dumps(chunk | ({"usage": {"completion_tokens": sent}} if self.usage else {}))
+                else json.dumps(chunk | ({"usage": {"completion_tokens": sent}} if self.usage else {}), ensure_ascii=False)
             )
         if self.engine == "SGLang" and self.details and body.get("return_spec_tokens_details") and given:
             yield json.dumps({"choices": [], "sglext": {"spec_tokens_details": self.spec(number)}})
@@ -305,6 +308,12 @@ def test_latencies(engine):
     assert 120 <= m.end_to_end_ms.p50 <= m.end_to_end_ms.p99
 
 
+def test_a_line_of_a_stream_ends_at_a_newline_only(engine):
+    """Unicode knows more ends of lines, and the engines do not escape them."""
+    m = bench_serve(engine(letter="\u2028\x85").url, {"set": ask(3, 7)}, Load(**QUICK)).cells[0].measured
+    assert m.num_output_tokens == 2 + sum(rounds(3) + rounds(7))
+
+
 def test_a_chunks_tokens_share_the_time_before_it():
     assert _gaps([(1.0, 1), (1.5, 3), (1.75, 4)], 5) == [0.25, 0.25, 0.25]
     assert _gaps([(1.0, None), (2.0, None)], 5) == [0.25] * 4  # the server tells the total only
@@ -349,6 +358,7 @@ def test_retries_are_bounded_and_counted(engine):
     server = engine(failures=1)
     report = bench_serve(server.url, {"a": ask(3, 7)}, Load(num_warmup=0, retries=1))
     assert report.cells[0].measured.num_retries == 1 and server.seen == 3
+    assert any("1 times a request was sent again" in note for note in report.notes)
     server = engine(failures=99)
     with pytest.raises(ValueError, match="a request failed 2 times, at last: it answers 503: overloaded"):
         bench_serve(server.url, {"a": ask(3, 7)}, Load(num_warmup=0, retries=1))
@@ -374,6 +384,22 @@ def test_a_server_that_fails_is_one_sentence_and_no_hang(engine, monkeypatch, ha
     with pytest.raises(ValueError, match=said):
         bench_serve(engine(**habits).url, {"a": ask(*NUMBERS)}, Load((2,), num_warmup=1, timeout_s=1.5, retries=1))
     assert time.perf_counter() - started < 10
+
+
+def test_a_server_too_busy_to_connect_is_asked_again():
+    asked = []
+
+    def busy(request):
+        asked.append(request)
+        raise httpx.ConnectTimeout("")
+
+    async def ask_busy():
+        async with httpx.AsyncClient(base_url="http://busy", transport=httpx.MockTransport(busy)) as http:
+            await client.ask_all(http, [{"stream": True}], 1, timeout_s=300, retries=1)
+
+    with pytest.raises(ValueError, match="failed 2 times, at last: ConnectTimeout"):
+        asyncio.run(ask_busy())
+    assert len(asked) == 2
 
 
 def test_counters_that_go_backwards_are_a_restart(engine):
@@ -437,6 +463,12 @@ def test_cells_measured_before_a_death_are_kept(engine, fastdraft, tmp_path):
     assert [c.concurrency for c in read_report(tmp_path / "serve.json").cells] == [1]
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_asked(engine, fastdraft, tmp_path):
+    server, prompts = engine(), write_prompts(tmp_path / "p.jsonl", (1,))
+    said = refusal(fastdraft("bench", "serve", "--url", server.url, "--prompts", prompts, "--out", prompts))
+    assert "p.jsonl" in said and server.seen == 0
+
+
 def test_bad_input_is_one_red_line(fastdraft, tmp_path):
     prompts, empty = write_prompts(tmp_path / "p.jsonl", (1,)), write_prompts(tmp_path / "empty.jsonl", ())
     (tmp_path / "other").mkdir()
@@ -454,6 +486,8 @@ def test_bad_input_is_one_red_line(fastdraft, tmp_path):
     assert "at least 1" in said("--prompts", prompts, "--concurrency", "0")
     assert "body must be a JSON object" in said("--prompts", prompts, "--body", "[1]")
     assert "body is not JSON" in said("--prompts", prompts, "--body", "{")
+    own = '{"n": 2, "max_tokens": 9, "seed": 1}'
+    assert "body must not hold max_tokens, n" in said("--prompts", prompts, "--body", own)
     assert "have one name" in said("--prompts", prompts, "--prompts", same)
     assert "bad.json is no serve.json" in said("--prompts", prompts, "--baseline", tmp_path / "bad.json")
     assert "none.json" in said("--prompts", prompts, "--baseline", tmp_path / "none.json")

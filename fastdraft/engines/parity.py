@@ -298,6 +298,8 @@ def _best_of_each_fault(found: list[Evidence]) -> list[Evidence]:
 def _gain(evidence: Evidence, reference: Evidence) -> float:
     """Tokens a round more than the reference, 0 unless that is more than a tenth of a token and three standard errors."""
     difference = evidence.lengths - reference.lengths
+    if len(difference) < 2:
+        return 0.0
     gain, error = float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
     return gain if gain > max(0.1, 3 * error) else 0.0
 

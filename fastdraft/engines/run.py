@@ -95,6 +95,8 @@ def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:
         raise ValueError(f"{place.python} is no interpreter that can run; give --engine-python the Python of {place.name}")
     where = f"{place.python}" + (f" with PYTHONPATH {place.pythonpath}" if place.pythonpath else "")
     code, said = _wait([place.python, "-c", PROBE, place.name], place.environment(), timeout_s)
+    if code is None:
+        raise ValueError(f"{where} did not say its version of {place.name} within {timeout_s:g} s; does that Python start?")
     if code == 3:
         raise ValueError(
             f"{place.name} is not installed for {where}. Install it in an environment of its own "
@@ -143,7 +145,8 @@ def _served(found: dict[str, Any]) -> Served:
 
 
 def _wait(command: list[str], environment: dict[str, str], timeout_s: float) -> tuple[int | None, str]:
-    """Exit code (None: out of time, and everything it started is killed) and what the command said on both streams."""
+    """Exit code (None: out of time) and what the command said on both streams. Nothing it started is left when this returns
+    or raises, nor when SIGTERM ends this process; only the main thread can see to that."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             command,
@@ -153,6 +156,7 @@ def _wait(command: list[str], environment: dict[str, str], timeout_s: float) -> 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -162,6 +166,7 @@ def _wait(command: list[str], environment: dict[str, str], timeout_s: float) -> 
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            signal.signal(signal.SIGTERM, before)
         log.seek(0)
         return code, log.read()
 

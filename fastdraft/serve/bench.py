@@ -35,6 +35,7 @@ import httpx
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from fastdraft.data.prompts import Messages
 from fastdraft.serve.client import (
     GENERATED,
     SGLANG_FORWARDS,
@@ -59,7 +60,8 @@ ACCEPTED_LENGTH = (
     "as fastdraft evaluate counts"
 )
 
-Messages = list[dict[str, Any]]
+# of a request; another value would make the report untrue
+OWN_FIELDS = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "n", "stream", "stream_options"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Load:
             raise ValueError(f"concurrency {self.concurrency} must be numbers of at least 1, each once")
         if self.max_new_tokens < 2 or self.temperature < 0 or self.timeout_s <= 0 or min(self.num_warmup, self.retries) < 0:
             raise ValueError(f"max_new_tokens must be at least 2, timeout_s above 0, the others not negative: {self}")
+        if own := sorted(OWN_FIELDS & self.body.keys()):
+            raise ValueError(f"body must not hold {', '.join(own)}: the command sets it, or has an option for it")
 
 
 def parse_load(concurrency: str, body: str, **rest: Any) -> Load:
@@ -214,8 +218,8 @@ async def _bench(
     on_cell: Callable[[ServeReport], None],
 ) -> ServeReport:
     async with (
-        connect(url, load.timeout_s, api_key) as client,
-        connect(baseline_url or url, load.timeout_s, api_key) as plain_client,
+        connect(url, api_key) as client,
+        connect(baseline_url or url, api_key) as plain_client,
     ):
         server = await probe(client)
         plain = await probe(plain_client) if baseline_url is not None else None
@@ -283,7 +287,9 @@ async def _measure(
     start = time.perf_counter()
     answers = await ask_all(client, bodies, concurrency, load.timeout_s, load.retries)
     seconds = time.perf_counter() - start
-    num_tokens = sum(a.num_tokens for a in answers)
+    num_tokens, num_retries = sum(a.num_tokens for a in answers), sum(a.num_retries for a in answers)
+    if num_retries:
+        notes.append(f"{server.url}: {num_retries} times a request was sent again; tokens/s holds the time that was lost")
     if not num_tokens:
         raise ValueError(f"{server.url} answered {len(answers)} requests without a single token")
     generated = GENERATED[server.engine]
@@ -291,7 +297,8 @@ async def _measure(
     others = round(counted.get((generated, ""), num_tokens) - num_tokens)
     if others:
         notes.append(
-            f"{server.url} counted {others:+d} tokens besides those answered here: other requests, or answers cut off"
+            f"{server.url} counted {others:+d} tokens besides those answered here: other requests, answers cut off, or "
+            "counters that are late"
         )
     if server.speculates is False:
         acceptance = None
@@ -309,7 +316,7 @@ async def _measure(
         acceptance = _sglang_acceptance(server, counting, counted, others, info, notes)
     return Measured(
         num_requests=len(answers),
-        num_retries=sum(a.num_retries for a in answers),
+        num_retries=num_retries,
         num_output_tokens=num_tokens,
         seconds=seconds,
         output_tokens_per_s=num_tokens / seconds,

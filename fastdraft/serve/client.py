@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -68,7 +68,7 @@ class SpecDetails(BaseModel):
 # --- the server ----------------------------------------------------------------------------------------------------------
 
 
-def connect(url: str, timeout_s: float, api_key: str | None = None) -> httpx.AsyncClient:
+def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
     """A client for one server. Raises ValueError when `url` (with or without /v1) is not one."""
     try:
         parsed = httpx.URL(url.rstrip("/").removesuffix("/v1"))
@@ -79,7 +79,7 @@ def connect(url: str, timeout_s: float, api_key: str | None = None) -> httpx.Asy
     return httpx.AsyncClient(
         base_url=parsed,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-        timeout=httpx.Timeout(timeout_s, connect=PROBE_S),
+        timeout=httpx.Timeout(None, connect=PROBE_S),  # what waits for an answer bounds it
         limits=httpx.Limits(max_connections=None),
     )
 
@@ -160,12 +160,14 @@ async def _get(client: httpx.AsyncClient, path: str) -> httpx.Response:
     try:
         async with asyncio.timeout(PROBE_S):
             response = await client.get(path)
-    except (TimeoutError, httpx.TimeoutException) as error:
+    except TimeoutError as error:
         raise ValueError(f"{url}{path} does not answer within {PROBE_S:g} s") from error
     except httpx.HTTPError as error:
         raise ValueError(f"{url} cannot be reached ({_say(error)}); is the server running?") from error
     if response.status_code in (401, 403):
-        raise ValueError(f"{url}{path} answers {response.status_code}: it wants another API key")
+        raise ValueError(
+            f"{url}{path} answers {response.status_code}: set the variable that --api-key-env names to its key"
+        )
     return response
 
 
@@ -212,7 +214,7 @@ class _Chunk(BaseModel):
 
 
 class _Interrupted(Exception):
-    """The server could not take or finish a request; it may be sent again."""
+    """The server could not take or finish a request, for the reason given; it may be sent again."""
 
 
 async def ask_all(
@@ -240,22 +242,19 @@ async def ask_all(
 
 async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float, retries: int) -> Answer:
     url = server_url(client)
-    said = ""
     for attempt in range(retries + 1):
         if attempt:
             await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
         try:
             async with asyncio.timeout(timeout_s):
                 return await (_stream if body.get("stream") else _whole)(client, body, attempt)
-        except (TimeoutError, httpx.TimeoutException) as error:
+        except TimeoutError as error:
             raise ValueError(
                 f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time, or fewer tokens or requests"
             ) from error
-        except _Interrupted as error:
-            said = str(error)
-        except httpx.HTTPError as error:
+        except (_Interrupted, httpx.HTTPError) as error:
             said = _say(error)
-    raise ValueError(f"{url}: a request failed {retries + 1} times, at last: {said}")
+    raise ValueError(f"{url}: a request failed {retries + 1} times, at last: {said}; see the server's log")
 
 
 async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
@@ -267,17 +266,15 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
         if response.status_code != 200:
             await response.aread()
             _refused(response, url)
-        async for line in response.aiter_lines():
-            if not line.startswith("data:"):
-                continue
-            content = line.removeprefix("data:").strip()
-            if content == "[DONE]":
+        async for content in _events(response):
+            if content == b"[DONE]":
                 done = True
                 continue
             try:
                 chunk = _Chunk.model_validate_json(content)
             except ValidationError as error:
-                raise ValueError(f"{url} streams what is no chat completion: {content[:200]}") from error
+                said = content[:200].decode(errors="replace")
+                raise ValueError(f"{url} streams what is no chat completion: {said}") from error
             if chunk.error is not None:
                 raise _Interrupted(f"it reports {json.dumps(chunk.error)[:300]}")
             told = chunk.usage.completion_tokens if chunk.usage else None
@@ -292,6 +289,16 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
     if num_tokens is None:
         raise ValueError(f"{url} does not report how many tokens it generated (usage, asked for by stream_options)")
     return Answer(num_tokens, marks[0][0] if marks else None, end_s, _gaps(marks, num_tokens), spec, num_retries)
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
+    """What follows each `data:`. Not by httpx's lines: they also end at U+0085 or U+2028, which an answer may hold."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip()
 
 
 async def _whole(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
@@ -329,4 +336,4 @@ def _gaps(marks: list[tuple[float, int | None]], num_tokens: int) -> list[float]
 
 
 def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}".rstrip(": ")
