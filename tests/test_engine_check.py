@@ -13,7 +13,7 @@ from tiny import refusal
 
 from fastdraft.decode import DecodeSettings, generate, generate_plain
 from fastdraft.engines import check as checks
-from fastdraft.engines.parity import Parity, Reading, _gain, diagnose, read_as, run_chains
+from fastdraft.engines.parity import Parity, Reading, _best_of_each_fault, _gain, diagnose, read_as, run_chains
 from fastdraft.engines.run import EnginePlace, Output, Round, Run, Served, engine_version, run_engine
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.export import export_draft
@@ -159,6 +159,13 @@ def test_outputs_of_one_token_say_nothing_about_a_draft(target, draft):
     assert report.errors == ["every output ended at its first token, so nothing was drafted; give other prompts"]
 
 
+def test_the_best_reading_comes_first(target, draft):
+    told = diagnosis(target, draft, serve(target, draft)).reference
+    best_first = [("layer ids", "a"), ("position", "b"), ("layer ids", "c")]
+    found = _best_of_each_fault([replace(told, reading=Reading(*reading)) for reading in best_first])
+    assert [e.reading.says for e in found] == ["a", "b"]
+
+
 def test_one_place_is_no_evidence_of_other_training(target, draft):
     """The single round of an output of two tokens: whatever another reading would have won there may be chance."""
     told = diagnosis(target, draft, serve(target, draft)).reference
@@ -205,7 +212,7 @@ def test_a_missing_engine(tmp_path):
 
 def test_an_old_engine(fake):
     with pytest.raises(ValueError, match=r"vllm 0\.10\.2 is too old .* 0\.32\.0 and newer"):
-        run_engine(fake("0.10.2"), [RUN], 10)
+        engine_version(fake("0.10.2"))
 
 
 def test_an_engine_whose_version_takes_too_long(tmp_path):

@@ -153,34 +153,33 @@ def _target_agrees(parity: Parity, prompts: list[list[int]], served: Served, pla
 
 
 def _of_target(e: TargetEvidence) -> str:
-    near = f", {e.num_near} more at near-ties" if e.num_near else ""
-    return f"{e.num_equal} of {e.num_tokens} tokens are the target's first choice{near}"
+    return f"{e.num_equal} of {e.num_tokens} tokens are the target's first choice{_near(e)}"
+
+
+def _near(e: Evidence | TargetEvidence) -> str:
+    return f", {e.num_near} more at near-ties" if e.num_near else ""
 
 
 def _say_drafts(told: Diagnosis, served: Served, report: Report) -> None:
     ours = told.reference
     if ours.num_proposed:
-        near = f", {ours.num_near} more at near-ties" if ours.num_near else ""
-        report.facts.append(f"drafted tokens: {ours.num_equal} of {ours.num_proposed} are fastdraft's{near}")
-        theirs = sum(len(o.tokens) - 1 for o in served.outputs) / max(sum(len(o.rounds) for o in served.outputs), 1)
-        engine = f"{theirs:.3f} in {served.engine}"
-        if served.accepted_length is not None:
-            engine += f" (which itself says {served.accepted_length:.3f})"
+        report.facts.append(f"drafted tokens: {ours.num_equal} of {ours.num_proposed} are fastdraft's{_near(ours)}")
+        rounds = sum(len(o.rounds) for o in served.outputs)
     else:
         report.facts.append(f"{served.engine} does not show what it drafted; verifying rounds are compared")
-        theirs = sum(len(o.tokens) - 1 for o in served.outputs) / max(served.num_rounds or 0, 1)
-        engine = f"{theirs:.3f} in {served.engine}"
+        rounds = served.num_rounds or 1
+    engine = f"{ours.num_tokens / rounds:.3f} in {served.engine}"
+    if ours.num_proposed and served.accepted_length is not None:  # SGLang's counts otherwise: docs/serving.md
+        engine += f" (which itself says {served.accepted_length:.3f})"
     report.facts.append(f"accepted length, chain: {engine}, {ours.accepted_length:.3f} by fastdraft")
 
 
 def _say_causes(told: Diagnosis, served: Served, report: Report) -> None:
     ours = told.reference
     if not told.agrees:
-        causes = [
-            f"{e.reading.fault}: {served.engine} drafts as with {e.reading.says}{_fit(e, ours)}" for e in told.served_as
-        ]
-        report.errors.extend(causes)
-        if not causes:
+        for e in told.served_as:
+            report.errors.append(f"{e.reading.fault}: {served.engine} drafts as with {e.reading.says}{_fit(e, ours)}")
+        if not told.served_as:
             report.errors.append(
                 f"{served.engine}'s drafts are not this checkpoint's{_fit(ours, None)}, and no single fault known here "
                 "explains them: not layer ids, position, vocabulary map, norm, dtype, RoPE or epsilon; is it the same "

@@ -34,6 +34,7 @@ from fastdraft.target.hf import Target
 
 # a token may be another than ours where its logit is this near to the best, as a share of the largest logit
 NEAR_TIE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+SAME_ROUNDS = 0.03  # relative difference in verifying rounds that near-ties may make
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ def read_as(draft: Draft, reading: Reading) -> Draft:
         arange = torch.arange(c.draft_vocab_size, device=draft.d2t.device)
         draft.d2t.copy_(draft.d2t - arange if reading.vocabulary == "absolute" else torch.zeros_like(arange))
     if reading.rms_norm_eps is not None:
-        norms = [m for m in draft.modules() if hasattr(m, "eps")]
-        for norm in norms:
+        for norm in (m for m in draft.modules() if hasattr(m, "eps")):
             norm.eps = reading.rms_norm_eps
     return draft
 
@@ -159,7 +159,6 @@ class Evidence:
     num_proposed: int  # tokens the engine proposed and showed
     num_equal: int  # of them, those that are this reading's choice
     num_near: int  # others whose logit is a near-tie
-    largest_gap: float  # of all proposed tokens
     num_tokens: int  # output tokens, the first of each output left out
     rounds: tuple[int, ...]  # verifying rounds of each output if the draft ran so
     lengths: Tensor  # [positions] float64, accepted length of a round from every place of the outputs
@@ -173,6 +172,10 @@ class Evidence:
     def agreement(self) -> float:
         return (self.num_equal + self.num_near) / max(self.num_proposed, 1)
 
+    @property
+    def num_missed(self) -> int:
+        return self.num_proposed - self.num_equal
+
 
 @dataclass(frozen=True)
 class TargetEvidence:
@@ -181,7 +184,6 @@ class TargetEvidence:
     num_tokens: int
     num_equal: int
     num_near: int
-    largest_gap: float
 
     @property
     def agreement(self) -> float:
@@ -207,7 +209,6 @@ class Parity:
 
     def target_evidence(self) -> TargetEvidence:
         equal = near = total = 0
-        largest = 0.0
         tie = NEAR_TIE[self.target.dtype]
         for ids, start in zip(self.ids, self.prompts, strict=True):
             with torch.no_grad():
@@ -216,15 +217,14 @@ class Parity:
             gap = (best - logits.gather(1, ids[start:, None])[:, 0]) / logits.abs().amax(-1)
             equal, total = equal + int((gap == 0).sum()), total + len(gap)
             near += int(((gap > 0) & (gap <= tie)).sum())
-            largest = max(largest, float(gap.max()))
-        return TargetEvidence(total, equal, near, largest)
+        return TargetEvidence(total, equal, near)
 
     def evidence(self, reading: Reading) -> Evidence:
         draft = read_as(self.draft, reading)
         tie = NEAR_TIE[draft.fc.weight.dtype]
         states = self.states(reading.layers or self.draft.config.layers)
         proposed = equal = near = tokens = 0
-        largest, rounds, lengths = 0.0, [], []
+        rounds, lengths = [], []
         for ids, start, output, g in zip(self.ids, self.prompts, self.outputs, states, strict=True):
             hits = self._hits(draft, reading, ids, g)
             kept = hits.long().cumprod(1).sum(1)  # [L-1] leading hits of a round from t = root - 1
@@ -244,8 +244,7 @@ class Parity:
                 same = found.choice[roots - 1] == theirs
                 proposed, equal = proposed + theirs.numel(), equal + int(same.sum())
                 near += int((~same & (gap <= tie)).sum())
-                largest = max(largest, float(gap.max()))
-        return Evidence(reading, proposed, equal, near, largest, tokens, tuple(rounds), torch.cat(lengths))
+        return Evidence(reading, proposed, equal, near, tokens, tuple(rounds), torch.cat(lengths))
 
     def _hits(self, draft: Draft, reading: Reading, ids: Tensor, g: Tensor) -> Tensor:  # [L-1, S] bool
         """Where the reading's choice is the token that the output has there."""
@@ -268,31 +267,26 @@ class Diagnosis:
     agrees: bool  # every proposal is the documented reading's, near-ties aside (or its rounds, where none are shown)
 
 
-def diagnose(parity: Parity, candidates: list[Reading] | None = None) -> Diagnosis:
-    """Tries every reading. `served_as` and `trained_as` hold the best readings of one fault each, best first."""
-    candidates = candidates or readings(parity.draft, parity.target)
-    found = [parity.evidence(reading) for reading in candidates]
-    reference, others = found[0], found[1:]
-    shown = reference.num_proposed > 0
-    if shown:
+def diagnose(parity: Parity) -> Diagnosis:
+    """Tries every reading. `served_as` and `trained_as` hold the best reading of each fault, best first."""
+    reference, *others = (parity.evidence(reading) for reading in readings(parity.draft, parity.target))
+    if reference.num_proposed:
         agrees = reference.agreement == 1 and reference.num_near <= 0.1 * reference.num_proposed
+        better = [e for e in others if e.num_missed <= 0.5 * reference.num_missed and e.agreement >= 0.8]
+        better.sort(key=lambda e: e.num_missed)
     else:
-        agrees = _round_error(parity, reference) <= 0.03
-    served_as = []
-    if not agrees and shown:
-        missed = {id(e): e.num_proposed - e.num_equal for e in found}
-        better = [e for e in others if missed[id(e)] <= 0.5 * missed[id(reference)] and e.agreement >= 0.8]
-        served_as = sorted(better, key=lambda e: missed[id(e)])
-    elif not agrees:
-        better = [e for e in others if _round_error(parity, e) <= 0.03]
-        served_as = sorted(better, key=lambda e: _round_error(parity, e))
-    gained = [(_gain(e, reference), e) for e in others]
-    trained_as = [e for _, e in sorted(((g, e) for g, e in gained if g), key=lambda pair: -pair[0])]
-    return Diagnosis(reference, _best_of_each_fault(served_as), _best_of_each_fault(trained_as), agrees)
+        agrees = _round_error(parity, reference) <= SAME_ROUNDS
+        better = [e for e in others if _round_error(parity, e) <= SAME_ROUNDS]
+        better.sort(key=lambda e: _round_error(parity, e))
+    gained = sorted((e for e in others if _gain(e, reference)), key=lambda e: -_gain(e, reference))
+    return Diagnosis(reference, [] if agrees else _best_of_each_fault(better), _best_of_each_fault(gained), agrees)
 
 
-def _best_of_each_fault(found: list[Evidence]) -> list[Evidence]:
-    return list({e.reading.fault: e for e in reversed(found)}.values())[::-1]
+def _best_of_each_fault(best_first: list[Evidence]) -> list[Evidence]:
+    found: dict[str, Evidence] = {}
+    for evidence in best_first:
+        found.setdefault(evidence.reading.fault, evidence)
+    return list(found.values())
 
 
 def _gain(evidence: Evidence, reference: Evidence) -> float:

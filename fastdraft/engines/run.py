@@ -93,7 +93,7 @@ def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:
     """The installed version. Raises ValueError when interpreter or engine is missing, or the engine is too old."""
     if shutil.which(place.python) is None:
         raise ValueError(f"{place.python} is no interpreter that can run; give --engine-python the Python of {place.name}")
-    where = f"{place.python}" + (f" with PYTHONPATH {place.pythonpath}" if place.pythonpath else "")
+    where = place.python + (f" with PYTHONPATH {place.pythonpath}" if place.pythonpath else "")
     code, said = _wait([place.python, "-c", PROBE, place.name], place.environment(), timeout_s)
     if code is None:
         raise ValueError(f"{where} did not say its version of {place.name} within {timeout_s:g} s; does that Python start?")
@@ -116,11 +116,10 @@ def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:
 
 
 def run_engine(place: EnginePlace, runs: list[Run], timeout_s: float) -> list[Served]:
-    """Serves every run, one after the other, in one child process.
+    """Serves every run, one after the other, in one child process. Ask `engine_version` first whether it is one that can.
 
-    Raises ValueError when the engine is missing or too old, fails (with its last error), or takes more than `timeout_s`.
+    Raises ValueError when the engine fails (with its last error), or takes more than `timeout_s`.
     """
-    engine_version(place)
     child = Path(__file__).with_name(f"{place.name}_child.py")
     with tempfile.TemporaryDirectory(prefix="fastdraft-engine-") as folder:
         job, result = Path(folder, "job.json"), Path(folder, "result.json")
