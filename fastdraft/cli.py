@@ -387,6 +387,10 @@ def check(
             f"--engine {engine}: with --checkpoint and --target it is one of {', '.join(ENGINES)}; "
             f"{', '.join(checks.ENGINES)} belong to --golden, the folder of cases to run on it"
         )
+    if not serving and any((prompts, dtype, engine_python, engine_pythonpath)):
+        raise ValueError(
+            f"--prompts, --dtype, --engine-python and --engine-pythonpath belong to --engine {' or '.join(ENGINES)}; name one"
+        )
     if serving and checkpoint is None:
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
     good = True

@@ -295,6 +295,7 @@ def test_the_command_says_what_is_missing(fastdraft, target_dir, tmp_path):
     draft.set_vocab(torch.arange(64))
     export_draft(draft, tmp_path / "draft", torch.float32)
     there = ("check", "--checkpoint", tmp_path / "draft", "--target", target_dir)
+    assert "belong to --engine vllm or sglang" in refusal(fastdraft(*there, "--prompts", "p.jsonl"))
     assert "--engine slow: with --checkpoint and --target it is one of vllm, sglang" in refusal(
         fastdraft(*there, "--engine", "slow")
     )

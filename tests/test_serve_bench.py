@@ -328,7 +328,7 @@ def test_baselines_beside_and_from_a_file(engine, tmp_path):
     for cell in beside.cells:
         assert cell.speedup == cell.measured.output_tokens_per_s / cell.baseline.output_tokens_per_s
         assert cell.baseline.num_output_tokens == cell.measured.num_output_tokens
-    assert beside.notes == ["b has only 1 prompts: never more than that many are in flight"]
+    assert beside.notes == ["prompts in b: 1, so never more than that many in flight"]
 
     file = tmp_path / "serve.json"
     file.write_text(json.dumps(asdict(bench_serve(slow.url, sets, Load((2, 1), **QUICK)))))
@@ -348,7 +348,7 @@ def test_baselines_beside_and_from_a_file(engine, tmp_path):
 
 def test_a_baseline_that_speculates_is_noted(engine):
     notes = bench_serve(engine().url, {"a": ask(3)}, Load(**QUICK), baseline_url=engine("SGLang").url).notes
-    assert any("speculates: the speed-up is not over the target alone" in note for note in notes)
+    assert any("speculates: then the speed-up is not over the target alone" in note for note in notes)
 
 
 # --- servers that fail ---------------------------------------------------------------------------------------------------
@@ -422,21 +422,9 @@ def test_the_command_writes_tables_json_and_a_picture(engine, fastdraft, tmp_pat
     monkeypatch.setenv("MY_KEY", "secret")
     server, plain = engine("SGLang"), engine("SGLang", speculates=False)
     one, two = write_prompts(tmp_path / "one.jsonl", NUMBERS), write_prompts(tmp_path / "two.jsonl", (3, 7, 11))
-    code, out, err = fastdraft(
-        *("bench", "serve", "--url", server.url, "--baseline-url", plain.url, "--prompts", one, "--prompts", two),
-        *(
-            "--api-key-env",
-            "MY_KEY",
-            "--concurrency",
-            "1,2",
-            "--max-prompts",
-            12,
-            "--out",
-            tmp_path / "out",
-            "--body",
-            '{"top_k": 1}',
-        ),
-    )
+    command = ("bench", "serve", "--url", server.url, "--baseline-url", plain.url, "--prompts", one, "--prompts", two)
+    load = ("--concurrency", "1,2", "--max-prompts", 12, "--body", '{"top_k": 1}', "--api-key-env", "MY_KEY")
+    code, out, err = fastdraft(*command, *load, "--out", tmp_path / "out")
     assert code == 0, err
     assert f"{sum(GIVEN) / len(GIVEN):.3f}" in out and " ".join(f"{share:.2f}" for share in BY_DEPTH) in out
     assert server.keys == plain.keys == {"Bearer secret"}
@@ -484,6 +472,7 @@ def test_bad_input_is_one_red_line(fastdraft, tmp_path):
     assert "like 1,4,16" in said("--prompts", prompts, "--concurrency", "1;2")
     assert "each once" in said("--prompts", prompts, "--concurrency", "4,4")
     assert "at least 1" in said("--prompts", prompts, "--concurrency", "0")
+    assert "max_new_tokens must be at least 2, not 1" in said("--prompts", prompts, "--max-new-tokens", 1)
     assert "body must be a JSON object" in said("--prompts", prompts, "--body", "[1]")
     assert "body is not JSON" in said("--prompts", prompts, "--body", "{")
     own = '{"n": 2, "max_tokens": 9, "seed": 1}'

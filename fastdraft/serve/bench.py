@@ -79,8 +79,9 @@ class Load:
     def __post_init__(self) -> None:
         if not self.concurrency or min(self.concurrency) < 1 or len(set(self.concurrency)) < len(self.concurrency):
             raise ValueError(f"concurrency {self.concurrency} must be numbers of at least 1, each once")
-        if self.max_new_tokens < 2 or self.temperature < 0 or self.timeout_s <= 0 or min(self.num_warmup, self.retries) < 0:
-            raise ValueError(f"max_new_tokens must be at least 2, timeout_s above 0, the others not negative: {self}")
+        for name, least in {"max_new_tokens": 2, "temperature": 0, "num_warmup": 0, "retries": 0, "timeout_s": 0.1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if own := sorted(OWN_FIELDS & self.body.keys()):
             raise ValueError(f"body must not hold {', '.join(own)}: the command sets it, or has an option for it")
 
@@ -217,10 +218,7 @@ async def _bench(
     api_key: str | None,
     on_cell: Callable[[ServeReport], None],
 ) -> ServeReport:
-    async with (
-        connect(url, api_key) as client,
-        connect(baseline_url or url, api_key) as plain_client,
-    ):
+    async with connect(url, api_key) as client, connect(baseline_url or url, api_key) as plain_client:
         server = await probe(client)
         plain = await probe(plain_client) if baseline_url is not None else None
         baseline_server = plain if baseline is None else baseline.server
@@ -251,13 +249,13 @@ def _first_notes(
     if server.speculates is False:
         notes.append(f"{server.url} runs without speculation: there is no accepted length to measure")
     if baseline is not None and baseline.speculates is not False:
-        said = "speculates" if baseline.speculates else "does not say whether it speculates"
-        notes.append(f"the baseline {baseline.url} {said}: the speed-up is not over the target alone")
+        said = "speculates" if baseline.speculates else "may speculate, it does not say"
+        notes.append(f"the baseline {baseline.url} {said}: then the speed-up is not over the target alone")
     if baseline is not None and baseline.model != server.model:
         notes.append(f"{server.url} serves {server.model}, the baseline {baseline.model}")
     for name, messages in prompts.items():
         if len(messages) < max(load.concurrency):
-            notes.append(f"{name} has only {len(messages)} prompts: never more than that many are in flight")
+            notes.append(f"prompts in {name}: {len(messages)}, so never more than that many in flight")
     return notes
 
 
@@ -305,7 +303,6 @@ async def _measure(
     elif server.engine == "vLLM":
         acceptance = _vllm_acceptance(server, answers, counted, others, notes)
     else:
-        info = await sglang_info(client)
         counting = answers
         if _details(answers) is None:
             unstreamed = {"stream": False, "stream_options": None, "return_meta_info": True, "cache_salt": uuid.uuid4().hex}
@@ -313,7 +310,7 @@ async def _measure(
             if _details(again) is not None:
                 counting = again
                 notes.append(f"{server.url} does not stream spec_tokens_details: counted in a second, unstreamed pass")
-        acceptance = _sglang_acceptance(server, counting, counted, others, info, notes)
+        acceptance = await _sglang_acceptance(client, server, counting, counted, others, notes)
     return Measured(
         num_requests=len(answers),
         num_retries=num_retries,
@@ -366,13 +363,8 @@ def _details(answers: list[Answer]) -> list[SpecDetails] | None:
     return details if all(d is not None and d.spec_verify_ct for d in details) else None
 
 
-def _sglang_acceptance(
-    server: Server,
-    answers: list[Answer],
-    counted: Counters,
-    others: int,
-    info: Mapping[str, Any],  # /server_info, after the cell
-    notes: list[str],
+async def _sglang_acceptance(
+    client: httpx.AsyncClient, server: Server, answers: list[Answer], counted: Counters, others: int, notes: list[str]
 ) -> Acceptance | None:
     produced, tokens = _after_prefill(answers), sum(a.num_tokens for a in answers)
     details = _details(answers)
@@ -381,21 +373,19 @@ def _sglang_acceptance(
         return None
     if details is not None:
         forwards = sum(d.spec_verify_ct for d in details)
-        depth = max(len(d.spec_correct_drafts_histogram) for d in details)
-        rounds = np.zeros(max(depth, 1 + server.speculation.get("speculative_num_steps", 0)), dtype=np.int64)
-        for d in details:
-            rounds[: len(d.spec_correct_drafts_histogram)] += d.spec_correct_drafts_histogram
-        if not depth:
+        kept = [d.spec_correct_drafts_histogram for d in details]
+        deepest = max(max(map(len, kept)) - 1, server.speculation.get("speculative_num_steps", 0))
+        steps = [sum(sum(histogram[depth:]) for histogram in kept) / forwards for depth in range(1, deepest + 1)]
+        if not any(kept):
             notes.append(f"{server.url} does not report acceptance by depth (spec_correct_drafts_histogram)")
-        steps = (rounds[::-1].cumsum()[::-1][1:] / forwards).tolist() if depth else None
-        return Acceptance(produced / forwards, tokens / forwards, forwards, steps)
+        return Acceptance(produced / forwards, tokens / forwards, forwards, steps if any(kept) else None)
 
     lacks = f"{server.url} does not report verifying forwards by request (spec_tokens_details, or meta_info)"
     forwards = round(counted.get((SGLANG_FORWARDS, ""), 0))
     if forwards and not others:
         notes.append(f"{lacks}: taken from {SGLANG_FORWARDS}, without acceptance by depth")
         return Acceptance(produced / forwards, tokens / forwards, forwards, None)
-    states = info.get("internal_states")
+    states = (await sglang_info(client)).get("internal_states")
     states = [s for s in states if isinstance(s, dict)] if isinstance(states, list) else []
     means = [s["avg_spec_accept_length"] for s in states if s.get("avg_spec_accept_length")]
     known = f"only its mean since it was started is known, {np.mean(means):.3f}" if means else "nor a mean"
