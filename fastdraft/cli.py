@@ -389,7 +389,7 @@ def check(
         )
     if not serving and any((prompts, dtype, engine_python, engine_pythonpath)):
         raise ValueError(
-            f"--prompts, --dtype, --engine-python and --engine-pythonpath belong to --engine {' or '.join(ENGINES)}; name one"
+            f"--prompts, --dtype, --engine-python and --engine-pythonpath belong to --engine {' or '.join(ENGINES)}"
         )
     if serving and checkpoint is None:
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
