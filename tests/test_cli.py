@@ -229,7 +229,7 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     best.write_text(whole[:5])
     assert "best.json is damaged" in refusal(fastdraft("evaluate", trained))
     best.write_text(whole)
-    assert "none.jsonl cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
+    assert "none.jsonl: cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"messages": [{"role": "user", "content": null}]}\n')
     assert "the chat template refuses a prompt" in refusal(fastdraft("evaluate", trained, "--prompts", odd))

@@ -466,7 +466,7 @@ def test_bad_input_is_one_red_line(fastdraft, tmp_path):
     def said(*options, url="http://127.0.0.1:9"):
         return refusal(fastdraft("bench", "serve", "--url", url, *options))
 
-    assert "empty.jsonl holds no prompt" in said("--prompts", empty)
+    assert "empty.jsonl: empty" in said("--prompts", empty)
     assert "http://127.0.0.1:9 cannot be reached" in said("--prompts", prompts)
     assert "give one like http://" in said("--prompts", prompts, url="localhost:8000")
     assert "like 1,4,16" in said("--prompts", prompts, "--concurrency", "1;2")

@@ -112,7 +112,7 @@ class AnswerFile:
     def write_failures(self, failures: dict[str, dict[str, Any]]) -> int:
         """Lists these, by id, with those of earlier runs that were not tried again; how many that is."""
         if self.failures.exists():
-            earlier = (json.loads(line) for line in self.failures.read_text(encoding="utf-8").splitlines())
+            earlier = (json.loads(line) for line in self.failures.read_bytes().splitlines())
             failures = {failure["id"]: failure for failure in earlier} | failures
         failures = {id: failure for id, failure in failures.items() if _index(failure) not in self.rows}
         if failures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from fastdraft.data.answer_file import AnswerFile
-from fastdraft.data.conversations import SHAPES, BadLine, Line, parse, read_lines
+from fastdraft.data.conversations import BadLine, Line, parse, read_lines
 from fastdraft.data.dialogue import Dialogue
 
 SAY_EVERY_S = 30.0  # a line of progress where there is no terminal to draw on
@@ -135,20 +134,9 @@ class Job:
 
 def _dialogue(index: int, line: Line) -> Dialogue:
     """BadLine: not a conversation, or nothing in it is to be answered."""
-    conversation = parse(_with_messages(line))
+    conversation = parse(line, prompts=True)
     if conversation.input_ids is not None:
         raise BadLine(line.where, "has token ids; only messages, conversations or a prompt can be answered")
     if not Dialogue(index, conversation).wants_answer():
         raise BadLine(line.where, "nothing to answer: it has no user's turn")
     return Dialogue(index, conversation)
-
-
-def _with_messages(line: Line) -> Line:
-    """`prompt` is short for one user message."""
-    try:
-        row = json.loads(line.content) if isinstance(line.content, bytes) else line.content
-    except (ValueError, RecursionError):  # parse says what is wrong
-        return line
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or any(row.get(name) for name in SHAPES):
-        return line
-    return Line(line.where, row | {"messages": [{"role": "user", "content": row["prompt"]}]})

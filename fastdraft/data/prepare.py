@@ -12,9 +12,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -240,12 +243,11 @@ def cached(folder: Path, write: Callable[[Path], Stats], lock: Path | None = Non
 
 def settings_key(config: DataConfig, chat: ChatTokenizer) -> hashlib.blake2b:
     """A hash begun with everything but the data that makes the samples what they are."""
-    backend = getattr(chat.tokenizer, "backend_tokenizer", None)
     settings = {
         "format": FORMAT,
         "versions": [transformers.__version__, tokenizers.__version__],
-        "tokenizer": backend.to_str() if backend is not None else type(chat.tokenizer).__name__,
-        "template": chat.chat_template or chat.tokenizer.chat_template,
+        "tokenizer": chat.backend.to_str() if chat.backend else chat.name,
+        "templates": chat.templates,
         "template_kwargs": chat.kwargs,
         "vocab_size": chat.vocab_size,
         "settings": config.model_dump(include={"max_length", "on_too_long", "on_bad_line", "train_on"}),
@@ -322,12 +324,18 @@ def mapper(chat: ChatTokenizer, skip: bool, workers: int) -> Iterator[Mapped]:
 
     def mapped(chunks: Iterator[list[Line]]) -> Iterator[Done]:
         waiting = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_in_worker, chunk))
-            if len(waiting) >= 4 * workers:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_in_worker, chunk))
+                if len(waiting) >= 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"one of {workers} worker processes that tokenise died, perhaps killed for want of memory: "
+                "lower data.num_workers"
+            ) from error
 
     try:
         yield mapped
@@ -341,6 +349,14 @@ _worker: tuple[ChatTokenizer, bool] | None = None  # of this worker process
 def _start_worker(chat: ChatTokenizer, skip: bool) -> None:
     global _worker
     _worker = chat, skip
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; whoever started us decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, workers of a run that is killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _in_worker(chunk: list[Line]) -> Done:

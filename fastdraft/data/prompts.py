@@ -1,42 +1,30 @@
-"""Prompts to be answered: JSONL lines with `prompt` (one user message) or `messages`, to token ids by the chat template."""
+"""Prompts to be answered, and their token ids by the chat template."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fastdraft.data.conversations import BadLine, parse, read_lines
+
 Messages = list[dict[str, Any]]
 
 
 def read_prompts(path: Path) -> list[Messages]:
-    """The conversations of a file up to the turn to be answered. Raises ValueError with file and line."""
-    prompts: list[Messages] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        messages = row.get("messages") if isinstance(row, dict) else None
-        if isinstance(prompt, str):
-            prompts.append([{"role": "user", "content": prompt}])
-        elif isinstance(messages, list) and messages and all(isinstance(m, dict) and "role" in m for m in messages):
-            if messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            prompts.append(messages)
-        else:
-            raise ValueError(f'{path}:{number}: needs "prompt" (text) or "messages" (a list with roles)')
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
+    """The conversations of a file up to the turn to be answered: messages, ShareGPT's conversations, or `prompt` alone.
+
+    ValueError: FILE:LINE and what is wrong there; an unreadable or empty file.
+    """
+    prompts = []
+    for line in read_lines(str(path)):
+        messages = list(parse(line, prompts=True).messages)
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise BadLine(line.where, "nothing to answer: no turn before the last answer, or token ids")
+        prompts.append(messages)
     return prompts
 
 

@@ -116,11 +116,16 @@ class Stream:
         return cached(Path(f"{self._name}-sample-{self._config.vocab_samples}"), write, self._lock)
 
     def _make(self, place: Place) -> tuple[Dataset, Place]:
-        while True:
-            dataset, stats = cached(self._folder(place), partial(self._write, place), self._lock)
-            place = tuple(stats.after)
+        at = place
+        while at[0] < place[0] + 2:  # a whole epoch at least
+            dataset, stats = cached(self._folder(at), partial(self._write, at), self._lock)
+            at = tuple(stats.after)
             if len(dataset):
-                return dataset, place
+                return dataset, at
+        raise ValueError(
+            f"{', '.join(self._config.paths)}: no conversation to train on: all that train are held out; "
+            f"give more data, or lower data.eval_fraction"
+        )
 
     def _write(self, place: Place, file: Path) -> Stats:
         after = [place[0] + 1, 0, 0, 0]

@@ -17,18 +17,21 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 from tokenizers import Encoding, Tokenizer
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastdraft.data.conversations import BadLine, Conversation
 from fastdraft.data.samples import Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # character positions in a rendered text, end exclusive
 
@@ -46,7 +49,7 @@ class ChatTokenizer:
     """Tokenises conversations with the tokenizer's own chat template, or with `chat_template` (Jinja text) instead of it.
 
     ValueError, when the first conversation needs it: no chat template, a template that is not Jinja, a tokenizer without
-    offsets. Picklable, so that worker processes can have one each.
+    offsets. Picklable, and without transformers' tokenizer: a worker process that unpickles that imports torch, 2 s.
     """
 
     def __init__(
@@ -60,30 +63,36 @@ class ChatTokenizer:
         chat_template_kwargs: dict[str, Any] | None = None,
         vocab_size: int | None = None,  # the target's; pre-tokenised ids must be below it
     ) -> None:
-        self.tokenizer = tokenizer
-        self.max_length, self.on_too_long, self.train_on = max_length, on_too_long, train_on
-        self.chat_template = chat_template
+        self.max_length, self.on_too_long, self.train_on, self.vocab_size = max_length, on_too_long, train_on, vocab_size
         self.kwargs = {**tokenizer.special_tokens_map, **(chat_template_kwargs or {})}
-        self.vocab_size = vocab_size
+        self.templates: list[str | None] = [chat_template] * 2  # without tools, with them
+        if chat_template is None:
+            for i, tools in enumerate((None, [])):
+                with suppress(ValueError):  # it has none
+                    self.templates[i] = tokenizer.get_chat_template(tools=tools)
+        self.name = f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
+        self.backend = _plain(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
 
     def __call__(self, conversation: Conversation) -> Tokenized:
         """Samples of one conversation. BadLine when the template refuses it or a token id is out of range."""
         if conversation.input_ids is not None:
-            samples, rewritten, lost = [self._pretokenized(conversation)], False, 0
+            samples, lost = [self._pretokenized(conversation)], 0
         else:
-            texts, rewritten, lost = self._texts_of(conversation)
+            texts, lost = self._texts_of(conversation)
             samples = [self._sample(text, spans, conversation.key) for text, spans in texts]
-        pieces, too_long = [], 0
+        pieces, n = [], self.max_length
         for sample in samples:
-            n = len(sample.input_ids)
-            too_long += n > self.max_length
-            ends = range(0, n, self.max_length) if self.on_too_long == "split" else [0]
-            for a in ends:
-                ids, mask = (x[a : a + self.max_length] for x in (sample.input_ids, sample.loss_mask))
-                pieces.append(Sample(ids, mask, sample.conversation))
+            starts = range(0, len(sample.input_ids), n) if self.on_too_long == "split" else [0]
+            cuts = (slice(a, a + n) for a in starts)
+            pieces += [Sample(sample.input_ids[cut], sample.loss_mask[cut], sample.conversation) for cut in cuts]
         kept = [piece for piece in pieces if piece.trains]
-        untrained = len(pieces) - len(kept) if samples else 1
-        return Tokenized(kept, rewritten, too_long, untrained, lost)
+        return Tokenized(
+            kept,
+            rewritten=len(samples) > 1,
+            too_long=sum(len(sample.input_ids) > n for sample in samples),
+            untrained=len(pieces) - len(kept) if samples else 1,
+            lost_reasoning=lost,
+        )
 
     def _pretokenized(self, conversation: Conversation) -> Sample:
         ids, mask = conversation.input_ids, conversation.loss_mask
@@ -109,35 +118,32 @@ class ChatTokenizer:
             mask |= (start >= a) & (end <= b) & (end > start)
         return Sample(np.array(encoding.ids, dtype=np.int32), mask, key)
 
-    def _texts_of(self, conversation: Conversation) -> tuple[list[tuple[str, list[Span]]], bool, int]:
+    def _texts_of(self, conversation: Conversation) -> tuple[list[tuple[str, list[Span]]], int]:
         messages = [_with_reasoning(message) for message in conversation.messages]
         try:
             return self._texts(conversation.where, messages, conversation.tools)
         except BadLine:
             # Most templates write a tool call's arguments from the object, some (DeepSeek) join them on as text.
             textual = [_with_textual_arguments(message) for message in messages]
-            if textual == messages:
-                raise
-            try:
-                return self._texts(conversation.where, textual, conversation.tools)
-            except BadLine:
-                pass
+            if textual != messages:
+                with suppress(BadLine):
+                    return self._texts(conversation.where, textual, conversation.tools)
             raise
 
     def _texts(
         self, where: str, messages: list[dict], tools: list[dict] | None
-    ) -> tuple[list[tuple[str, list[Span]]], bool, int]:
-        """Texts to train on with their trained spans; whether the template rewrites turns; turns with lost reasoning."""
+    ) -> tuple[list[tuple[str, list[Span]]], int]:
+        """Texts to train on with their trained spans, more than one if the template rewrites turns; and the number of turns
+        with lost reasoning."""
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last_turn":
             turns = turns[-1:]
         texts, lost = [], 0
-        marks = _marks(self._template(tools))
         for k in turns:
             try:
-                text, marked = self._render(messages[: k + 1], tools)
-                if marks:
-                    spans = self._marked(messages, tools, k, marked)
+                text, spans = self._render(messages[: k + 1], tools)
+                if _marks(self._template(tools)):
+                    spans = self._marked(messages, tools, k, spans)
                 else:
                     text, spans = self._span(messages, tools, k, text)
             except _Refused as error:
@@ -146,9 +152,9 @@ class ChatTokenizer:
             reasoning = _reasoning(messages[k])
             lost += bool(reasoning) and reasoning not in text
         whole = texts[-1][0] if texts else ""
-        if all(whole.startswith(text[: self._turn_end(text)]) for text, _ in texts):
-            return [(whole, [span for _, spans in texts for span in spans])] if texts else [], False, lost
-        return texts, True, lost
+        if texts and all(whole.startswith(text[: self._turn_end(text)]) for text, _ in texts):
+            texts = [(whole, [span for _, spans in texts for span in spans])]
+        return texts, lost
 
     def _marked(self, messages: list[dict], tools: list[dict] | None, k: int, spans: list[Span]) -> list[Span]:
         """Turn k's own {% generation %} spans: of those in the rendering of messages[:k+1], what earlier turns leave."""
@@ -222,32 +228,21 @@ class ChatTokenizer:
         return texts[0], [tuple(span) for span in spans[0]] if marks else []
 
     def _template(self, tools: list[dict] | None) -> str:
-        if self.chat_template is not None:
-            return self.chat_template
-        try:
-            return self.tokenizer.get_chat_template(tools=tools)  # some tokenizers have one of their own for tools
-        except ValueError as error:
+        template = self.templates[tools is not None]
+        if template is None:
             raise ValueError(
-                f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template to use for conversations; "
+                f"the tokenizer {self.name} has no chat template to use for conversations; "
                 f"set data.chat_template to a Jinja file, or give pre-tokenised input_ids and loss_mask"
-            ) from error
+            )
+        return template
 
     def _encode(self, text: str) -> Encoding:
-        return self._backend.encode(text, add_special_tokens=False)
-
-    @cached_property
-    def _backend(self) -> Tokenizer:
-        """The fast tokenizer without its post-processor, which adds special tokens and may trim the offsets."""
-        if not self.tokenizer.is_fast:
+        if self.backend is None:
             raise ValueError(
-                f"{type(self.tokenizer).__name__} is a slow tokenizer: it gives no character offsets, which the loss mask "
+                f"{self.name} is a slow tokenizer: it gives no character offsets, which the loss mask "
                 f"needs; use the fast one (a tokenizer.json), or give pre-tokenised input_ids and loss_mask"
             )
-        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        backend.post_processor = None
-        backend.no_truncation()
-        backend.no_padding()
-        return backend
+        return self.backend.encode(text, add_special_tokens=False)
 
     def _probe(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """A rendering that is only looked at to learn the template; with a tool where it wants one (Hermes)."""
@@ -299,9 +294,18 @@ class ChatTokenizer:
         encodings = [self._encode(text) for text in (last, followed)]
         common = _common(encodings[0].ids, encodings[1].ids)
         end = encodings[0].offsets[common - 1][1] if common else 0
-        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         rest = last[end:].strip()
         return rest if rest and self._encode(rest).ids[0] in special and last[:end].strip() else ""
+
+
+def _plain(backend: Tokenizer) -> Tokenizer:
+    """A copy without its post-processor, which adds special tokens and may trim the offsets."""
+    backend = copy.deepcopy(backend)
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 class _Refused(Exception):

@@ -35,6 +35,7 @@ import httpx
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from fastdraft.data.dialogue import for_request
 from fastdraft.data.prompts import Messages
 from fastdraft.serve.client import (
     GENERATED,
@@ -280,7 +281,7 @@ async def _measure(
         **({"return_spec_tokens_details": True} if server.engine == "SGLang" else {}),
         **load.body,
     }
-    bodies = [body | {"messages": messages} for messages in prompts]
+    bodies = [body | {"messages": [for_request(m) for m in messages]} for messages in prompts]
     before = await read_counters(client)
     start = time.perf_counter()
     answers = await ask_all(client, bodies, concurrency, load.timeout_s, load.retries)

@@ -34,6 +34,7 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each answer waits 40 ms for the client to acknowledge its headers
 
             def do_GET(self):
                 self.reply(*(outer.models if self.path == "/v1/models" else (404, {}, b"not here")))

@@ -2,6 +2,8 @@ import gzip
 import json
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from chats import TOOL, chat
 from datasets import Dataset
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdraft.data.conversations import BadLine, Conversation, Line, expand, parse, read_lines
+from fastdraft.data.prompts import read_prompts
 
 
 def parsed(row) -> Conversation:
@@ -76,6 +79,33 @@ def test_sharegpt():
     assert done.tools == [TOOL]
 
 
+def test_null_is_as_good_as_not_there():
+    turns = [
+        {"from": None, "value": None, "role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "from": None},
+    ]
+    assert parsed({"conversations": turns, "messages": None, "tools": "[]"}) == parsed({"messages": chat("q", "a")})
+
+
+def test_a_prompt_is_one_users_message_where_prompts_are_read(tmp_path):
+    with pytest.raises(BadLine, match=r"input_ids or prompt \(text\); has none \(keys: prompt\)"):
+        parse(Line("f:1", {"prompt": ["x"]}), prompts=True)
+    path = tmp_path / "p.jsonl"
+    rows = [
+        {"prompt": "a\u2028b\x85"},
+        {"messages": chat("q", "a", "r")},
+        {"conversations": [{"from": "human", "value": "c"}]},
+    ]
+    path.write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert read_prompts(path) == [chat("a\u2028b\x85"), chat("q", "a", "r"), chat("c")]
+    path.write_text(json.dumps({"messages": chat("q", "a")}))
+    assert read_prompts(path) == [chat("q")]
+    for row in ({"messages": chat("q", "a")[1:]}, {"input_ids": [1], "loss_mask": [1]}):
+        path.write_text(json.dumps(row))
+        with pytest.raises(BadLine, match=r"p\.jsonl:1: nothing to answer"):
+            read_prompts(path)
+
+
 def test_key_is_the_content():
     messages = chat("a", "b")
     same = (
@@ -92,6 +122,8 @@ def test_key_is_the_content():
         (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at position 14"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[1, 2]", "expected a JSON object, got a list"),
+        (b'[{"messages": []}]', "expected a JSON object, got a list: .* one JSON array, write a conversation a line"),
+        (b"[", "not JSON: .* one JSON array"),
         ({"prompt": "x"}, r"expected exactly one of messages, conversations or input_ids; has none \(keys: prompt\)"),
         ({"messages": chat("a"), "input_ids": [1]}, "has messages and input_ids"),
         ({"messages": []}, "messages must be a non-empty list"),
@@ -169,6 +201,11 @@ def test_lines_are_counted_from_one_and_blank_ones_passed_over(tmp_path):
     packed.write_bytes(gzip.compress(b"{}\n" * 1000)[:-9])
     with pytest.raises(ValueError, match=r"b\.jsonl\.gz: cannot be read"):
         list(read_lines(str(packed)))
+    broken = bytearray(gzip.compress(b"{}\n"))
+    broken[10] = 0xFF
+    packed.write_bytes(broken)
+    with pytest.raises(ValueError, match=r"b\.jsonl\.gz: cannot be read: .*invalid block"):
+        list(read_lines(str(packed)))
 
 
 def test_parquet_rows_lose_the_nulls_arrow_gave_them(tmp_path):
@@ -189,11 +226,28 @@ def test_parquet_rows_lose_the_nulls_arrow_gave_them(tmp_path):
         list(read_lines(str(tmp_path / "bad.parquet")))
 
 
+def test_parquet_goes_on_behind_any_row(tmp_path):
+    for rows in (0, 2100):
+        path = str(tmp_path / f"{rows}.parquet")
+        pyarrow.parquet.write_table(pyarrow.table({"input_ids": pyarrow.array([[i] for i in range(rows)])}), path)
+    lines = list(read_lines(path))
+    assert [line.content["input_ids"] for line in lines] == [[i] for i in range(2100)]
+    for done in (1, 999, 1000, 1001, 2099, 2100):
+        assert list(read_lines(path, lines[done - 1].place)) == lines[done:]
+    with pytest.raises(ValueError, match=r"0\.parquet: empty"):
+        list(read_lines(str(tmp_path / "0.parquet")))
+
+
 def test_files(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", "c.txt", "empty.jsonl"):
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "d.parquet.gz", "empty.jsonl"):
         (tmp_path / name).write_text("" if name.startswith("empty") else "{}\n")
     assert expand([f"{tmp_path}/[ab].jsonl"]) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
-    for path, reason in (("none.jsonl", "no such file"), ("", "is a folder"), ("c.txt", "neither JSONL")):
+    for path, reason in (
+        ("none.jsonl", "no such file"),
+        ("", "is a folder"),
+        ("c.txt", "neither JSONL"),
+        ("d.parquet.gz", "neither"),
+    ):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*" + reason):
             expand([f"{tmp_path}/{path}"])
     with pytest.raises(ValueError, match=r"empty\.jsonl: empty"):

@@ -1,5 +1,10 @@
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,8 +12,8 @@ from chats import chat, make_tokenizer
 
 from fastdraft.data import prepare as room
 from fastdraft.data.config import DataConfig
-from fastdraft.data.conversations import BadLine
-from fastdraft.data.prepare import first_samples, prepare
+from fastdraft.data.conversations import BadLine, Line
+from fastdraft.data.prepare import first_samples, mapper, prepare
 
 CHATS = [{"messages": chat(f"Question {i}?", f"Answer {i}.")} for i in range(40)]
 
@@ -86,8 +91,41 @@ def test_workers_make_the_same_file(config, monkeypatch, tmp_path):
     assert alone.train[:] == shared.train[:] and alone.eval[:] == shared.eval[:] and alone.stats == shared.stats
     files = [next((tmp_path / name).glob("samples-*/samples.arrow")).read_bytes() for name in "ab"]
     assert files[0] == files[1]
-    with pytest.raises(ValueError, match=r"data.jsonl:41: not JSON"):
-        prepare(config(*rows, num_workers=1), make_tokenizer())
+
+
+class Dies:
+    """In place of a ChatTokenizer, in a worker process."""
+
+    def __call__(self, conversation):
+        os._exit(1)
+
+
+def test_what_ends_in_a_worker_is_said_here():
+    with mapper(Dies(), False, 1) as mapped:
+        bad, good = Line("f:1", b"not JSON"), Line("f:2", json.dumps(CHATS[0]).encode())
+        assert [error[0] for _, _, error in mapped(iter([[bad, good], [bad]]))] == ["f:1", "f:1"]
+        with pytest.raises(ValueError, match=r"one of 1 worker processes .* died.*lower data\.num_workers"):
+            list(mapped(iter([[good]])))
+
+
+def test_workers_end_with_a_run_that_is_killed():
+    program = """
+import multiprocessing, time
+from fastdraft.data.conversations import Line
+from fastdraft.data.prepare import mapper
+with mapper(None, False, 1) as mapped:
+    next(mapped(iter([[Line("f:1", b"not JSON")]])))
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    time.sleep(60)
+"""
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    worker = int(run.stdout.readline())
+    run.kill()
+    try:
+        run.communicate(timeout=20)  # the worker has the pipe's end too: to its end
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        raise
 
 
 def test_a_killed_run_leaves_nothing_that_is_taken_for_a_cache(config, tokenizer, monkeypatch, tmp_path):

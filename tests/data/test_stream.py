@@ -8,6 +8,7 @@ from chats import chat, make_tokenizer
 from datasets import Dataset
 
 from fastdraft.data.config import DataConfig
+from fastdraft.data.conversations import Line, parse
 from fastdraft.data.loader import Ahead, Loader
 from fastdraft.data.prepare import prepare
 from fastdraft.data.stream import open_stream
@@ -99,6 +100,13 @@ def test_a_bad_line_is_named_when_its_block_comes(settings, loader, write, tmp_p
     skipping = loader(1, on_bad_line="skip")
     while skipping.state_dict()["place"][0] < 1:
         next(skipping)
+
+
+def test_a_stream_of_held_out_conversations_alone_ends(loader, write):
+    lines = [Line("f:1", row) for row in CHATS]
+    one = write([next(line.content for line in lines if parse(line).key < 0.2 * 2**64)], "one.jsonl")
+    with pytest.raises(ValueError, match=r"one\.jsonl: no conversation to train on: all .* held out"):
+        loader(paths=[one])
 
 
 def test_resume_refuses_other_data(loader, write):

@@ -239,7 +239,7 @@ def test_tools_and_kwargs_reach_the_template():
     template = "{{ tools[0].name }}{{ flavour }}" + CHATML
     chat_tokenizer = ChatTokenizer(make_tokenizer(template), chat_template_kwargs={"flavour": "sour"})
     done = chat_tokenizer(Conversation("f:1", 0, tuple(TWO), [{"name": "weather"}]))
-    assert chat_tokenizer.tokenizer.decode(done.samples[0].input_ids).startswith("weathersour<|im_start|>")
+    assert make_tokenizer().decode(done.samples[0].input_ids).startswith("weathersour<|im_start|>")
 
 
 def test_several_byte_characters_are_trained_whole():
