@@ -232,7 +232,7 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     assert "none.jsonl: cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"messages": [{"role": "user", "content": null}]}\n')
-    assert "the chat template refuses a prompt" in refusal(fastdraft("evaluate", trained, "--prompts", odd))
+    assert "odd.jsonl:1: message 1: content must be a string" in refusal(fastdraft("evaluate", trained, "--prompts", odd))
 
 
 def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, config_file, tmp_path, monkeypatch):
