@@ -280,6 +280,7 @@ def test_others_requests_are_noticed(engine):
         ("SGLang", {"speculates": False}, None, "runs without speculation"),
         ("SGLang", {"short": True}, None, "verified nothing"),
         ("vLLM", {"short": True}, None, "verified nothing"),
+        ("vLLM", {"usage": False}, sum(GIVEN) / len(GIVEN), "inter-token times are each answer's mean"),
         ("SGLang", {"details": False}, sum(GIVEN) / len(GIVEN), "taken from sglang:spec_verify_calls_total"),
         ("SGLang", {"details": False, "metrics": False}, None, "since it was started is known, 2.500"),
         ("SGLang", {"details": False, "metrics": False, "lifetime": None}, None, "nor a mean"),

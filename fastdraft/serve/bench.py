@@ -289,6 +289,8 @@ async def _measure(
     num_tokens, num_retries = sum(a.num_tokens for a in answers), sum(a.num_retries for a in answers)
     if num_retries:
         notes.append(f"{server.url}: {num_retries} times a request was sent again; tokens/s holds the time that was lost")
+    if any(a.gaps_s and not a.chunks_tell for a in answers):
+        notes.append(f"{server.url} does not report the tokens of each chunk: inter-token times are each answer's mean")
     if not num_tokens:
         raise ValueError(f"{server.url} answered {len(answers)} requests without a single token")
     generated = GENERATED[server.engine]

@@ -54,6 +54,7 @@ class Answer:
     first_s: float | None  # from sending to the first text; None without any
     end_s: float
     gaps_s: list[float]  # one for every token after the first chunk's
+    chunks_tell: bool  # their tokens; else the gaps are the answer's mean
     spec: SpecDetails | None
     num_retries: int
 
@@ -250,7 +251,8 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float
                 return await (_stream if body.get("stream") else _whole)(client, body, attempt)
         except TimeoutError as error:
             raise ValueError(
-                f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time, or fewer tokens or requests"
+                f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time (--timeout), fewer tokens "
+                "(--max-new-tokens) or fewer requests at once (--concurrency)"
             ) from error
         except (_Interrupted, httpx.HTTPError) as error:
             said = _say(error)
@@ -288,7 +290,8 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
         raise _Interrupted("the answer ended in the middle")
     if num_tokens is None:
         raise ValueError(f"{url} does not report how many tokens it generated (usage, asked for by stream_options)")
-    return Answer(num_tokens, marks[0][0] if marks else None, end_s, _gaps(marks, num_tokens), spec, num_retries)
+    first_s, tell = marks[0][0] if marks else None, all(told is not None for _, told in marks)
+    return Answer(num_tokens, first_s, end_s, _gaps(marks, num_tokens), tell, spec, num_retries)
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
@@ -312,7 +315,7 @@ async def _whole(client: httpx.AsyncClient, body: dict[str, Any], num_retries: i
     except ValidationError as error:
         raise ValueError(f"{url} answers what is no chat completion: {response.text[:200]}") from error
     spec = answer.choices[0].meta_info if answer.choices else None
-    return Answer(answer.usage.completion_tokens or 0, None, time.perf_counter() - start, [], spec, num_retries)
+    return Answer(answer.usage.completion_tokens or 0, None, time.perf_counter() - start, [], False, spec, num_retries)
 
 
 def _refused(response: httpx.Response, url: str) -> NoReturn:
