@@ -297,10 +297,8 @@ async def _measure(
     counted = await counted_since(client, before, generated, num_tokens)
     others = round(counted.get((generated, ""), num_tokens) - num_tokens)
     if others:
-        notes.append(
-            f"{server.url} counted {others:+d} tokens besides those answered here: other requests, answers cut off, or "
-            "counters that are late"
-        )
+        why = "other requests, answers cut off, or counters that are late"
+        notes.append(f"{server.url} counted {others:+d} tokens besides those answered here: {why}")
     if server.speculates is False:
         acceptance = None
     elif server.engine == "vLLM":
@@ -309,7 +307,7 @@ async def _measure(
         counting = answers
         if _details(answers) is None:
             unstreamed = {"stream": False, "stream_options": None, "return_meta_info": True, "cache_salt": uuid.uuid4().hex}
-            again = await ask_all(client, [body | unstreamed for body in bodies], concurrency, load.timeout_s, load.retries)
+            again = await ask_all(client, [b | unstreamed for b in bodies], concurrency, load.timeout_s, load.retries)
             if _details(again) is not None:
                 counting = again
                 notes.append(f"{server.url} does not stream spec_tokens_details: counted in a second, unstreamed pass")
