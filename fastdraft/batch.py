@@ -61,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Features:
-    """What the frozen target says about every token of a batch (DESIGN: g and f)."""
+    """What the frozen target says about every token of a batch (docs/mathematics.md: g and f)."""
 
     g: Tensor  # [N, 3*Ht] outputs of three target layers, low | mid | high
     f: Tensor  # [N, Ht] the state the target's lm_head reads (after the final norm)

@@ -4,7 +4,7 @@ A round starts with tokens x_0 .. x_n, of which the target has run x_0 .. x_{n-1
 
     extend   K^0_s, V^0_s of the new positions s <= t from the target's own g_s and the token x_{s+1}
     draft    step i = 0 .. num_steps-1 reads the token drafted last (x_{t+1} at step 0) and h^i = y^{i-1} (h^0 = fc(g_t)),
-             RoPE position t + i, and attends to K^0_s for s <= t and to its own branch's K^1 .. K^i: DESIGN section 1
+             RoPE position t + i, and attends to K^0_s for s <= t and to its own branch's K^1 .. K^i: docs/mathematics.md
     verify   the target runs the root and all drafted tokens in one forward and keeps a path of them, then adds one token
 
 K^i of a round's proposals are thrown away after it. Chain (eagle_topk 1) or tree as SGLang grows it: each step takes the

@@ -54,7 +54,7 @@ def test_flops_are_those_of_a_naive_loop(lengths, density):
 
 
 def test_flops_of_a_real_draft():
-    """DESIGN's figure for Llama-3.1-8B at 8192 live tokens."""
+    """The known figure of Llama-3.1-8B at 8192 live tokens."""
     config = SHAPES["llama-3.1-8b"]
     assert model_flops(config, live_batch(config, 8192), 7) / 8192 == pytest.approx(18.6e9, rel=0.002)
 

@@ -1,4 +1,4 @@
-"""The TTT reference against a naive loop over (t, i) written from DESIGN section 1, its invariances, and the masks.
+"""The TTT reference against a naive loop over (t, i) written from docs/mathematics.md, its invariances, and the masks.
 
 # L tokens of a document, T TTT steps, V target vocabulary, Vd draft vocabulary
 """
