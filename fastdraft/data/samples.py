@@ -26,7 +26,7 @@ class Sample:
 
     @property
     def trains(self) -> bool:
-        """Whether any loss can come of it: tokens 0 and 1 of a document are never predicted (docs/mathematics.md: x_{t+2+i})."""
+        """Whether any loss can come of it: tokens 0 and 1 of a document are never predicted (x_{t+2+i} is)."""
         return bool(self.loss_mask[2:].any())
 
 

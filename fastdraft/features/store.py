@@ -72,8 +72,8 @@ class Needed:
 
 
 def needed(batch: Batch) -> Needed:
-    """By docs/mathematics.md, f_u is read where x_{u+1} is trained on, u >= 1; g_s by every chain t >= s, and the last chain
-    starts two tokens before the last trained one. Nothing else of g and f can change a loss, whatever T is."""
+    """By docs/mathematics.md, f_u is read where x_{u+1} is trained on, u >= 1; g_s by every chain t >= s, and the last
+    chain starts two tokens before the last trained one. Nothing else of g and f can change a loss, whatever T is."""
     place = batch.positions
     trained = (batch.loss_mask & (place >= 2)).nonzero()[:, 0]
     lengths = torch.tensor(batch.lengths)
