@@ -156,19 +156,21 @@ def regenerate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left at OUT.")] = False,
 ) -> None:
     """Let the target answer prompts. Stopped or killed, the same command goes on."""
-    from fastdraft.data import regenerate as room
+    from fastdraft.data.answer_job import Sampling
+    from fastdraft.data.answer_server import Servers, parse_extra_body
+    from fastdraft.data.regenerate import regenerate
 
-    sampling = room.Sampling(temperature, top_p, top_k, max_new_tokens, seed, room.parse_extra_body(extra_body))
+    sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed, parse_extra_body(extra_body))
     if bool(url) == bool(target):
         raise ValueError("give either --url (repeatable) or --target: who is to answer?")
     if url:
-        options = {"concurrency": concurrency, "timeout_s": timeout, "retries": retries}
-        by = room.open_servers(url, model, sampling, api_key=os.environ.get(api_key_env), **options)
+        by = Servers(url, model, sampling, os.environ.get(api_key_env), concurrency, timeout, retries)
     else:
+        from fastdraft.data.answer_local import open_local
         from fastdraft.run import start_process
 
-        by = room.open_local(target, start_process(device)[0], dtype, batch_size, trust_remote_code, sampling)
-    outcome = room.regenerate(prompts, out, by, sampling, console, allow_failures, skip_bad_lines, fresh)
+        by = open_local(target, start_process(device)[0], dtype, batch_size, trust_remote_code, sampling)
+    outcome = regenerate(prompts, out, by, console, allow_failures, skip_bad_lines, fresh)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)
     if not outcome.complete:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -19,6 +20,22 @@ from fastdraft.data.dialogue import Dialogue
 
 SAY_EVERY_S = 30.0  # a line of progress where there is no terminal to draw on
 HOPELESS = 50  # failures in a row
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """None is the model's own default: its generation_config.json, as a server or transformers reads it."""
+
+    temperature: float | None = None  # 0 is greedy
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int = 2048  # for each answer
+    seed: int | None = None
+    extra_body: dict[str, Any] | None = None  # further keys of a request; for a local target chat_template_kwargs alone
+
+    def chosen(self) -> dict[str, float]:
+        """What of temperature, top_p and top_k is not left to the model."""
+        return {name: x for name in ("temperature", "top_p", "top_k") if (x := getattr(self, name)) is not None}
 
 
 class Stopped(Exception):

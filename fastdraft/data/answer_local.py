@@ -22,10 +22,10 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedTokenizerBa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from fastdraft.data.answer_job import Job, Stopped
+from fastdraft.data.answer_job import Job, Sampling, Stopped
 from fastdraft.data.dialogue import Dialogue, answer_message
-from fastdraft.data.prompts import prompt_ids
-from fastdraft.target.hf import Target
+from fastdraft.data.prompts import prompt_ids, special_ids
+from fastdraft.target.hf import Target, load_target, load_tokenizer, target_fingerprint
 
 GROUPED = "fastdraft_grouped"
 
@@ -92,32 +92,44 @@ def answer_batch(
 
 class LocalTarget:
     """A loaded target as what answers a job. Batches are the same whatever was done before, so a run that was stopped
-    ends with the answers of one that was not. ValueError: a target without chat template."""
+    ends with the answers of one that was not. ValueError: a target without chat template, settings it does not know."""
 
     def __init__(
         self,
         target: Target,
         tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int,
+        sampling: Sampling,
         batch_size: int,
-        temperature: float | None = None,  # None, as the next two: the target's generation_config.json
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int = 0,
-        template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self.target, self.tokenizer, self.template_kwargs = target, tokenizer, template_kwargs or {}
-        self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
-        self.sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        self.sampling = {name: value for name, value in self.sampling.items() if value is not None}
-        if temperature == 0:
-            self.sampling = {"do_sample": False}
-        elif self.sampling:
-            self.sampling["do_sample"] = True
-        added = tokenizer.added_tokens_decoder.items()
-        self._special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         if not tokenizer.chat_template:
             raise ValueError(f"{tokenizer.name_or_path!r} has no chat template: it cannot answer conversations")
+        extra = sampling.extra_body or {}
+        if unknown := extra.keys() - {"chat_template_kwargs"}:
+            raise ValueError(
+                f"--extra-body: {', '.join(sorted(unknown))} is for servers; --target knows chat_template_kwargs alone"
+            )
+        self.target, self.tokenizer, self.sampling, self.batch_size = target, tokenizer, sampling, batch_size
+        self._template_kwargs = extra.get("chat_template_kwargs", {})
+        self._special = special_ids(tokenizer)
+        if sampling.temperature == 0:
+            self._sampling = {"do_sample": False}
+        else:
+            self._sampling = sampling.chosen() and sampling.chosen() | {"do_sample": True}
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the answers besides the sampling."""
+        generation = self.target.model.generation_config
+        names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+        return {
+            "backend": "transformers",
+            "model": target_fingerprint(self.target),
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "batch_size": self.batch_size,
+            "generation_config": {name: getattr(generation, name, None) for name in names},
+        }
+
+    def about(self) -> str:
+        return f"{self.target.model.name_or_path} here, {self.batch_size} conversations at a time"
 
     def answer(self, job: Job) -> None:
         """Answers all that is to do, a batch at a time, shortest first. Stopped: on SIGINT or SIGTERM."""
@@ -150,8 +162,8 @@ class LocalTarget:
             going = [d for d in going if d.index in prompts]
             if not going:
                 return
-            torch.manual_seed((self.seed + 1_000_003 * batch[0].index + number) % 2**63)
-            answers = answer_batch(self.target, list(prompts.values()), self.max_new_tokens, **self.sampling)
+            torch.manual_seed(((self.sampling.seed or 0) + 1_000_003 * batch[0].index + number) % 2**63)
+            answers = answer_batch(self.target, list(prompts.values()), self.sampling.max_new_tokens, **self._sampling)
             unfinished = []
             for dialogue, ids in zip(going, answers, strict=True):
                 try:
@@ -174,10 +186,10 @@ class LocalTarget:
 
     def _prompt(self, dialogue: Dialogue) -> list[int]:
         """ValueError: the template refuses it; it leaves no room for an answer."""
-        (ids,) = prompt_ids([dialogue.messages], self.tokenizer, tools=dialogue.tools, **self.template_kwargs)
-        most = getattr(self.target.config, "max_position_embeddings", None)
-        if most is not None and len(ids) + self.max_new_tokens > most:
-            raise ValueError(f"{len(ids)} tokens before the answer leave no {self.max_new_tokens} of the target's {most}")
+        (ids,) = prompt_ids([dialogue.messages], self.tokenizer, tools=dialogue.tools, **self._template_kwargs)
+        most, new = getattr(self.target.config, "max_position_embeddings", None), self.sampling.max_new_tokens
+        if most is not None and len(ids) + new > most:
+            raise ValueError(f"{len(ids)} tokens before the answer leave no {new} of the target's {most}")
         return ids
 
     def _text(self, ids: list[int]) -> str:
@@ -189,6 +201,17 @@ class LocalTarget:
             raise ValueError(f"the answer holds the special token {token}; a server with the model's parsers can read it")
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return text if ended else text.rstrip("\ufffd")  # a character cut in its middle
+
+
+def open_local(
+    path: str, device: torch.device, dtype: str, batch_size: int, trust_remote_code: bool, sampling: Sampling
+) -> LocalTarget:
+    """A target loaded here, in dtype bf16 or fp32, that answers with these settings."""
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype {dtype} is not one of {', '.join(dtypes)}")
+    target = load_target(path, dtypes[dtype], device, trust_remote_code=trust_remote_code)
+    return LocalTarget(target, load_tokenizer(path, trust_remote_code), sampling, batch_size)
 
 
 def _fail(job: Job, dialogue: Dialogue, error: ValueError) -> None:

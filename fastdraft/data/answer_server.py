@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from fastdraft.data.answer_job import Job, Stopped
+from fastdraft.data.answer_job import Job, Sampling, Stopped
 from fastdraft.data.dialogue import Dialogue, answer_message, for_request
 
 LONGEST_REST_S = 60.0  # between attempts, unless a server asks for more
@@ -62,8 +62,7 @@ class Servers:
         self,
         urls: list[str],
         model: str | None,  # None: the one that they serve
-        body: dict[str, Any],  # sampling settings, sent with every request
-        seed: int | None = None,  # every turn of every conversation has its own, made from this one
+        sampling: Sampling,  # sent with every request; every turn of every conversation has a seed made from its own
         api_key: str | None = None,
         concurrency: int = 32,  # requests at a time for each server
         timeout_s: float = 600.0,  # of one request
@@ -74,7 +73,8 @@ class Servers:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"{url!r} is no server's address; give it as http://host:port/v1")
-        self.body, self.seed, self.concurrency = body, seed, concurrency
+        self.sampling, self.concurrency = sampling, concurrency
+        self._body = sampling.chosen() | {"max_tokens": sampling.max_new_tokens} | (sampling.extra_body or {})
         self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if files != resource.RLIM_INFINITY and concurrency * len(urls) + SPARE_FILES > files:
@@ -84,6 +84,13 @@ class Servers:
             )
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.model = asyncio.run(self._agreed_model(model))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the answers besides the sampling."""
+        return {"backend": "server", "model": self.model}
+
+    def about(self) -> str:
+        return f"{self.model}, {self.concurrency} requests at a time for each of {', '.join(self.urls)}"
 
     def answer(self, job: Job) -> None:
         """Answers all that is to do. Stopped: on SIGINT or SIGTERM. ValueError: no server answers any more."""
@@ -137,7 +144,7 @@ class Servers:
         self, client: httpx.AsyncClient, servers: list[Server], home: Server, dialogue: Dialogue
     ) -> tuple[dict[str, Any], str, int]:  # message, finish_reason, completion tokens
         """One answer, from `home` or else from any. Unanswered after the last retry."""
-        body = self._body(dialogue)
+        body = self._request(dialogue)
         silent_since, server = None, None
         for attempt in range(self.retries + 1):
             server = await _awake(servers, home, server)
@@ -169,12 +176,12 @@ class Servers:
     def _backoff_s(self, times: int) -> float:
         return min(self.backoff_s * 2**times, LONGEST_REST_S) * random.uniform(0.5, 1)
 
-    def _body(self, dialogue: Dialogue) -> dict[str, Any]:
-        body = {"model": self.model, "messages": [for_request(m) for m in dialogue.messages], **self.body}
+    def _request(self, dialogue: Dialogue) -> dict[str, Any]:
+        body = {"model": self.model, "messages": [for_request(m) for m in dialogue.messages], **self._body}
         if dialogue.tools:
             body["tools"] = dialogue.tools
-        if self.seed is not None:
-            body["seed"] = (self.seed + 1_000_003 * dialogue.index + len(dialogue.finish_reasons)) % 2**31
+        if self.sampling.seed is not None:
+            body["seed"] = (self.sampling.seed + 1_000_003 * dialogue.index + len(dialogue.finish_reasons)) % 2**31
         return body
 
     async def _ask(self, client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
@@ -238,10 +245,19 @@ class Servers:
             raise ValueError(f"{url}/models: not an OpenAI-compatible server's answer: {_said(error)}") from error
 
 
-def check_extra_body(extra: dict[str, Any]) -> None:
-    """ValueError for keys of a request that have options of their own."""
+def parse_extra_body(text: str | None) -> dict[str, Any] | None:
+    """The object of --extra-body. ValueError when it is none, or holds what has an option of its own."""
+    if text is None:
+        return None
+    try:
+        extra = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--extra-body is not JSON: {error}") from error
+    if not isinstance(extra, dict):
+        raise ValueError(f"--extra-body must be a JSON object, got {text}")
     if own := [key for key in extra if key in OWN_KEYS]:
         raise ValueError(f"--extra-body must not hold {', '.join(own)}: the command sets it, or has an option for it")
+    return extra
 
 
 async def _awake(servers: list[Server], home: Server, last: Server | None) -> Server:

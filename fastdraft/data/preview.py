@@ -10,6 +10,7 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from fastdraft.data.prompts import special_ids
 from fastdraft.data.samples import Sample
 
 
@@ -18,7 +19,7 @@ def preview(
 ) -> None:
     """The first n samples: trained tokens green, the rest dim, special tokens in reverse video."""
     console = console or Console()
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    special = special_ids(tokenizer)
     number = 0
     for number, sample in enumerate(islice(samples, n), 1):
         ids, trained = [int(i) for i in sample.input_ids], [bool(m) for m in sample.loss_mask]

@@ -37,3 +37,8 @@ def prompt_ids(prompts: list[Messages], tokenizer: PreTrainedTokenizerBase, **te
     except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
         raise ValueError(f"the chat template refuses a prompt: {type(error).__name__}: {error}") from error
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are structure and no text."""
+    return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}

@@ -17,11 +17,13 @@ from tiny import WORDS, make_tokenizer, tiny_llama
 
 from fastdraft import cli
 from fastdraft.data import answer_local
+from fastdraft.data.answer_job import Sampling
 from fastdraft.data.answer_local import LocalTarget
+from fastdraft.data.answer_server import Servers, parse_extra_body
 from fastdraft.data.config import DataConfig
 from fastdraft.data.prepare import prepare
 from fastdraft.data.prompts import prompt_ids
-from fastdraft.data.regenerate import Sampling, open_servers, parse_extra_body, regenerate
+from fastdraft.data.regenerate import regenerate
 from fastdraft.decode import generate_plain
 from fastdraft.target.hf import Target
 
@@ -65,9 +67,9 @@ def run(prompts, tmp_path):
     def call(by, sampling=GREEDY, out=tmp_path / "out.jsonl", paths=None, servers=None, **options):
         if not isinstance(by, LocalTarget):
             urls = [by.url] if isinstance(by, FakeServer) else [s.url for s in by]
-            by = open_servers(urls, None, sampling, **{"backoff_s": 0.01, "timeout_s": 5.0, **(servers or {})})
+            by = Servers(urls, None, sampling, **{"backoff_s": 0.01, "timeout_s": 5.0, **(servers or {})})
         printed = io.StringIO()
-        outcome = regenerate(paths or [str(prompts)], out, by, sampling, Console(file=printed, width=500), **options)
+        outcome = regenerate(paths or [str(prompts)], out, by, Console(file=printed, width=500), **options)
         return outcome, printed.getvalue()
 
     return call
@@ -166,7 +168,7 @@ def test_settings_reach_the_server_and_the_record(run, serve, tmp_path):
     assert server.keys == {"Bearer secret"}
     meta = json.loads((tmp_path / "out.jsonl.meta.json").read_text())
     kept = {"model": "tiny", "temperature": 0.6, "top_p": 0.9, "top_k": 40, "max_new_tokens": 77, "seed": 5}
-    assert kept.items() <= meta["settings"].items() and meta["servers"] == [server.url]
+    assert kept.items() <= meta["settings"].items() and server.url in meta["by"]
     assert meta["result"]["conversations"] == 20 and meta["fastdraft"]
     assert "secret" not in (tmp_path / "out.jsonl.meta.json").read_text()
 
@@ -286,7 +288,7 @@ def test_a_wrong_server_is_named(run, serve, models, said):
 def test_a_server_of_another_model_is_named(run, serve):
     server = serve()
     with pytest.raises(ValueError, match="does not serve large; it serves tiny"):
-        open_servers([server.url], "large", GREEDY)
+        Servers([server.url], "large", GREEDY)
 
 
 @pytest.mark.parametrize("status", [401, 404])
@@ -331,7 +333,7 @@ def test_a_file_of_somebody_else_is_left_alone(run, serve, prompts, tmp_path):
 
 def test_more_requests_than_open_files_are_refused(serve):
     with pytest.raises(ValueError, match="ulimit -n"):
-        open_servers([serve().url], None, GREEDY, concurrency=10**9)
+        Servers([serve().url], None, GREEDY, concurrency=10**9)
 
 
 @pytest.mark.parametrize("extra", ["[1]", "{", '{"temperature": 1}', '{"messages": []}'])
@@ -423,9 +425,7 @@ def target() -> Target:
 
 
 def local(target, sampling=GREEDY, batch_size=2) -> LocalTarget:
-    return LocalTarget(
-        target, make_tokenizer(), sampling.max_new_tokens, batch_size, sampling.temperature, seed=sampling.seed or 0
-    )
+    return LocalTarget(target, make_tokenizer(), sampling, batch_size)
 
 
 @pytest.fixture
@@ -453,7 +453,7 @@ def test_a_local_target_answers_as_it_would_alone(run, target, few, tmp_path):
 def test_a_local_run_stopped_between_batches_ends_the_same(run, target, few, tmp_path, monkeypatch, temperature):
     sampling = Sampling(temperature, max_new_tokens=5, seed=3)
     by = local(target, sampling)
-    run(by, sampling, out=tmp_path / "undisturbed.jsonl", paths=few, allow_failures=True)
+    run(by, out=tmp_path / "undisturbed.jsonl", paths=few, allow_failures=True)
     original, count = answer_local.answer_batch, [0]
 
     def interrupted(*arguments, **options):
@@ -463,10 +463,10 @@ def test_a_local_run_stopped_between_batches_ends_the_same(run, target, few, tmp
         return original(*arguments, **options)
 
     monkeypatch.setattr(answer_local, "answer_batch", interrupted)
-    outcome, printed = run(by, sampling, paths=few, allow_failures=True)
+    outcome, printed = run(by, paths=few, allow_failures=True)
     assert outcome.stopped_by == signal.SIGINT and "stopped by SIGINT" in printed
     assert 0 < len(rows_of(tmp_path / "out.jsonl.part")) < 6
-    outcome, _ = run(by, sampling, paths=few, allow_failures=True)
+    outcome, _ = run(by, paths=few, allow_failures=True)
     assert outcome.complete
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
 
@@ -475,7 +475,7 @@ def test_sampling_reaches_the_local_target(run, target, few, tmp_path):
     answers = set()
     for seed in (1, 2, 2):
         sampling = Sampling(2.0, max_new_tokens=5, seed=seed)
-        run(local(target, sampling, 6), sampling, paths=few, fresh=True, allow_failures=True)
+        run(local(target, sampling, 6), paths=few, fresh=True, allow_failures=True)
         answers.add((tmp_path / "out.jsonl").read_bytes())
     assert len(answers) == 2
 
