@@ -40,11 +40,14 @@ NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".
 
 
 class BadLine(ValueError):
-    """One line that cannot be used: `FILE:LINE: reason`."""
+    """One line that cannot be used."""
 
     def __init__(self, where: str, reason: str) -> None:
-        super().__init__(f"{where}: {reason}")
+        super().__init__(where, reason)  # both, so that it comes whole out of a worker process
         self.where, self.reason = where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,19 @@ def _tool_call(call: Any, number: int) -> dict:
         raise ValueError(f"message {number}: arguments of {function['name']} must be an object, got {_kind(arguments)}")
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def with_textual_arguments(message: dict) -> dict:
+    """The message with its calls' arguments as JSON text, as OpenAI's API and a few chat templates want them."""
+
+    def textual(call: dict) -> dict:
+        function = call.get("function", {})
+        if not isinstance(function.get("arguments"), dict):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [textual(call) for call in calls]} if calls else message
 
 
 def _function_call(message: dict, number: int) -> dict:

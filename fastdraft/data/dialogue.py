@@ -11,11 +11,10 @@ context of the next. A conversation that ends with a user's or a tool's turn get
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdraft.data.conversations import BadLine, Conversation, Line, parse
+from fastdraft.data.conversations import BadLine, Conversation, Line, parse, with_textual_arguments
 
 TOOL_ROLES = ("tool", "function")
 ASKING_ROLES = ("user", *TOOL_ROLES)
@@ -105,10 +104,7 @@ def answer_message(answer: dict[str, Any]) -> dict[str, Any]:
 def for_request(message: dict[str, Any]) -> dict[str, Any]:
     """A message as OpenAI's API has it: keys of our own data left out, a call's arguments as JSON text."""
     keys = ("role", "name", "tool_call_id", *ANSWER_KEYS)
-    sent = {k: message[k] for k in keys if k in message}
-    if "tool_calls" in sent:
-        sent["tool_calls"] = [_textual(call) for call in sent["tool_calls"]]
-    return sent
+    return with_textual_arguments({k: message[k] for k in keys if k in message})
 
 
 def _why_stop(original: dict, message: dict, follow: list[dict]) -> str | None:
@@ -142,10 +138,3 @@ def _pointed_at(calls: list[dict], before: list[dict], tool_turns: list[dict]) -
         new = calls[place].get("id") if place < len(calls) else None
         pointed.append(turn if new is None else turn | {"tool_call_id": new})
     return pointed
-
-
-def _textual(call: dict) -> dict:
-    function = call.get("function", {})
-    if not isinstance(function.get("arguments"), dict):
-        return call
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}

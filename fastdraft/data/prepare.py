@@ -213,31 +213,36 @@ def cache_dir(config: DataConfig) -> Path:
 def cached(folder: Path, write: Callable[[Path], Stats], lock: Path | None = None) -> tuple[Dataset, Stats]:
     """The samples in a folder of the cache. If it is not there, `write` makes their file, and the folder gets its name when
     it is complete; of several processes one does, the others wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(lock or f"{folder}.lock"):
-        from_cache = folder.is_dir()
-        if not from_cache:
-            partial = folder.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-            partial.mkdir()
-            try:
-                stats = write(partial / "samples.arrow")
-                (partial / "stats.json").write_text(json.dumps(asdict(stats)), encoding="utf-8")
-                partial.rename(folder)
-            except OSError as error:
-                raise OSError(
-                    error.errno, f"cannot write the token cache under {folder.parent}: {error.strerror or error}"
-                ) from error
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        try:
-            stats = Stats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
-            dataset = Dataset.from_file(str(folder / "samples.arrow"))
-            if len(dataset) != stats.samples:  # Arrow takes a stream cut between two batches for a shorter one
-                raise ValueError(f"{len(dataset)} of {stats.samples} samples are there")
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"the token cache {folder} is damaged: {error}; delete it, it will be made again") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(lock or f"{folder}.lock"):
+            from_cache = folder.is_dir()
+            if not from_cache:
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                partial.mkdir()
+                try:
+                    stats = write(partial / "samples.arrow")
+                    (partial / "stats.json").write_text(json.dumps(asdict(stats)), encoding="utf-8")
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+            dataset, stats = _read(folder)
+    except OSError as error:
+        said = f"cannot write the token cache under {folder.parent}: {error.strerror or error}; name another data.cache_dir"
+        raise OSError(error.errno, said) from error
     stats.from_cache = from_cache
+    return dataset, stats
+
+
+def _read(folder: Path) -> tuple[Dataset, Stats]:
+    try:
+        stats = Stats(**json.loads((folder / "stats.json").read_text(encoding="utf-8")))
+        dataset = Dataset.from_file(str(folder / "samples.arrow"))
+        if len(dataset) != stats.samples:  # Arrow takes a stream cut between two batches for a shorter one
+            raise ValueError(f"{len(dataset)} of {stats.samples} samples are there")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"the token cache {folder} is damaged: {error}; delete it, it will be made again") from error
     return dataset, stats
 
 
@@ -262,9 +267,7 @@ def write_samples(lines: Iterable[Line], mapped: Mapped, file: Path, lowest_key:
     """
     stats = Stats()
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for batch, part, error in mapped(_chunks(lines)):
-            if error is not None:
-                raise BadLine(*error)
+        for batch, part in mapped(_chunks(lines)):
             if lowest_key:
                 batch = batch.filter(pc.greater_equal(batch["conversation"], pa.scalar(lowest_key, pa.uint64())))
                 part.samples = batch.num_rows
@@ -286,7 +289,7 @@ def _chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
         yield chunk
 
 
-Done = tuple[pa.RecordBatch, Stats, tuple[str, str] | None]  # samples, counts, and the (where, reason) that stopped it
+Done = tuple[pa.RecordBatch, Stats]
 Mapped = Callable[[Iterator[list[Line]]], Iterator[Done]]
 
 
@@ -297,7 +300,7 @@ def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
             done = chat(parse(line))
         except BadLine as error:
             if not skip:
-                return record_batch([]), stats, (error.where, error.reason)
+                raise
             stats.skipped_lines += 1
             stats.skipped.append(str(error))
             continue
@@ -310,7 +313,7 @@ def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
     batch = record_batch(samples)
     ids, mask, _ = flat(pa.Table.from_batches([batch]))
     stats.samples, stats.tokens, stats.trained_tokens = len(samples), len(ids), int(mask.sum())
-    return batch, stats, None
+    return batch, stats
 
 
 @contextmanager

@@ -50,12 +50,11 @@ class Statistics:
 
 
 def statistics(dataset: Dataset, vocab_size: int, pack_tokens: int) -> Statistics:
-    """One pass over the samples. ValueError as `token_counts` and `pack`."""
-    lengths, trained, counts = [], [], np.zeros(vocab_size, dtype=np.int64)
-    for ids, mask, n in scan(dataset):
-        counts += token_counts([(ids, mask)], vocab_size)
+    """ValueError as `token_counts` and `pack`."""
+    lengths, trained = [], []
+    for _, mask, n in scan(dataset):
         lengths.append(n)
         trained.append(np.bincount(np.repeat(np.arange(len(n)), n), weights=mask, minlength=len(n)))
     lengths = np.concatenate(lengths)
     fill = np.array([lengths[samples].sum() for samples in pack(lengths, pack_tokens)])
-    return Statistics(lengths, np.concatenate(trained), counts, pack_tokens, fill)
+    return Statistics(lengths, np.concatenate(trained), token_counts(dataset, vocab_size), pack_tokens, fill)

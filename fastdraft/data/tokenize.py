@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +26,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fastdraft.data.conversations import BadLine, Conversation
+from fastdraft.data.conversations import BadLine, Conversation, with_textual_arguments
 from fastdraft.data.samples import Sample
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ class ChatTokenizer:
             return self._texts(conversation.where, messages, conversation.tools)
         except BadLine:
             # Most templates write a tool call's arguments from the object, some (DeepSeek) join them on as text.
-            textual = [_with_textual_arguments(message) for message in messages]
+            textual = [with_textual_arguments(message) for message in messages]
             if textual != messages:
                 with suppress(BadLine):
                     return self._texts(conversation.where, textual, conversation.tools)
@@ -325,16 +324,6 @@ def _with_reasoning(message: dict) -> dict:
     """Reasoning under each of the names that templates know it by (gpt-oss: thinking)."""
     reasoning = message.get("reasoning_content")
     return {"thinking": reasoning, "reasoning": reasoning, **message} if reasoning else message
-
-
-def _with_textual_arguments(message: dict) -> dict:
-    def textual(call: dict) -> dict:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-    if "tool_calls" not in message:
-        return message
-    return {**message, "tool_calls": [textual(call) for call in message["tool_calls"]]}
 
 
 def _reasoning(message: dict) -> str:

@@ -1,11 +1,11 @@
 """The draft vocabulary: the tokens that are trained on most often, counted from tokens alone.
 
-# V target vocabulary, Vd draft vocabulary, M tokens
+# V target vocabulary, Vd draft vocabulary
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,19 +16,18 @@ from fastdraft.data.samples import scan
 
 
 def token_counts(
-    data: Dataset | Iterable[tuple[np.ndarray, np.ndarray]],  # or pairs (input_ids [M], loss_mask [M])
+    dataset: Dataset,
     vocab_size: int,
 ) -> np.ndarray:  # [V] int64
     """How often each token is trained on (loss mask set). ValueError for a token id outside 0 .. vocab_size - 1."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for ids, mask in ((piece[0], piece[1]) for piece in (scan(data) if isinstance(data, Dataset) else data)):
-        ids = np.asarray(ids)
+    for ids, mask, _ in scan(dataset):
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             bad = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
             raise ValueError(
                 f"token id {bad} is not in the target's vocabulary of {vocab_size}: this data is of another target"
             )
-        counts += np.bincount(ids[np.asarray(mask, dtype=bool)], minlength=vocab_size)
+        counts += np.bincount(ids[mask], minlength=vocab_size)
     return counts
 
 

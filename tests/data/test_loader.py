@@ -222,19 +222,19 @@ def test_loader_takes_a_users_own_dataset():
 
 
 def test_vocab_map():
-    pairs = [(np.array([5, 3, 3, 9]), np.array([1, 1, 1, 0])), (np.array([7, 9, 5]), np.array([1, 0, 1]))]
-    assert token_counts(pairs, 10).tolist() == [0, 0, 0, 2, 0, 2, 0, 1, 0, 0]
+    pairs = ([5, 3, 3, 9], [1, 1, 1, 0]), ([7, 9, 5], [1, 0, 1])
+    dataset = to_dataset([Sample(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in pairs])
+    counts = token_counts(dataset, 10)
+    assert counts.tolist() == [0, 0, 0, 2, 0, 2, 0, 1, 0, 0]
     for size, ids in ((1, [3]), (2, [3, 5]), (3, [3, 5, 7]), (5, [0, 1, 3, 5, 7]), (10, list(range(10)))):
-        made = build_vocab_map(token_counts(pairs, 10), size)
+        made = build_vocab_map(counts, size)
         assert made.dtype == torch.int64 and made.tolist() == ids
-    dataset = to_dataset([Sample(ids.astype(np.int32), mask.astype(bool)) for ids, mask in pairs])
-    assert token_counts(dataset, 10).tolist() == token_counts(pairs, 10).tolist()
-    assert coverage(token_counts(pairs, 10), [1, 2, 3, 64]) == pytest.approx({1: 0.4, 2: 0.8, 3: 1.0, 64: 1.0})
+    assert coverage(counts, [1, 2, 3, 64]) == pytest.approx({1: 0.4, 2: 0.8, 3: 1.0, 64: 1.0})
     for size in (11, 0):
         with pytest.raises(ValueError, match=f"draft_vocab_size {size} must be between 1 and .* 10"):
-            build_vocab_map(token_counts(pairs, 10), size)
+            build_vocab_map(counts, size)
     with pytest.raises(ValueError, match="token id 9 is not in"):
-        token_counts(pairs, 9)
+        token_counts(dataset, 9)
     with pytest.raises(ValueError, match="no trained token"):
         coverage(np.zeros(10, np.int64), [1])
 
