@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -76,11 +76,11 @@ class Stream:
         self._name = str(cache_dir(config) / f"stream-{key.hexdigest()}")
         self._lock = Path(f"{self._name}.lock")
         self._background = ThreadPoolExecutor(1, "fastdraft-stream")
-        self._coming: dict[Place, Future[tuple[Dataset, Place]]] = {}
-        self._before: list[Path] = []  # folders of the last blocks given
+        self._coming: dict[Place, Future[tuple[Dataset, Place, list[Path]]]] = {}
+        self._before: list[list[Path]] = []  # folders of the last blocks given, and of empty ones before each
         self._closed = threading.Event()
         self._workers = ExitStack()
-        self._mapped = None
+        self._mapped: Mapped | None = None
 
     def block(self, place: Place) -> tuple[Dataset, Place]:
         """The samples of the block that begins there, at least one, and where the next begins. Starts making that one.
@@ -90,13 +90,13 @@ class Stream:
         if len(place) != 4 or min(place) < 0 or place[1] >= len(self.files):
             raise ValueError(f"place {list(place)} is not in a stream of {len(self.files)} files")
         coming = self._coming.pop(place, None) or self._background.submit(self._make, place)
-        dataset, after = coming.result()
+        dataset, after, folders = coming.result()
         for other in self._coming.values():
             other.cancel()
         self._coming = {after: self._background.submit(self._make, after)}
-        for folder in self._before[:-1]:
-            self._background.submit(self._delete, folder)
-        self._before = [*self._before[-1:], self._folder(place)]
+        for done in self._before[:-1]:
+            self._background.submit(self._delete, done)
+        self._before = [*self._before[-1:], folders]
         return dataset, after
 
     def close(self) -> None:
@@ -109,19 +109,17 @@ class Stream:
         each = -(-self._config.vocab_samples // len(self.files))
         lines = (line for file in self.files for line in islice(read_lines(file), each))
 
-        def write(file: Path) -> Stats:
-            with self._mapper() as mapped:
-                return write_samples(lines, mapped, file)
+        folder = Path(f"{self._name}-sample-{self._config.vocab_samples}")
+        return cached(folder, lambda file: write_samples(lines, self._tokenise(), file), self._lock)
 
-        return cached(Path(f"{self._name}-sample-{self._config.vocab_samples}"), write, self._lock)
-
-    def _make(self, place: Place) -> tuple[Dataset, Place]:
-        at = place
+    def _make(self, place: Place) -> tuple[Dataset, Place, list[Path]]:
+        at, folders = place, []
         while at[0] < place[0] + 2:  # a whole epoch at least
-            dataset, stats = cached(self._folder(at), partial(self._write, at), self._lock)
+            folders.append(Path(f"{self._name}-{'-'.join(map(str, at))}"))
+            dataset, stats = cached(folders[-1], partial(self._write, at), self._lock)
             at = tuple(stats.after)
             if len(dataset):
-                return dataset, at
+                return dataset, at, folders
         raise ValueError(
             f"{', '.join(self._config.paths)}: no conversation to train on: all that train are held out; "
             f"give more data, or lower data.eval_fraction"
@@ -139,15 +137,14 @@ class Stream:
                     after[:] = [place[0], i, *line.place]
                     return
 
-        if self._mapped is None:
-            self._mapped = self._workers.enter_context(self._mapper())
-        stats = write_samples(lines(), self._mapped, file, self._lowest_key)
+        stats = write_samples(lines(), self._tokenise(), file, self._lowest_key)
         stats.after = after
         return stats
 
-    def _delete(self, folder: Path) -> None:
-        with filelock.FileLock(self._lock):  # another run of the same stream may be opening it
-            shutil.rmtree(folder, ignore_errors=True)
+    def _delete(self, folders: list[Path]) -> None:
+        with filelock.FileLock(self._lock):  # another run of the same stream may be opening one
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _lines(self, place: Place) -> Iterator[tuple[int, Line]]:
         """Lines from a place to the end of its epoch, with the number of their file in the epoch's order."""
@@ -157,11 +154,10 @@ class Stream:
             for line in read_lines(self.files[order[i]], tuple(read) if i == first else (0, 0)):
                 yield i, line
 
-    def _mapper(self) -> AbstractContextManager[Mapped]:
-        workers = self._config.num_workers
-        if workers is None:
-            workers = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-        return mapper(self._chat, self._config.on_bad_line == "skip", workers)
-
-    def _folder(self, place: Place) -> Path:
-        return Path(f"{self._name}-{'-'.join(map(str, place))}")
+    def _tokenise(self) -> Mapped:
+        if self._mapped is None:
+            workers = self._config.num_workers
+            if workers is None:
+                workers = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+            self._mapped = self._workers.enter_context(mapper(self._chat, self._config.on_bad_line == "skip", workers))
+        return self._mapped

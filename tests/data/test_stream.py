@@ -109,6 +109,17 @@ def test_a_stream_of_held_out_conversations_alone_ends(loader, write):
         loader(paths=[one])
 
 
+def test_blocks_in_which_nothing_trains_are_passed_over_and_deleted(loader, write, tmp_path):
+    path = write([*CHATS[:9], *[{"messages": chat("?")}] * 18, *CHATS[9:27]], "gap.jsonl")
+    one = loader(1, paths=[path], eval_fraction=0)
+    epochs: list[list] = [[], [], [], []]
+    while (epoch := one.state_dict()["place"][0]) < 4:
+        epochs[epoch] += documents(next(one))
+    assert len(epochs[0]) >= 27 and [sorted(epoch) for epoch in epochs] == [sorted(epochs[0])] * 4
+    one._blocks._background.submit(int).result()  # deletes what was given before in the order it was given
+    assert len([path for path in (tmp_path / "cache0").glob("stream-*-*-*-*-*") if path.is_dir()]) <= 5
+
+
 def test_resume_refuses_other_data(loader, write):
     one = loader()
     while one.state_dict()["place"][0] < 1:
