@@ -68,7 +68,7 @@ class AnswerFile:
         self._lock.release()
 
     def _open(self) -> None:
-        before = read_meta(self.meta)
+        before = _read_meta(self.meta)
         if self._fresh and before is not None:  # never a file that is not ours
             before = None
             for file in (self.out, self.part, self.meta, self.failures):
@@ -144,7 +144,7 @@ class AnswerFile:
                 file.close()
 
 
-def read_meta(path: Path) -> dict[str, Any] | None:
+def _read_meta(path: Path) -> dict[str, Any] | None:
     """The settings beside an output and what came of it; None when there are none. ValueError if damaged."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

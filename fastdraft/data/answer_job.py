@@ -108,9 +108,6 @@ class Job:
         """All conversations, also those that have their row."""
         return self._source.dialogues()
 
-    def todo(self) -> Iterator[Dialogue]:
-        return (dialogue for dialogue in self.dialogues() if not self.has(dialogue))
-
     def has(self, dialogue: Dialogue) -> bool:
         return dialogue.index in self._file.rows
 
@@ -125,8 +122,8 @@ class Job:
         self._show()
 
     def failed(self, dialogue: Dialogue, reason: str) -> None:
-        turn = len(dialogue.finish_reasons) + 1
-        self.failures[dialogue.id] = {"id": dialogue.id, "where": dialogue.where, "answer": turn, "reason": reason}
+        place = {"where": dialogue.conversation.where, "answer": len(dialogue.finish_reasons) + 1}
+        self.failures[dialogue.id] = {"id": dialogue.id, **place, "reason": reason}
         self._in_a_row += 1
         if self._in_a_row >= HOPELESS and not self._allow:
             raise ValueError(f"{HOPELESS} conversations in a row failed, the last: {reason}")

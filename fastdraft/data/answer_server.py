@@ -8,7 +8,6 @@ what its Retry-After says, and others take over; no server ever has more than `c
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import random
 import resource
@@ -16,7 +15,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -120,7 +118,7 @@ class Servers:
 
     async def _all(self, job: Job) -> None:
         servers = [Server(url, asyncio.Semaphore(self.concurrency)) for url in self.urls]
-        todo = job.todo()
+        todo = (dialogue for dialogue in job.dialogues() if not job.has(dialogue))
         async with self._client() as client, asyncio.TaskGroup() as group:
             for home in servers * self.concurrency:
                 group.create_task(self._work(client, servers, home, job, todo))
@@ -297,16 +295,11 @@ def _error_text(response: httpx.Response) -> str:
 
 
 def _retry_after_s(response: httpx.Response) -> float:
-    """Seconds that Retry-After asks for, as a number or as a date."""
-    text = response.headers.get("Retry-After", "")
+    """Seconds that Retry-After asks for; a date, its other form, counts as none: the next rest is longer anyway."""
     try:
-        seconds = float(text)
+        return min(max(0.0, float(response.headers.get("Retry-After", 0))), LONGEST_RETRY_AFTER_S)
     except ValueError:
-        try:
-            seconds = (email.utils.parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
-            return 0.0
-    return min(max(0.0, seconds), LONGEST_RETRY_AFTER_S)
+        return 0.0
 
 
 def _said(error: Exception) -> str:

@@ -69,10 +69,7 @@ class Line:
     where: str
     content: bytes | dict
     place: tuple[int, int] = (0, 0)  # what of its file is read with it: lines or rows; bytes, 0 in a Parquet file
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.content) if isinstance(self.content, bytes) else len(str(self.content))
+    num_bytes: int = 0  # of a row, the mean of those around it
 
 
 def expand(paths: list[str], urls: bool = False) -> list[str]:
@@ -129,7 +126,7 @@ def _jsonl_lines(path: str, done: int, at: int) -> Iterator[Line]:
                 at += len(content)
                 content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
                 if content.strip():
-                    yield Line(f"{path}:{number}", content, (number, at))
+                    yield Line(f"{path}:{number}", content, (number, at), len(content))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
@@ -148,7 +145,7 @@ def _parquet_rows(path: str, done: int) -> Iterator[Line]:
                 rows = batch.slice(min(max(done - before, 0), len(batch))).to_pylist()
                 before += len(batch)
                 for number, row in enumerate(rows, before - len(rows) + 1):
-                    yield Line(f"{path}:{number}", _without_nulls(row), (number, 0))
+                    yield Line(f"{path}:{number}", _without_nulls(row), (number, 0), batch.nbytes // len(batch))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 

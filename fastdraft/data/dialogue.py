@@ -37,10 +37,6 @@ class Dialogue:
         return f"{self.conversation.key:016x}-{self.index}"
 
     @property
-    def where(self) -> str:
-        return self.conversation.where
-
-    @property
     def tools(self) -> list[dict] | None:
         return self.conversation.tools
 
