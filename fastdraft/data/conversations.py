@@ -162,49 +162,50 @@ def parse(line: Line, prompts: bool = False) -> Conversation:
 
     With `prompts`, the line may also have `prompt`, which is short for one user's message.
     """
-    where, row = line.where, line.content
+    try:
+        return _conversation(line, prompts)
+    except RecursionError as error:
+        raise BadLine(line.where, "JSON nested too deeply") from error
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise BadLine(line.where, f"not UTF-8: {byte}") from error
+    except UnicodeEncodeError as error:
+        raise BadLine(line.where, "holds half of a surrogate pair, which is no character") from error
+    except ValueError as error:
+        array = isinstance(line.content, bytes) and line.content.lstrip().startswith(b"[")
+        hint = "; if the file is one JSON array, write a conversation a line: jq -c '.[]' FILE > NEW.jsonl"
+        raise BadLine(line.where, f"{error}{hint if array else ''}") from error
+
+
+def _conversation(line: Line, prompts: bool) -> Conversation:
+    row = line.content
     if isinstance(row, bytes):
+        text = row.decode("utf-8")
         try:
-            row = json.loads(row.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise BadLine(where, f"not UTF-8: byte 0x{row[error.start]:02x} at position {error.start}") from error
-        except RecursionError as error:
-            raise BadLine(where, "JSON nested too deeply") from error
+            row = json.loads(text)
         except ValueError as error:
-            raise BadLine(where, f"not JSON: {error}{_if_array(line.content)}") from error
+            raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise BadLine(where, f"expected a JSON object, got {_kind(row)}{_if_array(line.content)}")
+        raise ValueError(f"expected a JSON object, got {_kind(row)}")
     shapes = [name for name in SHAPES if row.get(name) is not None]
     if prompts and not shapes and isinstance(row.get("prompt"), str):
         shapes, row = ["messages"], row | {"messages": [{"role": "user", "content": row["prompt"]}]}
     if len(shapes) != 1:
         has = f"has {' and '.join(shapes)}" if shapes else f"has none (keys: {', '.join(map(str, row)) or 'none'})"
         known = [*SHAPES, "prompt (text)"] if prompts else SHAPES
-        raise BadLine(where, f"expected exactly one of {', '.join(known[:-1])} or {known[-1]}; {has}")
-    try:
-        if shapes == ["input_ids"]:
-            return _tokens(where, row)
-        tools = _json_if_string(row.get("tools") or None, "tools") or None
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-            raise ValueError(f"tools must be a list of objects, got {_kind(tools)}")
-        turns = _json_if_string(row[shapes[0]], shapes[0])
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"{shapes[0]} must be a non-empty list, got {_kind(turns)}")
-        messages = [_message(turn, i, sharegpt=shapes == ["conversations"]) for i, turn in enumerate(turns, 1)]
-        if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": row["system"]})
-        return Conversation(where, _key([messages, tools]), tuple(messages), tools)
-    except RecursionError as error:
-        raise BadLine(where, "JSON nested too deeply") from error
-    except UnicodeEncodeError as error:
-        raise BadLine(where, "holds half of a surrogate pair, which is no character") from error
-    except ValueError as error:
-        raise BadLine(where, str(error)) from error
-
-
-def _if_array(content: bytes) -> str:
-    array = content.lstrip().startswith(b"[")
-    return "; if the file is one JSON array, write a conversation a line: jq -c '.[]' FILE > NEW.jsonl" if array else ""
+        raise ValueError(f"expected exactly one of {', '.join(known[:-1])} or {known[-1]}; {has}")
+    if shapes == ["input_ids"]:
+        return _tokens(line.where, row)
+    tools = _json_if_string(row.get("tools") or None, "tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise ValueError(f"tools must be a list of objects, got {_kind(tools)}")
+    turns = _json_if_string(row[shapes[0]], shapes[0])
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{shapes[0]} must be a non-empty list, got {_kind(turns)}")
+    messages = [_message(turn, i, sharegpt=shapes == ["conversations"]) for i, turn in enumerate(turns, 1)]
+    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return Conversation(line.where, _key([messages, tools]), tuple(messages), tools)
 
 
 def _tokens(where: str, row: dict) -> Conversation:
