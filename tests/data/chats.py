@@ -3,7 +3,6 @@
 import functools
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
 SPECIALS += ["<|eot_id|>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>"]
@@ -47,6 +46,8 @@ def _backend() -> str:
 
 def make_tokenizer(template=CHATML, **kwargs):
     """A byte-level BPE tokenizer whose pad token is its end-of-turn token, as SmolLM2's is."""
+    from transformers import PreTrainedTokenizerFast  # here: it imports torch, and worker processes import this module
+
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend()),
         bos_token="<|begin_of_text|>",
