@@ -7,11 +7,12 @@ in the same process. A short spin before each run keeps the host's launches out 
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -102,3 +103,22 @@ def record(
         }
         append(op, row, commit)
         print(f"{op:24s} {shape!s:60s} {provider:16s} {median:10.1f} us  {row['pct_of_roof']:5.1f} % of roof", flush=True)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every kernel benchmark is asked on the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--commit", help="what to write in the rows where there is no git")
+    parser.add_argument("--rounds", type=int, default=15)
+    return parser
+
+
+def run_cases(
+    description: str | None,
+    bench_case: Callable[..., object],  # (*case, rounds, commit)
+    cases: Iterable[tuple],
+) -> None:
+    """The program of a kernel's benchmark: every case, as the command line says."""
+    args = arguments(description).parse_args()
+    for case in cases:
+        bench_case(*case, args.rounds, args.commit)

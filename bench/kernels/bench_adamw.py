@@ -6,12 +6,10 @@ Norm, clip, AdamW, bf16 weights and the zeroed gradient. Roof: 38 bytes a parame
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
-from bench.timing import measure, record
+from bench.timing import measure, record, run_cases
 from fastdraft.kernels.adamw import adamw_, adamw_ref, adamw_scratch
 
 COUNTS = [  # P: about the drafts of SmolLM2-135M and Llama-3.1-8B
@@ -57,14 +55,5 @@ def test_adamw(count, show):
     show(bench_case(count))
 
 
-def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--commit", help="what to write in the rows where there is no git")
-    args.add_argument("--rounds", type=int, default=15)
-    args = args.parse_args()
-    for count in COUNTS:
-        bench_case(count, args.rounds, args.commit)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, bench_case, ((count,) for count in COUNTS))

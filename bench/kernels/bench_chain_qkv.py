@@ -6,12 +6,10 @@ that compiled; the backward adds to de by index. Positions from 2^17 on are wher
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
-from bench.timing import measure, record
+from bench.timing import measure, record, run_cases
 from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward, chain_qkv_backward_ref, chain_qkv_ref
 
 SHAPES = [  # n, Hq, Hkv, D, first position
@@ -68,14 +66,5 @@ def test_chain_qkv(n, heads, kv_heads, dim, first, show):
     show(bench_case(n, heads, kv_heads, dim, first)["bwd"])
 
 
-def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--commit", help="what to write in the rows where there is no git")
-    args.add_argument("--rounds", type=int, default=15)
-    args = args.parse_args()
-    for shape in SHAPES:
-        bench_case(*shape, args.rounds, args.commit)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, bench_case, SHAPES)

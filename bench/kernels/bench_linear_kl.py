@@ -8,13 +8,11 @@ no acceptance). From the second round on a row's student logits are the last rou
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 from torch import Tensor
 
-from bench.timing import measure, record
+from bench.timing import arguments, measure, record
 from fastdraft.kernels.linear_kl import kl_rows_, linear_kl_grad
 from fastdraft.kernels.teacher import TeacherRows
 
@@ -109,9 +107,7 @@ def test_linear_kl(hidden, draft, n, loss, show):
 
 
 def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--commit", help="what to write in the rows where there is no git")
-    args.add_argument("--rounds", type=int, default=15)
+    args = arguments(__doc__)
     args.add_argument("--compile", action="store_true", help="also the compiled plain torch, at the largest hidden size")
     args.add_argument("--vocab", type=int, help="only the shapes of this draft vocabulary")
     args = args.parse_args()

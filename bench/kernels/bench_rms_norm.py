@@ -6,12 +6,10 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
-from bench.timing import measure, record
+from bench.timing import measure, record, run_cases
 from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_backward_ref, rms_norm_partials, rms_norm_ref
 
 EPS = 1e-5
@@ -79,14 +77,5 @@ def test_rms_norm(n, hidden, show):
     show(bench_case(n, hidden)["bwd"])
 
 
-def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--commit", help="what to write in the rows where there is no git")
-    args.add_argument("--rounds", type=int, default=15)
-    args = args.parse_args()
-    for shape in SHAPES:
-        bench_case(*shape, args.rounds, args.commit)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, bench_case, SHAPES)

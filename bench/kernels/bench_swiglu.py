@@ -7,12 +7,10 @@ From the second round on the backward's inputs are the last round's results: oth
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
-from bench.timing import measure, record
+from bench.timing import measure, record, run_cases
 from fastdraft.kernels.swiglu import swiglu, swiglu_backward_, swiglu_backward_ref, swiglu_ref
 
 SHAPES = [  # n, I
@@ -55,14 +53,5 @@ def test_swiglu(n, inner, show):
     show(bench_case(n, inner)["bwd"])
 
 
-def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--commit", help="what to write in the rows where there is no git")
-    args.add_argument("--rounds", type=int, default=15)
-    args = args.parse_args()
-    for shape in SHAPES:
-        bench_case(*shape, args.rounds, args.commit)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, bench_case, SHAPES)

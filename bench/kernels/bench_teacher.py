@@ -5,12 +5,10 @@ Roof: the head's GEMM, or head, features and kept logits moved once.
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
-from bench.timing import measure, record
+from bench.timing import measure, record, run_cases
 from fastdraft.batch import TargetHead
 from fastdraft.kernels.teacher import permute_head, teacher, teacher_buffers, teacher_ref
 
@@ -47,15 +45,5 @@ def test_teacher(hidden, vocab, draft, n, show):
     show(bench_case(hidden, vocab, draft, n))
 
 
-def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--commit", help="what to write in the rows where there is no git")
-    args.add_argument("--rounds", type=int, default=15)
-    args = args.parse_args()
-    for shape in SHAPES:
-        for n in ROWS:
-            bench_case(*shape, n, args.rounds, args.commit)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, bench_case, ((*shape, n) for shape in SHAPES for n in ROWS))

@@ -9,7 +9,6 @@ not live and left out of the list.
 
 from __future__ import annotations
 
-import argparse
 import functools
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.timing import measure, record
+from bench.timing import measure, record, run_cases
 from fastdraft.kernels import ttt_attention as op
 
 HQ, HKV, D = 32, 8, 128
@@ -137,14 +136,5 @@ def test_ttt_attention(case, pass_, show):
     show(times_of(case)[pass_])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", help="what to write in the rows where there is no git")
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
-    for case in CASES:
-        bench_case(*case, args.rounds, args.commit)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, bench_case, CASES)
