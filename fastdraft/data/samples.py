@@ -6,7 +6,7 @@ Columns: input_ids list<int32>, loss_mask list<bool>, conversation uint64 (conte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +37,6 @@ def record_batch(samples: list[Sample]) -> pa.RecordBatch:
     keys = np.array([s.conversation for s in samples], dtype=np.uint64)
     lists = [pa.ListArray.from_arrays(offsets, pa.array(x)) for x in (ids.astype(np.int32), mask.astype(bool))]
     return pa.RecordBatch.from_arrays([*lists, pa.array(keys)], schema=SCHEMA)
-
-
-def to_dataset(samples: Iterable[Sample]) -> Dataset:
-    """Samples as an in-memory data set, like the ones `prepare` returns."""
-    return Dataset(pa.Table.from_batches([record_batch(list(samples))]))
 
 
 def flat(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

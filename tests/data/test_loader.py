@@ -1,6 +1,7 @@
 import io
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from chats import chat, make_tokenizer
@@ -13,7 +14,7 @@ from fastdraft.data.conversations import Conversation
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.data.pack import deal, pack
 from fastdraft.data.preview import preview
-from fastdraft.data.samples import Sample, to_dataset
+from fastdraft.data.samples import Sample, record_batch
 from fastdraft.data.statistics import Statistics, statistics
 from fastdraft.data.tokenize import ChatTokenizer
 from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
@@ -30,6 +31,11 @@ def samples(n=50, seed=0):
         mask[2] = True
         made.append(Sample(ids, mask, i))
     return made
+
+
+def to_dataset(made):
+    """Samples as an in-memory data set, like the ones `prepare` returns."""
+    return Dataset(pa.Table.from_batches([record_batch(list(made))]))
 
 
 DATA = samples()
