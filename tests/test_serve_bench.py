@@ -361,7 +361,7 @@ def test_retries_are_bounded_and_counted(engine):
     assert report.cells[0].measured.num_retries == 1 and server.seen == 3
     assert any("1 times a request was sent again" in note for note in report.notes)
     server = engine(failures=99)
-    with pytest.raises(ValueError, match="a request failed 2 times, at last: it answers 503: overloaded"):
+    with pytest.raises(ValueError, match="a request failed 2 times, at last: HTTP 503: overloaded"):
         bench_serve(server.url, {"a": ask(3, 7)}, Load(num_warmup=0, retries=1))
     assert server.seen == 2
 
@@ -371,7 +371,7 @@ def test_retries_are_bounded_and_counted(engine):
     [
         ({"dies_after": 3}, "a request failed 2 times, at last: Connect"),
         ({"broken": True}, "ended in the middle"),
-        ({"refuses": True}, "refuses a request: it answers 400: context too long"),
+        ({"refuses": True}, "refuses a request: HTTP 400: context too long"),
         ({"garbage": True}, "streams what is no chat completion: <html>"),
         ({"usage": None}, "does not report how many tokens"),
         ({"engine": "TGI", "metrics": False}, "neither SGLang .* nor vLLM"),
@@ -468,7 +468,7 @@ def test_bad_input_is_one_red_line(fastdraft, tmp_path):
         return refusal(fastdraft("bench", "serve", "--url", url, *options))
 
     assert "empty.jsonl: empty" in said("--prompts", empty)
-    assert "http://127.0.0.1:9 cannot be reached" in said("--prompts", prompts)
+    assert "http://127.0.0.1:9/v1/models cannot be reached" in said("--prompts", prompts)
     assert "give one like http://" in said("--prompts", prompts, url="localhost:8000")
     assert "like 1,4,16" in said("--prompts", prompts, "--concurrency", "1;2")
     assert "each once" in said("--prompts", prompts, "--concurrency", "4,4")

@@ -1,15 +1,13 @@
 """Answers from OpenAI-compatible servers (SGLang, vLLM, ...), many at once.
 
-httpx rather than the openai client: it is here already (huggingface_hub brings it), and what the openai client would add,
-retries, knows one server and two attempts. Here a server that refuses or is full rests for a time that doubles, or for
-what its Retry-After says, and others take over; no server ever has more than `concurrency` requests at once.
+A server that refuses or is full rests for a time that doubles, or for what its Retry-After says, and others take over; no
+server ever has more than `concurrency` requests at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
 import resource
 import signal
 import time
@@ -21,26 +19,27 @@ import httpx
 
 from fastdraft.data.answer_job import Job, Sampling, Stopped
 from fastdraft.data.dialogue import Dialogue, answer_message, for_request
+from fastdraft.servers import (
+    CONNECT_S,
+    Again,
+    Refused,
+    backed_off,
+    check_status,
+    connect,
+    error_text,
+    get,
+    lost,
+    retried,
+    said,
+)
 
-LONGEST_REST_S = 60.0  # between attempts, unless a server asks for more
-LONGEST_RETRY_AFTER_S = 600.0
 FINISHED = ("stop", "length", "tool_calls")  # others (abort, error, content_filter) are no whole answer
-BUSY = (429, 502, 503, 504)  # the server's state, not the request's fault
 SPARE_FILES = 64  # besides one for each connection
-AGAIN = (408, 409, 425, 500, *BUSY)
 OWN_KEYS = ("model", "messages", "tools", "stream", "n", "temperature", "top_p", "top_k", "max_tokens", "seed")
 
 
 class Unanswered(Exception):
     """No answer to a turn, and no use in asking again: the reason to list."""
-
-
-class Again(Exception):
-    """No answer this time: the reason, and whether it is the server that must rest, how long at least."""
-
-    def __init__(self, reason: str, server_rests: bool = False, rest_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.server_rests, self.rest_s = server_rests, rest_s
 
 
 @dataclass
@@ -80,7 +79,7 @@ class Servers:
                 f"{len(urls)} servers with {concurrency} requests each need more than {files} open files; "
                 "raise it (ulimit -n) or lower --concurrency"
             )
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._api_key = api_key
         self.model = asyncio.run(self._agreed_model(model))
 
     def settings(self) -> dict[str, Any]:
@@ -119,7 +118,7 @@ class Servers:
     async def _all(self, job: Job) -> None:
         servers = [Server(url, asyncio.Semaphore(self.concurrency)) for url in self.urls]
         todo = (dialogue for dialogue in job.dialogues() if not job.has(dialogue))
-        async with self._client() as client, asyncio.TaskGroup() as group:
+        async with connect(self._api_key, connect_s=min(CONNECT_S, self.timeout_s)) as client, asyncio.TaskGroup() as group:
             for home in servers * self.concurrency:
                 group.create_task(self._work(client, servers, home, job, todo))
 
@@ -144,35 +143,40 @@ class Servers:
         """One answer, from `home` or else from any. Unanswered after the last retry."""
         body = self._request(dialogue)
         silent_since, server = None, None
-        for attempt in range(self.retries + 1):
+
+        async def ask(_attempt: int) -> tuple[dict[str, Any], str, int]:
+            nonlocal silent_since, server
             server = await _awake(servers, home, server)
             server.busy += 1
             try:
                 async with server.slots:
                     answer = await self._ask(client, server.url, body)
             except Again as error:
-                reason = error
-            else:
-                server.rests, server.answered_at = 0, time.monotonic()
-                return answer
+                silent_since = silent_since or time.monotonic()
+                error.waits = not error.server_rests
+                if error.server_rests and server.resting_until <= time.monotonic():  # of many at once the first
+                    server.resting_until = time.monotonic() + error.rest_s + backed_off(self.backoff_s, server.rests)
+                    server.rests += 1
+                raise
             finally:
                 server.busy -= 1
-            silent_since = silent_since or time.monotonic()
-            if not reason.server_rests:
-                if attempt < self.retries:
-                    await asyncio.sleep(self._backoff_s(attempt))
-            elif server.resting_until <= time.monotonic():  # of many refused at once, the first sets the time
-                server.resting_until = time.monotonic() + reason.rest_s + self._backoff_s(server.rests)
-                server.rests += 1
-        if reason.server_rests and not any(s.answered_at > silent_since for s in servers):
-            raise ValueError(
-                f"no server has answered for {time.monotonic() - silent_since:.0f} s; the last: {reason}. "
-                "When they do again, the same command goes on from here"
-            )
-        raise Unanswered(f"{reason} ({self.retries + 1} attempts)")
+            server.rests, server.answered_at = 0, time.monotonic()
+            return answer
 
-    def _backoff_s(self, times: int) -> float:
-        return min(self.backoff_s * 2**times, LONGEST_REST_S) * random.uniform(0.5, 1)
+        try:
+            return await retried(ask, self.retries, self.backoff_s)
+        except Again as error:
+            reason = f"{server.url}: {error}"
+            if error.server_rests and not any(s.answered_at > silent_since for s in servers):
+                raise ValueError(
+                    f"no server has answered for {time.monotonic() - silent_since:.0f} s; the last: {reason}. "
+                    "When they do again, the same command goes on from here"
+                ) from error
+            raise Unanswered(f"{reason} ({self.retries + 1} attempts)") from error
+        except Refused as error:
+            if error.status in (401, 403, 404):  # was right at the start, and will be wrong for every other request too
+                raise ValueError(f"{server.url}: {error}") from error
+            raise Unanswered(f"{server.url}: {error}") from error
 
     def _request(self, dialogue: Dialogue) -> dict[str, Any]:
         body = {"model": self.model, "messages": [for_request(m) for m in dialogue.messages], **self._body}
@@ -187,32 +191,17 @@ class Servers:
             async with asyncio.timeout(self.timeout_s):
                 response = await client.post(f"{url}/chat/completions", json=body)
         except TimeoutError:
-            raise Again(f"{url}: no answer within {self.timeout_s:g} s") from None
+            raise Again(f"no answer within {self.timeout_s:g} s") from None
         except httpx.RequestError as error:
-            unreachable = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            raise Again(f"{url}: {_said(error)}", server_rests=unreachable) from error
-        status = response.status_code
-        if status == 200:
-            try:
-                return _completion(response)
-            except ValueError as error:
-                raise Again(f"{url}: {error}") from error
-        reason = f"{url}: HTTP {status}: {_error_text(response)}"
-        if status in AGAIN:
-            raise Again(reason, status in BUSY, _retry_after_s(response))
-        if status in (401, 403, 404):  # was right at the start, and will be wrong for every other request too
-            raise ValueError(reason)
-        raise Unanswered(reason)
-
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            headers=self._headers,
-            timeout=httpx.Timeout(None, connect=min(10.0, self.timeout_s)),  # _ask bounds the whole
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        )
+            raise lost(error) from error
+        check_status(response)
+        try:
+            return _completion(response)
+        except ValueError as error:
+            raise Again(str(error)) from error
 
     async def _agreed_model(self, model: str | None) -> str:
-        async with self._client() as client:
+        async with connect(self._api_key, connect_s=min(CONNECT_S, self.timeout_s)) as client:
             served = await asyncio.gather(*(self._models(client, url) for url in self.urls))
         for url, names in zip(self.urls, served, strict=True):
             if model is None and len(names) != 1:
@@ -223,24 +212,16 @@ class Servers:
         return model
 
     async def _models(self, client: httpx.AsyncClient, url: str) -> list[str]:
-        try:
-            async with asyncio.timeout(min(30.0, self.timeout_s)):
-                response = await client.get(f"{url}/models")
-        except TimeoutError:
-            raise ValueError(f"{url}: no answer; is the server still starting?") from None
-        except httpx.RequestError as error:
-            raise ValueError(f"{url}: no server there ({_said(error)}); is it running, is the address right?") from error
+        response = await get(client, f"{url}/models", min(30.0, self.timeout_s))
         status = response.status_code
-        if status in (401, 403):
-            raise ValueError(f"{url} refuses the API key (HTTP {status}); set the variable that --api-key-env names")
         if status == 404:
             raise ValueError(f"{url}/models is not there (HTTP 404); does the address end in /v1?")
         try:
             if status != 200:
-                raise ValueError(f"HTTP {status}: {_error_text(response)}")
+                raise ValueError(f"HTTP {status}: {error_text(response)}")
             return [entry["id"] for entry in response.json()["data"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{url}/models: not an OpenAI-compatible server's answer: {_said(error)}") from error
+            raise ValueError(f"{url}/models: not an OpenAI-compatible server's answer: {said(error)}") from error
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any] | None:
@@ -281,26 +262,3 @@ def _completion(response: httpx.Response) -> tuple[dict[str, Any], str, int]:
     if finish_reason not in FINISHED:
         raise ValueError(f"the answer ended with finish_reason {finish_reason!r}")
     return message, finish_reason, tokens
-
-
-def _error_text(response: httpx.Response) -> str:
-    """What the server said is wrong, on one line."""
-    try:
-        body = response.json()
-        error = body.get("error", body)
-        said = (error.get("message") or error) if isinstance(error, dict) else error
-    except (ValueError, AttributeError):
-        said = response.text
-    return " ".join(str(said).split())[:300] or response.reason_phrase
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    """Seconds that Retry-After asks for; a date, its other form, counts as none: the next rest is longer anyway."""
-    try:
-        return min(max(0.0, float(response.headers.get("Retry-After", 0))), LONGEST_RETRY_AFTER_S)
-    except ValueError:
-        return 0.0
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")

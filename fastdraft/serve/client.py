@@ -12,13 +12,17 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ValidationError
 
-PROBE_S = 10.0  # for a connection, and for an answer that needs no generation
+from fastdraft import servers
+from fastdraft.servers import Again, Refused, check_status, lost, retried
+
+PROBE_S = 10.0  # for an answer that needs no generation
+BACKOFF_S = 1.0
 SETTLE_S = 2.0  # counters may come this much later than the answers
 SGLANG_SPECULATION = (
     "speculative_algorithm",
@@ -77,12 +81,7 @@ def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
         raise ValueError(f"{url!r} is not a URL: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{url!r} is not a server's URL; give one like http://localhost:30000")
-    return httpx.AsyncClient(
-        base_url=parsed,
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-        timeout=httpx.Timeout(None, connect=PROBE_S),  # what waits for an answer bounds it
-        limits=httpx.Limits(max_connections=None),
-    )
+    return servers.connect(api_key, parsed)
 
 
 def server_url(client: httpx.AsyncClient) -> str:
@@ -120,7 +119,7 @@ async def sglang_info(client: httpx.AsyncClient) -> dict[str, Any]:
 
 async def read_counters(client: httpx.AsyncClient) -> Counters:
     """What /metrics shows of COUNTERS; empty if it shows none."""
-    response = await _get(client, "/metrics")
+    response = await servers.get(client, f"{server_url(client)}/metrics", PROBE_S)
     sums: dict[tuple[str, str], float] = defaultdict(float)
     if response.status_code == 200:
         try:
@@ -156,25 +155,9 @@ def by_position(counters: Counters) -> list[float]:
     return [found[position] for position in sorted(found)]
 
 
-async def _get(client: httpx.AsyncClient, path: str) -> httpx.Response:
-    url = server_url(client)
-    try:
-        async with asyncio.timeout(PROBE_S):
-            response = await client.get(path)
-    except TimeoutError as error:
-        raise ValueError(f"{url}{path} does not answer within {PROBE_S:g} s") from error
-    except httpx.HTTPError as error:
-        raise ValueError(f"{url} cannot be reached ({_say(error)}); is the server running?") from error
-    if response.status_code in (401, 403):
-        raise ValueError(
-            f"{url}{path} answers {response.status_code}: set the variable that --api-key-env names to its key"
-        )
-    return response
-
-
 async def _get_object(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
     """The JSON object at a path; empty if there is none."""
-    response = await _get(client, path)
+    response = await servers.get(client, f"{server_url(client)}{path}", PROBE_S)
     try:
         value = response.json() if response.status_code == 200 else {}
     except ValueError:
@@ -214,10 +197,6 @@ class _Chunk(BaseModel):
     error: Any = None
 
 
-class _Interrupted(Exception):
-    """The server could not take or finish a request, for the reason given; it may be sent again."""
-
-
 async def ask_all(
     client: httpx.AsyncClient,
     bodies: list[dict[str, Any]],  # of /v1/chat/completions; streamed ones ask for usage
@@ -243,20 +222,25 @@ async def ask_all(
 
 async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float, retries: int) -> Answer:
     url = server_url(client)
-    for attempt in range(retries + 1):
-        if attempt:
-            await asyncio.sleep(min(8.0, 0.25 * 2**attempt))
+
+    async def ask(num_retries: int) -> Answer:
         try:
             async with asyncio.timeout(timeout_s):
-                return await (_stream if body.get("stream") else _whole)(client, body, attempt)
-        except TimeoutError as error:
-            raise ValueError(
-                f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time (--timeout), fewer tokens "
-                "(--max-new-tokens) or fewer requests at once (--concurrency)"
-            ) from error
-        except (_Interrupted, httpx.HTTPError) as error:
-            said = _say(error)
-    raise ValueError(f"{url}: a request failed {retries + 1} times, at last: {said}; see the server's log")
+                return await (_stream if body.get("stream") else _whole)(client, body, num_retries)
+        except httpx.RequestError as error:
+            raise lost(error) from error
+
+    try:
+        return await retried(ask, retries, BACKOFF_S)
+    except TimeoutError as error:
+        raise ValueError(
+            f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time (--timeout), fewer tokens "
+            "(--max-new-tokens) or fewer requests at once (--concurrency)"
+        ) from error
+    except Refused as error:
+        raise ValueError(f"{url} refuses a request: {error}") from error
+    except Again as error:
+        raise ValueError(f"{url}: a request failed {retries + 1} times, at last: {error}; see the server's log") from error
 
 
 async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
@@ -267,7 +251,7 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
-            _refused(response, url)
+            check_status(response)
         async for content in _events(response):
             if content == b"[DONE]":
                 done = True
@@ -278,7 +262,7 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
                 said = content[:200].decode(errors="replace")
                 raise ValueError(f"{url} streams what is no chat completion: {said}") from error
             if chunk.error is not None:
-                raise _Interrupted(f"it reports {json.dumps(chunk.error)[:300]}")
+                raise Again(f"it reports {json.dumps(chunk.error)[:300]}")
             told = chunk.usage.completion_tokens if chunk.usage else None
             num_tokens = told if told is not None else num_tokens
             if any(choice.delta.get(name) for choice in chunk.choices for name in TEXT):
@@ -287,7 +271,7 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
                 spec = chunk.sglext.spec_tokens_details or spec
         end_s = time.perf_counter() - start
     if not done:
-        raise _Interrupted("the answer ended in the middle")
+        raise Again("the answer ended in the middle")
     if num_tokens is None:
         raise ValueError(f"{url} does not report how many tokens it generated (usage, asked for by stream_options)")
     first_s, tell = marks[0][0] if marks else None, all(told is not None for _, told in marks)
@@ -308,21 +292,13 @@ async def _whole(client: httpx.AsyncClient, body: dict[str, Any], num_retries: i
     url = server_url(client)
     start = time.perf_counter()
     response = await client.post("/v1/chat/completions", json=body)
-    if response.status_code != 200:
-        _refused(response, url)
+    check_status(response)
     try:
         answer = _Whole.model_validate_json(response.content)
     except ValidationError as error:
         raise ValueError(f"{url} answers what is no chat completion: {response.text[:200]}") from error
     spec = answer.choices[0].meta_info if answer.choices else None
     return Answer(answer.usage.completion_tokens or 0, None, time.perf_counter() - start, [], False, spec, num_retries)
-
-
-def _refused(response: httpx.Response, url: str) -> NoReturn:
-    said = f"it answers {response.status_code}: {response.text[:300]}"
-    if response.status_code == 429 or response.status_code >= 500:
-        raise _Interrupted(said)
-    raise ValueError(f"{url} refuses a request: {said}")
 
 
 def _gaps(marks: list[tuple[float, int | None]], num_tokens: int) -> list[float]:
@@ -336,7 +312,3 @@ def _gaps(marks: list[tuple[float, int | None]], num_tokens: int) -> list[float]
     for (before, had), (now, has) in pairwise(marks):
         gaps += [(now - before) / (has - had)] * (has - had) if has > had else []
     return gaps
-
-
-def _say(error: Exception) -> str:
-    return str(error) if isinstance(error, _Interrupted) else f"{type(error).__name__}: {error}".rstrip(": ")

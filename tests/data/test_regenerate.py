@@ -534,7 +534,7 @@ def test_the_commands_failures_are_one_line_and_exit_code_1(fastdraft, serve, pr
     free.close()
     for arguments, said in (
         ((prompts, *out), "give either --url (repeatable) or --target"),
-        ((prompts, *out, "--url", free.url), "no server there"),
+        ((prompts, *out, "--url", free.url), "cannot be reached"),
         ((prompts, *out, "--url", "localhost:8000"), "is no server's address"),
         ((tmp_path / "none.jsonl", *out, "--url", serve().url), "none.jsonl: no such file"),
         ((prompts, "--out", tmp_path / "out.txt", "--url", serve().url), "must end in .jsonl"),
