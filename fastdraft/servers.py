@@ -28,11 +28,10 @@ class Again(Exception):
     def __init__(self, reason: str, server_rests: bool = False, rest_s: float = 0.0) -> None:
         super().__init__(reason)
         self.server_rests, self.rest_s = server_rests, rest_s
-        self.waits = True  # False: who asks next waits for the server, no need to do it here
 
 
-class Refused(Exception):
-    """No answer, and no use in asking again: the reason and the HTTP status."""
+class Refused(ValueError):
+    """No answer, and no use in asking again."""
 
     def __init__(self, reason: str, status: int) -> None:
         super().__init__(reason)
@@ -54,9 +53,8 @@ async def retried(ask: Callable[[int], Awaitable[T]], retries: int, backoff_s: f
     for attempt in range(retries):
         try:
             return await ask(attempt)
-        except Again as error:
-            if error.waits:
-                await asyncio.sleep(backed_off(backoff_s, attempt))
+        except Again:
+            await asyncio.sleep(backed_off(backoff_s, attempt))
     return await ask(retries)
 
 
@@ -84,19 +82,18 @@ async def get(client: httpx.AsyncClient, url: str, timeout_s: float) -> httpx.Re
 
 
 def lost(error: httpx.RequestError) -> Again:
-    """What a request that got no response comes to: a server that cannot be reached must rest."""
-    return Again(said(error), isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)))
+    """Of a request that got no response: a server that cannot be reached must rest."""
+    return Again(f"{error.request.url}: {said(error)}", isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)))
 
 
 def check_status(response: httpx.Response) -> None:
-    """Raises Again or Refused unless the (whole) response is an answer."""
+    """Raises Again or Refused unless the response, read to its end, is an answer."""
     status = response.status_code
-    if status == 200:
-        return
-    reason = f"HTTP {status}: {error_text(response)}"
+    reason = f"{response.url}: HTTP {status}: {error_text(response)}"
     if status in PASSING or status >= 500:
         raise Again(reason, status in BUSY, _retry_after_s(response))
-    raise Refused(reason, status)
+    if status != 200:
+        raise Refused(reason, status)
 
 
 def error_text(response: httpx.Response) -> str:

@@ -361,7 +361,7 @@ def test_retries_are_bounded_and_counted(engine):
     assert report.cells[0].measured.num_retries == 1 and server.seen == 3
     assert any("1 times a request was sent again" in note for note in report.notes)
     server = engine(failures=99)
-    with pytest.raises(ValueError, match="a request failed 2 times, at last: HTTP 503: overloaded"):
+    with pytest.raises(ValueError, match=r"a request failed 2 times, at last: .*: HTTP 503: overloaded"):
         bench_serve(server.url, {"a": ask(3, 7)}, Load(num_warmup=0, retries=1))
     assert server.seen == 2
 
@@ -369,9 +369,9 @@ def test_retries_are_bounded_and_counted(engine):
 @pytest.mark.parametrize(
     ("habits", "said"),
     [
-        ({"dies_after": 3}, "a request failed 2 times, at last: Connect"),
+        ({"dies_after": 3}, "a request failed 2 times, at last: .*: Connect"),
         ({"broken": True}, "ended in the middle"),
-        ({"refuses": True}, "refuses a request: HTTP 400: context too long"),
+        ({"refuses": True}, "HTTP 400: context too long"),
         ({"garbage": True}, "streams what is no chat completion: <html>"),
         ({"usage": None}, "does not report how many tokens"),
         ({"engine": "TGI", "metrics": False}, "neither SGLang .* nor vLLM"),
@@ -398,7 +398,7 @@ def test_a_server_too_busy_to_connect_is_asked_again():
         async with httpx.AsyncClient(base_url="http://busy", transport=httpx.MockTransport(busy)) as http:
             await client.ask_all(http, [{"stream": True}], 1, timeout_s=300, retries=1)
 
-    with pytest.raises(ValueError, match="failed 2 times, at last: ConnectTimeout"):
+    with pytest.raises(ValueError, match=r"failed 2 times, at last: .*: ConnectTimeout"):
         asyncio.run(ask_busy())
     assert len(asked) == 2
 

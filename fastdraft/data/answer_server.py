@@ -38,10 +38,6 @@ SPARE_FILES = 64  # besides one for each connection
 OWN_KEYS = ("model", "messages", "tools", "stream", "n", "temperature", "top_p", "top_k", "max_tokens", "seed")
 
 
-class Unanswered(Exception):
-    """No answer to a turn, and no use in asking again: the reason to list."""
-
-
 @dataclass
 class Server:
     url: str  # up to and with /v1
@@ -132,15 +128,19 @@ class Servers:
                     message, finish_reason, tokens = await self._turn(client, servers, home, dialogue)
                     dialogue.take(message, finish_reason, tokens)
                     job.turn(tokens)
-            except Unanswered as error:
+            except Refused as error:
+                if error.status in (401, 403, 404):  # was right at the start, and will be wrong for every other request too
+                    raise
                 job.failed(dialogue, str(error))
+            except Again as error:
+                job.failed(dialogue, f"{error} ({self.retries + 1} attempts)")
             else:
                 job.answered(dialogue)
 
     async def _turn(
         self, client: httpx.AsyncClient, servers: list[Server], home: Server, dialogue: Dialogue
     ) -> tuple[dict[str, Any], str, int]:  # message, finish_reason, completion tokens
-        """One answer, from `home` or else from any. Unanswered after the last retry."""
+        """One answer, from `home` or else from any. Again: not after the last retry. ValueError: no server answers."""
         body = self._request(dialogue)
         silent_since, server = None, None
 
@@ -153,7 +153,6 @@ class Servers:
                     answer = await self._ask(client, server.url, body)
             except Again as error:
                 silent_since = silent_since or time.monotonic()
-                error.waits = not error.server_rests
                 if error.server_rests and server.resting_until <= time.monotonic():  # of many at once the first
                     server.resting_until = time.monotonic() + error.rest_s + backed_off(self.backoff_s, server.rests)
                     server.rests += 1
@@ -166,17 +165,12 @@ class Servers:
         try:
             return await retried(ask, self.retries, self.backoff_s)
         except Again as error:
-            reason = f"{server.url}: {error}"
             if error.server_rests and not any(s.answered_at > silent_since for s in servers):
                 raise ValueError(
-                    f"no server has answered for {time.monotonic() - silent_since:.0f} s; the last: {reason}. "
+                    f"no server has answered for {time.monotonic() - silent_since:.0f} s; the last: {error}. "
                     "When they do again, the same command goes on from here"
                 ) from error
-            raise Unanswered(f"{reason} ({self.retries + 1} attempts)") from error
-        except Refused as error:
-            if error.status in (401, 403, 404):  # was right at the start, and will be wrong for every other request too
-                raise ValueError(f"{server.url}: {error}") from error
-            raise Unanswered(f"{server.url}: {error}") from error
+            raise
 
     def _request(self, dialogue: Dialogue) -> dict[str, Any]:
         body = {"model": self.model, "messages": [for_request(m) for m in dialogue.messages], **self._body}
@@ -191,14 +185,14 @@ class Servers:
             async with asyncio.timeout(self.timeout_s):
                 response = await client.post(f"{url}/chat/completions", json=body)
         except TimeoutError:
-            raise Again(f"no answer within {self.timeout_s:g} s") from None
+            raise Again(f"{url}: no answer within {self.timeout_s:g} s") from None
         except httpx.RequestError as error:
             raise lost(error) from error
         check_status(response)
         try:
             return _completion(response)
         except ValueError as error:
-            raise Again(str(error)) from error
+            raise Again(f"{url}: {error}") from error
 
     async def _agreed_model(self, model: str | None) -> str:
         async with connect(self._api_key, connect_s=min(CONNECT_S, self.timeout_s)) as client:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ValidationError
 
 from fastdraft import servers
-from fastdraft.servers import Again, Refused, check_status, lost, retried
+from fastdraft.servers import Again, check_status, lost, retried
 
 PROBE_S = 10.0  # for an answer that needs no generation
 BACKOFF_S = 1.0
@@ -237,10 +237,8 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float
             f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time (--timeout), fewer tokens "
             "(--max-new-tokens) or fewer requests at once (--concurrency)"
         ) from error
-    except Refused as error:
-        raise ValueError(f"{url} refuses a request: {error}") from error
     except Again as error:
-        raise ValueError(f"{url}: a request failed {retries + 1} times, at last: {error}; see the server's log") from error
+        raise ValueError(f"a request failed {retries + 1} times, at last: {error}; see the server's log") from error
 
 
 async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
@@ -262,7 +260,7 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
                 said = content[:200].decode(errors="replace")
                 raise ValueError(f"{url} streams what is no chat completion: {said}") from error
             if chunk.error is not None:
-                raise Again(f"it reports {json.dumps(chunk.error)[:300]}")
+                raise Again(f"{url} reports {json.dumps(chunk.error)[:300]}")
             told = chunk.usage.completion_tokens if chunk.usage else None
             num_tokens = told if told is not None else num_tokens
             if any(choice.delta.get(name) for choice in chunk.choices for name in TEXT):
@@ -271,7 +269,7 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
                 spec = chunk.sglext.spec_tokens_details or spec
         end_s = time.perf_counter() - start
     if not done:
-        raise Again("the answer ended in the middle")
+        raise Again(f"{url}: the answer ended in the middle")
     if num_tokens is None:
         raise ValueError(f"{url} does not report how many tokens it generated (usage, asked for by stream_options)")
     first_s, tell = marks[0][0] if marks else None, all(told is not None for _, told in marks)
