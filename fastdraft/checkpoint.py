@@ -25,6 +25,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastdraft.files import write_file
+
 FORMAT = 1
 
 
@@ -146,9 +148,7 @@ def mark_best(run_dir: Path, step: int, tau_sim: float, keep: int) -> None:
     barrier()
     if is_rank_0():
         file = run_dir / "checkpoints" / "best.json"
-        aside = file.with_suffix(".writing")
-        aside.write_text(json.dumps({"step": step, "tau_sim": tau_sim}))
-        os.replace(aside, file)
+        write_file(file, json.dumps({"step": step, "tau_sim": tau_sim}).encode())
         _delete_old(file.parent, keep)
     barrier()
 

@@ -322,7 +322,7 @@ def serve(
 ) -> None:
     """Accepted length, acceptance by depth, speed and latency in a running server."""
     from fastdraft.data.prompts import read_prompts
-    from fastdraft.report import write_file
+    from fastdraft.files import write_file
     from fastdraft.serve.bench import ServeReport, bench_serve, parse_load, read_report
     from fastdraft.serve.report import render_serve, serve_picture
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,6 +31,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
+
+from fastdraft.files import write_file
 
 TrackerName = Literal["wandb", "trackio", "mlflow"]
 
@@ -249,12 +250,7 @@ def _cut(path: Path, resume_step: int | None) -> None:
     if not path.exists():
         return
     keep = [] if resume_step is None else [r for r in read_metrics(path.parent) if r["step"] <= resume_step]
-    new = path.with_suffix(".jsonl.tmp")
-    with new.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in keep)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    write_file(path, ((json.dumps(record, allow_nan=False) + "\n").encode() for record in keep))
 
 
 def _import_tracker(name: TrackerName) -> Any:

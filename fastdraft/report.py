@@ -23,7 +23,6 @@ import html
 import io
 import json
 import math
-import os
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdraft.data.statistics import Statistics
+from fastdraft.files import write_file
 from fastdraft.metrics import read_metrics
 
 REQUIRED = (
@@ -203,16 +203,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-def write_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".tmp")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------

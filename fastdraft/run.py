@@ -30,7 +30,7 @@ from fastdraft.decode import DecodeSettings
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.export import export_draft, load_draft, verify
 from fastdraft.features.meta import COMPARED, Meta, capture_meta, expected_meta, refuse_other, start_store, target_ends
-from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents, stored_target
+from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents
 from fastdraft.features.specforge import read_vocab_mapping
 from fastdraft.features.store import Store
 from fastdraft.model.config import DraftConfig, language_config, read_target_config
@@ -99,7 +99,11 @@ def open_features(
     store = Store(folder)
     refuse_other(folder, store.meta, wanted, COMPARED)
     told = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
-    return stored_target(store, device), StoreReader(store, device, config.features.on_bad_shard), told
+    return (
+        StoredTarget(*store.ends(device), store.meta.target),
+        StoreReader(store, device, config.features.on_bad_shard),
+        told,
+    )
 
 
 def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:

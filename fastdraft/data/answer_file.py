@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import filelock
+
+from fastdraft.files import write_file
 
 
 class Place(NamedTuple):
@@ -116,7 +118,7 @@ class AnswerFile:
             failures = {failure["id"]: failure for failure in earlier} | failures
         failures = {id: failure for id, failure in failures.items() if _index(failure) not in self.rows}
         if failures:
-            _write(self.failures, (_line(failure) for failure in sorted(failures.values(), key=_index)))
+            write_file(self.failures, (_line(failure) for failure in sorted(failures.values(), key=_index)))
         else:
             self.failures.unlink(missing_ok=True)
         return len(failures)
@@ -124,13 +126,13 @@ class AnswerFile:
     def finish(self, result: dict[str, Any]) -> None:
         """OUT in the order of the input, whole or not at all; the part is no longer needed then."""
         if not self.out.exists() or any(place.file == self.part for place in self.rows.values()):
-            _write(self.out, self._in_order())
+            write_file(self.out, self._in_order())
         self._write_meta({"result": self.tally | result})
         self.part.unlink()
 
     def _write_meta(self, more: dict[str, Any]) -> None:
         meta = {"settings": self.settings} | self._about | more
-        _write(self.meta, [(json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode("utf-8")])
+        write_file(self.meta, [(json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode("utf-8")])
 
     def _in_order(self) -> Iterator[bytes]:
         files = {file: file.open("rb") for file in {place.file for place in self.rows.values()}}
@@ -189,12 +191,3 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _line(row: dict[str, Any]) -> bytes:
     return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def _write(path: Path, content: Iterable[bytes]) -> None:
-    aside = path.with_name(path.name + ".writing")
-    with aside.open("wb") as file:
-        file.writelines(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

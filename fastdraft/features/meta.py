@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from fastdraft.files import publish, write_file
 from fastdraft.model.config import language_config, read_json
 from fastdraft.target.hf import Target, checkpoint_fingerprint, load_target_config, load_tokenizer
 
@@ -126,21 +127,7 @@ def start_store(folder: Path, meta: Meta, ends: dict[str, Tensor]) -> Meta:
 
 
 def write_meta(folder: Path, meta: Meta) -> None:
-    aside = folder / f".writing-meta-{os.getpid()}"
-    aside.write_text(json.dumps(asdict(meta), indent=1) + "\n")
-    publish(aside, folder / "meta.json")
-
-
-def publish(aside: Path, final: Path) -> None:
-    """Gives a file that was written aside its name, once it is on the disk."""
-    for path, flags in ((aside, os.O_RDONLY), (final.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        opened = os.open(path, flags)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-        if path == aside:
-            os.rename(aside, final)
+    write_file(folder / "meta.json", (json.dumps(asdict(meta), indent=1) + "\n").encode())
 
 
 def target_ends(target: Target) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.data.samples import scan
 from fastdraft.features.fp8 import dequantize
 from fastdraft.features.memory import run_documents
-from fastdraft.features.meta import DTYPES, WIDTHS
+from fastdraft.features.meta import DTYPES
 from fastdraft.features.store import (
     INDEX_BYTES,
     SHARD_BYTES,
@@ -34,8 +34,8 @@ from fastdraft.features.store import (
     document_keys,
     list_shards,
     needed,
+    row_kinds,
     shard_number,
-    tensor_names,
 )
 from fastdraft.features.writer import ShardWriter
 from fastdraft.target.hf import Target
@@ -64,20 +64,6 @@ class StoredTarget:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
-
-
-def stored_target(store: Store, device: torch.device) -> StoredTarget:
-    """Raises ValueError when the store's target.safetensors is damaged."""
-    embedding, head, norm = store.ends()
-    moved = embedding.to(device)
-    tied = head.weight.data_ptr() == embedding.data_ptr()
-    head = TargetHead(
-        moved if tied else head.weight.to(device),
-        None if head.bias is None else head.bias.to(device),
-        head.scale,
-        head.softcap,
-    )
-    return StoredTarget(moved, head, None if norm is None else norm.to(device), store.meta.target)
 
 
 def check_documents(store: Store, sets: list[Dataset], on_bad_shard: OnBadShard) -> list[str]:
@@ -204,9 +190,7 @@ class StoreReader:
             place[0].read_ahead(place[1])
         count = {"g": len(wanted.g_index), "f": len(wanted.f_index)}
         staged = {}
-        for name in tensor_names(meta.dtype):
-            layers, scale = WIDTHS[name[0]], name.endswith("_scale")
-            dtype, width = (torch.float32, layers) if scale else (DTYPES[meta.dtype], layers * meta.hidden_size)
+        for name, (dtype, width) in row_kinds(meta).items():
             staged[name] = torch.empty(count[name[0]], width, dtype=dtype, pin_memory=self._stream is not None)
         result = Read(Features(torch.empty(0), torch.empty(0)))
         end = {"g": 0, "f": 0}

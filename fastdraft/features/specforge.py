@@ -28,9 +28,10 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Features
 from fastdraft.data.samples import Sample, record_batch
-from fastdraft.features.meta import DTYPES, WIDTHS, Meta, publish
+from fastdraft.features.meta import DTYPES, WIDTHS, Meta
 from fastdraft.features.store import SHARD_BYTES, Store, document_keys, shard_number
 from fastdraft.features.writer import ShardWriter
+from fastdraft.files import publish
 from fastdraft.target.hf import Target
 
 DOCUMENTS = "documents.parquet"

@@ -36,11 +36,11 @@ from fastdraft.features.meta import (
     WIDTHS,
     Meta,
     file_checksum,
-    publish,
     read_meta,
     refuse_other,
     write_meta,
 )
+from fastdraft.files import publish
 
 SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
 INDEX_BYTES = 40  # of a document
@@ -104,16 +104,18 @@ def raw(x: Tensor) -> np.ndarray:
 
 
 def document_checksum(parts: Iterable[Tensor]) -> int:
-    """xxh3-64 over a document's rows of every tensor of `tensor_names`, or over an index; as int64."""
+    """xxh3-64 over a document's rows of every tensor of `row_kinds`, or over an index; as int64."""
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(raw(part))
     return int(np.uint64(digest.intdigest()).view(np.int64))
 
 
-def tensor_names(dtype: str) -> tuple[str, ...]:
-    """Row tensors of a shard, in the order in which a document's checksum runs over them."""
-    return ("g", "f", "g_scale", "f_scale") if dtype == "fp8" else ("g", "f")
+def row_kinds(meta: Meta) -> dict[str, tuple[torch.dtype, int]]:
+    """Dtype and width of a shard's row tensors, in the order in which a document's checksum runs over them."""
+    kinds = {name: (DTYPES[meta.dtype], layers * meta.hidden_size) for name, layers in WIDTHS.items()}
+    scales = {f"{name}_scale": (torch.float32, layers) for name, layers in WIDTHS.items()}
+    return kinds | scales if meta.dtype == "fp8" else kinds
 
 
 # --- a shard -------------------------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class PackRows:
 
     keys: list[bytes]  # D
     rows: list[tuple[int, int]]  # D pairs of g rows, f rows
-    tensors: dict[str, Tensor]  # `tensor_names`: rows of all documents end to end, on the CPU
+    tensors: dict[str, Tensor]  # `row_kinds`: rows of all documents end to end, on the CPU
     probes: dict[str, Tensor]  # g [G, k], f [F, k]: not finite where the row is not
 
     def parts(self, tensors: dict[str, Tensor]) -> Iterator[list[Tensor]]:  # D
@@ -167,7 +169,7 @@ def write_shard(folder: Path, number: int, meta: Meta, packs: list[PackRows]) ->
     }
     mark = f"{meta.identity} {document_checksum(index[name] for name in INDEX):x}"
     pieces = {name: [index[name]] for name in ("rows", "checksums")}  # widest numbers first keeps all of them aligned
-    pieces |= {name: [pack.tensors[name] for pack in packs] for name in reversed(tensor_names(meta.dtype))}
+    pieces |= {name: [pack.tensors[name] for pack in packs] for name in reversed(row_kinds(meta))}
     pieces["keys"] = [index["keys"]]
     header, end = {"__metadata__": {"fastdraft": mark}}, 0
     for name, parts in pieces.items():
@@ -211,11 +213,9 @@ class Shard:
             ends = self.rows.cumsum(0)
             self.starts = ends - self.rows
             self.tensors = {}
-            for name in tensor_names(meta.dtype):
-                layers, count = WIDTHS[name[0]], int(ends[-1, "gf".index(name[0])]) if len(ends) else 0
-                scale = name.endswith("_scale")
-                dtype, width = (torch.float32, layers) if scale else (DTYPES[meta.dtype], layers * meta.hidden_size)
-                self.tensors[name] = self._tensor(name, dtype, width)
+            for name, kind in row_kinds(meta).items():
+                count = int(ends[-1, "gf".index(name[0])]) if len(ends) else 0
+                self.tensors[name] = self._tensor(name, *kind)
                 if len(self.tensors[name]) != count:
                     raise ValueError(f"{name} has {len(self.tensors[name])} rows, its index says {count}")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -294,13 +294,15 @@ class Store:
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in list_shards(self.folder))
 
-    def ends(self) -> tuple[Tensor, TargetHead, Tensor | None]:  # embedding [V, Ht], head, final norm [Ht]
+    def ends(
+        self, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, TargetHead, Tensor | None]:  # embedding [V, Ht], head, final norm [Ht]
         """What training needs of the target. Raises ValueError when target.safetensors is damaged."""
         path = self.folder / "target.safetensors"
         try:
             if file_checksum(path) != self.meta.ends:
                 raise ValueError("its checksum is not meta.json's")
-            found = load_file(path)
+            found = load_file(path, str(device))
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: {error}; run the same capture again into another folder") from error
         head = TargetHead(

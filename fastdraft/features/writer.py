@@ -8,9 +8,9 @@ another is finished before it is written, the caller waits. Host memory: three s
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features
 from fastdraft.features.fp8 import quantize
 from fastdraft.features.meta import DTYPES, WIDTHS, Meta
-from fastdraft.features.store import PackRows, document_keys, needed, tensor_names, write_shard
+from fastdraft.features.store import PackRows, document_keys, needed, row_kinds, write_shard
 
 
 @dataclass
@@ -33,17 +33,15 @@ class _Open:
 
 
 class ShardWriter:
-    """`add` packs, `finish` a shard, `close` at the end; also a context manager. An error of the thread is raised by the
-    next call of any of them."""
+    """`add` packs, `finish` a shard, `close` at the end; also a context manager. Each raises ValueError when a shard
+    that was finished before could not be written: the disk is full, or features are not finite."""
 
     def __init__(self, folder: Path, meta: Meta):
         self.folder, self.meta = folder, meta
         self._open = _Open()
-        self._queue: queue.Queue[tuple[int, _Open, Callable[[Path], None]] | None] = queue.Queue(maxsize=1)
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, "feature-writer")
+        self._writing: deque[Future[None]] = deque()
         self._stream: torch.cuda.Stream | None = None
-        self._thread = threading.Thread(target=self._write_all, name="feature-writer", daemon=True)
-        self._thread.start()
 
     @property
     def open_bytes(self) -> int:
@@ -57,7 +55,7 @@ class ShardWriter:
         documents: Sequence[int],  # those of the batch to keep
     ) -> None:
         """Takes the rows of some documents; does not wait for the device."""
-        self._raise()
+        self._wait(most=2)
         wanted, keys = needed(batch), document_keys(batch)
         keep = torch.zeros(len(batch.lengths), dtype=torch.bool)
         keep[list(documents)] = True
@@ -80,7 +78,7 @@ class ShardWriter:
             PackRows(
                 [keys[d] for d in kept_documents],
                 [(wanted.g_rows[d], wanted.f_rows[d]) for d in kept_documents],
-                {name: tensors[name] for name in tensor_names(self.meta.dtype)},
+                {name: tensors[name] for name in row_kinds(self.meta)},
                 probes,
             )
         )
@@ -101,49 +99,37 @@ class ShardWriter:
 
     def finish(self, number: int, then: Callable[[Path], None] = lambda path: None) -> None:
         """Hands what was added to the thread as shard `number`; `then` is called there once it is on the disk."""
-        self._raise()
-        self._queue.put((number, self._open, then))
+        self._wait(most=1)
+        self._writing.append(self._pool.submit(self._write, number, self._open, then))
         self._open = _Open()
 
     def drain(self) -> None:
         """Waits until all finished shards are written."""
-        self._queue.join()
-        self._raise()
+        self._wait(most=0)
 
     def close(self) -> None:
         """Waits until everything is written."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        self._raise()
+        self._pool.shutdown()
+        self._wait(most=0)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
         if kind is None:
-            self.close()
-        elif self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+            self._wait(most=0)
 
-    def _raise(self) -> None:
-        if isinstance(self._error, OSError):
-            raise ValueError(
-                f"features could not be written to {self.folder} ({self._error.strerror or self._error}); what is there is "
-                "whole: free some space and run the same command again"
-            ) from self._error
-        if self._error is not None:
-            raise self._error
-
-    def _write_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is None:  # after an error nothing is written; the caller is about to see it
-                try:
-                    self._write(*item)
-                except BaseException as error:  # raised in the caller's thread
-                    self._error = error
-            self._queue.task_done()
+    def _wait(self, most: int) -> None:
+        """Until no more than `most` finished shards are unwritten. Raises what went wrong with those that are done."""
+        while len(self._writing) > most or (self._writing and self._writing[0].done()):
+            try:
+                self._writing.popleft().result()
+            except OSError as error:
+                raise ValueError(
+                    f"features could not be written to {self.folder} ({error.strerror or error}); what is there is whole: "
+                    "free some space and run the same command again"
+                ) from error
 
     def _write(self, number: int, shard: _Open, then: Callable[[Path], None]) -> None:
         if shard.copied is not None:

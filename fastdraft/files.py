@@ -1,0 +1,31 @@
+"""Files that are there whole or not at all: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Replaces a file, in a folder that is made if it is not there. OSError leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".writing-{path.name}-{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
+        publish(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Gives a file that was written aside its name, once it is on the disk."""
+    for path, flags in ((aside, os.O_RDONLY), (final.parent, os.O_RDONLY | os.O_DIRECTORY)):
+        opened = os.open(path, flags)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+        if path == aside:
+            os.replace(aside, final)
