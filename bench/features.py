@@ -13,18 +13,17 @@ The data should be the target's own answers (`fastdraft data regenerate`); --ste
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from bench.timing import RESULTS, append
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
 from fastdraft.features.capture import Pack, Plan, plan_capture, run_capture
@@ -36,18 +35,7 @@ from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_p
 from fastdraft.target.hf import Target, _groups_of_like_length, target_fingerprint
 from fastdraft.train import train
 
-RESULTS = Path(__file__).parent / "results" / "features.jsonl"
-
-
-def append(op: str, row: dict) -> None:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    cuda = torch.cuda.is_available()
-    where = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
-    about = {"date": datetime.date.today().isoformat(), "commit": git.stdout.strip(), "machine": where}
-    line = json.dumps(about | {"torch": torch.__version__, "op": op} | row)
-    print(line, flush=True)
-    with RESULTS.open("a") as out:
-        out.write(line + "\n")
+Write = Callable[[str, dict], None]  # op, row
 
 
 def settle(device: torch.device) -> float:
@@ -77,7 +65,9 @@ def capture_shard(target: Target, plan: Plan, meta: Meta, folder: Path, number: 
     return settle(target.device) - start
 
 
-def bench_capture(config: Config, target: Target, folders: dict[str, Path], shard_tokens: int, timed: int) -> None:
+def bench_capture(
+    config: Config, target: Target, folders: dict[str, Path], shard_tokens: int, timed: int, write: Write
+) -> None:
     """Shard by shard: the bare forward of its packs, then its capture, first one and then the other dtype."""
     data = load_data(config, target.vocab_size)
     wanted, fingerprint = run_meta(config, target.layers), target_fingerprint(target)
@@ -109,7 +99,7 @@ def bench_capture(config: Config, target: Target, folders: dict[str, Path], shar
             "bytes_per_token": round(sum(p.stat().st_size for p in list_shards(folder)) / plan.tokens, 1),
             "bytes_per_token_all_rows": sum(meta.row_bytes.values()),
         }
-        append("features/capture", row)
+        write("features/capture", row)
 
 
 def forget(folder: Path) -> None:
@@ -119,7 +109,7 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def bench_read(config: Config, device: torch.device, folder: Path, rounds: int) -> None:
+def bench_read(config: Config, device: torch.device, folder: Path, rounds: int, write: Write) -> None:
     data = load_data(config, draft_shape(config).vocab_size)
     loader = Loader(data.train, config.data.pack_tokens, 1, seed=7)
     batches = [next(loader)[0] for _ in range(min(64, loader.num_packs))]
@@ -145,10 +135,10 @@ def bench_read(config: Config, device: torch.device, folder: Path, rounds: int) 
                         size += count
             rates[state].append(size / (time.perf_counter() - start) / 1e9)
     row = {"dtype": Store(folder).meta.dtype, "packs": len(batches)}
-    append("features/read", row | {f"{name}_gb_per_s": round(statistics.median(x), 2) for name, x in rates.items()})
+    write("features/read", row | {f"{name}_gb_per_s": round(statistics.median(x), 2) for name, x in rates.items()})
 
 
-def bench_fp8(config: Config, folders: dict[str, Path], seeds: int, online: bool) -> None:
+def bench_fp8(config: Config, folders: dict[str, Path], seeds: int, online: bool, write: Write) -> None:
     """Drafts that differ in where their features come from."""
     for source in (["online"] if online else []) + list(folders):
         taus, losses = [], []
@@ -161,7 +151,7 @@ def bench_fp8(config: Config, folders: dict[str, Path], seeds: int, online: bool
             taus.append(round(last["eval/tau_sim"], 4))
             losses.append(round(last["eval/loss"], 4))
         named = {"auto": run_meta(config, draft_shape(config).layers).dtype}.get(source, source)
-        append("features/fp8", {"features": named, "steps": config.max_steps, "tau_sim": taus, "eval_loss": losses})
+        write("features/fp8", {"features": named, "steps": config.max_steps, "tau_sim": taus, "eval_loss": losses})
 
 
 def main() -> None:
@@ -176,7 +166,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pack-tokens", type=int, default=512)
     parser.add_argument("--folder", help="where stores and runs go; default: a temporary one")
+    parser.add_argument("--commit", help="for machines without git")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
+
+    def write(op: str, row: dict) -> None:
+        print(op, row, flush=True)
+        append(op, row, asked.commit, asked.results)
+
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         config = parse_config(
             {
@@ -204,12 +201,12 @@ def main() -> None:
         device, _, _ = start_process(config.device)
         folders = {dtype: Path(folder) / dtype for dtype in ("auto", "fp8")}
         target = open_target(config, draft_shape(config).layers, device)
-        bench_capture(config, target, folders, asked.shard_tokens, asked.timed_shards)
+        bench_capture(config, target, folders, asked.shard_tokens, asked.timed_shards, write)
         del target
         for store in folders.values():
-            bench_read(config, device, store, asked.rounds)
+            bench_read(config, device, store, asked.rounds, write)
         if asked.steps:
-            bench_fp8(config, folders, asked.seeds, asked.online)
+            bench_fp8(config, folders, asked.seeds, asked.online, write)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,10 @@ Nothing is read from an earlier run's cache. CPU only; `load` is what the machin
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import random
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +27,7 @@ import numpy as np
 from datasets import concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from bench.timing import RESULTS, append
 from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import read_lines
 from fastdraft.data.loader import Loader
@@ -37,7 +35,6 @@ from fastdraft.data.pack import pack
 from fastdraft.data.prepare import cached, chat_tokenizer, mapper, write_samples
 from fastdraft.data.vocab import token_counts
 
-RESULTS = Path(__file__).parent / "results" / "data.jsonl"
 PACK_TOKENS = 4096
 
 
@@ -92,18 +89,15 @@ def main() -> None:
     args.add_argument("--data", type=Path, help="JSONL of chats")
     args.add_argument("--chats", type=int, default=30_000, help="to make, without --data")
     args.add_argument("--workers", type=int, nargs="+", default=[0, os.cpu_count() or 1])
-    args.add_argument("--commit", help="what to write in the rows where there is no git")
+    args.add_argument("--commit", help="for machines without git")
+    args.add_argument("--results", type=Path, default=RESULTS)
     args = args.parse_args()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    about = {"date": datetime.date.today().isoformat(), "commit": args.commit or git.stdout.strip()}
     load = round(os.getloadavg()[0], 1)  # of the minute before
-    about |= {"machine": f"{os.cpu_count()} CPU cores {platform.machine()}", "tokenizer": Path(args.tokenizer).name}
+    about = {"tokenizer": Path(args.tokenizer).name, "data": args.data.name if args.data else "made"}
 
-    def append(op: str, row: dict) -> None:
-        line = json.dumps(about | {"op": op, "data": args.data.name if args.data else "made"} | row | {"load": load})
-        print(line, flush=True)
-        with RESULTS.open("a") as out:
-            out.write(line + "\n")
+    def write(op: str, row: dict) -> None:
+        print(op, row, flush=True)
+        append(op, about | row | {"load": load}, args.commit, args.results)
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,21 +106,21 @@ def main() -> None:
             make_chats(data, args.chats)
         for workers in args.workers:
             dataset, row = tokenise(data, tokenizer, workers, Path(folder))
-            append("data/tokenise", row)
+            write("data/tokenise", row)
         tokens = row["tokens"]
         many = concatenate_datasets([dataset] * -(-100_000_000 // tokens))  # the same file, read again: no disk is timed
         seconds, _ = timed(lambda: token_counts(many, len(tokenizer)))
         times = len(many) // len(dataset)
-        append("data/vocab", {"tokens": times * tokens, "tokens_per_s": round(times * tokens / seconds)})
+        write("data/vocab", {"tokens": times * tokens, "tokens_per_s": round(times * tokens / seconds)})
         lengths = np.random.default_rng(0).lognormal(6.5, 0.9, 1_000_000).clip(3, PACK_TOKENS).astype(np.int64)
         seconds, packs = timed(lambda: pack(lengths, PACK_TOKENS))
         full = round(lengths.sum() / (len(packs) * PACK_TOKENS), 5)
-        append("data/pack", {"samples": len(lengths), "samples_per_s": round(len(lengths) / seconds), "full": full})
+        write("data/pack", {"samples": len(lengths), "samples_per_s": round(len(lengths) / seconds), "full": full})
         survey, loader = timed(lambda: Loader(dataset, PACK_TOKENS, 8))
         steps = loader.steps_per_epoch
         seconds, given = timed(lambda: sum(b.num_tokens for step in itertools.islice(loader, steps) for b in step))
         row = {"tokens_per_s": round(given / seconds), "survey_tokens_per_s": round(tokens / survey)}
-        append("data/loader", row | {"full": round(loader.utilisation, 5)})
+        write("data/loader", row | {"full": round(loader.utilisation, 5)})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import argparse
 import datetime
 import functools
 import json
+import os
+import platform
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -66,6 +68,7 @@ def append(op: str, row: dict, commit: str | None, results: Path = RESULTS) -> N
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        "machine": f"{os.cpu_count()} CPU cores {platform.machine()}",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "source": source(op),
