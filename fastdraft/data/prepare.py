@@ -322,8 +322,11 @@ def mapper(chat: ChatTokenizer, skip: bool, workers: int) -> Iterator[Mapped]:
     if not workers:
         yield lambda chunks: (_tokenize_chunk(chat, skip, chunk) for chunk in chunks)
         return
-    # Spawned and not forked: this process may have threads and a GPU.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (chat, skip))
+    # Not forked from this process, which may have threads and a GPU, and not spawned: the tokenizer goes through a pipe
+    # that a new process reads only after its imports, so spawned workers would import one after the other.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (chat, skip))
 
     def mapped(chunks: Iterator[list[Line]]) -> Iterator[Done]:
         waiting = deque()
