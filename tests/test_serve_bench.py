@@ -15,6 +15,7 @@ import pytest
 from matplotlib.image import imread
 from tiny import refusal
 
+from fastdraft.data.prompts import Prompt
 from fastdraft.serve import client
 from fastdraft.serve.bench import Load, bench_serve, read_report
 from fastdraft.serve.client import _gaps
@@ -209,8 +210,8 @@ def engine():
         one.server.server_close()
 
 
-def ask(*numbers: int) -> list[list[dict]]:
-    return [[{"role": "user", "content": f"prompt {n}"}] for n in numbers]
+def ask(*numbers: int) -> list[Prompt]:
+    return [Prompt([{"role": "user", "content": f"prompt {n}"}]) for n in numbers]
 
 
 NUMBERS = tuple(range(12))
@@ -300,6 +301,14 @@ def test_an_older_sglang_counts_in_an_unstreamed_pass(engine):
     assert m.acceptance.accepted_length == sum(GIVEN) / len(GIVEN)
     assert m.acceptance.step_acceptance == pytest.approx(BY_DEPTH) and m.num_requests == 12
     assert server.seen == 24 and server.most <= 3 and "second, unstreamed pass" in report.notes[0]
+
+
+def test_a_prompts_tools_are_asked_with_it(engine):
+    server, (plain,) = engine(), ask(3)
+    tool = {"type": "function", "function": {"name": "weather"}}
+    report = bench_serve(server.url, {"with": [plain._replace(tools=[tool])], "without": [plain]}, Load(num_warmup=0))
+    assert [body.get("tools") for body in server.bodies] == [[tool], None]
+    assert len({cell.prompts_sha256 for cell in report.cells}) == 2
 
 
 def test_latencies(engine):

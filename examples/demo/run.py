@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fastdraft.config import Config, load_config
-from fastdraft.data import answer_local
+from fastdraft.data.answer_local import answer_batch
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
@@ -156,11 +156,17 @@ def answer(config: Config, file: Path) -> None:
     target = open_target(config, new_draft(config).config.layers, device)
     tokenizer = load_tokenizer(config.target.path)
     prompts = prompt_ids(read_prompts(HERE / "train_prompts.jsonl"), tokenizer)
+    prompts.sort(key=len)
     start, tokens, count = time.perf_counter(), 0, 0
     with file.open("w", encoding="utf-8") as out:
-        for batch in answer_local.answer(target, prompts, ANSWER_TOKENS, ANSWER_BATCH):
-            out.writelines(json.dumps(a.row(tokenizer), ensure_ascii=False) + "\n" for a in batch)
-            count, tokens = count + len(batch), tokens + sum(len(a.answer_ids) for a in batch)
+        while count < len(prompts):
+            batch = prompts[count : count + ANSWER_BATCH]
+            answers = answer_batch(target, batch, ANSWER_TOKENS, do_sample=False)
+            for prompt, said in zip(batch, answers, strict=True):
+                mask = [0] * len(prompt) + [1] * len(said)
+                row = {"input_ids": prompt + said, "loss_mask": mask, "text": tokenizer.decode(prompt + said)}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count, tokens = count + len(batch), tokens + sum(map(len, answers))
             seconds = time.perf_counter() - start
             console.print(f"{count}/{len(prompts)} prompts answered, {tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
             if seconds > ANSWER_SECONDS:

@@ -12,7 +12,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -24,41 +23,10 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from fastdraft.data.answer_job import Job, Sampling, Stopped
 from fastdraft.data.dialogue import Dialogue, answer_message
-from fastdraft.data.prompts import prompt_ids, special_ids
+from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
 from fastdraft.target.hf import Target, load_target, load_tokenizer, target_fingerprint
 
 GROUPED = "fastdraft_grouped"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the target said to one prompt, as the tokens it said it in."""
-
-    index: int  # of the prompt
-    prompt_ids: list[int]
-    answer_ids: list[int]  # the end-of-turn token included, unless max_new_tokens cut the answer off
-
-    def row(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """A line of training data: exact tokens and mask, and the text for people."""
-        return {
-            "input_ids": self.prompt_ids + self.answer_ids,
-            "loss_mask": [0] * len(self.prompt_ids) + [1] * len(self.answer_ids),
-            "text": tokenizer.decode(self.prompt_ids + self.answer_ids),
-        }
-
-
-def answer(
-    target: Target,
-    prompts: list[list[int]],  # token ids, ready for the assistant's turn
-    max_new_tokens: int,
-    batch_size: int,
-) -> Iterator[list[Answer]]:
-    """Greedy answers, one batch at a time, shortest prompts first."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        answers = answer_batch(target, [prompts[i] for i in batch], max_new_tokens, do_sample=False)
-        yield [Answer(i, prompts[i], ids) for i, ids in zip(batch, answers, strict=True)]
 
 
 def answer_batch(
@@ -186,7 +154,7 @@ class LocalTarget:
 
     def _prompt(self, dialogue: Dialogue) -> list[int]:
         """ValueError: the template refuses it; it leaves no room for an answer."""
-        (ids,) = prompt_ids([dialogue.messages], self.tokenizer, tools=dialogue.tools, **self._template_kwargs)
+        (ids,) = prompt_ids([Prompt(dialogue.messages, dialogue.tools)], self.tokenizer, **self._template_kwargs)
         most, new = getattr(self.target.config, "max_position_embeddings", None), self.sampling.max_new_tokens
         if most is not None and len(ids) + new > most:
             raise ValueError(f"{len(ids)} tokens before the answer leave no {new} of the target's {most}")

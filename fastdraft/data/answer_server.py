@@ -173,9 +173,7 @@ class Servers:
             raise
 
     def _request(self, dialogue: Dialogue) -> dict[str, Any]:
-        body = {"model": self.model, "messages": [for_request(m) for m in dialogue.messages], **self._body}
-        if dialogue.tools:
-            body["tools"] = dialogue.tools
+        body = {"model": self.model, **for_request(dialogue.messages, dialogue.tools), **self._body}
         if self.sampling.seed is not None:
             body["seed"] = (self.sampling.seed + 1_000_003 * dialogue.index + len(dialogue.finish_reasons)) % 2**31
         return body

@@ -97,10 +97,11 @@ def answer_message(answer: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
-def for_request(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as OpenAI's API has it: keys of our own data left out, a call's arguments as JSON text."""
+def for_request(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Messages and tools as OpenAI's API has them: keys of our own data left out, a call's arguments as JSON text."""
     keys = ("role", "name", "tool_call_id", *ANSWER_KEYS)
-    return with_textual_arguments({k: message[k] for k in keys if k in message})
+    said = [with_textual_arguments({k: message[k] for k in keys if k in message}) for message in messages]
+    return {"messages": said, "tools": tools} if tools else {"messages": said}
 
 
 def _why_stop(original: dict, message: dict, follow: list[dict]) -> str | None:

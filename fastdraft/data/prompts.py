@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.conversations import BadLine, parse, read_lines
 
-Messages = list[dict[str, Any]]
+
+class Prompt(NamedTuple):
+    """A conversation up to the turn to be answered."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None  # the functions on offer
 
 
-def read_prompts(path: Path) -> list[Messages]:
+def read_prompts(path: Path) -> list[Prompt]:
     """The conversations of a file up to the turn to be answered: messages, ShareGPT's conversations, or `prompt` alone.
 
     ValueError: FILE:LINE and what is wrong there; an unreadable or empty file.
     """
     prompts = []
     for line in read_lines(str(path)):
-        messages = list(parse(line, prompts=True).messages)
+        conversation = parse(line, prompts=True)
+        messages = list(conversation.messages)
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
             raise BadLine(line.where, "nothing to answer: no turn before the last answer, or token ids")
-        prompts.append(messages)
+        prompts.append(Prompt(messages, conversation.tools))
     return prompts
 
 
-def prompt_ids(prompts: list[Messages], tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[list[int]]:
+def prompt_ids(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[list[int]]:
     """Token ids of each prompt, ready for the assistant's turn. Raises ValueError when the chat template refuses one."""
+    options = {"tokenize": False, "add_generation_prompt": True, **template_kwargs}
     try:
-        texts = [
-            tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True, **template_kwargs) for m in prompts
-        ]
+        texts = [tokenizer.apply_chat_template(p.messages, tools=p.tools, **options) for p in prompts]
     except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
         raise ValueError(f"the chat template refuses a prompt: {type(error).__name__}: {error}") from error
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

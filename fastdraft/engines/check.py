@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.engines.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.engines.run import EnginePlace, Run, Served, engine_version, run_engine
 from fastdraft.export import load_draft
@@ -122,11 +122,11 @@ def compare(
 def _prompt_ids(check: EngineCheck, context: int) -> list[list[int]]:
     tokenizer = load_tokenizer(str(check.target), check.trust_remote_code)
     if check.prompts is None:
-        asked = [[{"role": "user", "content": text}] for text in PROMPTS]
+        asked = [Prompt([{"role": "user", "content": text}]) for text in PROMPTS]
     else:
         asked = read_prompts(check.prompts)
     if tokenizer.chat_template is None:  # a base model's target completes the last message's text
-        prompts = [tokenizer(messages[-1]["content"])["input_ids"] for messages in asked[: check.max_prompts]]
+        prompts = [tokenizer(p.messages[-1]["content"])["input_ids"] for p in asked[: check.max_prompts]]
     else:
         prompts = prompt_ids(asked[: check.max_prompts], tokenizer)
     room = context - check.max_new_tokens - check.num_steps - 1

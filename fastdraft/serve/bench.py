@@ -36,7 +36,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from fastdraft.data.dialogue import for_request
-from fastdraft.data.prompts import Messages
+from fastdraft.data.prompts import Prompt
 from fastdraft.serve.client import (
     GENERATED,
     SGLANG_FORWARDS,
@@ -166,7 +166,7 @@ def read_report(path: Path) -> ServeReport:
 
 def bench_serve(
     url: str,
-    prompts: Mapping[str, Sequence[Messages]],  # by the set's name
+    prompts: Mapping[str, Sequence[Prompt]],  # by the set's name
     load: Load,
     baseline_url: str | None = None,
     baseline: ServeReport | None = None,  # of an earlier run with the same prompts and load
@@ -182,37 +182,38 @@ def bench_serve(
         raise ValueError("give a baseline's URL or an earlier baseline's file, not both")
     if not prompts:
         raise ValueError("no prompts; give at least one set")
-    for name, messages in prompts.items():
-        if not messages:
+    for name, asked in prompts.items():
+        if not asked:
             raise ValueError(f"prompt set {name} holds no prompt")
     if baseline is not None:
         _check_baseline(baseline, prompts, load)
     return asyncio.run(_bench(url, prompts, load, baseline_url, baseline, api_key, on_cell))
 
 
-def _sha256(messages: Sequence[Messages]) -> str:
-    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+def _sha256(prompts: Sequence[Prompt]) -> str:
+    asked = [p._asdict() if p.tools else p.messages for p in prompts]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _earlier(baseline: ServeReport, messages: Sequence[Messages], concurrency: int) -> Measured | None:
-    same = (c for c in baseline.cells if c.prompts_sha256 == _sha256(messages) and c.concurrency == concurrency)
+def _earlier(baseline: ServeReport, prompts: Sequence[Prompt], concurrency: int) -> Measured | None:
+    same = (c for c in baseline.cells if c.prompts_sha256 == _sha256(prompts) and c.concurrency == concurrency)
     return next((cell.measured for cell in same), None)
 
 
-def _check_baseline(baseline: ServeReport, prompts: Mapping[str, Sequence[Messages]], load: Load) -> None:
+def _check_baseline(baseline: ServeReport, prompts: Mapping[str, Sequence[Prompt]], load: Load) -> None:
     for name in ("max_new_tokens", "temperature", "body"):
         now, then = getattr(load, name), getattr(baseline.load, name)
         if now != then:
             raise ValueError(f"the baseline was measured with {name} {then}, this run has {now}: they do not compare")
-    for name, messages in prompts.items():
+    for name, asked in prompts.items():
         for concurrency in load.concurrency:
-            if _earlier(baseline, messages, concurrency) is None:
+            if _earlier(baseline, asked, concurrency) is None:
                 raise ValueError(f"the baseline has no cell with the prompts of {name} at concurrency {concurrency}")
 
 
 async def _bench(
     url: str,
-    prompts: Mapping[str, Sequence[Messages]],
+    prompts: Mapping[str, Sequence[Prompt]],
     load: Load,
     baseline_url: str | None,
     baseline: ServeReport | None,
@@ -229,23 +230,21 @@ async def _bench(
             if plain is not None:
                 await _measure(plain_client, plain, warm, 1, load, [])
         report = ServeReport(ACCEPTED_LENGTH, server, baseline_server, load, [], notes)
-        for name, messages in prompts.items():
+        for name, asked in prompts.items():
             for concurrency in load.concurrency:
-                measured = await _measure(client, server, messages, concurrency, load, notes)
+                measured = await _measure(client, server, asked, concurrency, load, notes)
                 if plain is not None:
-                    other = await _measure(plain_client, plain, messages, concurrency, load, notes)
+                    other = await _measure(plain_client, plain, asked, concurrency, load, notes)
                 else:
-                    other = _earlier(baseline, messages, concurrency) if baseline is not None else None
+                    other = _earlier(baseline, asked, concurrency) if baseline is not None else None
                 speedup = measured.output_tokens_per_s / other.output_tokens_per_s if other else None
-                cell = Cell(name, _sha256(messages), concurrency, measured, other, speedup)
+                cell = Cell(name, _sha256(asked), concurrency, measured, other, speedup)
                 report = replace(report, cells=[*report.cells, cell], notes=list(dict.fromkeys(notes)))
                 on_cell(report)
     return report
 
 
-def _first_notes(
-    server: Server, baseline: Server | None, prompts: Mapping[str, Sequence[Messages]], load: Load
-) -> list[str]:
+def _first_notes(server: Server, baseline: Server | None, prompts: Mapping[str, Sequence[Prompt]], load: Load) -> list[str]:
     notes = []
     if server.speculates is False:
         notes.append(f"{server.url} runs without speculation: there is no accepted length to measure")
@@ -254,9 +253,9 @@ def _first_notes(
         notes.append(f"the baseline {baseline.url} {said}: then the speed-up is not over the target alone")
     if baseline is not None and baseline.model != server.model:
         notes.append(f"{server.url} serves {server.model}, the baseline {baseline.model}")
-    for name, messages in prompts.items():
-        if len(messages) < max(load.concurrency):
-            notes.append(f"prompts in {name}: {len(messages)}, so never more than that many in flight")
+    for name, asked in prompts.items():
+        if len(asked) < max(load.concurrency):
+            notes.append(f"prompts in {name}: {len(asked)}, so never more than that many in flight")
     return notes
 
 
@@ -266,7 +265,7 @@ def _first_notes(
 async def _measure(
     client: httpx.AsyncClient,
     server: Server,
-    prompts: Sequence[Messages],
+    prompts: Sequence[Prompt],
     concurrency: int,
     load: Load,
     notes: list[str],  # gets what the server did not report
@@ -281,7 +280,7 @@ async def _measure(
         **({"return_spec_tokens_details": True} if server.engine == "SGLang" else {}),
         **load.body,
     }
-    bodies = [body | {"messages": [for_request(m) for m in messages]} for messages in prompts]
+    bodies = [body | for_request(*prompt) for prompt in prompts]
     before = await read_counters(client)
     start = time.perf_counter()
     answers = await ask_all(client, bodies, concurrency, load.timeout_s, load.retries)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdraft.data.conversations import BadLine, Conversation, Line, expand, parse, read_lines
-from fastdraft.data.prompts import read_prompts
+from fastdraft.data.prompts import Prompt, read_prompts
 
 
 def parsed(row) -> Conversation:
@@ -93,13 +93,13 @@ def test_a_prompt_is_one_users_message_where_prompts_are_read(tmp_path):
     path = tmp_path / "p.jsonl"
     rows = [
         {"prompt": "a\u2028b\x85"},
-        {"messages": chat("q", "a", "r")},
+        {"messages": chat("q", "a", "r"), "tools": [TOOL]},
         {"conversations": [{"from": "human", "value": "c"}]},
     ]
     path.write_text("\ufeff" + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert read_prompts(path) == [chat("a\u2028b\x85"), chat("q", "a", "r"), chat("c")]
+    assert read_prompts(path) == [Prompt(chat("a\u2028b\x85")), Prompt(chat("q", "a", "r"), [TOOL]), Prompt(chat("c"))]
     path.write_text(json.dumps({"messages": chat("q", "a")}))
-    assert read_prompts(path) == [chat("q")]
+    assert read_prompts(path) == [Prompt(chat("q"))]
     for row in ({"messages": chat("q", "a")[1:]}, {"input_ids": [1], "loss_mask": [1]}):
         path.write_text(json.dumps(row))
         with pytest.raises(BadLine, match=r"p\.jsonl:1: nothing to answer"):

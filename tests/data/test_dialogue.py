@@ -25,7 +25,7 @@ def answered(messages, answers, **row):
     dialogue, contexts = Dialogue(4, parse(Line("f:1", {"messages": messages, **row}))), []
     answers = iter(answers)
     while dialogue.wants_answer():
-        contexts.append([for_request(m) for m in dialogue.messages])
+        contexts.append(for_request(dialogue.messages, None)["messages"])
         dialogue.take(answer_message(next(answers)), "stop", 3)
     assert next(answers, None) is None
     return dialogue, contexts
@@ -99,7 +99,7 @@ def test_calls_in_the_old_turns_text_are_counted_by_their_tool_turns():
 def test_arguments_of_given_calls_are_sent_as_text():
     message = parse(Line("f:1", {"messages": [OLD[1]]})).messages[0]
     assert message["tool_calls"][0]["function"]["arguments"] == {"city": "Paris"}
-    assert for_request(message)["tool_calls"] == OLD[1]["tool_calls"]
+    assert for_request([message], None)["messages"][0]["tool_calls"] == OLD[1]["tool_calls"]
 
 
 def test_reasoning_is_kept_under_its_name():

@@ -22,7 +22,7 @@ from fastdraft.data.answer_local import LocalTarget
 from fastdraft.data.answer_server import Servers, parse_extra_body
 from fastdraft.data.config import DataConfig
 from fastdraft.data.prepare import prepare
-from fastdraft.data.prompts import prompt_ids
+from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.regenerate import regenerate
 from fastdraft.decode import generate_plain
 from fastdraft.target.hf import Target
@@ -441,7 +441,7 @@ def test_a_local_target_answers_as_it_would_alone(run, target, few, tmp_path):
     assert sum(len(row["messages"]) > 2 for row in rows) >= 2
     for row in rows:
         for k, reason in zip(range(1, len(row["messages"]), 2), row["finish_reasons"], strict=True):
-            (ids,) = prompt_ids([row["messages"][:k]], tokenizer)
+            (ids,) = prompt_ids([Prompt(row["messages"][:k])], tokenizer)
             alone = generate_plain(target, ids, 8).tokens
             assert reason == ("stop" if alone[-1] in target.eos_ids else "length")
             said = alone[:-1] if reason == "stop" else alone

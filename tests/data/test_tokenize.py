@@ -3,7 +3,7 @@ import pytest
 from chats import CHATML, TOOL, chat, make_tokenizer
 
 from fastdraft.data.conversations import BadLine, Conversation
-from fastdraft.data.prompts import prompt_ids
+from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.tokenize import ChatTokenizer
 
 LLAMA3 = (
@@ -262,7 +262,7 @@ def test_what_a_template_refuses_is_a_bad_line():
     with pytest.raises(BadLine, match="TypeError"):
         tokenize("{{ 1 + 'a' }}", TWO)
     with pytest.raises(ValueError, match="the chat template refuses a prompt: TypeError"):
-        prompt_ids([TWO], make_tokenizer("{{ 1 + 'a' }}"))
+        prompt_ids([Prompt(TWO)], make_tokenizer("{{ 1 + 'a' }}"))
     with pytest.raises(BadLine, match="its start cannot be found"):
         tokenize("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", TWO[:2])
 
