@@ -187,13 +187,13 @@ def _map_problems(
 # --- read ------------------------------------------------------------------------------------------------------------
 
 
-def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig | int) -> Draft:
+def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> Draft:
     """Reads a serving-format checkpoint in its own dtype, for a warm start or to decode with.
 
-    `target` is the target's config (checked against the draft's) or only its number of layers. Reads model.safetensors,
-    its shards, or pytorch_model.bin (tensors only). For H == Ht the embedding is NaN until `Draft.set_embedding`: an export
-    is served with the target's, so one that the checkpoint ships all the same is not used. Raises ValueError naming every
-    missing, unknown or misshaped tensor, a vocabulary map that contradicts itself, and a checkpoint of another target.
+    `target` is the target's config, checked against the draft's. Reads model.safetensors, its shards, or
+    pytorch_model.bin (tensors only). For H == Ht the embedding is NaN until `Draft.set_embedding`: an export is served with
+    the target's, so one that the checkpoint ships all the same is not used. Raises ValueError naming every missing, unknown
+    or misshaped tensor, a vocabulary map that contradicts itself, and a checkpoint of another target.
     """
     path = Path(path)
     config = read_json(path / CONFIG)
@@ -213,9 +213,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig | int
     return draft
 
 
-def _config_for(config: dict[str, Any], target: dict[str, Any] | PretrainedConfig | int) -> DraftConfig:
-    if isinstance(target, int):
-        return DraftConfig.from_serving(config, target)
+def _config_for(config: dict[str, Any], target: dict[str, Any] | PretrainedConfig) -> DraftConfig:
     facts = _target_facts(target)
     c = DraftConfig.from_serving(config, facts["num_hidden_layers"], facts["hidden_size"])
     if c.vocab_size != facts["vocab_size"]:

@@ -51,7 +51,7 @@ class Metrics:
     """Context manager of the one process that reports. `log` takes plain numbers: whoever calls it pays the host sync.
 
     `resume_step`: optimizer steps of the checkpoint being resumed; later lines of metrics.jsonl are cut, they will come
-    again. None starts the file anew. `quiet` keeps progress off the console; `say` still speaks.
+    again. None starts the file anew.
     Raises ValueError when a tracker's package is missing, before anything is written.
     """
 
@@ -60,12 +60,11 @@ class Metrics:
         run_dir: Path | str,
         config: MetricsConfig,
         total_steps: int,
-        quiet: bool = False,
         resume_step: int | None = None,
         settings: dict[str, Any] | None = None,  # the run's resolved config, shown by the trackers
         console: Console | None = None,
     ):
-        self.run_dir, self.config, self.total_steps, self.quiet = Path(run_dir), config, total_steps, quiet
+        self.run_dir, self.config, self.total_steps = Path(run_dir), config, total_steps
         self.resume_step, self.settings = resume_step, settings or {}
         self.console = console or Console()
         self.latest: dict[str, float] = {}
@@ -88,7 +87,7 @@ class Metrics:
             self._close(failed=True)
             raise
         self._start, self._first_step = time.monotonic(), self.resume_step or 0
-        if not self.quiet and self.console.is_terminal:
+        if self.console.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4, max_width=40)),
                 TextColumn("{task.fields[tail]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
@@ -122,8 +121,6 @@ class Metrics:
     # --- the console ---------------------------------------------------------------------------------------------
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        if self.quiet:
-            return
         held_out = {name.removeprefix("eval/"): v for name, v in values.items() if name.startswith("eval/")}
         if held_out:
             self.say(f"step {step}  held-out  {numbers_line(held_out)}")

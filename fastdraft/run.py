@@ -22,7 +22,7 @@ from fastdraft import checkpoint
 from fastdraft.config import Config, read_yaml
 from fastdraft.cost import GIB, plan, render
 from fastdraft.data.loader import eval_batches
-from fastdraft.data.prepare import Prepared, prepare
+from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.data.stream import open_stream
 from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
@@ -59,7 +59,8 @@ def start_process(device: str) -> tuple[torch.device, int, int]:  # device, rank
     if cuda:
         torch.cuda.set_device(found)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=found if cuda else None)
+        # gloo also where there are GPUs: ranks agree on a stop without waiting for theirs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=found if cuda else None)
     return found, (dist.get_rank() if dist.is_initialized() else 0), (dist.get_world_size() if dist.is_initialized() else 1)
 
 
@@ -123,24 +124,27 @@ def load_data(config: Config, vocab_size: int) -> Prepared:
 
 def draft_shape(config: Config) -> DraftConfig:
     """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
     if config.draft.init_from is not None:
-        if config.draft.config or config.draft.overrides or config.draft.vocab_map:
-            raise ValueError(
-                "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
-                "draft.vocab_map"
-            )
-        return load_draft(config.draft.init_from, facts).config
+        return _init_from(config).config
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
     shape = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
     return DraftConfig.from_target(facts, **shape)
 
 
+def _init_from(config: Config) -> Draft:
+    if config.draft.config or config.draft.overrides or config.draft.vocab_map:
+        raise ValueError(
+            "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
+            "draft.vocab_map"
+        )
+    return load_draft(config.draft.init_from, load_target_config(config.target.path, config.target.trust_remote_code))
+
+
 def new_draft(config: Config) -> Draft:
     """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
-    shape = draft_shape(config)
     if config.draft.init_from is not None:
-        return load_draft(config.draft.init_from, shape.num_target_layers).float()
-    draft = Draft(shape)
+        return _init_from(config).float()
+    draft = Draft(draft_shape(config))
     draft.init_weights(draft.config.initializer_range, torch.Generator().manual_seed(config.seed))
     return draft
 
@@ -256,8 +260,7 @@ def evaluate_run(
         raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
     if prompts is not None:
         tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-        if config.data.chat_template is not None:
-            tokenizer.chat_template = Path(config.data.chat_template).expanduser().read_text(encoding="utf-8")
+        tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
         ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer, **config.data.chat_template_kwargs)
         decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens)
     return Evaluation(f"{run_dir} ({which})", held_out, decoded)

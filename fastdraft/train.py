@@ -158,7 +158,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             look = step % config.metrics.log_every == 0 or is_last
             hold_out = len(eval_set) > 0 and (step % config.eval.every == 0 or is_last)
             keep = step % config.checkpoint.every == 0 or is_last
-            stopping = (look or world == 1) and stop.agreed()
+            stopping = stop.agreed()
             if look or hold_out or keep or stopping:
                 refuse_nan(recent, run_dir, rank)
             if look:
@@ -342,10 +342,7 @@ def all_finite(features: Features) -> Tensor:  # scalar bool
 def all_sum(x: Tensor) -> Tensor:
     """Adds up all ranks, in place."""
     if dist.is_initialized():
-        if x.device.type == "cpu" and dist.get_backend() == "nccl":
-            x.copy_(all_sum(x.cuda()))
-        else:
-            dist.all_reduce(x)
+        dist.all_reduce(x)
     return x
 
 
@@ -366,18 +363,12 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
-        """True on every rank once any rank got a signal."""
-        number = int(all_max(self.number or 0))
-        self.number = number or None
-        return number != 0
-
-
-def all_max(value: int) -> int:
-    if not dist.is_initialized():
-        return value
-    x = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return int(x)
+        """True on every rank once any rank got a signal. The ranks' hosts meet here, no GPU is waited for."""
+        if dist.is_initialized():
+            number = torch.tensor(self.number or 0)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number) or None
+        return self.number is not None
 
 
 def write_run_files(config: Config, draft: DraftConfig) -> None:

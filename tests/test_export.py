@@ -136,7 +136,6 @@ def test_round_trip_is_byte_identical(shape, dtype, tmp_path):
     second = export_draft(loaded, tmp_path / "second", dtype)
     for name in ("config.json", "model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-    assert load_draft(first, 8).config == draft.config
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -27,7 +27,7 @@ def lines(run_dir):
 
 
 def test_each_log_is_one_line_on_disk_at_once(tmp_path):
-    with Metrics(tmp_path / "run", PLAIN, 10, quiet=True) as metrics:
+    with Metrics(tmp_path / "run", PLAIN, 10) as metrics:
         metrics.log(1, VALUES)
         assert [line["step"] for line in lines(tmp_path / "run")] == [1]
         metrics.log(2, {"loss": 1.0, "eval/tau_sim": 2.0})
@@ -38,7 +38,7 @@ def test_each_log_is_one_line_on_disk_at_once(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_a_number_becomes_null(tmp_path, bad):
-    with Metrics(tmp_path, PLAIN, 10, quiet=True) as metrics:
+    with Metrics(tmp_path, PLAIN, 10) as metrics:
         metrics.log(1, {"loss": bad, "lr": 0.5})
     text = (tmp_path / "metrics.jsonl").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -46,12 +46,12 @@ def test_not_a_number_becomes_null(tmp_path, bad):
 
 
 def test_resume_cuts_what_comes_again(tmp_path):
-    with Metrics(tmp_path, PLAIN, 10, quiet=True) as metrics:
+    with Metrics(tmp_path, PLAIN, 10) as metrics:
         for step in range(1, 8):
             metrics.log(step, {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
-    with Metrics(tmp_path, PLAIN, 10, quiet=True, resume_step=4) as metrics:
+    with Metrics(tmp_path, PLAIN, 10, resume_step=4) as metrics:
         for step in range(5, 11):
             metrics.log(step, {"loss": -float(step)})
     records = read_metrics(tmp_path)
@@ -61,7 +61,7 @@ def test_resume_cuts_what_comes_again(tmp_path):
 
 def test_a_new_run_starts_an_empty_file(tmp_path):
     for loss in (1.0, 2.0):
-        with Metrics(tmp_path, PLAIN, 10, quiet=True) as metrics:
+        with Metrics(tmp_path, PLAIN, 10) as metrics:
             metrics.log(1, {"loss": loss})
     assert [r["loss"] for r in read_metrics(tmp_path)] == [2.0]
 
@@ -82,10 +82,10 @@ def test_tensorboard_holds_the_values_and_resumes(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = MetricsConfig()
-    with Metrics(tmp_path, config, 10, quiet=True) as metrics:
+    with Metrics(tmp_path, config, 10) as metrics:
         for step in (1, 2, 3):
             metrics.log(step, {"loss": float(step), "eval/loss": 0.5})
-    with Metrics(tmp_path, config, 10, quiet=True, resume_step=1) as metrics:
+    with Metrics(tmp_path, config, 10, resume_step=1) as metrics:
         metrics.log(2, {"loss": 20.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "eval/loss"}
@@ -129,13 +129,13 @@ def test_trackers_get_every_value_and_are_closed(tmp_path, monkeypatch, name, lo
     calls = []
     monkeypatch.setitem(sys.modules, name, fake_tracker(name, calls))
     config = MetricsConfig(tensorboard=False, trackers=[name], run_name="first")
-    with pytest.raises(RuntimeError), Metrics(tmp_path, config, 10, quiet=True, settings={"lr": 1}) as metrics:
+    with pytest.raises(RuntimeError), Metrics(tmp_path, config, 10, settings={"lr": 1}) as metrics:
         metrics.log(3, {"loss": 0.25})
         raise RuntimeError
     assert (log, ({"loss": 0.25},), {"step": 3}) in calls
     assert calls[-1][0] == end
     calls.clear()
-    with Metrics(tmp_path, config, 10, quiet=True, resume_step=3):
+    with Metrics(tmp_path, config, 10, resume_step=3):
         pass
     again = {key: value for _, _, kwargs in calls for key, value in kwargs.items()}
     if name == "trackio":  # it finds the run by project and name
@@ -174,14 +174,6 @@ def test_the_live_lines_fit_any_terminal(tmp_path, width):
     if width >= 80:
         assert "4/5" in out[0] and "ETA" in out[0] and "tok/s" in out[0]
         assert out[1].startswith("loss 2.500  tau 2.310  a 0.70 0.65 0.60 0.55 0.50 0.45 0.40")
-
-
-def test_quiet_shows_no_progress_but_still_speaks(tmp_path):
-    console = terminal(80)
-    with Metrics(tmp_path, PLAIN, 5, quiet=True, console=console) as metrics:
-        metrics.log(2, VALUES)
-        metrics.say("checkpoint step-2 is damaged; going on from step-1")
-    assert console.file.getvalue() == "checkpoint step-2 is damaged; going on from step-1\n"
 
 
 def test_numbers_line_sorts_steps_and_survives_nan():

@@ -149,19 +149,23 @@ def first_samples(
                     raise
 
 
+def read_template(config: DataConfig) -> str | None:
+    """The text of data.chat_template, None when the tokenizer's own is to be used. ValueError when it cannot be read."""
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.chat_template {config.chat_template}: cannot be read: {error}") from error
+
+
 def chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> ChatTokenizer:
-    template = None
-    if config.chat_template is not None:
-        try:
-            template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"data.chat_template {config.chat_template}: cannot be read: {error}") from error
     return ChatTokenizer(
         tokenizer,
         max_length=config.max_length,
         on_too_long=config.on_too_long,
         train_on=config.train_on,
-        chat_template=template,
+        chat_template=read_template(config),
         chat_template_kwargs=config.chat_template_kwargs,
         vocab_size=vocab_size,
     )

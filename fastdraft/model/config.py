@@ -136,18 +136,12 @@ class DraftConfig(BaseModel):
         return self.layers == default_layers(self.num_target_layers)
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by part; `trainable` is their sum, `embedding` is frozen, `total` is both."""
+        """How many are trained, and how many the frozen embedding has."""
         h, ht, inter = self.hidden_size, self.target_hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        parts = {
-            "fc": 3 * ht * h,
-            "attention": 2 * h * (q + 2 * kv) + q * h,
-            "mlp": 3 * h * inter,
-            "norms": 4 * h + (3 * ht if self.fc_norm else 0),
-            "lm_head": self.draft_vocab_size * h,
-        }
-        trainable, embedding = sum(parts.values()), self.vocab_size * h
-        return parts | {"trainable": trainable, "embedding": embedding, "total": trainable + embedding}
+        layer = 2 * h * (q + 2 * kv) + q * h + 3 * h * inter  # attention, MLP
+        norms = 4 * h + (3 * ht if self.fc_norm else 0)
+        return {"trainable": 3 * ht * h + layer + norms + self.draft_vocab_size * h, "embedding": self.vocab_size * h}
 
     @classmethod
     def from_target(cls, target_config: dict[str, Any] | PretrainedConfig, **overrides: Any) -> DraftConfig:
@@ -507,10 +501,10 @@ def serving_rope(config: dict[str, Any]) -> dict[str, Any]:
 # --- fastdraft init --------------------------------------------------------------------------------------------------
 
 
-def init_config(target_dir: Path | str, **overrides: Any) -> str:
+def init_config(target_dir: Path | str) -> str:
     """A draft's settings for a target as commented YAML, every line an override `from_target` takes. Ends in a newline."""
     target = read_target_config(target_dir)
-    c = DraftConfig.from_target(target, **overrides)
+    c = DraftConfig.from_target(target)
     count = c.num_parameters()
     head = (
         f"# Draft for {Path(target_dir).resolve().name} ({language_config(target).get('model_type')}): "

@@ -261,6 +261,9 @@ def test_what_a_template_refuses_is_a_bad_line():
         tokenize(MISTRAL, [TWO[0], TWO[0], TWO[1]])
     with pytest.raises(BadLine, match="TypeError"):
         tokenize("{{ 1 + 'a' }}", TWO)
+    template = "{{ tools[0].function.name if tools else '' }}" + CHATML
+    ids = prompt_ids([Prompt(TWO[:1]), Prompt(TWO[:1], [TOOL])], tokenizer := make_tokenizer(template))
+    assert tokenizer.decode(ids[1]) == "weather" + tokenizer.decode(ids[0])
     with pytest.raises(ValueError, match="the chat template refuses a prompt: TypeError"):
         prompt_ids([Prompt(TWO)], make_tokenizer("{{ 1 + 'a' }}"))
     with pytest.raises(BadLine, match="its start cannot be found"):

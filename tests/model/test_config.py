@@ -210,14 +210,8 @@ def test_parameter_counts_are_the_modules(overrides):
     }
     c = DraftConfig.from_target(LLAMA | small, **overrides)
     draft, count = Draft(c), c.num_parameters()
-    trained = {name: p.numel() for name, p in draft.trainable().items()}
-    assert count["trainable"] == sum(trained.values())
-    assert count["embedding"] == draft.embed_tokens.weight.numel()
-    assert count["total"] == sum(p.numel() for p in draft.parameters())
-    assert count["attention"] == sum(n for name, n in trained.items() if "self_attn" in name)
-    assert count["mlp"] == sum(n for name, n in trained.items() if ".mlp." in name)
-    assert count["norms"] == sum(n for name, n in trained.items() if "norm" in name)
-    assert (count["fc"], count["lm_head"]) == (trained["fc.weight"], trained["lm_head.weight"])
+    assert count["trainable"] == sum(p.numel() for p in draft.trainable().values())
+    assert sum(count.values()) == sum(p.numel() for p in draft.parameters())
 
 
 def test_init_writes_overrides_that_give_the_same_draft(tmp_path):
@@ -227,7 +221,6 @@ def test_init_writes_overrides_that_give_the_same_draft(tmp_path):
     assert DraftConfig.from_target(LLAMA, **settings) == DraftConfig.from_target(LLAMA)
     assert settings["layers"] == [1, 15, 28] and settings["rope_parameters"]["factor"] == 8.0
     assert all(line.startswith("#") or yaml.safe_load(line) for line in text.splitlines())
-    assert yaml.safe_load(init_config(tmp_path, layers=[2, 5, 9]))["layers"] == [2, 5, 9]
 
 
 def test_target_config_is_completed_by_its_class_or_taken_as_written(tmp_path):
