@@ -6,14 +6,13 @@ import sys
 import pytest
 import torch
 from test_decode import train_on_own_output
-from tiny import save_target, tiny_llama
+from tiny import random_draft, save_target, tiny_llama
 
 from bench import engines as bench
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate
 from fastdraft.export import export_draft, load_draft
 from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
 from fastdraft.target.hf import Target, load_tokenizer
 
 # An Engine that answers as told for its topk, and refuses what SGLang's would not know.
@@ -45,11 +44,7 @@ def there(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     save_target(folder / "target")
     target = Target(tiny_llama())
-    draft = Draft(DraftConfig.from_target(target.config.to_dict(), draft_vocab_size=120))
-    generator = torch.Generator().manual_seed(1)
-    draft.init_weights(0.2, generator)
-    draft.set_vocab(torch.randperm(192, generator=generator)[:120].sort().values)
-    draft.set_embedding(target.embedding)
+    draft = random_draft(DraftConfig.from_target(target.config.to_dict(), draft_vocab_size=120), target.embedding)
     train_on_own_output(target, draft, NEW_TOKENS, 30)
     export_draft(draft, folder / "draft", torch.float32)
     (folder / "prompts.jsonl").write_text('{"prompt": "ba be bi"}\n{"prompt": "do du dan ka"}\n')

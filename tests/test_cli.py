@@ -13,13 +13,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
+from runs import at_step
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer, refusal, save_target
 
 from fastdraft import cli
 from fastdraft import run as a_run
 from fastdraft import train as training
-from fastdraft.data.loader import Ahead
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -51,15 +51,7 @@ def test_train_prints_data_progress_and_held_out(fastdraft, config_file, tree):
 
 
 def test_a_signal_exits_with_its_number_and_the_same_command_goes_on(fastdraft, config_file, monkeypatch):
-    original, count = Ahead.__next__, [0]
-
-    def handed(self):
-        count[0] += 1
-        if count[0] == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return original(self)
-
-    monkeypatch.setattr(Ahead, "__next__", handed)
+    at_step(monkeypatch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
     code, out, _ = fastdraft("train", config_file)
     assert code == 128 + 15 and "stopped by SIGTERM after step 3" in out
     code, out, _ = fastdraft("train", config_file)

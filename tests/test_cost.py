@@ -9,33 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from meta_step import LiveBytes, flop_counter, meta_step
 from rich.console import Console
+from tiny import draft_shape
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.cost import free_disk, pair_cost, plan, render
-from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import TTTEngine, flat_gradients
 from fastdraft.model.ttt_ref import ttt_ref
 
 
 def config(**changes):
-    fields = dict(
-        hidden_size=48,
-        target_hidden_size=48,
-        intermediate_size=112,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=320,
-        draft_vocab_size=100,
-        num_target_layers=8,
-        layers=(1, 3, 4),
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 1e4},
-        max_position_embeddings=4096,
-    )
-    return DraftConfig(**(fields | changes))
+    wide = dict(hidden_size=48, target_hidden_size=48, intermediate_size=112, num_attention_heads=4, num_key_value_heads=2)
+    return draft_shape(**wide | dict(head_dim=16, vocab_size=320, draft_vocab_size=100) | changes)
 
 
 def sizes(rows):
@@ -166,16 +153,7 @@ def test_flops_match_a_counted_step(changes):
 
 # --- the fused engine ----------------------------------------------------------------------------------------------------
 
-LLAMA_8B = dict(
-    hidden_size=4096,
-    target_hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    draft_vocab_size=32000,
-)
+LLAMA_8B = SHAPES["llama-3.1-8b"].model_dump()
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -327,6 +305,6 @@ def test_render_at_any_width(width):
 
 def test_pair_cost_of_llama_8b():
     """In a document of 64k tokens attention costs about as much as all other work; in one of 4k it hardly counts."""
-    draft = config(**LLAMA_8B, num_target_layers=32)
+    draft = SHAPES["llama-3.1-8b"]
     cost = pair_cost(draft, 8_030_261_248, 7)
     assert 0.9 < 65536 * cost < 1.2 and 4096 * cost < 0.08

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import draft_shape, random_draft, tiny_llama
 
 from fastdraft.batch import Batch, TargetHead
 from fastdraft.decode import (
@@ -17,7 +17,6 @@ from fastdraft.decode import (
     generate,
     generate_plain,
 )
-from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt_ref import ttt_ref
 from fastdraft.target.hf import Target
@@ -32,45 +31,17 @@ TREES = [
 
 
 def tiny_target(dtype=torch.float64, context=256) -> Target:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=7,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=context,
-        initializer_range=0.3,  # wide enough that greedy output wanders instead of repeating one token
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return Target(LlamaForCausalLM(config).to(dtype))
+    shape = dict(num_hidden_layers=7, vocab_size=VOCAB, max_position_embeddings=context)
+    # wide enough that greedy output wanders instead of repeating one token
+    return Target(tiny_llama(**shape, initializer_range=0.3, eos_token_id=None, pad_token_id=None).to(dtype))
 
 
 def tiny_draft(target, num_draft_tokens=60, fc_norm=False, seed=0) -> Draft:
-    config = DraftConfig(
-        hidden_size=32,
-        target_hidden_size=target.hidden_size,
-        intermediate_size=40,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        vocab_size=target.vocab_size,
-        draft_vocab_size=num_draft_tokens,
-        num_target_layers=7,
-        layers=target.layers,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 10000.0},
-        max_position_embeddings=256,
-        fc_norm=fc_norm,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    draft = Draft(config).to(target.dtype)
-    draft.init_weights(0.2, generator)
-    draft.set_vocab(torch.randperm(target.vocab_size, generator=generator)[:num_draft_tokens].sort().values)
-    draft.set_embedding(target.embedding)
-    return draft
+    width = dict(hidden_size=32, target_hidden_size=target.hidden_size, intermediate_size=40, head_dim=12)
+    heads = dict(num_attention_heads=4, rope_parameters={"rope_theta": 10000.0}, max_position_embeddings=256)
+    of_target = dict(vocab_size=target.vocab_size, num_target_layers=7, layers=target.layers)
+    config = draft_shape(**width, **heads, **of_target, draft_vocab_size=num_draft_tokens, fc_norm=fc_norm)
+    return random_draft(config, target.embedding, 0.2, seed)
 
 
 def prompts(lengths=(9, 1, 17), vocab=VOCAB) -> list[list[int]]:

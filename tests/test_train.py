@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,28 +13,23 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
+from runs import at_step, by_two_ranks, losses
 from safetensors.torch import load_file
 from serving_forward import ServedDraft
 from tiny import save_target, write_chats
 
-from fastdraft import checkpoint
+from fastdraft import checkpoint, cli
 from fastdraft import run as a_run
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.data.loader import Ahead, Loader
+from fastdraft.data.loader import Loader
 from fastdraft.metrics import read_metrics
 from fastdraft.model.draft import SURE
 from fastdraft.model.ttt_ref import attention_ref
 from fastdraft.run import draft_shape, export_run, load_data, open_run
 from fastdraft.target.hf import Target
 from fastdraft.train import StopSignal, train
-
-CLOCKS = ("time", "tokens_per_s", "data_wait")
-
-
-def losses(run_dir) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in read_metrics(run_dir)]
 
 
 def weights(run_dir) -> dict[str, torch.Tensor]:
@@ -50,18 +43,6 @@ def steps_kept(run_dir) -> list[int]:
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def at_step(monkeypatch, step: int, act) -> None:
-    """Calls act(batches) as the loader hands out optimizer step `step`; what it returns, if anything, is trained on."""
-    original, count = Ahead.__next__, [0]
-
-    def handed(self):
-        batches = original(self)
-        count[0] += 1
-        return (act(batches) or batches) if count[0] == step else batches
-
-    monkeypatch.setattr(Ahead, "__next__", handed)
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------------
@@ -329,56 +310,20 @@ def test_stop_signal_restores_what_was_there():
 
 # --- two processes -------------------------------------------------------------------------------------------------------
 
-CHILD = """
-import os, signal, sys
-from fastdraft.data.loader import Ahead
-stop, step = int(sys.argv.pop(1)), 0
-original = Ahead.__next__
-def handed(self):
-    global step
-    step += 1
-    if step == stop and os.environ["RANK"] == "1":
-        signal.raise_signal(signal.SIGTERM)
-    return original(self)
-Ahead.__next__ = handed
-from fastdraft.cli import main
-main()
-"""
 
-
-def two_processes(config, tmp_path, stop: int) -> list[tuple[int, str]]:
-    """`fastdraft train` as torchrun would start it twice; rank 1 gets SIGTERM in step `stop`. Exit codes and output."""
-    file = tmp_path / "two.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", CHILD, str(stop), "train", str(file)]
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    children = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [(child.returncode, output) for child, output in zip(children, outputs, strict=True)]
+def train_until_a_signal(file: Path) -> None:
+    """`fastdraft train`, whose rank 1 gets SIGTERM in step 3."""
+    at_step(pytest.MonkeyPatch(), 3, lambda _: os.environ["RANK"] == "1" and signal.raise_signal(signal.SIGTERM))
+    sys.argv = ["fastdraft", "train", str(file)]
+    cli.main()
 
 
 def test_two_processes_then_one_give_what_one_gives(make_config, tmp_path, whole):
     """A signal to either stops both after that step; one process goes on from their checkpoint."""
     changes = {"eval.max_packs": 1}
     config = make_config(**changes)
-    for code, output in two_processes(config, tmp_path, stop=3):
-        assert code == 128 + signal.SIGTERM, output
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert by_two_ranks(train_until_a_signal, tmp_path / "two.yaml") == [128 + signal.SIGTERM] * 2
     assert steps_kept(config.run_dir)[-1] == 3
     train(config)
     ours, theirs = (losses(config.run_dir), weights(config.run_dir)), whole(**changes)

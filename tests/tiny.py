@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastdraft.model.config import DraftConfig
+from fastdraft.model.draft import Draft
+
 WORDS = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "el", "ir", "om", "us")]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "\n"]
 CHATML = (
@@ -56,6 +59,36 @@ def save_target(path: Path, seed: int = 0, **changes) -> Path:
     tiny_llama(seed, **changes).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
+
+
+def draft_shape(**changes) -> DraftConfig:
+    """12 wide, 2 heads of 6, vocabulary 31 of which the draft has 14."""
+    fields = dict(
+        hidden_size=12,
+        target_hidden_size=12,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=6,
+        vocab_size=31,
+        draft_vocab_size=14,
+        num_target_layers=8,
+        layers=(1, 3, 4),
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        max_position_embeddings=64,
+    )
+    return DraftConfig(**fields | changes)
+
+
+def random_draft(config: DraftConfig, embedding: torch.Tensor, std: float = 0.2, seed: int = 1) -> Draft:
+    """In the embedding's dtype, with a random vocabulary map."""
+    generator = torch.Generator().manual_seed(seed)
+    draft = Draft(config).to(embedding.dtype)
+    draft.init_weights(std, generator)
+    draft.set_vocab(torch.randperm(config.vocab_size, generator=generator)[: config.draft_vocab_size].sort().values)
+    draft.set_embedding(embedding)
+    return draft
 
 
 def write_chats(path: Path, count: int, seed: int = 0, turns: int = 2) -> Path:

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fastdraft.config import Config, load_config
 from fastdraft.data.answer_local import answer_batch
@@ -40,7 +42,7 @@ from fastdraft.run import (
     open_target,
     start_process,
 )
-from fastdraft.target.hf import load_tokenizer
+from fastdraft.target.hf import Target, load_tokenizer
 from fastdraft.train import train
 
 HERE = Path(__file__).parent
@@ -156,17 +158,11 @@ def answer(config: Config, file: Path) -> None:
     target = open_target(config, new_draft(config).config.layers, device)
     tokenizer = load_tokenizer(config.target.path)
     prompts = prompt_ids(read_prompts(HERE / "train_prompts.jsonl"), tokenizer)
-    prompts.sort(key=len)
     start, tokens, count = time.perf_counter(), 0, 0
     with file.open("w", encoding="utf-8") as out:
-        while count < len(prompts):
-            batch = prompts[count : count + ANSWER_BATCH]
-            answers = answer_batch(target, batch, ANSWER_TOKENS, do_sample=False)
-            for prompt, said in zip(batch, answers, strict=True):
-                mask = [0] * len(prompt) + [1] * len(said)
-                row = {"input_ids": prompt + said, "loss_mask": mask, "text": tokenizer.decode(prompt + said)}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count, tokens = count + len(batch), tokens + sum(map(len, answers))
+        for rows in answer_rows(target, tokenizer, prompts, ANSWER_TOKENS):
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            count, tokens = count + len(rows), tokens + sum(sum(row["loss_mask"]) for row in rows)
             seconds = time.perf_counter() - start
             console.print(f"{count}/{len(prompts)} prompts answered, {tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
             if seconds > ANSWER_SECONDS:
@@ -174,9 +170,22 @@ def answer(config: Config, file: Path) -> None:
                 break
 
 
-def sample(
-    tokenizer: transformers.PreTrainedTokenizerBase, prompt: list[int], result: DecodeResult
-) -> list[tuple[str, int | None]]:
+def answer_rows(
+    target: Target, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
+) -> Iterator[list[dict]]:
+    """A line of training data for each prompt, a batch of them at a time, short prompts first."""
+    prompts = sorted(prompts, key=len)
+    for start in range(0, len(prompts), ANSWER_BATCH):
+        batch = prompts[start : start + ANSWER_BATCH]
+        answers = answer_batch(target, batch, max_new_tokens, do_sample=False)
+        rows = []
+        for ids, said in zip(batch, answers, strict=True):
+            mask = [0] * len(ids) + [1] * len(said)
+            rows.append({"input_ids": ids + said, "loss_mask": mask, "text": tokenizer.decode(ids + said)})
+        yield rows
+
+
+def sample(tokenizer: Tokenizer, prompt: list[int], result: DecodeResult) -> list[tuple[str, int | None]]:
     """The prompt, then each target forward's tokens as text."""
     pieces: list[tuple[str, int | None]] = [(tokenizer.decode(prompt), None), (tokenizer.decode(result.tokens[:1]), 0)]
     place = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_decode import prompts, train_on_own_output
-from tiny import tiny_llama
+from tiny import random_draft, tiny_llama
 
 from fastdraft.decode import DecodeSettings
 from fastdraft.engines.run import EnginePlace, Run
@@ -62,11 +62,8 @@ def make_case(name: str, folder: Path, steps: int = 40) -> Case:
     model = tiny_llama(0, **shape | {"initializer_range": 0.15} | target_changes)
     model.save_pretrained(folder / "target")
     c = DraftConfig.from_target(model.config.to_dict(), **{"draft_vocab_size": 120} | draft_changes)
-    target, draft = Target(model, c.layers), Draft(c)
-    generator = torch.Generator().manual_seed(1)
-    draft.init_weights(0.15, generator)
-    draft.set_vocab(torch.randperm(c.vocab_size, generator=generator)[: c.draft_vocab_size].sort().values)
-    draft.set_embedding(target.embedding)
+    target = Target(model, c.layers)
+    draft = random_draft(c, target.embedding, 0.15)
     train_on_own_output(target, draft, NEW_TOKENS, steps)
     checkpoint = export_draft(draft, folder / "draft", torch.float32)
     findings = verify(checkpoint, folder / "target")

@@ -12,7 +12,7 @@ import test_decode
 import torch
 from cases import LLAMA3, engine_place, make_case, rewrite_config
 from safetensors.torch import load_file, save_file
-from tiny import make_tokenizer, save_target, tiny_llama
+from tiny import make_tokenizer, random_draft, save_target, tiny_llama
 
 from bench import engines as bench
 from fastdraft import cli
@@ -21,7 +21,6 @@ from fastdraft.engines.check import compare
 from fastdraft.engines.run import run_engine
 from fastdraft.export import export_draft, load_draft
 from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
 from fastdraft.target.hf import Target, load_target
 
 # A vLLM that leaves all steps of a checkpoint named "position" at the position of the first.
@@ -137,11 +136,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     shape["initializer_range"] = 0.15
     target_dir = save_target(tmp_path / "target", **shape)
     target = Target(tiny_llama(**shape))
-    draft = Draft(DraftConfig.from_target(target.config.to_dict(), draft_vocab_size=120))
-    generator = torch.Generator().manual_seed(1)
-    draft.init_weights(0.15, generator)
-    draft.set_vocab(torch.randperm(192, generator=generator)[:120].sort().values)
-    draft.set_embedding(target.embedding)
+    draft = random_draft(DraftConfig.from_target(target.config.to_dict(), draft_vocab_size=120), target.embedding, 0.15)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ba be bi"}\n{"prompt": "do du dan ka"}\n')
     asked = prompt_ids(read_prompts(tmp_path / "prompts.jsonl"), make_tokenizer())
     monkeypatch.setattr(test_decode, "prompts", lambda: asked)

@@ -12,7 +12,6 @@ from cases import CASES, CHAIN, NEW_TOKENS, engine_place, make_case
 
 from fastdraft import decode
 from fastdraft.config import load_config
-from fastdraft.data import answer_local
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate, generate_plain
 from fastdraft.engines.parity import Parity, diagnose
@@ -106,8 +105,8 @@ def test_smollm2(vllm, tmp_path, monkeypatch):
     target = load_target(target_dir, torch.bfloat16, "cpu")
     asked = prompt_ids(read_prompts(DEMO / "train_prompts.jsonl")[:64], tokenizer)
     with answers.open("w") as file:
-        for batch in answer_local.answer(target, asked, 48, 64):
-            file.writelines(json.dumps(answer.row(tokenizer)) + "\n" for answer in batch)
+        for rows in demo().answer_rows(target, tokenizer, asked, 48):
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     train(config)
     export_run(Path(config.run_dir), tmp_path / "export", "last", overwrite=False)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -15,19 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import at_step, by_two_ranks, losses
 from safetensors.torch import load_file
 from tiny import save_target, tiny_llama, write_chats
 
 from fastdraft.batch import Batch, Features
 from fastdraft.cli import main
-from fastdraft.data.loader import Ahead, Loader, read_pack
+from fastdraft.data.loader import Loader, read_pack
 from fastdraft.decode import DecodeSettings
 from fastdraft.features import capture as capture_module
 from fastdraft.features.fp8 import dequantize, quantize
 from fastdraft.features.meta import read_meta
 from fastdraft.features.read import StoreReader
 from fastdraft.features.store import Store, list_shards, merge_stores, needed, shard_number, verify_store
-from fastdraft.metrics import read_metrics
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
@@ -36,14 +34,9 @@ from fastdraft.run import draft_shape, evaluate_run, load_data
 from fastdraft.target.hf import Target
 from fastdraft.train import train
 
-CLOCKS = ("time", "tokens_per_s", "data_wait")
 SELDOM = {"max_steps": 16, "eval.every": 8, "checkpoint.every": 8}  # a little under three epochs
 CACHE = SELDOM | {"features.mode": "cache", "features.max_gib": 1.0}
 SMALL = 16 * 1024  # bytes of a shard in these tests
-
-
-def losses(run_dir) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in read_metrics(run_dir)]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -73,18 +66,6 @@ def count_target(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(Target, "capture", counted)
     return tokens
-
-
-def at_step(monkeypatch, step: int, act) -> None:
-    """Calls act() before optimizer step `step`."""
-    original, count = Ahead.__next__, itertools.count(1)
-
-    def handed(self):
-        if next(count) == step:
-            act()
-        return original(self)
-
-    monkeypatch.setattr(Ahead, "__next__", handed)
 
 
 # --- which rows ----------------------------------------------------------------------------------------------------------
@@ -166,7 +147,7 @@ def test_an_offline_run_resumes_bit_for_bit(make_config, store, tmp_path, monkey
     whole = make_config(run_dir=str(tmp_path / "whole"), **{"features.path": str(store)})
     train(whole)
     config = make_config(**{"features.path": str(store)})
-    at_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(monkeypatch, 5, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert train(config).stopped_by == signal.SIGTERM
     monkeypatch.undo()
     train(config)
@@ -484,7 +465,7 @@ def test_a_stopped_cache_run_resumes_bit_for_bit(make_config, tmp_path, monkeypa
     paths = [{"features.path": str(tmp_path / name), "run_dir": str(tmp_path / f"run-{name}")} for name in ("a", "b")]
     whole, config = (make_config(**CACHE | path) for path in paths)
     train(whole)
-    at_step(monkeypatch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(monkeypatch, 9, lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert train(config).stopped_by == signal.SIGTERM
     monkeypatch.undo()
     train(config)
@@ -527,33 +508,13 @@ def test_a_cache_is_filled_by_one_run(make_config, tmp_path):
 # --- several processes ---------------------------------------------------------------------------------------------------
 
 
-def as_rank(rank: int, port: int, act, *args) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    act(*args)
-    torch.distributed.destroy_process_group()
-
-
-def by_two_ranks(act, *args) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=as_rank, args=(rank, port, act, *args)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-
-
 def test_two_ranks_fill_and_read_one_store(make_config, store, tmp_path):
-    by_two_ranks(capture_features, make_config(), tmp_path / "two", "auto", (0, 1), False, lambda line: None, SMALL)
+    fill = lambda: capture_features(make_config(), tmp_path / "two", shard_bytes=SMALL)  # noqa: E731
+    assert by_two_ranks(fill) == [0, 0]
     assert files(tmp_path / "two") == files(store)
     runs = [make_config(run_dir=str(tmp_path / name), **{"features.path": str(store)}) for name in ("one", "both")]
     train(runs[0])
-    by_two_ranks(train, runs[1])
+    assert by_two_ranks(train, runs[1]) == [0, 0]
     for ours, theirs in zip(*(losses(run.run_dir) for run in runs), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
 
@@ -561,7 +522,7 @@ def test_two_ranks_fill_and_read_one_store(make_config, store, tmp_path):
 def test_two_ranks_fill_one_cache(make_config, tmp_path, monkeypatch):
     cache = CACHE | {"features.path": str(tmp_path / "cache")}
     config, online = make_config(**cache), make_config(run_dir=str(tmp_path / "online"), **SELDOM)
-    by_two_ranks(train, config)
+    assert by_two_ranks(train, config) == [0, 0]
     train(online)
     for ours, theirs in zip(losses(config.run_dir), losses(online.run_dir), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)

@@ -17,10 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meta_step import meta_step
+from tiny import draft_shape
 
+from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.golden import load_golden, worst_errors
-from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import (
     TTTEngine,
@@ -34,8 +35,8 @@ from fastdraft.model.ttt import (
 from fastdraft.model.ttt_ref import ttt_ref_step
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
-V, HT = 31, 12
-SHAPES = {
+V, HT = 31, 12  # of `draft_shape`
+DRAFTS = {
     "mha": {},
     "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
     "fc_norm": {"fc_norm": True, "num_key_value_heads": 1},
@@ -46,22 +47,7 @@ LENGTHS = (23, 1, 9, 2, 17, 3, 12)
 
 
 def make_draft(dtype=torch.float64, **changes) -> Draft:
-    fields = dict(
-        hidden_size=HT,
-        target_hidden_size=HT,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=6,
-        vocab_size=V,
-        draft_vocab_size=14,
-        num_target_layers=8,
-        layers=(1, 3, 4),
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        max_position_embeddings=64,
-    )
-    config = DraftConfig(**fields | changes)
+    config = draft_shape(**changes)
     draft = Draft(config).double()
     generator = torch.Generator().manual_seed(1)
     for p in draft.parameters():
@@ -127,9 +113,9 @@ def test_golden(path, chunk_rows):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 4096])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", DRAFTS)
 def test_equals_the_reference(shape, chunk_rows):
-    draft, (batch, features, head) = make_draft(**SHAPES[shape]), make_inputs()
+    draft, (batch, features, head) = make_draft(**DRAFTS[shape]), make_inputs()
     ours = ttt_engine_step(draft, batch, features, head, decay(7), chunk_rows=chunk_rows)
     theirs = ttt_ref_step(draft, batch, features, head, decay(7))
     assert theirs[0].live.any(1).all() and bool(theirs[0].masked_in.any(0).logical_not().any())
@@ -141,7 +127,7 @@ def test_equals_the_reference(shape, chunk_rows):
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
 @pytest.mark.parametrize("steps", [1, 7, 12])
 def test_every_loss_and_length(kind, steps):
-    draft, (batch, features, head) = make_draft(**SHAPES["gqa"]), make_inputs()
+    draft, (batch, features, head) = make_draft(**DRAFTS["gqa"]), make_inputs()
     args = draft, batch, features, head, decay(steps), kind, 0.9, 2.0
     assert_same(ttt_engine_step(*args, chunk_rows=13), ttt_ref_step(*args))
 
@@ -188,7 +174,7 @@ def test_nothing_trained_gives_nothing(lengths):
 
 
 def test_gradients_add_up():
-    draft, (batch, features, head) = make_draft(**SHAPES["fc_norm"]), make_inputs()
+    draft, (batch, features, head) = make_draft(**DRAFTS["fc_norm"]), make_inputs()
     other_batch, other_features, _ = make_inputs((5, 11), seed=8)
     engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), flat_gradients(draft)
     engine.step(batch, features, grads)
@@ -202,7 +188,7 @@ def test_gradients_add_up():
 
 @pytest.mark.parametrize("kind", ["kl", "lk_lambda"])
 def test_rows_are_those_of_the_step(kind):
-    draft, (batch, features, head) = make_draft(**SHAPES["gqa"]), make_inputs()
+    draft, (batch, features, head) = make_draft(**DRAFTS["gqa"]), make_inputs()
     engine = TTTEngine(draft, head, decay(5), kind, chunk_rows=9)
     step, rows = engine.step(batch, features, flat_gradients(draft)), engine.rows(batch, features)
     for name in ("loss", "acceptance", "hit", "live", "masked_in"):
@@ -210,7 +196,7 @@ def test_rows_are_those_of_the_step(kind):
 
 
 def test_the_draft_and_its_input_stay_as_they_are():
-    draft, (batch, features, head) = make_draft(**SHAPES["fc_norm"]), make_inputs()
+    draft, (batch, features, head) = make_draft(**DRAFTS["fc_norm"]), make_inputs()
     held = [*draft.state_dict().values(), features.g, features.f, head.weight, batch.input_ids, batch.loss_mask]
     before = [x.clone() for x in held]
     TTTEngine(draft, head, decay(5), chunk_rows=9).step(batch, features, flat_gradients(draft))
@@ -266,21 +252,7 @@ def test_bad_settings_are_refused(bad, match):
 
 # --- memory --------------------------------------------------------------------------------------------------------------
 
-LLAMA_8B = DraftConfig(
-    hidden_size=4096,
-    target_hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-    draft_vocab_size=32000,
-    num_target_layers=32,
-    layers=(1, 15, 28),
-    rms_norm_eps=1e-5,
-    rope_parameters={"rope_theta": 5e5},
-    max_position_embeddings=131072,
-)
+LLAMA_8B = SHAPES["llama-3.1-8b"]
 
 
 def all_trained(*lengths: int) -> Batch:

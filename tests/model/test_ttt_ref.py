@@ -9,10 +9,10 @@ import math
 
 import pytest
 import torch
+from tiny import draft_shape
 from torch import Tensor
 
 from fastdraft.batch import Batch, Features, Rows, TargetHead, tau_sim
-from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt_ref import ttt_ref, ttt_ref_step
 
@@ -32,22 +32,7 @@ SHAPES = {
 
 
 def make_draft(**changes) -> Draft:
-    fields = dict(
-        hidden_size=HT,
-        target_hidden_size=HT,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=6,
-        vocab_size=V,
-        draft_vocab_size=VD,
-        num_target_layers=8,
-        layers=(1, 3, 4),
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        max_position_embeddings=64,
-    )
-    draft = Draft(DraftConfig(**fields | changes)).double()
+    draft = Draft(draft_shape(vocab_size=V, draft_vocab_size=VD, **changes)).double()
     generator = torch.Generator().manual_seed(1)
     for p in draft.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.4 + (p.ndim == 1)

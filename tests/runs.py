@@ -1,0 +1,53 @@
+"""Whole runs in tests: their losses, acting at a step, and two ranks of a process group."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import socket
+
+import torch
+
+from fastdraft.data.loader import Ahead
+from fastdraft.metrics import read_metrics
+
+CLOCKS = ("time", "tokens_per_s", "data_wait")
+
+
+def losses(run_dir) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in read_metrics(run_dir)]
+
+
+def at_step(monkeypatch, step: int, act) -> None:
+    """Calls act(batches) as the loader hands out optimizer step `step`; what it returns, if anything, is trained on."""
+    original, count = Ahead.__next__, itertools.count(1)
+
+    def handed(self):
+        batches = original(self)
+        return (act(batches) or batches) if next(count) == step else batches
+
+    monkeypatch.setattr(Ahead, "__next__", handed)
+
+
+def by_two_ranks(act, *args) -> list[int]:
+    """Calls act(*args) in two processes, as torchrun would start them. Their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_as_rank, args=(rank, port, act, *args)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+        process.kill()
+    return [process.exitcode for process in ranks]
+
+
+def _as_rank(rank: int, port: int, act, *args) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    act(*args)
+    torch.distributed.destroy_process_group()
