@@ -21,7 +21,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -83,18 +83,8 @@ def plan(
     chunk_rows: int | None = None,  # M of the fused engine; None: its own choice
     stored: bool = False,  # features are read from a store: of the target, only embedding and head are loaded
 ) -> Plan:
-    """Predicted needs of a run on one device. Raises ValueError for sizes or names it has no formula for."""
-    if engine not in get_args(Engine):
-        raise ValueError(f"no memory formula for engine {engine!r}; there is one for {' and '.join(get_args(Engine))}")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision {precision!r} is not fp32 or bf16")
+    """Predicted needs of a run on one device, for what `Config` allows."""
     length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
-    if min(pack_tokens, ttt_length, length, 1 if chunk_rows is None else chunk_rows) < 1 or min(keep, target_params) < 0:
-        raise ValueError(
-            f"pack_tokens {pack_tokens}, ttt_length {ttt_length}, document_tokens {document_tokens} and chunk_rows "
-            f"{chunk_rows} must be at least 1, "
-            f"keep {keep} and target_params {target_params} at least 0"
-        )
     b = 2 if precision == "bf16" else 4
     count = draft.num_parameters()
     trainable, frozen = count["trainable"], count["embedding"]

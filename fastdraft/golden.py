@@ -26,6 +26,12 @@ from fastdraft.model.draft import Draft
 RunStep = Callable[[Draft, Batch, Features, TargetHead, Tensor, LossKind], tuple[Rows, dict[str, Tensor]]]
 
 
+GIVEN = (  # of a case's config
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *("draft_vocab_size", "rms_norm_eps", "rope_parameters", "fc_norm"),
+)
+
+
 @dataclass(frozen=True)
 class Golden:
     """One case: what goes in, and the law for what must come out."""
@@ -61,20 +67,11 @@ def load_golden(path: Path) -> Golden:
     except Exception as error:
         raise ValueError(f"{path} is not a readable golden case: {error}") from error
     config = DraftConfig(
-        hidden_size=c["hidden_size"],
+        **{name: c[name] for name in GIVEN},
         target_hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_attention_heads=c["num_attention_heads"],
-        num_key_value_heads=c["num_key_value_heads"],
-        head_dim=c["head_dim"],
-        vocab_size=c["vocab_size"],
-        draft_vocab_size=c["draft_vocab_size"],
         num_target_layers=8,
         layers=(1, 3, 4),
-        rms_norm_eps=c["rms_norm_eps"],
-        rope_parameters=c["rope_parameters"],
         max_position_embeddings=4096,
-        fc_norm=c["fc_norm"],
     )
     draft = Draft(config).to(torch.float64)
     weights = {key.removeprefix("weights."): value for key, value in t.items() if key.startswith("weights.")}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import threading
 import time
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
+from fake_http import FakeHTTP, reply
 from matplotlib.image import imread
 from tiny import refusal
 
@@ -28,7 +27,7 @@ def rounds(number: int) -> list[int]:
     return [1 + (number * 5 + i * 3) % (STEPS + 1) for i in range(number % 4)]
 
 
-class Engine:
+class Engine(FakeHTTP):
     """A server thread. Class attributes are its faults and habits; tests set them on the instance."""
 
     engine, version, speculates = "vLLM", "0.32.0", True
@@ -47,71 +46,54 @@ class Engine:
     hangs = refuses = broken = garbage = None  # paths or a flag
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.counts = dict.fromkeys(("tokens", "drafts", "accepted"), 100)  # of an earlier life
         self.per_position = [70, 20, 10]
         self.bodies, self.keys, self.in_flight, self.most, self.seen = [], set(), 0, 0, 0
-        outer = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
+    def get(self, handler) -> None:
+        if self.hangs == handler.path:
+            time.sleep(2.5)
+        text = self.page(handler.path)
+        reply(handler, 404 if text is None else 200, text or "")
 
-            def do_GET(self):
-                if outer.hangs == self.path:
-                    time.sleep(2.5)
-                text = outer.get(self.path)
-                self.reply(404 if text is None else 200, text or "")
+    def post(self, handler, body: dict) -> None:
+        with self.lock:
+            self.keys.add(handler.headers["Authorization"])
+            self.in_flight += 1
+            self.seen += 1
+            self.most = max(self.most, self.in_flight)
+            self.bodies.append(body)
+            mine = self.seen
+        try:
+            until = time.perf_counter() + 5
+            while self.most < self.gathers and time.perf_counter() < until:
+                time.sleep(0.002)
+            if mine <= self.failures:
+                reply(handler, 503, "overloaded")
+            elif self.refuses:
+                reply(handler, 400, "context too long")
+            elif body["stream"]:
+                self.stream(handler, body, mine)
+            else:
+                reply(handler, 200, self.whole(body))
+        finally:
+            with self.lock:
+                self.in_flight -= 1
 
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.keys.add(self.headers["Authorization"])
-                    outer.in_flight += 1
-                    outer.seen += 1
-                    outer.most = max(outer.most, outer.in_flight)
-                    outer.bodies.append(body)
-                    mine = outer.seen
-                try:
-                    until = time.perf_counter() + 5
-                    while outer.most < outer.gathers and time.perf_counter() < until:
-                        time.sleep(0.002)
-                    if mine <= outer.failures:
-                        self.reply(503, "overloaded")
-                    elif outer.refuses:
-                        self.reply(400, "context too long")
-                    elif body["stream"]:
-                        self.stream(body, mine)
-                    else:
-                        self.reply(200, outer.whole(body))
-                finally:
-                    with outer.lock:
-                        outer.in_flight -= 1
+    def stream(self, handler, body: dict, mine: int) -> None:
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        for chunk in self.answer(body):
+            if mine > self.dies_after:
+                self.close()
+                return
+            time.sleep(self.chunk_s)
+            handler.wfile.write(f"data: {chunk}\n\n".encode())
+            handler.wfile.flush()
 
-            def reply(self, code, text):
-                content = text.encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def stream(self, body, mine):
-                self.send_response(200)
-                self.end_headers()
-                for chunk in outer.answer(body):
-                    if mine > outer.dies_after:
-                        outer.server.shutdown()
-                        outer.server.server_close()
-                        return
-                    time.sleep(outer.chunk_s)
-                    self.wfile.write(f"data: {chunk}\n\n".encode())
-                    self.wfile.flush()
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def get(self, path: str) -> str | None:
+    def page(self, path: str) -> str | None:
         if path == "/v1/models":
             return json.dumps({"data": [{"id": "target", "owned_by": self.engine.lower()}]})
         if path == "/version" and self.engine == "vLLM":
@@ -206,8 +188,7 @@ def engine():
 
     yield make
     for one in made:
-        one.server.shutdown()
-        one.server.server_close()
+        one.close()
 
 
 def ask(*numbers: int) -> list[Prompt]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from fake_http import FakeHTTP, reply
 
 
 def answer_to(body: dict) -> dict:
@@ -19,7 +19,7 @@ def answer_to(body: dict) -> dict:
     }
 
 
-class FakeServer:
+class FakeServer(FakeHTTP):
     """`fault(number, body)` says what happens to a request instead of an answer: None, or (status, headers, bytes), or a
     number of seconds to hang, or "disconnect". `choice(body)` makes the answer."""
 
@@ -29,62 +29,33 @@ class FakeServer:
         self.requests: list[dict] = []
         self.keys: set[str | None] = set()
         self.busy = self.most_busy = 0
-        self.lock = threading.Lock()
-        outer = self
+        super().__init__()
+        self.url += "/v1"
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # or each answer waits 40 ms for the client to acknowledge its headers
+    def get(self, handler) -> None:
+        status, headers, content = self.models if handler.path == "/v1/models" else (404, {}, b"not here")
+        reply(handler, status, content, headers)
 
-            def do_GET(self):
-                self.reply(*(outer.models if self.path == "/v1/models" else (404, {}, b"not here")))
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    number = len(outer.requests)
-                    outer.requests.append(body)
-                    outer.keys.add(self.headers["Authorization"])
-                    outer.busy += 1
-                    outer.most_busy = max(outer.most_busy, outer.busy)
-                time.sleep(outer.delay_s)
-                fault = outer.fault(number, body)
-                if isinstance(fault, float):
-                    time.sleep(fault)
-                    fault = None
-                if fault is None:
-                    usage = {"completion_tokens": 5}
-                    fault = 200, {}, json.dumps({"choices": [outer.choice(body)], "usage": usage}).encode()
-                with outer.lock:
-                    outer.busy -= 1
-                if fault == "disconnect":
-                    self.close_connection = True
-                    self.connection.close()
-                else:
-                    self.reply(*fault)
-
-            def reply(self, status, headers, content):
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-            def handle_error(self, *_):  # the client went away
-                pass
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+    def post(self, handler, body: dict) -> None:
+        with self.lock:
+            number = len(self.requests)
+            self.requests.append(body)
+            self.keys.add(handler.headers["Authorization"])
+            self.busy += 1
+            self.most_busy = max(self.most_busy, self.busy)
+        time.sleep(self.delay_s)
+        fault = self.fault(number, body)
+        if isinstance(fault, float):
+            time.sleep(fault)
+            fault = None
+        if fault is None:
+            usage = {"completion_tokens": 5}
+            fault = 200, {}, json.dumps({"choices": [self.choice(body)], "usage": usage}).encode()
+        with self.lock:
+            self.busy -= 1
+        if fault == "disconnect":
+            handler.close_connection = True
+            handler.connection.close()
+        else:
+            status, headers, content = fault
+            reply(handler, status, content, headers)

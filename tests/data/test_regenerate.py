@@ -15,7 +15,6 @@ from answering import FakeServer, answer_to
 from rich.console import Console
 from tiny import WORDS, make_tokenizer, tiny_llama
 
-from fastdraft import cli
 from fastdraft.data import answer_local
 from fastdraft.data.answer_job import Sampling
 from fastdraft.data.answer_local import LocalTarget
@@ -499,36 +498,34 @@ def test_special_tokens_in_an_answer_are_no_text(target):
 
 
 @pytest.fixture
-def fastdraft(monkeypatch, capsys):
-    """fastdraft("--url", ...) -> exit code, what was printed on both streams together."""
+def command_line(fastdraft):
+    """command_line("--url", ...) -> exit code, what was printed on both streams together."""
 
     def call(*arguments) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["fastdraft", "data", "regenerate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        return exit.value.code or 0, "".join(capsys.readouterr())
+        code, out, err = fastdraft("data", "regenerate", *arguments)
+        return code, out + err
 
     return call
 
 
-def test_the_command_answers(fastdraft, serve, prompts, tmp_path, undisturbed):
+def test_the_command_answers(command_line, serve, prompts, tmp_path, undisturbed):
     out = tmp_path / "out.jsonl"
-    code, printed = fastdraft(prompts, "--out", out, "--url", serve().url, "--url", serve().url, "--temperature", 0)
+    code, printed = command_line(prompts, "--out", out, "--url", serve().url, "--url", serve().url, "--temperature", 0)
     assert code == 0 and "20/20 conversations" in printed
     assert out.read_bytes() == undisturbed
 
 
-def test_the_command_answers_with_a_local_target(fastdraft, target_dir, tmp_path):
+def test_the_command_answers_with_a_local_target(command_line, target_dir, tmp_path):
     source = tmp_path / "one.jsonl"
     source.write_text('{"prompt": "ba be"}\n')
     options = ["--temperature", 0, "--max-new-tokens", 4, "--dtype", "fp32", "--device", "cpu"]
-    code, printed = fastdraft(source, "--out", tmp_path / "out.jsonl", "--target", target_dir, *options)
+    code, printed = command_line(source, "--out", tmp_path / "out.jsonl", "--target", target_dir, *options)
     assert code == 0, printed
     settings = json.loads((tmp_path / "out.jsonl.meta.json").read_text())["settings"]
     assert settings["backend"] == "transformers" and settings["dtype"] == "float32" and settings["batch_size"] == 32
 
 
-def test_the_commands_failures_are_one_line_and_exit_code_1(fastdraft, serve, prompts, tmp_path):
+def test_the_commands_failures_are_one_line_and_exit_code_1(command_line, serve, prompts, tmp_path):
     out = ("--out", tmp_path / "out.jsonl")
     free = serve()
     free.close()
@@ -539,8 +536,8 @@ def test_the_commands_failures_are_one_line_and_exit_code_1(fastdraft, serve, pr
         ((tmp_path / "none.jsonl", *out, "--url", serve().url), "none.jsonl: no such file"),
         ((prompts, "--out", tmp_path / "out.txt", "--url", serve().url), "must end in .jsonl"),
     ):
-        code, printed = fastdraft(*arguments)
+        code, printed = command_line(*arguments)
         assert code == 1 and said in printed and len(printed.splitlines()) == 1, printed
     broken = serve(fault=lambda number, body: (400, {}, b"no") if number == 0 else None)
-    assert fastdraft(prompts, *out, "--url", broken.url)[0] == 1
+    assert command_line(prompts, *out, "--url", broken.url)[0] == 1
     assert not (tmp_path / "out.jsonl").exists()
