@@ -7,9 +7,10 @@ retries, knows one server and two attempts.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, TypeVar
 
 import httpx
 
@@ -36,6 +37,19 @@ class Refused(ValueError):
     def __init__(self, reason: str, status: int) -> None:
         super().__init__(reason)
         self.status = status
+
+
+def parse_fields(text: str, option: str, own: Collection[str]) -> dict[str, Any]:
+    """Further fields of a request from a command's option. ValueError: it is no JSON object, or holds one of `own`."""
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{option} must be a JSON object, not {text}")
+    if held := sorted(fields.keys() & own):
+        raise ValueError(f"{option} must not hold {', '.join(held)}: the command sets it, or has an option for it")
+    return fields
 
 
 def connect(api_key: str | None, base_url: str | httpx.URL = "", connect_s: float = CONNECT_S) -> httpx.AsyncClient:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny import LLAMA_8B
 
 from fastdraft.config import load_config
 from fastdraft.model.config import DraftConfig
@@ -10,25 +11,6 @@ from fastdraft.model.config import DraftConfig
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # the shape fields of each target's published config.json
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-05,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}
 QWEN3_8B = {
     "model_type": "qwen3",
     "hidden_size": 4096,

@@ -464,7 +464,7 @@ def test_bad_input_is_one_red_line(fastdraft, tmp_path):
     assert "each once" in said("--prompts", prompts, "--concurrency", "4,4")
     assert "at least 1" in said("--prompts", prompts, "--concurrency", "0")
     assert "max_new_tokens must be at least 2, not 1" in said("--prompts", prompts, "--max-new-tokens", 1)
-    assert "body must be a JSON object" in said("--prompts", prompts, "--body", "[1]")
+    assert "--body must be a JSON object" in said("--prompts", prompts, "--body", "[1]")
     assert "body is not JSON" in said("--prompts", prompts, "--body", "{")
     own = '{"n": 2, "max_tokens": 9, "seed": 1}'
     assert "body must not hold max_tokens, n" in said("--prompts", prompts, "--body", own)

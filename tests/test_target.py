@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
-from tiny import save_target, tiny_llama
+from tiny import TINY, save_target, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdraft.batch import Batch
@@ -23,20 +23,7 @@ from fastdraft.target.hf import (
     target_fingerprint,
 )
 
-SMALL = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    bos_token_id=None,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SMALL = TINY | dict(vocab_size=96, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0)
 KINDS = {
     "llama": {},
     "qwen3": {},

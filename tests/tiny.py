@@ -21,6 +21,45 @@ CHATML = (
 )
 
 
+TINY = dict(  # of a target; weights large enough that its choices are not near-ties
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=192,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    bos_token_id=None,
+    eos_token_id=2,
+    pad_token_id=2,
+)
+LLAMA_8B = {  # Llama-3.1-8B's config.json as published
+    "model_type": "llama",
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word is a token; the pad token is the end-of-turn token, as SmolLM2's is."""
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *WORDS])}
@@ -36,23 +75,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    """8 layers of 32, vocabulary 192, fp32; weights large enough that its choices are not near-ties."""
-    config = dict(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=192,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
+    """8 layers of 32, vocabulary 192, fp32."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
+    return LlamaForCausalLM(LlamaConfig(**TINY | changes)).eval()
 
 
 def save_target(path: Path, seed: int = 0, **changes) -> Path:

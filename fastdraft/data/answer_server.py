@@ -29,6 +29,7 @@ from fastdraft.servers import (
     error_text,
     get,
     lost,
+    parse_fields,
     retried,
     said,
 )
@@ -217,18 +218,7 @@ class Servers:
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any] | None:
-    """The object of --extra-body. ValueError when it is none, or holds what has an option of its own."""
-    if text is None:
-        return None
-    try:
-        extra = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--extra-body is not JSON: {error}") from error
-    if not isinstance(extra, dict):
-        raise ValueError(f"--extra-body must be a JSON object, got {text}")
-    if own := [key for key in extra if key in OWN_KEYS]:
-        raise ValueError(f"--extra-body must not hold {', '.join(own)}: the command sets it, or has an option for it")
-    return extra
+    return None if text is None else parse_fields(text, "--extra-body", OWN_KEYS)
 
 
 async def _awake(servers: list[Server], home: Server, last: Server | None) -> Server:

@@ -55,6 +55,7 @@ from fastdraft.serve.client import (
     read_counters,
     sglang_info,
 )
+from fastdraft.servers import parse_fields
 
 ACCEPTED_LENGTH = (
     "tokens per verifying forward of the target, its own (bonus) token included and the prefill's left out, "
@@ -83,8 +84,6 @@ class Load:
         for name, least in {"max_new_tokens": 2, "temperature": 0, "num_warmup": 0, "retries": 0, "timeout_s": 0.1}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if own := sorted(OWN_FIELDS & self.body.keys()):
-            raise ValueError(f"body must not hold {', '.join(own)}: the command sets it, or has an option for it")
 
 
 def parse_load(concurrency: str, body: str, **rest: Any) -> Load:
@@ -93,13 +92,7 @@ def parse_load(concurrency: str, body: str, **rest: Any) -> Load:
         numbers = tuple(int(number) for number in concurrency.split(","))
     except ValueError as error:
         raise ValueError(f"concurrency {concurrency!r} must be whole numbers with commas, like 1,4,16") from error
-    try:
-        fields = json.loads(body)
-    except ValueError as error:
-        raise ValueError(f"body is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"body must be a JSON object, not {body}")
-    return Load(numbers, body=fields, **rest)
+    return Load(numbers, body=parse_fields(body, "--body", OWN_FIELDS), **rest)
 
 
 @dataclass(frozen=True)

@@ -6,34 +6,11 @@ import json
 import pytest
 import torch
 import yaml
+from tiny import LLAMA_8B as LLAMA
 from transformers import Gemma3Config, GptOssConfig, LlamaConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3MoeConfig
 
 from fastdraft.model.config import DraftConfig, canonical_rope, init_config, read_target_config
 from fastdraft.model.draft import Draft
-
-LLAMA = {  # Llama-3.1-8B as published
-    "model_type": "llama",
-    "attention_bias": False,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}
 
 
 def test_llama_in_the_old_spelling():
