@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Replaces a file, in a folder that is made if it is not there. OSError leaves what was there."""
+    """Replaces a file, in a folder that is made if it is not there. OSError leaves what was there. One writer at a time: a
+    killed one's file aside is the next one's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".writing-{path.name}-{os.getpid()}")
+    aside = path.with_name(f".writing-{path.name}")
     try:
         with aside.open("wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
