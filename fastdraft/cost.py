@@ -51,8 +51,6 @@ class Plan:
     memory: tuple[Row, ...]  # bytes on one device at the peak of a step
     disk: tuple[Row, ...]  # bytes
     flops: tuple[Row, ...]  # forward and backward, per packed token
-    checkpoint_bytes: int  # one checkpoint: fp32 master, two moments, vocabulary map
-    export_bytes: int  # model.safetensors of the serving checkpoint
 
     @property
     def memory_bytes(self) -> int:
@@ -109,7 +107,7 @@ def plan(
         Row("features g and f of a pack", 4 * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
         *step,
     )
-    checkpoint = 12 * trainable + maps
+    checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
     export = trainable * target_dtype.itemsize + draft.vocab_size + 8 * draft.draft_vocab_size
     if draft.hidden_size != draft.target_hidden_size:
         export += frozen * target_dtype.itemsize
@@ -121,7 +119,7 @@ def plan(
         Row("export", export),
     )
     flops = work if stored else (Row("target forward (every parameter active)", 2 * target_params), *work)
-    return Plan(trainable, frozen, target_params, memory, disk, flops, checkpoint, export)
+    return Plan(trainable, frozen, target_params, memory, disk, flops)
 
 
 def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, rows_kept: int) -> tuple[Row, ...]:

@@ -88,37 +88,10 @@ class DecodeResult:
     tokens: list[int]  # generated, the stop token included
     stopped_by: str  # "eos", "length" (max_new_tokens) or "context"
     num_rounds: int  # 0 for `generate_plain`
-    num_target_forwards: int  # prefill included
     drafted: tuple[int, ...]  # [num_steps] rounds that drafted to this depth
     accepted: tuple[int, ...]  # [num_steps] rounds that kept a drafted token at this depth
     per_round: tuple[int, ...]  # tokens of each round, in order; the prefill's token comes before them
     seconds: float  # wall clock, prefill included
-
-    @property
-    def accepted_length(self) -> float:
-        """Mean tokens a round produced, its own (bonus) token included and the prefill's token left out: 1 without any
-        acceptance; vLLM's "mean acceptance length". The last round counts only the tokens before the stop."""
-        return (len(self.tokens) - 1) / self._rounds()
-
-    @property
-    def spec_accept_length(self) -> float:
-        """SGLang's `spec_accept_length`: completion tokens / verify rounds. The prefill's token is in the numerator, so it
-        is 1 / num_rounds more than `accepted_length`."""
-        return len(self.tokens) / self._rounds()
-
-    @property
-    def step_acceptance(self) -> tuple[float, ...]:
-        """Of the rounds that drafted to depth j + 1, the share that kept a token there."""
-        return tuple(a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted, strict=True))
-
-    @property
-    def tokens_per_s(self) -> float:
-        return len(self.tokens) / self.seconds
-
-    def _rounds(self) -> int:
-        if not self.num_rounds:
-            raise ValueError("no speculative round was run (the first token ended the output): no length to average")
-        return self.num_rounds
 
 
 @dataclass(frozen=True)
@@ -247,7 +220,6 @@ def generate(
         tokens=out,
         stopped_by=stopped_by,
         num_rounds=len(per_round),
-        num_target_forwards=len(per_round) + 1,
         drafted=tuple(drafted),
         accepted=tuple(accepted),
         per_round=tuple(per_round),
@@ -271,7 +243,7 @@ def generate_plain(
         _, f = target.forward(ids[None], cache)
         ids = _choose(target.head.logits(f[0, -1:]), settings, generator)
         out += ids.tolist()
-    return DecodeResult(out, stopped_by, 0, len(out), (), (), (), time.perf_counter() - start)
+    return DecodeResult(out, stopped_by, 0, (), (), (), time.perf_counter() - start)
 
 
 @torch.no_grad()

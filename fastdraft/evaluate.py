@@ -116,8 +116,10 @@ class DecodeReport:
     num_prompts: int
     num_tokens: int
     num_rounds: int
-    accepted_length: float  # tokens a verifying forward, bonus included, prefill's token left out (DecodeResult says more)
-    spec_accept_length: float  # as SGLang counts: all completion tokens / rounds
+    # tokens a verifying forward gave, its own (bonus) token included, the prefill's left out: 1 without any acceptance;
+    # vLLM's "mean acceptance length". Of an output's last round, the tokens before the stop
+    accepted_length: float
+    spec_accept_length: float  # SGLang's: all completion tokens / rounds, the prefill's in the numerator too
     step_acceptance: list[float]  # [num_steps] share of rounds that kept a drafted token at this depth
     tokens_per_s: float  # prefill's time included
     plain_tokens_per_s: float  # the target alone

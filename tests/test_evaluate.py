@@ -151,7 +151,7 @@ def test_decode_report_is_the_total_of_its_prompts(target, draft, settings):
 def test_an_output_that_is_not_the_targets_is_reported(target, draft):
     plain = [generate_plain(target, p, 8) for p in prompts()]
     t = plain[1].tokens
-    wrong = DecodeResult([*t[:5], (t[5] + 1) % 96, *t[6:]], "length", 0, 8, (), (), (), 1.0)
+    wrong = DecodeResult([*t[:5], (t[5] + 1) % 96, *t[6:]], "length", 0, (), (), (), 1.0)
     report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8, plain=[plain[0], wrong, plain[2]])
     assert (report.num_equal, report.first_difference_prompt, report.first_difference.index) == (2, 1, 5)
     assert report.first_difference.logit_gap < 0  # the target prefers our token
