@@ -3,7 +3,7 @@
 Appends rows to bench/results/features.jsonl:
 
   features/capture   tokens/s of a capture of several shards, the last one's way to the disk included, and of the target's
-                     bare forward over the same padded groups (no hooks, nothing kept), before and after it; bytes a token
+                     bare forward over the same runs of documents (nothing kept), before and after it; bytes a token
   features/read      GB/s of `StoreReader.read` over shuffled packs, shards in memory and not, beside plain reads of them
   features/fp8       held-out tau_sim of drafts trained alike from the store, the fp8 store, and with --online none
 
@@ -32,7 +32,8 @@ from fastdraft.features.read import StoreReader
 from fastdraft.features.store import Store, list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_process
-from fastdraft.target.hf import Target, _groups_of_like_length, target_fingerprint
+from fastdraft.target.hf import Target, target_fingerprint
+from fastdraft.target.packed import Documents, packed
 from fastdraft.train import train
 
 Write = Callable[[str, dict], None]  # op, row
@@ -48,14 +49,13 @@ def settle(device: torch.device) -> float:
 
 @torch.no_grad()
 def bare_forward(target: Target, packs: tuple[Pack, ...]) -> float:
-    """Seconds of the decoder alone over packs, grouped and padded as capture does."""
+    """Seconds of the decoder alone over packs, run as capture runs them."""
     start = settle(target.device)
     for pack in packs:
-        batch = pack.read()
-        documents = batch.input_ids.to(target.device).split(batch.lengths)
-        for group in _groups_of_like_length(batch.lengths):
-            ids = torch.nn.utils.rnn.pad_sequence([documents[d] for d in group], batch_first=True)
-            target.decoder(input_ids=ids, use_cache=False)
+        for ids, lengths in target.packed_runs(pack.read()):
+            documents = Documents.of(lengths, target.device)
+            with packed(target.decoder.config, documents):
+                target.decoder(input_ids=ids[None], position_ids=documents.position[None], use_cache=False)
     return settle(target.device) - start
 
 
@@ -63,6 +63,8 @@ def bench_capture(
     config: Config, target: Target, folders: dict[str, Path], shard_tokens: int, timed: int, write: Write
 ) -> None:
     """WARM shards, then `timed` in one go until the last is on the disk, between two bare forwards of their packs."""
+    if target.apart is not None:
+        raise ValueError(f"only targets whose documents run packed are timed: {target.apart}")
     data = load_data(config, target.vocab_size)
     wanted, fingerprint = run_meta(config, target.layers), target_fingerprint(target)
     for dtype, folder in folders.items():

@@ -85,7 +85,8 @@ def open_features(
     """The target, or of a store that has all features only its embedding, head and norm. The store is checked against the
     run: ValueError names each field that differs."""
     if config.features.path is None:
-        return open_target(config, layers, device), None, []
+        target = open_target(config, layers, device)
+        return target, None, runs_apart(target)
     folder = Path(config.features.path)
     wanted = run_meta(config, layers)
     if config.features.mode == "cache":
@@ -96,7 +97,8 @@ def open_features(
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), rank, world)
         checkpoint.barrier()  # nobody writes before all have counted
-        return target, cache, [f"{reason}; its documents are run again" for reason in cache.store.damaged.values()]
+        told = [f"{reason}; its documents are run again" for reason in cache.store.damaged.values()]
+        return target, cache, told + runs_apart(target)
     store = Store(folder)
     refuse_other(folder, store.meta, wanted, COMPARED)
     told = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
@@ -105,6 +107,10 @@ def open_features(
         StoreReader(store, device, config.features.on_bad_shard),
         told,
     )
+
+
+def runs_apart(target: Target) -> list[str]:
+    return [f"the target's documents run padded, not packed: {target.apart}"] if target.apart is not None else []
 
 
 def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:

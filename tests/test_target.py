@@ -10,13 +10,15 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from tiny import TINY, save_target, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastdraft.batch import Batch
+from fastdraft.target import hf
+from fastdraft.target import packed as packing
 from fastdraft.target.hf import (
     Target,
-    _groups_of_like_length,
     count_target_parameters,
+    groups_of_like_length,
     load_target,
     load_target_config,
     load_tokenizer,
@@ -162,9 +164,79 @@ def test_cached_forward_equals_the_whole():
     torch.testing.assert_close(torch.cat([p[1] for p in parts], 1), f, rtol=1e-4, atol=1e-5)
 
 
+APART = {
+    "gpt_oss": "sliding_attention",
+    "mistral": "MistralAttention attends with sliding_window",
+    "gemma2": "sliding_attention",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_packed_where_attention_is_plain(kind):
+    target = Target(make_model(kind))
+    assert (target.apart is None) == (kind not in APART)
+    assert target.apart is None or APART[kind] in target.apart
+    assert target.decoder.config._attn_implementation == "eager"  # as before
+
+
+def rows(features):
+    return features.g, features.f
+
+
+def test_packed_documents_equal_padded_ones():
+    target, batch = Target(make_model("qwen3")), make_batch((30, 1, 17, 16, 2, 9))
+    for packed, padded in zip(rows(target.capture(batch)), rows(target._capture_apart(batch)), strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pack_runs_in_parts_of_bounded_size(monkeypatch):
+    target, batch = Target(make_model("llama")), make_batch((9, 12, 3, 40, 1, 7))
+    whole = target.capture(batch)
+    monkeypatch.setattr(hf, "RUN_TOKENS", 21)
+    assert [lengths for _, lengths in target.packed_runs(batch)] == [(9, 12), (3,), (40,), (1, 7)]
+    for parts, one in zip(rows(target.capture(batch)), rows(whole), strict=True):
+        torch.testing.assert_close(parts, one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_lets_documents_see_each_other_runs_them_apart(monkeypatch):
+    """As one would whose code does not ask transformers for its attention."""
+
+    def one_document(module, query, key, value, attention_mask, scaling=None, **more):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, packing.NAME, one_document)
+    target = Target(make_model("llama"))
+    assert "packed documents give states that are off by" in target.apart
+    batch = make_batch()
+    alone = [target.forward(ids[None])[1][0] for ids in batch.input_ids.split(batch.lengths)]
+    torch.testing.assert_close(target.capture(batch).f, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_rope_that_depends_on_the_length_runs_documents_apart():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert "RoPE (dynamic)" in Target(tiny_llama(rope_parameters=rope)).apart
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_packed_documents_equal_padded_ones_on_a_gpu(kind, dtype):
+    target, batch = Target(make_model(kind).to("cuda", dtype)), make_batch((300, 1, 170, 16, 2, 90))
+    exact = Target(make_model(kind).to("cuda", torch.float64))
+    assert target.apart is None
+    found = target.capture(batch), target._capture_apart(batch), exact._capture_apart(batch)
+    for packed, padded, truth in zip(*map(rows, found), strict=True):
+        allowed = 2 * (padded - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+        assert (packed - truth).abs().max() <= allowed
+
+
 def test_groups_hold_every_document_once_and_bound_padding():
     lengths = (5, 100, 1, 99, 81, 4, 100, 3)
-    groups = _groups_of_like_length(lengths, least_fill=0.8, most_tokens=250)
+    groups = groups_of_like_length(lengths, least_fill=0.8, most_tokens=250)
     assert sorted(d for group in groups for d in group) == list(range(8))
     for group in groups:
         longest = lengths[group[0]]

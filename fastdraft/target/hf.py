@@ -1,8 +1,9 @@
 """The frozen target, run by transformers: any decoder whose layers can be hooked.
 
-Capture runs documents right-padded and causal with no attention mask at all: a real token never sees padding, so a
-pack's documents cannot see each other, whatever attention the model uses. Three forward hooks keep the outputs of the
-layers the draft reads; no other layer's state is kept.
+Capture runs a pack's documents one after the other in one row (`target/packed.py`) where a model can: tried and compared
+when it is built. Any other model gets documents of like length together, right-padded and causal with no attention mask at
+all: a real token never sees padding, so documents cannot see each other, whatever attention the model uses; `apart` says
+why. Three forward hooks keep the outputs of the layers the draft reads; no other layer's state is kept.
 
 # N packed tokens, B documents run together, L their longest, Ht target hidden, V target vocabulary
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,6 +25,9 @@ from transformers.utils import cached_file
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.model.config import default_layers
+from fastdraft.target.packed import Documents, packed, unpackable
+
+RUN_TOKENS = 16384  # of documents that run together: what the target's own activations take is bounded so
 
 
 class Target:
@@ -51,6 +57,7 @@ class Target:
         eos = generation if generation is not None else self.config.eos_token_id
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
         self._prove_head()
+        self.apart = unpackable(self.decoder.config) or self._try_packing()
 
     @property
     def device(self) -> torch.device:
@@ -77,35 +84,74 @@ class Target:
     ) -> tuple[Tensor, Tensor]:  # g [B, L, 3*Ht], f [B, L, Ht]
         """One forward of the decoder without the vocabulary projection; extends `cache` when given."""
         self._capturing = True
-        f = self.decoder(
-            input_ids=input_ids,
-            past_key_values=cache,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        self._capturing = False
-        g = torch.cat([self._states.pop(place) for place in range(3)], -1)
-        return g, f
+        try:
+            f = self.decoder(
+                input_ids=input_ids,
+                past_key_values=cache,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                use_cache=cache is not None,
+            ).last_hidden_state
+            return torch.cat([self._states[place] for place in range(3)], -1), f
+        finally:
+            self._capturing = False
+            self._states.clear()
 
     def capture(self, batch: Batch) -> Features:
         """g and f of every token of a packed batch, each document on its own."""
+        if self.apart is not None:
+            return self._capture_apart(batch)
+        runs = [self.forward_packed(ids, lengths) for ids, lengths in self.packed_runs(batch)]
+        return Features(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*runs, strict=True)))
+
+    def packed_runs(self, batch: Batch) -> Iterator[tuple[Tensor, tuple[int, ...]]]:  # token ids [n], documents' lengths
+        """Documents that run together: up to RUN_TOKENS, or one that is longer."""
+        runs: list[list[int]] = []
+        for length in batch.lengths:
+            if runs and sum(runs[-1]) + length <= RUN_TOKENS:
+                runs[-1].append(length)
+            else:
+                runs.append([length])
+        ids = batch.input_ids.to(self.device).split([sum(run) for run in runs])
+        return zip(ids, map(tuple, runs), strict=True)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor,  # [n] int64, documents one after the other
+        lengths: tuple[int, ...],
+    ) -> tuple[Tensor, Tensor]:  # g [n, 3*Ht], f [n, Ht]
+        documents = Documents.of(lengths, self.device)
+        with packed(self.decoder.config, documents):
+            g, f = self.forward(input_ids[None], position_ids=documents.position[None])
+        return g[0], f[0]
+
+    def _capture_apart(self, batch: Batch) -> Features:
         n, width = batch.num_tokens, self.hidden_size
         g = torch.empty(n, 3 * width, dtype=self.dtype, device=self.device)
         f = torch.empty(n, width, dtype=self.dtype, device=self.device)
-        starts = [0]
-        for length in batch.lengths:
-            starts.append(starts[-1] + length)
-        for group in _groups_of_like_length(batch.lengths):
+        ids, starts = batch.input_ids.to(self.device), [0, *accumulate(batch.lengths)]
+        for group in groups_of_like_length(batch.lengths):
             longest = batch.lengths[group[0]]
-            ids = batch.input_ids.new_zeros(len(group), longest)
+            padded = ids.new_zeros(len(group), longest)
             for row, d in enumerate(group):
-                ids[row, : batch.lengths[d]] = batch.input_ids[starts[d] : starts[d + 1]]
-            g_rows, f_rows = self.forward(ids)
+                padded[row, : batch.lengths[d]] = ids[starts[d] : starts[d + 1]]
+            g_rows, f_rows = self.forward(padded)
             for row, d in enumerate(group):
                 g[starts[d] : starts[d + 1]] = g_rows[row, : batch.lengths[d]]
                 f[starts[d] : starts[d + 1]] = f_rows[row, : batch.lengths[d]]
         return Features(g, f)
+
+    def _try_packing(self) -> str | None:
+        """Why documents must run apart: what a packed forward fails with, or that it is not what each alone gives."""
+        lengths = (9, 4, 14)
+        ids = torch.arange(sum(lengths), device=self.device) * 7 % self.vocab_size
+        try:
+            _, f = self.forward_packed(ids, lengths)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return _first_line(error)
+        alone = torch.cat([self.forward(part[None])[1][0] for part in ids.split(lengths)])
+        error, scale = (f - alone).abs().max().item(), alone.abs().max().item()
+        return None if error <= 0.05 * scale else f"packed documents give states that are off by {error / scale:.1%}"
 
     @torch.no_grad()
     def _prove_head(self) -> None:
@@ -226,7 +272,9 @@ def _head(model: PreTrainedModel, config) -> TargetHead:
     )
 
 
-def _groups_of_like_length(lengths: tuple[int, ...], least_fill: float = 0.8, most_tokens: int = 16384) -> list[list[int]]:
+def groups_of_like_length(
+    lengths: tuple[int, ...], least_fill: float = 0.8, most_tokens: int = RUN_TOKENS
+) -> list[list[int]]:
     """Documents to run together: longest first, none shorter than `least_fill` of its group's longest."""
     groups: list[list[int]] = []
     for d in sorted(range(len(lengths)), key=lambda d: -lengths[d]):

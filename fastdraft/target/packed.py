@@ -1,0 +1,101 @@
+"""Packed documents in one forward of a transformers model: none sees another, nothing is padded.
+
+All of a decoder but its attention works token by token, so documents may lie one after the other in one row if their
+positions start anew and attention keeps them apart. While `packed` is entered, the model's attention is `_attend`: on a GPU
+the kernel that the draft trains with (`ttt_attention`, without diagonal terms), on a CPU one document after the other.
+
+Models that do anything else with other tokens cannot run so; `unpackable` and `_attend` name what they see of that, and
+`Target` compares a packed forward with one of each document.
+
+# n tokens of all documents, Hq/Hkv heads, D head dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+
+from fastdraft.kernels.ttt_attention import ttt_attention
+
+NAME = "fastdraft_packed"
+HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    lengths: tuple[int, ...]
+    position: Tensor  # [n] int64, of each token in its document
+    row: Tensor  # [n] int64, 0 .. n-1
+    start: Tensor  # [n] int64, row of the first token of its document
+
+    @staticmethod
+    def of(lengths: tuple[int, ...], device: torch.device) -> Documents:
+        sizes = torch.tensor(lengths)
+        row, start = torch.arange(int(sizes.sum())), (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        both = torch.stack([row, start])
+        both = both.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else both.to(device)
+        return Documents(lengths, both[0] - both[1], *both)
+
+
+_documents: ContextVar[Documents] = ContextVar("documents")
+
+
+@contextmanager
+def packed(config: PretrainedConfig, documents: Documents) -> Iterator[None]:
+    """Meanwhile, a forward of the decoder with this config takes input_ids [1, n] of these documents, and their
+    position_ids. ValueError in it when a layer attends in a way that `_attend` does not know."""
+    before, token = config._attn_implementation, _documents.set(documents)
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _documents.reset(token)
+
+
+def unpackable(config: PretrainedConfig) -> str | None:
+    """What in a decoder's config says that its documents must run apart; None when nothing does."""
+    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
+        return f"it has layers of {', '.join(other)}"
+    ropes = [getattr(config, "rope_parameters", None) or {}]
+    ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
+    if other := sorted({rope.get("rope_type") for rope in ropes} & {"dynamic", "longrope"}):
+        return f"its RoPE ({other[0]}) depends on the longest document"
+    return None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,  # [1, Hq, n, D]
+    key: Tensor,  # [1, Hkv, n, D]
+    value: Tensor,  # [1, Hkv, n, D]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **more: object,
+) -> tuple[Tensor, None]:  # [1, n, Hq, D]
+    unknown = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
+    if attention_mask is not None or dropout:
+        unknown.append("a mask" if attention_mask is not None else "dropout")
+    if unknown or value.shape[-1] != query.shape[-1] or not getattr(module, "is_causal", True):
+        raise ValueError(f"{type(module).__name__} attends with {', '.join(unknown) or 'other shapes or no causal mask'}")
+    documents, scale = _documents.get(), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return ttt_attention(q, k, v, None, None, documents.row, documents.start, scale)[None], None
+    out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    parts = (x.split(documents.lengths, 2) for x in (query, key, value))
+    for place, q, k, v in zip(out.split(documents.lengths, 1), *parts, strict=True):
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        place.copy_(part.transpose(1, 2))
+    return out, None
+
+
+AttentionInterface.register(NAME, _attend)
