@@ -68,6 +68,8 @@ def tokenise(data: Path, tokenizer: PreTrainedTokenizerBase, workers: int, folde
 
     dataset, stats = cached(folder / f"workers-{workers}", write)
     warm = max(4 * workers, 1)  # chunks in flight when the first is back
+    if len(done) <= warm:
+        raise ValueError(f"{data} is read in {len(done)} chunks; {workers} workers are timed after {warm}: give more data")
     wall, cpu, tokens = done[-1][0] - done[warm - 1][0], done[-1][1] - done[warm - 1][1], sum(n for *_, n in done[warm:])
     speeds = {"tokens_per_s": round(tokens / wall), "tokens_per_cpu_s_here": round(tokens / cpu)}
     return dataset, {"workers": workers, "tokens": stats.tokens} | speeds

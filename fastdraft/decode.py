@@ -183,12 +183,20 @@ def generate(
     prompt: list[int],
     max_new_tokens: int,
     settings: DecodeSettings | None = None,
+    follow: list[int] | None = None,
 ) -> DecodeResult:
     """Generates with the draft until a stop token, max_new_tokens or the target's context is full.
+
+    `follow` is an output made elsewhere, an engine's: its tokens are taken for the target's choice, up to its last. What is
+    counted is then free of near-ties that fall another way here. Greedy settings only.
 
     Raises ValueError when draft and target do not fit, or the prompt is empty, out of range or fills the context.
     """
     settings = settings or DecodeSettings()
+    if follow is not None:
+        max_new_tokens = len(follow)
+        if settings.temperature > 0:
+            raise ValueError(f"an output can only be followed greedily, not at temperature {settings.temperature}")
     limit, context = _limits(target, prompt, max_new_tokens)
     _check_fit(target, draft, settings)
     start = time.perf_counter()
@@ -196,7 +204,7 @@ def generate(
     cache = DynamicCache()
     ids = torch.tensor(prompt, device=target.device)
     g, f = target.forward(ids[None], cache)
-    first = _choose(target.head.logits(f[0, -1:]), settings, generator)
+    first = _choose(target.head.logits(f[0, -1:]), settings, generator) if follow is None else ids.new_tensor(follow[:1])
     out = first.tolist()
     state = DraftState(draft, len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk)
     known, g = torch.cat([ids[1:], first]), g[0]
@@ -207,7 +215,9 @@ def generate(
         depth = min(settings.num_steps, context - 1 - root)
         proposal = _propose(state, state.extend(known, g), depth, settings, generator)
         g, f = _run_tree(target, cache, root, known[-1:], proposal, chain=settings.eagle_topk == 1)
-        path, known = _verify(target.head.logits(f), proposal, state.draft_ids, settings, generator)
+        logits = target.head.logits(f)
+        choice = None if follow is None else _next_of(follow, len(out), proposal, ids.device)
+        path, known = _verify(logits, proposal, state.draft_ids, settings, generator, choice)
         _keep_path(cache, root, path, 1 + len(proposal.parents))
         g = g[path]
         given = _until_stop(known.tolist(), target.eos_ids)[: limit - len(out)]
@@ -383,18 +393,27 @@ def _verify(
     draft_ids: Tensor,  # [Vd]
     settings: DecodeSettings,
     generator: torch.Generator,
+    choice: Tensor | None = None,  # [1+m] int64 tokens to take for the target's; None: the target's own
 ) -> tuple[list[int], Tensor]:  # nodes kept (the root, then downwards), and the tokens gained: theirs, then a new one
     if proposal.q is not None:
         p = _probabilities(logits, settings)
         kept, last = _reject(p, proposal.q, proposal.tokens, draft_ids, generator)
         return list(range(kept + 1)), torch.cat([proposal.tokens[:kept], last])
-    choice = _choose(logits, settings, generator)
+    choice = _choose(logits, settings, generator) if choice is None else choice
     tokens, chosen = proposal.tokens.tolist(), choice.tolist()
     path = [0]
     for node, (parent, token) in enumerate(zip(proposal.parents, tokens, strict=True), 1):
         if parent == path[-1] and token == chosen[parent]:  # parents come first and siblings differ: one pass goes down
             path.append(node)
     return path, choice[path]
+
+
+def _next_of(follow: list[int], done: int, proposal: _Proposal, device: torch.device) -> Tensor:  # [1+m] int64
+    """The token after each node of the tree, if the node were on the output's way; its last token past its end."""
+    depth = [0]
+    for parent in proposal.parents:
+        depth.append(depth[parent] + 1)
+    return torch.tensor([follow[min(done + d, len(follow) - 1)] for d in depth], device=device)
 
 
 def _reject(

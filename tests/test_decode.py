@@ -191,6 +191,22 @@ def test_greedy_output_is_the_targets_in_float32():
         assert generate(target, draft, prompts()[0], 16, settings).tokens == generate_plain(target, prompts()[0], 16).tokens
 
 
+@pytest.mark.parametrize("settings", [CHAINS[1], TREES[1]])
+def test_following_an_output_takes_its_tokens_for_the_targets(target, trained, plain, settings):
+    prompt, own = prompts()[0], generate(target, trained, prompts()[0], 20, settings)
+    followed = generate(target, trained, prompt, 0, settings, own.tokens)
+    assert (followed.tokens, followed.per_round) == (own.tokens, own.per_round)
+    # another target's output, one token changed: it is given as it is, and the round that ends there keeps no more
+    other = list(own.tokens)
+    other[7] = (other[7] + 1) % target.vocab_size
+    followed = generate(target, trained, prompt, 0, settings, other)
+    assert followed.tokens == other
+    ends = [sum(followed.per_round[: k + 1]) for k in range(followed.num_rounds)]
+    assert 7 in ends  # output token 7 is one no draft proposed: it is the last of its round (the prefill gave token 0)
+    with pytest.raises(ValueError, match="only be followed greedily, not at temperature 1"):
+        generate(target, trained, prompt, 0, DecodeSettings(temperature=1.0), other)
+
+
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_every_round_accepts_what_training_says_it_would(target, trained, plain, num_steps):
     """A greedy chain's rounds follow from the teacher-forced hits alone: where a draft is accepted, it read the text."""
