@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ class _Progress:
     def __init__(self, plan: Plan, mine: range, folder: Path, say: Callable[[str], None]):
         self.mine, self.folder, self.say = mine, folder, say
         self.left_before = self._left()
-        self.tokens, self.start = 0, time.perf_counter()
+        self.tokens, self.start, self.lock = 0, time.perf_counter(), threading.Lock()
 
     def _left(self) -> int:
         here = {shard_number(path) for path in list_shards(self.folder)}
@@ -199,7 +200,8 @@ class _Progress:
 
     def wrote(self, number: int, packs: tuple[Pack, ...]) -> None:
         seconds = time.perf_counter() - self.start
-        self.tokens += sum(pack.num_tokens for pack in packs)
+        with self.lock:  # two threads write
+            self.tokens += sum(pack.num_tokens for pack in packs)
         left = self._left()
         minutes = left * seconds / max(self.left_before - left, 1) / 60
         self.say(

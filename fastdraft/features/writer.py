@@ -1,7 +1,7 @@
-"""Features of packs to shards, beside the target: a thread copies, checks, hashes and writes while the next pack runs.
+"""Features of packs to shards, beside the target: threads copy, check, hash and write while the next packs run.
 
-On a GPU rows leave through pinned memory on a stream of their own. At most one finished shard waits for the disk; if
-another is finished before it is written, the caller waits. Host memory: three shards at most.
+On a GPU rows leave through pinned memory on a stream of their own. Two finished shards are written at a time, so that one
+is hashed while the disk syncs the other; a third waits with its caller. Host memory: three shards at most.
 
 # N packed tokens, D documents
 """
@@ -39,7 +39,7 @@ class ShardWriter:
     def __init__(self, folder: Path, meta: Meta):
         self.folder, self.meta = folder, meta
         self._open = _Open()
-        self._pool = ThreadPoolExecutor(1, "feature-writer")
+        self._pool = ThreadPoolExecutor(2, "feature-writer")
         self._writing: deque[Future[None]] = deque()
         self._stream: torch.cuda.Stream | None = None
 
@@ -98,7 +98,7 @@ class ShardWriter:
         return host
 
     def finish(self, number: int, then: Callable[[Path], None] = lambda path: None) -> None:
-        """Hands what was added to the thread as shard `number`; `then` is called there once it is on the disk."""
+        """Hands what was added to a thread as shard `number`; `then` is called there once it is on the disk."""
         self._wait(most=1)
         self._writing.append(self._pool.submit(self._write, number, self._open, then))
         self._open = _Open()
