@@ -32,6 +32,8 @@ KINDS = {
     "qwen3_moe": {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 4},
     "mistral": {"sliding_window": 4},
+    "phimoe": {"sliding_window": 20, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"attention_chunk_size": 4, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
     "gemma2": {"sliding_window": 4, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
@@ -166,7 +168,9 @@ def test_cached_forward_equals_the_whole():
 
 APART = {
     "gpt_oss": "sliding_attention",
-    "mistral": "MistralAttention attends with sliding_window",
+    "mistral": "a window of 4 tokens",
+    "phimoe": "a window of 20 tokens",
+    "llama4_text": "chunked_attention",
     "gemma2": "sliding_attention",
 }
 
@@ -213,6 +217,21 @@ def test_a_model_that_lets_documents_see_each_other_runs_them_apart(monkeypatch)
     batch = make_batch()
     alone = [target.forward(ids[None])[1][0] for ids in batch.input_ids.split(batch.lengths)]
     torch.testing.assert_close(target.capture(batch).f, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_run_packed_says_what_failed(monkeypatch):
+    def fails(*_args, **_more):
+        raise RuntimeError("no kernel for this GPU\nand more")
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, packing.NAME, fails)
+    assert Target(make_model("llama")).apart == "a packed forward fails: no kernel for this GPU"
+
+
+def test_layers_that_carry_several_states_are_refused(monkeypatch):
+    forward = Target.forward
+    monkeypatch.setattr(Target, "forward", lambda self, ids: (forward(self, ids)[0].expand(4, -1, -1, -1), None))
+    with pytest.raises(ValueError, match=r"give states \(4, 1, 8, 96\) for 8 tokens, not \(1, 8, 96\)"):
+        Target(make_model("llama"))
 
 
 def test_rope_that_depends_on_the_length_runs_documents_apart():

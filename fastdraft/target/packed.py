@@ -64,6 +64,9 @@ def unpackable(config: PretrainedConfig) -> str | None:
     """What in a decoder's config says that its documents must run apart; None when nothing does."""
     if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
         return f"it has layers of {', '.join(other)}"
+    window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
+    if window and not getattr(config, "layer_types", None) and not (longest and window >= longest):
+        return f"it attends within a window of {window} tokens"  # Phi-MoE has it in its mask alone
     ropes = [getattr(config, "rope_parameters", None) or {}]
     ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
     if other := sorted({rope.get("rope_type") for rope in ropes} & {"dynamic", "longrope"}):
