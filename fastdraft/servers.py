@@ -103,11 +103,12 @@ def lost(error: httpx.RequestError) -> Again:
 def check_status(response: httpx.Response) -> None:
     """Raises Again or Refused unless the response, read to its end, is an answer."""
     status = response.status_code
+    if status == 200:
+        return
     reason = f"{response.url}: HTTP {status}: {error_text(response)}"
     if status in PASSING or status >= 500:
         raise Again(reason, status in BUSY, _retry_after_s(response))
-    if status != 200:
-        raise Refused(reason, status)
+    raise Refused(reason, status)
 
 
 def error_text(response: httpx.Response) -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from answering import FakeServer, answer_to
 from rich.console import Console
@@ -24,6 +25,7 @@ from fastdraft.data.prepare import prepare
 from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.regenerate import regenerate
 from fastdraft.decode import generate_plain
+from fastdraft.servers import check_status
 from fastdraft.target.hf import Target
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
@@ -541,3 +543,8 @@ def test_the_commands_failures_are_one_line_and_exit_code_1(command_line, serve,
     broken = serve(fault=lambda number, body: (400, {}, b"no") if number == 0 else None)
     assert command_line(prompts, *out, "--url", broken.url)[0] == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_answer_is_not_searched_for_an_error(monkeypatch):
+    monkeypatch.setattr("fastdraft.servers.error_text", lambda response: pytest.fail("a good answer was parsed"))
+    check_status(httpx.Response(200, request=httpx.Request("POST", "http://x"), content=b"{}"))
