@@ -150,8 +150,12 @@ class Target:
         except Exception as error:  # of transformers, the model's own code, or a kernel that this GPU cannot run
             return f"a packed forward fails: {_first_line(error)}"
         alone = torch.cat([self.forward(part[None])[1][0] for part in ids.split(lengths)])
-        error, scale = (f - alone).abs().max().item(), alone.abs().max().item()
-        return None if error <= 0.05 * scale else f"packed documents give states that are off by {error / scale:.1%}"
+        first = [9, 13]  # tokens that see only themselves: no rounding of another kernel grows, no other expert is chosen
+        for rows, most in ((first, 0.05), (slice(None), 0.3)):
+            off = ((f[rows] - alone[rows]).float().norm() / alone[rows].float().norm()).item()
+            if not off <= most:
+                return f"packed documents give states that are off by {off:.1%}"
+        return None
 
     @torch.no_grad()
     def _prove_head(self) -> None:
