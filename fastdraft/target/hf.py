@@ -107,11 +107,13 @@ class Target:
     def packed_runs(self, batch: Batch) -> Iterator[tuple[Tensor, tuple[int, ...]]]:  # token ids [n], documents' lengths
         """Documents that run together: up to RUN_TOKENS, or one that is longer."""
         runs: list[list[int]] = []
+        room = 0
         for length in batch.lengths:
-            if runs and sum(runs[-1]) + length <= RUN_TOKENS:
-                runs[-1].append(length)
-            else:
-                runs.append([length])
+            if length > room:
+                runs.append([])
+                room = RUN_TOKENS
+            runs[-1].append(length)
+            room -= length
         ids = batch.input_ids.to(self.device).split([sum(run) for run in runs])
         return zip(ids, map(tuple, runs), strict=True)
 
