@@ -13,8 +13,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from runs import at_step
 from safetensors.torch import load_file, save_file
+from small_runs import at_step
 from tiny import make_tokenizer, refusal, save_target
 
 from fastdraft import cli

@@ -13,9 +13,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from runs import at_step, by_two_ranks, losses
 from safetensors.torch import load_file
 from serving_forward import ServedDraft
+from small_runs import at_step, by_two_ranks, losses
 from tiny import save_target, write_chats
 
 from fastdraft import checkpoint, cli

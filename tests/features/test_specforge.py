@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import losses
+from small_runs import losses
 from tiny import save_target
 
 from fastdraft.batch import Batch

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import at_step, by_two_ranks, losses
 from safetensors.torch import load_file
+from small_runs import at_step, by_two_ranks, losses
 from tiny import save_target, tiny_llama, write_chats
 
 from fastdraft.batch import Batch, Features
