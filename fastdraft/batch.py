@@ -15,6 +15,11 @@ from torch import Tensor
 LossKind = Literal["kl", "lk_alpha", "lk_lambda"]
 
 
+def document_starts(lengths: tuple[int, ...]) -> Tensor:  # [N] int64 on the host, row of the first token of each's document
+    sizes = torch.tensor(lengths)
+    return (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Documents laid end to end, nothing between them. Document d owns rows sum(lengths[:d]) .. sum(lengths[:d+1])."""
@@ -37,8 +42,7 @@ class Batch:
 
     @cached_property
     def doc_start(self) -> Tensor:  # [N] int64, row of the first token of this row's document
-        lengths = torch.tensor(self.lengths)
-        return (lengths.cumsum(0) - lengths).repeat_interleave(lengths).to(self.input_ids.device)
+        return document_starts(self.lengths).to(self.input_ids.device)
 
     @cached_property
     def doc_end(self) -> Tensor:  # [N] int64, one past the row of the document's last token

@@ -76,10 +76,7 @@ def _write(aside: Path, final: Path, tensors: dict[str, Tensor], state: dict[str
     try:
         with _alone():
             dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=True)
-        with (aside / "state.json").open("w") as file:
-            json.dump({"format": FORMAT, **state}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())  # DCP does so for its own files
+        write_file(aside / "state.json", json.dumps({"format": FORMAT, **state}, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
     finally:

@@ -187,8 +187,8 @@ def generate(
 ) -> DecodeResult:
     """Generates with the draft until a stop token, max_new_tokens or the target's context is full.
 
-    `follow` is an output made elsewhere, an engine's: its tokens are taken for the target's choice, up to its last. What is
-    counted is then free of near-ties that fall another way here. Greedy settings only.
+    `follow` is an output made elsewhere, an engine's: its tokens are taken for the target's choice, up to its last, and
+    max_new_tokens is not read. What is counted is then free of near-ties that fall another way here. Greedy settings only.
 
     Raises ValueError when draft and target do not fit, or the prompt is empty, out of range or fills the context.
     """

@@ -17,8 +17,8 @@ from fastdraft.target import hf
 from fastdraft.target import packed as packing
 from fastdraft.target.hf import (
     Target,
+    _groups_of_like_length,
     count_target_parameters,
-    groups_of_like_length,
     load_target,
     load_target_config,
     load_tokenizer,
@@ -271,7 +271,7 @@ def test_packed_documents_equal_padded_ones_on_a_gpu(kind, dtype):
 
 def test_groups_hold_every_document_once_and_bound_padding():
     lengths = (5, 100, 1, 99, 81, 4, 100, 3)
-    groups = groups_of_like_length(lengths, least_fill=0.8, most_tokens=250)
+    groups = _groups_of_like_length(lengths, least_fill=0.8, most_tokens=250)
     assert sorted(d for group in groups for d in group) == list(range(8))
     for group in groups:
         longest = lengths[group[0]]

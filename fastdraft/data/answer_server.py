@@ -115,7 +115,7 @@ class Servers:
     async def _all(self, job: Job) -> None:
         servers = [Server(url, asyncio.Semaphore(self.concurrency)) for url in self.urls]
         todo = (dialogue for dialogue in job.dialogues() if not job.has(dialogue))
-        async with connect(self._api_key, connect_s=min(CONNECT_S, self.timeout_s)) as client, asyncio.TaskGroup() as group:
+        async with self._client() as client, asyncio.TaskGroup() as group:
             for home in servers * self.concurrency:
                 group.create_task(self._work(client, servers, home, job, todo))
 
@@ -193,8 +193,11 @@ class Servers:
         except ValueError as error:
             raise Again(f"{url}: {error}") from error
 
+    def _client(self) -> httpx.AsyncClient:
+        return connect(self._api_key, connect_s=min(CONNECT_S, self.timeout_s))
+
     async def _agreed_model(self, model: str | None) -> str:
-        async with connect(self._api_key, connect_s=min(CONNECT_S, self.timeout_s)) as client:
+        async with self._client() as client:
             served = await asyncio.gather(*(self._models(client, url) for url in self.urls))
         for url, names in zip(self.urls, served, strict=True):
             if model is None and len(names) != 1:

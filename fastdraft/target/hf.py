@@ -132,7 +132,7 @@ class Target:
         g = torch.empty(n, 3 * width, dtype=self.dtype, device=self.device)
         f = torch.empty(n, width, dtype=self.dtype, device=self.device)
         ids, starts = batch.input_ids.to(self.device), [0, *accumulate(batch.lengths)]
-        for group in groups_of_like_length(batch.lengths):
+        for group in _groups_of_like_length(batch.lengths):
             longest = batch.lengths[group[0]]
             padded = ids.new_zeros(len(group), longest)
             for row, d in enumerate(group):
@@ -289,7 +289,7 @@ def _head(model: PreTrainedModel, config) -> TargetHead:
     )
 
 
-def groups_of_like_length(
+def _groups_of_like_length(
     lengths: tuple[int, ...], least_fill: float = 0.8, most_tokens: int = RUN_TOKENS
 ) -> list[list[int]]:
     """Documents to run together: longest first, none shorter than `least_fill` of its group's longest."""

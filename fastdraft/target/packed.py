@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
+from fastdraft.batch import document_starts
 from fastdraft.kernels.ttt_attention import ttt_attention
+from fastdraft.model.ttt import to_device
 
 NAME = "fastdraft_packed"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
@@ -31,17 +33,17 @@ HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", 
 @dataclass(frozen=True)
 class Documents:
     lengths: tuple[int, ...]
-    position: Tensor  # [n] int64, of each token in its document
     row: Tensor  # [n] int64, 0 .. n-1
     start: Tensor  # [n] int64, row of the first token of its document
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device) -> Documents:
-        sizes = torch.tensor(lengths)
-        row, start = torch.arange(int(sizes.sum())), (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        both = torch.stack([row, start])
-        both = both.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else both.to(device)
-        return Documents(lengths, both[0] - both[1], *both)
+        start = document_starts(lengths)
+        return Documents(lengths, *to_device(torch.stack([torch.arange(len(start)), start]), device))
+
+    @property
+    def position(self) -> Tensor:  # [n] int64, of each token in its document
+        return self.row - self.start
 
 
 _documents: ContextVar[Documents] = ContextVar("documents")
