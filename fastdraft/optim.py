@@ -14,12 +14,14 @@ Source: AdamW (arXiv 1711.05101).
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastdraft.config import OptimConfig
 from fastdraft.kernels.adamw import adamw_, adamw_scratch
+from fastdraft.kernels.jit import compile_together
 
 
 class FlatAdamW:
@@ -38,6 +40,7 @@ class FlatAdamW:
         self.weights = self.master.to(dtype) if dtype != self.master.dtype else self.master
         self.updates = torch.zeros((), dtype=torch.float64, device=first.device)  # steps that had a live row
         self.scratch = adamw_scratch(first.device)
+        self.compiled = not self.grad.is_cuda
         self.grads: dict[str, Tensor] = {}  # views of the gradient sum, by parameter name
         norms, start = [], 0
         for name, p in parameters.items():
@@ -66,7 +69,8 @@ class FlatAdamW:
         c = self.config
         lr = self.lr(self.step_count)
         self.step_count += 1
-        return adamw_(
+        step = partial(
+            adamw_,
             self.grad,
             self.master,
             self.m,
@@ -82,6 +86,10 @@ class FlatAdamW:
             weight_decay=c.weight_decay,
             clip=c.clip,
         )
+        if not self.compiled:
+            compile_together(step, self.grad.device)
+            self.compiled = True
+        return step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The live buffers, and the step count in a tensor of its own."""

@@ -24,15 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-torch path runs
-    triton = None
-
-
-def _jit(**options):
-    return triton.jit(**options) if triton else lambda fn: fn
+from fastdraft.kernels.jit import jit, tl, triton
 
 
 def cos_sin(
@@ -105,7 +97,7 @@ def chain_qkv_config(
     return ChainQKVConfig(max(1, 512 // half), num_warps=2)
 
 
-@_jit()
+@jit
 def _cos_sin(position, freqs_ptr, factor, HALF: tl.constexpr, HALF_P: tl.constexpr, dtype: tl.constexpr):
     """[1, HALF_P] cos and sin, rounded to dtype, in float32."""
     lanes = tl.arange(0, HALF_P)
@@ -115,7 +107,7 @@ def _cos_sin(position, freqs_ptr, factor, HALF: tl.constexpr, HALF_P: tl.constex
     return cos[None, :], sin[None, :]
 
 
-@_jit()
+@jit
 def _sum(z_ptr, e_ptr, inside, HAS_E: tl.constexpr):
     """round(z + e) where inside, in float32."""
     z = tl.load(z_ptr, mask=inside, other=0.0)
@@ -126,7 +118,7 @@ def _sum(z_ptr, e_ptr, inside, HAS_E: tl.constexpr):
         return z.to(tl.float32)
 
 
-@_jit()
+@jit
 def _rotate_heads(
     z_ptr,  # [HEADS * D] of a row
     e_ptr,  # [HEADS * D] of its token
@@ -158,7 +150,7 @@ def _rotate_heads(
             tl.store(out_ptr + at, _sum(z_ptr + at, e_ptr + at, inside, HAS_E).to(dtype), mask=inside)
 
 
-@_jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
+@jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
 def _chain_qkv_kernel(
     z_ptr,  # [n, W]
     e_ptr,  # [m, >= W]
@@ -206,7 +198,7 @@ def _chain_qkv_kernel(
             tl.store(v_ptr + cols, v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
-@_jit()
+@jit
 def _write_gradient(value, dz_ptr, de_ptr, inside, HAS_E: tl.constexpr):
     """Stores value rounded, and adds the same number to de."""
     rounded = value.to(dz_ptr.dtype.element_ty)
@@ -216,7 +208,7 @@ def _write_gradient(value, dz_ptr, de_ptr, inside, HAS_E: tl.constexpr):
         tl.store(de_ptr, old + rounded.to(tl.float32), mask=inside)
 
 
-@_jit()
+@jit
 def _rotate_heads_back(
     d_ptr,  # [HEADS, D] of a row
     dz_ptr,  # [HEADS * D]
@@ -248,7 +240,7 @@ def _rotate_heads_back(
             _write_gradient(d, dz_ptr + at, de_ptr + at, inside, HAS_E)
 
 
-@_jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
+@jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
 def _chain_qkv_backward_kernel(
     dq_ptr,  # [n, HQ, D]
     dk_ptr,  # [n, HKV, D]

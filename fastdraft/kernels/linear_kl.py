@@ -29,19 +29,9 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import LossKind
+from fastdraft.kernels.jit import jit, tl, triton
 from fastdraft.kernels.matmul import add_outer
 from fastdraft.kernels.teacher import TeacherRows
-
-try:
-    import triton
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-torch row step runs
-    triton = None
-
-    def jit(fn):
-        return fn
-
 
 CPU_ROWS = 32  # rows of Vd float32 that stay in a core's cache: 1 MB at Vd 8192
 

@@ -22,17 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-torch path runs
-    triton = None
+from fastdraft.kernels.jit import jit, tl, triton
 
 MAX_HIDDEN = 16384
-
-
-def _jit(**options):
-    return triton.jit(**options) if triton else lambda fn: fn
 
 
 def rms_norm_ref(
@@ -80,7 +72,7 @@ def rms_norm_config(
 REDUCE_ROWS, REDUCE_COLS = 128, 32  # tile of the partial sums' kernel: 32 float32 are one cache line
 
 
-@_jit(do_not_specialize=["num_normed"], do_not_specialize_on_alignment=["rows_ptr", "r_ptr"])
+@jit(do_not_specialize=["num_normed"], do_not_specialize_on_alignment=["rows_ptr", "r_ptr"])
 def _rms_norm_kernel(
     x_ptr,  # [m, H]
     rows_ptr,  # [n'] int64
@@ -120,7 +112,7 @@ def _rms_norm_kernel(
             tl.store(y_ptr + row * y_stride + cols, (w * normed).to(s.dtype), mask=inside)
 
 
-@_jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["x_rows_ptr", "rows_ptr", "r_ptr"])
+@jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["x_rows_ptr", "rows_ptr", "r_ptr"])
 def _rms_norm_backward_kernel(
     dy_ptr,  # [n, H]
     x_ptr,  # [m, H]
@@ -174,7 +166,7 @@ def _rms_norm_backward_kernel(
     tl.store(partial_ptr + first * H + cols, dw, mask=inside)
 
 
-@_jit(do_not_specialize=["num_partial"])
+@jit(do_not_specialize=["num_partial"])
 def _add_partial_kernel(
     partial_ptr,  # [P, H] float32
     dweight_ptr,  # [H] float32 added to

@@ -17,15 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-torch path runs
-    triton = None
-
-    def jit(fn):
-        return fn
+from fastdraft.kernels.jit import jit, tl, triton
 
 
 def swiglu_ref(

@@ -29,17 +29,7 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import TargetHead
-
-try:
-    import triton
-    import triton.language as tl
-    from triton import jit
-except ImportError:  # a CPU PyTorch comes without Triton: there only the plain-torch row step runs
-    triton = None
-
-    def jit(fn):
-        return fn
-
+from fastdraft.kernels.jit import jit, tl, triton
 
 MAX_BLOCK = 32768  # H100, n 4096, V 128256, H 4096: 16384 is 1 % slower, one block of all 4 % faster and 530 MB larger
 

@@ -35,19 +35,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ModuleNotFoundError:  # CPU installs: only the reference runs there
-    triton = None
+from fastdraft.kernels.jit import TensorDescriptor, tl, triton
+from fastdraft.kernels.jit import jit as _jit
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (8, 16, 32, 64, 96, 128, 256)
-
-
-def _jit(**options):
-    return triton.jit(**options) if triton else lambda fn: fn
 
 
 def ttt_attention_ref(
