@@ -29,7 +29,7 @@ from rich.table import Table
 
 from fastdraft.batch import LossKind
 from fastdraft.model.config import DraftConfig
-from fastdraft.model.ttt import CHUNK_BYTES, chunk_buffers, fitting_chunk_rows, pack_buffers, table_bytes
+from fastdraft.model.ttt import buffer_rows, chunk_buffers, pack_buffers, pick_chunk_rows, table_bytes
 
 Precision = Literal["fp32", "bf16"]
 Engine = Literal["reference", "fused"]
@@ -164,9 +164,8 @@ def _fused_step(
     c: DraftConfig, n: int, steps: int, chunk_rows: int | None, dtype: torch.dtype, target_dtype: torch.dtype, device: str
 ) -> tuple[Row, ...]:
     """Bytes of one step of the fused engine, every token trained on."""
-    room = -(-n // 1024) * 1024
-    fitting = chunk_rows or fitting_chunk_rows(c, steps, dtype, target_dtype, device, CHUNK_BYTES) or 64
-    m, stats = min(fitting, room), torch.promote_types(dtype, torch.float32).itemsize
+    room, m = buffer_rows(n, pick_chunk_rows(chunk_rows, c, steps, dtype, target_dtype, device))
+    stats = torch.promote_types(dtype, torch.float32).itemsize
     rows, width = steps * min(m, n), c.target_hidden_size
     results = n * (16 + 9 + steps * (2 * stats + 3))  # next ids and positions, ids and mask, `Rows`
     kept = table_bytes(pack_buffers(c, room, dtype)) + results

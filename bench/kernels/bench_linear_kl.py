@@ -66,7 +66,7 @@ def providers(n: int, hidden: int, draft: int, loss: str, compiled: bool):
         return rows, step
 
     def ours_step(i):
-        linear_kl_grad(x[i % 2], weight, teacher, row, w, dx, dweight, loss, chunk_rows=n, logits=scratch)
+        linear_kl_grad(x[i % 2], weight, teacher, row, w, dx, dweight, scratch, loss)
 
     rows, step = {"fastdraft": lambda i: kl_rows_(zs[i % 2], teacher, row, w, loss)}, {"fastdraft": ours_step}
     rows["torch"], step["torch"] = by_autograd(torch_rows)

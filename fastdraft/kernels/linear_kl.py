@@ -1,4 +1,4 @@
-"""The draft's head and its loss against the teacher, forward and gradient, with logits for one chunk of rows only.
+"""The draft's head and its loss against the teacher, forward and gradient, over the rows that one buffer of logits holds.
 
 Row r has student logits z = W x_r over the Vd draft-vocabulary tokens, teacher row u = teacher_row[r], weight w_r:
 
@@ -108,7 +108,7 @@ def kl_config(
     return KLConfig(tile * 2 // itemsize, num_warps, stages=3)
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["teacher_row_ptr"])  # a slice of a chunk's indices
 def _kl_rows_kernel(
     z_ptr,  # [n, Vd] student logits; their gradient after
     t_ptr,  # [m, Vd] teacher logits
@@ -351,24 +351,20 @@ def linear_kl_grad(
     w: Tensor,  # [n] float32
     dx: Tensor | None,  # [n, H], overwritten by the gradient of sum w * loss; None: no gradients
     dweight: Tensor | None,  # [Vd, H] float32 (float64 for float64 x), the gradient is added; None with dx None
+    logits: Tensor,  # [n, Vd] of x's dtype, overwritten
     loss: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
-    chunk_rows: int = 4096,
-    logits: Tensor | None = None,  # [>= min(n, chunk_rows), Vd] of x's dtype, overwritten; fresh without
 ) -> KLRows:
-    """Forward and backward of the draft's head in one go, chunk_rows at a time: what an explicit engine calls.
+    """Forward and backward of the draft's head in one go: what an explicit engine calls.
 
-    Three GEMMs and one row kernel a chunk. Raises ValueError for shapes or dtypes that do not fit.
+    Three GEMMs and one row kernel. Raises ValueError for shapes or dtypes that do not fit.
     """
-    n, chunk = x.shape[0], min(chunk_rows, x.shape[0])
-    if x.ndim != 2 or weight.shape != (teacher.logits.shape[1], x.shape[1]) or weight.dtype != x.dtype or n == 0:
+    if x.ndim != 2 or weight.shape != (teacher.logits.shape[1], x.shape[1]) or weight.dtype != x.dtype or len(x) == 0:
         raise ValueError(
             f"x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype} and teacher logits "
             f"{tuple(teacher.logits.shape)} must be [n, H], [Vd, H], [m, Vd]; x and weight of one dtype"
         )
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}; at least 1 is needed")
     if (dx is None) != (dweight is None):
         raise ValueError("give both dx and dweight, or neither")
     stats = torch.promote_types(x.dtype, torch.float32)
@@ -377,19 +373,11 @@ def linear_kl_grad(
             f"dx {tuple(dx.shape)}, dweight {tuple(dweight.shape)} {dweight.dtype} must be {tuple(x.shape)}, "
             f"{tuple(weight.shape)} {stats}"
         )
-    if logits is None:
-        logits = x.new_empty(chunk, weight.shape[0])
-    if len(logits) < chunk or logits.shape[1] != weight.shape[0] or logits.dtype != x.dtype:
-        raise ValueError(
-            f"logits is {tuple(logits.shape)} {logits.dtype}; [>= {chunk}, {weight.shape[0]}] {x.dtype} needed"
-        )
-    parts = []
-    for first in range(0, n, chunk):
-        part = slice(first, min(first + chunk, n))
-        z = logits[: part.stop - part.start]
-        torch.mm(x[part], weight.T, out=z)
-        parts.append(kl_rows_(z, teacher, teacher_row[part], w[part], loss, lk_scale, lk_decay, dx is not None))
-        if dx is not None:
-            torch.mm(z, weight, out=dx[part])
-            add_outer(dweight, z, x[part])
-    return parts[0] if len(parts) == 1 else KLRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if logits.shape != (len(x), len(weight)) or logits.dtype != x.dtype:
+        raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; [{len(x)}, {len(weight)}] {x.dtype} needed")
+    torch.mm(x, weight.T, out=logits)
+    rows = kl_rows_(logits, teacher, teacher_row, w, loss, lk_scale, lk_decay, dx is not None)
+    if dx is not None:
+        torch.mm(logits, weight, out=dx)
+        add_outer(dweight, logits, x)
+    return rows

@@ -228,7 +228,10 @@ def _attend(acc, top, total, q, k, v, seen, scale_log2, MASKED: tl.constexpr, PR
     return acc, new_top, total
 
 
-@_jit(do_not_specialize=["M", "N", "num_diag", "lse_stride"], do_not_specialize_on_alignment=["lse_ptr"])
+@_jit(
+    do_not_specialize=["M", "N", "num_diag", "lse_stride"],
+    do_not_specialize_on_alignment=["pos_ptr", "doc_ptr", "lse_ptr"],  # slices of stacked rows
+)
 def _ttt_attention_fwd_kernel(
     q_ptr,  # [M, Hq, D]
     k0_ptr,  # [N, Hkv, D]
@@ -328,7 +331,7 @@ def _add_rows(ptr, row, stride, ok, x, D: tl.constexpr, DP: tl.constexpr):
 
 @_jit(
     do_not_specialize=["M", "N", "num_diag", "lse_stride", "delta_stride"],
-    do_not_specialize_on_alignment=["lse_ptr", "delta_ptr"],  # slices of stacked rows
+    do_not_specialize_on_alignment=["pos_ptr", "doc_ptr", "lse_ptr", "delta_ptr"],  # slices of stacked rows
 )
 def _ttt_attention_bwd_q_kernel(
     dout_ptr,  # [M, Hq, D]
@@ -430,7 +433,7 @@ def _ttt_attention_bwd_q_kernel(
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=exists_m[:, None] & (d < D)[None, :])
 
 
-@_jit(do_not_specialize=["M", "num_tiles"])
+@_jit(do_not_specialize=["M", "num_tiles"], do_not_specialize_on_alignment=["pos_ptr", "doc_ptr"])
 def _tile_bounds_kernel(
     pos_ptr,  # [M]
     doc_ptr,  # [M]
@@ -501,7 +504,7 @@ def _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, MASKED: tl.co
 
 @_jit(
     do_not_specialize=["M", "N", "num_tiles", "lse_stride", "delta_stride"],
-    do_not_specialize_on_alignment=["lse_ptr", "delta_ptr"],  # slices of stacked rows
+    do_not_specialize_on_alignment=["pos_ptr", "doc_ptr", "lse_ptr", "delta_ptr"],  # slices of stacked rows
 )
 def _ttt_attention_bwd_kv_kernel(
     dout_ptr,  # [M, Hq, D]

@@ -19,7 +19,7 @@ which run as plain PyTorch on a CPU. The host reads nothing back from the device
 from __future__ import annotations
 
 import math
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,6 +108,19 @@ def fitting_chunk_rows(
     return next((m for m, need in needs if need <= limit), 0)
 
 
+def pick_chunk_rows(
+    asked: int | None, c: DraftConfig, steps: int, dtype: torch.dtype, target_dtype: torch.dtype, device: str
+) -> int:
+    """Chains at a time: what was asked for, else as many as CHUNK_BYTES hold."""
+    return asked or fitting_chunk_rows(c, steps, dtype, target_dtype, device, CHUNK_BYTES) or 64
+
+
+def buffer_rows(tokens: int, chunk_rows: int) -> tuple[int, int]:
+    """Tokens of a pack and chains of a chunk that buffers are taken for: packs differ a little in length."""
+    room = -(-tokens // 1024) * 1024
+    return room, min(chunk_rows, room)
+
+
 class Buffers:
     """Named buffers, each taken in full when first asked for."""
 
@@ -185,15 +198,15 @@ class TTTEngine:
         self.step_weights, self.loss = step_weights, (kind, lk_scale, lk_decay)
         device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
         self.sizes = len(step_weights), dtype, head.weight.dtype, device.type  # of `chunk_buffers`
-        self.chunk_rows = chunk_rows or fitting_chunk_rows(self.config, *self.sizes, CHUNK_BYTES) or 64
+        self.chunk_rows = pick_chunk_rows(chunk_rows, self.config, *self.sizes)
         self.take = Buffers(device)
         self.compiled: set[bool] = set()  # kernels: True, those of `step`; False, those of `rows`
 
     def reserve(self, tokens: int) -> None:
         """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
-        room = max(self.take.table.get("h0", (0,))[0], -(-tokens // 1024) * 1024)  # packs differ a little in length
+        room, chains = buffer_rows(max(self.take.table.get("h0", (0,))[0], tokens), self.chunk_rows)
         pack = pack_buffers(self.config, room, self.sizes[1])
-        table = chunk_buffers(self.config, min(self.chunk_rows, room), *self.sizes) | pack
+        table = chunk_buffers(self.config, chains, *self.sizes) | pack
         if table == self.take.table:
             return
         device = self.take.device
@@ -204,7 +217,7 @@ class TTTEngine:
                 fits = fitting_chunk_rows(self.config, *self.sizes, free - table_bytes(pack))
                 need, of_it, have = (f"{x / 2**30:.1f} GiB" for x in (table_bytes(table), table_bytes(pack), free))
                 raise ValueError(
-                    f"{min(self.chunk_rows, room)} chains of a pack of {tokens} tokens need {need} ({of_it} of it for the "
+                    f"{chains} chains of a pack of {tokens} tokens need {need} ({of_it} of it for the "
                     f"pack), {have} of {device} are free; "
                     + (f"set chunk_rows={fits}" if fits else "lower data.pack_tokens, or free memory on the GPU")
                 )
@@ -261,7 +274,10 @@ class _Step:
         self.hit, self.live, self.masked_in = (torch.zeros(t * n, dtype=torch.bool, device=device) for _ in range(3))
         started = False
         chunks = plan_chunks(self.host, t, self.engine.chunk_rows)
-        for chunk in islice(chunks, 1) if nothing_runs() else chunks:  # one has every kernel
+        if nothing_runs():  # the first chunk and the last, whose rows may look far back, have every kernel
+            chunks = list(chunks)
+            chunks = chunks[:1] + chunks[1:][-1:]
+        for chunk in chunks:
             if not started:
                 started = True
                 self.start_pack()
@@ -423,7 +439,7 @@ class _Step:
             dx, dlm = (take("dx", len(at)), grads["lm_head.weight"]) if grads is not None else (None, None)
             logits, teacher_row = take("logits", len(at)), chunk.teacher_row[part]
             found = linear_kl_grad(
-                x, w["lm_head.weight"], rows, teacher_row, weight[part], dx, dlm, *self.engine.loss, len(at), logits
+                x, w["lm_head.weight"], rows, teacher_row, weight[part], dx, dlm, logits, *self.engine.loss
             )
             self.loss[out], self.acceptance[out] = found.loss.to(self.stats), found.acceptance.to(self.stats)
             self.hit[out] = found.hit
