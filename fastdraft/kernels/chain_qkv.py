@@ -242,20 +242,20 @@ def _rotate_heads_back(
 
 @jit(do_not_specialize_on_alignment=["e_row_ptr", "position_ptr"])
 def _chain_qkv_backward_kernel(
-    dq_ptr,  # [n, HQ, D]
-    dk_ptr,  # [n, HKV, D]
-    dv_ptr,  # [n, HKV, D]
+    dz_ptr,  # [n, W]
+    de_ptr,  # [m, >= W] float32
     e_row_ptr,  # [n] int64
     position_ptr,  # [n] int64
     freqs_ptr,  # [HALF] float32
-    dz_ptr,  # [n, W]
-    de_ptr,  # [m, >= W] float32
+    dq_ptr,  # [n, HQ, D]
+    dk_ptr,  # [n, HKV, D]
+    dv_ptr,  # [n, HKV, D]
     factor,
+    dz_stride,
+    de_stride,
     dq_stride,
     dk_stride,
     dv_stride,
-    dz_stride,
-    de_stride,
     HAS_E: tl.constexpr,
     HQ: tl.constexpr,  # 0 without q
     HKV: tl.constexpr,  # 0 without k and v
@@ -288,36 +288,8 @@ def _chain_qkv_backward_kernel(
             _write_gradient(d, dz_ptr + WIDTH + cols, de_ptr + WIDTH + cols, inside, HAS_E)
 
 
-def _launch(
-    kernel,
-    tensors: tuple[Tensor | None, ...],  # in the kernel's order
-    factor: float,
-    strided: tuple[Tensor | None, ...],  # whose row strides follow
-    q: Tensor | None,  # [n, Hq, D]
-    k: Tensor | None,  # [n, Hkv, D]
-    half: int,  # rotary_dim/2
-    has_e: bool,
-    config: ChainQKVConfig,
-) -> None:
-    n, _, dim = (k if q is None else q).shape
-    rest = dim - 2 * half
-    kernel[(n,)](
-        *tensors,
-        factor,
-        *(0 if x is None else x.stride(0) for x in strided),
-        HAS_E=has_e,
-        HQ=0 if q is None else q.shape[1],
-        HKV=0 if k is None else k.shape[1],
-        D=dim,
-        HALF=half,
-        HALF_P=triton.next_power_of_2(half),
-        REST_P=triton.next_power_of_2(rest) if rest else 0,
-        TILE=config.heads,
-        num_warps=config.num_warps,
-    )
-
-
 def _chain_qkv(
+    kernel,  # forward or backward; backward all tensors but the indices are gradients
     z: Tensor,  # [n, W]
     e: Tensor | None,  # [m, >= W]
     e_row: Tensor | None,  # [n]
@@ -329,24 +301,30 @@ def _chain_qkv(
     v: Tensor | None,  # [n, Hkv, D]
     config: ChainQKVConfig,
 ) -> None:
-    tensors = (z, z if e is None else e, e_row, position, freqs, q, k, v)  # HAS_E false: not read
-    _launch(_chain_qkv_kernel, tensors, factor, (z, e, q, k, v), q, k, len(freqs), e is not None, config)
-
-
-def _chain_qkv_backward(
-    dq: Tensor | None,  # [n, Hq, D]
-    dk: Tensor | None,  # [n, Hkv, D]
-    dv: Tensor | None,  # [n, Hkv, D]
-    e_row: Tensor | None,  # [n]
-    position: Tensor,  # [n]
-    freqs: Tensor,  # [rotary_dim/2]
-    factor: float,
-    dz: Tensor,  # [n, W]
-    de: Tensor | None,  # [m, >= W]
-    config: ChainQKVConfig,
-) -> None:
-    tensors = (dq, dk, dv, e_row, position, freqs, dz, dz if de is None else de)
-    _launch(_chain_qkv_backward_kernel, tensors, factor, (dq, dk, dv, dz, de), dq, dk, len(freqs), de is not None, config)
+    n, _, dim = (k if q is None else q).shape
+    half = len(freqs)
+    rest = dim - 2 * half
+    kernel[(n,)](
+        z,
+        z if e is None else e,  # HAS_E false: not read
+        e_row,
+        position,
+        freqs,
+        q,
+        k,
+        v,
+        factor,
+        *(0 if x is None else x.stride(0) for x in (z, e, q, k, v)),
+        HAS_E=e is not None,
+        HQ=0 if q is None else q.shape[1],
+        HKV=0 if k is None else k.shape[1],
+        D=dim,
+        HALF=half,
+        HALF_P=triton.next_power_of_2(half),
+        REST_P=triton.next_power_of_2(rest) if rest else 0,
+        TILE=config.heads,
+        num_warps=config.num_warps,
+    )
 
 
 @torch.no_grad()
@@ -370,7 +348,8 @@ def chain_qkv(
         if x is not None and x.dtype != z.dtype:
             raise ValueError(f"{name} is {x.dtype}, z {z.dtype}; give both alike")
     if z.is_cuda:
-        _chain_qkv(z, e, e_row, position, freqs, factor, q, k, v, chain_qkv_config(2 * len(freqs)))
+        config = chain_qkv_config(2 * len(freqs))
+        _chain_qkv(_chain_qkv_kernel, z, e, e_row, position, freqs, factor, q, k, v, config)
         return
     for out, value in zip(
         (q, k, v), chain_qkv_ref(z, e, e_row, position, freqs, factor, heads, kv_heads, dim), strict=True
@@ -400,7 +379,8 @@ def chain_qkv_backward(
     if de is not None and de.dtype != torch.promote_types(dz.dtype, torch.float32):
         raise ValueError(f"de is {de.dtype}, dz {dz.dtype}; de adds in {torch.promote_types(dz.dtype, torch.float32)}")
     if dz.is_cuda:
-        _chain_qkv_backward(dq, dk, dv, e_row, position, freqs, factor, dz, de, chain_qkv_config(2 * len(freqs)))
+        config = chain_qkv_config(2 * len(freqs))
+        _chain_qkv(_chain_qkv_backward_kernel, dz, de, e_row, position, freqs, factor, dq, dk, dv, config)
         return
     dz.copy_(chain_qkv_backward_ref(dq, dk, dv, position, freqs, factor, dz.dtype))
     if de is not None:

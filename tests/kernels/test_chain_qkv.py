@@ -8,7 +8,8 @@ import torch
 from fastdraft.kernels.chain_qkv import (
     ChainQKVConfig,
     _chain_qkv,
-    _chain_qkv_backward,
+    _chain_qkv_backward_kernel,
+    _chain_qkv_kernel,
     chain_qkv,
     chain_qkv_backward,
     chain_qkv_backward_ref,
@@ -57,11 +58,11 @@ def parts(dz, shape):
 
 
 def kernel_forward(*args):
-    _chain_qkv(*args, SMALL)
+    _chain_qkv(_chain_qkv_kernel, *args, SMALL)
 
 
-def kernel_backward(*args):
-    _chain_qkv_backward(*args, SMALL)
+def kernel_backward(dq, dk, dv, e_row, position, freqs, factor, dz, de):
+    _chain_qkv(_chain_qkv_backward_kernel, dz, de, e_row, position, freqs, factor, dq, dk, dv, SMALL)
 
 
 def complex_truth(z, e, e_row, position, freqs, dim, heads, kv_heads):
