@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class AdamWConfig:
     num_warps: int
 
 
+@cache
 def adamw_config() -> AdamWConfig:
     """One wave of an H100 for the sum; the step holds two 16-byte loads of each of the four buffers a thread."""
     return AdamWConfig(1024, 4096, 1024, num_warps=4)

@@ -20,6 +20,7 @@ Source: RoPE (arXiv 2104.09864); docs/mathematics.md (c), the shared embedding h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -89,6 +90,7 @@ class ChainQKVConfig:
     num_warps: int
 
 
+@cache
 def chain_qkv_config(
     rotary_dim: int,
 ) -> ChainQKVConfig:

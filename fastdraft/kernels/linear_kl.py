@@ -23,6 +23,7 @@ Source: EAGLE-3 (arXiv 2503.01840); LK losses (arXiv 2602.23881).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, get_args
 
 import torch
@@ -99,6 +100,7 @@ class KLConfig:
     stages: int  # tiles in flight
 
 
+@cache
 def kl_config(
     vocab: int,
     itemsize: int,

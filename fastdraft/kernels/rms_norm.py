@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class RMSNormConfig:
     programs_per_sm: int  # of the backward
 
 
+@cache
 def rms_norm_config(
     hidden: int,
 ) -> RMSNormConfig:

@@ -13,6 +13,7 @@ Source: GLU variants (arXiv 2002.05202).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class SwigluConfig:
     num_warps: int
 
 
+@cache
 def swiglu_config(
     itemsize: int,
 ) -> SwigluConfig:

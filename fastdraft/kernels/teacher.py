@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -120,6 +121,7 @@ class TeacherConfig:
     num_warps: int
 
 
+@cache
 def teacher_config(
     block: int,
     itemsize: int,

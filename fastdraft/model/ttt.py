@@ -256,7 +256,7 @@ class _Step:
         c, w = self.c, {name: p.detach() for name, p in engine.draft.named_parameters()}
         self.host, self.w, self.device, self.dtype = batch, w, w["fc.weight"].device, w["fc.weight"].dtype
         self.stats = torch.promote_types(self.dtype, torch.float32)
-        self.q_width = c.num_attention_heads * c.head_dim
+        self.q_width, self.rope = c.num_attention_heads * c.head_dim, (engine.draft.rope.freqs, engine.draft.rope.factor)
         self.w_qkv, self.w_gu = (end_to_end(parts) for parts in ([w[name] for name in QKV], [w[name] for name in GATE_UP]))
         if self.w_qkv is None or self.w_gu is None:
             self.w_qkv, self.w_gu = torch.cat([w[name] for name in QKV]), torch.cat([w[name] for name in GATE_UP])
@@ -303,10 +303,6 @@ class _Step:
             kv = take("pack.kv", len(x))
             torch.mm(x, self.w_qkv[self.q_width :].T, out=kv)
             chain_qkv(kv, None, None, self.position[rows], *self.rope, None, self.k0[rows], self.v0[rows])
-
-    @property
-    def rope(self) -> tuple[Tensor, float]:
-        return self.engine.draft.rope.freqs, self.engine.draft.rope.factor
 
     def pack_blocks(self) -> list[slice]:
         n, block = self.host.num_tokens, self.take.table["pack.x"][0]
