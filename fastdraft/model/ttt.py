@@ -227,7 +227,8 @@ class TTTEngine:
         """Rows of a batch, and d(sum_i step_weights[i] * sum_t loss)/dw added to `grads` (float32, by parameter name).
 
         `batch` lies on the host, `features` on the draft's device, `grads` end to end in one buffer (`FlatAdamW.grads` or
-        `flat_gradients`). Raises ValueError for token ids outside the vocabulary, or memory that does not suffice.
+        `flat_gradients`). The first call on a GPU compiles the kernels. Raises ValueError for token ids outside the
+        vocabulary, or memory that does not suffice.
         """
         return self._run(batch, features, grads)
 
