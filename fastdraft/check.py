@@ -14,6 +14,7 @@ import torch
 
 from fastdraft.batch import Batch, Features, LossKind, TargetHead
 from fastdraft.golden import Golden, RunStep, load_golden, worst_errors
+from fastdraft.kernels.dense_attention import MIN_KEYS, dense_attention_covers
 from fastdraft.kernels.ttt_attention import ttt_attention_config
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
@@ -24,7 +25,8 @@ from fastdraft.run import engine_kind
 ENGINES: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
 TOLERANCE = 1e-5  # relative, in float64 and float32; the cases' own norms round through float32
 DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
-VERSIONS = ("fastdraft", "torch", "triton", "transformers", "safetensors", "datasets", "gguf", "wandb", "trackio", "mlflow")
+VERSIONS = ("fastdraft", "torch", "triton", "flash-attn-4", "transformers", "safetensors", "datasets")
+VERSIONS += ("gguf", "wandb", "trackio", "mlflow")
 
 
 def check_golden(folder: Path, engine: str) -> list[tuple[str, str, float, float]]:  # case, quantity, its error, allowed
@@ -86,9 +88,16 @@ def prove_kernels(
     device: str, tokens: int = 1024, hidden: int = 576, vocab: int = 16000
 ) -> list[tuple[str, str, float, float]]:  # shape, quantity, error, allowed
     """A bf16 step of the fused engine by the kernel rule: against the reference in float64 no more than twice as far off
-    as the reference in bf16 and one rounding more. Packed documents, a patchy loss mask, several chunks, each loss kind."""
+    as the reference in bf16 and one rounding more. Packed documents, a patchy loss mask, several chunks, each loss kind;
+    one long document where FlashAttention 4 does a part of it."""
+    packed = (tokens // 2 + 3, 5, tokens - tokens // 2 - 8)
+    cases = [(name, shape, packed, tokens // 3, get_args(LossKind)) for name, shape in PROVED.items()]
+    if dense_attention_covers(128, torch.bfloat16, device):
+        shape, long = dict(num_attention_heads=4, num_key_value_heads=1, head_dim=128), (MIN_KEYS + 2048,)
+        cases.append(("head dim 128, group 4, FlashAttention 4", shape, long, 1024, ("kl",)))
     found = []
-    for number, (name, shape) in enumerate(PROVED.items()):
+    for number, (name, shape, lengths, chunk_rows, kinds) in enumerate(cases):
+        tokens = sum(lengths)
         generator = torch.Generator().manual_seed(number)
         normal = lambda *size, g=generator: torch.randn(*size, generator=g)  # noqa: E731
         config = DraftConfig(
@@ -109,7 +118,6 @@ def prove_kernels(
         draft.embed_tokens.weight.data = normal(vocab, hidden)
         draft.set_vocab(torch.arange(0, vocab, 4)[: config.draft_vocab_size])
         draft = draft.to(device, torch.bfloat16)
-        lengths = (tokens // 2 + 3, 5, tokens - tokens // 2 - 8)
         mask = torch.rand(tokens, generator=generator) < 0.7
         batch = Batch(torch.randint(vocab, (tokens,), generator=generator), mask, lengths)
         weight = normal(vocab, hidden).to(device, torch.bfloat16)
@@ -118,9 +126,9 @@ def prove_kernels(
         features, head = Features(normal(tokens, 3 * hidden).to(device, torch.bfloat16), f), TargetHead(weight)
         weights = 0.8 ** torch.arange(5, dtype=torch.float32, device=device)
         exact = Features(features.g.double(), features.f.double()), TargetHead(weight.double()), weights.double()
-        for kind in get_args(LossKind):
+        for kind in kinds:
             args = batch, features, head, weights, kind
-            ours = ttt_engine_step(draft, *args, chunk_rows=tokens // 3)
+            ours = ttt_engine_step(draft, *args, chunk_rows=chunk_rows)
             plain = ttt_ref_step(draft, batch.to(device), *args[1:])
             truth = ttt_ref_step(copy.deepcopy(draft).double(), batch.to(device), *exact, kind)
             same = float(not torch.equal(ours[0].live, truth[0].live))

@@ -64,9 +64,9 @@ class LiveBytes(TorchDispatchMode):
 class _KernelAttention(chain_attention.ChainAttention):
     """Takes the buffers of a GPU's, computes nothing."""
 
-    def __init__(self, take, k0, v0, row_pos, row_start, sizes, backward):
-        super().__init__(take, k0, v0, row_pos, row_start, sizes, backward=False)
-        if backward:
+    def __init__(self, take, k0, v0, row_pos, row_start, sizes, context, d_context):
+        super().__init__(take, k0, v0, row_pos, row_start, sizes, context, None)
+        if d_context is not None:
             self.dq = take("dq", sizes[0])
             for name in ("dk_diag", "dv_diag"):
                 setattr(self, name, take(name, len(sizes) - 1)[:, : self.k_diag.shape[1]])
@@ -80,7 +80,7 @@ class _KernelAttention(chain_attention.ChainAttention):
         n = self.sizes[i]
         return (self.dq[:n], None, None) if i == 0 else (self.dq[:n], self.dk_diag[i - 1, :n], self.dv_diag[i - 1, :n])
 
-    def backward_context(self, dk0, dv0):
+    def backward_context(self):
         pass
 
 

@@ -16,7 +16,8 @@ go first: they are i * positions extra keys, each seen only by its own position'
 between min(doc_start) and max(pos); only blocks some row sees in part are masked. dq and the diagonal gradients come from
 one kernel over query tiles (it also writes delta); dK^0, dV^0 from another over key blocks, which reads a device-built list
 of the query tiles that see the block and may run once for the stacked rows of all steps. Gradients are added
-to fp32 buffers in L2, each element once a launch: two runs are bitwise equal.
+to fp32 buffers in L2, each element once a launch: two runs are bitwise equal. Keys that all rows see may be left to another
+kernel (`dense_attention`): doc_start then is the first key left, forward and dq go on from what that one gave.
 
 Precision: bf16 operands, fp32 accumulation, softmax and lse; fp32 inputs multiply in fp32 (ieee). P and dS round to the
 input dtype before their products. FLOPs per visible (row, key): 4 * D * Hq forward, 14 * D * Hq backward (7 products; S and
@@ -262,6 +263,7 @@ def _ttt_attention_fwd_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
     TMA: tl.constexpr,
+    STARTED: tl.constexpr,  # out and lse hold the attention to other keys: it goes on from there
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -275,9 +277,14 @@ def _ttt_attention_fwd_kernel(
     k_diag_ptr += head * D
     v_diag_ptr += head * D
 
-    acc = tl.zeros([BM, DP], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    if STARTED:
+        acc = _rows(out_ptr + (q_head * D)[:, None], row, out_stride, ok, D, DP).to(tl.float32)
+        top = tl.load(lse_ptr + q_head * lse_stride + row, mask=ok, other=float("-inf")) * 1.4426950408889634
+        total = tl.full([BM], 1.0, tl.float32)
+    else:
+        acc = tl.zeros([BM, DP], tl.float32)
+        top = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
     for f0 in range(0, num_diag * BR, BN):
         step, own, diag_row, exists = _diag_keys(pos_ptr, tile, f0 + n, num_diag, M, BR)
         k = _rows(k_diag_ptr + (step.to(tl.int64) * k_diag_step)[:, None], diag_row, k_diag_stride, exists, D, DP)
@@ -345,6 +352,7 @@ def _ttt_attention_bwd_q_kernel(
     out_ptr,  # [M, Hq, D]
     lse_ptr,  # [Hq, M] fp32
     dq_ptr,  # [M, Hq, D] written
+    dq_start_ptr,  # [M, Hq, D] read where STARTED: the part of dq that comes from other keys
     delta_ptr,  # [Hq, M] fp32, written
     dk_diag_ptr,  # [i, M', Hkv, D] fp32, added to
     dv_diag_ptr,
@@ -363,6 +371,7 @@ def _ttt_attention_bwd_q_kernel(
     v_diag_stride,
     out_stride,
     dq_stride,
+    dq_start_stride,
     dk_diag_step,
     dk_diag_stride,
     dv_diag_step,
@@ -376,6 +385,7 @@ def _ttt_attention_bwd_q_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
     TMA: tl.constexpr,
+    STARTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -398,7 +408,10 @@ def _ttt_attention_bwd_q_kernel(
     dk_diag_ptr += head * D
     dv_diag_ptr += head * D
 
-    dq = tl.zeros([BM, DP], tl.float32)
+    if STARTED:
+        dq = _rows(dq_start_ptr + (q_head * D)[:, None], row, dq_start_stride, ok, D, DP).to(tl.float32) / scale
+    else:
+        dq = tl.zeros([BM, DP], tl.float32)
     for f0 in range(0, num_diag * BR, BN):
         step, own, diag_row, exists = _diag_keys(pos_ptr, tile, f0 + n, num_diag, M, BR)
         step = step.to(tl.int64)[:, None]
@@ -586,14 +599,24 @@ def _config(q: Tensor, k0: Tensor) -> TTTAttentionConfig:
     return ttt_attention_config(q.shape[2], q.shape[1] // k0.shape[1], q.dtype, arch)
 
 
-def _constants(q: Tensor, k0: Tensor) -> dict:
+def _constants(q: Tensor, k0: Tensor, tile: Tile) -> dict:
     dim = q.shape[2]
     return dict(
         G=q.shape[1] // k0.shape[1],
         D=dim,
         DP=max(16, triton.next_power_of_2(dim)),
+        BM=tile.rows,
+        BN=tile.keys,
+        TMA=tile.tma,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """What the kernels do not know of [M, Hq, D], [i, M, Hkv, D] and [Hq, M] tensors: one stride, two, and one."""
+    return [stride for x in tensors for stride in x.stride()[: max(x.ndim - 2, 1)]]
 
 
 def _described(
@@ -619,6 +642,7 @@ def _ttt_attention_fwd(
     out: Tensor | None = None,  # [M, Hq, D] written
     lse: Tensor | None = None,  # [Hq, M] fp32, M contiguous, written
     config: TTTAttentionConfig | None = None,
+    started: bool = False,  # out and lse hold the attention to keys before doc_start: go on from there
 ) -> tuple[Tensor, Tensor]:  # out, lse
     """One step's forward. Launches one kernel; allocates only what is not given."""
     m, heads, dim = q.shape
@@ -627,7 +651,7 @@ def _ttt_attention_fwd(
     if m == 0:
         return out, lse
     tile = (config or _config(q, k0)).fwd
-    constants = _constants(q, k0)
+    constants = _constants(q, k0, tile)
     positions = tile.rows // constants["G"]
     _ttt_attention_fwd_kernel[(k0.shape[1], triton.cdiv(m, positions))](
         q,
@@ -643,19 +667,9 @@ def _ttt_attention_fwd(
         m,
         k0.shape[0],
         k_diag.shape[0],
-        q.stride(0),
-        k0.stride(0),
-        v0.stride(0),
-        *k_diag.stride()[:2],
-        *v_diag.stride()[:2],
-        out.stride(0),
-        lse.stride(0),
-        BM=tile.rows,
-        BN=tile.keys,
+        *_strides(q, k0, v0, k_diag, v_diag, out, lse),
         BR=positions,
-        TMA=tile.tma,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        STARTED=started,
         **constants,
     )
     return out, lse
@@ -670,7 +684,7 @@ def _ttt_attention_bwd_q(
     v_diag: Tensor,  # [i, M', Hkv, D]
     pos: Tensor,  # [M]
     doc_start: Tensor,  # [M]
-    out: Tensor,  # [M, Hq, D] of the forward
+    out: Tensor,  # [M, Hq, D] of the forward, all keys included
     lse: Tensor,  # [Hq, M] fp32, M contiguous
     scale: float,
     dk_diag: Tensor,  # [i, M', Hkv, D] fp32, added to
@@ -678,6 +692,7 @@ def _ttt_attention_bwd_q(
     dq: Tensor | None = None,  # [M, Hq, D] written
     delta: Tensor | None = None,  # [Hq, M] fp32, M contiguous, written
     config: TTTAttentionConfig | None = None,
+    dq_start: Tensor | None = None,  # [M, Hq, D] fp32, the part of dq that comes from keys before doc_start
 ) -> tuple[Tensor, Tensor]:  # dq, delta
     """One step's gradient of the queries and of its diagonal terms, and the delta `_ttt_attention_bwd_kv` needs."""
     m, heads, dim = q.shape
@@ -686,7 +701,7 @@ def _ttt_attention_bwd_q(
     if m == 0:
         return dq, delta
     tile = (config or _config(q, k0)).bwd_q
-    constants = _constants(q, k0)
+    constants = _constants(q, k0, tile)
     positions = tile.rows // constants["G"]
     _ttt_attention_bwd_q_kernel[(k0.shape[1], triton.cdiv(m, positions))](
         dout,
@@ -700,6 +715,7 @@ def _ttt_attention_bwd_q(
         out,
         lse,
         dq,
+        dq if dq_start is None else dq_start,
         delta,
         dk_diag,
         dv_diag,
@@ -708,24 +724,10 @@ def _ttt_attention_bwd_q(
         m,
         k0.shape[0],
         k_diag.shape[0],
-        dout.stride(0),
-        q.stride(0),
-        k0.stride(0),
-        v0.stride(0),
-        *k_diag.stride()[:2],
-        *v_diag.stride()[:2],
-        out.stride(0),
-        dq.stride(0),
-        *dk_diag.stride()[:2],
-        *dv_diag.stride()[:2],
-        lse.stride(0),
-        delta.stride(0),
-        BM=tile.rows,
-        BN=tile.keys,
+        *_strides(dout, q, k0, v0, k_diag, v_diag, out, dq, dq if dq_start is None else dq_start),
+        *_strides(dk_diag, dv_diag, lse, delta),
         BR=positions,
-        TMA=tile.tma,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        STARTED=dq_start is not None,
         **constants,
     )
     return dq, delta
@@ -767,7 +769,6 @@ def _ttt_attention_bwd_kv(
     if q.shape[0] == 0 or k0.shape[0] == 0:
         return
     tile = (config or _config(q, k0)).bwd_kv
-    constants = _constants(q, k0)
     tiles, counts = index or _ttt_attention_index(pos, doc_start, k0.shape[0], tile)
     _ttt_attention_bwd_kv_kernel[(k0.shape[1], tiles.shape[0])](
         _described(dout, tile.rows, tile),
@@ -787,20 +788,8 @@ def _ttt_attention_bwd_kv(
         q.shape[0],
         k0.shape[0],
         tiles.shape[1],
-        dout.stride(0),
-        q.stride(0),
-        k0.stride(0),
-        v0.stride(0),
-        dk0.stride(0),
-        dv0.stride(0),
-        lse.stride(0),
-        delta.stride(0),
-        BM=tile.rows,
-        BN=tile.keys,
-        TMA=tile.tma,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants,
+        *_strides(dout, q, k0, v0, dk0, dv0, lse, delta),
+        **_constants(q, k0, tile),
     )
 
 

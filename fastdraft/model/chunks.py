@@ -27,6 +27,7 @@ class Chunk:
     """Chains to run together. Every tensor is int64; the rows of step 0, the first M, are the chains themselves."""
 
     sizes: tuple[int, ...]  # M_i
+    context: tuple[int, int] | None  # tokens [doc_start, first) before the chunk that all rows see; None: no such tokens
     row_pos: Tensor  # [R] token row t
     row_start: Tensor  # [R] first token row of its document
     row_position: Tensor  # [R] RoPE position, the step's shift included
@@ -47,10 +48,10 @@ class Chunk:
         """One copy, from pinned memory to a GPU, so that the host does not wait."""
         if device.type != "cuda":
             return self
-        names = [field.name for field in fields(self) if field.name != "sizes"]
+        names = [field.name for field in fields(self) if field.name not in ("sizes", "context")]
         tensors = [getattr(self, name) for name in names]
         moved = torch.cat(tensors).pin_memory().to(device, non_blocking=True)
-        return Chunk(self.sizes, **dict(zip(names, moved.split([len(x) for x in tensors]), strict=True)))
+        return Chunk(self.sizes, self.context, **dict(zip(names, moved.split([len(x) for x in tensors]), strict=True)))
 
 
 def plan_chunks(
@@ -68,6 +69,8 @@ def plan_chunks(
         depth[wanted[i]] = i + 1
     chains = depth.nonzero()[:, 0]
     for pos in chains.split(chunk_rows) if len(chains) else ():
+        first, begin = int(pos[0]), int(start[pos[0]])
+        context = (begin, first) if begin < first and begin == int(start[pos[-1]]) else None
         pos = pos[depth[pos].argsort(descending=True, stable=True)]
         sizes = tuple(m for m in (len(pos) - (depth[pos] <= i).count_nonzero().item() for i in range(ttt_length)) if m)
         row_pos = torch.cat([pos[:m] for m in sizes])
@@ -79,6 +82,7 @@ def plan_chunks(
         teacher_pos, teacher_row = _distinct(head_pos + 1 + head_step)
         yield Chunk(
             sizes,
+            context,
             row_pos,
             row_start,
             row_pos - row_start + row_step,

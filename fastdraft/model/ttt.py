@@ -37,7 +37,7 @@ from fastdraft.model.chunks import Chunk, plan_chunks
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 
-CHUNK_BYTES = 3.5 * 2**30  # of a chunk's buffers, unless chunk_rows says otherwise: the 8B draft's 2048 chains at T 7
+CHUNK_BYTES = 3.75 * 2**30  # of a chunk's buffers, unless chunk_rows says otherwise: the 8B draft's 2048 chains at T 7
 HEAD_BYTES = 2**29  # of student logits at a time: 8192 rows of the 8B draft
 
 Table = dict[str, tuple[int, tuple[int, ...], torch.dtype]]  # by name: rows, shape of a row, dtype
@@ -338,8 +338,9 @@ class _Step:
         e, r_e, e_qkv = take("e", tokens), take("r_e", tokens), take("e_qkv", tokens)
         rms_norm(w["embed_tokens.weight"], w[INPUT_NORM], eps, e, r_e, rows=chunk.token_id)
         torch.mm(e, self.w_e.T, out=e_qkv)
+        d_context = (self.dk0, self.dv0) if self.grads is not None else None
         attention = ChainAttention(
-            take, self.k0, self.v0, chunk.row_pos, chunk.row_start, chunk.sizes, self.grads is not None
+            take, self.k0, self.v0, chunk.row_pos, chunk.row_start, chunk.sizes, chunk.context, d_context
         )
         pos = chunk.row_pos[steps[0]]
 
@@ -400,7 +401,7 @@ class _Step:
                 x_rows=x_rows,
                 add=add,
             )
-        attention.backward_context(self.dk0, self.dv0)
+        attention.backward_context()
         add_outer(grads[DOWN], dy, act)
         add_outer(self.dw_gu, gate_up, n2)
         add_outer(grads[OUT], h_mid, attention.out.flatten(1))

@@ -36,6 +36,9 @@ def test_plan_equals_a_naive_loop(lengths, density, steps, chunk_rows, seed):
     assert [sorted(c.row_pos[: c.sizes[0]].tolist()) for c in chunks] == runs
     found = set()
     for c in chunks:
+        rows = sorted(c.row_pos[: c.sizes[0]].tolist())
+        seen_by_all = set.intersection(*({(start[t], k) for k in range(start[t], rows[0])} for t in rows))
+        assert seen_by_all == {(c.context[0], k) for k in range(*c.context)} if c.context else not seen_by_all
         depths = [depth[t] for t in c.row_pos[: c.sizes[0]].tolist()]
         assert depths == sorted(depths, reverse=True)
         assert c.sizes == tuple(sum(d > i for d in depths) for i in range(depths[0]))
