@@ -349,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.peer and not args.specforge:
         parser.error("--peer specforge needs --specforge DIR, a checkout of SpecForge")
     if args.cold:
-        for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        for cache in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"):
             os.environ[cache] = tempfile.mkdtemp()
     args.first_step = "cold" if args.cold else "warm"
     device, dtype = torch.device(args.device), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
