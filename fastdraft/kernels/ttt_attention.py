@@ -36,8 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdraft.kernels.jit import TensorDescriptor, tl, triton
-from fastdraft.kernels.jit import jit as _jit
+from fastdraft.kernels.jit import TensorDescriptor, jit, tl, triton
 
 LOG2E = 1.4426950408889634
 HEAD_DIMS = (8, 16, 32, 64, 96, 128, 256)
@@ -131,7 +130,7 @@ def ttt_attention_config(
     return TTTAttentionConfig(Tile(128, 64, 8, 3, True), Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 2, True))
 
 
-@_jit()
+@jit
 def _tile_rows(pos_ptr, doc_ptr, tile, M, G: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr):
     """A position-aligned tile's rows, and what they see: [lo, hi) some row, [full_lo, full_hi) every row."""
     m = tl.arange(0, BM)
@@ -148,7 +147,7 @@ def _tile_rows(pos_ptr, doc_ptr, tile, M, G: tl.constexpr, BM: tl.constexpr, BR:
     return row, ok, pos, doc, lo, hi, full_lo, full_hi
 
 
-@_jit()
+@jit
 def _key_blocks(lo, hi, full_lo, full_hi, BN: tl.constexpr):
     """Blocks [first, full_first) and [full_end, end) need the mask, [full_first, full_end) does not."""
     first = tl.minimum(lo, hi) // BN
@@ -158,7 +157,7 @@ def _key_blocks(lo, hi, full_lo, full_hi, BN: tl.constexpr):
     return first, full_first, full_end, end
 
 
-@_jit()
+@jit
 def _diag_keys(pos_ptr, tile, f, num_diag, M, BR: tl.constexpr):
     """Diagonal key f of a tile: chain step (from 0), position inside the tile, its row, whether it exists."""
     own = f % BR
@@ -168,7 +167,7 @@ def _diag_keys(pos_ptr, tile, f, num_diag, M, BR: tl.constexpr):
     return f // BR, own, row, ok
 
 
-@_jit()
+@jit
 def _columns(at, d, D: tl.constexpr, DP: tl.constexpr):
     if DP == D:
         return tl.load(at)
@@ -176,7 +175,7 @@ def _columns(at, d, D: tl.constexpr, DP: tl.constexpr):
         return tl.load(at, mask=(d < D)[None, :], other=0.0)
 
 
-@_jit()
+@jit
 def _rows(ptr, row, stride, ok, D: tl.constexpr, DP: tl.constexpr):
     """[rows, DP] at ptr + row * stride; rows not ok and columns past D are 0. ok None: every row exists."""
     d = tl.arange(0, DP)
@@ -187,7 +186,7 @@ def _rows(ptr, row, stride, ok, D: tl.constexpr, DP: tl.constexpr):
         return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0.0)
 
 
-@_jit()
+@jit
 def _tile(
     x,  # pointer to, or descriptor of, [N, heads, D]
     start,
@@ -214,7 +213,7 @@ def _tile(
             return tl.load(at, mask=(start + n < N)[:, None] & (d < D)[None, :], other=0.0)
 
 
-@_jit()
+@jit
 def _attend(acc, top, total, q, k, v, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One block of online softmax. acc [BM, DP], running maximum (log2) and sum [BM]."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -229,7 +228,7 @@ def _attend(acc, top, total, q, k, v, seen, scale_log2, MASKED: tl.constexpr, PR
     return acc, new_top, total
 
 
-@_jit(
+@jit(
     do_not_specialize=["M", "N", "num_diag", "lse_stride"],
     do_not_specialize_on_alignment=["pos_ptr", "doc_ptr", "lse_ptr"],  # slices of stacked rows
 )
@@ -316,7 +315,7 @@ def _ttt_attention_fwd_kernel(
     tl.store(lse_ptr + q_head * lse_stride + row, lse, mask=exists)
 
 
-@_jit()
+@jit
 def _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """P and dS (not yet scaled) of a block, [BM, BN] fp32."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -327,7 +326,7 @@ def _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PR
     return p, p * (dp - delta[:, None])
 
 
-@_jit()
+@jit
 def _add_rows(ptr, row, stride, ok, x, D: tl.constexpr, DP: tl.constexpr):
     """Adds x [rows, DP] in the L2 cache. Every element has one adder in a launch, so no sum depends on timing. Against
     load and store it frees registers: 706 instead of 623 TFLOP/s in bwd_q at 16k."""
@@ -336,7 +335,7 @@ def _add_rows(ptr, row, stride, ok, x, D: tl.constexpr, DP: tl.constexpr):
     tl.atomic_add(at, x, mask=ok[:, None] & (d < D)[None, :], sem="relaxed")
 
 
-@_jit(
+@jit(
     do_not_specialize=["M", "N", "num_diag", "lse_stride", "delta_stride"],
     do_not_specialize_on_alignment=["pos_ptr", "doc_ptr", "lse_ptr", "delta_ptr"],  # slices of stacked rows
 )
@@ -446,7 +445,7 @@ def _ttt_attention_bwd_q_kernel(
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=exists_m[:, None] & (d < D)[None, :])
 
 
-@_jit(do_not_specialize=["M", "num_tiles"], do_not_specialize_on_alignment=["pos_ptr", "doc_ptr"])
+@jit(do_not_specialize=["M", "num_tiles"], do_not_specialize_on_alignment=["pos_ptr", "doc_ptr"])
 def _tile_bounds_kernel(
     pos_ptr,  # [M]
     doc_ptr,  # [M]
@@ -466,7 +465,7 @@ def _tile_bounds_kernel(
     tl.store(bounds_ptr + 3 * num_tiles + tile, tl.min(pos + 1, 0))  # 0 where a row is padding: never seen in full
 
 
-@_jit(do_not_specialize=["N", "num_tiles"])
+@jit(do_not_specialize=["N", "num_tiles"])
 def _tile_index_kernel(
     bounds_ptr,  # [4, num_tiles] int32
     tiles_ptr,  # [key blocks, num_tiles] int32: tiles seeing the whole block from the left, in part from the right
@@ -501,7 +500,7 @@ def _tile_index_kernel(
     tl.store(counts_ptr + 2 * block + 1, num_part)
 
 
-@_jit()
+@jit
 def _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """dK, dV [BN, DP] of one query tile, on transposed scores [BN, BM]."""
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -515,7 +514,7 @@ def _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, MASKED: tl.co
     return dk, dv
 
 
-@_jit(
+@jit(
     do_not_specialize=["M", "N", "num_tiles", "lse_stride", "delta_stride"],
     do_not_specialize_on_alignment=["pos_ptr", "doc_ptr", "lse_ptr", "delta_ptr"],  # slices of stacked rows
 )
