@@ -110,7 +110,7 @@ def prove_kernels(
             layers=(1, 3, 4),
             rms_norm_eps=1e-5,
             rope_parameters={"rope_theta": 1e4},
-            max_position_embeddings=4096,
+            max_position_embeddings=max(4096, tokens),
             **shape,
         )
         draft = Draft(config)

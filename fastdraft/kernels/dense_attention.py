@@ -137,8 +137,8 @@ def dense_attention_bwd(
             dk=slab[0][None],
             dv=slab[1][None],
         )
-        dk[keys] += slab[0]
-        dv[keys] += slab[1]
+        dk[keys].add_(slab[0])
+        dv[keys].add_(slab[1])
         part = dq_rows.view(-1, m, kv_heads, q.shape[2]).permute(1, 2, 0, 3)  # [M, Hkv, G, D]
         total = dq.unflatten(1, (kv_heads, -1))
         if keys.start == 0:
