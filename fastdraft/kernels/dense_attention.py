@@ -76,9 +76,10 @@ def _flash_attention() -> tuple[Callable, Callable]:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
     try:
         from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
-    except ImportError as error:
+    except Exception as error:  # also what versions of its own packages that do not fit each other raise
         raise ValueError(
-            f"flash-attn-4 {importlib.metadata.version('flash-attn-4')} is installed but cannot be used: {error}; "
+            f"flash-attn-4 {importlib.metadata.version('flash-attn-4')} is installed but cannot be used: "
+            f"{type(error).__name__}: {error}; "
             "pip install 'fastdraft[flash]' for the version that fits, or uninstall it"
         ) from error
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted")  # its own, at every compilation

@@ -54,7 +54,7 @@ class _Compilers(ThreadPoolExecutor):
 
         def ready():
             kernel = compile_kernel()
-            kernel._init_handles()
+            assert kernel.run  # asked for, it is built and loaded
             return kernel
 
         return super().submit(ready)

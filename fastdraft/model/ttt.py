@@ -275,9 +275,10 @@ class _Step:
         self.hit, self.live, self.masked_in = (torch.zeros(t * n, dtype=torch.bool, device=device) for _ in range(3))
         started = False
         chunks = plan_chunks(self.host, t, self.engine.chunk_rows)
-        if nothing_runs():  # the first chunk and the last, whose rows may look far back, have every kernel
+        if nothing_runs():  # the first chunk, the last and the one whose rows look farthest back have every kernel
             chunks = list(chunks)
-            chunks = chunks[:1] + chunks[1:][-1:]
+            far = max(chunks, key=lambda chunk: chunk.context[1] - chunk.context[0] if chunk.context else 0, default=None)
+            chunks = [chunk for k, chunk in enumerate(chunks) if k in (0, len(chunks) - 1) or chunk is far]
         for chunk in chunks:
             if not started:
                 started = True

@@ -5,6 +5,8 @@ Where FlashAttention 4 is not installed a stand-in of the same interface does it
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from test_ttt_attention import DEVICE, DTYPES, assert_close, documents, gradients, needs_kernels, reference, tensors
@@ -210,9 +212,24 @@ def test_it_needs_the_package_and_a_gpu(monkeypatch):
 
 def test_a_version_that_does_not_fit_is_named(monkeypatch):
     monkeypatch.setattr(dense.importlib.metadata, "version", lambda name: "9.9")
-    monkeypatch.setitem(__import__("sys").modules, "flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ValueError, match=r"flash-attn-4 9\.9 is installed but cannot be used"):
         dense._flash_attention.__wrapped__()
+
+
+def test_a_broken_installation_is_named(monkeypatch, tmp_path):
+    """Its packages change quickly: a pair that does not fit raises more than ImportError."""
+    cute = tmp_path / "flash_attn" / "cute"
+    cute.mkdir(parents=True)
+    (cute / "interface.py").write_text("import os\nos.no_such_thing")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(dense.importlib.metadata, "version", lambda name: "9.9")
+    with pytest.raises(ValueError, match=r"flash-attn-4 9\.9 is installed .* AttributeError.*no_such_thing"):
+        dense._flash_attention.__wrapped__()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
 
 
 # --- with FlashAttention 4 on a GPU --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tiny import draft_shape
 from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.golden import load_golden, worst_errors
+from fastdraft.model import ttt
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import (
     TTTEngine,
@@ -306,6 +307,16 @@ def test_a_second_step_takes_no_buffer():
     other, other_features, _ = make_inputs((31, 2, 8), seed=5)
     engine.step(other, other_features, grads)
     assert {name: x.data_ptr() for name, x in engine.take.held.items()} == held
+
+
+def test_the_run_that_only_compiles_has_a_chunk_with_a_long_context(monkeypatch):
+    """The last chunk may be of a short document: then it lacks what a chunk far into the long one launches."""
+    draft, (_, features, head) = make_draft(), make_inputs((50, 12))
+    seen = []
+    monkeypatch.setattr(ttt, "nothing_runs", lambda: True)
+    monkeypatch.setattr(ttt._Step, "run_chunk", lambda self, chunk: seen.append(chunk.context))
+    TTTEngine(draft, head, decay(4), chunk_rows=10).step(all_trained(50, 12), features, flat_gradients(draft))
+    assert seen == [None, (0, 30), (50, 52)]
 
 
 def test_gradients_must_lie_end_to_end():
