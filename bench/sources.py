@@ -20,6 +20,7 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
         "csrc/*",
         "fastdraft/model/chunks.py",
         "fastdraft/model/ttt.py",
+        "fastdraft/model/graph.py",
         "fastdraft/model/draft.py",
         "fastdraft/model/rope.py",
         "fastdraft/optim.py",

@@ -20,6 +20,7 @@ kernels, syncs           launched in a step by torch.profiler; `torch.cuda.set_s
 loss_error               of a peer: largest relative difference of a TTT step's summed loss from ours at the same weights;
                          above AGREE the rows are written and the program fails
 
+Where flash-attn 4 is installed the fused engine's provider is "fastdraft, flash-attn": a row of its own, not the gate's.
 A provider without the memory gets a row with `failed` and no times. On a CPU (--device cpu) there is nothing but times.
 """
 
@@ -43,6 +44,8 @@ from bench.timing import RESULTS, append, roof
 from bench.work import CHATS, SHAPES, Work, chat_batches, live_batch, make_draft, make_head, make_work, model_flops
 from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
+from fastdraft.kernels import dense_attention
+from fastdraft.model.graph import GraphEngine
 from fastdraft.model.ttt import TTTEngine
 from fastdraft.model.ttt_ref import ReferenceEngine
 from fastdraft.optim import FlatAdamW
@@ -52,6 +55,7 @@ BURST_S = 0.2  # steps of one sample run at least this long together
 RATE = 250e12  # FLOPs a second, to guess beforehand how long a round will take
 PROBE_S = 10.0  # above this guess kernels and synchronisations are not counted, and no round is for warming up
 AGREE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+FLASH = ", flash-attn"
 ONCE_S = 60.0  # above this guess the first step is the only one, and what is timed
 TAIL = 8192  # tokens trained on of a long document: its memory is the whole document's, its time is not
 
@@ -65,7 +69,7 @@ class Ours:
         self.work = work
         draft = make_draft(work.config, work.dtype, work.device)
         self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(), 1000, work.dtype)
-        made = {"fused": TTTEngine, "reference": ReferenceEngine}[engine]
+        made = {"fused": GraphEngine, "reference": ReferenceEngine}[engine]
         changes = {} if chunk_rows is None or engine == "reference" else {"chunk_rows": chunk_rows}
         self.engine = made(draft, make_head(work.config, work.dtype, work.device), work.step_weights, **changes)
 
@@ -290,8 +294,9 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
     for name, row in rows.items():
         if name in losses:
             row |= rates([s[1] for s in samples[name]], [s[0] for s in samples[name]], work, flops)
-        if name in losses and "fastdraft" in losses and name != "fastdraft":
-            ours, theirs = losses["fastdraft"].double(), losses[name].double()
+        first = next(iter(makes))
+        if name in losses and first in losses and name != first:
+            ours, theirs = losses[first].double(), losses[name].double()
             row["loss_error"] = float(f"{((theirs - ours).abs() / ours.abs()).max():.2e}")
         row["first_step"] = args.first_step
         row.pop("round_s", None)
@@ -357,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     engines: dict[str, Callable[[Work], object]] = {}
     for engine in args.engine.split(","):
         if engine != "none":
-            name = {"fused": "fastdraft", "reference": "reference"}[engine]
+            name = {"fused": "fastdraft" + FLASH * dense_attention.installed(), "reference": "reference"}[engine]
             engines[name] = lambda work, engine=engine: Ours(work, engine, args.chunk_rows)
     if args.peer:
         from bench.peers.specforge import SpecForge

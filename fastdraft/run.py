@@ -35,7 +35,7 @@ from fastdraft.features.specforge import read_vocab_mapping
 from fastdraft.features.store import Store
 from fastdraft.model.config import DraftConfig, language_config, read_target_config
 from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import TTTEngine
+from fastdraft.model.graph import GraphEngine
 from fastdraft.model.ttt_ref import ReferenceEngine
 from fastdraft.target.hf import (
     Target,
@@ -198,10 +198,10 @@ def engine_kind(engine: Literal["auto", "fused", "reference"]) -> Literal["fused
     return "fused" if engine == "auto" else engine
 
 
-def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) -> TTTEngine | ReferenceEngine:
+def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) -> GraphEngine | ReferenceEngine:
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
     args = draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
-    return TTTEngine(*args, config.chunk_rows) if engine_kind(config.engine) == "fused" else ReferenceEngine(*args)
+    return GraphEngine(*args, config.chunk_rows) if engine_kind(config.engine) == "fused" else ReferenceEngine(*args)
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ class Chunk:
 
     sizes: tuple[int, ...]  # M_i
     context: tuple[int, int] | None  # tokens [doc_start, first) before the chunk that all rows see; None: no such tokens
-    row_pos: Tensor  # [R] token row t
+    chain_pos: Tensor  # [M] token row t of each chain
+    row_pos: Tensor  # [R] the same for each stacked row; -1 is padding
     row_start: Tensor  # [R] first token row of its document
     row_position: Tensor  # [R] RoPE position, the step's shift included
     token_id: Tensor  # [m] tokens the rows read, one for each token row read
@@ -83,6 +84,7 @@ def plan_chunks(
         yield Chunk(
             sizes,
             context,
+            pos,
             row_pos,
             row_start,
             row_pos - row_start + row_step,
@@ -94,6 +96,48 @@ def plan_chunks(
             teacher_pos,
             teacher_row,
         )
+
+
+def pad_batch(batch: Batch, num_tokens: int) -> Batch:
+    """The batch and one more document that nothing is trained on: `num_tokens` in all, more than the batch has."""
+    more = num_tokens - batch.num_tokens
+    ids, mask = (torch.cat([x, x.new_zeros(more)]) for x in (batch.input_ids, batch.loss_mask))
+    return Batch(ids, mask, (*batch.lengths, more))
+
+
+def pad_chunk(
+    chunk: Chunk,  # of a batch from `pad_batch`
+    num_tokens: int,  # N of that batch
+    ttt_length: int,
+    chains: int,  # more than the chunk has
+) -> Chunk:
+    """The same work in a shape that `chains` alone sets: M = chains rows at each of T steps, T * M head rows, M + T tokens
+    and teacher rows. Padding rows stand at the last token, which no chain owns, see nothing, have head weight 0 (step T)
+    and their results go behind those of all rows."""
+    t, m, like = ttt_length, chains, chunk.row_pos
+    real = torch.cat([torch.arange(size) + i * m for i, size in enumerate(chunk.sizes)])
+
+    def spread(x: Tensor, fill: int) -> Tensor:
+        return like.new_full((t * m,), fill).index_copy_(0, real, x)
+
+    def lengthened(x: Tensor, size: int, fill: int) -> Tensor:
+        return torch.cat([x, x.new_full((size - len(x),), fill)])
+
+    return Chunk(
+        sizes=(m,) * t,
+        context=None,
+        chain_pos=lengthened(chunk.chain_pos, m, num_tokens - 1),
+        row_pos=spread(chunk.row_pos, -1),
+        row_start=spread(chunk.row_start, 0),
+        row_position=spread(chunk.row_position, 0),
+        token_id=lengthened(chunk.token_id, m + t, 0),
+        token_row=spread(chunk.token_row, 0),
+        head_row=lengthened(real[chunk.head_row], t * m, t * m - 1),
+        head_step=lengthened(chunk.head_step, t * m, t),
+        head_out=lengthened(chunk.head_out, t * m, t * num_tokens),
+        teacher_pos=lengthened(chunk.teacher_pos, m + t, 0),
+        teacher_row=lengthened(chunk.teacher_row, t * m, 0),
+    )
 
 
 def _distinct(

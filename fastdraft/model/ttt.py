@@ -125,7 +125,7 @@ class Buffers:
     """Named buffers, each taken in full when first asked for."""
 
     def __init__(self, device: torch.device):
-        self.device, self.table, self.held = device, {}, {}
+        self.device, self.table, self.held, self.resized = device, {}, {}, 0
 
     def resize(self, table: Table) -> None:
         """From now on these sizes. What a buffer of another size held is gone."""
@@ -133,6 +133,7 @@ class Buffers:
             if self.table.get(name) != spec:
                 self.held.pop(name, None)
         self.table = table
+        self.resized += 1
 
     @property
     def held_table(self) -> Table:
@@ -196,6 +197,7 @@ class TTTEngine:
         self.draft, self.config = draft, draft.config
         self.head: PermutedHead = permute_head(head, draft.draft_ids)
         self.step_weights, self.loss = step_weights, (kind, lk_scale, lk_decay)
+        self.head_weights = torch.cat([step_weights, step_weights.new_zeros(1)])  # [T+1]; step T is padding
         device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
         self.sizes = len(step_weights), dtype, head.weight.dtype, device.type  # of `chunk_buffers`
         self.chunk_rows = pick_chunk_rows(chunk_rows, self.config, *self.sizes)
@@ -237,25 +239,26 @@ class TTTEngine:
         return self._run(batch, features, None)
 
     def _run(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
+        self.check_ids(batch)
         kind = grads is not None
         if self.take.device.type == "cuda" and kind not in self.compiled:
-            compile_together(_Step(self, batch, features, grads).run, self.take.device)
+            compile_together(lambda: Step(self, batch.num_tokens, features, grads).run(batch), self.take.device)
             self.compiled.add(kind)
-        return _Step(self, batch, features, grads).run()
+        return Step(self, batch.num_tokens, features, grads).run(batch)
+
+    def check_ids(self, batch: Batch) -> None:
+        low, high, vocab = int(batch.input_ids.min()), int(batch.input_ids.max()), self.config.vocab_size
+        if low < 0 or high >= vocab:
+            raise ValueError(f"token ids {low}..{high} do not fit the draft's vocabulary of {vocab}")
 
 
-class _Step:
-    """One batch through the engine: `run`, read from top to bottom."""
+class Step:
+    """A batch of `num_tokens` through the engine: `run`, read from top to bottom."""
 
-    def __init__(self, engine: TTTEngine, batch: Batch, features: Features, grads: dict[str, Tensor] | None):
+    def __init__(self, engine: TTTEngine, num_tokens: int, features: Features, grads: dict[str, Tensor] | None):
         self.engine, self.c, self.features, self.grads, self.take = engine, engine.config, features, grads, engine.take
-        ids = batch.input_ids
-        if int(ids.min()) < 0 or int(ids.max()) >= self.c.vocab_size:
-            raise ValueError(
-                f"token ids {int(ids.min())}..{int(ids.max())} do not fit the draft's vocabulary of {self.c.vocab_size}"
-            )
         c, w = self.c, {name: p.detach() for name, p in engine.draft.named_parameters()}
-        self.host, self.w, self.device, self.dtype = batch, w, w["fc.weight"].device, w["fc.weight"].dtype
+        self.n, self.w, self.device, self.dtype = num_tokens, w, w["fc.weight"].device, w["fc.weight"].dtype
         self.stats = torch.promote_types(self.dtype, torch.float32)
         self.q_width, self.rope = c.num_attention_heads * c.head_dim, (engine.draft.rope.freqs, engine.draft.rope.factor)
         self.w_qkv, self.w_gu = (end_to_end(parts) for parts in ([w[name] for name in QKV], [w[name] for name in GATE_UP]))
@@ -268,13 +271,18 @@ class _Step:
                 raise ValueError("grads must lie end to end in one buffer: use FlatAdamW.grads or flat_gradients(draft)")
             self.dw_e, self.dw_h = self.dw_qkv.split(c.hidden_size, 1)
 
+        rows = len(engine.step_weights) * num_tokens + 1  # the last is padding's
+        self.loss, self.acceptance = (torch.zeros(rows, dtype=self.stats, device=self.device) for _ in range(2))
+        self.hit, self.live, self.masked_in = (torch.zeros(rows, dtype=torch.bool, device=self.device) for _ in range(3))
+
+    @property
+    def results(self) -> list[Tensor]:  # [T * N + 1] each
+        return [self.loss, self.acceptance, self.hit, self.live, self.masked_in]
+
     @torch.no_grad()
-    def run(self) -> Rows:
-        t, n, device = len(self.engine.step_weights), self.host.num_tokens, self.device
-        self.loss, self.acceptance = (torch.zeros(t * n, dtype=self.stats, device=device) for _ in range(2))
-        self.hit, self.live, self.masked_in = (torch.zeros(t * n, dtype=torch.bool, device=device) for _ in range(3))
-        started = False
-        chunks = plan_chunks(self.host, t, self.engine.chunk_rows)
+    def run(self, batch: Batch) -> Rows:
+        t, started = len(self.engine.step_weights), False
+        chunks = plan_chunks(batch, t, self.engine.chunk_rows)
         if nothing_runs():  # the first chunk, the last and the one whose rows look farthest back have every kernel
             chunks = list(chunks)
             far = max(chunks, key=lambda chunk: chunk.context[1] - chunk.context[0] if chunk.context else 0, default=None)
@@ -282,23 +290,24 @@ class _Step:
         for chunk in chunks:
             if not started:
                 started = True
-                self.start_pack()
-            self.run_chunk(chunk.to(device))
+                self.start_pack(to_device(pack_index(batch), self.device))
+            self.run_chunk(chunk.to(self.device))
         if started and self.grads is not None:
             self.finish_pack()
-        return Rows(*(x.view(t, n) for x in (self.loss, self.acceptance, self.hit, self.live, self.masked_in)))
+        return Rows(*(x[:-1].view(t, self.n) for x in self.results))
 
     # --- step 0's keys, values and hidden states of the whole pack: what every chain reads ----------------------------
 
-    def start_pack(self) -> None:
-        n, take, grads = self.host.num_tokens, self.take, self.grads is not None
+    def start_pack(
+        self,
+        index: Tensor,  # [2, N] of `pack_index`
+    ) -> None:
+        n, take, grads = self.n, self.take, self.grads is not None
         self.engine.reserve(n)
         self.h0, self.k0, self.v0 = (take(name, n) for name in ("h0", "k0", "v0"))
         if grads:
             self.dh0, self.dk0, self.dv0 = (take(name, n).zero_() for name in ("dh0", "dk0", "dv0"))
-        row = torch.arange(n)
-        next_id = self.host.input_ids[torch.minimum(row + 1, self.host.doc_end - 1)]
-        self.next_id, self.position = to_device(torch.stack([next_id, self.host.positions]), self.device)
+        self.next_id, self.position = index
         for rows in self.pack_blocks():
             torch.mm(self.read_features(rows), self.w["fc.weight"].T, out=self.h0[rows])
             x, _, _ = self.read_pack(rows)
@@ -307,8 +316,8 @@ class _Step:
             chain_qkv(kv, None, None, self.position[rows], *self.rope, None, self.k0[rows], self.v0[rows])
 
     def pack_blocks(self) -> list[slice]:
-        n, block = self.host.num_tokens, self.take.table["pack.x"][0]
-        return [slice(first, min(first + block, n)) for first in range(0, n, block)]
+        block = self.take.table["pack.x"][0]
+        return [slice(first, min(first + block, self.n)) for first in range(0, self.n, block)]
 
     def read_features(self, rows: slice) -> Tensor:  # [b, 3*Ht] what fc reads
         g, c = self.features.g[rows].to(self.dtype), self.c
@@ -343,7 +352,7 @@ class _Step:
         attention = ChainAttention(
             take, self.k0, self.v0, chunk.row_pos, chunk.row_start, chunk.sizes, chunk.context, d_context
         )
-        pos = chunk.row_pos[steps[0]]
+        pos = chunk.chain_pos
 
         for i, rows in enumerate(steps):
             n = chunk.sizes[i]
@@ -427,7 +436,7 @@ class _Step:
         scratch = take(scratch, take.table[scratch][0]).view(-1)
         rows = teacher(self.features.f[chunk.teacher_pos], head, (rows, scratch))
         live = rows.in_draft[chunk.teacher_row]
-        weight = self.engine.step_weights[chunk.head_step].to(self.stats) * live
+        weight = self.engine.head_weights[chunk.head_step].to(self.stats) * live
         self.live[chunk.head_out], self.masked_in[chunk.head_out] = live, torch.ones_like(live)
         dy = take("dy", len(y)).zero_()
         for first in range(0, len(live), room):
@@ -471,6 +480,11 @@ class _Step:
                 for j, d in enumerate(dg.chunk(3, 1)):
                     name = f"fc_norm.{j}.weight"
                     rms_norm_backward(d, g[j], r_g[j], w[name], None, grads[name], partial_g)
+
+
+def pack_index(batch: Batch) -> Tensor:  # [2, N] int64: next token's id, RoPE position
+    following = torch.minimum(torch.arange(batch.num_tokens) + 1, batch.doc_end - 1)
+    return torch.stack([batch.input_ids[following], batch.positions])
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
