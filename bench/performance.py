@@ -57,12 +57,15 @@ class Steps:
         mine = [r for r in rows if r["op"] == "step" and r["gpu"] == gpu and r["dtype"] == "bf16" and r["shape"]["T"] == 7]
         mine = [r for r in mine if "chunk_rows" not in r["shape"]]
         self.ours: dict[tuple[str, str, int], dict] = {}
+        self.flash: dict[tuple[str, str, int], dict] = {}  # with flash-attn 4 installed
         self.pairs: dict[tuple[str, str, int], tuple[dict, dict]] = {}  # ours of the same run, the peer's fastest
         peers: dict[tuple[str, str, int], dict[str, tuple[dict, dict]]] = {}
         for row in mine:
             place = (row["shape"]["model"], row["shape"]["pattern"], row["shape"]["tokens"])
             if row["provider"] == "fastdraft":
                 self.ours[place] = row
+            elif row["provider"] == "fastdraft, flash-attn":
+                self.flash[place] = row
             elif row["provider"].startswith(PEER) and place in self.ours:
                 peers.setdefault(place, {})[row["provider"]] = (self.ours[place], row)
         for place, found in peers.items():
@@ -85,7 +88,7 @@ class Steps:
         for place, row in self.of("live"):
             line = [NAMES[place[0]], short(place[2])]
             if "failed" in row:
-                lines.append([*line, failed(row), "", "", "", "", ""])
+                lines.append([*line, failed(row), "", "", "", "", "", *[""][: bool(self.flash)]])
                 continue
             peer = self.pairs[place][1] if place in self.pairs else None
             theirs = "" if peer is None else failed(peer) if "failed" in peer else number(peer["us_per_token"])
@@ -93,9 +96,18 @@ class Steps:
             spread = f"{number(row['us_per_token'])} ({number(row['p20'])}-{number(row['p80'])})"
             mfu = "" if row["mfu"] is None else number(100 * row["mfu"])
             line += [spread, number(row["model_us_per_token"]), mfu, number(row["pct_of_gemm"])]
-            lines.append([*line, theirs, "" if ratio is None else f"{ratio:.2f}"])
-        header = ["draft", "tokens", "us/token", "no optimizer", "MFU %", "% of GEMM", "SpecForge us/token", "times faster"]
-        return table(header, lines) if lines else ""
+            flash = [number(self.flash.get(place, {}).get("us_per_token"))] if self.flash else []
+            lines.append([*line, *flash, theirs, "" if ratio is None else f"{ratio:.2f}"])
+        header = [
+            "draft",
+            "tokens",
+            "us/token",
+            "no optimizer",
+            "MFU %",
+            "% of GEMM",
+            *["with flash-attn"][: bool(self.flash)],
+        ]
+        return table([*header, "SpecForge us/token", "times faster"], lines) if lines else ""
 
     def chats(self) -> str:
         lines = []
