@@ -20,7 +20,7 @@ from fastdraft.kernels.jit import compile_together
 from fastdraft.model.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.ttt import GATE_UP, QKV, Step, TTTEngine, end_to_end, pack_index
 
-GRAPH_FLOPS = 1e13  # of a pack; from there on the GPU takes longer than the host does for its launches
+GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host does for its launches
 ROOM, CHAINS = 1024, 512
 
 
@@ -107,7 +107,8 @@ class _Pack:
         if cuda and self.runs == 1:
             self.engine.pool = self.engine.pool or torch.cuda.graph_pool_handle()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.engine.pool):
+            # other threads pin memory and copy meanwhile: the loader, a feature store's reader
+            with torch.cuda.graph(self.graph, pool=self.engine.pool, capture_error_mode="thread_local"):
                 self.launch()
         if self.graph is not None:
             self.graph.replay()
