@@ -269,6 +269,40 @@ def test_packed_documents_equal_padded_ones_on_a_gpu(kind, dtype):
         assert (packed - truth).abs().max() <= allowed
 
 
+def test_a_recorded_forward_has_a_document_more():
+    """On a CPU nothing is recorded; what goes in and out is as on a GPU."""
+    target, calls = Target(make_model("llama")), []
+
+    def forward(ids, documents):
+        calls.append(documents.lengths)
+        return target._run_packed(ids, documents)
+
+    recorded = packing.Recorded(40, forward, torch.device("cpu"))
+    for lengths in ((12, 3, 11), (40,), (7, 1)):
+        batch = make_batch(lengths)
+        g, f = recorded(batch.input_ids, lengths)
+        alone = target.capture(batch)
+        torch.testing.assert_close(g, alone.g, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(f, alone.f, rtol=1e-4, atol=1e-4)
+    assert calls == [(12, 3, 11, 14), (40,), (7, 1, 32)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])
+def test_recorded_forwards_on_a_gpu(kind):
+    target = Target(make_model(kind).cuda())
+    batches = [make_batch(lengths) for lengths in ((12, 3, 11), (300, 40), (7, 1), (250,), (12, 3, 11))]
+    found = [[rows(target.capture(batch)) for batch in batches] for _ in range(3)]
+    assert target.recorded is None or sorted(target.recorded) == [256, 512]
+    assert kind == "qwen3_moe" or all(r.graph is not None for r in target.recorded.values())
+    assert all(torch.equal(a, b) for again in found[1:] for x, y in zip(again, found[0]) for a, b in zip(x, y))  # noqa: B905
+    target.recorded = None
+    for batch, recorded in zip(batches, found[0], strict=True):
+        for a, b in zip(recorded, rows(target.capture(batch)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_groups_hold_every_document_once_and_bound_padding():
     lengths = (5, 100, 1, 99, 81, 4, 100, 3)
     groups = _groups_of_like_length(lengths, least_fill=0.8, most_tokens=250)

@@ -21,7 +21,7 @@ from fastdraft.model.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.ttt import GATE_UP, QKV, Step, TTTEngine, end_to_end, pack_index
 
 GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host does for its launches
-ROOM, CHAINS = 1024, 512
+ROOM, CHAINS = 256, 512
 
 
 class GraphEngine(TTTEngine):

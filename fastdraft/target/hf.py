@@ -25,8 +25,10 @@ from transformers.utils import cached_file
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.model.config import default_layers
-from fastdraft.target.packed import Documents, packed, unpackable
+from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 
+GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
+GRAPH_TOKENS = 256  # packs are padded to multiples of it, so that few lengths are recorded
 RUN_TOKENS = 16384  # of documents that run together: what the target's own activations take is bounded so
 
 
@@ -57,7 +59,11 @@ class Target:
         eos = generation if generation is not None else self.config.eos_token_id
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
         self._prove_head()
+        self.num_parameters = sum(p.numel() for p in self.decoder.parameters())
+        self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
         self.apart = unpackable(self.decoder.config) or self._try_packing()
+        if self.apart is None and self.device.type == "cuda" and self._try_recording():
+            self.recorded = {}
 
     @property
     def device(self) -> torch.device:
@@ -117,12 +123,20 @@ class Target:
         ids = batch.input_ids.to(self.device).split([sum(run) for run in runs])
         return zip(ids, map(tuple, runs), strict=True)
 
+    @torch.no_grad()
     def forward_packed(
         self,
         input_ids: Tensor,  # [n] int64, documents one after the other
         lengths: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:  # g [n, 3*Ht], f [n, Ht]
-        documents = Documents.of(lengths, self.device)
+        n = -(-len(input_ids) // GRAPH_TOKENS) * GRAPH_TOKENS
+        if self.recorded is not None and 2 * self.num_parameters * n <= GRAPH_FLOPS:
+            if n not in self.recorded:
+                self.recorded[n] = Recorded(n, self._run_packed, self.device, self.pool)
+            return self.recorded[n](input_ids, lengths)
+        return self._run_packed(input_ids, Documents.of(lengths, self.device))
+
+    def _run_packed(self, input_ids: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
         with packed(self.decoder.config, documents):
             g, f = self.forward(input_ids[None], position_ids=documents.position[None])
         return g[0], f[0]
@@ -158,6 +172,21 @@ class Target:
             if not off <= most:
                 return f"packed documents give states that are off by {off:.1%}"
         return None
+
+    def _try_recording(self) -> bool:
+        """Whether a forward can be a CUDA graph. One that reads values on the host, as routing to experts may, cannot."""
+        if 2 * self.num_parameters * GRAPH_TOKENS > GRAPH_FLOPS:
+            return False
+        self.pool = torch.cuda.graph_pool_handle()  # one for all: a replay's results are copied before the next
+        recorded, ids = (
+            Recorded(GRAPH_TOKENS, self._run_packed, self.device, self.pool),
+            torch.arange(8, device=self.device),
+        )
+        try:
+            first, _, replayed = (recorded(ids % self.vocab_size, (5, 3)) for _ in range(3))
+        except RuntimeError:
+            return False
+        return all(torch.equal(a, b) for a, b in zip(first, replayed, strict=True))
 
     @torch.no_grad()
     def _prove_head(self) -> None:

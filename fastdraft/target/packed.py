@@ -12,7 +12,7 @@ Models that do anything else with other tokens cannot run so; `unpackable` and `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,6 +44,9 @@ class Documents:
     @property
     def position(self) -> Tensor:  # [n] int64, of each token in its document
         return self.row - self.start
+
+    def as_tensor(self) -> Tensor:  # [3, n]
+        return torch.stack([self.position, self.row, self.start])
 
 
 _documents: ContextVar[Documents] = ContextVar("documents")
@@ -104,3 +107,41 @@ def _attend(
 
 
 AttentionInterface.register(NAME, _attend)
+
+
+class Recorded:
+    """A forward over n packed tokens as a CUDA graph, for targets so small that the host's launches take longer than the
+    GPU's work. The first runs as it is, the second is recorded, later ones replay it."""
+
+    def __init__(
+        self,
+        n: int,
+        forward: Callable[[Tensor, Documents], tuple[Tensor, ...]],
+        device: torch.device,
+        pool: tuple[int, int] | None = None,  # of the graph's memory
+    ):
+        self.forward, self.pool, self.runs = forward, pool, 0
+        self.input_ids = torch.zeros(n, dtype=torch.int64, device=device)
+        self.index = torch.zeros(3, n, dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.out: tuple[Tensor, ...] = ()
+
+    def __call__(
+        self,
+        input_ids: Tensor,  # [m] int64, m <= n
+        lengths: tuple[int, ...],
+    ) -> tuple[Tensor, ...]:  # copies of m rows
+        m, n, device = len(input_ids), len(self.input_ids), self.input_ids.device
+        lengths = lengths if m == n else (*lengths, n - m)  # a document more: nothing sees it
+        self.input_ids[:m] = input_ids
+        self.index.copy_(Documents.of(lengths, device).as_tensor())
+        if self.runs == 1 and device.type == "cuda":
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):  # other threads copy meanwhile
+                self.out = self.forward(self.input_ids, Documents(lengths, *self.index))
+        self.runs += 1
+        if self.graph is None:
+            documents = Documents(lengths, *self.index)
+            return tuple(x[:m].clone() for x in self.forward(self.input_ids, documents))
+        self.graph.replay()
+        return tuple(x[:m].clone() for x in self.out)
