@@ -241,7 +241,7 @@ class TTTEngine:
     def _run(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
         self.check_ids(batch)
         kind = grads is not None
-        if self.take.device.type == "cuda" and kind not in self.compiled:
+        if self.take.device.type == "cuda" and kind not in self.compiled and batch.loss_mask.any():
             compile_together(lambda: Step(self, batch.num_tokens, features, grads).run(batch), self.take.device)
             self.compiled.add(kind)
         return Step(self, batch.num_tokens, features, grads).run(batch)

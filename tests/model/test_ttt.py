@@ -314,7 +314,7 @@ def test_the_run_that_only_compiles_has_a_chunk_with_a_long_context(monkeypatch)
     draft, (_, features, head) = make_draft(), make_inputs((50, 12))
     seen = []
     monkeypatch.setattr(ttt, "nothing_runs", lambda: True)
-    monkeypatch.setattr(ttt._Step, "run_chunk", lambda self, chunk: seen.append(chunk.context))
+    monkeypatch.setattr(ttt.Step, "run_chunk", lambda self, chunk: seen.append(chunk.context))
     TTTEngine(draft, head, decay(4), chunk_rows=10).step(all_trained(50, 12), features, flat_gradients(draft))
     assert seen == [None, (0, 30), (50, 52)]
 
