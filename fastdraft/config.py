@@ -101,9 +101,16 @@ class Config(Section):
     max_steps: int | None = Field(None, gt=0)
     engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused
     chunk_rows: int | None = Field(None, gt=0)  # chains the fused engine runs at a time; None: as many as 3.5 GiB hold
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the CPU
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the
+    # CPU; fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)  # of the draft's first weights; data.seed is that of the order
+
+    @model_validator(mode="after")
+    def _fp8_is_the_fused_engines(self) -> Config:
+        if self.precision == "fp8" and self.engine == "reference":
+            raise ValueError("precision: fp8 is the fused engine's; set engine=fused or precision=bf16")
+        return self
 
     @model_validator(mode="after")
     def _streams_say_where_they_end(self) -> Config:

@@ -30,9 +30,9 @@ from rich.table import Table
 
 from fastdraft.batch import LossKind
 from fastdraft.model.config import DraftConfig
-from fastdraft.model.ttt import buffer_rows, chunk_buffers, pack_buffers, pick_chunk_rows, table_bytes
+from fastdraft.model.ttt import buffer_rows, chunk_buffers, fp8_buffers, pack_buffers, pick_chunk_rows, table_bytes
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 Engine = Literal["reference", "fused"]
 GIB = 2**30
 ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of log Q, Q, P, P~, those the backward reads
@@ -84,24 +84,24 @@ def plan(
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows."""
     length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
-    b = 2 if precision == "bf16" else 4
+    b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
     count = draft.num_parameters()
     trainable, frozen = count["trainable"], count["embedding"]
     maps = 8 * draft.draft_vocab_size + draft.vocab_size  # d2t int64, t2d bool
     if engine == "fused":
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        step = _fused_step(draft, pack_tokens, ttt_length, chunk_rows, dtype, target_dtype, device)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        step = _fused_step(draft, pack_tokens, ttt_length, chunk_rows, dtype, target_dtype, device, precision == "fp8")
         work = _fused_flops(draft, pack_tokens, length, ttt_length, device == "cpu")
     else:
         step = _reference_step(draft, pack_tokens, length, ttt_length, b, ROWS_KEPT[loss])
-        step = (Row(f"gradient of one pack ({precision})", b * trainable), *step)
+        step = (Row(f"gradient of one pack ({compute})", b * trainable), *step)
         work = (Row("draft step, forward and backward", _reference_flops(draft, length, ttt_length)),)
     weights = trainable + frozen if b < 4 else frozen  # in fp32 the masters are the weights
     memory = (
         Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_dtype.itemsize)
         if stored
         else Row("target weights", target_params * target_dtype.itemsize),
-        Row(f"draft weights ({precision})" if b < 4 else "draft's frozen embedding", weights * b + maps),
+        Row(f"draft weights ({compute})" if b < 4 else "draft's frozen embedding", weights * b + maps),
         Row("fp32 master weights", 4 * trainable),
         Row("fp32 moments (two)", 8 * trainable),
         Row("fp32 gradient", 4 * trainable),
@@ -162,7 +162,14 @@ def _reference_flops(c: DraftConfig, length: int, steps: int) -> int:
 
 
 def _fused_step(
-    c: DraftConfig, n: int, steps: int, chunk_rows: int | None, dtype: torch.dtype, target_dtype: torch.dtype, device: str
+    c: DraftConfig,
+    n: int,
+    steps: int,
+    chunk_rows: int | None,
+    dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    device: str,
+    fp8: bool,
 ) -> tuple[Row, ...]:
     """Bytes of one step of the fused engine, every token trained on."""
     room, m = buffer_rows(n, pick_chunk_rows(chunk_rows, c, steps, dtype, target_dtype, device))
@@ -178,6 +185,8 @@ def _fused_step(
         Row("kept for every token of a pack", kept),
         Row("short-lived tensors", max(index, cast)),
     ]
+    if fp8:
+        found.append(Row("weights and rows in fp8", table_bytes(fp8_buffers(c, m, steps))))
     if device == "cpu":
         heads, b = c.num_attention_heads, dtype.itemsize
         scores = sum(min(m, n) * (heads * ((n + i) * stats + n * b) + n) for i in range(steps))

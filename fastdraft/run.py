@@ -67,7 +67,14 @@ def start_process(device: str) -> tuple[torch.device, int, int]:  # device, rank
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """Raises ValueError where training in fp8 would bring nothing."""
+    if config.precision == "fp8" and (device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9)):
+        name = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        raise ValueError(f"precision: fp8 needs a GPU of compute capability 8.9 or newer, not {name}; set precision=bf16")
 
 
 def open_target(config: Config, layers: tuple[int, int, int], device: torch.device) -> Target:
@@ -201,7 +208,9 @@ def engine_kind(engine: Literal["auto", "fused", "reference"]) -> Literal["fused
 def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) -> GraphEngine | ReferenceEngine:
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
     args = draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
-    return GraphEngine(*args, config.chunk_rows) if engine_kind(config.engine) == "fused" else ReferenceEngine(*args)
+    if engine_kind(config.engine) == "reference":
+        return ReferenceEngine(*args)
+    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8")
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
@@ -309,13 +318,14 @@ def print_plan(config: Config, console: Console) -> None:
     device = torch.device(auto if config.device == "auto" else config.device)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+    computed = {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(config, device)]
     predicted = plan(
         shape,
         target_params=count_target_parameters(facts),
         target_dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
         pack_tokens=config.data.pack_tokens,
         ttt_length=config.ttt_length,
-        precision="bf16" if compute_dtype(config, device) == torch.bfloat16 else "fp32",
+        precision="fp8" if config.precision == "fp8" else computed,
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,

@@ -39,6 +39,7 @@ from fastdraft.model.draft import Draft
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
     build_engine,
+    check_precision,
     compute_dtype,
     fit_to_target,
     frozen_tensors,
@@ -70,6 +71,7 @@ class TrainResult:
 def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
     device, rank, world = start_process(config.device)
+    check_precision(config, device)
     dtype = compute_dtype(config, device)
     run_dir = Path(config.run_dir)
     torch.manual_seed(config.seed)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.kernels import chain_attention, linear_kl, teacher
+from fastdraft.kernels import chain_attention, linear_kl, matmul, teacher
 from fastdraft.kernels.teacher import PermutedHead
 from fastdraft.model import ttt
 from fastdraft.model.config import DraftConfig
@@ -116,6 +116,8 @@ def _kernels_replaced():
             (ttt, "add_outer", product),
             (linear_kl, "add_outer", product),
             (linear_kl, "kl_rows_", loss_rows),
+            (matmul, "multiply", nothing),
+            *((ttt, name, nothing) for name in ("quantize_rows", "quantize_columns")),
             (teacher, "_teacher_rows_cpu", nothing),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
@@ -130,6 +132,7 @@ def meta_step(
     dtype: torch.dtype = torch.bfloat16,
     target_dtype: torch.dtype | None = None,
     modes: tuple = (),  # other dispatch modes to run the step under
+    fp8: bool = False,
 ) -> LiveBytes:
     """What one engine and one step make, gradients included."""
     target_dtype = target_dtype or dtype
@@ -150,5 +153,5 @@ def meta_step(
         stack.enter_context(_kernels_replaced())
         for mode in (alive, *modes):
             stack.enter_context(mode)
-        ttt.TTTEngine(draft, head, weights, chunk_rows=chunk_rows).step(batch, features, grads)
+        ttt.TTTEngine(draft, head, weights, chunk_rows=chunk_rows, fp8=fp8).step(batch, features, grads)
     return alive

@@ -16,7 +16,7 @@ from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.cost import free_disk, pair_cost, plan, render
 from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import TTTEngine, flat_gradients
+from fastdraft.model.ttt import TTTEngine, flat_gradients, fp8_shapes
 from fastdraft.model.ttt_ref import ttt_ref
 
 
@@ -194,6 +194,20 @@ def test_fused_memory_matches_a_step_on_meta_tensors(n, chunk_rows, steps, dtype
     made = meta_step(c, all_trained(n), steps, chunk_rows, dtype, target_dtype)
     predicted = engine_bytes(fused_plan(c, n, steps, chunk_rows, dtype, target_dtype))
     assert predicted == pytest.approx(made.peak, rel=0.04)
+
+
+@pytest.mark.parametrize(("n", "chunk_rows", "changes"), [(8192, None, LLAMA_8B), (2048, 512, {"draft_vocab_size": 320})])
+def test_memory_of_fp8_matches_a_step_on_meta_tensors(n, chunk_rows, changes):
+    """The default chunk is that of bf16."""
+    c = config(**changes)
+    made = meta_step(c, all_trained(n), 7, chunk_rows, BF16, fp8=True)
+    p = fused_plan(c, n, 7, chunk_rows, BF16, BF16, precision="fp8")
+    assert engine_bytes(p) == pytest.approx(made.peak, rel=0.04)
+    plain = sizes(fused_plan(c, n, 7, chunk_rows, BF16, BF16).memory)
+    added = sizes(p.memory)
+    weights = 2 * sum(outputs * inputs for outputs, inputs in fp8_shapes(c).values())
+    assert weights < added.pop("weights and rows in fp8") < 1.1 * weights + 4 * 512 * c.intermediate_size
+    assert added == plain
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
+import torch
 import yaml
 
 from fastdraft.config import Config, load_config, parse_config, read_yaml
+from fastdraft.run import check_precision, compute_dtype
 
 LEAST = {"target": {"path": "models/t"}, "data": {"paths": ["a.jsonl"]}}
 
@@ -96,6 +100,21 @@ def test_every_fault_has_its_line(file):
     lines = str(error.value).splitlines()
     assert len(lines) == 3
     assert {line.split(":")[0].split(";")[0] for line in lines} == {"unknown key 'ttt_lenght'", "optim.lr", "seed"}
+
+
+def test_fp8_is_the_fused_engines_on_new_gpus(file, monkeypatch):
+    with pytest.raises(ValueError, match=r"precision: fp8 is the fused engine's; set engine=fused or precision=bf16"):
+        load_config(file, ["precision=fp8", "engine=reference"])
+    config = load_config(file, ["precision=fp8"])
+    with pytest.raises(ValueError, match=r"compute capability 8\.9 or newer, not the CPU; set precision=bf16"):
+        check_precision(config, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an A100")
+    for capability, fits in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        with nullcontext() if fits else pytest.raises(ValueError, match=r"8\.9 or newer, not an A100"):
+            check_precision(config, torch.device("cuda"))
+    assert all(compute_dtype(config, torch.device(d)) == torch.bfloat16 for d in ("cpu", "cuda"))
+    check_precision(load_config(file, ["precision=bf16"]), torch.device("cpu"))
 
 
 def test_a_stream_needs_its_steps_and_no_whole_store(file):

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import LossKind
+from fastdraft.kernels.fp8 import Fp8Weight
 from fastdraft.kernels.jit import jit, tl, triton
-from fastdraft.kernels.matmul import add_outer
+from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.kernels.teacher import TeacherRows
 
 CPU_ROWS = 32  # rows of Vd float32 that stay in a core's cache: 1 MB at Vd 8192
@@ -347,7 +348,7 @@ def _check(z: Tensor, teacher: TeacherRows, teacher_row: Tensor, w: Tensor, loss
 @torch.no_grad()
 def linear_kl_grad(
     x: Tensor,  # [n, H] normed draft states
-    weight: Tensor,  # [Vd, H] lm_head, of x's dtype
+    weight: Tensor | Fp8Weight,  # [Vd, H] lm_head, of x's dtype
     teacher: TeacherRows,
     teacher_row: Tensor,  # [n] int64
     w: Tensor,  # [n] float32
@@ -375,11 +376,11 @@ def linear_kl_grad(
             f"dx {tuple(dx.shape)}, dweight {tuple(dweight.shape)} {dweight.dtype} must be {tuple(x.shape)}, "
             f"{tuple(weight.shape)} {stats}"
         )
-    if logits.shape != (len(x), len(weight)) or logits.dtype != x.dtype:
-        raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; [{len(x)}, {len(weight)}] {x.dtype} needed")
-    torch.mm(x, weight.T, out=logits)
+    if logits.shape != (len(x), weight.shape[0]) or logits.dtype != x.dtype:
+        raise ValueError(f"logits is {tuple(logits.shape)} {logits.dtype}; [{len(x)}, {weight.shape[0]}] {x.dtype} needed")
+    linear(x, weight, logits)
     rows = kl_rows_(logits, teacher, teacher_row, w, loss, lk_scale, lk_decay, dx is not None)
     if dx is not None:
-        torch.mm(logits, weight, out=dx)
+        linear_backward(logits, weight, dx)
         add_outer(dweight, logits, x)
     return rows

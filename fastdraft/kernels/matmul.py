@@ -1,10 +1,36 @@
-"""Matrix products that no single library call covers."""
+"""Matrix products: of a weight in bf16 (or wider) or in fp8, and one that no single library call covers."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, addmm
 
+from fastdraft.kernels.fp8 import Fp8Weight, multiply
 from fastdraft.kernels.jit import nothing_runs
+
+
+def linear(
+    x: Tensor,  # [n, in]
+    weight: Tensor | Fp8Weight,  # [out, in]
+    out: Tensor,  # [n, out] written
+) -> None:
+    """x W^T."""
+    if isinstance(weight, Fp8Weight):
+        multiply(x, weight.by_out, weight.room, out)
+    else:
+        torch.mm(x, weight.T, out=out)
+
+
+def linear_backward(
+    dz: Tensor,  # [n, out]
+    weight: Tensor | Fp8Weight,  # [out, in]
+    dx: Tensor,  # [n, in] written
+) -> None:
+    """dz W, the input's gradient."""
+    if isinstance(weight, Fp8Weight):
+        multiply(dz, weight.by_in, weight.room, dx)
+    else:
+        torch.mm(dz, weight, out=dx)
 
 
 def add_outer(

@@ -27,9 +27,10 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
 from fastdraft.kernels.chain_attention import ChainAttention, attention_buffers
 from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
+from fastdraft.kernels.fp8 import FP8, Fp8Rows, Fp8Weight, quantize_columns, quantize_rows
 from fastdraft.kernels.jit import compile_together, nothing_runs
 from fastdraft.kernels.linear_kl import linear_kl_grad
-from fastdraft.kernels.matmul import add_outer
+from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_partials
 from fastdraft.kernels.swiglu import swiglu, swiglu_backward_
 from fastdraft.kernels.teacher import PermutedHead, TeacherRows, permute_head, teacher
@@ -92,6 +93,25 @@ def pack_buffers(c: DraftConfig, tokens: int, dtype: torch.dtype) -> Table:
     table: Table = {name: (tokens, (c.hidden_size,), dtype) for name in ("h0", "dh0")}
     table |= {name: (tokens, kv, dtype) for name in ("k0", "v0")}
     return table | {name: (tokens, kv, stats) for name in ("dk0", "dv0")}
+
+
+def fp8_buffers(c: DraftConfig, chunk_rows: int, steps: int) -> Table:
+    """What `precision: fp8` adds: both orientations of the weights below, and room for the other factor's rows."""
+    table: Table = {}
+    for name, (outputs, inputs) in fp8_shapes(c).items():
+        for side, n, k in (("out", outputs, inputs), ("in", inputs, outputs)):
+            table |= {f"fp8.{name}.{side}": (n, (k,), FP8), f"fp8.{name}.{side}_scale": (n, (), torch.float32)}
+    longest = max(n for shape in fp8_shapes(c).values() for n in shape)
+    room = max(2 * c.intermediate_size * chunk_rows, 256 * longest)  # longer rows go through in parts
+    return table | {"fp8.q": (room, (), FP8), "fp8.scale": (steps * chunk_rows, (), torch.float32)}
+
+
+def fp8_shapes(c: DraftConfig) -> dict[str, tuple[int, int]]:
+    """Weights [out, in] of the products that run at every step of a chain. Bf16 stay those that run once a token and bring
+    little (fc, the embedding's half of QKV, K^0 and V^0: what all chains read), and all weight gradients."""
+    h, e = c.hidden_size, c.num_attention_heads * c.head_dim
+    width, inner, vocab = e + 2 * c.num_key_value_heads * c.head_dim, c.intermediate_size, c.draft_vocab_size
+    return {"qkv": (width, h), "out": (h, e), "gate_up": (2 * inner, h), "down": (h, inner), "head": (vocab, h)}
 
 
 def table_bytes(table: Table) -> int:
@@ -165,7 +185,7 @@ QKV = tuple(f"midlayer.self_attn.{x}_proj.weight" for x in "qkv")
 GATE_UP = tuple(f"midlayer.mlp.{x}_proj.weight" for x in ("gate", "up"))
 DOWN, OUT = "midlayer.mlp.down_proj.weight", "midlayer.self_attn.o_proj.weight"
 INPUT_NORM, HIDDEN_NORM = "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight"
-POST_NORM = "midlayer.post_attention_layernorm.weight"
+HEAD, POST_NORM = "lm_head.weight", "midlayer.post_attention_layernorm.weight"
 
 
 def flat_gradients(draft: Draft) -> dict[str, Tensor]:
@@ -189,12 +209,16 @@ class TTTEngine:
         lk_scale: float = 1.0,
         lk_decay: float = 1.0,
         chunk_rows: int | None = None,  # chains at a time; None: as many as CHUNK_BYTES hold
+        fp8: bool = False,  # products of `step`, not of `rows`, in float8 (`fp8_shapes`); the draft's dtype is bf16 then
     ):
         if not 1 <= len(step_weights) <= 12:
             raise ValueError(f"ttt_length {len(step_weights)} is not in 1..12")
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows is {chunk_rows}; at least 1 is needed")
-        self.draft, self.config = draft, draft.config
+        odd = [n for shape in fp8_shapes(draft.config).values() for n in shape if n % 16] if fp8 else []
+        if odd:
+            raise ValueError(f"fp8 products need widths in multiples of 16, the draft has {odd[0]}; use precision=bf16")
+        self.draft, self.config, self.fp8 = draft, draft.config, fp8
         self.head: PermutedHead = permute_head(head, draft.draft_ids)
         self.step_weights, self.loss = step_weights, (kind, lk_scale, lk_decay)
         self.head_weights = torch.cat([step_weights, step_weights.new_zeros(1)])  # [T+1]; step T is padding
@@ -208,6 +232,8 @@ class TTTEngine:
         """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
         room, chains = buffer_rows(max(self.take.table.get("h0", (0,))[0], tokens), self.chunk_rows)
         pack = pack_buffers(self.config, room, self.sizes[1])
+        if self.fp8:
+            pack |= fp8_buffers(self.config, chains, self.sizes[0])
         table = chunk_buffers(self.config, chains, *self.sizes) | pack
         if table == self.take.table:
             return
@@ -235,7 +261,7 @@ class TTTEngine:
         return self._run(batch, features, grads)
 
     def rows(self, batch: Batch, features: Features) -> Rows:
-        """The same rows without any gradient."""
+        """The same rows without any gradient; never in fp8: what a server will run is measured."""
         return self._run(batch, features, None)
 
     def _run(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
@@ -304,16 +330,33 @@ class Step:
     ) -> None:
         n, take, grads = self.n, self.take, self.grads is not None
         self.engine.reserve(n)
+        if self.engine.fp8 and grads:
+            self.quantize_weights()
         self.h0, self.k0, self.v0 = (take(name, n) for name in ("h0", "k0", "v0"))
         if grads:
             self.dh0, self.dk0, self.dv0 = (take(name, n).zero_() for name in ("dh0", "dk0", "dv0"))
         self.next_id, self.position = index
         for rows in self.pack_blocks():
-            torch.mm(self.read_features(rows), self.w["fc.weight"].T, out=self.h0[rows])
+            linear(self.read_features(rows), self.w["fc.weight"], self.h0[rows])
             x, _, _ = self.read_pack(rows)
             kv = take("pack.kv", len(x))
-            torch.mm(x, self.w_qkv[self.q_width :].T, out=kv)
+            linear(x, self.w_qkv[self.q_width :], kv)
             chain_qkv(kv, None, None, self.position[rows], *self.rope, None, self.k0[rows], self.v0[rows])
+
+    def quantize_weights(self) -> None:
+        room = Fp8Rows(*(self.take(name, self.take.table[name][0]) for name in ("fp8.q", "fp8.scale")))
+
+        def fp8(name: str, weight: Tensor) -> Fp8Weight:
+            sides = zip(("out", "in"), weight.shape, strict=True)
+            by_out, by_in = (
+                Fp8Rows(self.take(f"fp8.{name}.{side}", n), self.take(f"fp8.{name}.{side}_scale", n)) for side, n in sides
+            )
+            quantize_rows(weight, by_out)
+            quantize_columns(weight, by_in)
+            return Fp8Weight(by_out, by_in, room, self.dtype)
+
+        self.w_h, self.w_gu = fp8("qkv", self.w_h), fp8("gate_up", self.w_gu)
+        self.w |= {key: fp8(name, self.w[key]) for name, key in (("out", OUT), ("down", DOWN), ("head", HEAD))}
 
     def pack_blocks(self) -> list[slice]:
         block = self.take.table["pack.x"][0]
@@ -347,7 +390,7 @@ class Step:
         r_n2, r_hn, branch = take("r_n2", total), take("r_hn", total), take("branch", m)
         e, r_e, e_qkv = take("e", tokens), take("r_e", tokens), take("e_qkv", tokens)
         rms_norm(w["embed_tokens.weight"], w[INPUT_NORM], eps, e, r_e, rows=chunk.token_id)
-        torch.mm(e, self.w_e.T, out=e_qkv)
+        linear(e, self.w_e, e_qkv)
         d_context = (self.dk0, self.dv0) if self.grads is not None else None
         attention = ChainAttention(
             take, self.k0, self.v0, chunk.row_pos, chunk.row_start, chunk.sizes, chunk.context, d_context
@@ -365,13 +408,13 @@ class Step:
                 rms_norm(h_mid[before], w[HIDDEN_NORM], eps, hn[rows], r_hn[rows], delta=down, total=h)
             width = self.w_h.shape[0] if i else self.q_width
             z = take("qkv", total).view(-1)[: n * width].view(n, width)  # free until the backward
-            torch.mm(hn[rows], self.w_h[:width].T, out=z)
+            linear(hn[rows], self.w_h[:width], z)
             chain_qkv(z, e_qkv, chunk.token_row[rows], chunk.row_position[rows], *self.rope, *attention.place(i))
-            torch.mm(attention.forward(i).flatten(1), w[OUT].T, out=branch[:n])
+            linear(attention.forward(i).flatten(1), w[OUT], branch[:n])
             rms_norm(h, w[POST_NORM], eps, n2[rows], r_n2[rows], rows=h_rows, delta=branch[:n], total=h_mid[rows])
-            torch.mm(n2[rows], self.w_gu.T, out=gate_up[rows])
+            linear(n2[rows], self.w_gu, gate_up[rows])
             swiglu(gate_up[rows], act[rows])
-            torch.mm(act[rows], w[DOWN].T, out=branch[:n])
+            linear(act[rows], w[DOWN], branch[:n])
         rms_norm(h_mid[rows], w[HIDDEN_NORM], eps, None, None, delta=branch[:n], total=y[rows])
 
         dy = self.run_head(chunk, y)
@@ -381,19 +424,19 @@ class Step:
         dqkv, de = take("qkv", total), take("de", tokens).zero_()
         for i in reversed(range(len(steps))):
             rows, n = steps[i], chunk.sizes[i]
-            torch.mm(dy[rows], w[DOWN], out=act[rows])
+            linear_backward(dy[rows], w[DOWN], act[rows])
             swiglu_backward_(gate_up[rows], act[rows])  # now gradients of gate | up, and act again
-            torch.mm(gate_up[rows], self.w_gu, out=dn[:n])
+            linear_backward(gate_up[rows], self.w_gu, dn[:n])
             d_mid = h_mid[rows]  # its place, row by row
             rms_norm_backward(
                 dn[:n], h_mid[rows], r_n2[rows], w[POST_NORM], d_mid, grads[POST_NORM], partial, add=(dy[rows],)
             )
-            torch.mm(d_mid, w[OUT], out=attention.dout[rows].flatten(1))
+            linear_backward(d_mid, w[OUT], attention.dout[rows].flatten(1))
             dq, dk, dv = attention.backward(i)
             width = self.w_h.shape[0] if i else self.q_width  # K^0, V^0 still collect from other chunks: `finish_pack`
             dz, row_position = dqkv[rows, :width], chunk.row_position[rows]
             chain_qkv_backward(dq, dk, dv, chunk.token_row[rows], row_position, *self.rope, dz, de)
-            torch.mm(dz, self.w_h[:width], out=dn[:n])
+            linear_backward(dz, self.w_h[:width], dn[:n])
             if i == 0:
                 x, x_rows, dx, dx_rows, add = h0, pos, self.dh0, pos, (d_mid,)
             else:
@@ -419,7 +462,7 @@ class Step:
         add_outer(self.dw_h, dqkv[m:], hn[m:])
         de_qkv, d_e = e_qkv.copy_(de), take("d_e", tokens)
         add_outer(self.dw_e, de_qkv, e)
-        torch.mm(de_qkv, self.w_e, out=d_e)
+        linear_backward(de_qkv, self.w_e, d_e)
         embedding = w["embed_tokens.weight"]
         rms_norm_backward(d_e, embedding, r_e, w[INPUT_NORM], None, grads[INPUT_NORM], partial, x_rows=chunk.token_id)
 
@@ -444,11 +487,9 @@ class Step:
             at, out = chunk.head_row[part], chunk.head_out[part]
             x, r = take("x", len(at)), take("r_x", len(at))
             rms_norm(y, w["norm.weight"], c.rms_norm_eps, x, r, rows=at)
-            dx, dlm = (take("dx", len(at)), grads["lm_head.weight"]) if grads is not None else (None, None)
+            dx, dlm = (take("dx", len(at)), grads[HEAD]) if grads is not None else (None, None)
             logits, teacher_row = take("logits", len(at)), chunk.teacher_row[part]
-            found = linear_kl_grad(
-                x, w["lm_head.weight"], rows, teacher_row, weight[part], dx, dlm, logits, *self.engine.loss
-            )
+            found = linear_kl_grad(x, w[HEAD], rows, teacher_row, weight[part], dx, dlm, logits, *self.engine.loss)
             self.loss[out], self.acceptance[out] = found.loss.to(self.stats), found.acceptance.to(self.stats)
             self.hit[out] = found.hit
             if grads is not None:
@@ -466,7 +507,7 @@ class Step:
             dkv, dx, dh0 = take("pack.kv", len(x)), take("pack.dx", len(x)), self.dh0[rows]
             chain_qkv_backward(None, self.dk0[rows], self.dv0[rows], None, self.position[rows], *self.rope, dkv, None)
             add_outer(self.dw_qkv[self.q_width :], dkv, x)
-            torch.mm(dkv, self.w_qkv[self.q_width :], out=dx)
+            linear_backward(dkv, self.w_qkv[self.q_width :], dx)
             d_e, d_hn = dx.split(c.hidden_size, 1)
             rms_norm_backward(d_hn, self.h0[rows], r_h, w[HIDDEN_NORM], dh0, grads[HIDDEN_NORM], partial, add=(dh0,))
             embedding, ids = w["embed_tokens.weight"], self.next_id[rows]
@@ -475,7 +516,7 @@ class Step:
             if c.fc_norm:
                 dg, r_g = take("pack.dg", len(x)), take("pack.r_g", 3 * len(x)).chunk(3)
                 partial_g = take("pack.partial", take.table["pack.partial"][0])
-                torch.mm(dh0, w["fc.weight"], out=dg)
+                linear_backward(dh0, w["fc.weight"], dg)
                 g = self.features.g[rows].to(self.dtype).chunk(3, 1)
                 for j, d in enumerate(dg.chunk(3, 1)):
                     name = f"fc_norm.{j}.weight"
@@ -502,7 +543,8 @@ def ttt_engine_step(
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
     chunk_rows: int | None = None,
+    fp8: bool = False,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """One step with an engine of its own and fresh gradients: `ttt_ref_step`'s signature, for checks."""
-    engine, grads = TTTEngine(draft, head, step_weights, kind, lk_scale, lk_decay, chunk_rows), flat_gradients(draft)
+    engine, grads = TTTEngine(draft, head, step_weights, kind, lk_scale, lk_decay, chunk_rows, fp8), flat_gradients(draft)
     return engine.step(batch, features, grads), grads

@@ -233,6 +233,70 @@ def test_precision(dtype, kind):
         assert worst <= 2 * allowed + ulp, f"{name}: {worst} against {allowed} + {ulp}"
 
 
+FP8_SHAPE = dict(hidden_size=128, target_hidden_size=128, intermediate_size=384, num_attention_heads=4, head_dim=32)
+
+
+def fp8_case(**changes):
+    """A fresh draft as `init` makes them, in bf16, and a target that knows its tokens."""
+    shape = FP8_SHAPE | dict(num_key_value_heads=2, vocab_size=1024, draft_vocab_size=512) | changes
+    draft = Draft(draft_shape(**shape))
+    draft.init_weights(0.02, torch.Generator().manual_seed(1))
+    draft.set_vocab(torch.arange(0, 1024, 1024 // shape["draft_vocab_size"])[: shape["draft_vocab_size"]])
+    batch, features, head = make_inputs((90, 3, 41), seed=3, dtype=torch.bfloat16, vocab=1024, width=128)
+    head = TargetHead(head.weight * 128**-0.5)
+    chosen = draft.draft_ids[torch.randint(512, (batch.num_tokens,), generator=torch.Generator().manual_seed(4))]
+    features = replace(features, f=15 * head.weight[chosen] + 2 * features.f)
+    return draft.bfloat16(), batch, features, head, decay(7).float()
+
+
+@pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
+def test_a_step_in_fp8_is_near_that_in_bf16(kind):
+    """Chunks of 48 chains and of all; a fresh draft: the better a draft fits, the less of its gradient is left to see."""
+    case = fp8_case()
+    rows, grads = ttt_engine_step(*case, kind)
+    for chunk_rows in (48, None):
+        fp8_rows, fp8_grads = ttt_engine_step(*case, kind, chunk_rows=chunk_rows, fp8=True)
+        assert torch.equal(rows.live, fp8_rows.live) and bool(rows.live.any())
+        assert not torch.equal(rows.loss, fp8_rows.loss)
+        torch.testing.assert_close(fp8_rows.loss.sum(1), rows.loss.sum(1), rtol=2e-3, atol=0)
+        assert float((fp8_rows.loss - rows.loss).abs().max()) < 0.1
+        for name, grad in grads.items():
+            cosine = torch.nn.functional.cosine_similarity(grad.flatten(), fp8_grads[name].flatten(), dim=0)
+            assert float(cosine) > 0.99, f"{name}: {float(cosine)}"
+            assert float(fp8_grads[name].norm() / grad.norm()) == pytest.approx(1, abs=0.05), name
+
+
+def test_rows_are_never_in_fp8_and_nothing_of_it_stays():
+    draft, batch, features, head, weights = fp8_case()
+    before = [p.clone() for p in draft.parameters()]
+    plain, engine = TTTEngine(draft, head, weights), TTTEngine(draft, head, weights, fp8=True)
+    for _ in range(2):
+        for name, rows in (("plain", plain.rows(batch, features)), ("fp8", engine.rows(batch, features))):
+            assert torch.equal(rows.loss, plain.rows(batch, features).loss), name
+        engine.step(batch, features, flat_gradients(draft))
+    assert all(torch.equal(now, then) for now, then in zip(draft.parameters(), before, strict=True))
+
+
+def test_fp8_weights_follow_the_draft():
+    draft, *case = fp8_case()
+    engine = TTTEngine(draft, *case[2:], fp8=True)
+    first = engine.step(*case[:2], flat_gradients(draft)).loss
+    held = {name: x.data_ptr() for name, x in engine.take.held.items()}
+    with torch.no_grad():
+        draft.lm_head.weight.mul_(3)
+    second = engine.step(*case[:2], flat_gradients(draft)).loss
+    assert not torch.equal(first, second)
+    assert torch.equal(second, TTTEngine(draft, *case[2:], fp8=True).step(*case[:2], flat_gradients(draft)).loss)
+    assert {name: x.data_ptr() for name, x in engine.take.held.items()} == held
+
+
+@pytest.mark.parametrize(("change", "width"), [({"intermediate_size": 392}, 392), ({"draft_vocab_size": 500}, 500)])
+def test_fp8_wants_widths_in_sixteens(change, width):
+    draft = make_draft(torch.bfloat16, **FP8_SHAPE | {"vocab_size": 1024, "draft_vocab_size": 512} | change)
+    with pytest.raises(ValueError, match=rf"multiples of 16, the draft has {width}; use precision=bf16"):
+        TTTEngine(draft, make_inputs(dtype=torch.bfloat16)[2], decay(3), fp8=True)
+
+
 @pytest.mark.parametrize("wrong", [-1, V])
 def test_ids_outside_the_vocabulary_are_refused(wrong):
     draft, (batch, features, head) = make_draft(), make_inputs()
