@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
-    "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py"],
+    "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py"],
     "data": ["fastdraft/data/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/engines/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py", "fastdraft/export.py"],

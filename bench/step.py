@@ -20,6 +20,9 @@ kernels, syncs           launched in a step by torch.profiler; `torch.cuda.set_s
 loss_error               of a peer: largest relative difference of a TTT step's summed loss from ours at the same weights;
                          above AGREE the rows are written and the program fails
 
+--precision bf16,fp8 runs our fused engine in each, as providers "fastdraft" and "fastdraft, fp8". FLOPs are then still
+counted over the bf16 rates: mfu and pct_of_gemm of a row of dtype fp8 are shares of what bf16 could do.
+
 Where flash-attn 4 is installed the fused engine's provider is "fastdraft, flash-attn": a row of its own, not the gate's.
 A provider without the memory gets a row with `failed` and no times. On a CPU (--device cpu) there is nothing but times.
 """
@@ -65,12 +68,12 @@ class Ours:
 
     own_inputs = 0  # bytes of inputs in a layout of its own
 
-    def __init__(self, work: Work, engine: str, chunk_rows: int | None):
+    def __init__(self, work: Work, engine: str, chunk_rows: int | None, fp8: bool = False):
         self.work = work
         draft = make_draft(work.config, work.dtype, work.device)
         self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(), 1000, work.dtype)
         made = {"fused": GraphEngine, "reference": ReferenceEngine}[engine]
-        changes = {} if chunk_rows is None or engine == "reference" else {"chunk_rows": chunk_rows}
+        changes = {} if engine == "reference" else {"chunk_rows": chunk_rows, "fp8": fp8}
         self.engine = made(draft, make_head(work.config, work.dtype, work.device), work.step_weights, **changes)
 
     def model(self, k: int) -> None:
@@ -300,7 +303,7 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
             row["loss_error"] = float(f"{((theirs - ours).abs() / ours.abs()).max():.2e}")
         row["first_step"] = args.first_step
         row.pop("round_s", None)
-        dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[work.dtype]
+        dtype = "fp8" if name.endswith("fp8") else {torch.bfloat16: "bf16", torch.float32: "fp32"}[work.dtype]
         append("step", {"shape": shape, "dtype": dtype, "provider": name, **row}, args.commit, args.out)
         told = {k: v for k, v in row.items() if k not in ("interleaved_with", "memory")}
         memory = {k: f"{v / 2**30:.2f} GiB" for k, v in row.get("memory", {}).items()}
@@ -343,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ttt", type=int, default=7)
     parser.add_argument("--chunk-rows", type=int, help="of the fused engine, if not its default")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--precision", default="bf16", help="comma-separated, of our engine with --dtype bf16: bf16, fp8")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=20.0, help="to spend on the rounds of one length")
@@ -364,6 +368,10 @@ def main(argv: list[str] | None = None) -> None:
         if engine != "none":
             name = {"fused": "fastdraft" + FLASH * dense_attention.installed(), "reference": "reference"}[engine]
             engines[name] = lambda work, engine=engine: Ours(work, engine, args.chunk_rows)
+    if "bf16" not in args.precision.split(","):
+        engines.pop("fastdraft" + FLASH * dense_attention.installed(), None)
+    if "fp8" in args.precision.split(","):
+        engines["fastdraft, fp8"] = lambda work: Ours(work, "fused", args.chunk_rows, fp8=True)
     if args.peer:
         from bench.peers.specforge import SpecForge
 

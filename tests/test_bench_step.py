@@ -95,6 +95,17 @@ def test_rows(tmp_path):
     assert chats["useful_tokens_per_s"] < 0.9 * chats["tokens_per_s"]
 
 
+def test_fp8_rows_stand_beside_bf16(tmp_path):
+    main(
+        f"--device cpu --shape tiny --tokens 64 --ttt 2 --rounds 1 --seconds 0.1 --precision bf16,fp8 --commit abc "
+        f"--out {tmp_path}".split()
+    )
+    plain, row = [json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines()]
+    assert (plain["provider"], plain["dtype"]) == ("fastdraft", "bf16")
+    assert (row["provider"], row["dtype"], row["interleaved_with"]) == ("fastdraft, fp8", "fp8", ["fastdraft"])
+    assert 0 < row["loss_error"] < 1e-2
+
+
 @pytest.mark.skipif("SPECFORGE_DIR" not in os.environ, reason="SPECFORGE_DIR does not name a checkout of SpecForge")
 def test_specforge_agrees():
     """Losses and gradients in fp32, conversations padded together: a mask, short documents, one of one token."""
