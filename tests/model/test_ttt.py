@@ -22,6 +22,7 @@ from tiny import draft_shape
 from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.golden import load_golden, worst_errors
+from fastdraft.kernels import matmul
 from fastdraft.model import ttt
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import (
@@ -264,6 +265,29 @@ def test_a_step_in_fp8_is_near_that_in_bf16(kind):
             cosine = torch.nn.functional.cosine_similarity(grad.flatten(), fp8_grads[name].flatten(), dim=0)
             assert float(cosine) > 0.99, f"{name}: {float(cosine)}"
             assert float(fp8_grads[name].norm() / grad.norm()) == pytest.approx(1, abs=0.05), name
+
+
+def test_what_runs_at_every_step_is_in_fp8(monkeypatch):
+    """Five products forward and five back a step and chunk, of a document all trained on; step 0 has no k, v of its own."""
+    draft, _, features, head, _ = fp8_case()
+    batch = Batch(torch.arange(20), torch.ones(20, dtype=torch.bool), (20,))
+    found = []
+    multiply = matmul.multiply
+
+    def counted(x, rows, *to):
+        found.append(tuple(rows.q.shape))
+        multiply(x, rows, *to)
+
+    monkeypatch.setattr(matmul, "multiply", counted)
+    engine = TTTEngine(draft, head, decay(3).float(), chunk_rows=64, fp8=True)
+    engine.step(batch, Features(features.g[:20], features.f[:20]), flat_gradients(draft))
+    h, e, width, inner, vocab = 128, 128, 256, 384, 512
+    once = [(h, e), (2 * inner, h), (h, inner), (inner, h), (h, 2 * inner), (e, h)]  # o, gate and up, down, and back
+    qkv = [(e, h), (h, e), *2 * [(width, h), (h, width)]]
+    assert sorted(found) == sorted(3 * once + qkv + [(vocab, h), (h, vocab)])
+    found.clear()
+    engine.rows(batch, Features(features.g[:20], features.f[:20]))
+    assert not found
 
 
 def test_rows_are_never_in_fp8_and_nothing_of_it_stays():
