@@ -9,8 +9,8 @@ Computes what `ttt_ref_step` computes (the specification) by four facts (docs/ma
   reads the row of token t+1+i, and its gradient is collected once.
 4 A chunk's weight gradients are one product per weight over the rows of all steps, added in float32.
 
-`chunk_buffers` lists all memory a chunk needs, `fp8_buffers` what fp8 adds; it is taken once. Products are cuBLAS's, all else
-the kernels of `kernels/`, which run as plain PyTorch on a CPU. The host reads nothing back from the device.
+`chunk_buffers` lists all memory a chunk needs, `fp8_buffers` what fp8 adds; it is taken once. Products are cuBLAS's, all
+else the kernels of `kernels/`, which run as plain PyTorch on a CPU. The host reads nothing back from the device.
 
 # N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), m tokens they read, K head rows, T TTT steps
 # H hidden, Ht target hidden, Hq/Hkv heads, D head dim, E = Hq*D, W = (Hq + 2 Hkv)*D, I MLP width, Vd draft vocabulary
