@@ -39,7 +39,7 @@ class GraphEngine(TTTEngine):
         size, w = _padded(num_tokens + 1, ROOM), dict(self.draft.named_parameters())
         small = size <= self.chunk_rows and size * self.work <= GRAPH_FLOPS
         in_place = all(end_to_end([w[name] for name in names]) is not None for names in (QKV, GATE_UP))
-        return self.take.device.type == "cuda" and small and in_place
+        return self.take.device.type == "cuda" and small and in_place and not self.fp8
 
     def _run(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
         if self.covers(batch.num_tokens):
