@@ -45,9 +45,6 @@ class Documents:
     def position(self) -> Tensor:  # [n] int64, of each token in its document
         return self.row - self.start
 
-    def as_tensor(self) -> Tensor:  # [3, n]
-        return torch.stack([self.position, self.row, self.start])
-
 
 _documents: ContextVar[Documents] = ContextVar("documents")
 
@@ -122,7 +119,7 @@ class Recorded:
     ):
         self.forward, self.pool, self.runs = forward, pool, 0
         self.input_ids = torch.zeros(n, dtype=torch.int64, device=device)
-        self.index = torch.zeros(3, n, dtype=torch.int64, device=device)
+        self.index = torch.zeros(2, n, dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.out: tuple[Tensor, ...] = ()
 
@@ -134,7 +131,8 @@ class Recorded:
         m, n, device = len(input_ids), len(self.input_ids), self.input_ids.device
         lengths = lengths if m == n else (*lengths, n - m)  # a document more: nothing sees it
         self.input_ids[:m] = input_ids
-        self.index.copy_(Documents.of(lengths, device).as_tensor())
+        documents = Documents.of(lengths, device)
+        self.index.copy_(torch.stack([documents.row, documents.start]))
         if self.runs == 1 and device.type == "cuda":
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):  # other threads copy meanwhile
