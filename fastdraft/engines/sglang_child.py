@@ -11,6 +11,8 @@ import sys
 
 import sglang
 
+RUNNING = 8  # requests at a time
+
 
 def main(job: str, result: str) -> None:
     with open(job, encoding="utf-8") as file:
@@ -30,6 +32,7 @@ def serve(run: dict) -> dict:
             "speculative_eagle_topk": run["eagle_topk"],
             "speculative_num_draft_tokens": run["num_draft_tokens"] or run["num_steps"] + 1,
         }
+    longest = max(map(len, run["prompts"]))
     engine = sglang.Engine(
         model_path=run["target"],
         trust_remote_code=run["trust_remote_code"],
@@ -40,7 +43,9 @@ def serve(run: dict) -> dict:
         grammar_backend="none",
         disable_cuda_graph=True,
         disable_radix_cache=True,
-        max_running_requests=8,
+        max_running_requests=RUNNING,
+        # a key-value cache for these requests and no more: others may use the GPU, too
+        max_total_tokens=max(1 << 16, RUNNING * (longest + run["max_new_tokens"] + 256)),
         mem_fraction_static=0.6,
         random_seed=0,
         log_level="error",
