@@ -21,9 +21,9 @@ import json, os
 __version__ = "0.5.21"
 class Engine:
     def __init__(self, model_path, trust_remote_code, dtype, skip_tokenizer_init, attention_backend, sampling_backend,
-                 grammar_backend, disable_cuda_graph, disable_radix_cache, max_running_requests, mem_fraction_static,
-                 random_seed, log_level, speculative_algorithm, speculative_draft_model_path, speculative_num_steps,
-                 speculative_eagle_topk, speculative_num_draft_tokens):
+                 grammar_backend, disable_cuda_graph, disable_radix_cache, max_running_requests, max_total_tokens,
+                 mem_fraction_static, random_seed, log_level, speculative_algorithm, speculative_draft_model_path,
+                 speculative_num_steps, speculative_eagle_topk, speculative_num_draft_tokens):
         self.asked = [dtype, speculative_algorithm, speculative_num_steps, speculative_eagle_topk,
                       speculative_num_draft_tokens]
     def generate(self, input_ids, sampling_params):
