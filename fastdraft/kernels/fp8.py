@@ -7,8 +7,9 @@ A scale that is a power of two divides exactly, so an element's only error is e4
 but for the few below 2^-6 of both scales: forward and backward see one weight. A row with Inf or NaN has that for a scale,
 so its products are not finite either.
 
-The product is `torch._scaled_mm` on a GPU (it wants columns in 16s; accumulates inside the tensor core, FAST_ACCUM), the
-dequantised product on a CPU. Bytes: rows 3 an element (a second read hits L1), columns 5 (the second read is from memory).
+The product is `torch._scaled_mm` on a GPU (it wants columns in 16s), the dequantised product on a CPU. Its partial sums are
+float32: kept in the tensor core, 28672 terms of one sign lost a third of their sum on an H100, and the step was no faster.
+Bytes: rows 3 an element (a second read hits L1), columns 5 (the second read is from memory).
 Every maximum is exact: two runs are bitwise equal.
 Source: FP8 formats (arXiv 2209.05433); row-wise scales in training as torchao's `rowwise_with_gw_hp`.
 
@@ -29,7 +30,6 @@ from fastdraft.kernels.jit import jit, tl, triton
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST = 2.0**-118  # an amax below counts as this: scale and 1 / scale stay normal numbers, also of a zero row
-FAST_ACCUM = True  # False: partial sums leave the tensor core for float32 now and then, in slower kernels
 
 
 class Fp8Rows(NamedTuple):
@@ -241,7 +241,7 @@ def multiply(
                 scale_a=quantized.scale[:, None],
                 scale_b=rows.scale[None, :],
                 out_dtype=out.dtype,
-                use_fast_accum=FAST_ACCUM,
+                use_fast_accum=False,
                 out=result,
             )
         else:

@@ -112,8 +112,9 @@ def pad_chunk(
     chains: int,  # more than the chunk has
 ) -> Chunk:
     """The same work in a shape that `chains` alone sets: M = chains rows at each of T steps, T * M head rows, M + T tokens
-    and teacher rows. Padding rows stand at the last token, which no chain owns, see nothing, have head weight 0 (step T)
-    and their results go behind those of all rows."""
+    and teacher rows. Padding rows stand at the last token, which no chain owns, see nothing, read the last of the tokens,
+    which no row reads (its gradient has one adder a launch), have head weight 0 (step T) and their results go behind those
+    of all rows."""
     t, m, like = ttt_length, chains, chunk.row_pos
     real = torch.cat([torch.arange(size) + i * m for i, size in enumerate(chunk.sizes)])
 
@@ -131,7 +132,7 @@ def pad_chunk(
         row_start=spread(chunk.row_start, 0),
         row_position=spread(chunk.row_position, 0),
         token_id=lengthened(chunk.token_id, m + t, 0),
-        token_row=spread(chunk.token_row, 0),
+        token_row=spread(chunk.token_row, m + t - 1),
         head_row=lengthened(real[chunk.head_row], t * m, t * m - 1),
         head_step=lengthened(chunk.head_step, t * m, t),
         head_out=lengthened(chunk.head_out, t * m, t * num_tokens),

@@ -30,7 +30,7 @@ from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
 from fastdraft.offline import capture_features
-from fastdraft.run import draft_shape, evaluate_run, load_data
+from fastdraft.run import draft_shape, evaluate_run, load_data, open_target
 from fastdraft.target.hf import Target
 from fastdraft.train import train
 
@@ -247,7 +247,7 @@ def test_on_a_gpu(make_config, tmp_path, dtype):
     capture_features(config, tmp_path / "store", dtype, shard_bytes=SMALL)
     opened = Store(tmp_path / "store")
     reader = StoreReader(opened, torch.device("cuda"))
-    target = Target(tiny_llama().bfloat16().cuda(), draft_shape(config).layers)
+    target = open_target(config, draft_shape(config).layers, torch.device("cuda"))
     data = load_data(config, 192).train
     batches = [read_pack(data.with_format("arrow"), rows) for rows in Loader(data, 96, 1).packs]
     reader.expect(batches)

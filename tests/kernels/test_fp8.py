@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from fastdraft.kernels import fp8
 from fastdraft.kernels.fp8 import (
     FP8,
     Fp8Config,
@@ -159,9 +158,8 @@ def assert_product(out, a, b):
     bound_a, bound_b = (2**-4 * x.abs() + 2**-10 / 224 * x.abs().amax(1, keepdim=True) for x in (a, b))
     truth = a @ b.T
     bound = a.abs() @ bound_b.T + bound_a @ b.abs().T + bound_a @ bound_b.T
-    accumulated = 2**-8 * a.abs() @ b.abs().T if out.is_cuda and fp8.FAST_ACCUM else 0.0
     error = (out.double() - truth).abs()
-    assert bool((error <= bound + accumulated + 2**-8 * (truth.abs() + bound)).all())
+    assert bool((error <= bound + 2**-8 * (truth.abs() + bound)).all())
     assert float(error.norm() / truth.norm()) < 0.05  # independent roundings average out: 2.6 % a factor
 
 

@@ -117,6 +117,10 @@ def test_padding_keeps_every_row_and_adds_none(lengths, ttt_length, seed):
         assert torch.equal(wide.head_out[real], chunk.head_out) and (wide.head_out[~real] == ttt_length * n).all()
         assert torch.equal(wide.row_pos[wide.head_row[real]], chunk.row_pos[chunk.head_row])
         assert (wide.row_pos[wide.head_row[~real]] == -1).all()
+        padding = wide.row_pos < 0
+        assert not torch.isin(wide.token_row[padding], wide.token_row[~padding]).any()  # a launch adds to a token once
+        assert not torch.isin(wide.head_row[~real], wide.head_row[real]).any()
+        assert not torch.isin(wide.chain_pos[chunk.sizes[0] :], chunk.chain_pos).any()
         assert torch.equal(wide.teacher_pos[wide.teacher_row[real]], chunk.teacher_pos[chunk.teacher_row])
 
 
