@@ -51,21 +51,21 @@ def failed(row: dict) -> str:
 
 
 class Steps:
-    """The step rows of one GPU in bf16: the newest of ours by (model, pattern, tokens), and pairs of ours and a peer's."""
+    """One GPU's step rows in bf16 and fp8: the newest of ours by (model, pattern, tokens), pairs of ours and a peer's."""
 
     def __init__(self, rows: list[dict], gpu: str):
-        mine = [r for r in rows if r["op"] == "step" and r["gpu"] == gpu and r["dtype"] == "bf16" and r["shape"]["T"] == 7]
+        mine = [r for r in rows if r["op"] == "step" and r["gpu"] == gpu and r["dtype"] != "fp32" and r["shape"]["T"] == 7]
         mine = [r for r in mine if "chunk_rows" not in r["shape"]]
         self.ours: dict[tuple[str, str, int], dict] = {}
-        self.flash: dict[tuple[str, str, int], dict] = {}  # with flash-attn 4 installed
+        self.variants: dict[str, dict[tuple[str, str, int], dict]] = {}  # ours with flash-attn 4 installed, and in fp8
         self.pairs: dict[tuple[str, str, int], tuple[dict, dict]] = {}  # ours of the same run, the peer's fastest
         peers: dict[tuple[str, str, int], dict[str, tuple[dict, dict]]] = {}
         for row in mine:
             place = (row["shape"]["model"], row["shape"]["pattern"], row["shape"]["tokens"])
             if row["provider"] == "fastdraft":
                 self.ours[place] = row
-            elif row["provider"] == "fastdraft, flash-attn":
-                self.flash[place] = row
+            elif row["provider"].startswith("fastdraft, "):
+                self.variants.setdefault(row["provider"].removeprefix("fastdraft, "), {})[place] = row
             elif row["provider"].startswith(PEER) and place in self.ours:
                 peers.setdefault(place, {})[row["provider"]] = (self.ours[place], row)
         for place, found in peers.items():
@@ -88,7 +88,7 @@ class Steps:
         for place, row in self.of("live"):
             line = [NAMES[place[0]], short(place[2])]
             if "failed" in row:
-                lines.append([*line, failed(row), "", "", "", "", "", *[""][: bool(self.flash)]])
+                lines.append([*line, failed(row), *[""] * (5 + len(self.variants))])
                 continue
             peer = self.pairs[place][1] if place in self.pairs else None
             theirs = "" if peer is None else failed(peer) if "failed" in peer else number(peer["us_per_token"])
@@ -96,17 +96,9 @@ class Steps:
             spread = f"{number(row['us_per_token'])} ({number(row['p20'])}-{number(row['p80'])})"
             mfu = "" if row["mfu"] is None else number(100 * row["mfu"])
             line += [spread, number(row["model_us_per_token"]), mfu, number(row["pct_of_gemm"])]
-            flash = [number(self.flash.get(place, {}).get("us_per_token"))] if self.flash else []
-            lines.append([*line, *flash, theirs, "" if ratio is None else f"{ratio:.2f}"])
-        header = [
-            "draft",
-            "tokens",
-            "us/token",
-            "no optimizer",
-            "MFU %",
-            "% of GEMM",
-            *["with flash-attn"][: bool(self.flash)],
-        ]
+            line += [number(rows.get(place, {}).get("us_per_token")) for rows in self.variants.values()]
+            lines.append([*line, theirs, "" if ratio is None else f"{ratio:.2f}"])
+        header = ["draft", "tokens", "us/token", "no optimizer", "MFU %", "% of GEMM", *self.variants]
         return table([*header, "SpecForge us/token", "times faster"], lines) if lines else ""
 
     def chats(self) -> str:
@@ -192,8 +184,9 @@ STEP_TEXT = {
     "live": """Every token trained on, one document, T 7, bf16; medians, in brackets the 20th and 80th percentile. us/token
 is of the whole step, `no optimizer` of forward and backward alone. MFU counts the FLOPs that the published
 algorithm needs in them (`bench.work.model_flops`) over the data sheet's dense bf16 rate; % of GEMM over what
-an 8192^3 product reached in the same process. SpecForge ran in the same process, interleaved, on the same
-weights and inputs, with its own optimizer.""",
+an 8192^3 product reached in the same process. `flash-attn` and `fp8` are us/token of ours with FlashAttention 4
+installed, and with `precision: fp8`. SpecForge ran in the same process, interleaved, on the same weights and
+inputs, with its own optimizer.""",
     "chats": """Real chats, packed by us; one at a time, or a padded batch, in SpecForge, whose EAGLE-3 trainer
 has no packing (`bench/peers/specforge.py`). Useful tokens are those whose step-0 row is trained on.""",
     "memory": """Peak of a step by what holds it. SpecForge's gradient is in bf16 and lives within the step: it counts as

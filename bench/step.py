@@ -15,6 +15,7 @@ memory                   bytes, disjoint: `weights_optimizer` (draft, frozen emb
                          optimizer's step
 first_step_s, first_step a provider's first step; "cold" in a fresh process with empty compile caches (--cold), "warm" in a
                          fresh process, "later" after another length in the same process
+host_us_per_token        what the host takes to launch a step; where it is not below us_per_token the GPU waits
 kernels, syncs           launched in a step by torch.profiler; `torch.cuda.set_sync_debug_mode` warnings (.item, nonzero, a
                          blocking copy), which know nothing of synchronize and cudaFree
 loss_error               of a peer: largest relative difference of a TTT step's summed loss from ours at the same weights;
@@ -36,7 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -227,12 +228,14 @@ def count_syncs(provider) -> int:
 
 def times(
     providers: dict[str, object], work: Work, rounds: int, burst: int, warm_up: bool
-) -> dict[str, list[tuple[float, float]]]:  # by name: microseconds of model and of both, a round of all packs each
+) -> dict[str, list[tuple[float, float, float]]]:  # by name: microseconds of model, of both, and until all was launched;
+    # a round of all packs each
     event = HostEvent if work.device.type == "cpu" else lambda: torch.cuda.Event(enable_timing=True)
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in providers}
+    samples: dict[str, list[tuple[float, float, float]]] = {name: [] for name in providers}
     for r in range(-warm_up, rounds):
         for name, provider in providers.items():
             synchronize(work)
+            start = time.perf_counter()
             marks = [event()]
             marks[0].record()
             for _ in range(burst):
@@ -241,16 +244,19 @@ def times(
                         part()
                         marks.append(event())
                         marks[-1].record()
+            host_s = time.perf_counter() - start
             synchronize(work)
             model_ms = sum(a.elapsed_time(b) for a, b in zip(marks[0::2], marks[1::2], strict=False))
             if r >= 0:
-                samples[name].append((1e3 * model_ms / burst, 1e3 * marks[0].elapsed_time(marks[-1]) / burst))
+                samples[name].append(
+                    (1e3 * model_ms / burst, 1e3 * marks[0].elapsed_time(marks[-1]) / burst, 1e6 * host_s / burst)
+                )
     return samples
 
 
 def interleaved(
     makes: dict[str, Callable[[Work], object]], work: Work, rows: dict[str, dict], args: argparse.Namespace, warm_up: bool
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, list[tuple[float, float, float]]]:
     """Samples of all providers together, or, where they do not fit together, of one after the other."""
     try:
         providers = {name: make(work) for name, make in makes.items()}
@@ -290,13 +296,13 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
         free()
     running = {name: make for name, make in makes.items() if name in losses}
     if estimate_s > ONCE_S:
-        samples = {name: [(1e6 * rows[name]["round_s"],) * 2] for name in running}
+        samples = {name: [(1e6 * rows[name]["round_s"],) * 3] for name in running}
     elif running:
         samples = interleaved(running, work, rows, args, warm_up=estimate_s < PROBE_S)
     free()
     for name, row in rows.items():
         if name in losses:
-            row |= rates([s[1] for s in samples[name]], [s[0] for s in samples[name]], work, flops)
+            row |= rates(*zip(*samples[name], strict=True), work, flops)
         first = next(iter(makes))
         if name in losses and first in losses and name != first:
             ours, theirs = losses[first].double(), losses[name].double()
@@ -311,7 +317,7 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
     return all(row.get("loss_error", 0.0) <= AGREE[work.dtype] for row in rows.values())
 
 
-def rates(whole_us: list[float], model_us: list[float], work: Work, flops: int) -> dict:
+def rates(model_us: Sequence[float], whole_us: Sequence[float], host_us: Sequence[float], work: Work, flops: int) -> dict:
     whole, model, n = sorted(whole_us), sorted(model_us), work.num_tokens
     at = lambda xs, share: xs[min(len(xs) - 1, int(len(xs) * share))]  # noqa: E731
     median, seconds = at(whole, 0.5), at(model, 0.5) / 1e6
@@ -320,6 +326,7 @@ def rates(whole_us: list[float], model_us: list[float], work: Work, flops: int) 
         "p20": round(at(whole, 0.2) / n, 3),
         "p80": round(at(whole, 0.8) / n, 3),
         "model_us_per_token": round(at(model, 0.5) / n, 3),
+        "host_us_per_token": round(at(sorted(host_us), 0.5) / n, 3),
         "tokens_per_s": round(n / median * 1e6),
         "useful_tokens_per_s": round(work.num_trained / median * 1e6),
         "gflop_per_token": round(flops / n / 1e9, 3),

@@ -78,7 +78,7 @@ def product_case(n: int, k: int, m: int) -> tuple[dict, int, int]:
         "scaled_mm, fast": lambda i: scaled(i, True),
         "torch, bf16": lambda i: torch.mm(x[i % 3], w.T, out=out),
     }
-    return providers, 0, 2 * n * k * m
+    return providers, 2 * n * k + m * k + 2 * n * m, 2 * n * k * m
 
 
 def bench_case(what: str, n: int, k: int, m: int, rounds: int = 15, commit: str | None = None) -> dict[str, list[float]]:
