@@ -12,6 +12,9 @@ fastdraft needs for the engine's own outputs are counted too (`followed_num_roun
 `spec_accept_length` counts all completion tokens, as SGLang does; `accepted_length` leaves out the first, which the prefill
 gives. The engine's own number is in `engine_says`.
 
+Both halves need not run on one machine: --served DIR keeps the engine's answers, or takes those that are there, and
+--serve-only is the engine's half alone. A row says where each ran.
+
 The engine has a Python of its own: --engine-python, and --engine-pythonpath for packages that go before it. With SGLang
 in a folder (unpacked wheels, or pip install --target):
 
@@ -21,8 +24,10 @@ in a folder (unpacked wheels, or pip install --target):
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,7 +35,7 @@ import torch
 from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
-from fastdraft.engines.run import ENGINES, EnginePlace, Run, Served, engine_version, run_engine
+from fastdraft.engines.run import ENGINES, EnginePlace, Run, Served, engine_version, run_engine, served_from
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.export import load_draft, verify
 from fastdraft.model.draft import Draft
@@ -42,6 +47,23 @@ SETTINGS = {
     "tree": DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # SGLang 0.5.17 has no fp32 norms
+
+
+def answers(place: EnginePlace, run: Run, timeout_s: float, file: Path | None) -> tuple[Served, str | None]:  # engine's GPU
+    """Those that `file` keeps, else the engine's, which it then keeps. ValueError where it keeps those of another run; only
+    paths may differ, the halves may run on two machines."""
+    if file is not None and file.exists():
+        kept = json.loads(file.read_text())
+        if other := [k for k, x in asdict(run).items() if k not in ("target", "checkpoint") and kept["run"][k] != x]:
+            raise ValueError(f"{file} answers other {', '.join(other)}; give --served another folder")
+        return served_from(kept["served"]), kept["gpu"]
+    print(f"{place.name} {engine_version(place)}", flush=True)
+    (served,) = run_engine(place, [run], timeout_s)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"run": asdict(run), "gpu": gpu, "served": asdict(served)}))
+    return served, gpu
 
 
 def served_lengths(served: Served) -> dict[str, float]:
@@ -102,6 +124,8 @@ def main() -> None:
     parser.add_argument("--settings", default="chain,tree")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--goal", type=float, default=0.03, help="largest relative difference")
+    parser.add_argument("--served", type=Path, help="folder of the engine's answers: kept there, or read if they are there")
+    parser.add_argument("--serve-only", action="store_true", help="keep the engine's answers and stop")
     parser.add_argument("--timeout", type=float, default=1500, help="seconds for one setting in the engine")
     parser.add_argument("--commit", help="for machines without git")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -112,8 +136,9 @@ def main() -> None:
         raise ValueError(f"--settings {', '.join(unknown)}: choose among {', '.join(SETTINGS)}")
     if args.engine == "vllm" and "tree" in names:
         raise ValueError("vLLM verifies chains only; give --settings chain")
+    if args.serve_only and args.served is None:
+        raise ValueError("--serve-only keeps nothing without --served DIR")
     place = EnginePlace(args.engine, args.engine_python, args.engine_pythonpath)
-    print(f"{args.engine} {engine_version(place)}", flush=True)
     if errors := verify(args.draft, args.target).errors:
         raise ValueError(f"{args.draft} does not verify: " + " ".join(errors))
     dtype = DTYPES[args.dtype]
@@ -121,7 +146,7 @@ def main() -> None:
     target = load_target(args.target, dtype, "cpu")
     draft = load_draft(args.draft, target.config)
     stop_ids = sorted(target.eos_ids)
-    served = {}
+    served: dict[str, tuple[Served, str | None]] = {}
     for name in names:  # before the target takes its memory
         s = SETTINGS[name]
         run = Run(
@@ -135,8 +160,11 @@ def main() -> None:
             s.eagle_topk,
             s.num_draft_tokens,
         )
-        (served[name],) = run_engine(place, [run], args.timeout)
-        print(f"{name}: {served_lengths(served[name])}", flush=True)
+        file = args.served and args.served / f"{args.engine}-{args.dtype}-{name}.json"
+        served[name] = answers(place, run, args.timeout, file)
+        print(f"{name}: {served_lengths(served[name][0])}", flush=True)
+    if args.serve_only:
+        return
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = Target(target.model.to(device), draft.config.layers)
@@ -145,11 +173,12 @@ def main() -> None:
         draft.set_embedding(target.embedding)
     plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]
     far = []
-    for name in names:
-        found = compare(target, draft, prompts, plain, served[name], SETTINGS[name], args.max_new_tokens)
+    for name, (theirs, gpu) in served.items():
+        found = compare(target, draft, prompts, plain, theirs, SETTINGS[name], args.max_new_tokens)
         about = {
             "engine": args.engine,
-            "engine_version": served[name].version,
+            "engine_version": theirs.version,
+            "engine_gpu": gpu,
             "setting": name,
             "dtype": args.dtype,
             "target": Path(args.target).resolve().name,

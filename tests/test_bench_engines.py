@@ -86,6 +86,19 @@ def test_a_row_for_each_setting(there, monkeypatch, tmp_path):
     assert tree["num_rounds"] < chain["num_rounds"]
 
 
+def test_the_halves_may_run_apart(there, monkeypatch, tmp_path):
+    kept, empty = tmp_path / "served", there / "no engine here"
+    with pytest.raises(FileNotFoundError):  # the engine's half writes no row
+        run(there, monkeypatch, tmp_path, "--served", kept, "--serve-only")
+    assert sorted(p.name for p in kept.iterdir()) == ["sglang-fp32-chain.json", "sglang-fp32-tree.json"]
+    rows = run(there, monkeypatch, tmp_path, "--served", kept, "--engine-pythonpath", empty, "--engine-python", empty)
+    assert [row["relative_difference"] for row in rows] == [0, 0]
+    with pytest.raises(ValueError, match="answers other max_new_tokens; give --served another folder"):
+        run(there, monkeypatch, tmp_path, "--served", kept, "--max-new-tokens", "20")
+    with pytest.raises(ValueError, match="--serve-only keeps nothing"):
+        run(there, monkeypatch, tmp_path, "--serve-only")
+
+
 def test_too_great_a_difference_fails(there, monkeypatch, tmp_path, capsys):
     file = there / "site" / "sglang" / "answers.json"
     answers = file.read_text()

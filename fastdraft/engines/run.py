@@ -133,10 +133,11 @@ def run_engine(place: EnginePlace, runs: list[Run], timeout_s: float) -> list[Se
         if code != 0 or not result.exists():
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             raise ValueError(f"{place.name} {how}: {_last_error(said)}")
-        return [_served(found) for found in json.loads(result.read_text())]
+        return [served_from(found) for found in json.loads(result.read_text())]
 
 
-def _served(found: dict[str, Any]) -> Served:
+def served_from(found: dict[str, Any]) -> Served:
+    """What `dataclasses.asdict` made of it, read from JSON."""
     outputs = [
         Output(o["tokens"], [Round(**r) for r in o.get("rounds", [])], o.get("num_rounds")) for o in found["outputs"]
     ]
