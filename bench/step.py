@@ -6,7 +6,8 @@ that the GPU waits for count. Rows go to bench/results/step.jsonl:
 
 us_per_token, p20, p80   of the whole step; `model_us_per_token` is forward and backward alone
 mfu, pct_of_gemm         `work.model_flops` a second, of forward and backward, over the GPU's dense bf16 peak (PEAK), and
-                         over what an 8192^3 product reaches in the same process (`timing.roof`)
+                         over what an 8192^3 product reaches in the same process (`timing.roof`);
+                         pct_of_sustained_gemm over what two seconds of them do (`timing.sustained_matrix_rate`)
 tokens_per_s, useful_tokens_per_s   all tokens, and those whose step-0 row the loss mask trains on
 memory                   bytes, disjoint: `weights_optimizer` (draft, frozen embedding, head as the provider keeps it,
                          masters, moments, gradient), `inputs` (g, f, ids of the largest pack), `per_token` (what the fused
@@ -44,7 +45,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from bench.timing import RESULTS, append, roof
+from bench.timing import RESULTS, append, roof, sustained_matrix_rate
 from bench.work import CHATS, SHAPES, Work, chat_batches, live_batch, make_draft, make_head, make_work, model_flops
 from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
@@ -335,6 +336,7 @@ def rates(model_us: Sequence[float], whole_us: Sequence[float], host_us: Sequenc
         peak = peak_flops()
         row["mfu"] = round(flops / seconds / peak, 4) if peak else None
         row["pct_of_gemm"] = round(100 * flops / seconds / roof()[1], 1)
+        row["pct_of_sustained_gemm"] = round(100 * flops / seconds / sustained_matrix_rate(), 1)
     return row
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def roof() -> tuple[float, float]:
     times = measure({"copy": lambda _: target.copy_(source), "mm": lambda _: torch.mm(a, a, out=out)}, 20)
     copy_us, mm_us = (times[name][10] for name in ("copy", "mm"))
     return 2 * source.nbytes / copy_us * 1e6, 2 * 8192**3 / mm_us * 1e6
+
+
+@functools.cache
+def sustained_matrix_rate() -> float:
+    """bf16 FLOPs per second of 8192^3 products in the second second of nothing else: at the clock that power allows."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+    for _ in range(2):
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < 1:
+            for _ in range(20):
+                torch.mm(a, a, out=out)
+            torch.cuda.synchronize()
+            count += 20
+        rate = count * 2 * 8192**3 / (time.perf_counter() - start)
+    return rate
 
 
 def append(op: str, row: dict, commit: str | None, results: Path = RESULTS) -> None:
