@@ -16,10 +16,10 @@ from __future__ import annotations
 import gzip
 import pickle
 import re
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,23 +46,21 @@ def list_dumps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: (int(p.name.split(".")[0].removeprefix("data_")), p))
 
 
-def read_dump(path: Path, hidden_size: int, dtype: torch.dtype) -> tuple[Batch, Features] | None:
+def read_dump(path: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> tuple[Batch, Features] | None:
     """A document up to its last trained token, features in `dtype`; None when nothing in it can be trained on.
 
     Raises ValueError naming the file and the fault; also when its numbers do not fit `dtype` exactly.
     """
-    found = _load(path, compressed=path.suffix == ".gz")
-    try:
-        ids, mask = found["input_ids"], found["loss_mask"]
-        states = {"g": found["aux_hidden_state"], "f": found["hidden_state"]}
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}; it has {', '.join(map(str, found))}") from None
+    ids, mask, g, f = _load(path, "input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
+    states = {"g": g, "f": f}
     n = ids.numel()
     if ids.shape != (n,) or mask.shape != (n,) or not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
             f"{path}: input_ids {tuple(ids.shape)} and loss_mask {tuple(mask.shape)} must be one row of equal "
             "length, loss_mask of 0 and 1"
         )
+    if ids.is_floating_point() or (n and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size):
+        raise ValueError(f"{path}: input_ids must be whole numbers from 0 to {vocab_size - 1}, this target's tokens")
     for name, x in states.items():
         wanted = (1, n, WIDTHS[name] * hidden_size)
         if tuple(x.shape) != wanted:
@@ -80,19 +78,26 @@ def read_dump(path: Path, hidden_size: int, dtype: torch.dtype) -> tuple[Batch, 
     return Batch(ids[:end].to(torch.int64), mask[:end].bool(), (end,)), features
 
 
-def _load(path: Path, compressed: bool) -> dict[str, Any]:
+def _load(path: Path, *names: str) -> list[Tensor]:
+    """The named tensors of a torch.save dict. ValueError: the file cannot be read, or holds something else there."""
     try:
-        if compressed:
+        if path.suffix == ".gz":
             with gzip.open(path) as file:
                 found = torch.load(file, map_location="cpu", weights_only=True)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, pickle.UnpicklingError) as error:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:  # its own words are of how to load the file all the same
+        raise ValueError(f"{path} cannot be read: it is damaged, or holds more than tensors, which is not loaded") from error
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read: {reason}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, not a dict of tensors")
-    return found
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; it has {', '.join(map(str, found))}")
+    if wrong := [f"{name} is {type(found[name]).__name__}" for name in names if not isinstance(found[name], Tensor)]:
+        raise ValueError(f"{path}: {'; '.join(wrong)}, not a tensor")
+    return [found[name] for name in names]
 
 
 def refuse_other_states(path: Path, theirs: Features, target: Target, batch: Batch) -> None:
@@ -134,7 +139,7 @@ def import_dumps(
     samples: list[Sample] = []
     with pq.ParquetWriter(aside, columns) as tokens, ShardWriter(out, meta) as writer:
         for path in dumps:
-            document = read_dump(path, meta.hidden_size, dtype)
+            document = read_dump(path, meta.hidden_size, target.vocab_size, dtype)
             if document is None:
                 unused += 1
                 continue
@@ -177,11 +182,8 @@ def import_bytes(dumps: list[Path], meta: Meta) -> int:
 
 def read_vocab_mapping(path: Path, vocab_size: int) -> Tensor:  # [Vd] int64, ascending target ids
     """The draft vocabulary of a vocab_mapping.pt. Raises ValueError when d2t and t2d disagree or are of another target."""
-    found = _load(path, compressed=False)
-    try:
-        d2t, t2d = found["d2t"], found["t2d"].bool()
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}; a vocabulary map has d2t and t2d") from None
+    d2t, t2d = _load(path, "d2t", "t2d")
+    t2d = t2d.bool()
     ids = d2t.to(torch.int64) + torch.arange(d2t.numel())
     if t2d.shape != (vocab_size,):
         raise ValueError(f"{path} is for a target of {t2d.numel()} tokens, this one has {vocab_size}")

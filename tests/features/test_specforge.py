@@ -106,6 +106,10 @@ def test_an_import_goes_on(make_config, dumps, tmp_path, monkeypatch):
         ({"loss_mask": torch.ones(60)}, "equal length"),
         ({"aux_hidden_state": torch.full((1, 70, 96), torch.nan)}, "are not all finite"),
         ({"hidden_state": torch.zeros(1, 70, 32).double()}, "target.dtype is torch.float32"),
+        ({"input_ids": torch.full((70,), 192)}, "whole numbers from 0 to 191"),
+        ({"input_ids": torch.full((70,), -1)}, "whole numbers from 0 to 191"),
+        ({"input_ids": torch.ones(70)}, "whole numbers from 0 to 191"),
+        ({"input_ids": [1, 2], "hidden_state": None}, "input_ids is list; hidden_state is NoneType, not a tensor"),
     ],
 )
 def test_a_wrong_dump_is_named(make_config, target, tmp_path, changes, named):
@@ -141,8 +145,9 @@ def test_nothing_in_a_dump_runs(make_config, tmp_path):
 
     (tmp_path / "in").mkdir()
     torch.save({"input_ids": Evil()}, tmp_path / "in" / "data_0.ckpt")
-    with pytest.raises(ValueError, match=r"data_0.ckpt cannot be read: Weights only load failed"):
+    with pytest.raises(ValueError, match=r"data_0.ckpt cannot be read: it is damaged, or holds more than tensors") as said:
         import_specforge(make_config(), tmp_path / "in", tmp_path / "out")
+    assert "trust" not in str(said.value)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ValueError, match=r"holds no data_<number>.ckpt"):
         import_specforge(make_config(), tmp_path / "out", tmp_path / "out2")
@@ -162,7 +167,11 @@ def test_a_vocabulary_map_is_taken_over(make_config, tmp_path):
     for d2t, mask, named in (
         (ids, t2d, "do not name the same"),
         (ids - torch.arange(64), t2d[:-1], "is for a target of 191 tokens"),
+        (ids.tolist(), t2d, "d2t is list, not a tensor"),
     ):
         torch.save({"d2t": d2t, "t2d": mask}, file)
         with pytest.raises(ValueError, match=named):
             read_vocab_mapping(file, 192)
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"vocab_mapping.pt cannot be read: (?!.*mmap)"):
+        read_vocab_mapping(file, 192)
