@@ -42,10 +42,11 @@ def capture_features(
     data = load_data(config, shape.vocab_size)
     plan = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, wanted, shard_bytes)
     ends_bytes = 2 * shape.vocab_size * wanted.hidden_size * DTYPES[wanted.target_dtype].itemsize  # at most
-    needed_bytes = missing_bytes(plan, out) // part[1] + ends_bytes
+    needed_bytes = missing_bytes(plan, out, part) + ends_bytes
     for line in plan.lines(wanted):
         say(line)
-    say(f"{free_disk(out, needed_bytes, 'the feature store') / GIB:.3f} GiB free at {out}")
+    free = free_disk(out, needed_bytes, "the feature store")
+    say(f"at most {needed_bytes / GIB:.3f} GiB to write, target.safetensors with it; {free / GIB:.3f} GiB free at {out}")
     if plan_only:
         return
     device, _, _ = start_process(config.device)

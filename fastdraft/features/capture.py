@@ -51,7 +51,7 @@ class Plan:
     """What a capture will write, known from tokens and masks alone."""
 
     shards: tuple[tuple[Pack, ...], ...]
-    shard_bytes: tuple[int, ...]  # of features; INDEX_BYTES a document come on top
+    shard_bytes: tuple[int, ...]  # features and index
     tokens: int  # the target runs over these
     documents: int  # stored
     trained: int  # stored rows of f: one for each trained token
@@ -59,14 +59,14 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.shard_bytes) + INDEX_BYTES * self.documents
+        return sum(self.shard_bytes)
 
     def lines(self, meta: Meta) -> list[str]:
         plain = sum(meta.row_bytes.values())
         return [
             f"{self.documents:,} documents, {self.tokens:,} tokens, {self.trained:,} of them trained",
             f"{meta.dtype}: {self.num_bytes / max(self.tokens, 1):,.0f} bytes a token (all rows: {plain:,}), "
-            f"{self.num_bytes / GIB:.3f} GiB in {len(self.shards)} shards",
+            f"{self.num_bytes:,} bytes ({self.num_bytes / GIB:.3f} GiB) in {len(self.shards)} shards",
         ]
 
 
@@ -105,6 +105,8 @@ def plan_capture(
     if filling:
         shards.append(tuple(filling))
         sizes.append(size)
+    index = [INDEX_BYTES * sum(len(pack.documents) for pack in packs) for packs in shards]
+    sizes = map(sum, zip(sizes, index, strict=True))
     return Plan(tuple(shards), tuple(sizes), tokens, len(seen), trained, data.hexdigest())
 
 
@@ -118,10 +120,10 @@ def _packs(train_set: Dataset, eval_set: Dataset, pack_tokens: int, seed: int) -
             yield table, rows
 
 
-def missing_bytes(plan: Plan, folder: Path) -> int:
-    """What is still to be written."""
+def missing_bytes(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> int:
+    """What is still to be written of a part."""
     here = {shard_number(path) for path in list_shards(folder)}
-    return plan.num_bytes - sum(size for n, size in enumerate(plan.shard_bytes) if n in here)
+    return sum(plan.shard_bytes[n] for n in range(part[0], len(plan.shards), part[1]) if n not in here)
 
 
 def run_capture(
@@ -136,7 +138,7 @@ def run_capture(
 
     Raises ValueError when the disk is too small or becomes full, or features are not finite.
     """
-    free_disk(folder, missing_bytes(plan, folder) // part[1], "the feature store")
+    free_disk(folder, missing_bytes(plan, folder, part), "the feature store")
     locks = folder / LOCKS
     locks.mkdir(exist_ok=True)
     mine = range(part[0], len(plan.shards), part[1])
@@ -147,7 +149,7 @@ def run_capture(
         with ShardWriter(folder, meta) as writer:
             for number in order:
                 _capture_shard(target, plan.shards[number], number, writer, wait, progress)
-    if missing_bytes(plan, folder) <= INDEX_BYTES * plan.documents:  # complete: nobody writes any more
+    if not missing_bytes(plan, folder):  # complete: nobody writes any more
         shutil.rmtree(locks, ignore_errors=True)
 
 

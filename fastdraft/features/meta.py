@@ -115,6 +115,13 @@ def start_store(folder: Path, meta: Meta, ends: dict[str, Tensor]) -> Meta:
         meta = replace(meta, ends=file_checksum(aside))
         if (folder / "meta.json").exists():
             found = read_meta(folder)
+            if (found.data is None) != (meta.data is None):
+                raise ValueError(
+                    f"{folder} was filled by a capture, which takes no other documents; set features.mode=read, or name "
+                    "another folder"
+                    if meta.data is None
+                    else f"{folder} is a cache, an import or a merged store; capture into another folder"
+                )
             refuse_other(folder, found, meta, [field.name for field in fields(Meta)])
             return found
         if any(folder.glob("shard-*")):

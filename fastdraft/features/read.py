@@ -27,6 +27,7 @@ from fastdraft.features.fp8 import dequantize
 from fastdraft.features.memory import run_documents
 from fastdraft.features.meta import DTYPES
 from fastdraft.features.store import (
+    HEADER_BYTES,
     INDEX_BYTES,
     SHARD_BYTES,
     Store,
@@ -249,6 +250,12 @@ class StoreCache(StoreReader):
         shard_bytes: int = SHARD_BYTES,
     ):
         super().__init__(store, target.device)
+        ends = (store.folder / "target.safetensors").stat().st_size
+        if max_bytes <= ends:
+            raise ValueError(
+                f"features.max_gib is {max_bytes:,} bytes, of which {store.folder}/target.safetensors, the target's "
+                f"embedding and head, takes {ends:,}: nothing is left for features; raise it"
+            )
         self._lock = filelock.FileLock(store.folder / ".cache.lock")
         try:
             if rank == 0:
@@ -289,6 +296,7 @@ class StoreCache(StoreReader):
     def _keep(self, batch: Batch, features: Features, documents: list[int]) -> None:
         wanted, keys, row = needed(batch), document_keys(batch), self.store.meta.row_bytes
         size = sum(wanted.g_rows[d] * row["g"] + wanted.f_rows[d] * row["f"] + INDEX_BYTES for d in documents)
+        size += 0 if self._writer.open_bytes else HEADER_BYTES
         if not documents or size > self.room:
             return
         self.room -= size

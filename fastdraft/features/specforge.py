@@ -87,7 +87,7 @@ def _load(path: Path, *names: str) -> list[Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:  # its own words are of how to load the file all the same
-        raise ValueError(f"{path} cannot be read: it is damaged, or holds more than tensors, which is not loaded") from error
+        raise ValueError(f"{path} cannot be read: damaged, or more than tensors, which is not loaded") from error
     except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read: {reason}") from error

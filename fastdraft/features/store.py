@@ -44,6 +44,7 @@ from fastdraft.files import publish
 
 SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
 INDEX_BYTES = 40  # of a document
+HEADER_BYTES = 1024  # of a shard, at most
 INDEX = {"keys": (torch.uint8, 16), "rows": (torch.int64, 2), "checksums": (torch.int64, None)}  # dtype, width
 STORED_AS = {
     torch.uint8: "U8",
@@ -292,7 +293,8 @@ class Store:
 
     @property
     def num_bytes(self) -> int:
-        return sum(path.stat().st_size for path in list_shards(self.folder))
+        """Of all its files."""
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
     def ends(
         self, device: torch.device | str = "cpu"
@@ -316,7 +318,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Census:
-    """What a store holds."""
+    """What the shards hold that can be opened."""
 
     shards: int
     documents: int
@@ -327,7 +329,8 @@ class Census:
 
 def census(store: Store) -> Census:
     rows = sum((shard.rows.sum(0) for shard in store.shards), np.zeros(2, np.int64))
-    return Census(len(store.shards), sum(map(len, store.shards)), int(rows[0]), int(rows[1]), store.num_bytes)
+    num_bytes = sum(shard.path.stat().st_size for shard in store.shards)
+    return Census(len(store.shards), sum(map(len, store.shards)), int(rows[0]), int(rows[1]), num_bytes)
 
 
 def verify_store(folder: Path) -> Iterator[tuple[str, str | None]]:

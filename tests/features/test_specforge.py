@@ -145,7 +145,7 @@ def test_nothing_in_a_dump_runs(make_config, tmp_path):
 
     (tmp_path / "in").mkdir()
     torch.save({"input_ids": Evil()}, tmp_path / "in" / "data_0.ckpt")
-    with pytest.raises(ValueError, match=r"data_0.ckpt cannot be read: it is damaged, or holds more than tensors") as said:
+    with pytest.raises(ValueError, match=r"data_0.ckpt cannot be read: damaged, or more than tensors") as said:
         import_specforge(make_config(), tmp_path / "in", tmp_path / "out")
     assert "trust" not in str(said.value)
     assert not (tmp_path / "ran").exists()

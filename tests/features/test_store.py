@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from fastdraft.features import capture as capture_module
 from fastdraft.features.fp8 import dequantize, quantize
 from fastdraft.features.meta import read_meta
 from fastdraft.features.read import StoreReader
-from fastdraft.features.store import Store, list_shards, merge_stores, needed, shard_number, verify_store
+from fastdraft.features.store import Store, census, list_shards, merge_stores, needed, shard_number, verify_store
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import ttt_engine_step
 from fastdraft.model.ttt_ref import ttt_ref_step
@@ -317,7 +318,25 @@ def test_the_plan_is_what_is_written(tree, tmp_path, store, capsys, monkeypatch)
     assert not ended.value.code and not Path("new").exists()
     size = sum(x.numel() * x.element_size() for s in Store(store).shards for x in s.tensors.values())
     documents = sum(len(s) for s in Store(store).shards)
-    assert f"{documents:,} documents" in said and f"{(size + 40 * documents) / 2**30:.3f} GiB" in said
+    assert f"{documents:,} documents" in said and f" {size + 40 * documents:,} bytes (0.000 GiB)" in said
+
+
+def test_a_part_needs_room_for_its_own_shards(make_config, store, tmp_path, monkeypatch):
+    """As many bytes as its files, but for their headers; nothing more once they are there."""
+    ends = 2 * 192 * 32 * 4
+    for i in (0, 1):
+        own = [p for p in list_shards(store) if shard_number(p) % 2 == i]
+        features = sum(p.stat().st_size for p in own)
+        for where, need in ((tmp_path / "new", features + ends), (store, ends)):
+            for free, refused in ((need, False), (need - 1024 * len(own) - 1, True)):
+                usage = type("Usage", (), {"free": free})
+                monkeypatch.setattr("fastdraft.cost.shutil.disk_usage", lambda path, usage=usage: usage)
+                plan = partial(capture_features, make_config(), where, "auto", (i, 2), True, shard_bytes=SMALL)
+                if refused:
+                    with pytest.raises(ValueError, match="the feature store needs"):
+                        plan()
+                else:
+                    plan()
 
 
 @pytest.mark.parametrize("plan_only", [True, False])
@@ -388,10 +407,12 @@ def test_a_damaged_shard_is_named_by_training_or_skipped(make_config, store, tmp
 
 def test_a_truncated_shard_is_named(make_config, store):
     shard = list_shards(store)[0]
-    for size in (0, 5, 300, shard.stat().st_size - 1):
-        shard.write_bytes(shard.read_bytes()[:size])
+    good = shard.read_bytes()
+    for size in (0, 5, 300, len(good) - 1):
+        shard.write_bytes(good[:size])
         with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
             train(make_config(**{"features.path": str(store)}))
+    assert census(Store(store)).num_bytes == sum(path.stat().st_size for path in list_shards(store)[1:])
 
 
 def test_a_store_of_something_else_is_refused_by_field(make_config, tree, store, tmp_path, target_dir):
@@ -486,15 +507,27 @@ def test_a_damaged_cache_runs_the_target_instead(make_config, tmp_path, monkeypa
 
 
 def test_a_cache_keeps_to_its_room(make_config, tmp_path, monkeypatch):
-    room = 60_000
+    room = 120_000
     config = make_config(**CACHE | {"features.path": str(tmp_path / "cache"), "features.max_gib": room / 2**30})
     tokens = count_target(monkeypatch)
     train(config)
-    size = Store(tmp_path / "cache").num_bytes
-    assert 0.5 * room < size < room + 4096
+    size = sum(len(content) for content in files(tmp_path / "cache").values())
+    assert 0.75 * room < size <= room
     again = len(tokens)
     train(config.model_copy(update={"run_dir": str(tmp_path / "again")}))
     assert len(tokens) > again
+    assert sum(len(content) for content in files(tmp_path / "cache").values()) <= room
+    small = {"features.path": str(tmp_path / "small"), "features.max_gib": 40_000 / 2**30}
+    with pytest.raises(ValueError, match=r"max_gib is 40,000 bytes, .* head, takes 49,\d+"):
+        train(make_config(**CACHE | small))
+
+
+def test_a_capture_is_no_cache_and_a_cache_no_capture(make_config, store, tmp_path):
+    with pytest.raises(ValueError, match=r"filled by a capture.*set features.mode=read"):
+        train(make_config(**CACHE | {"features.path": str(store)}))
+    train(make_config(**CACHE | {"features.path": str(tmp_path / "cache"), "max_steps": 1}))
+    with pytest.raises(ValueError, match=r"is a cache.*capture into another folder"):
+        capture_features(make_config(), tmp_path / "cache")
 
 
 def test_a_cache_is_filled_by_one_run(make_config, tmp_path):
