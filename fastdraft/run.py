@@ -49,6 +49,8 @@ from fastdraft.target.hf import (
 
 def start_process(device: str) -> tuple[torch.device, int, int]:  # device, rank, number of ranks
     """Joins the process group when torchrun started this process. Raises ValueError for a device this machine lacks."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {device} is not one of auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device: cuda, but PyTorch sees no CUDA GPU here; set device=cpu or install a CUDA build of PyTorch"

@@ -87,7 +87,7 @@ def expand(paths: list[str], urls: bool = False) -> list[str]:
             path = os.path.expanduser(path)
             found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
-            raise ValueError(f"{path}: no such file; check data.paths and data.eval_paths")
+            raise ValueError(f"{path}: no such file, and none that matches it")
         for file in found:
             if os.path.isdir(file):
                 raise ValueError(f"{file} is a folder; name its files, for example {os.path.join(file, '*.jsonl')}")
@@ -203,8 +203,11 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{shapes[0]} must be a non-empty list, got {_kind(turns)}")
     messages = [_message(turn, i, sharegpt=shapes == ["conversations"]) for i, turn in enumerate(turns, 1)]
-    if isinstance(row.get("system"), str) and row["system"] and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row["system"]})
+    system = row.get("system") or ""
+    if not isinstance(system, str):
+        raise ValueError(f"system must be a string, got {_kind(system)}")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     return Conversation(line.where, _key([messages, tools]), tuple(messages), tools)
 
 

@@ -148,6 +148,7 @@ def test_key_is_the_content():
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a tool call must be an object with a function name"),
         ({"messages": [{"role": "assistant", "tool_calls": 1}]}, "tool_calls must be a list"),
         ({"messages": chat("a", "b"), "tools": {"name": "f"}}, "tools must be a list of objects"),
+        ({"messages": chat("a", "b"), "system": ["Be brief."]}, "system must be a string, got a list"),
         ({"input_ids": [1, 2]}, "input_ids without loss_mask"),
         ({"input_ids": [1, 2], "loss_mask": [1]}, "2 input_ids but 1 loss_mask entries"),
         ({"input_ids": [], "loss_mask": []}, "input_ids is empty"),
@@ -243,7 +244,7 @@ def test_files(tmp_path):
         (tmp_path / name).write_text("" if name.startswith("empty") else "{}\n")
     assert expand([f"{tmp_path}/[ab].jsonl"]) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
     for path, reason in (
-        ("none.jsonl", "no such file"),
+        ("none.jsonl", "no such file, and none that matches it$"),
         ("", "is a folder"),
         ("c.txt", "neither JSONL"),
         ("d.parquet.gz", "neither"),

@@ -537,6 +537,7 @@ def test_the_commands_failures_are_one_line_and_exit_code_1(command_line, serve,
         ((prompts, *out, "--url", "localhost:8000"), "is no server's address"),
         ((tmp_path / "none.jsonl", *out, "--url", serve().url), "none.jsonl: no such file"),
         ((prompts, "--out", tmp_path / "out.txt", "--url", serve().url), "must end in .jsonl"),
+        ((prompts, *out, "--target", "x", "--device", "gpu"), "device gpu is not one of auto, cpu, cuda"),
     ):
         code, printed = command_line(*arguments)
         assert code == 1 and said in printed and len(printed.splitlines()) == 1, printed
