@@ -370,6 +370,9 @@ def _lengths_figure(numbers: Statistics) -> Figure:
     axes.hist(numbers.lengths, bins=edges, color=BLUE)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    if edges[-1] < 10 * edges[0]:  # too little for a label at every power of ten; matplotlib's own are 5 x 10^1
+        axes.xaxis.set_minor_formatter(lambda x, _: f"{x:,.0f}")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
     return figure
 
@@ -377,6 +380,7 @@ def _lengths_figure(numbers: Statistics) -> Figure:
 def _trained_figure(numbers: Statistics) -> Figure:
     figure, axes = _figure("Trained share of the samples", "trained tokens (share, 0 to 1)", "samples")
     axes.hist(numbers.trained / numbers.lengths, bins=np.linspace(0, 1, 41), color=GREEN)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
     return figure
 
