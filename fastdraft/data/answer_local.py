@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from fastdraft.data.answer_job import Job, Sampling, Stopped
+from fastdraft.data.config import checked_template_kwargs
 from fastdraft.data.dialogue import Dialogue, answer_message
 from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
 from fastdraft.target.hf import Target, load_target, load_tokenizer, target_fingerprint
@@ -77,7 +78,7 @@ class LocalTarget:
                 f"--extra-body: {', '.join(sorted(unknown))} is for servers; --target knows chat_template_kwargs alone"
             )
         self.target, self.tokenizer, self.sampling, self.batch_size = target, tokenizer, sampling, batch_size
-        self._template_kwargs = extra.get("chat_template_kwargs", {})
+        self._template_kwargs = checked_template_kwargs(extra.get("chat_template_kwargs", {}))
         self._special = special_ids(tokenizer)
         if sampling.temperature == 0:
             self._sampling = {"do_sample": False}

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+# What rendering a conversation sets itself; continue_final_message would leave out the end of the last turn.
+RENDERED_WITH = (
+    *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+)
+
+
+def checked_template_kwargs(kwargs: Any) -> dict[str, Any]:
+    """Further names for a chat template. ValueError: no mapping, or with names that are not for the template."""
+    if not isinstance(kwargs, dict):
+        raise ValueError(f"chat_template_kwargs must be a mapping of names, got {kwargs!r}")
+    if taken := sorted(kwargs.keys() & set(RENDERED_WITH)):
+        raise ValueError(f"chat_template_kwargs must not hold {', '.join(taken)}: rendering a conversation sets it")
+    return kwargs
 
 
 class DataConfig(BaseModel):
@@ -26,6 +42,11 @@ class DataConfig(BaseModel):
     vocab_samples: int = Field(100_000, gt=0)  # streaming: conversations for the vocabulary map and held-out data
     chat_template: str | None = None  # path of a Jinja file used instead of the tokenizer's template
     chat_template_kwargs: dict[str, Any] = {}  # passed to the template, e.g. enable_thinking: false
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_for_the_template(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return checked_template_kwargs(kwargs)
 
     @model_validator(mode="after")
     def _packs_hold_samples(self) -> DataConfig:

@@ -213,6 +213,8 @@ def test_config_refuses_what_cannot_work():
     for kwargs in ({"paths": []}, {"paths": ["a"], "eval_fraction": 1.0}, {"paths": ["a"], "max_lenght": 5}):
         with pytest.raises(ValueError):
             DataConfig(**kwargs)
+    with pytest.raises(ValueError, match="must not hold add_generation_prompt, continue_final_message"):
+        DataConfig(paths=["a"], chat_template_kwargs={"continue_final_message": True, "add_generation_prompt": 1, "x": 2})
 
 
 def test_nothing_is_said_to_the_log_for_ordinary_templates(config, tokenizer, caplog):
