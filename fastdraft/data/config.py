@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
 # What rendering a conversation sets itself; continue_final_message would leave out the end of the last turn.
 RENDERED_WITH = (
     *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "add_generation_prompt"),

@@ -490,9 +490,7 @@ def test_what_a_local_target_cannot_answer_is_listed(run, target, tmp_path):
     assert "leave no 8 of the target's 512" in rows_of(tmp_path / "out.failures.jsonl")[0]["reason"]
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "said"), [(5, "must be a mapping of names, got 5"), ({"tools": 5}, "must not hold tools")]
-)
+@pytest.mark.parametrize(("kwargs", "said"), [(5, "a mapping of names, got 5"), ({"tools": 5}, "not hold tools")])
 def test_template_kwargs_of_a_local_target_are_checked(target, kwargs, said):
     with pytest.raises(ValueError, match=said):
         local(target, Sampling(extra_body={"chat_template_kwargs": kwargs}))
