@@ -154,8 +154,10 @@ class LocalTarget:
         return sum(len(message["content"]) for message in dialogue.messages)
 
     def _prompt(self, dialogue: Dialogue) -> list[int]:
-        """ValueError: the template refuses it; it leaves no room for an answer."""
+        """ValueError: the template refuses it; a token that the target has not; no room for an answer."""
         (ids,) = prompt_ids([Prompt(dialogue.messages, dialogue.tools)], self.tokenizer, **self._template_kwargs)
+        if max(ids, default=0) >= self.target.vocab_size:
+            raise ValueError(f"token id {max(ids)} is not in the target's vocabulary of {self.target.vocab_size}")
         most, new = getattr(self.target.config, "max_position_embeddings", None), self.sampling.max_new_tokens
         if most is not None and len(ids) + new > most:
             raise ValueError(f"{len(ids)} tokens before the answer leave no {new} of the target's {most}")

@@ -106,7 +106,7 @@ class Prepared(NamedTuple):
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
     """Train and eval samples of the configured files, from the cache if they are there.
 
-    vocab_size is the target's: pre-tokenised ids are checked against it. Every process of a job may call this: one works,
+    vocab_size is the target's: token ids are checked against it. Every process of a job may call this: one works,
     the others wait for it. ValueError: a missing, unreadable or empty file; a bad line (unless on_bad_line is skip); a
     tokenizer or template that cannot make a mask; nothing to train on; a damaged cache. OSError when the cache cannot be
     written.

@@ -60,7 +60,7 @@ class ChatTokenizer:
         train_on: str = "all",  # "all" | "last_turn"
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        vocab_size: int | None = None,  # the target's; pre-tokenised ids must be below it
+        vocab_size: int | None = None,  # the target's; every token id must be below it
     ) -> None:
         self.max_length, self.on_too_long, self.train_on, self.vocab_size = max_length, on_too_long, train_on, vocab_size
         self.kwargs = {**tokenizer.special_tokens_map, **(chat_template_kwargs or {})}
@@ -79,6 +79,9 @@ class ChatTokenizer:
         else:
             texts, lost = self._texts_of(conversation)
             samples = [self._sample(text, spans, conversation.key) for text, spans in texts]
+        largest = max((int(sample.input_ids.max(initial=0)) for sample in samples), default=0)
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise BadLine(conversation.where, f"token id {largest} is not in the vocabulary of {self.vocab_size}")
         pieces, n = [], self.max_length
         for sample in samples:
             starts = range(0, len(sample.input_ids), n) if self.on_too_long == "split" else [0]
@@ -95,8 +98,6 @@ class ChatTokenizer:
 
     def _pretokenized(self, conversation: Conversation) -> Sample:
         ids, mask = conversation.input_ids, conversation.loss_mask
-        if self.vocab_size is not None and ids.max() >= self.vocab_size:
-            raise BadLine(conversation.where, f"token id {ids.max()} is not in the vocabulary of {self.vocab_size}")
         if self.train_on == "last_turn" and mask.any():  # the last run of trained tokens
             end = int(np.flatnonzero(mask)[-1])
             before = np.flatnonzero(~mask[:end])

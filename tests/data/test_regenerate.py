@@ -484,10 +484,16 @@ def test_sampling_reaches_the_local_target(run, target, few, tmp_path):
 def test_what_a_local_target_cannot_answer_is_listed(run, target, tmp_path):
     source = tmp_path / "odd.jsonl"
     long = json.dumps({"prompt": " ".join(WORDS[:90] * 6)})
-    source.write_text(long + "\n" + json.dumps({"prompt": "ba be"}) + "\n")
-    outcome, _ = run(local(target), paths=[str(source)])
-    assert outcome.failures == 1
-    assert "leave no 8 of the target's 512" in rows_of(tmp_path / "out.failures.jsonl")[0]["reason"]
+    source.write_text("".join(line + "\n" for line in (long, json.dumps({"prompt": "ba be"}), '{"prompt": "<more>"}')))
+    by = local(target)
+    by.tokenizer.add_tokens(
+        [f"<other {i}>" for i in range(192 - len(by.tokenizer))] + ["<more>"]
+    )  # 192 is no row of the target
+    outcome, _ = run(by, paths=[str(source)])
+    assert outcome.failures == 2
+    failures = [row["reason"] for row in rows_of(tmp_path / "out.failures.jsonl")]
+    assert "leave no 8 of the target's 512" in failures[0]
+    assert failures[1] == "token id 192 is not in the target's vocabulary of 192"
 
 
 @pytest.mark.parametrize(("kwargs", "said"), [(5, "a mapping of names, got 5"), ({"tools": 5}, "not hold tools")])

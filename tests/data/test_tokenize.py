@@ -256,6 +256,15 @@ def test_pad_token_is_trained_where_it_ends_a_turn():
     assert sample.loss_mask[ends].tolist() == [False, False, True, False, True]  # system, user, assistant, user, assistant
 
 
+def test_a_token_that_the_target_has_not_is_a_bad_line():
+    """A tokenizer may have more tokens than its model; they are no row of the embedding, in a prompt either."""
+    _, done = tokenize(CHATML, TWO)
+    size = int(max(sample.input_ids.max() for sample in done.samples)) + 1
+    tokenize(CHATML, TWO, vocab_size=size)
+    with pytest.raises(BadLine, match=f"^f:1: token id {size - 1} is not in the vocabulary of {size - 1}"):
+        tokenize(CHATML, TWO, vocab_size=size - 1)
+
+
 def test_what_a_template_refuses_is_a_bad_line():
     with pytest.raises(BadLine, match=r"^f:1: up to message 3: .*roles must alternate"):
         tokenize(MISTRAL, [TWO[0], TWO[0], TWO[1]])
