@@ -71,7 +71,9 @@ SAID = {
 }
 
 
-def refuse_other(store: Path, meta: Meta, wanted: Meta, fields_compared: Iterable[str]) -> None:
+def refuse_other(
+    store: Path, meta: Meta, wanted: Meta, fields_compared: Iterable[str], than: str = "this run needs"
+) -> None:
     """Raises ValueError naming every field in which the store is of another target, tokenizer or format."""
     wrong = {}
     for name in fields_compared:
@@ -80,7 +82,7 @@ def refuse_other(store: Path, meta: Meta, wanted: Meta, fields_compared: Iterabl
             wrong.setdefault(SAID.get(name, name), f"{theirs} there, {ours} here")
     if wrong:
         named = "; ".join(f"{name}: {values}" for name, values in wrong.items())
-        raise ValueError(f"feature store {store} holds other features than this run needs ({named}); capture them anew")
+        raise ValueError(f"feature store {store} holds other features than {than} ({named}); capture them anew")
 
 
 def read_meta(folder: Path) -> Meta:

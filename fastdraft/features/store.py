@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdraft.batch import Batch, TargetHead
+from fastdraft.cost import free_disk
 from fastdraft.features.meta import (
     DTYPES,
     WIDTHS,
@@ -364,7 +365,8 @@ def merge_stores(out: Path, inputs: list[Path], say: Callable[[str], None] = lam
     """Copies the shards of several stores into a new one.
 
     Parts of one capture become that capture's store, byte for byte; stores of other data are put one after another.
-    Raises ValueError when they are of different targets, tokenizers or dtypes, damaged, or `out` holds something.
+    Raises ValueError when they are of different targets, tokenizers or dtypes, damaged, `out` holds something, or the disk
+    is too small.
     """
     if len(inputs) < 2:
         raise ValueError(f"merge needs two stores or more, {len(inputs)} given")
@@ -375,7 +377,8 @@ def merge_stores(out: Path, inputs: list[Path], say: Callable[[str], None] = lam
     same_capture = all(meta == first for meta in metas) and first.shards is not None
     for folder, meta in zip(inputs[1:], metas[1:], strict=True):
         kept = [field.name for field in fields(Meta) if field.name not in ("data", "shards")]
-        refuse_other(folder, meta, first, kept)
+        refuse_other(folder, meta, first, kept, f"{inputs[0]} holds")
+    free_disk(out, sum(path.stat().st_size for folder in inputs for path in list_shards(folder)), "the merged store")
     out.mkdir(parents=True, exist_ok=True)
     taken: dict[int, str] = {}
     total = 0

@@ -273,11 +273,18 @@ def test_captured_twice_runs_nothing(make_config, store, monkeypatch):
     assert tokens == []
 
 
-def test_merged_parts_are_the_whole(make_config, store, tmp_path):
+def test_merged_parts_are_the_whole(make_config, store, tmp_path, monkeypatch):
     parts = [tmp_path / "a", tmp_path / "b"]
     for i, part in enumerate(parts):
         capture_features(make_config(), part, part=(i, 2), shard_bytes=SMALL)
         assert {shard_number(p) % 2 for p in list_shards(part)} == {i} and not Store(part).is_complete
+    with monkeypatch.context() as small:
+        small.setattr("fastdraft.cost.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+        with pytest.raises(ValueError, match="the merged store needs"):
+            merge_stores(tmp_path / "merged", parts)
+    capture_features(make_config(), tmp_path / "fp8", "fp8", part=(1, 2), shard_bytes=SMALL)
+    with pytest.raises(ValueError, match=r"fp8 holds other features than .*/a holds \(dtype: fp8 there, fp32 here\)"):
+        merge_stores(tmp_path / "merged", [parts[0], tmp_path / "fp8"])
     merge_stores(tmp_path / "merged", parts)
     assert files(tmp_path / "merged") == files(store)
     with pytest.raises(ValueError, match="is not empty"):
