@@ -18,7 +18,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class TargetConfig(Section):
@@ -45,10 +45,12 @@ class LossConfig(Section):
 
 
 class FeaturesConfig(Section):
-    memory_gib: float = Field(0.0, ge=0)  # host memory for features of documents seen; above 0, resuming is not bit-exact
+    memory_gib: float = Field(
+        0.0, ge=0, le=2**20
+    )  # host memory for features of documents seen; above 0, resuming is not bit-exact
     path: str | None = None  # a feature store (docs/features.md); None: the target runs in every epoch
     mode: Literal["read", "cache"] = "read"  # read: all was captured before; cache: filled as documents come
-    max_gib: float | None = Field(None, gt=0)  # of disk for the cache
+    max_gib: float | None = Field(None, gt=0, le=2**20)  # of disk for the cache
     on_bad_shard: Literal["error", "skip"] = "error"  # skip: documents of damaged shards are left out, with a count
 
     @model_validator(mode="after")
@@ -98,13 +100,13 @@ class Config(Section):
     run_dir: str = "runs/eagle3"
     ttt_length: int = Field(7, ge=1, le=12)
     epochs: int = Field(1, gt=0)
-    max_steps: int | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
     engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused
     chunk_rows: int | None = Field(None, gt=0)  # chains the fused engine runs at a time; None: as many as 3.5 GiB hold
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the
     # CPU; fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0)  # of the draft's first weights; data.seed is that of the order
+    seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights; data.seed is that of the order
 
     @model_validator(mode="after")
     def _fp8_is_the_fused_engines(self) -> Config:
@@ -139,6 +141,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config file {path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config file {path} must be a mapping of keys, it is {type(tree).__name__}")
+    if strange := [key for key in tree if not isinstance(key, str)]:
+        raise ValueError(f"config file {path} has the key {strange[0]!r}; keys are words, put it in quotes if it is one")
     return tree
 
 

@@ -35,6 +35,7 @@ from rich.text import Text
 from fastdraft.files import write_file
 
 TrackerName = Literal["wandb", "trackio", "mlflow"]
+LONG = 100 * 365.25 * 86400  # seconds; far below what timedelta holds
 
 
 class MetricsConfig(BaseModel):
@@ -137,7 +138,7 @@ class Metrics:
         parts = [f"{step}/{self.total_steps}"]
         if done > 0:
             seconds = (time.monotonic() - self._start) / done * max(self.total_steps - step, 0)
-            parts.append(f"ETA {timedelta(seconds=round(seconds))}")
+            parts.append(f"ETA {timedelta(seconds=round(seconds))}" if seconds < LONG else "ETA over a century")
         if "tokens_per_s" in self.latest:
             parts.append(f"{self.latest['tokens_per_s']:,.0f} tok/s")
         return "  ".join(parts)

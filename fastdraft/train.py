@@ -33,7 +33,7 @@ from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.features.memory import FeatureCache
 from fastdraft.features.read import StoreCache, StoredTarget
-from fastdraft.metrics import Metrics
+from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.config import DraftConfig
 from fastdraft.model.draft import Draft
 from fastdraft.optim import FlatAdamW
@@ -124,6 +124,20 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
         )
         return eval_values(report, config.loss.step_decay)
 
+    def evaluate(step: int, saved: int) -> int:  # the step of the newest checkpoint
+        values = held_out()
+        if checkpoint.beats_best(run_dir, values["eval/tau_sim"]):
+            if saved != step:
+                save(step)
+            checkpoint.mark_best(run_dir, step, values["eval/tau_sim"], config.checkpoint.keep)
+            saved = step
+        if metrics:  # last: the line says that nothing of this evaluation is left to do
+            metrics.log(step, values)
+        return saved
+
+    def hold_out_after(step: int) -> bool:
+        return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
+
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         if reader:
@@ -140,7 +154,10 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
             for line in [*known, *told]:
                 metrics.say(line)
         recent: list[Recent] = []  # the steps since the last look at the device
-        saved, clock = first_step, time.perf_counter()
+        saved = first_step
+        if first_step and hold_out_after(first_step) and not was_evaluated(run_dir, first_step):
+            saved = evaluate(first_step, saved)  # killed between the checkpoint and the end of its evaluation
+        clock = time.perf_counter()
 
         for step in range(first_step + 1, total_steps + 1):
             batches = next(ahead)
@@ -158,7 +175,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
             is_last = step == total_steps
             look = step % config.metrics.log_every == 0 or is_last
-            hold_out = len(eval_set) > 0 and (step % config.eval.every == 0 or is_last)
+            hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
             stopping = stop.agreed()
             if look or hold_out or keep or stopping:
@@ -184,15 +201,11 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
                 save(step)
                 saved = step
             if hold_out:
-                values = held_out()
-                if metrics:
-                    metrics.log(step, values)
-                if checkpoint.beats_best(run_dir, values["eval/tau_sim"]):
-                    if saved != step:
-                        save(step)
-                        saved = step
-                    checkpoint.mark_best(run_dir, step, values["eval/tau_sim"], config.checkpoint.keep)
-                clock = time.perf_counter()
+                began, waited = time.perf_counter(), reader.waited if reader else 0.0
+                saved = evaluate(step, saved)
+                clock += time.perf_counter() - began  # the clock is of training alone
+                if reader:
+                    reader.waited = waited
             if stopping:
                 if metrics:
                     metrics.say(
@@ -253,6 +266,12 @@ def resume(
     if found:
         raise ValueError(f"no checkpoint of {run_dir} is readable; start anew with --fresh. " + " ".join(told))
     return 0, told
+
+
+def was_evaluated(run_dir: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the held-out numbers of a step."""
+    found = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    return any(record["step"] == step and "eval/loss" in record for record in found)
 
 
 def refuse_other_run(saved: checkpoint.Saved, config: Config, fingerprint: str, shape: DraftConfig) -> None:

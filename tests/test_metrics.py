@@ -161,6 +161,14 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert out[-1] == "step 5  held-out  loss 3.000  tau 1.750"
 
 
+def test_a_run_of_many_lifetimes_has_no_date(tmp_path):
+    out = io.StringIO()
+    with Metrics(tmp_path, MetricsConfig(tensorboard=False, log_every=1), 10**9, console=Console(file=out)) as metrics:
+        metrics._start -= 10**6
+        metrics.log(1, {"loss": 1.0})
+    assert "step 1/1000000000  ETA over a century" in out.getvalue()
+
+
 @pytest.mark.parametrize("width", [8, 20, 40, 80, 160])
 def test_the_live_lines_fit_any_terminal(tmp_path, width):
     console = terminal(width)

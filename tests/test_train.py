@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,7 +25,7 @@ from fastdraft import run as a_run
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.data.loader import Loader
+from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
 from fastdraft.model.draft import SURE
 from fastdraft.model.ttt_ref import attention_ref
@@ -195,6 +197,61 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config, whole, monke
     train(config)
     expected = whole(**{"checkpoint.every": 4, "metrics.log_every": 1, "eval.every": 100})
     assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "call"),  # evaluations: steps 3 and 6; checkpoints: 2, 3 (the best), 4, 6; lines of metrics: 2, 3 ...
+    [
+        (training, "evaluate_tau", 1),
+        (training, "evaluate_tau", 2),
+        (checkpoint, "save_checkpoint", 2),
+        (checkpoint, "mark_best", 1),
+        (training.Metrics, "log", 2),
+        (training.Metrics, "log", 5),
+    ],
+)
+def test_a_run_killed_at_its_evaluation_still_makes_it(make_config, whole, monkeypatch, place, name, call):
+    """The checkpoint of that step may be there already; its held-out numbers and the best one are not lost."""
+    expected, config = whole(), make_config()
+    best = json.loads((Path(config.run_dir).with_name("whole") / "checkpoints" / "best.json").read_text())
+    original, calls = getattr(place, name), []
+
+    def die(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(place, name, die)
+        train(config)
+    train(config)
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text()) == best
+
+
+def test_speed_and_wait_are_of_training_alone(make_config, monkeypatch):
+    """An evaluation between two lines of metrics takes no time off them, and adds none."""
+    original, evaluate, tokens = Ahead.__next__, training.evaluate_tau, []
+
+    def slow(self):
+        batches = original(self)
+        tokens.append(sum(b.num_tokens for b in batches))
+        time.sleep(0.1)
+        self.waited += 0.1
+        return batches
+
+    def slow_evaluation(*args, **kwargs):
+        time.sleep(2)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(Ahead, "__next__", slow)
+    monkeypatch.setattr(training, "evaluate_tau", slow_evaluation)
+    config = make_config(max_steps=4, **{"metrics.log_every": 4, "eval.every": 3, "checkpoint.every": 100})
+    train(config)
+    (line,) = [r for r in read_metrics(config.run_dir) if "loss" in r]
+    assert sum(tokens) / 1.5 < line["tokens_per_s"] < sum(tokens) / 0.4
+    assert 0.25 < line["data_wait"] < 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "no state", "garbage state"])
@@ -401,6 +458,8 @@ def test_bad_runs_are_sentences(make_config, target_dir, tmp_path):
     user_only.write_text(json.dumps({"messages": [{"role": "user", "content": "ba be bi"}]}) + "\n")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": [}\n')
+    numbered = tmp_path / "numbered.yaml"
+    numbered.write_text("1: 2\n")
     for changes, said in (
         ({"data.paths": [str(tmp_path / "none.jsonl")]}, r"none\.jsonl"),
         ({"data.paths": [str(user_only)]}, "no trained token"),
@@ -412,6 +471,11 @@ def test_bad_runs_are_sentences(make_config, target_dir, tmp_path):
         ({"draft": {"init_from": str(target_dir)}}, "is not a draft to start from"),
         ({"draft.init_from": "x", "draft.overrides": {"fc_norm": True}}, "take out draft.config, draft.overrides"),
         ({"draft.config": str(tmp_path / "none.yaml")}, r"none\.yaml cannot be read"),
+        ({"draft.config": str(numbered)}, r"numbered\.yaml has the key 1; keys are words"),
+        ({"draft.overrides": {"target_config": 1}}, "'target_config' does not exist; the nearest is"),
+        ({"draft.overrides": {"cls": 1}}, "'cls' does not exist; the nearest is"),
+        ({"draft.overrides": {"initializer_range": math.inf}}, r"initializer_range: .*finite number \(got inf\)"),
+        ({"draft.overrides": {"rope_parameters": {"rope_theta": math.inf}}}, "rope_theta is inf; it must be a number"),
         ({"precision": "fp8"}, "precision: fp8 needs a GPU of compute capability 8.9 or newer"),
         ({"device": "cuda"}, "PyTorch sees no CUDA GPU"),
     ):

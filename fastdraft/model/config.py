@@ -82,7 +82,7 @@ def default_layers(num_target_layers: int) -> tuple[int, int, int]:
 class DraftConfig(BaseModel):
     """Shape of a draft. Field names follow transformers' Llama config; `layers` counts target layers' outputs from 0."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     hidden_size: int = Field(gt=0)
     target_hidden_size: int = Field(gt=0)
@@ -144,7 +144,7 @@ class DraftConfig(BaseModel):
         return {"trainable": 3 * ht * h + layer + norms + self.draft_vocab_size * h, "embedding": self.vocab_size * h}
 
     @classmethod
-    def from_target(cls, target_config: dict[str, Any] | PretrainedConfig, **overrides: Any) -> DraftConfig:
+    def from_target(cls, target_config: dict[str, Any] | PretrainedConfig, /, **overrides: Any) -> DraftConfig:
         """The draft's shape for a target: the target's own widths, heads, RoPE and norm epsilon unless overridden.
 
         `target_config` is a config.json as a dict (nested language model configs are found) or a transformers config.
@@ -376,7 +376,7 @@ def canonical_rope(rope: dict[str, Any]) -> dict[str, Any]:
     needed, optional = ROPE_FIELDS[kind]
     for key in ("rope_theta", "partial_rotary_factor", *needed):
         if key in fields and (
-            isinstance(fields[key], bool) or not isinstance(fields[key], (int, float)) or fields[key] <= 0
+            isinstance(fields[key], bool) or not isinstance(fields[key], (int, float)) or not 0 < fields[key] < math.inf
         ):
             raise ValueError(f"rope_parameters.{key} is {fields[key]!r}; it must be a number above 0")
     if fields.get("partial_rotary_factor", 1) > 1:
