@@ -43,7 +43,8 @@ def parse_fields(text: str, option: str, own: Collection[str]) -> dict[str, Any]
     """Further fields of a request from a command's option. ValueError: it is no JSON object, or holds one of `own`."""
     try:
         fields = json.loads(text)
-    except ValueError as error:
+        json.dumps(fields, allow_nan=False)  # NaN and Infinity are none, though json reads them
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{option} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{option} must be a JSON object, not {text}")
@@ -53,7 +54,11 @@ def parse_fields(text: str, option: str, own: Collection[str]) -> dict[str, Any]
 
 
 def connect(api_key: str | None, base_url: str | httpx.URL = "", connect_s: float = CONNECT_S) -> httpx.AsyncClient:
-    """A client that bounds connecting alone: whoever waits for an answer bounds that."""
+    """A client that bounds connecting alone: whoever waits for an answer bounds that. ValueError: no key for a header."""
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError(
+            "the API key holds what no header may, such as the end of a line; set --api-key-env's variable again"
+        )
     return httpx.AsyncClient(
         base_url=base_url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else None,

@@ -15,7 +15,9 @@ from matplotlib.image import imread
 from tiny import refusal
 
 from fastdraft.data.prompts import Prompt
+from fastdraft.report import png
 from fastdraft.serve import client
+from fastdraft.serve import report as serve_report
 from fastdraft.serve.bench import Load, bench_serve, read_report
 from fastdraft.serve.client import _gaps
 
@@ -44,6 +46,12 @@ class Engine(FakeHTTP):
     foreign_tokens = 0  # generated for others during the first request
     lifetime = 2.5
     hangs = refuses = broken = garbage = None  # paths or a flag
+    counted = None  # tokens that usage says of each answer, instead of what they are
+    info = None  # over what SGLang says of itself
+    more_metrics = ""
+    plain_answer = None  # instead of a stream
+    lists_models = 200  # HTTP status
+    last = "\n\n"  # after a stream's last line
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(("tokens", "drafts", "accepted"), 100)  # of an earlier life
@@ -55,7 +63,8 @@ class Engine(FakeHTTP):
         if self.hangs == handler.path:
             time.sleep(2.5)
         text = self.page(handler.path)
-        reply(handler, 404 if text is None else 200, text or "")
+        status = self.lists_models if handler.path == "/v1/models" else 200
+        reply(handler, 404 if text is None else status, text or "")
 
     def post(self, handler, body: dict) -> None:
         with self.lock:
@@ -73,6 +82,8 @@ class Engine(FakeHTTP):
                 reply(handler, 503, "overloaded")
             elif self.refuses:
                 reply(handler, 400, "context too long")
+            elif self.plain_answer is not None:
+                reply(handler, 200, self.plain_answer, {"Content-Type": "text/html"})
             elif body["stream"]:
                 self.stream(handler, body, mine)
             else:
@@ -90,7 +101,8 @@ class Engine(FakeHTTP):
                 self.close()
                 return
             time.sleep(self.chunk_s)
-            handler.wfile.write(f"data: {chunk}\n\n".encode())
+            end = self.last if chunk == "[DONE]" else "\n\n"
+            handler.wfile.write(f"data: {chunk}{end}".encode())
             handler.wfile.flush()
 
     def page(self, path: str) -> str | None:
@@ -102,7 +114,7 @@ class Engine(FakeHTTP):
             algorithm = "EAGLE3" if self.speculates else None
             info = {"speculative_algorithm": algorithm, "speculative_num_steps": STEPS, "version": self.version}
             state = {"avg_spec_accept_length": self.lifetime} if self.lifetime else {}
-            return json.dumps({**info, "internal_states": [state]})
+            return json.dumps({**info, "internal_states": [state]} | (self.info or {}))
         if path == "/metrics" and self.metrics:
             return self.prometheus()
         return None
@@ -121,7 +133,7 @@ class Engine(FakeHTTP):
         else:
             lines = [f'sglang:generation_tokens_total{{is_streaming="true"}} {counts["tokens"]}']
             lines += [f"sglang:spec_verify_calls_total{label} {counts['drafts']}"]
-        return "".join(f"# TYPE {line.split('{')[0]} counter\n{line}\n" for line in lines)
+        return "".join(f"# TYPE {line.split('{')[0]} counter\n{line}\n" for line in lines) + self.more_metrics
 
     def answer(self, body: dict):
         """The chunks of a stream. Rounds are counted, as in the engines, before the last is sent."""
@@ -146,7 +158,9 @@ class Engine(FakeHTTP):
         if self.broken:
             return
         if self.usage is not None:
-            yield json.dumps({"choices": [], "usage": {"completion_tokens": total}})
+            yield json.dumps(
+                {"choices": [], "usage": {"completion_tokens": total if self.counted is None else self.counted}}
+            )
         yield "[DONE]"
 
     def spec(self, number: int) -> dict:
@@ -275,6 +289,48 @@ def test_what_a_server_does_not_report_is_said(engine, kind, habits, length, sai
     assert report.cells[0].measured.output_tokens_per_s > 0
 
 
+def test_a_server_that_describes_itself_wrongly_is_measured_all_the_same(engine):
+    """Else: a TypeError, an OverflowError, or as many zeros as it says it has steps."""
+    for steps in ("3", [3], 10**12):
+        cell = bench_serve(
+            engine("SGLang", info={"speculative_num_steps": steps}).url, {"set": ask(*NUMBERS)}, Load(**QUICK)
+        ).cells[0]
+        assert cell.measured.acceptance.step_acceptance == pytest.approx(BY_DEPTH)
+    states = {"internal_states": [{"avg_spec_accept_length": "2.5"}]}
+    silent = engine("SGLang", details=False, metrics=False, info=states)
+    assert "nor a mean" in " ".join(bench_serve(silent.url, {"set": ask(3)}, Load(**QUICK)).notes)
+    odd = 'vllm:spec_decode_num_drafts_total{engine="1"} +Inf\n'
+    odd += 'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="x"} 3\n'
+    cell = bench_serve(engine(more_metrics=odd).url, {"set": ask(*NUMBERS)}, Load(**QUICK)).cells[0]
+    assert cell.measured.acceptance.accepted_length == sum(GIVEN) / len(GIVEN)
+
+
+def test_a_stream_may_end_with_its_last_line(engine):
+    assert bench_serve(engine(last="").url, {"set": ask(3)}, Load(**QUICK)).cells[0].measured.num_retries == 0
+
+
+def test_answers_without_text_are_noted(engine):
+    report = bench_serve(engine(letter="").url, {"set": ask(3, 7)}, Load(**QUICK))
+    assert report.cells[0].measured.first_token_ms is None
+    assert any("streamed no text for 2 of 2 requests" in note for note in report.notes)
+
+
+def test_a_set_named_like_a_formula_is_drawn_and_in_the_legend(engine, fastdraft, tmp_path, monkeypatch):
+    shown = []
+
+    def look(figure):
+        shown.extend(figure.axes[0].get_legend().get_texts())
+        return png(figure)
+
+    monkeypatch.setattr(serve_report, "png", look)
+    names = ("$\\frac$", "_set")
+    files = [write_prompts(tmp_path / f"{name}.jsonl", (3,)) for name in names]
+    options = [option for file in files for option in ("--prompts", file)]
+    code, _, err = fastdraft("bench", "serve", "--url", engine().url, *options, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert (tmp_path / "out" / "serve.png").exists() and len(shown) == len(names)
+
+
 def test_an_older_sglang_counts_in_an_unstreamed_pass(engine):
     server = engine("SGLang", details=False, metrics=False, meta_info=True)
     report = bench_serve(server.url, {"set": ask(*NUMBERS)}, Load((3,), num_warmup=0))
@@ -364,6 +420,10 @@ def test_retries_are_bounded_and_counted(engine):
         ({"refuses": True}, "HTTP 400: context too long"),
         ({"garbage": True}, "streams what is no chat completion: <html>"),
         ({"usage": None}, "does not report how many tokens"),
+        ({"counted": -3}, "streams what is no chat completion"),
+        ({"counted": 10**12}, "reports 1000000000000 tokens of an answer where 256 were asked for"),
+        ({"plain_answer": "<html>"}, "failed 2 times, at last: .* the answer \\(text/html\\) is no stream of events"),
+        ({"lists_models": 503}, "/v1/models: HTTP 503: .*; is the server ready"),
         ({"engine": "TGI", "metrics": False}, "neither SGLang .* nor vLLM"),
         ({"hangs": "/v1/models"}, "/v1/models does not answer within 1 s"),
         ({"chunk_s": 0.8}, "no whole answer to a request within 1.5 s"),
@@ -448,7 +508,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_asked(engine
     assert "p.jsonl" in said and server.seen == 0
 
 
-def test_bad_input_is_one_red_line(fastdraft, tmp_path):
+def test_bad_input_is_one_red_line(fastdraft, tmp_path, monkeypatch):
     prompts, empty = write_prompts(tmp_path / "p.jsonl", (1,)), write_prompts(tmp_path / "empty.jsonl", ())
     (tmp_path / "other").mkdir()
     same = write_prompts(tmp_path / "other" / "p.jsonl", (1,))
@@ -467,6 +527,16 @@ def test_bad_input_is_one_red_line(fastdraft, tmp_path):
     assert "--body must be a JSON object" in said("--prompts", prompts, "--body", "[1]")
     assert "body is not JSON" in said("--prompts", prompts, "--body", "{")
     own = '{"n": 2, "max_tokens": 9, "seed": 1}'
+    assert "body is not JSON" in said("--prompts", prompts, "--body", '{"x": NaN}')
+    assert "body is not JSON" in said("--prompts", prompts, "--body", "[" * 10**5)
+    assert "temperature must be at least 0, not nan" in said("--prompts", prompts, "--temperature", "nan")
+    assert "timeout_s must be at least 0.1, not nan" in said("--prompts", prompts, "--timeout", "nan")
+    assert "give one like http://" in said("--prompts", prompts, url="http://localhost:99999")
+    assert "give one like http://" in said("--prompts", prompts, url="http://localhost?x=1")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    refused = said("--prompts", prompts)
+    assert "the API key holds what no header may" in refused and "secret" not in refused
+    monkeypatch.delenv("OPENAI_API_KEY")
     assert "body must not hold max_tokens, n" in said("--prompts", prompts, "--body", own)
     assert "have one name" in said("--prompts", prompts, "--prompts", same)
     assert "bad.json is no serve.json" in said("--prompts", prompts, "--baseline", tmp_path / "bad.json")

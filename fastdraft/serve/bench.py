@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -82,7 +83,7 @@ class Load:
         if not self.concurrency or min(self.concurrency) < 1 or len(set(self.concurrency)) < len(self.concurrency):
             raise ValueError(f"concurrency {self.concurrency} must be numbers of at least 1, each once")
         for name, least in {"max_new_tokens": 2, "temperature": 0, "num_warmup": 0, "retries": 0, "timeout_s": 0.1}.items():
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
 
@@ -283,6 +284,8 @@ async def _measure(
         notes.append(f"{server.url}: {num_retries} times a request was sent again; tokens/s holds the time that was lost")
     if any(a.gaps_s and not a.chunks_tell for a in answers):
         notes.append(f"{server.url} does not report the tokens of each chunk: inter-token times are each answer's mean")
+    if mute := sum(a.first_s is None for a in answers):
+        notes.append(f"{server.url} streamed no text for {mute} of {len(answers)} requests: first tokens are of the others")
     if not num_tokens:
         raise ValueError(f"{server.url} answered {len(answers)} requests without a single token")
     generated = GENERATED[server.engine]
@@ -367,7 +370,8 @@ async def _sglang_acceptance(
     if details is not None:
         forwards = sum(d.spec_verify_ct for d in details)
         kept = [d.spec_correct_drafts_histogram for d in details]
-        deepest = max(max(map(len, kept)) - 1, server.speculation.get("speculative_num_steps", 0))
+        num_steps = server.speculation.get("speculative_num_steps")  # beyond what any forward kept: shares of 0
+        deepest = max(max(map(len, kept)) - 1, num_steps if isinstance(num_steps, int) and num_steps < 64 else 0)
         steps = [sum(sum(histogram[depth:]) for histogram in kept) / forwards for depth in range(1, deepest + 1)]
         if not any(kept):
             notes.append(f"{server.url} does not report acceptance by depth (spec_correct_drafts_histogram)")
@@ -380,7 +384,7 @@ async def _sglang_acceptance(
         return Acceptance(produced / forwards, tokens / forwards, forwards, None)
     states = (await sglang_info(client)).get("internal_states")
     states = [s for s in states if isinstance(s, dict)] if isinstance(states, list) else []
-    means = [s["avg_spec_accept_length"] for s in states if s.get("avg_spec_accept_length")]
+    means = [mean for s in states if isinstance(mean := s.get("avg_spec_accept_length"), float | int) and mean]
     known = f"only its mean since it was started is known, {np.mean(means):.3f}" if means else "nor a mean"
     notes.append(f"{lacks}, nor by {SGLANG_FORWARDS} alone (--enable-metrics): {known}")
     return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
@@ -16,13 +17,14 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from fastdraft import servers
 from fastdraft.servers import Again, check_status, lost, retried
 
 PROBE_S = 10.0  # for an answer that needs no generation
 BACKOFF_S = 1.0
+PAST_LIMIT = 64  # tokens; a last verifying forward may count past max_tokens
 SETTLE_S = 2.0  # counters may come this much later than the answers
 SGLANG_SPECULATION = (
     "speculative_algorithm",
@@ -66,8 +68,8 @@ class Answer:
 class SpecDetails(BaseModel):
     """SGLang's of one request."""
 
-    spec_verify_ct: int = 0
-    spec_correct_drafts_histogram: list[int] = []  # [n] forwards that kept n drafted tokens
+    spec_verify_ct: NonNegativeInt = 0
+    spec_correct_drafts_histogram: list[NonNegativeInt] = []  # [n] forwards that kept n drafted tokens
 
 
 # --- the server ----------------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
         parsed = httpx.URL(url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
         raise ValueError(f"{url!r} is not a URL: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or not 0 < (parsed.port or 1) < 1 << 16:
         raise ValueError(f"{url!r} is not a server's URL; give one like http://localhost:30000")
     return servers.connect(api_key, parsed)
 
@@ -91,7 +93,12 @@ def server_url(client: httpx.AsyncClient) -> str:
 async def probe(client: httpx.AsyncClient) -> Server:
     """Which engine it is, and what it says of its speculation. Raises ValueError when it is neither or does not answer."""
     url = server_url(client)
-    models = (await _get_object(client, "/v1/models")).get("data")
+    response = await servers.get(client, f"{url}/v1/models", PROBE_S)
+    if response.status_code != 200:
+        raise ValueError(
+            f"{url}/v1/models: HTTP {response.status_code}: {servers.error_text(response)}; is the server ready?"
+        )
+    models = _object(response).get("data")
     if not (isinstance(models, list) and models and isinstance(models[0], dict) and isinstance(models[0].get("id"), str)):
         raise ValueError(f"{url} is no OpenAI-compatible server: /v1/models lists no model")
     model, owner = models[0]["id"], models[0].get("owned_by")
@@ -124,7 +131,7 @@ async def read_counters(client: httpx.AsyncClient) -> Counters:
     if response.status_code == 200:
         try:
             for family in text_string_to_metric_families(response.text):
-                for sample in (s for s in family.samples if s.name in COUNTERS):
+                for sample in (s for s in family.samples if s.name in COUNTERS and math.isfinite(s.value)):
                     sums[sample.name, sample.labels.get("position", "")] += sample.value
         except ValueError:  # not Prometheus' format
             return {}
@@ -151,16 +158,20 @@ async def counted_since(client: httpx.AsyncClient, before: Counters, generated: 
 
 def by_position(counters: Counters) -> list[float]:
     """vLLM's accepted tokens at draft position 0, 1, ..."""
-    found = {int(position): value for (name, position), value in counters.items() if name == VLLM_BY_POSITION}
+    pairs = ((position, value) for (name, position), value in counters.items() if name == VLLM_BY_POSITION)
+    found = {int(position): value for position, value in pairs if position.isdecimal()}
     return [found[position] for position in sorted(found)]
 
 
 async def _get_object(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
     """The JSON object at a path; empty if there is none."""
-    response = await servers.get(client, f"{server_url(client)}{path}", PROBE_S)
+    return _object(await servers.get(client, f"{server_url(client)}{path}", PROBE_S))
+
+
+def _object(response: httpx.Response) -> dict[str, Any]:
     try:
         value = response.json() if response.status_code == 200 else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         value = {}
     return value if isinstance(value, dict) else {}
 
@@ -169,7 +180,7 @@ async def _get_object(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
 
 
 class _Usage(BaseModel):
-    completion_tokens: int | None = None
+    completion_tokens: NonNegativeInt | None = None
 
 
 class _Choice(BaseModel):
@@ -244,13 +255,14 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float
 async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
     url = server_url(client)
     marks: list[tuple[float, int | None]] = []  # chunks with text: when, and the answer's tokens up to there if told
-    num_tokens, spec, done = None, None, False
+    num_tokens, spec, done, streams = None, None, False, False
     start = time.perf_counter()
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
             check_status(response)
         async for content in _events(response):
+            streams = True
             if content == b"[DONE]":
                 done = True
                 continue
@@ -262,12 +274,16 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
             if chunk.error is not None:
                 raise Again(f"{url} reports {json.dumps(chunk.error)[:300]}")
             told = chunk.usage.completion_tokens if chunk.usage else None
-            num_tokens = told if told is not None else num_tokens
+            if told is not None:
+                num_tokens = _checked_count(url, told, body)
             if any(choice.delta.get(name) for choice in chunk.choices for name in TEXT):
                 marks.append((time.perf_counter() - start, told))
             if chunk.sglext is not None:
                 spec = chunk.sglext.spec_tokens_details or spec
         end_s = time.perf_counter() - start
+    if not streams:
+        kind = response.headers.get("Content-Type", "of no type")
+        raise Again(f"{url}: the answer ({kind}) is no stream of events")
     if not done:
         raise Again(f"{url}: the answer ended in the middle")
     if num_tokens is None:
@@ -284,6 +300,8 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
         for line in lines:
             if line.startswith(b"data:"):
                 yield line.removeprefix(b"data:").strip()
+    if rest.strip() == b"data: [DONE]":  # some end the last line by ending
+        yield b"[DONE]"
 
 
 async def _whole(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
@@ -296,7 +314,14 @@ async def _whole(client: httpx.AsyncClient, body: dict[str, Any], num_retries: i
     except ValidationError as error:
         raise ValueError(f"{url} answers what is no chat completion: {response.text[:200]}") from error
     spec = answer.choices[0].meta_info if answer.choices else None
-    return Answer(answer.usage.completion_tokens or 0, None, time.perf_counter() - start, [], False, spec, num_retries)
+    num_tokens = _checked_count(url, answer.usage.completion_tokens or 0, body)
+    return Answer(num_tokens, None, time.perf_counter() - start, [], False, spec, num_retries)
+
+
+def _checked_count(url: str, num_tokens: int, body: dict[str, Any]) -> int:
+    if num_tokens > body["max_tokens"] + PAST_LIMIT:
+        raise ValueError(f"{url} reports {num_tokens} tokens of an answer where {body['max_tokens']} were asked for")
+    return num_tokens
 
 
 def _gaps(marks: list[tuple[float, int | None]], num_tokens: int) -> list[float]:

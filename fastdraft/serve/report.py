@@ -86,6 +86,8 @@ def serve_picture(report: ServeReport) -> bytes:
         for i, name in enumerate(sets):
             color = matplotlib.colormaps["viridis"](0.05 + 0.8 * i / max(1, len(sets) - 1))
             cells = [cell for cell in report.cells if cell.prompts == name]
+            name = name.replace("$", r"\$")  # or matplotlib sets a formula
+            name = "\u200b" + name if name.startswith("_") else name  # or it leaves the line out of the legend
             for label, style, measured in (
                 (name, "o-", [(c.concurrency, c.measured) for c in cells]),
                 (f"{name}, baseline", "o--", [(c.concurrency, c.baseline) for c in cells if c.baseline]),
