@@ -1,7 +1,8 @@
 """Training checkpoints: torch.distributed.checkpoint in safetensors, written aside, renamed; the last K and the best stay.
 
     run_dir/checkpoints/step-00000500/*.safetensors   flat fp32 master and moments, RNG states, the vocabulary map
-    run_dir/checkpoints/step-00000500/state.json      step, data position, draft shape, target fingerprint
+    run_dir/checkpoints/step-00000500/state.json      step, data position, draft shape, target fingerprint; checksums of the
+                                                      other files and, last, of itself
     run_dir/checkpoints/best.json                     the step with the best held-out tau_sim
 
 Nothing is unpickled: tensors are safetensors, the rest is JSON.
@@ -19,15 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdraft.files import write_file
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Unreadable(ValueError):
@@ -76,7 +79,9 @@ def _write(aside: Path, final: Path, tensors: dict[str, Tensor], state: dict[str
     try:
         with _alone():
             dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=True)
-        write_file(aside / "state.json", json.dumps({"format": FORMAT, **state}, indent=1).encode())
+        files = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+        whole = json.loads(json.dumps({"format": FORMAT, **state, "files": files}))  # as it will be read
+        write_file(aside / "state.json", json.dumps(whole | {"checksum": _state_checksum(whole)}, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         os.rename(aside, final)
     finally:
@@ -98,9 +103,24 @@ def _alone() -> Iterator[None]:
         yield
 
 
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = xxhash.xxh3_64()
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _state_checksum(state: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(
+        json.dumps({k: v for k, v in state.items() if k != "checksum"}, sort_keys=True).encode()
+    )
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if (p / "state.json").exists())
+    """Complete checkpoints, oldest first. A copy that somebody made beside them under another name is none."""
+    found = (p for p in (run_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit())
+    return sorted(p for p in found if (p / "state.json").exists())
 
 
 def read_state(path: Path) -> Saved:
@@ -116,12 +136,17 @@ def read_state(path: Path) -> Saved:
             f"checkpoint {path} has format {state['format']!r}, this version of fastdraft reads {FORMAT}; use the version "
             "that wrote it, or start anew with --fresh"
         )
+    if state.get("checksum") != _state_checksum(state):
+        raise Unreadable(f"checkpoint {path} is unreadable: state.json is not as it was written")
     return Saved(path, state)
 
 
 def load_tensors(saved: Saved, into: dict[str, Tensor]) -> None:
     """Fills `into` in place. Raises Unreadable naming the checkpoint when a file is missing, damaged or of other shapes."""
     try:
+        for name, checksum in saved.state["files"].items():
+            if _checksum(saved.path / name) != checksum:
+                raise ValueError(f"{name} is not as it was written")
         reader = dcp.HuggingFaceStorageReader(str(saved.path))
         found = reader.read_metadata().state_dict_metadata
         for name, tensor in into.items():
@@ -153,10 +178,13 @@ def mark_best(run_dir: Path, step: int, tau_sim: float, keep: int) -> None:
 def read_best(run_dir: Path) -> dict[str, Any] | None:
     """Raises ValueError when best.json is there and damaged."""
     file = run_dir / "checkpoints" / "best.json"
+    if not file.exists():
+        return None
     try:
-        return json.loads(file.read_text()) if file.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it, the next evaluation writes it again") from error
+        best = json.loads(file.read_text())
+        return {"step": int(best["step"]), "tau_sim": float(best["tau_sim"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); delete it, the next evaluation writes it again") from error
 
 
 def rewind(run_dir: Path, step: int, damaged: list[Path]) -> None:
@@ -211,6 +239,28 @@ def set_rng_state(tensors: dict[str, Tensor]) -> None:
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"].cpu())
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Makes the run folder, and keeps other runs out of it as long as this process lives. ValueError: one is in it."""
+    if not is_rank_0():
+        yield
+        return
+    lock = filelock.FileLock(run_dir / ".lock")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(
+            f"another process is training in {run_dir}; wait for it, stop it, or choose another run_dir"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"run_dir {run_dir} cannot be written to ({error}); choose another run_dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_rank_0() -> bool:

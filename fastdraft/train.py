@@ -72,6 +72,11 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
     device, rank, world = start_process(config.device)
     check_precision(config, device)
+    with checkpoint.alone_in(Path(config.run_dir)):
+        return _train(config, fresh, device, rank, world)
+
+
+def _train(config: Config, fresh: bool, device: torch.device, rank: int, world: int) -> TrainResult:
     dtype = compute_dtype(config, device)
     run_dir = Path(config.run_dir)
     torch.manual_seed(config.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from fastdraft import checkpoint
 from fastdraft.checkpoint import (
     Unreadable,
+    alone_in,
     beats_best,
     checkpoints_of_run,
     list_checkpoints,
@@ -143,8 +145,52 @@ def test_damage_is_named(tmp_path):
             load_tensors(read_state(path), empty_like(make_tensors(1)))
         assert "\n" not in str(error.value), name
     weights_file(path).unlink()
-    with pytest.raises(Unreadable, match="it has no tensor 'master'"):
+    with pytest.raises(Unreadable, match=r"step-00000001 is unreadable: .*No such file"):
         load_tensors(read_state(path), empty_like(make_tensors(1)))
+
+
+def test_every_damaged_byte_is_seen(tmp_path):
+    """Also in the middle of the numbers, where nothing but a checksum can tell; and in what stays JSON."""
+    path, into = save(tmp_path, 1, loader={"pack": 0}), empty_like(make_tensors(1))
+    load_tensors(read_state(path), into)
+    for file in path.iterdir():
+        whole = file.read_bytes()
+        for place in range(0, len(whole), 1 + len(whole) // 97):
+            if whole[place : place + 1].isspace():
+                continue
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(ValueError, match=r"checkpoint .* is unreadable|has format .* reads 2"):
+                load_tensors(read_state(path), into)
+        file.write_bytes(whole)
+    load_tensors(read_state(path), into)
+
+
+def test_a_copy_beside_the_checkpoints_is_none(tmp_path):
+    path = save(tmp_path, 1)
+    shutil.copytree(path, path.with_name("step-00000001.bak"))
+    save(tmp_path, 2, keep=1)
+    assert [p.name for p in checkpoints_of_run(tmp_path)] == ["step-00000002"]
+    assert path.with_name("step-00000001.bak").is_dir()
+
+
+def test_a_damaged_best_is_said(tmp_path):
+    save(tmp_path, 1)
+    for text in ("", "[]", "{}", '{"step": 1}', '{"step": null, "tau_sim": 1}', "\xff"):
+        (tmp_path / "checkpoints" / "best.json").write_text(text)
+        with pytest.raises(ValueError, match=r"best.json is damaged .*; delete it"):
+            checkpoints_of_run(tmp_path)
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    said = r"another process is training in .*run; wait"
+    with alone_in(tmp_path / "run"), pytest.raises(ValueError, match=said), alone_in(tmp_path / "run"):
+        pass
+    with alone_in(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"run_dir .* cannot be written to .*choose another"), alone_in(place):
+            pass
 
 
 def test_another_shape_is_named(tmp_path):
@@ -163,7 +209,7 @@ def test_damaged_state(tmp_path):
     with pytest.raises(Unreadable):
         read_state(path)
     (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
-    with pytest.raises(ValueError, match="has format 99, this version of fastdraft reads 1") as error:
+    with pytest.raises(ValueError, match="has format 99, this version of fastdraft reads 2") as error:
         read_state(path)
     assert not isinstance(error.value, Unreadable)
 
