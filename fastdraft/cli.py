@@ -270,7 +270,7 @@ def evaluate(
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts: also decode speculatively and measure.")] = None,
     which: Annotated[str, typer.Option(help="Checkpoint: best, last or a step.")] = "best",
     max_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
     num_steps: Annotated[int, typer.Option(help="Draft steps, as SGLang's speculative_num_steps.")] = 3,
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
@@ -279,14 +279,19 @@ def evaluate(
 ) -> None:
     """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding."""
     from fastdraft.decode import DecodeSettings
+    from fastdraft.files import write_file
     from fastdraft.run import evaluate_run
 
     settings = DecodeSettings(num_steps, eagle_topk, num_draft_tokens, temperature)
+    if out is not None:  # before hours of work, not after
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir() or not os.access(out.parent, os.W_OK):
+            raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
     report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings)
     text = json.dumps(asdict(report), indent=1)
     console.print_json(text)
     if out is not None:
-        out.write_text(text)
+        write_file(out, text.encode())
 
 
 @app.command()

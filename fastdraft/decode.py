@@ -23,6 +23,7 @@ Which tokens are kept leaves the target's distribution P exactly as it is:
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from fastdraft.model.draft import Draft
 from fastdraft.target.hf import Target
+
+COLDEST = 1e-5  # of what samples; logits over less overflow
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,10 @@ class DecodeSettings:
                 f"a chain (eagle_topk 1) of {self.num_steps} steps verifies num_steps + 1 tokens, "
                 f"not num_draft_tokens {self.num_draft_tokens}; leave num_draft_tokens out"
             )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature {self.temperature} and top_k {self.top_k} must not be negative, top_p {self.top_p} in (0, 1]"
-            )
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or a number from {COLDEST:g} on")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_k {self.top_k} must not be negative, top_p {self.top_p} in (0, 1]")
 
     @property
     def num_verified(self) -> int:

@@ -66,6 +66,9 @@ MANDATORY = (
 )
 
 
+SIZES = {"hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "vocab_size"}
+
+
 class Findings(NamedTuple):
     """What `verify` found, a sentence each. Errors: an engine would fail or draft wrongly. Warnings: legal, but look."""
 
@@ -74,11 +77,14 @@ class Findings(NamedTuple):
 
 
 def serving_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a serving checkpoint."""
+    """Name and shape of every tensor of a serving checkpoint. Raises ValueError where no tensor can be so large."""
     any_rope = {"rope_type": "default", "rope_theta": 1e4}  # no shape depends on it
     plain = config.model_copy(update={"rope_parameters": any_rope})
     with torch.device("meta"):  # where scaled frequencies cannot be computed
-        shapes = {name: tuple(t.shape) for name, t in Draft(plain).state_dict().items()}
+        try:
+            shapes = {name: tuple(t.shape) for name, t in Draft(plain).state_dict().items()}
+        except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+            raise ValueError(f"no tensor can have the sizes in config.json: {config.model_dump(include=SIZES)}") from error
     if config.draft_vocab_size == config.vocab_size:
         del shapes["d2t"]
     if config.hidden_size == config.target_hidden_size:
@@ -96,6 +102,8 @@ def export_draft(draft: Draft, out_dir: Path | str, dtype: torch.dtype = torch.b
     not set or a weight is NaN or infinite in `dtype`; OSError when the place is full or cannot be written.
     """
     out = Path(out_dir)
+    if out.is_symlink():
+        out = out.resolve()  # what it names is written; the link stays
     _check_free(out, overwrite)
     tensors = _serving_tensors(draft, dtype)
     config = json.dumps(draft.config.to_serving(dtype), indent=2) + "\n"
@@ -249,7 +257,10 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / WEIGHTS).exists():
         return [path / WEIGHTS]
     if index.exists():
-        files = sorted({path / Path(name).name for name in read_json(index).get("weight_map", {}).values()})
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) and Path(name).name for name in named.values()):
+            raise ValueError(f"{index.name} has no weight_map of tensors' files; copy the whole checkpoint.")
+        files = sorted({path / Path(name).name for name in named.values()})
         if lost := [file.name for file in files if not file.exists()]:
             raise ValueError(f"{index.name} names {', '.join(lost)}, which the directory lacks; copy the whole checkpoint.")
         return files
@@ -264,7 +275,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{file.name} is damaged or holds more than tensors; convert it to {WEIGHTS}.") from error
-        if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        if not isinstance(loaded, dict) or not all(isinstance(x, str) and isinstance(t, Tensor) for x, t in loaded.items()):
             raise ValueError(f"{file.name} is not a dict of tensors; convert it to {WEIGHTS}.")
         return loaded
     try:
@@ -339,8 +350,9 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
         return Findings([*errors, str(error)], warnings)
     try:
         c = _shape_only(config)
+        serving_shapes(c)
     except ValueError as error:
-        return Findings([*errors, f"Tensors were not compared with config.json: {error}."], warnings)
+        return Findings([*errors, f"Tensors were not compared with config.json: {str(error).rstrip('.')}."], warnings)
     errors += _tensor_problems(tensors, c, lenient=False)
     if _map_is_whole(tensors, c):
         errors += _map_problems(tensors["d2t"] if c.draft_vocab_size < c.vocab_size else None, tensors["t2d"], c)

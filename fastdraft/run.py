@@ -269,16 +269,18 @@ def evaluate_run(
     config, target, draft = open_run(run_dir, which)
     dtype = compute_dtype(config, target.device)
     draft.to(dtype)
+    ids = None
+    if prompts is not None:  # read before anything long: they may be bad
+        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
+        ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer, **config.data.chat_template_kwargs)
     eval_set = load_data(config, draft.config.vocab_size).eval
     held_out = decoded = None
     if len(eval_set):
         held_out = evaluate_held_out(config, target, draft, eval_set)
     elif prompts is None:
         raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
-    if prompts is not None:
-        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-        tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
-        ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer, **config.data.chat_template_kwargs)
+    if ids is not None:
         decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens)
     return Evaluation(f"{run_dir} ({which})", held_out, decoded)
 

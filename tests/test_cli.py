@@ -216,6 +216,10 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     assert "is none of best, last, 1, 2" in refusal(fastdraft("evaluate", trained, "--which", "7"))
     assert "holds no checkpoint" in refusal(fastdraft("evaluate", tmp_path))
     assert fastdraft("evaluate", trained, "--max-prompts", "0")[0] == 2
+    assert fastdraft("evaluate", trained, "--max-new-tokens", "1")[0] == 2
+    for temperature in ("nan", "inf", "-1", "1e-45"):  # 1e-45: a traceback of torch.multinomial
+        said = refusal(fastdraft("evaluate", trained, "--temperature", temperature))
+        assert "must be 0 (greedy) or a number from 1e-05 on" in said
     best = trained / "checkpoints" / "best.json"
     whole = best.read_text()
     best.write_text(whole[:5])
@@ -225,6 +229,22 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"messages": [{"role": "user", "content": null}]}\n')
     assert "odd.jsonl:1: message 1: content must be a string" in refusal(fastdraft("evaluate", trained, "--prompts", odd))
+
+
+def test_evaluate_looks_at_prompts_and_out_before_the_long_work(fastdraft, trained, tmp_path, monkeypatch):
+    def late(*_):
+        raise AssertionError("evaluated first")
+
+    monkeypatch.setattr(a_run, "evaluate_held_out", late)
+    assert "none.jsonl: cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
+    assert "is a folder" in refusal(fastdraft("evaluate", trained, "--out", tmp_path))
+    monkeypatch.undo()
+
+
+def test_evaluate_makes_the_folder_of_its_report(fastdraft, trained, tmp_path):
+    code, out, err = fastdraft("evaluate", trained, "--out", tmp_path / "new" / "report.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "new" / "report.json").read_text()) == json.loads(out)
 
 
 def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, config_file, tmp_path, monkeypatch):

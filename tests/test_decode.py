@@ -407,7 +407,7 @@ def test_first_difference_says_where_and_by_how_much(target, plain):
         ({"eagle_topk": 2, "num_draft_tokens": 40}, "must lie in 2..11"),
         ({"eagle_topk": 2, "num_draft_tokens": 1}, "must lie in 2..11"),
         ({"num_steps": 3, "num_draft_tokens": 3}, "leave num_draft_tokens out"),
-        ({"temperature": -1.0}, "must not be negative"),
+        ({"temperature": -1.0}, "must be 0"),
         ({"top_p": 0.0}, "top_p 0.0"),
     ],
 )

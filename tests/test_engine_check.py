@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
-from tiny import refusal
+from tiny import make_tokenizer, refusal
 
 from fastdraft.decode import DecodeSettings, generate, generate_plain
 from fastdraft.engines import check as checks
@@ -221,6 +221,34 @@ def test_an_engine_whose_version_takes_too_long(tmp_path):
     slow.chmod(0o755)
     with pytest.raises(ValueError, match=r"python did not say its version of vllm within 0\.2 s"):
         engine_version(EnginePlace("vllm", str(slow)), timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("#!/bin/sh\n", "cannot say its version of vllm: nothing was said"),
+        ("#!/bin/sh\necho hello 5\n", "cannot say its version of vllm: hello 5"),
+        ("no program", "cannot be run: Exec format error; is it a Python"),
+        ("#!/nonexistent/python\n", "cannot be run: No such file or directory; is it a Python"),
+    ],
+)
+def test_an_engine_python_that_is_none(tmp_path, content, said):
+    other = tmp_path / "python"
+    other.write_text(content)
+    other.chmod(0o755)
+    with pytest.raises(ValueError, match=said):
+        engine_version(EnginePlace("vllm", str(other)))
+
+
+def test_a_prompt_without_a_token_is_named(target_dir, tmp_path, monkeypatch):
+    """A base model's tokenizer has no template, and an empty prompt then nothing at all."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    monkeypatch.setattr(checks, "load_tokenizer", lambda *_: tokenizer)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ba"}\n{"prompt": ""}\n')
+    check = checks.EngineCheck(EnginePlace("vllm"), tmp_path, target_dir, tmp_path / "p.jsonl")
+    with pytest.raises(ValueError, match="prompt 2 has no token"):
+        checks._prompt_ids(check, 512)
 
 
 def test_a_version_that_will_do(fake):

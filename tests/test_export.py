@@ -279,7 +279,7 @@ def test_verify_names_the_fault(fault, sound, tmp_path, target_dir):
     assert said and all(word in said for word in words), said
 
 
-@pytest.mark.parametrize("junk", ["x", [], {}, -1, 0.5, True, [[1]], {"a": 1}], ids=repr)
+@pytest.mark.parametrize("junk", ["x", [], {}, -1, 0.5, True, [[1]], {"a": 1}, 10**30], ids=repr)
 def test_no_field_value_breaks_verify_or_load(junk, sound, tmp_path, target_dir):
     path = tmp_path / "draft"
     shutil.copytree(sound, path)
@@ -337,6 +337,22 @@ def test_damaged_directories_are_named(damage, sound, tmp_path, target_dir):
     assert words in " ".join(verify(path, target_dir).errors)
     with pytest.raises(ValueError, match=words):
         load_draft(path, target_config())
+
+
+@pytest.mark.parametrize("named", ["[]", "null", '{"a": 3}', '{"a": ""}'])
+def test_an_index_of_no_files_is_named(named, sound, tmp_path, target_dir):
+    shutil.copy(sound / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {named}}}')
+    assert "has no weight_map" in " ".join(verify(tmp_path, target_dir).errors)
+    with pytest.raises(ValueError, match="has no weight_map"):
+        load_draft(tmp_path, target_config())
+
+
+def test_a_bin_whose_names_are_no_names_is_refused(sound, tmp_path):
+    shutil.copy(sound / "config.json", tmp_path)
+    torch.save({3: torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a dict of tensors"):
+        load_draft(tmp_path, target_config())
 
 
 # --- warm start ------------------------------------------------------------------------------------------------------
@@ -425,6 +441,14 @@ def test_export_refuses_to_overwrite_unless_asked(tmp_path):
     with pytest.raises(ValueError, match=r"holds notes\.txt"):
         export_draft(random_draft(), out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["draft"]
+
+
+def test_overwriting_a_link_writes_what_it_names_and_leaves_no_litter(tmp_path):
+    out = export_draft(random_draft(), tmp_path / "draft")
+    (tmp_path / "latest").symlink_to(out)
+    assert export_draft(random_draft(fc_norm=True), tmp_path / "latest", overwrite=True) == out
+    assert json.loads((out / "config.json").read_text())["fc_norm"] is True
+    assert (tmp_path / "latest").is_symlink() and {p.name for p in tmp_path.iterdir()} == {"draft", "latest"}
 
 
 def test_export_refuses_an_unset_map_and_overflow(tmp_path):

@@ -129,6 +129,8 @@ def _prompt_ids(check: EngineCheck, context: int) -> list[list[int]]:
         prompts = [tokenizer(p.messages[-1]["content"])["input_ids"] for p in asked[: check.max_prompts]]
     else:
         prompts = prompt_ids(asked[: check.max_prompts], tokenizer)
+    if not all(prompts):
+        raise ValueError(f"prompt {prompts.index([]) + 1} has no token; give it some text")
     room = context - check.max_new_tokens - check.num_steps - 1
     if (longest := max(map(len, prompts))) > room:
         raise ValueError(

@@ -102,9 +102,9 @@ def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:
             f"{place.name} is not installed for {where}. Install it in an environment of its own "
             f"({INSTALL[place.name]}) and name that environment's Python with --engine-python PATH"
         )
-    if code != 0:
+    version = _last_line(said)
+    if code != 0 or not re.match(r"\d+\.\d+", version):
         raise ValueError(f"{where} cannot say its version of {place.name}: {_last_error(said)}")
-    version = said.strip().splitlines()[-1]
     numbers = tuple(int(x) for x in re.findall(r"\d+", version)[:3])
     oldest = OLDEST[place.name]
     if numbers < oldest:
@@ -148,14 +148,17 @@ def _wait(command: list[str], environment: dict[str, str], timeout_s: float) -> 
     """Exit code (None: out of time) and what the command said on both streams. Nothing it started is left when this returns
     or raises, nor when SIGTERM ends this process; only the main thread can see to that."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ValueError(f"{command[0]} cannot be run: {error.strerror}; is it a Python interpreter?") from error
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         try:
             code = process.wait(timeout_s)
