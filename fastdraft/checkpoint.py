@@ -15,7 +15,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,14 +243,16 @@ def set_rng_state(tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
-    """Makes the run folder, and keeps other runs out of it as long as this process lives. ValueError: one is in it."""
+    """Makes the run folder, and keeps other runs out of it as long as this process lives, where the file system has locks.
+    ValueError: one is in it."""
     if not is_rank_0():
         yield
         return
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        with suppress(NotImplementedError):  # no locks on this file system
+            lock.acquire(timeout=0)
     except filelock.Timeout:
         raise ValueError(
             f"another process is training in {run_dir}; wait for it, stop it, or choose another run_dir"

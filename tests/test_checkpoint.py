@@ -181,6 +181,15 @@ def test_a_damaged_best_is_said(tmp_path):
             checkpoints_of_run(tmp_path)
 
 
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def no_locks(*_args, **_more):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(checkpoint.filelock.FileLock, "acquire", no_locks)
+    with alone_in(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+
+
 def test_one_run_at_a_time_in_a_folder(tmp_path):
     said = r"another process is training in .*run; wait"
     with alone_in(tmp_path / "run"), pytest.raises(ValueError, match=said), alone_in(tmp_path / "run"):
