@@ -320,6 +320,8 @@ def print_plan(config: Config, console: Console) -> None:
     shape = draft_shape(config)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
+    if device.type == "cpu" or torch.cuda.is_available():
+        check_precision(config, device)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     computed = {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(config, device)]

@@ -112,6 +112,9 @@ def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
     code, out, err = fastdraft("train", config_file, "--plan", "device=cuda")
     assert code == 0 and "predicted for one cuda device and the fused engine" in out, err
     assert "one cpu device and the fused engine" in fastdraft("train", config_file, "--plan", "device=cpu")[1]
+    said = refusal(fastdraft("train", config_file, "--plan", "device=cpu", "precision=fp8"))
+    assert said.startswith("fastdraft: precision: fp8 needs a GPU")
+    assert fastdraft("train", config_file, "--plan", "device=cuda", "precision=fp8")[0] == 0
 
 
 def test_a_finished_run_says_so(fastdraft, trained, config_file):
