@@ -243,6 +243,14 @@ def test_a_model_that_cannot_run_packed_says_what_failed(monkeypatch):
     assert Target(make_model("llama")).apart == "a packed forward fails: no kernel for this GPU"
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.3.mlp.up_proj.weight"])
+def test_weights_that_are_not_finite_are_named(name):
+    model = make_model("llama")
+    model.get_parameter(name).data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"logits are not finite in torch\.float32: a weight is NaN or Inf"):
+        Target(model)
+
+
 def test_layers_that_carry_several_states_are_refused(monkeypatch):
     forward = Target.forward
     monkeypatch.setattr(Target, "forward", lambda self, ids: (forward(self, ids)[0].expand(4, -1, -1, -1), None))

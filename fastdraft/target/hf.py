@@ -54,11 +54,11 @@ class Target:
         self.embedding = model.get_input_embeddings().weight
         self.vocab_size, self.hidden_size = self.embedding.shape
         self.head = _head(model, self.config)
-        self.final_norm = _final_norm(self.decoder)
         generation = model.generation_config.eos_token_id if model.generation_config is not None else None
         eos = generation if generation is not None else self.config.eos_token_id
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
         self._prove_head()
+        self.final_norm = _final_norm(self.decoder)
         self.num_parameters = sum(p.numel() for p in self.decoder.parameters())
         self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
         self.apart = unpackable(self.decoder.config) or self._try_packing()
@@ -198,6 +198,11 @@ class Target:
             )
         ours = self.head.logits(f).float()
         theirs = self.model(input_ids=ids).logits.float()
+        if not theirs.isfinite().all():
+            raise ValueError(
+                f"the target's logits are not finite in {self.dtype}: a weight is NaN or Inf, or a state overflows; check "
+                "its files, or set another target.dtype"
+            )
         error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         if not error <= 0.02 * scale:
             raise ValueError(
