@@ -28,7 +28,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastdraft.files import write_file
+from fastdraft.files import file_checksum, write_file
 
 FORMAT = 2
 
@@ -79,7 +79,7 @@ def _write(aside: Path, final: Path, tensors: dict[str, Tensor], state: dict[str
     try:
         with _alone():
             dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=True)
-        files = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+        files = {path.name: file_checksum(path) for path in sorted(aside.iterdir())}
         whole = json.loads(json.dumps({"format": FORMAT, **state, "files": files}))  # as it will be read
         write_file(aside / "state.json", json.dumps(whole | {"checksum": _state_checksum(whole)}, indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
@@ -101,14 +101,6 @@ def _alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         yield
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = xxhash.xxh3_64()
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _state_checksum(state: dict[str, Any]) -> str:
@@ -145,7 +137,7 @@ def load_tensors(saved: Saved, into: dict[str, Tensor]) -> None:
     """Fills `into` in place. Raises Unreadable naming the checkpoint when a file is missing, damaged or of other shapes."""
     try:
         for name, checksum in saved.state["files"].items():
-            if _checksum(saved.path / name) != checksum:
+            if file_checksum(saved.path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")
         reader = dcp.HuggingFaceStorageReader(str(saved.path))
         found = reader.read_metadata().state_dict_metadata

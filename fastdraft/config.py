@@ -45,9 +45,8 @@ class LossConfig(Section):
 
 
 class FeaturesConfig(Section):
-    memory_gib: float = Field(
-        0.0, ge=0, le=2**20
-    )  # host memory for features of documents seen; above 0, resuming is not bit-exact
+    # host memory for features of documents seen; above 0, resuming is not bit-exact
+    memory_gib: float = Field(0.0, ge=0, le=2**20)
     path: str | None = None  # a feature store (docs/features.md); None: the target runs in every epoch
     mode: Literal["read", "cache"] = "read"  # read: all was captured before; cache: filled as documents come
     max_gib: float | None = Field(None, gt=0, le=2**20)  # of disk for the cache

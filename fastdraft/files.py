@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all: written aside, synced, renamed."""
+"""Files that are there whole or not at all: written aside, synced, renamed. And how to tell that they still are."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+import xxhash
 
 
 def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
@@ -30,3 +32,12 @@ def publish(aside: Path, final: Path) -> None:
             os.close(opened)
         if path == aside:
             os.replace(aside, final)
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3-128 of a file, 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()

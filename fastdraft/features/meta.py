@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from fastdraft.files import publish, write_file
+from fastdraft.files import file_checksum, publish, write_file
 from fastdraft.model.config import language_config, read_json
 from fastdraft.target.hf import Target, checkpoint_fingerprint, load_target_config, load_tokenizer
 
@@ -182,12 +182,3 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _json_hash(value: object) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3-128 of a file, 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -36,12 +36,11 @@ from fastdraft.features.meta import (
     DTYPES,
     WIDTHS,
     Meta,
-    file_checksum,
     read_meta,
     refuse_other,
     write_meta,
 )
-from fastdraft.files import publish
+from fastdraft.files import file_checksum, publish
 
 SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
 INDEX_BYTES = 40  # of a document

@@ -38,12 +38,16 @@ class Documents:
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device) -> Documents:
-        start = document_starts(lengths)
-        return Documents(lengths, *to_device(torch.stack([torch.arange(len(start)), start]), device))
+        return Documents(lengths, *_index(lengths, device))
 
     @property
     def position(self) -> Tensor:  # [n] int64, of each token in its document
         return self.row - self.start
+
+
+def _index(lengths: tuple[int, ...], device: torch.device) -> Tensor:  # [2, n] int64, rows and starts of `Documents`
+    start = document_starts(lengths)
+    return to_device(torch.stack([torch.arange(len(start)), start]), device)
 
 
 _documents: ContextVar[Documents] = ContextVar("documents")
@@ -131,15 +135,14 @@ class Recorded:
         m, n, device = len(input_ids), len(self.input_ids), self.input_ids.device
         lengths = lengths if m == n else (*lengths, n - m)  # a document more: nothing sees it
         self.input_ids[:m] = input_ids
-        documents = Documents.of(lengths, device)
-        self.index.copy_(torch.stack([documents.row, documents.start]))
+        self.index.copy_(_index(lengths, device))
+        documents = Documents(lengths, *self.index)
         if self.runs == 1 and device.type == "cuda":
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):  # other threads copy meanwhile
-                self.out = self.forward(self.input_ids, Documents(lengths, *self.index))
+                self.out = self.forward(self.input_ids, documents)
         self.runs += 1
         if self.graph is None:
-            documents = Documents(lengths, *self.index)
             return tuple(x[:m].clone() for x in self.forward(self.input_ids, documents))
         self.graph.replay()
         return tuple(x[:m].clone() for x in self.out)
