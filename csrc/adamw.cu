@@ -23,7 +23,7 @@ __device__ void store(float* to, int num, const float (&x)[kVector]) {
       if (i < num) to[i] = x[i];
 }
 
-__global__ void __launch_bounds__(kThreads, 6) adamw_kernel(
+__global__ void __launch_bounds__(kThreads) adamw_kernel(
     float* grad_ptr,  // [count]; 0 after
     float* master_ptr,  // [count]
     float* m_ptr,  // [count]

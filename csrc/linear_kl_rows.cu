@@ -329,6 +329,7 @@ void kl_rows(
     Tensor alpha, Tensor hit, int64_t kind, double lk_scale, double lk_decay, bool grad) {
   const int64_t n = z.size(0), vocab = z.size(1);
   const int threads = vocab <= 16384 ? 256 : 512, in_sm = vocab <= 16384 ? 3 : 1;  // short rows: three blocks share an SM
+  if (n == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   int most, whole, sms;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, z.get_device_index()));
@@ -350,7 +351,6 @@ void kl_rows(
   int blocks;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * slot_bytes));
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads + 32, slots * slot_bytes));
-  if (n == 0) return;  // the kernel is loaded
   const int grid = static_cast<int>(std::min<int64_t>(n, static_cast<int64_t>(blocks) * sms));
   kernel<<<grid, threads + 32, slots * slot_bytes, current_stream(z)>>>(rows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
