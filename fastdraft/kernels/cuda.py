@@ -24,8 +24,8 @@ def built() -> bool:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise ValueError(
-            f"{LIBRARY} does not load with PyTorch {torch.__version__}: {error}; build it again (python setup.py build_ext "
-            "--inplace) or delete it, then Triton's kernels are used"
+            f"{LIBRARY} does not load with PyTorch {torch.__version__}: {error.__cause__ or error}; build it again "
+            "(python setup.py build_ext --inplace) or delete it, then Triton's kernels are used"
         ) from error
     return True
 
