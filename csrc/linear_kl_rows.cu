@@ -350,6 +350,8 @@ void kl_rows(
                                   : (grad ? kl_rows_kernel<kLambda, true> : kl_rows_kernel<kLambda, false>);
   int blocks;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * slot_bytes));
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads + 32, slots * slot_bytes));
   const int grid = static_cast<int>(std::min<int64_t>(n, static_cast<int64_t>(blocks) * sms));
   kernel<<<grid, threads + 32, slots * slot_bytes, current_stream(z)>>>(rows);

@@ -13,7 +13,8 @@ N, u and the norm stay on the device: nothing waits for the host.
 Precision: buffers float32, weights bf16 (or none of their own). The sum of squares: each program adds its elements lane by
 lane in float32, then the programs' sums are added in float64; powers of beta in float64. Every sum has a fixed order that
 depends on the length alone: two runs are bitwise equal, on any GPU.
-Bytes per parameter: 4 for the norm, then 16 read and 12 + 2 + 4 written: 38.
+Bytes per parameter: 4 for the norm, then 16 read and 12 + 2 + 4 written: 38. The last pass is a Triton kernel or that of
+csrc/adamw.cu: `adamw_in_cuda` says which.
 Source: AdamW (arXiv 1711.05101).
 
 # P parameters, S ranges without weight decay
