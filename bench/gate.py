@@ -3,11 +3,13 @@
 It fails, naming each, when
 
 - a Triton kernel has no benchmark in bench/kernels,
-- an op (each kernel's, and `step`) has no row, or its newest row is of other source than today's (`bench.sources`),
+- an op (each kernel's, and `step`) has no row, or none of its kernel in csrc, or its newest row is of other source than
+  today's (`bench.sources`),
 - a newest row is more than 5 % slower than the row before it of the same op, shape, dtype and GPU, or is of a run that
   failed, unless it carries a `note` that explains it.
 
-Only fastdraft's own rows are judged. To make them fresh, run the benchmark again on a GPU and commit the rows.
+Only our own rows are judged: provider fastdraft, which is Triton's kernel or the engine, and cuda, csrc's kernel. To make
+them fresh, run the benchmark again on a GPU (csrc built, where it has the kernel) and commit the rows.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from bench.sources import ROOT, source
 
 SLOWER = 1.05
+OURS = ("fastdraft", "cuda")
 
 
 def load(path: Path) -> list[dict]:
@@ -58,19 +61,19 @@ def problems(root: Path = ROOT) -> list[str]:
             found.append(f"{path.stem}: no benchmark; add bench/kernels/bench_{path.stem}.py")
     for op in [*sorted(benched), "step"]:
         path = root / f"bench/results/{op}.jsonl"
-        rows = [row for row in load(path) if row["provider"] == "fastdraft"] if path.exists() else []
-        if not rows:
-            found.append(f"{op}: no row of fastdraft in bench/results/{op}.jsonl; run its benchmark on a GPU")
-            continue
+        rows = [row for row in load(path) if row["provider"] in OURS] if path.exists() else []
+        have = {row["provider"] for row in rows}
+        for provider in OURS if any(root.glob(f"csrc/{op}*.cu")) else OURS[:1]:
+            if provider not in have:
+                found.append(f"{op}: no row of {provider} in bench/results/{op}.jsonl; run its benchmark on a GPU")
         now = source(op, root)
-        for name, row in {row["op"]: row for row in rows}.items():
+        for (name, provider), row in {(row["op"], row["provider"]): row for row in rows}.items():
             if row.get("source") != now:
-                found.append(
-                    f"{name}: the source changed since its newest row ({row['date']}, {row['commit']}); time it again"
-                )
+                when = f"{provider}'s newest row ({row['date']}, {row['commit']})"
+                found.append(f"{name}: the source changed since {when}; time it again")
         for last in newest(rows).values():
             row = last[-1]
-            about = f"{row['op']} {json.dumps(row['shape'])} on {row['gpu']}"
+            about = f"{row['op']} {json.dumps(row['shape'])}, {row['provider']}, on {row['gpu']}"
             if "note" in row:
                 continue
             if "failed" in row:

@@ -10,8 +10,10 @@ import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
-    "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py"],
+    "adamw": CUDA,
+    "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "data": ["fastdraft/data/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/engines/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py", "fastdraft/export.py"],

@@ -14,6 +14,7 @@ import torch
 
 from fastdraft.batch import Batch, Features, LossKind, TargetHead
 from fastdraft.golden import Golden, RunStep, load_golden, worst_errors
+from fastdraft.kernels import cuda
 from fastdraft.kernels.dense_attention import MIN_KEYS, dense_attention_covers
 from fastdraft.kernels.ttt_attention import ttt_attention_config
 from fastdraft.model.config import DraftConfig
@@ -160,7 +161,7 @@ def environment() -> list[tuple[str, str]]:
             rows.append((f"gpu {index}", f"{p.name}, {memory}, compute capability {p.major}.{p.minor}"))
     else:
         rows.append(("gpu", "none that PyTorch sees; everything runs on the CPU"))
-    rows.append(("Triton kernels", kernels()))
+    rows += [("Triton kernels", kernels()), ("CUDA kernels", cuda_kernels())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [*rows, ("training engine", f"{engine_kind('auto')} on {device} (engine: auto)")]
 
@@ -176,3 +177,16 @@ def kernels() -> str:
     except ValueError as error:
         return f"cannot run: {error}"
     return "can run"
+
+
+def cuda_kernels() -> str:
+    """Whether the CUDA C++ kernels are built and can run here, and why not."""
+    if not cuda.LIBRARY.exists():
+        return "not built (nvcc, a PyTorch for CUDA and pip install --no-build-isolation make them); Triton's are used"
+    if not torch.cuda.is_available():
+        return "built; cannot run without a CUDA GPU"
+    try:
+        usable = cuda.takes(torch.empty(1, device="cuda"))
+    except ValueError as error:
+        return f"cannot run: {error}"
+    return "used for the rows of losses and AdamW" if usable else "built, for Hopper and newer; Triton's are used"

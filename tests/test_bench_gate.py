@@ -53,7 +53,7 @@ def test_fine(repo):
 @pytest.mark.parametrize("changed", ["fastdraft/model/ttt.py", "fastdraft/kernels/plan.py", "fastdraft/optim.py"])
 def test_the_engine_changed(repo, changed):
     (repo / changed).write_text("changed")
-    assert the_problem(repo).startswith("step: the source changed since its newest row (2026-01-01, abc)")
+    assert the_problem(repo).startswith("step: the source changed since fastdraft's newest row (2026-01-01, abc)")
     write(repo, op="step", us_per_token=30.0)
     assert problems(repo) == []
 
@@ -74,6 +74,21 @@ def test_rows_are_missing(repo):
     assert the_problem(repo).startswith("norm: no row of fastdraft")
 
 
+def test_a_kernel_in_csrc_is_judged_beside_tritons(repo):
+    (repo / "csrc").mkdir()
+    (repo / "csrc/norm.cu").write_text("__global__")
+    for op in ("norm/fwd", "norm/bwd"):
+        write(repo, op=op, us=10.0)
+    write(repo, op="step", us_per_token=30.0)
+    assert the_problem(repo).startswith("norm: no row of cuda in bench/results/norm.jsonl")
+    write(repo, op="norm/fwd", us=8.0, provider="cuda")
+    assert problems(repo) == []
+    write(repo, op="norm/fwd", us=8.0, provider="cuda", source="another")
+    assert the_problem(repo).startswith("norm/fwd: the source changed since cuda's newest row")
+    write(repo, op="norm/fwd", us=9.0, provider="cuda")
+    assert the_problem(repo).startswith('norm/fwd {"n": 1}, cuda, on G: 9 us, was 8')
+
+
 def test_a_kernel_without_a_benchmark(repo):
     (repo / "bench/kernels/bench_norm.py").unlink()
     assert the_problem(repo) == "norm: no benchmark; add bench/kernels/bench_norm.py"
@@ -81,7 +96,7 @@ def test_a_kernel_without_a_benchmark(repo):
 
 def test_slower(repo):
     write(repo, op="norm/bwd", us=21.2)
-    assert the_problem(repo).startswith('norm/bwd {"n": 1} on G: 21.2 us, was 20 (2026-01-01, abc)')
+    assert the_problem(repo).startswith('norm/bwd {"n": 1}, fastdraft, on G: 21.2 us, was 20 (2026-01-01, abc)')
     write(repo, op="norm/bwd", us=21.5)  # is compared with the row before it
     assert problems(repo) == []
 

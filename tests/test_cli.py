@@ -341,7 +341,7 @@ def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):
 def test_check_says_what_is_here(fastdraft):
     code, out, _ = fastdraft("check")
     assert code == 0
-    for name in ("python", "torch", "transformers", "triton", "gpu", "Triton kernels"):
+    for name in ("python", "torch", "transformers", "triton", "gpu", "Triton kernels", "CUDA kernels"):
         assert name in out
     there = torch.cuda.is_available()
     assert ("kernels │ can run" in " ".join(out.split())) == there

@@ -1,6 +1,7 @@
 """Times the optimizer's step: python -m bench.kernels.bench_adamw, or pytest. Rows go to bench/results/adamw.jsonl.
 
-Norm, clip, AdamW, bf16 weights and the zeroed gradient. Roof: 38 bytes a parameter. "torch" is the reference, eager,
+Norm, clip, AdamW, bf16 weights and the zeroed gradient. Roof: 38 bytes a parameter. "fastdraft" is Triton's kernels, "cuda"
+the same with the last pass of csrc/adamw.cu where that is built. "torch" is the reference, eager,
 "torch.compile" that compiled, "torch fused" clip_grad_norm_, AdamW(fused=True), the cast and the zeroing after each other.
 """
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench.timing import measure, record, run_cases
-from fastdraft.kernels.adamw import adamw_, adamw_ref, adamw_scratch
+from fastdraft.kernels.adamw import _adamw, adamw_config, adamw_in_cuda, adamw_ref, adamw_scratch
 
 COUNTS = [  # P: about the drafts of SmolLM2-135M and Llama-3.1-8B
     10_000_000,
@@ -25,7 +26,7 @@ def bench_case(count: int, rounds: int = 15, commit: str | None = None) -> dict[
     live, updates = (torch.full((), x, dtype=torch.float64, device="cuda") for x in (4096.0, 10.0))
     not_decayed = torch.tensor([[1000, 5096], [9000, 13096]], device="cuda")
     buffers = (grad, master, m, v, weights, not_decayed, live, updates)
-    scratch = adamw_scratch(grad.device)
+    args = (*buffers, adamw_scratch(grad.device), *OPTIONS.values(), adamw_config())
     compiled = torch.compile(adamw_ref, dynamic=False)
     master.grad = grad
     fused = torch.optim.AdamW([master], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -37,15 +38,15 @@ def bench_case(count: int, rounds: int = 15, commit: str | None = None) -> dict[
         weights.copy_(master)
         grad.zero_()
 
-    times = measure(
-        {
-            "fastdraft": lambda _: adamw_(*buffers, scratch, **OPTIONS),
-            "torch": lambda _: adamw_ref(*buffers, **OPTIONS),
-            "torch.compile": lambda _: compiled(*buffers, **OPTIONS),
-            "torch fused": torch_fused,
-        },
-        rounds,
-    )
+    providers = {
+        "fastdraft": lambda _: _adamw(*args),
+        "torch": lambda _: adamw_ref(*buffers, **OPTIONS),
+        "torch.compile": lambda _: compiled(*buffers, **OPTIONS),
+        "torch fused": torch_fused,
+    }
+    if adamw_in_cuda(weights, grad, master, m, v):
+        providers["cuda"] = lambda _: _adamw(*args, in_cuda=True)
+    times = measure(providers, rounds)
     record("adamw", {"P": count}, "fp32", times, 38 * count, 0, commit)
     return times
 

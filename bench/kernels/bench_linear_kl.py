@@ -1,7 +1,8 @@
 """Times the draft's head: python -m bench.kernels.bench_linear_kl, or pytest. Rows go to bench/results/linear_kl.jsonl.
 
 `linear_kl/rows` is the row kernel alone (roof: student and teacher logits read once, gradient written once),
-`linear_kl/step` the three GEMMs and the row kernel. "torch" is the same mathematics with autograd, "torch.compile" that
+`linear_kl/step` the three GEMMs and the row kernel that is used. Of rows "fastdraft" is Triton's kernel, "cuda" the one of
+csrc/linear_kl_rows.cu where it is built. "torch" is the same mathematics with autograd, "torch.compile" that
 compiled, "liger" its KL divergence on log-softmaxed student logits and a ready softmax of the teacher's (the loss only,
 no acceptance). From the second round on a row's student logits are the last round's gradient: other numbers, the same work.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import arguments, measure, record
-from fastdraft.kernels.linear_kl import kl_rows_, linear_kl_grad
+from fastdraft.kernels.linear_kl import _kl_rows, _kl_rows_cuda, kl_config, linear_kl_grad, rows_in_cuda
 from fastdraft.kernels.teacher import TeacherRows
 
 SHAPES = [  # H, Vd
@@ -68,7 +69,10 @@ def providers(n: int, hidden: int, draft: int, loss: str, compiled: bool):
     def ours_step(i):
         linear_kl_grad(x[i % 2], weight, teacher, row, w, dx, dweight, scratch, loss)
 
-    rows, step = {"fastdraft": lambda i: kl_rows_(zs[i % 2], teacher, row, w, loss)}, {"fastdraft": ours_step}
+    args, config = (teacher, row, w, loss, 1.0, 1.0, True), kl_config(draft, 2)
+    rows, step = {"fastdraft": lambda i: _kl_rows(zs[i % 2], *args, config)}, {"fastdraft": ours_step}
+    if rows_in_cuda(zs[0], logits):
+        rows["cuda"] = lambda i: _kl_rows_cuda(zs[i % 2], *args)
     rows["torch"], step["torch"] = by_autograd(torch_rows)
     if compiled:
         rows["torch.compile"], step["torch.compile"] = by_autograd(torch.compile(torch_rows))

@@ -14,7 +14,8 @@ with w = 0 is dead: its gradient and results are exactly 0 and neither logits ar
 
 Precision: logits bf16 or float32; everything inside a row float32. Bytes of the row kernel: z and t read once, z written,
 3 * Vd * itemsize a row; z's second read (for the LK losses also a third, and a second of t) hits L2 while rows fit there.
-Every reduction has a fixed order: two runs are bitwise equal.
+csrc/linear_kl_rows.cu keeps a row in shared memory instead; `rows_in_cuda` says which rows it takes.
+Every reduction has a fixed order: two runs of one kernel are bitwise equal.
 Source: EAGLE-3 (arXiv 2503.01840); LK losses (arXiv 2602.23881).
 
 # n rows, m teacher rows, H draft hidden, Vd draft vocabulary
@@ -30,8 +31,9 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import LossKind
+from fastdraft.kernels import cuda
 from fastdraft.kernels.fp8 import Fp8Weight
-from fastdraft.kernels.jit import jit, tl, triton
+from fastdraft.kernels.jit import jit, nothing_runs, tl, triton
 from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.kernels.teacher import TeacherRows
 
@@ -217,6 +219,10 @@ def _kl_rows_kernel(
                     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=inside)
 
 
+def _empty_rows(z: Tensor) -> KLRows:
+    return KLRows(*(torch.empty(len(z), dtype=d, device=z.device) for d in (torch.float32, torch.float32, torch.bool)))
+
+
 def _kl_rows(
     z: Tensor,  # [n, Vd] contiguous
     teacher: TeacherRows,  # m rows, logits contiguous
@@ -229,7 +235,7 @@ def _kl_rows(
     config: KLConfig,
 ) -> KLRows:
     n, vocab = z.shape
-    rows = KLRows(*(torch.empty(n, dtype=dtype, device=z.device) for dtype in (torch.float32, torch.float32, torch.bool)))
+    rows = _empty_rows(z)
     _kl_rows_kernel[(n,)](
         z,
         teacher.logits,
@@ -248,6 +254,34 @@ def _kl_rows(
         STAGES=config.stages,
         num_warps=config.num_warps,
     )
+    return rows
+
+
+def rows_in_cuda(
+    z: Tensor,  # [n, Vd]
+    logits: Tensor,  # [m, Vd] the teacher's
+) -> bool:
+    """Whether csrc/linear_kl_rows.cu does these rows, Triton else: the only place that chooses."""
+    fits = z.shape[1] % 8 == 0 and z.shape[1] <= 57344  # a row's bf16 z and t in shared memory, read 16 bytes at a time
+    return fits and z.dtype == logits.dtype == torch.bfloat16 and cuda.takes(z, logits)
+
+
+def _kl_rows_cuda(
+    z: Tensor,  # [n, Vd] contiguous
+    teacher: TeacherRows,  # m rows, logits contiguous
+    teacher_row: Tensor,  # [n]
+    w: Tensor,  # [n]
+    loss: LossKind,
+    lk_scale: float,
+    lk_decay: float,
+    grad: bool,
+) -> KLRows:
+    rows, t = _empty_rows(z), teacher
+    if not nothing_runs():
+        torch.ops.fastdraft.kl_rows(
+            *(z, t.logits, t.lse_draft, t.lse_full, t.draft_argmax, teacher_row, w, *rows),
+            *(get_args(LossKind).index(loss), lk_scale, lk_decay, grad),
+        )
     return rows
 
 
@@ -314,6 +348,8 @@ def kl_rows_(
     """
     _check(z, teacher, teacher_row, w, loss)
     if z.is_cuda:
+        if rows_in_cuda(z, teacher.logits):
+            return _kl_rows_cuda(z, teacher, teacher_row, w, loss, lk_scale, lk_decay, grad)
         config = kl_config(z.shape[1], z.element_size())
         return _kl_rows(z, teacher, teacher_row, w, loss, lk_scale, lk_decay, grad, config)
     return _kl_rows_cpu(z, teacher, teacher_row, w, loss, lk_scale, lk_decay, grad)

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from fastdraft.batch import TargetHead
-from fastdraft.kernels.linear_kl import KLConfig, _kl_rows, kl_rows_, kl_rows_ref, linear_kl_grad, row_losses_ref
+from fastdraft.kernels import cuda, linear_kl
+from fastdraft.kernels.linear_kl import (
+    KLConfig,
+    _kl_rows,
+    kl_rows_,
+    kl_rows_ref,
+    linear_kl_grad,
+    row_losses_ref,
+    rows_in_cuda,
+)
 from fastdraft.kernels.teacher import TeacherRows, teacher_ref
 
 LOSSES = ["kl", "lk_alpha", "lk_lambda"]
@@ -233,7 +242,8 @@ GPU_SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
-def test_on_the_gpu(shape, loss, dtype, device, three_way, poison):
+def test_on_the_gpu(shape, loss, dtype, device, three_way, poison, monkeypatch):
+    monkeypatch.setattr(linear_kl, "rows_in_cuda", lambda *_: False)  # Triton's kernel, whatever is built
     case = Case(shape, device, dtype)
     z = case.z.clone()
     rows = kl_rows_(z, case.teacher, case.teacher_row, case.w, loss, *LK)
@@ -257,3 +267,64 @@ def test_rows_times_vocabulary_beyond_2_31(device):
     loss.sum().backward()
     torch.testing.assert_close(rows.loss[last], loss.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z[last].float(), want.grad, rtol=2**-7, atol=1e-9)
+
+
+CUDA_SHAPES = {  # blocks take several rows each, so that rings go round
+    "one vector": (5, 4, 64, 100, 8),
+    "one chunk": (1500, 300, 64, 4000, 2048),
+    "chunk + 8": (3000, 300, 64, 4000, 2056),
+    "SmolLM2": (1300, 300, 64, 49152, 8192),
+    "longest of three in an SM": (1000, 100, 64, 20000, 16384),
+    "shortest of one in an SM": (600, 100, 64, 20000, 16392),
+    "Llama-3.1-8B": (600, 100, 64, 50000, 32000),
+    "SmolLM2, Vd = V": (400, 100, 64, 49152, 49152),
+    "longest": (300, 50, 64, 60000, 57344),
+}
+
+
+@pytest.fixture
+def csrc():
+    if not cuda.built():
+        pytest.skip("csrc is not built: python setup.py build_ext --inplace, with nvcc and a PyTorch for CUDA")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES.values(), ids=CUDA_SHAPES)
+def test_in_cuda(shape, loss, csrc, device, three_way, poison):
+    case = Case(shape, device, torch.bfloat16)
+    assert rows_in_cuda(case.z, case.teacher.logits)
+    dead = case.w == 0
+    start = case.z.masked_fill(dead[:, None], torch.nan)
+    row = torch.cat([case.teacher_row[:1], case.teacher_row.masked_fill(dead, 2**40)])[1:]  # slices, as a chunk's are
+    w = torch.cat([case.w[:1], case.w])[1:]
+    z, again = start.clone(), start.clone()
+    rows = kl_rows_(z, case.teacher, row, w, loss, *LK)
+    check(case, rows, z, loss, three_way)
+    assert not z[dead].any()
+    twice = kl_rows_(again, case.teacher, row, w, loss, *LK)
+    without = kl_rows_(case.z, case.teacher, row, w, loss, *LK, grad=False)
+    assert torch.equal(z, again) and torch.equal(case.z[~dead], start[~dead])
+    for a, b, c in zip(rows, twice, without, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES)
+def test_in_cuda_ties_and_extremes(loss, csrc, device):
+    first = torch.tensor([0, 2050, 8, 9000], device=device)  # the lowest of equal logits is the argmax
+    logits, z = torch.zeros(2, 4, 12000, device=device, dtype=torch.bfloat16)
+    z[1, [2050, 2051, 7000]], z[2, [8, 9, 11999]], z[3] = 1.0, 2.0, -3.0
+    z[3, 9000] = -1.0
+    lse = torch.full((4,), 12000.0, device=device).log()
+    row, w = torch.arange(4, device=device), torch.ones(4, device=device)
+    for off in (0, 1):
+        dz = z.clone()
+        rows = kl_rows_(dz, TeacherRows(logits, lse, lse, first + off, first + off, lse), row, w, loss, *LK)
+        assert rows.hit.tolist() == [off == 0] * 4
+    torch.testing.assert_close(rows.acceptance[0], torch.ones((), device=device))  # a student equal to the teacher
+    assert float(dz[0].abs().max()) < 1e-6
+    far = torch.randn(4, 12000, device=device).mul(900).bfloat16()  # exp without the max would overflow, alpha underflows
+    rows = kl_rows_(far, TeacherRows(logits, lse, lse, first, first, lse), row, w, loss, *LK)
+    for x in (rows.loss, rows.acceptance, far):
+        assert bool(torch.isfinite(x).all())

@@ -1,0 +1,36 @@
+"""Adds the CUDA C++ kernels of csrc/ to the package where nvcc and a PyTorch for CUDA are; all else is in pyproject.toml.
+
+pip builds in an environment without PyTorch unless told not to: `pip install --no-build-isolation -e .`, or, in place,
+`python setup.py build_ext --inplace`. TORCH_CUDA_ARCH_LIST says for which GPUs, Hopper and newer if it is not set.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CUDAExtension
+except ImportError:
+    torch = CUDA_HOME = None
+
+options = {}
+if CUDA_HOME and torch.version.cuda and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")):
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0+PTX")
+    # USE_CUDA: the part of the stable ABI that is about streams. 2.11: the oldest PyTorch the built library loads with.
+    flags = ["-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    kernels = CUDAExtension(
+        "fastdraft._cuda",
+        sorted(str(path) for path in Path("csrc").glob("*.cu")),
+        depends=["csrc/stable.h"],
+        extra_compile_args={"cxx": flags, "nvcc": flags},
+        py_limited_api=True,
+    )
+    options = {
+        "ext_modules": [kernels],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
+    }
+setup(**options)
