@@ -19,6 +19,7 @@ first_step_s, first_step a provider's first step; "cold" in a fresh process with
 host_us_per_token        what the host takes to launch a step; where it is not below us_per_token the GPU waits
 kernels, syncs           launched in a step by torch.profiler; `torch.cuda.set_sync_debug_mode` warnings (.item, nonzero, a
                          blocking copy), which know nothing of synchronize and cudaFree
+csrc                     whether our engine ran with the CUDA C++ kernels (`fastdraft.kernels.cuda`)
 loss_error               of a peer: largest relative difference of a TTT step's summed loss from ours at the same weights;
                          above AGREE the rows are written and the program fails
 
@@ -49,7 +50,7 @@ from bench.timing import RESULTS, append, roof, sustained_matrix_rate
 from bench.work import CHATS, SHAPES, Work, chat_batches, live_batch, make_draft, make_head, make_work, model_flops
 from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
-from fastdraft.kernels import dense_attention
+from fastdraft.kernels import cuda, dense_attention
 from fastdraft.model.graph import GraphEngine
 from fastdraft.model.ttt import TTTEngine
 from fastdraft.model.ttt_ref import ReferenceEngine
@@ -309,6 +310,8 @@ def measure_work(makes: dict[str, Callable[[Work], object]], work: Work, args: a
             ours, theirs = losses[first].double(), losses[name].double()
             row["loss_error"] = float(f"{((theirs - ours).abs() / ours.abs()).max():.2e}")
         row["first_step"] = args.first_step
+        if name.startswith("fastdraft"):
+            row["csrc"] = work.device.type == "cuda" and cuda.takes(work.step_weights)
         row.pop("round_s", None)
         dtype = "fp8" if name.endswith("fp8") else {torch.bfloat16: "bf16", torch.float32: "fp32"}[work.dtype]
         append("step", {"shape": shape, "dtype": dtype, "provider": name, **row}, args.commit, args.out)

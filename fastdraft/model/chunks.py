@@ -8,6 +8,9 @@ by step 0 of another, save at the chunk's end.
 
 Whether the target's choice is a draft-vocabulary token is known on the device only; such rows get weight 0 there.
 
+The planning is NumPy's, on one thread: on PyTorch's threads its small steps wait for each other wherever a core is busy,
+and then the GPU waits for them (LOG.md).
+
 # N packed tokens, M chains of a chunk (M_i at step i), R = sum M_i stacked rows, K head rows, T TTT steps
 """
 
@@ -16,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch
+from fastdraft.batch import Batch, to_device
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Chunk:
             return self
         names = [field.name for field in fields(self) if field.name not in ("sizes", "context")]
         tensors = [getattr(self, name) for name in names]
-        moved = torch.cat(tensors).pin_memory().to(device, non_blocking=True)
-        return Chunk(self.sizes, self.context, **dict(zip(names, moved.split([len(x) for x in tensors]), strict=True)))
+        moved = to_device(tensors, device).split([len(x) for x in tensors])
+        return Chunk(self.sizes, self.context, **dict(zip(names, moved, strict=True)))
 
 
 def plan_chunks(
@@ -61,47 +65,39 @@ def plan_chunks(
     chunk_rows: int,
 ) -> Iterator[Chunk]:
     """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on."""
-    n, start, end = batch.num_tokens, batch.doc_start, batch.doc_end
-    wanted = torch.zeros(ttt_length, n, dtype=torch.bool)  # (i, t) is trained on, as far as the mask says
-    depth = torch.zeros(n, dtype=torch.int64)  # steps the chain must run
+    n = batch.num_tokens
+    ids, mask, start, end = (x.numpy() for x in (batch.input_ids, batch.loss_mask, batch.doc_start, batch.doc_end))
+    wanted = np.zeros((ttt_length, n), dtype=bool)  # (i, t) is trained on, as far as the mask says
+    depth = np.zeros(n, dtype=np.int64)  # steps the chain must run
     for i in range(min(ttt_length, n - 2)):
         rows = slice(0, n - 2 - i)
-        wanted[i, rows] = batch.loss_mask[2 + i :] & (torch.arange(2 + i, n) < end[rows])
+        wanted[i, rows] = mask[2 + i :] & (np.arange(2 + i, n) < end[rows])
         depth[wanted[i]] = i + 1
-    chains = depth.nonzero()[:, 0]
-    for pos in chains.split(chunk_rows) if len(chains) else ():
+    chains = depth.nonzero()[0]
+    for k in range(0, len(chains), chunk_rows):
+        pos = chains[k : k + chunk_rows]
         first, begin = int(pos[0]), int(start[pos[0]])
-        context = (begin, first) if begin < first and begin == int(start[pos[-1]]) else None
-        pos = pos[depth[pos].argsort(descending=True, stable=True)]
-        sizes = tuple(m for m in (len(pos) - (depth[pos] <= i).count_nonzero().item() for i in range(ttt_length)) if m)
-        row_pos = torch.cat([pos[:m] for m in sizes])
-        row_step = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        context = (begin, first) if begin < first and begin == start[pos[-1]] else None
+        pos = pos[np.argsort(-depth[pos], kind="stable")]
+        deep = np.bincount(depth[pos], minlength=ttt_length + 1)[::-1].cumsum()[::-1]  # chains at least so deep
+        sizes = tuple(int(m) for m in deep[1:] if m)
+        row_pos, row_step = np.concatenate([pos[:m] for m in sizes]), np.repeat(np.arange(len(sizes)), sizes)
         row_start = start[row_pos]
         tokens, token_row = _distinct(row_pos + 1 + row_step)
-        head_row = wanted[row_step, row_pos].nonzero()[:, 0]
+        head_row = wanted[row_step, row_pos].nonzero()[0]
         head_pos, head_step = row_pos[head_row], row_step[head_row]
         teacher_pos, teacher_row = _distinct(head_pos + 1 + head_step)
-        yield Chunk(
-            sizes,
-            context,
-            pos,
-            row_pos,
-            row_start,
-            row_pos - row_start + row_step,
-            batch.input_ids[tokens],
-            token_row,
-            head_row,
-            head_step,
-            head_step * n + head_pos,
-            teacher_pos,
-            teacher_row,
+        planned = (
+            *(pos, row_pos, row_start, row_pos - row_start + row_step, ids[tokens], token_row),
+            *(head_row, head_step, head_step * n + head_pos, teacher_pos, teacher_row),
         )
+        yield Chunk(sizes, context, *map(torch.from_numpy, planned))
 
 
 def pad_batch(batch: Batch, num_tokens: int) -> Batch:
     """The batch and one more document that nothing is trained on: `num_tokens` in all, more than the batch has."""
     more = num_tokens - batch.num_tokens
-    ids, mask = (torch.cat([x, x.new_zeros(more)]) for x in (batch.input_ids, batch.loss_mask))
+    ids, mask = (torch.from_numpy(np.pad(x.numpy(), (0, more))) for x in (batch.input_ids, batch.loss_mask))
     return Batch(ids, mask, (*batch.lengths, more))
 
 
@@ -115,14 +111,16 @@ def pad_chunk(
     and teacher rows. Padding rows stand at the last token, which no chain owns, see nothing, read the last of the tokens,
     which no row reads (its gradient has one adder a launch), have head weight 0 (step T) and their results go behind those
     of all rows."""
-    t, m, like = ttt_length, chains, chunk.row_pos
-    real = torch.cat([torch.arange(size) + i * m for i, size in enumerate(chunk.sizes)])
+    t, m = ttt_length, chains
+    real = np.concatenate([np.arange(size) + i * m for i, size in enumerate(chunk.sizes)])
 
     def spread(x: Tensor, fill: int) -> Tensor:
-        return like.new_full((t * m,), fill).index_copy_(0, real, x)
+        wide = np.full(t * m, fill)
+        wide[real] = x.numpy()
+        return torch.from_numpy(wide)
 
     def lengthened(x: Tensor, size: int, fill: int) -> Tensor:
-        return torch.cat([x, x.new_full((size - len(x),), fill)])
+        return torch.from_numpy(np.pad(x.numpy(), (0, size - len(x)), constant_values=fill))
 
     return Chunk(
         sizes=(m,) * t,
@@ -133,7 +131,7 @@ def pad_chunk(
         row_position=spread(chunk.row_position, 0),
         token_id=lengthened(chunk.token_id, m + t, 0),
         token_row=spread(chunk.token_row, m + t - 1),
-        head_row=lengthened(real[chunk.head_row], t * m, t * m - 1),
+        head_row=lengthened(torch.from_numpy(real[chunk.head_row.numpy()]), t * m, t * m - 1),
         head_step=lengthened(chunk.head_step, t * m, t),
         head_out=lengthened(chunk.head_out, t * m, t * num_tokens),
         teacher_pos=lengthened(chunk.teacher_pos, m + t, 0),
@@ -142,10 +140,10 @@ def pad_chunk(
 
 
 def _distinct(
-    values: Tensor,  # [n] int64, n >= 1
-) -> tuple[Tensor, Tensor]:  # distinct values ascending, and where each value lies among them [n]
-    """torch.unique without its sort: the values span little more than a chunk."""
+    values: np.ndarray,  # [n] int64, n >= 1
+) -> tuple[np.ndarray, np.ndarray]:  # distinct values ascending, and where each value lies among them [n]
+    """np.unique without its sort: the values span little more than a chunk."""
     low = values.min()
-    there = torch.zeros(int(values.max() - low) + 1, dtype=torch.bool)
+    there = np.zeros(values.max() - low + 1, dtype=bool)
     there[values - low] = True
-    return there.nonzero()[:, 0] + low, there.cumsum(0)[values - low] - 1
+    return there.nonzero()[0] + low, there.cumsum()[values - low] - 1

@@ -15,7 +15,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, Rows
+from fastdraft.batch import Batch, Features, Rows, to_device
 from fastdraft.kernels.jit import compile_together
 from fastdraft.model.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.ttt import GATE_UP, QKV, Step, TTTEngine, end_to_end, pack_index
@@ -36,8 +36,8 @@ class GraphEngine(TTTEngine):
 
     def covers(self, num_tokens: int) -> bool:
         """Whether packs of so many tokens run as graphs: one chunk, little work, and no copies of weights in it."""
-        size, w = _padded(num_tokens + 1, ROOM), dict(self.draft.named_parameters())
-        small = size <= self.chunk_rows and size * self.work <= GRAPH_FLOPS
+        chains, w = _padded(num_tokens - 1, CHAINS), dict(self.draft.named_parameters())  # the last two tokens have none
+        small = chains <= self.chunk_rows and num_tokens * self.work <= GRAPH_FLOPS
         in_place = all(end_to_end([w[name] for name in names]) is not None for names in (QKV, GATE_UP))
         return self.take.device.type == "cuda" and small and in_place and not self.fp8
 
@@ -85,16 +85,15 @@ class _Pack:
         device = self.engine.take.device
         named = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
         tensors = {"index": pack_index(batch), **{name: x for name, x in named.items() if torch.is_tensor(x)}}
-        host = torch.cat([x.flatten() for x in tensors.values()])
         if self.step is None:
-            self.indices = torch.empty(len(host), dtype=torch.int64, device=device)
+            self.indices = torch.empty(sum(x.numel() for x in tensors.values()), dtype=torch.int64, device=device)
             parts = self.indices.split([x.numel() for x in tensors.values()])
             views = {name: part.view(x.shape) for (name, x), part in zip(tensors.items(), parts, strict=True)}
             self.index, self.chunk = views.pop("index"), Chunk(**named | views)
             fresh = Features(*(x.new_zeros(self.n, x.shape[1]) for x in (features.g, features.f)))
             self.features = self.engine.places.setdefault(self.n, fresh)
             self.step = Step(self.engine, self.n, self.features, self.grads)
-        self.indices.copy_(host.pin_memory() if device.type == "cuda" else host, non_blocking=True)
+        self.indices.copy_(to_device(list(tensors.values()), device))
         for place, x in ((self.features.g, features.g), (self.features.f, features.f)):
             place[: len(x)] = x
             place[len(x) :] = 0

@@ -21,10 +21,11 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
+from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead, to_device
 from fastdraft.kernels.chain_attention import ChainAttention, attention_buffers
 from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
 from fastdraft.kernels.fp8 import FP8, Fp8Rows, Fp8Weight, quantize_columns, quantize_rows
@@ -316,7 +317,7 @@ class Step:
         for chunk in chunks:
             if not started:
                 started = True
-                self.start_pack(to_device(pack_index(batch), self.device))
+                self.start_pack(to_device([pack_index(batch)], self.device).view(2, self.n))
             self.run_chunk(chunk.to(self.device))
         if started and self.grads is not None:
             self.finish_pack()
@@ -523,14 +524,11 @@ class Step:
                     rms_norm_backward(d, g[j], r_g[j], w[name], None, grads[name], partial_g)
 
 
-def pack_index(batch: Batch) -> Tensor:  # [2, N] int64: next token's id, RoPE position
-    following = torch.minimum(torch.arange(batch.num_tokens) + 1, batch.doc_end - 1)
-    return torch.stack([batch.input_ids[following], batch.positions])
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+def pack_index(
+    batch: Batch,  # on the host
+) -> Tensor:  # [2, N] int64: next token's id, RoPE position
+    row, following = np.arange(batch.num_tokens), np.minimum(np.arange(1, batch.num_tokens + 1), batch.doc_end.numpy() - 1)
+    return torch.from_numpy(np.stack([batch.input_ids.numpy()[following], row - batch.doc_start.numpy()]))
 
 
 def ttt_engine_step(

@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
-from fastdraft.batch import document_starts
+from fastdraft.batch import document_starts, to_device
 from fastdraft.kernels.ttt_attention import ttt_attention
-from fastdraft.model.ttt import to_device
 
 NAME = "fastdraft_packed"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
@@ -47,7 +46,7 @@ class Documents:
 
 def _index(lengths: tuple[int, ...], device: torch.device) -> Tensor:  # [2, n] int64, rows and starts of `Documents`
     start = document_starts(lengths)
-    return to_device(torch.stack([torch.arange(len(start)), start]), device)
+    return to_device([torch.arange(len(start)), start], device).view(2, -1)
 
 
 _documents: ContextVar[Documents] = ContextVar("documents")

@@ -306,7 +306,8 @@ def test_in_cuda(shape, loss, csrc, device, three_way, poison):
     without = kl_rows_(case.z, case.teacher, row, w, loss, *LK, grad=False)
     assert torch.equal(z, again) and torch.equal(case.z[~dead], start[~dead])
     for a, b, c in zip(rows, twice, without, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, a, rtol=1e-6, atol=0)  # a kernel of its own
 
 
 @pytest.mark.gpu
