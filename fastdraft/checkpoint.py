@@ -133,23 +133,26 @@ def read_state(path: Path) -> Saved:
     return Saved(path, state)
 
 
-def load_tensors(saved: Saved, into: dict[str, Tensor]) -> None:
-    """Fills `into` in place. Raises Unreadable naming the checkpoint when a file is missing, damaged or of other shapes."""
+def load_tensors(saved: Saved, into: dict[str, Tensor], may_lack: str | None = None) -> bool:
+    """Fills `into` in place; False: all but `may_lack`, which the checkpoint has not. Raises Unreadable naming the checkpoint
+    when a file is missing, damaged or of other shapes."""
     try:
         for name, checksum in saved.state["files"].items():
             if file_checksum(saved.path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")
         reader = dcp.HuggingFaceStorageReader(str(saved.path))
         found = reader.read_metadata().state_dict_metadata
-        for name, tensor in into.items():
+        wanted = {name: tensor for name, tensor in into.items() if name != may_lack or name in found}
+        for name, tensor in wanted.items():
             if name not in found:
                 raise ValueError(f"it has no tensor {name!r}")
             if tuple(found[name].size) != tuple(tensor.shape):
                 raise ValueError(f"{name} is {tuple(found[name].size)} there and {tuple(tensor.shape)} here")
         with _alone():
-            dcp.load(dict(into), storage_reader=reader, no_dist=True)
+            dcp.load(dict(wanted), storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, DCP and the file system each raise their own kinds
         raise Unreadable(f"checkpoint {saved.path} is unreadable: {_reason(error)}") from error
+    return len(wanted) == len(into)
 
 
 def beats_best(run_dir: Path, tau_sim: float) -> bool:

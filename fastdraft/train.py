@@ -256,7 +256,7 @@ def resume(
         try:
             saved = checkpoint.read_state(path)
             refuse_other_run(saved, config, fingerprint, draft.config)
-            checkpoint.load_tensors(saved, tensors)
+            whole = checkpoint.load_tensors(saved, tensors, may_lack="rng.cuda")
         except checkpoint.Unreadable as error:
             told.append(f"{error}; left aside")
             damaged.append(path)
@@ -267,7 +267,10 @@ def resume(
         optimizer.load_state_dict(tensors)
         checkpoint.set_rng_state(tensors)
         checkpoint.rewind(run_dir, saved.step, damaged)
-        return saved.step, [*told, f"going on from {path}, step {saved.step}"]
+        told.append(f"going on from {path}, step {saved.step}")
+        if not whole:
+            told.append("it was written without a GPU: this one's random numbers begin at the seed")
+        return saved.step, told
     if found:
         raise ValueError(f"no checkpoint of {run_dir} is readable; start anew with --fresh. " + " ".join(told))
     return 0, told

@@ -149,6 +149,16 @@ def test_damage_is_named(tmp_path):
         load_tensors(read_state(path), empty_like(make_tensors(1)))
 
 
+def test_one_tensor_may_be_missing(tmp_path):
+    saved = read_state(save(tmp_path, 1))
+    into = {"master": torch.zeros(50), "rng.cuda": torch.arange(16)}
+    assert load_tensors(saved, dict(master=into["master"]), may_lack="rng.cuda")
+    assert not load_tensors(saved, into, may_lack="rng.cuda")
+    assert torch.equal(into["master"], make_tensors(1)["master"]) and torch.equal(into["rng.cuda"], torch.arange(16))
+    with pytest.raises(Unreadable, match=r"it has no tensor 'rng\.cuda'"):
+        load_tensors(saved, into)
+
+
 def test_every_damaged_byte_is_seen(tmp_path):
     """Also in the middle of the numbers, where nothing but a checksum can tell; and in what stays JSON."""
     path, into = save(tmp_path, 1, loader={"pack": 0}), empty_like(make_tensors(1))

@@ -355,6 +355,38 @@ def test_what_does_not_change_the_result_may_change(make_config, target_dir, tmp
     assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
 
 
+@pytest.mark.parametrize("written_on", ["cpu", "cuda"])
+def test_a_run_goes_on_with_and_without_a_gpu(make_config, monkeypatch, capsys, written_on):
+    """The GPU is played: bf16, and a random state of its own in the checkpoint."""
+    theirs, given = torch.arange(16, dtype=torch.uint8), []
+
+    def on(device: str, patch) -> None:
+        gpu = device == "cuda"
+        patch.setattr(training, "compute_dtype", lambda *_: torch.bfloat16 if gpu else torch.float32)
+        states = checkpoint.rng_state
+        patch.setattr(checkpoint, "rng_state", lambda d: states(d) | ({"rng.cuda": theirs} if gpu else {}))
+        patch.setattr(torch.cuda, "set_rng_state", given.append)
+
+    config = make_config(**NARROW)
+    with monkeypatch.context() as patch:
+        on(written_on, patch)
+        at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
+        train(config)
+    assert ("rng.cuda" in weights(config.run_dir)) == (written_on == "cuda")
+    before = weights(config.run_dir)["embed_tokens.weight"]
+    read_on = "cpu" if written_on == "cuda" else "cuda"
+    with monkeypatch.context() as patch:
+        on(read_on, patch)
+        assert train(config).steps == 6
+    said = capsys.readouterr().out
+    assert "step-00000003, step 3" in said.replace("\n", "")
+    assert ("written without a GPU" in said) == (read_on == "cuda") == bool(given)
+    after = weights(config.run_dir)
+    assert ("rng.cuda" in after) == (read_on == "cuda") and after["master"].isfinite().all()
+    assert torch.equal(after["embed_tokens.weight"], before.to(after["embed_tokens.weight"].dtype))
+    assert [r["step"] for r in losses(config.run_dir) if "loss" in r] == [2, 4, 6]
+
+
 def test_stop_signal_restores_what_was_there():
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with StopSignal() as stop:
