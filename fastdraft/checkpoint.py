@@ -134,8 +134,8 @@ def read_state(path: Path) -> Saved:
 
 
 def load_tensors(saved: Saved, into: dict[str, Tensor], may_lack: str | None = None) -> bool:
-    """Fills `into` in place; False: all but `may_lack`, which the checkpoint has not. Raises Unreadable naming the checkpoint
-    when a file is missing, damaged or of other shapes."""
+    """Fills `into` in place; False: all but `may_lack`, which the checkpoint has not. Raises Unreadable naming the
+    checkpoint when a file is missing, damaged or of other shapes."""
     try:
         for name, checksum in saved.state["files"].items():
             if file_checksum(saved.path / name) != checksum:
