@@ -119,7 +119,7 @@ def main() -> None:
         full = round(lengths.sum() / (len(packs) * PACK_TOKENS), 5)
         write("data/pack", {"samples": len(lengths), "samples_per_s": round(len(lengths) / seconds), "full": full})
         survey, loader = timed(lambda: Loader(dataset, PACK_TOKENS, 8))
-        steps = loader.steps_per_epoch
+        steps = loader.num_steps(1)
         seconds, given = timed(lambda: sum(b.num_tokens for step in itertools.islice(loader, steps) for b in step))
         row = {"tokens_per_s": round(given / seconds), "survey_tokens_per_s": round(tokens / survey)}
         write("data/loader", row | {"full": round(loader.utilisation, 5)})

@@ -71,7 +71,7 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(0.5, gt=0)  # global gradient norm after the division by N
-    packs_per_step: int = Field(8, gt=0)  # the global batch, in packs of data.pack_tokens; independent of the GPUs
+    packs_per_step: int = Field(8, gt=0)  # the global batch, in packs of data.pack_tokens, over all GPUs; at most an epoch
 
 
 class CheckpointConfig(Section):

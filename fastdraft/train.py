@@ -88,7 +88,7 @@ def _train(config: Config, fresh: bool, device: torch.device, rank: int, world: 
     loader = Loader(
         data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
     )
-    total_steps = config.max_steps or config.epochs * loader.steps_per_epoch
+    total_steps = config.max_steps or loader.num_steps(config.epochs)
     target, reader, heard = open_features(config, draft.config.layers, device, [train_set, eval_set])
     known = [*data.lines(), *loader.lines(), *heard, *fit_to_target(draft, config, target, train_set)]
     draft.to(device)

@@ -78,6 +78,13 @@ def test_the_schedule_counts_optimizer_steps(make_config):
     assert seen[1][0] == (2, 1e-2) and seen[1][2][1] < seen[1][1][1] < 1e-2
 
 
+def test_epochs_are_counted_in_packs(make_config):
+    """A step that runs into the next epoch is not counted in both: 3 epochs of 7 packs are 6 steps of 4."""
+    config = make_config(max_steps=None, epochs=3, **{"optim.packs_per_step": 4, "eval.every": 100})
+    assert Loader(load_data(config, 192).train, config.data.pack_tokens, 1).num_packs == 7
+    assert train(config).steps == 6
+
+
 def test_accumulation_does_not_change_the_result(make_config, tmp_path):
     """Every step sees all the data, as one pack or as many: the same losses and weights up to fp32 rounding."""
     found = []

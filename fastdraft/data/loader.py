@@ -32,7 +32,8 @@ class Loader:
     """Endless iterator over optimizer steps: each item is the list of this rank's batches, on the CPU.
 
     `state_dict` after an item resumes with the item that would have come next, under any world size.
-    ValueError: packs_per_step not divisible by world_size, a sample longer than pack_tokens, nothing to train on.
+    ValueError: packs_per_step not divisible by world_size, or more than an epoch has; a sample longer than pack_tokens;
+    nothing to train on.
     """
 
     def __init__(
@@ -56,6 +57,12 @@ class Loader:
         self._blocks = _Epochs(data) if isinstance(data, Dataset) else data
         self._block = self._open(self._blocks.first)
         self._next = 0  # the next pack to hand out
+        if isinstance(data, Dataset) and packs_per_step > self.num_packs:
+            raise ValueError(
+                f"optim.packs_per_step {packs_per_step} is more than the {self.num_packs} packs of {pack_tokens} tokens that "
+                "all the training data make, so a step would see documents twice; lower it, or data.pack_tokens, or give "
+                "more data"
+            )
 
     @property
     def num_packs(self) -> int:
@@ -67,10 +74,9 @@ class Loader:
         """All packs of the block in order, each the rows of the data set that it holds (see `read_pack`)."""
         return self._block.packs
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every sample once; the last may run into the next epoch."""
-        return -(-self.num_packs // self.packs_per_step)
+    def num_steps(self, epochs: int) -> int:
+        """Optimizer steps that see every sample that often; the last may run into the epoch after."""
+        return -(-epochs * self.num_packs // self.packs_per_step)
 
     @property
     def utilisation(self) -> float:

@@ -1,4 +1,5 @@
 import io
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +99,7 @@ def test_order_depends_on_seed_and_epoch():
 def test_a_steps_packs_do_not_depend_on_the_ranks(world, pair_cost):
     one = Loader(to_dataset(DATA), 64, 4, seed=5)
     ranks = [Loader(to_dataset(DATA), 64, 4, 5, rank, world, pair_cost) for rank in range(world)]
-    for _ in range(2 * one.steps_per_epoch):
+    for _ in range(2 * one.num_steps(1)):
         whole, parts = contents(next(one)), [contents(next(loader)) for loader in ranks]
         assert {len(part) for part in parts} == {4 // world}
         assert sorted(pack for part in parts for pack in part) == sorted(whole)
@@ -131,9 +132,9 @@ def test_deal_gives_every_pack_to_one_rank(costs, ranks):
 def test_steps_run_over_the_end_of_an_epoch():
     loader = Loader(to_dataset(DATA), 64, 1)
     packs = [contents(next(loader))[0] for _ in range(3 * loader.num_packs)]
-    for size in (3, 7, loader.num_packs * 2 + 1):
+    for size in (3, 7, loader.num_packs):
         steps = Loader(to_dataset(DATA), 64, size)
-        assert steps.steps_per_epoch == -(-steps.num_packs // size)
+        assert [steps.num_steps(n) for n in (1, 3)] == [math.ceil(n * loader.num_packs / size) for n in (1, 3)]
         got = [batch for _ in range(len(packs) // size) for batch in contents(next(steps))]
         assert got == packs[: len(got)]
 
@@ -141,7 +142,7 @@ def test_steps_run_over_the_end_of_an_epoch():
 def test_resume_is_exact_at_every_step():
     straight = Loader(to_dataset(DATA), 64, 3, seed=2)
     states, steps = [], []
-    for _ in range(2 * straight.steps_per_epoch + 1):
+    for _ in range(2 * straight.num_steps(1) + 1):
         states.append(straight.state_dict())
         steps.append(contents(next(straight)))
     assert states[-1]["place"] == [2]
@@ -172,7 +173,7 @@ def test_ahead_gives_the_same_steps_and_the_state_of_the_last_one_taken():
     straight = Loader(to_dataset(DATA), 64, 3, seed=2)
     with Ahead(Loader(to_dataset(DATA), 64, 3, seed=2), depth=4) as ahead:
         assert ahead.state_dict() == straight.state_dict()
-        for _ in range(2 * straight.steps_per_epoch):
+        for _ in range(2 * straight.num_steps(1)):
             assert contents(next(ahead)) == contents(next(straight))
             assert ahead.state_dict() == straight.state_dict()
         assert ahead.waited > 0
@@ -202,11 +203,14 @@ def test_untrained_samples_never_enter_a_pack():
 
 
 def test_bad_settings():
+    packs = Loader(to_dataset(DATA), 64, 1).num_packs
     for kwargs, reason in (
         ({"packs_per_step": 3, "world_size": 2}, "packs_per_step 3 must be a positive multiple of the 2 ranks"),
         ({"packs_per_step": 0}, "must be a positive multiple"),
         ({"packs_per_step": 2, "rank": 2, "world_size": 2}, "rank 2 is not one of 2"),
         ({"packs_per_step": 2, "pack_tokens": 10}, "does not fit a pack"),
+        ({"packs_per_step": 10**12}, r"optim\.packs_per_step 1000000000000 is more than the \d\d packs of 64 tokens"),
+        ({"packs_per_step": packs + 1}, f"{packs + 1} is more than the {packs} packs of 64 tokens that all the training"),
     ):
         with pytest.raises(ValueError, match=reason):
             Loader(to_dataset(DATA), **{"pack_tokens": 64, **kwargs})
