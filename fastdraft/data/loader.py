@@ -59,9 +59,9 @@ class Loader:
         self._next = 0  # the next pack to hand out
         if isinstance(data, Dataset) and packs_per_step > self.num_packs:
             raise ValueError(
-                f"optim.packs_per_step {packs_per_step} is more than the {self.num_packs} packs of {pack_tokens} tokens that "
-                "all the training data make, so a step would see documents twice; lower it, or data.pack_tokens, or give "
-                "more data"
+                f"optim.packs_per_step {packs_per_step} is more than the {self.num_packs} packs of {pack_tokens} tokens "
+                "that all the training data make, so a step would see documents twice; lower it, or data.pack_tokens, or "
+                "give more data"
             )
 
     @property
