@@ -34,6 +34,14 @@ def say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def refuse_idle(context: typer.Context, options: tuple[str, ...], belong_to: str) -> None:
+    """ValueError for options that were given and would do nothing."""
+    given = [name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{names} belong{'s' if len(given) == 1 else ''} to {belong_to}, which was not given")
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run's configuration.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUBKEY=VALUE]...", help="Win over the file.")]
 
@@ -126,6 +134,7 @@ def preview_command(
 
 @data.command()
 def regenerate(
+    context: typer.Context,
     prompts: Annotated[
         list[str], typer.Argument(help="JSONL or Parquet of prompt, messages or conversations; glob patterns allowed.")
     ],
@@ -164,8 +173,10 @@ def regenerate(
     if bool(url) == bool(target):
         raise ValueError("give either --url (repeatable) or --target: who is to answer?")
     if url:
+        refuse_idle(context, ("batch_size", "dtype", "device", "trust_remote_code"), "--target")
         by = Servers(url, model, sampling, os.environ.get(api_key_env), concurrency, timeout, retries)
     else:
+        refuse_idle(context, ("model", "concurrency", "timeout", "retries", "api_key_env"), "--url")
         from fastdraft.data.answer_local import open_local
         from fastdraft.run import start_process
 
@@ -266,6 +277,7 @@ def merge_features(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts: also decode speculatively and measure.")] = None,
     which: Annotated[str, typer.Option(help="Checkpoint: best, last or a step.")] = "best",
@@ -282,6 +294,9 @@ def evaluate(
     from fastdraft.files import write_file
     from fastdraft.run import evaluate_run
 
+    if prompts is None:
+        decoding = ("max_prompts", "max_new_tokens", "num_steps", "eagle_topk", "num_draft_tokens", "temperature")
+        refuse_idle(context, decoding, "--prompts")
     settings = DecodeSettings(num_steps, eagle_topk, num_draft_tokens, temperature)
     if out is not None:  # before hours of work, not after
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -362,6 +377,7 @@ def serve(
 
 @app.command()
 def check(
+    context: typer.Context,
     checkpoint: Annotated[Path | None, typer.Option(help="Serving checkpoint to verify.")] = None,
     target: Annotated[Path | None, typer.Option(help="Its target's directory.")] = None,
     golden: Annotated[Path | None, typer.Option(help="Folder of golden cases to run.")] = None,
@@ -394,10 +410,10 @@ def check(
             f"--engine {engine}: with --checkpoint and --target it is one of {', '.join(ENGINES)}; "
             f"{', '.join(checks.ENGINES)} belong to --golden, the folder of cases to run on it"
         )
-    if not serving and any((prompts, dtype, engine_python, engine_pythonpath)):
-        raise ValueError(
-            f"--prompts, --dtype, --engine-python and --engine-pythonpath belong to --engine {' or '.join(ENGINES)}"
-        )
+    if not serving:
+        lengths = ("prompts", "max_prompts", "max_new_tokens", "num_steps")
+        engines = ("dtype", "engine_python", "engine_pythonpath", "timeout", "trust_remote_code")
+        refuse_idle(context, lengths + engines, f"--engine {' or '.join(ENGINES)}")
     if serving and checkpoint is None:
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
     good = True

@@ -221,7 +221,7 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     assert fastdraft("evaluate", trained, "--max-prompts", "0")[0] == 2
     assert fastdraft("evaluate", trained, "--max-new-tokens", "1")[0] == 2
     for temperature in ("nan", "inf", "-1", "1e-45"):  # 1e-45: a traceback of torch.multinomial
-        said = refusal(fastdraft("evaluate", trained, "--temperature", temperature))
+        said = refusal(fastdraft("evaluate", trained, "--prompts", "none.jsonl", "--temperature", temperature))
         assert "must be 0 (greedy) or a number from 1e-05 on" in said
     best = trained / "checkpoints" / "best.json"
     whole = best.read_text()
@@ -266,6 +266,19 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
     assert code == 0 and json.loads(out)["held_out"] is None, err
     assert seen == [[[make_tokenizer().convert_tokens_to_ids(x) for x in ("ba", "be", "bi", "<|im_end|>")]]]
     assert "give --prompts" in refusal(fastdraft("evaluate", run_dir))
+
+
+def test_options_that_would_do_nothing_are_refused(fastdraft, trained, tmp_path):
+    for idle in ("--max-prompts", "--max-new-tokens", "--num-steps", "--eagle-topk", "--num-draft-tokens", "--temperature"):
+        said = refusal(fastdraft("evaluate", trained, idle, 2))
+        assert f"{idle} belongs to --prompts, which was not given" in said
+    ask = ("data", "regenerate", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl")
+    served, local = ("--url", "http://localhost:1/v1"), ("--target", tmp_path)
+    assert "--batch-size, --device belong to --target" in refusal(
+        fastdraft(*ask, *served, "--device", "cpu", "--batch-size", 4)
+    )
+    for idle in (("--model", "m"), ("--concurrency", 4), ("--timeout", 5), ("--retries", 1), ("--api-key-env", "KEY")):
+        assert f"{idle[0]} belongs to --url" in refusal(fastdraft(*ask, *local, *idle))
 
 
 def test_export_and_check(fastdraft, trained, target_dir, tmp_path):

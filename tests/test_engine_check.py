@@ -323,7 +323,14 @@ def test_the_command_says_what_is_missing(fastdraft, target_dir, tmp_path):
     draft.set_vocab(torch.arange(64))
     export_draft(draft, tmp_path / "draft", torch.float32)
     there = ("check", "--checkpoint", tmp_path / "draft", "--target", target_dir)
-    assert "belong to --engine vllm or sglang" in refusal(fastdraft(*there, "--prompts", "p.jsonl"))
+    for idle in (
+        *(("--prompts", "p.jsonl"), ("--max-prompts", 16), ("--max-new-tokens", 8), ("--num-steps", 2), ("--dtype", "auto")),
+        *(("--engine-python", "p"), ("--engine-pythonpath", ""), ("--timeout", 60), ("--trust-remote-code",)),
+    ):
+        for given in (there, ("check",)):
+            assert f"{idle[0]} belongs to --engine vllm or sglang, which was not given" in refusal(fastdraft(*given, *idle))
+    two = refusal(fastdraft("check", "--golden", tmp_path, "--timeout", 5, "--engine", "fused", "--num-steps", 3))
+    assert "--num-steps, --timeout belong to --engine vllm or sglang" in two
     assert "--engine slow: with --checkpoint and --target it is one of vllm, sglang" in refusal(
         fastdraft(*there, "--engine", "slow")
     )
