@@ -269,9 +269,9 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
 
 
 def test_options_that_would_do_nothing_are_refused(fastdraft, trained, tmp_path):
-    for idle in ("--max-prompts", "--max-new-tokens", "--num-steps", "--eagle-topk", "--num-draft-tokens", "--temperature"):
-        said = refusal(fastdraft("evaluate", trained, idle, 2))
-        assert f"{idle} belongs to --prompts, which was not given" in said
+    for idle in ("max-prompts", "max-new-tokens", "num-steps", "eagle-topk", "num-draft-tokens", "temperature"):
+        said = refusal(fastdraft("evaluate", trained, f"--{idle}", 2))
+        assert f"--{idle} belongs to --prompts, which was not given" in said
     ask = ("data", "regenerate", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl")
     served, local = ("--url", "http://localhost:1/v1"), ("--target", tmp_path)
     assert "--batch-size, --device belong to --target" in refusal(
