@@ -324,8 +324,9 @@ def test_the_command_says_what_is_missing(fastdraft, target_dir, tmp_path):
     export_draft(draft, tmp_path / "draft", torch.float32)
     there = ("check", "--checkpoint", tmp_path / "draft", "--target", target_dir)
     for idle in (
-        *(("--prompts", "p.jsonl"), ("--max-prompts", 16), ("--max-new-tokens", 8), ("--num-steps", 2), ("--dtype", "auto")),
-        *(("--engine-python", "p"), ("--engine-pythonpath", ""), ("--timeout", 60), ("--trust-remote-code",)),
+        *(("--prompts", "p.jsonl"), ("--max-prompts", 16), ("--max-new-tokens", 8), ("--num-steps", 2)),
+        *(("--dtype", "auto"), ("--engine-python", "p"), ("--engine-pythonpath", ""), ("--timeout", 60)),
+        ("--trust-remote-code",),
     ):
         for given in (there, ("check",)):
             assert f"{idle[0]} belongs to --engine vllm or sglang, which was not given" in refusal(fastdraft(*given, *idle))
