@@ -138,6 +138,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config file {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"config file {path} is nested too deeply") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config file {path} must be a mapping of keys, it is {type(tree).__name__}")
     if strange := [key for key in tree if not isinstance(key, str)]:
@@ -168,6 +170,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
         tree[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"override {key!r}: the value is nested too deeply") from error
 
 
 def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:

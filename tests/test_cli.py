@@ -306,6 +306,37 @@ def test_export_and_check(fastdraft, trained, target_dir, tmp_path):
     assert "--target belongs to --checkpoint" in refusal(fastdraft("check", "--target", target_dir))
 
 
+def test_files_nested_too_deeply_are_a_sentence(fastdraft, trained, target_dir, config_file, tmp_path):
+    """5000 levels are too many for Python's JSON and YAML readers, 600 for transformers."""
+    out_dir, mine = tmp_path / "draft", tmp_path / "mine"
+    assert fastdraft("export", trained, out_dir)[0] == 0
+    shutil.copytree(target_dir, mine)
+
+    def deepen(file: Path, levels: int) -> None:
+        file.write_text(file.read_text().rstrip().removesuffix("}") + ', "x": ' + "[" * levels + "]" * levels + "}")
+
+    for levels in (600, 5000):
+        shutil.copy(target_dir / "config.json", mine)
+        deepen(mine / "config.json", levels)
+        for command in (("init", mine), ("check", "--checkpoint", out_dir, "--target", mine)):
+            assert f"{mine}/config.json is nested too deeply to be read" in refusal(fastdraft(*command))
+        for plan in ([], ["--plan"]):
+            said = refusal(fastdraft("train", config_file, f"target.path={mine}", f"run_dir={tmp_path / 'r'}", *plan))
+            assert "has no readable config.json: its JSON is nested too deeply" in said
+    shutil.copy(target_dir / "config.json", mine)
+    deepen(mine / "tokenizer_config.json", 5000)
+    said = refusal(fastdraft("train", config_file, f"target.path={mine}", f"run_dir={tmp_path / 'r'}"))
+    assert "has no readable tokenizer: its JSON is nested too deeply" in said
+    deepen(out_dir / "config.json", 5000)
+    code, out, _ = fastdraft("check", "--checkpoint", out_dir, "--target", target_dir)
+    assert code == 1 and f"error: {out_dir}/config.json is nested too deeply to be read" in out
+    deep = tmp_path / "deep.yaml"
+    deep.write_text("a: " + "[" * 3000 + "]" * 3000)
+    assert "deep.yaml is nested too deeply" in refusal(fastdraft("train", deep))
+    nested = "draft.overrides=" + "[" * 3000 + "]" * 3000
+    assert "override 'draft.overrides': the value is nested too deeply" in refusal(fastdraft("train", config_file, nested))
+
+
 def test_export_has_the_targets_dtype_whatever_training_ran_it_in(fastdraft, target_dir, config_file, tmp_path):
     run_dir, out_dir = tmp_path / "bf16", tmp_path / "draft"
     assert fastdraft("train", config_file, "target.dtype=auto", f"run_dir={run_dir}", "max_steps=1")[0] == 0

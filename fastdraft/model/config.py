@@ -34,6 +34,7 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "truncate")),
 }
+TOO_DEEP = "nested too deeply to be read; it is no file of a model"
 TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 # serving fields that change an engine's forward, and the only value the draft here is trained for
@@ -312,7 +313,10 @@ def read_target_config(target_dir: Path | str) -> dict[str, Any]:
     class. No code of the target runs. Raises ValueError when there is none or it is not JSON."""
     config = read_json(Path(target_dir) / "config.json")
     if config.get("model_type") in CONFIG_MAPPING:
-        return AutoConfig.from_pretrained(str(target_dir), local_files_only=True).to_dict()
+        try:
+            return AutoConfig.from_pretrained(str(target_dir), local_files_only=True).to_dict()
+        except RecursionError as error:
+            raise ValueError(f"{target_dir}/config.json is {TOO_DEEP}") from error
     return config
 
 
@@ -324,6 +328,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error.strerror}); give a model directory that holds it") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is {TOO_DEEP}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}, not a JSON object")
     return config

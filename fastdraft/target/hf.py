@@ -236,7 +236,7 @@ def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
     """The target's config.json as a dict, without its weights."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
         raise ValueError(f"target {path!r} has no readable config.json: {_first_line(error)}") from error
 
 
@@ -250,7 +250,7 @@ def count_target_parameters(config: dict) -> int:
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
         raise ValueError(f"target {path!r} has no readable tokenizer: {_first_line(error)}") from error
 
 
@@ -338,4 +338,6 @@ def _groups_of_like_length(
 def _first_line(error: Exception) -> str:
     if isinstance(error, StrictDataclassError):  # its second line says what is wrong
         return " ".join(str(error).split())
+    if isinstance(error, RecursionError):
+        return "its JSON is nested too deeply"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
