@@ -1,7 +1,8 @@
 """Adds the CUDA C++ kernels of csrc/ to the package where nvcc and a PyTorch for CUDA are; all else is in pyproject.toml.
 
 pip builds in an environment without PyTorch unless told not to: `pip install --no-build-isolation -e .`, or, in place,
-`python setup.py build_ext --inplace`. TORCH_CUDA_ARCH_LIST says for which GPUs, Hopper and newer if it is not set.
+`python setup.py build_ext --inplace`. Both take the setuptools that is installed, 77 or newer, which a fresh environment of
+Python 3.11 does not have. TORCH_CUDA_ARCH_LIST says for which GPUs, Hopper and newer if it is not set.
 """
 
 import os

@@ -1,7 +1,8 @@
 """Which source files a benchmark row depends on, and their hash: a row is fresh while the hash is today's.
 
-An op depends on its own file in fastdraft/kernels (and csrc), on what it imports from there, and `step`, the whole draft
-step, on the engine, everything it computes with, and the optimizer. Comments count: the hash is of the bytes.
+An op depends on its own file in fastdraft/kernels (and csrc), on what it computes with from there (`jit.py` computes
+nothing), and `step`, the whole draft step, on the engine, everything it computes with, and the optimizer. Comments count:
+the hash is of the bytes.
 """
 
 from __future__ import annotations

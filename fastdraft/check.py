@@ -182,7 +182,7 @@ def kernels() -> str:
 def cuda_kernels() -> str:
     """Whether the CUDA C++ kernels are built and can run here, and why not."""
     if not cuda.LIBRARY.exists():
-        return "not built (nvcc, a PyTorch for CUDA and pip install --no-build-isolation make them); Triton's are used"
+        return "not built (nvcc, a PyTorch for CUDA and pip install --no-build-isolation make them); nothing needs them"
     if not torch.cuda.is_available():
         return "built; cannot run without a CUDA GPU"
     try:

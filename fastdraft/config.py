@@ -101,7 +101,7 @@ class Config(Section):
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
     engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused
-    chunk_rows: int | None = Field(None, gt=0)  # chains the fused engine runs at a time; None: as many as 3.5 GiB hold
+    chunk_rows: int | None = Field(None, gt=0)  # chains the fused engine runs at a time; None: as many as 3.75 GiB hold
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the
     # CPU; fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -117,7 +117,7 @@ class DecodeReport:
     num_tokens: int
     num_rounds: int
     # tokens a verifying forward gave, its own (bonus) token included, the prefill's left out: 1 without any acceptance;
-    # vLLM's "mean acceptance length". Of an output's last round, the tokens before the stop
+    # vLLM's "mean acceptance length", but that of an output's last round only the tokens before the stop count
     accepted_length: float
     spec_accept_length: float  # SGLang's: all completion tokens / rounds, the prefill's in the numerator too
     step_acceptance: list[float]  # [num_steps] share of rounds that kept a drafted token at this depth
