@@ -186,13 +186,13 @@ class Steps:
 
 STEP_TEXT = {
     "goals": "For Llama-3.1-8B's draft.",
-    "live": """Every token trained on, one document, T 7, bf16; medians, in brackets the 20th and 80th percentile. us/token
-is of the whole step, `no optimizer` of forward and backward alone. MFU counts the FLOPs that the published
-algorithm needs in them (`bench.work.model_flops`), also the 5 % that sharing QKV's embedding half saves, over the data
-sheet's dense bf16 rate; % of GEMM over what an 8192^3 product reached in the same process, `lasting` over what such products reach after a second of nothing else, at
-the clock that the GPU's power allows then. `flash-attn` and `fp8` are us/token of ours with FlashAttention 4
-installed, and with `precision: fp8`. SpecForge ran in the same process, interleaved, on the same weights and
-inputs, with its own optimizer.""",
+    "live": """Every token trained on, one document, T 7, bf16; medians, in brackets the 20th and 80th percentile. us/token is
+of the whole step, `no optimizer` of forward and backward alone. MFU counts the FLOPs that the published
+algorithm needs in them (`bench.work.model_flops`), also the 5 % that sharing QKV's embedding half saves, over
+the data sheet's dense bf16 rate; % of GEMM over what an 8192^3 product reached in the same process, `lasting`
+over what such products reach after a second of nothing else, at the clock that the GPU's power allows then.
+`flash-attn` and `fp8` are us/token of ours with FlashAttention 4 installed, and with `precision: fp8`.
+SpecForge ran in the same process, interleaved, on the same weights and inputs, with its own optimizer.""",
     "chats": """Real chats, packed by us; one at a time, or a padded batch, in SpecForge, whose EAGLE-3 trainer
 has no packing (`bench/peers/specforge.py`). Useful tokens are those whose step-0 row is trained on.""",
     "memory": """Peak of a step by what holds it. SpecForge's gradient is in bf16 and lives within the step: it counts as
