@@ -186,8 +186,8 @@ class Steps:
 
 STEP_TEXT = {
     "goals": "For Llama-3.1-8B's draft.",
-    "live": """Every token trained on, one document, T 7, bf16; medians, in brackets the 20th and 80th percentile. us/token is
-of the whole step, `no optimizer` of forward and backward alone. MFU counts the FLOPs that the published
+    "live": """Every token trained on, one document, T 7, bf16; medians, in brackets the 20th and 80th percentile. us/token
+is of the whole step, `no optimizer` of forward and backward alone. MFU counts the FLOPs that the published
 algorithm needs in them (`bench.work.model_flops`), also the 5 % that sharing QKV's embedding half saves, over
 the data sheet's dense bf16 rate; % of GEMM over what an 8192^3 product reached in the same process, `lasting`
 over what such products reach after a second of nothing else, at the clock that the GPU's power allows then.

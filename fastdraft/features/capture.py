@@ -144,7 +144,7 @@ def run_capture(
     mine = range(part[0], len(plan.shards), part[1])
     first = int(os.environ.get("RANK", 0)) * len(mine) // int(os.environ.get("WORLD_SIZE", 1))
     order = [*mine[first:], *mine[:first]]  # ranks begin far apart
-    progress = _Progress(plan, mine, folder, say)
+    progress = _Progress(mine, folder, say)
     for wait in (False, True):  # take what is free; then what others left behind when they died
         with ShardWriter(folder, meta) as writer:
             for number in order:
@@ -191,7 +191,7 @@ def _is_there(folder: Path, number: int) -> bool:
 class _Progress:
     """A line for each shard that this process wrote: its own speed, and the time left if others do as much as till now."""
 
-    def __init__(self, plan: Plan, mine: range, folder: Path, say: Callable[[str], None]):
+    def __init__(self, mine: range, folder: Path, say: Callable[[str], None]):
         self.mine, self.folder, self.say = mine, folder, say
         self.left_before = self._left()
         self.tokens, self.start, self.lock = 0, time.perf_counter(), threading.Lock()
