@@ -81,6 +81,8 @@ def plan(
     device: Literal["cuda", "cpu"] = "cuda",  # the fused engine's attention: kernels, or the reference that keeps scores
     chunk_rows: int | None = None,  # M of the fused engine; None: its own choice
     stored: bool = False,  # features are read from a store: of the target, only embedding and head are loaded
+    export_dtype: torch.dtype | None = None,  # None: target_dtype
+    cache_bytes: int = 0,  # of disk that a cache of features may fill
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows."""
     length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
@@ -108,16 +110,19 @@ def plan(
         Row("features g and f of a pack", 4 * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
         *step,
     )
+    served = (export_dtype or target_dtype).itemsize
     checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
-    export = trainable * target_dtype.itemsize + draft.vocab_size + 8 * draft.draft_vocab_size
-    if draft.hidden_size != draft.target_hidden_size:
-        export += frozen * target_dtype.itemsize
+    export = trainable * served + draft.vocab_size + 8 * draft.draft_vocab_size
+    if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
+        checkpoint += frozen * b
+        export += frozen * served
     if draft.draft_vocab_size == draft.vocab_size:
         export -= 8 * draft.draft_vocab_size  # the full vocabulary ships without d2t
     disk = (
         Row(f"checkpoints ({keep} latest and the best)", (keep + 1) * checkpoint),
         Row("one more while it is written", checkpoint),
         Row("export", export),
+        *([Row("cache of features, at most", cache_bytes)] if cache_bytes else []),
     )
     flops = work if stored else (Row("target forward (every parameter active)", 2 * target_params), *work)
     return Plan(trainable, frozen, target_params, memory, disk, flops)

@@ -8,7 +8,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.config import Config, read_yaml
-from fastdraft.cost import GIB, plan, render
+from fastdraft.cost import GIB, Plan, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
@@ -301,9 +301,7 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
     """
     config, target, draft = open_run(run_dir, which)
     target_dir = Path(cached_file(config.target.path, "config.json")).parent
-    facts = language_config(read_target_config(target_dir))
-    named = facts.get("dtype") or facts.get("torch_dtype")
-    dtype = getattr(torch, str(named).removeprefix("torch.")) if named else target.dtype
+    dtype = own_dtype(read_target_config(target_dir)) or target.dtype
     export_draft(draft, out, dtype, overwrite)
     findings = verify(out, target_dir)
     if findings.errors:
@@ -311,22 +309,19 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
     return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]
 
 
-def print_plan(config: Config, console: Console) -> None:
-    """The resolved config, parameter counts, predicted memory and disk. Reads the target's config.json, not its weights.
+def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a target's config.json names, if it does."""
+    decoder = language_config(facts)
+    named = decoder.get("dtype") or decoder.get("torch_dtype")
+    return getattr(torch, str(named).removeprefix("torch.")) if named else None
 
-    `device: cuda` is predicted for without a GPU, too.
-    """
+
+def predict(config: Config, device: torch.device) -> Plan:
+    """What a run will need. Reads the target's config.json, not its weights."""
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    shape = draft_shape(config)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config.device == "auto" else config.device)
-    if device.type == "cpu" or torch.cuda.is_available():
-        check_precision(config, device)
-    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     computed = {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(config, device)]
-    predicted = plan(
-        shape,
+    return plan(
+        draft_shape(config),
         target_params=count_target_parameters(facts),
         target_dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
         pack_tokens=config.data.pack_tokens,
@@ -339,6 +334,19 @@ def print_plan(config: Config, console: Console) -> None:
         chunk_rows=config.chunk_rows,
         device=device.type,
         stored=config.features.path is not None and config.features.mode == "read",
+        export_dtype=own_dtype(facts),
+        cache_bytes=int((config.features.max_gib or 0) * GIB),
     )
+
+
+def print_plan(config: Config, console: Console) -> None:
+    """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
+    if device.type == "cpu" or torch.cuda.is_available():
+        check_precision(config, device)
+    predicted = predict(config, device)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine)} engine")
     render(predicted, console)

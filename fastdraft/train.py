@@ -113,11 +113,11 @@ def _train(config: Config, fresh: bool, device: torch.device, rank: int, world: 
     def save(step: int) -> None:
         if isinstance(reader, StoreCache):
             reader.flush()
-        free_disk(run_dir, 12 * optimizer.master.numel(), f"the checkpoint of step {step}")
+        tensors = run_tensors(optimizer, draft, window)
+        free_disk(run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
         state = {"step": step, "loader": ahead.state_dict(), "target": fingerprint, "draft": draft.config.model_dump()}
-        checkpoint.save_checkpoint(
-            run_dir, run_tensors(optimizer, draft, window), state | {"config": config.model_dump()}, config.checkpoint.keep
-        )
+        state["config"] = config.model_dump()
+        checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
 
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)

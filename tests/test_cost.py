@@ -2,6 +2,7 @@
 
 import io
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from tiny import draft_shape
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.work import SHAPES
+from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.checkpoint import list_checkpoints
 from fastdraft.cost import free_disk, pair_cost, plan, render
 from fastdraft.model.draft import Draft
 from fastdraft.model.ttt import TTTEngine, flat_gradients, fp8_shapes
 from fastdraft.model.ttt_ref import ttt_ref
+from fastdraft.run import export_run, predict
+from fastdraft.train import train
 
 
 def config(**changes):
@@ -89,8 +94,9 @@ def test_parameter_and_optimizer_bytes_are_exact(changes):
     assert memory["fp32 gradient"] == sum(t.grad.nbytes for t in masters)
     assert memory["gradient of one pack (bf16)"] == sum(w.nbytes for w in trainable)
     assert memory["target weights"] == 2000
+    own = [draft.embed_tokens.weight] if c.hidden_size != c.target_hidden_size else []
     assert sizes(p.disk)["one more while it is written"] == sum(
-        t.nbytes for t in [*masters, *moments, draft.d2t, draft.t2d]
+        t.nbytes for t in [*masters, *moments, draft.d2t, draft.t2d, *own]
     )
     exported = [*trainable, draft.t2d]
     if c.draft_vocab_size != c.vocab_size:
@@ -283,12 +289,44 @@ def test_more_of_anything_never_needs_less(pack, document, steps):
     assert memory(pack, pack, steps) >= here  # one long document has the most attention pairs
 
 
+@pytest.mark.parametrize(
+    ("target_dtype", "precision", "width"), [("fp32", "fp32", 32), ("fp32", "fp32", 64), ("auto", "bf16", 16)]
+)
+def test_a_runs_files_are_as_large_as_predicted(make_config, tmp_path, target_dtype, precision, width):
+    """Also of a draft of another width, whose embedding is its own; the target's files are in fp32."""
+    changes = {"target.dtype": target_dtype, "draft.overrides": {"hidden_size": width, "intermediate_size": 600}}
+    config = make_config(precision=precision, max_steps=2, **changes, **{"eval.every": 100, "checkpoint.keep": 1})
+    train(config)
+    export_run(Path(config.run_dir), tmp_path / "out", "last", overwrite=False)
+    (checkpoint,) = list_checkpoints(Path(config.run_dir))
+    disk = sizes(predict(config, torch.device("cpu")).disk)
+    for name, folder in (("one more while it is written", checkpoint), ("export", tmp_path / "out")):
+        assert disk[name] == pytest.approx(sum(file.stat().st_size for file in folder.iterdir()), rel=0.04), name
+
+
+def test_a_checkpoint_asks_for_the_room_it_takes(make_config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "free_disk", lambda *what: asked.append(what))
+    config = make_config(max_steps=2, **{"eval.every": 100, "draft.overrides": {"hidden_size": 64}})
+    train(config)
+    (checkpoint,) = list_checkpoints(Path(config.run_dir))
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    ((_, needed, what),) = asked
+    assert needed == pytest.approx(size, rel=0.04) and what == "the checkpoint of step 2"
+
+
 def test_disk_counts_every_checkpoint_kept():
     p = plan(config(), target_params=0, target_dtype=torch.bfloat16, pack_tokens=8, ttt_length=2, keep=3)
     disk = sizes(p.disk)
     assert (
         p.disk_bytes == 5 * disk["one more while it is written"] + disk["export"]
     )  # three latest, the best, one in writing
+
+
+def test_disk_counts_a_cache_of_features(make_config):
+    cached = {"features.path": "store", "features.mode": "cache", "features.max_gib": 1.5}
+    with_cache, without = (predict(make_config(**changes), torch.device("cpu")) for changes in (cached, {}))
+    assert with_cache.disk_bytes - without.disk_bytes == 1.5 * 2**30 == sizes(with_cache.disk)["cache of features, at most"]
 
 
 def test_free_disk_names_the_shortage(tmp_path):
