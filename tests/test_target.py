@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -243,11 +244,22 @@ def test_a_model_that_cannot_run_packed_says_what_failed(monkeypatch):
     assert Target(make_model("llama")).apart == "a packed forward fails: no kernel for this GPU"
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.3.mlp.up_proj.weight"])
-def test_weights_that_are_not_finite_are_named(name):
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "lm_head.weight", "model.layers.3.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_finite_are_named(name, value):
+    """Also where few tokens meet them, as one row of the embedding."""
     model = make_model("llama")
-    model.get_parameter(name).data[0] = torch.nan
-    with pytest.raises(ValueError, match=r"logits are not finite in torch\.float32: a weight is NaN or Inf"):
+    model.get_parameter(name).data[-1] = value
+    with pytest.raises(ValueError, match=rf"weights hold NaN or Inf: {re.escape(name)}; its files are damaged"):
+        Target(model)
+
+
+def test_a_state_that_overflows_is_not_blamed_on_the_weights():
+    model = make_model("llama")
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(3e38)
+    with pytest.raises(ValueError, match=r"logits are not finite in torch\.float32, though all its weights are: a state"):
         Target(model)
 
 

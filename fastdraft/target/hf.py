@@ -198,10 +198,16 @@ class Target:
             )
         ours = self.head.logits(f).float()
         theirs = self.model(input_ids=ids).logits.float()
-        if not theirs.isfinite().all():
+        if not (theirs.isfinite().all() and _is_finite(self.embedding)):  # rows of it that nothing here has read
+            if bad := [name for name, weight in self.model.named_parameters() if not _is_finite(weight)]:
+                more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+                raise ValueError(
+                    f"the target's weights hold NaN or Inf: {', '.join(bad[:3])}{more}; its files are damaged, or it was "
+                    "saved so; download it again"
+                )
             raise ValueError(
-                f"the target's logits are not finite in {self.dtype}: a weight is NaN or Inf, or a state overflows; check "
-                "its files, or set another target.dtype"
+                f"the target's logits are not finite in {self.dtype}, though all its weights are: a state overflows; set "
+                "another target.dtype"
             )
         error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         if not error <= 0.02 * scale:
@@ -280,6 +286,11 @@ def checkpoint_fingerprint(path: str) -> str:
     if not found:
         raise ValueError(f"target {path!r} has no *.safetensors files to tell its weights by; save it as safetensors")
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Its sum is, which takes no memory; of weights in 8 bits nothing is said."""
+    return weight.element_size() == 1 or bool(weight.sum(dtype=torch.float64).isfinite())
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
