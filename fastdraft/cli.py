@@ -484,6 +484,11 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, StrictDataclassError):
         return "a config.json cannot be used: " + " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and ("/gloo/transport/" in str(error) or "ncclRemoteError" in str(error)):
+        lost = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        return (
+            f"another process of this run has ended, or cannot be reached ({lost}); the same command, given again, goes on"
+        )
     cpu_full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_full:
         return (

@@ -429,6 +429,37 @@ def test_two_processes_then_one_give_what_one_gives(make_config, tmp_path, whole
     torch.testing.assert_close(ours[1]["master"], theirs[1]["master"], rtol=1e-3, atol=2e-4)
 
 
+def train_until_a_kill(file: Path, place: object, name: str, number: int) -> None:
+    """`fastdraft train`, whose rank `number` dies of SIGKILL where it first calls `name` of `place` after step 3."""
+
+    def die(*_args, **_more) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    at_step(pytest.MonkeyPatch(), 4, lambda _: os.environ["RANK"] == str(number) and setattr(place, name, die))
+    sys.argv = ["fastdraft", "train", str(file)]
+    with (file.parent / f"said by rank {os.environ['RANK']}").open("w") as sys.stderr:
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "number"), [(training, "evaluate_tau", 0), (checkpoint, "_write", 0), (training, "all_sum", 1)]
+)
+def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(make_config, tmp_path, place, name, number):
+    """While it evaluates, writes a checkpoint, or adds up gradients; no process waits for ever."""
+    config = make_config(**{"eval.max_packs": 1, "eval.every": 5, "checkpoint.every": 3})
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    codes = by_two_ranks(train_until_a_kill, file, place, name, number)
+    assert codes == ([-signal.SIGKILL, 1] if number == 0 else [1, -signal.SIGKILL])
+    said = (tmp_path / f"said by rank {1 - number}").read_text()
+    assert f"fastdraft, rank {1 - number}: another process of this run has ended" in said and "Traceback" not in said
+    assert steps_kept(config.run_dir)[-1] in (3, 5)
+    whole = config.model_copy(update={"run_dir": str(tmp_path / "whole")})
+    assert by_two_ranks(train, config) == by_two_ranks(train, whole) == [0, 0]
+    assert losses(config.run_dir) == losses(whole.run_dir)
+    assert same(weights(config.run_dir), weights(whole.run_dir))
+
+
 def test_a_failed_evaluation_loses_no_step(make_config, monkeypatch):
     monkeypatch.setattr(training, "evaluate_tau", Mock(side_effect=ValueError("no live row")))
     config = make_config(**{"checkpoint.every": 3})
