@@ -2,10 +2,9 @@
 
 pip builds in an environment without PyTorch unless told not to: `pip install --no-build-isolation -e .`, or, in place,
 `python setup.py build_ext --inplace`. Both take the setuptools that is installed, 77 or newer, which a fresh environment of
-Python 3.11 does not have. TORCH_CUDA_ARCH_LIST says for which GPUs, Hopper and newer if it is not set.
+Python 3.11 does not have. Built is for Hopper, newer GPUs compile from its PTX; TORCH_CUDA_ARCH_LIST changes nothing.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -19,14 +18,14 @@ except ImportError:
 
 options = {}
 if CUDA_HOME and torch.version.cuda and shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")):
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0+PTX")
     # USE_CUDA: the part of the stable ABI that is about streams. 2.11: the oldest PyTorch the built library loads with.
     flags = ["-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    hopper = ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]
     kernels = CUDAExtension(
         "fastdraft._cuda",
         sorted(str(path) for path in Path("csrc").glob("*.cu")),
         depends=["csrc/stable.h"],
-        extra_compile_args={"cxx": flags, "nvcc": flags},
+        extra_compile_args={"cxx": flags, "nvcc": [*flags, *hopper]},
         py_limited_api=True,
     )
     options = {
