@@ -24,11 +24,10 @@ import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastdraft.files import file_checksum, write_file
+from fastdraft.files import file_checksum, json_checksum, write_file
 
 FORMAT = 2
 
@@ -104,9 +103,7 @@ def _alone() -> Iterator[None]:
 
 
 def _state_checksum(state: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(
-        json.dumps({k: v for k, v in state.items() if k != "checksum"}, sort_keys=True).encode()
-    )
+    return json_checksum({k: v for k, v in state.items() if k != "checksum"})
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

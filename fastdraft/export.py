@@ -32,6 +32,7 @@ from fastdraft.model.config import (
     canonical_rope,
     default_layers,
     language_config,
+    named_dtype,
     read_json,
     read_target_config,
     serving_layers,
@@ -399,7 +400,7 @@ def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 def _notes(config: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """Legal, and worth a look: RoPE other than the target's, layer ids that say only the default."""
     notes, default = [], default_layers(target["num_hidden_layers"])
-    if not (target.get("dtype") or target.get("torch_dtype")):
+    if named_dtype(target) is None:
         notes.append("The target's config.json does not say its dtype, so the weights' dtype was not compared with it.")
     with suppress(ValueError):  # an error of _field_problems
         if config.get("eagle_config") and serving_layers(config, target["num_hidden_layers"]) == default:
@@ -436,12 +437,12 @@ def _map_is_whole(tensors: dict[str, Tensor], c: DraftConfig) -> bool:
 def _dtype_problems(tensors: dict[str, Tensor], config: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """The weights' dtype against both spellings in config.json and against the target's."""
     weights = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
-    theirs = target.get("dtype") or target.get("torch_dtype")
+    theirs = named_dtype(target)
     said = [
         f"{key} is {config[key]}, the weights are {', '.join(sorted(weights))}; they must be the same."
         for key in ("dtype", "torch_dtype")
         if config.get(key) is not None and {config[key]} != weights
     ]
-    if theirs is not None and {str(theirs).removeprefix("torch.")} != weights:
+    if theirs is not None and {theirs} != weights:
         said.append(f"Weights are {', '.join(sorted(weights))}, the target's are {theirs}; export with the target's dtype.")
     return said

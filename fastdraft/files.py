@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,3 +42,8 @@ def file_checksum(path: Path) -> str:
         while piece := file.read(1 << 24):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def json_checksum(value: object) -> str:
+    """xxh3-64 of a value as JSON, 16 hex digits; of its text where it is none."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())

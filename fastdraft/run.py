@@ -33,7 +33,7 @@ from fastdraft.features.meta import COMPARED, Meta, capture_meta, expected_meta,
 from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents
 from fastdraft.features.specforge import read_vocab_mapping
 from fastdraft.features.store import Store
-from fastdraft.model.config import DraftConfig, language_config, read_target_config
+from fastdraft.model.config import DraftConfig, language_config, named_dtype, read_target_config
 from fastdraft.model.draft import Draft
 from fastdraft.model.graph import GraphEngine
 from fastdraft.model.ttt_ref import ReferenceEngine
@@ -311,9 +311,8 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
     """The dtype that a target's config.json names, if it does."""
-    decoder = language_config(facts)
-    named = decoder.get("dtype") or decoder.get("torch_dtype")
-    return getattr(torch, str(named).removeprefix("torch.")) if named else None
+    named = named_dtype(language_config(facts))
+    return getattr(torch, named) if named else None
 
 
 def predict(config: Config, device: torch.device) -> Plan:

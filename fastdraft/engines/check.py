@@ -11,7 +11,7 @@ from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.engines.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.engines.run import EnginePlace, Run, Served, engine_version, run_engine
 from fastdraft.export import load_draft
-from fastdraft.model.config import language_config, read_target_config
+from fastdraft.model.config import language_config, named_dtype, read_target_config
 from fastdraft.model.draft import Draft
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 
@@ -65,7 +65,7 @@ def check_engine(check: EngineCheck) -> Report:
     runs out of time, or a prompt leaves no room in the target's context.
     """
     facts = language_config(read_target_config(check.target))
-    own = str(facts.get("dtype") or facts.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    own = named_dtype(facts) or "bfloat16"
     dtype = check.dtype or own
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")

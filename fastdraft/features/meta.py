@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from fastdraft.files import file_checksum, publish, write_file
+from fastdraft.files import file_checksum, json_checksum, publish, write_file
 from fastdraft.model.config import language_config, read_json
 from fastdraft.target.hf import Target, checkpoint_fingerprint, load_target_config, load_tokenizer
 
@@ -50,7 +49,7 @@ class Meta:
     def identity(self) -> str:
         """Names whose features these are and how they are stored, the data left out. 16 hex digits."""
         facts = {k: v for k, v in asdict(self).items() if k not in ("data", "shards")}
-        return _json_hash(facts)
+        return json_checksum(facts)
 
     @property
     def row_bytes(self) -> dict[str, int]:
@@ -160,7 +159,7 @@ def expected_meta(
     return Meta(
         target="",
         weights=checkpoint_fingerprint(path),
-        config=_json_hash({k: v for k, v in written.items() if k not in IDLE_FACTS}),
+        config=json_checksum({k: v for k, v in written.items() if k not in IDLE_FACTS}),
         tokenizer=_tokenizer_hash(load_tokenizer(path, trust_remote_code)),
         layers=layers,
         hidden_size=language_config(facts)["hidden_size"],
@@ -177,8 +176,4 @@ def capture_meta(wanted: Meta, target: Target, fingerprint: str, **changes) -> M
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return _json_hash(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))
-
-
-def _json_hash(value: object) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+    return json_checksum(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))

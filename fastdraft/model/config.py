@@ -345,6 +345,12 @@ def language_config(target_config: dict[str, Any] | PretrainedConfig) -> dict[st
     return language_config(inner) | {key: config[key] for key in outer if config.get(key) is not None}
 
 
+def named_dtype(decoder: dict[str, Any]) -> str | None:
+    """The dtype that a target's `language_config` names in either spelling, such as "bfloat16", if it does."""
+    named = decoder.get("dtype") or decoder.get("torch_dtype")
+    return str(named).removeprefix("torch.") if named else None
+
+
 def _even_share(hidden: Any, heads: Any) -> int | None:
     """The customary head_dim, None where heads do not divide hidden. What is no number gets 1: the validator names it."""
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0):

@@ -28,6 +28,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def csrc() -> None:
+    """Skips where csrc's kernels are not built."""
+    from fastdraft.kernels import cuda
+
+    if not cuda.built():
+        pytest.skip("csrc is not built: python setup.py build_ext --inplace, with nvcc and a PyTorch for CUDA")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdraft.kernels import cuda
 from fastdraft.kernels.adamw import AdamWConfig, _adamw, adamw_, adamw_config, adamw_in_cuda, adamw_ref, adamw_scratch
 
 SIZES = {"one block": 64, "block + 1": 65, "ragged": 1000, "one number": 1}
@@ -151,9 +150,7 @@ def test_on_the_gpu(count, device, three_way, poison):
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.0}, {"clip": 1e9}], ids=["all", "no decay", "no clip"])
 @pytest.mark.parametrize("count", [1, 1000, 1023, 1025, 10_000_001])
-def test_in_cuda(count, changes, device, three_way, poison):
-    if not cuda.built():
-        pytest.skip("csrc is not built: python setup.py build_ext --inplace, with nvcc and a PyTorch for CUDA")
+def test_in_cuda(count, changes, csrc, device, three_way, poison):
     state = case(count, device) | {"weights": torch.empty(count, dtype=torch.bfloat16, device=device)}
     assert adamw_in_cuda(*(state[name] for name in ("weights", "grad", "master", "m", "v")))
     check(public, state, three_way, steps=2, **changes)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdraft.batch import TargetHead
-from fastdraft.kernels import cuda, linear_kl
+from fastdraft.kernels import linear_kl
 from fastdraft.kernels.linear_kl import (
     KLConfig,
     _kl_rows,
@@ -280,12 +280,6 @@ CUDA_SHAPES = {  # blocks take several rows each, so that rings go round
     "SmolLM2, Vd = V": (400, 100, 64, 49152, 49152),
     "longest": (300, 50, 64, 60000, 57344),
 }
-
-
-@pytest.fixture
-def csrc():
-    if not cuda.built():
-        pytest.skip("csrc is not built: python setup.py build_ext --inplace, with nvcc and a PyTorch for CUDA")
 
 
 @pytest.mark.gpu
