@@ -1,6 +1,7 @@
 # make demo    the whole path on a real 135M model: answers, training, speculative decoding, export, report
 # make test    the whole CPU test suite
 # make test-engines  exports in real serving engines: vLLM on the CPU, SGLang's loader; installs 3.7 GB of them
+# make gpu     the tests that need a GPU, README commands as typed among them; writes the row that `make gate` asks for
 # make lint    ruff, rules and formatting
 # make gate    fails when a benchmark row is missing, older than its source, or slower than the one before; needs no GPU
 # make clean   delete the environments
@@ -46,7 +47,7 @@ else:
 endef
 export FIND_TORCH
 
-.PHONY: demo test test-engines lint gate clean
+.PHONY: demo test test-engines gpu lint gate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -64,6 +65,9 @@ test-engines: export FASTDRAFT_SGLANG_PYTHON = $(FASTDRAFT_VLLM_PYTHON)
 test-engines: export FASTDRAFT_SGLANG_PYTHONPATH = $(CURDIR)/$(ENGINES)/sglang
 test-engines: $(VENV)/installed $(ENGINES)/$(ENGINE_VERSIONS)
 	$(RUN) -m pytest tests/engines $(ARGS)
+
+gpu: $(VENV)/installed
+	$(RUN) -m bench.gpu_tests $(ARGS)
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

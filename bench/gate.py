@@ -5,6 +5,7 @@ It fails, naming each, when
 - a Triton kernel has no benchmark in bench/kernels,
 - an op (each kernel's, and `step`) has no row, or none of its kernel in csrc, or its newest row is of other source than
   today's (`bench.sources`),
+- the tests that need a GPU (`bench.gpu_tests`) have no row, or their newest is of other source or has a failed test,
 - a newest row is more than 5 % slower than the row before it of the same op, shape, dtype and GPU, or is of a run that
   failed, unless it carries a `note` that explains it.
 
@@ -83,7 +84,22 @@ def problems(root: Path = ROOT) -> list[str]:
                     f"{about}: {time_us(row):.6g} us, was {time_us(last[0]):.6g} ({last[0]['date']}, {last[0]['commit']}); "
                     f'make it faster, or give the row a "note" that says why'
                 )
-    return found
+    return found + gpu_test_problems(root)
+
+
+def gpu_test_problems(root: Path) -> list[str]:
+    """A sentence when the tests that CI skips for want of a GPU did not all pass with today's source."""
+    path = root / "bench/results/gpu_tests.jsonl"
+    rows = load(path) if path.exists() else []
+    if not rows:
+        return ["gpu_tests: no row in bench/results/gpu_tests.jsonl; run `make gpu` on a GPU"]
+    row = rows[-1]
+    when = f"their newest row ({row['date']}, {row['commit']})"
+    if row["source"] != source("gpu_tests", root):
+        return [f"gpu_tests: the source changed since {when}; run `make gpu` on a GPU"]
+    if row["failed"]:
+        return [f"gpu_tests: {row['failed']} failed in {when}; mend them and run `make gpu` on a GPU"]
+    return []
 
 
 def main() -> None:

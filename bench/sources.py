@@ -1,33 +1,42 @@
-"""Which source files a benchmark row depends on, and their hash: a row is fresh while the hash is today's.
+"""Which source a benchmark row depends on, and its hash: a row is fresh while the hash is today's.
 
 An op depends on its own file in fastdraft/kernels (and csrc), on what it computes with from there (`jit.py` computes
-nothing), and `step`, the whole draft step, on the engine, everything it computes with, and the optimizer. Comments count:
-the hash is of the bytes.
+nothing), and `step`, the whole draft step, on the engine, everything it computes with, and the optimizer. `gpu_tests` is
+what only a GPU can test: the same and the target's forward.
+
+The hash is of what runs, not of how it reads. Python counts as the set of its top-level statements, as syntax trees:
+comments, docstrings, layout, the order and the files of statements, and imports from fastdraft itself change nothing.
+CUDA C++ counts without comments and white space. So prose may be mended, and code moved, without a GPU.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
+STEP = [
+    "fastdraft/kernels/*.py",
+    "csrc/*",
+    "fastdraft/model/chunks.py",
+    "fastdraft/model/ttt.py",
+    "fastdraft/model/graph.py",
+    "fastdraft/model/draft.py",
+    "fastdraft/model/rope.py",
+    "fastdraft/optim.py",
+]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
     "adamw": CUDA,
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "data": ["fastdraft/data/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/engines/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py", "fastdraft/export.py"],
-    "step": [
-        "fastdraft/kernels/*.py",
-        "csrc/*",
-        "fastdraft/model/chunks.py",
-        "fastdraft/model/ttt.py",
-        "fastdraft/model/graph.py",
-        "fastdraft/model/draft.py",
-        "fastdraft/model/rope.py",
-        "fastdraft/optim.py",
-    ],
+    "step": STEP,
+    "gpu_tests": [*STEP, "fastdraft/target/*.py"],
 }
 
 
@@ -42,9 +51,50 @@ def files(op: str, root: Path = ROOT) -> list[Path]:
 
 
 def source(op: str, root: Path = ROOT) -> str:
-    """Sixteen hexadecimal digits over names and contents of the op's files."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in files(op, root):
-        data = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()} {len(data)}\n".encode() + data)
-    return digest.hexdigest()
+    """Sixteen hexadecimal digits over what the op's files do."""
+    parts = {part for path in files(op, root) for part in _parts(path)}
+    return hashlib.blake2b("\n".join(sorted(parts)).encode(), digest_size=8).hexdigest()
+
+
+def _parts(path: Path) -> Iterator[str]:
+    """What a file consists of, without what changes nothing that runs."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        yield _without_comments(text)
+        return
+    for statement in ast.parse(text, str(path)).body:
+        moved = isinstance(statement, ast.ImportFrom) and (statement.module or "").split(".")[0] in (
+            "fastdraft",
+            "__future__",
+        )
+        renamed = moved and any(name.asname for name in statement.names)
+        if not _is_text(statement) and (renamed or not moved):
+            yield repr(_tree(statement))
+
+
+def _tree(node: object) -> object:
+    """A syntax tree as nested tuples, the same in every version of Python: what a node lacks is not mentioned."""
+    if isinstance(node, list):
+        return tuple(_tree(item) for item in node)
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and _is_text(node.body[0]):
+        fields["body"] = node.body[1:]
+    return type(node).__name__, *((name, _tree(value)) for name, value in fields.items() if value not in (None, []))
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    """Whether a statement is a string alone, as docstrings are."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def _without_comments(text: str) -> str:
+    """C++ without comments, one space for each run of white space; strings keep what looks like a comment in them."""
+    pattern = r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/'
+    bare = re.sub(pattern, lambda match: match[1] or " ", text, flags=re.DOTALL)
+    return " ".join(bare.split())

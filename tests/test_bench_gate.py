@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ ROW = {"date": "2026-01-01", "commit": "abc", "gpu": "G", "dtype": "bf16", "shap
 def repo(tmp_path) -> Path:
     for name, text in {
         "fastdraft/kernels/norm.py": "tl.program_id(0)",
-        "fastdraft/kernels/plan.py": "no kernel here",
+        "fastdraft/kernels/plan.py": "no_kernel = 'here'",
         "fastdraft/model/ttt.py": "engine",
         "fastdraft/optim.py": "optimizer",
         "bench/kernels/bench_norm.py": "",
@@ -27,6 +28,7 @@ def repo(tmp_path) -> Path:
     write(tmp_path, op="norm/fwd", us=10.0)
     write(tmp_path, op="norm/bwd", us=20.0)
     write(tmp_path, op="step", us_per_token=30.0)
+    write(tmp_path, op="gpu_tests", passed=9, failed=0, skipped=1)
     return tmp_path
 
 
@@ -53,15 +55,103 @@ def test_fine(repo):
 @pytest.mark.parametrize("changed", ["fastdraft/model/ttt.py", "fastdraft/kernels/plan.py", "fastdraft/optim.py"])
 def test_the_engine_changed(repo, changed):
     (repo / changed).write_text("changed")
-    assert the_problem(repo).startswith("step: the source changed since fastdraft's newest row (2026-01-01, abc)")
+    step, tests = problems(repo)
+    assert step.startswith("step: the source changed since fastdraft's newest row (2026-01-01, abc)")
+    assert tests.startswith("gpu_tests: the source changed since their newest row (2026-01-01, abc)")
     write(repo, op="step", us_per_token=30.0)
+    write(repo, op="gpu_tests", passed=10, failed=0, skipped=0)
     assert problems(repo) == []
+
+
+def test_what_only_a_gpu_tests(repo):
+    write(repo, op="gpu_tests", passed=8, failed=2, skipped=0)
+    assert the_problem(repo).startswith("gpu_tests: 2 failed in their newest row")
+    (repo / "bench/results/gpu_tests.jsonl").unlink()
+    assert the_problem(repo).startswith("gpu_tests: no row")
+
+
+NORM = """
+'''What norm computes.'''
+
+from fastdraft.kernels.jit import tl
+
+EPS = 1e-6
+
+
+def norm(x):
+    '''A docstring.'''
+    return x * EPS
+
+
+def twice(x):
+    return 2 * norm(x)
+"""
+SAME = {
+    "a comment": NORM.replace("EPS = 1e-6", "EPS = 1e-6  # of float32"),
+    "another docstring": NORM.replace("A docstring.", "Another one.").replace("What norm", "What this file"),
+    "no docstring": NORM.replace("    '''A docstring.'''\n", ""),
+    "layout": NORM.replace("x * EPS", "(\n        x\n        * EPS\n    )"),
+    "an import from elsewhere": NORM.replace("fastdraft.kernels.jit", "fastdraft.other"),
+    "another order": NORM[: NORM.index("def norm")]
+    + NORM[NORM.index("def twice") :]
+    + NORM[NORM.index("def norm") :].split("def twice")[0],
+}
+OTHER = {
+    "a number": NORM.replace("1e-6", "1e-5"),
+    "a string": NORM.replace("x * EPS", "x * EPS if x != 'a' else x"),
+    "an operator": NORM.replace("x * EPS", "x + EPS"),
+    "a default": NORM.replace("def twice(x)", "def twice(x=1)"),
+    "an alias": NORM.replace("import tl", "import tr as tl"),
+    "a function less": NORM[: NORM.index("def twice")],
+}
+
+
+@pytest.fixture
+def norm_source(tmp_path):
+    def of(text: str, name: str = "fastdraft/kernels/norm.py") -> str:
+        shutil.rmtree(tmp_path / "alone", ignore_errors=True)
+        path = tmp_path / "alone" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        return source("norm", tmp_path / "alone")
+
+    return of
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_prose_and_places_keep_rows_fresh(norm_source, change):
+    assert SAME[change] != NORM and norm_source(SAME[change]) == norm_source(NORM)
+
+
+@pytest.mark.parametrize("change", OTHER)
+def test_what_runs_makes_rows_stale(norm_source, change):
+    assert norm_source(OTHER[change]) != norm_source(NORM)
+
+
+def test_a_file_that_is_split_or_moved_stays_fresh(tmp_path):
+    before, after = tmp_path / "before/fastdraft/kernels", tmp_path / "after/fastdraft/kernels"
+    for folder in (before, after):
+        folder.mkdir(parents=True)
+    (before / "a.py").write_text(NORM)
+    (after / "b.py").write_text(NORM[: NORM.index("def twice")])
+    (after / "c.py").write_text("from fastdraft.kernels.b import norm\n" + NORM[NORM.index("def twice") :])
+    assert source("step", tmp_path / "before") == source("step", tmp_path / "after")
+
+
+def test_cuda_counts_without_its_comments(norm_source):
+    code = 'int f() { return 1; } // one\nconst char* s = "// no comment";\n'
+    same = '/* of\ntwo lines */ int f() {\n  return 1;\n}\nconst char* s = "// no comment";'
+    of = {text: norm_source(text, "csrc/norm.cu") for text in (code, same)}
+    assert of[code] == of[same]
+    for old, new in (("return 1", "return 2"), ('// no comment"', '// a comment"')):
+        assert old in code and norm_source(code.replace(old, new), "csrc/norm.cu") != of[code]
 
 
 def test_a_kernel_changed(repo):
     """Both of its ops need a new row, and the step that uses it."""
     (repo / "fastdraft/kernels/norm.py").write_text("tl.program_id(1)")
-    assert [p.split(":")[0] for p in problems(repo)] == ["norm/fwd", "norm/bwd", "step"]
+    assert [p.split(":")[0] for p in problems(repo)] == ["norm/fwd", "norm/bwd", "step", "gpu_tests"]
+    write(repo, op="gpu_tests", passed=10, failed=0, skipped=0)
     write(repo, op="norm/fwd", us=10.0)
     write(repo, op="step", us_per_token=30.0)
     assert the_problem(repo).startswith("norm/bwd")
@@ -80,6 +170,7 @@ def test_a_kernel_in_csrc_is_judged_beside_tritons(repo):
     for op in ("norm/fwd", "norm/bwd"):
         write(repo, op=op, us=10.0)
     write(repo, op="step", us_per_token=30.0)
+    write(repo, op="gpu_tests", passed=10, failed=0, skipped=0)
     assert the_problem(repo).startswith("norm: no row of cuda in bench/results/norm.jsonl")
     write(repo, op="norm/fwd", us=8.0, provider="cuda")
     assert problems(repo) == []
