@@ -14,6 +14,7 @@ from tiny import TINY, save_target, tiny_llama
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastdraft.batch import Batch
+from fastdraft.model.graph import GraphPool
 from fastdraft.target import hf
 from fastdraft.target import packed as packing
 from fastdraft.target.hf import (
@@ -297,7 +298,7 @@ def test_a_recorded_forward_has_a_document_more():
         calls.append(documents.lengths)
         return target._run_packed(ids, documents)
 
-    recorded = packing.Recorded(40, forward, torch.device("cpu"))
+    recorded = packing.Recorded(40, forward, torch.device("cpu"), GraphPool())
     for lengths in ((12, 3, 11), (40,), (7, 1)):
         batch = make_batch(lengths)
         g, f = recorded(batch.input_ids, lengths)

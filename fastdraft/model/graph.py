@@ -10,6 +10,8 @@ second is recorded, and from then on only what is new is copied into place: indi
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -24,6 +26,35 @@ GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host 
 ROOM, CHAINS = 256, 512
 
 
+class GraphPool:
+    """Memory that the CUDA graphs of one owner share: it copies a replay's results before it replays another of them.
+
+    PyTorch frees a pool together with the last graph that was recorded in it, and recording into a freed pool fails inside
+    PyTorch's allocator. The pool therefore begins with a graph of nothing, which lives as long as the pool does.
+    """
+
+    def __init__(self) -> None:
+        self._keeper: torch.cuda.CUDAGraph | None = None
+
+    def record(self, launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """The graph of all that `launch` enqueues on the current GPU. RuntimeError when it does what no graph can hold."""
+        if self._keeper is None:
+            self._handle = torch.cuda.graph_pool_handle()
+            keeper = torch.cuda.CUDAGraph()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                self._record(keeper, lambda: None)
+            self._keeper = keeper
+        graph = torch.cuda.CUDAGraph()
+        self._record(graph, launch)
+        return graph
+
+    def _record(self, graph: torch.cuda.CUDAGraph, launch: Callable[[], object]) -> None:
+        # Other threads pin memory and copy meanwhile (the loader, a store's reader), which recording must not forbid them.
+        with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
+            launch()
+
+
 class GraphEngine(TTTEngine):
     """TTTEngine, and packs of little work on a GPU as graphs. Weights and gradients must stay where they are."""
 
@@ -31,7 +62,7 @@ class GraphEngine(TTTEngine):
         super().__init__(*args, **kwargs)
         self.packs: dict[tuple[int, ...], _Pack] = {}
         self.places: dict[int, Features] = {}  # by N, where graphs read g and f
-        self.pool, self.resized = None, 0
+        self.pool, self.resized = GraphPool(), 0
         self.work = 6 * len(self.step_weights) * sum(p.numel() for p in self.draft.trainable().values())  # FLOPs a token
 
     def covers(self, num_tokens: int) -> bool:
@@ -104,11 +135,7 @@ class _Pack:
             compile_together(self.launch, self.engine.take.device)
             self.engine.compiled.add(kind)
         if cuda and self.runs == 1:
-            self.engine.pool = self.engine.pool or torch.cuda.graph_pool_handle()
-            self.graph = torch.cuda.CUDAGraph()
-            # other threads pin memory and copy meanwhile: the loader, a feature store's reader
-            with torch.cuda.graph(self.graph, pool=self.engine.pool, capture_error_mode="thread_local"):
-                self.launch()
+            self.graph = self.engine.pool.record(self.launch)
         if self.graph is not None:
             self.graph.replay()
         else:

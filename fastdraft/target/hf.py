@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.model.config import default_layers
+from fastdraft.model.graph import GraphPool
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
@@ -62,6 +63,7 @@ class Target:
         self.num_parameters = sum(p.numel() for p in self.decoder.parameters())
         self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
         self.apart = unpackable(self.decoder.config) or self._try_packing()
+        self.pool = GraphPool()
         if self.apart is None and self.device.type == "cuda" and self._try_recording():
             self.recorded = {}
 
@@ -177,8 +179,7 @@ class Target:
         """Whether a forward can be a CUDA graph. One that reads values on the host, as routing to experts may, cannot."""
         if 2 * self.num_parameters * GRAPH_TOKENS > GRAPH_FLOPS:
             return False
-        self.pool = torch.cuda.graph_pool_handle()  # one for all: a replay's results are copied before the next
-        recorded = Recorded(GRAPH_TOKENS, self._run_packed, self.device, self.pool)
+        recorded = Recorded(GRAPH_TOKENS, self._run_packed, self.device, GraphPool())
         ids = torch.arange(8, device=self.device) % self.vocab_size
         try:
             first, _, replayed = (recorded(ids, (5, 3)) for _ in range(3))

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from fastdraft.batch import document_starts, to_device
 from fastdraft.kernels.ttt_attention import ttt_attention
+from fastdraft.model.graph import GraphPool
 
 NAME = "fastdraft_packed"
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
@@ -118,7 +119,7 @@ class Recorded:
         n: int,
         forward: Callable[[Tensor, Documents], tuple[Tensor, ...]],
         device: torch.device,
-        pool: tuple[int, int] | None = None,  # of the graph's memory
+        pool: GraphPool,
     ):
         self.forward, self.pool, self.runs = forward, pool, 0
         self.input_ids = torch.zeros(n, dtype=torch.int64, device=device)
@@ -137,11 +138,12 @@ class Recorded:
         self.index.copy_(_index(lengths, device))
         documents = Documents(lengths, *self.index)
         if self.runs == 1 and device.type == "cuda":
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, self.pool, capture_error_mode="thread_local"):  # other threads copy meanwhile
-                self.out = self.forward(self.input_ids, documents)
+            self.graph = self.pool.record(lambda: self._run_into_out(documents))
         self.runs += 1
         if self.graph is None:
             return tuple(x[:m].clone() for x in self.forward(self.input_ids, documents))
         self.graph.replay()
         return tuple(x[:m].clone() for x in self.out)
+
+    def _run_into_out(self, documents: Documents) -> None:
+        self.out = self.forward(self.input_ids, documents)
