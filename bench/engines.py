@@ -35,10 +35,10 @@ import torch
 from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
-from fastdraft.engines.run import ENGINES, EnginePlace, Run, Served, engine_version, run_engine, served_from
 from fastdraft.evaluate import evaluate_decode
-from fastdraft.export import load_draft, verify
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, engine_version, run_engine, served_from
+from fastdraft.serving.export import load_draft, verify
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 
 PROMPTS = Path(__file__).parents[1] / "examples" / "demo" / "heldout_prompts.jsonl"

@@ -26,14 +26,14 @@ import torch
 from bench.timing import RESULTS, append
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
-from fastdraft.features.capture import Pack, plan_capture, run_capture
 from fastdraft.features.meta import capture_meta, start_store, target_ends
-from fastdraft.features.read import StoreReader
 from fastdraft.features.store import Store, list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_process
+from fastdraft.target.capture import Pack, plan_capture, run_capture
 from fastdraft.target.hf import Target, target_fingerprint
 from fastdraft.target.packed import Documents, packed
+from fastdraft.target.stored import StoreReader
 from fastdraft.train import train
 
 Write = Callable[[str, dict], None]  # op, row

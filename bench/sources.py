@@ -22,21 +22,19 @@ CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
 STEP = [
     "fastdraft/kernels/*.py",
     "csrc/*",
-    "fastdraft/model/chunks.py",
-    "fastdraft/model/ttt.py",
+    *(f"fastdraft/model/eagle3/{name}.py" for name in ("chunks", "engine", "attention", "graph_engine", "draft")),
     "fastdraft/model/graph.py",
-    "fastdraft/model/draft.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
     "adamw": CUDA,
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
-    "data": ["fastdraft/data/*.py"],
+    "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
-    "engines": ["fastdraft/engines/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py", "fastdraft/export.py"],
+    "engines": ["fastdraft/serving/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py"],
     "step": STEP,
-    "gpu_tests": [*STEP, "fastdraft/target/*.py"],
+    "gpu_tests": [*STEP, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
 }
 
 

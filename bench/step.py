@@ -51,9 +51,9 @@ from bench.work import CHATS, SHAPES, Work, chat_batches, live_batch, make_draft
 from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
 from fastdraft.kernels import cuda, dense_attention
-from fastdraft.model.graph import GraphEngine
-from fastdraft.model.ttt import TTTEngine
-from fastdraft.model.ttt_ref import ReferenceEngine
+from fastdraft.model.eagle3.engine import TTTEngine
+from fastdraft.model.eagle3.graph_engine import GraphEngine
+from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.optim import FlatAdamW
 
 PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, data sheets

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.data.pack import pack
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.draft import Draft
 
 CHATS = Path(__file__).parent / "data" / "chats.jsonl"
 MAX_LENGTH = 4096  # tokens of one conversation, `DataConfig.max_length`

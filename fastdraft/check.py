@@ -13,14 +13,14 @@ from typing import get_args
 import torch
 
 from fastdraft.batch import Batch, Features, LossKind, TargetHead
-from fastdraft.golden import Golden, RunStep, load_golden, worst_errors
 from fastdraft.kernels import cuda
 from fastdraft.kernels.dense_attention import MIN_KEYS, dense_attention_covers
 from fastdraft.kernels.ttt_attention import ttt_attention_config
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import ttt_engine_step
-from fastdraft.model.ttt_ref import ttt_ref_step
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import ttt_engine_step
+from fastdraft.model.eagle3.golden import Golden, RunStep, load_golden, worst_errors
+from fastdraft.model.eagle3.ref import ttt_ref_step
 from fastdraft.run import engine_kind
 
 ENGINES: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}

@@ -79,7 +79,7 @@ def init(
     out: Annotated[Path | None, typer.Argument(help="File to write; standard output when left out.")] = None,
 ) -> None:
     """Write a draft config derived from a target, to edit and name as draft.config."""
-    from fastdraft.model.config import init_config
+    from fastdraft.model.eagle3.config import init_config
 
     text = init_config(target)
     if out is None:
@@ -165,9 +165,9 @@ def regenerate(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left at OUT.")] = False,
 ) -> None:
     """Let the target answer prompts. Stopped or killed, the same command goes on."""
-    from fastdraft.data.answer_job import Sampling
-    from fastdraft.data.answer_server import Servers, parse_extra_body
-    from fastdraft.data.regenerate import regenerate
+    from fastdraft.answers.job import Sampling
+    from fastdraft.answers.regenerate import regenerate
+    from fastdraft.answers.server import Servers, parse_extra_body
 
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed, parse_extra_body(extra_body))
     if bool(url) == bool(target):
@@ -177,7 +177,7 @@ def regenerate(
         by = Servers(url, model, sampling, os.environ.get(api_key_env), concurrency, timeout, retries)
     else:
         refuse_idle(context, ("model", "concurrency", "timeout", "retries", "api_key_env"), "--url")
-        from fastdraft.data.answer_local import open_local
+        from fastdraft.answers.local import open_local
         from fastdraft.run import start_process
 
         by = open_local(target, start_process(device)[0], dtype, batch_size, trust_remote_code, sampling)
@@ -343,8 +343,8 @@ def serve(
     """Accepted length, acceptance by depth, speed and latency in a running server."""
     from fastdraft.data.prompts import read_prompts
     from fastdraft.files import write_file
-    from fastdraft.serve.bench import ServeReport, bench_serve, parse_load, read_report
-    from fastdraft.serve.report import render_serve, serve_picture
+    from fastdraft.serving.load import ServeReport, bench_serve, parse_load, read_report
+    from fastdraft.serving.load_report import render_serve, serve_picture
 
     load = parse_load(
         concurrency,
@@ -400,7 +400,7 @@ def check(
     """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do, and
     prove its kernels."""
     from fastdraft import check as checks
-    from fastdraft.engines.run import ENGINES, EnginePlace
+    from fastdraft.serving.engines import ENGINES, EnginePlace
 
     if target is not None and checkpoint is None:
         raise ValueError("--target belongs to --checkpoint; name the checkpoint to verify against it")
@@ -418,7 +418,7 @@ def check(
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
     good = True
     if checkpoint is not None:
-        from fastdraft.export import verify
+        from fastdraft.serving.export import verify
 
         if target is None:
             raise ValueError("--checkpoint needs --target, the directory of the model it drafts for")
@@ -430,7 +430,7 @@ def check(
         good = not findings.errors
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
         if serving:
-            from fastdraft.engines.check import EngineCheck, check_engine
+            from fastdraft.serving.check import EngineCheck, check_engine
 
             place = EnginePlace(engine, str(engine_python or sys.executable), engine_pythonpath)
             lengths = (max_prompts, max_new_tokens, num_steps)

@@ -1,15 +1,15 @@
 """What a training run will need before it starts: memory by category, disk, FLOPs per token. Arithmetic only, no tensors.
 
-The reference engine (`model/ttt_ref.py`) keeps, for the backward of one pack, every row of every TTT step: two to four
+The reference engine (`model/eagle3/ref.py`) keeps, for the backward of one pack, every row of every TTT step: two to four
 float32 rows over the draft vocabulary (by loss), attention probabilities [Hq, L, L + i] of every document, and keys and
 values repeated for each query head. On top of what is kept comes the largest short-lived part: full-vocabulary teacher
 logits or one document's attention.
 
-The fused engine (`model/ttt.py`) lists what it takes: a chunk's buffers, once, and what it keeps for every token of a pack.
+The fused engine (`model/eagle3/engine.py`) lists what it takes: a chunk's buffers, once, and what it keeps for every token of a pack.
 On the CPU its attention keeps [rows, Hq, N] probabilities too. Its FLOPs are counted with every token trained on: loss
 masks make its chunks fewer and its work less.
 
-Not counted: the target's own forward, a second g and f for a small draft's graphs (`model/graph.py`), allocator slack, the
+Not counted: the target's own forward, a second g and f for a small draft's graphs (`model/eagle3/graph_engine.py`), allocator slack, the
 CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch.
 
 # N tokens of a pack, L tokens of a document, T TTT steps, M chains of a chunk, R = T*M, H draft hidden, Ht target hidden,
@@ -29,8 +29,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdraft.batch import LossKind
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.ttt import buffer_rows, chunk_buffers, fp8_buffers, pack_buffers, pick_chunk_rows, table_bytes
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.engine import (
+    buffer_rows,
+    chunk_buffers,
+    fp8_buffers,
+    pack_buffers,
+    pick_chunk_rows,
+    table_bytes,
+)
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Engine = Literal["reference", "fused"]

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3.draft import Draft
 from fastdraft.target.hf import Target
 
 COLDEST = 1e-5  # of what samples; logits over less overflow

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Rows, tau_sim
 from fastdraft.decode import DecodeResult, DecodeSettings, Difference, first_difference, generate, generate_plain
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3.draft import Draft
 from fastdraft.target.hf import Target
 
 POSITION_EDGES = (0, 128, 512, 2048, 8192, 32768, 131072)

@@ -11,11 +11,11 @@ import filelock
 
 from fastdraft.config import Config
 from fastdraft.cost import GIB, free_disk
-from fastdraft.features.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.features.meta import DTYPES, capture_meta, start_store, target_ends
 from fastdraft.features.specforge import import_bytes, import_dumps, list_dumps
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_process
+from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.hf import target_fingerprint
 
 

@@ -28,15 +28,14 @@ from fastdraft.data.stream import open_stream
 from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
 from fastdraft.decode import DecodeSettings
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
-from fastdraft.export import export_draft, load_draft, verify
 from fastdraft.features.meta import COMPARED, Meta, capture_meta, expected_meta, refuse_other, start_store, target_ends
-from fastdraft.features.read import StoreCache, StoredTarget, StoreReader, check_documents
 from fastdraft.features.specforge import read_vocab_mapping
 from fastdraft.features.store import Store
-from fastdraft.model.config import DraftConfig, language_config, named_dtype, read_target_config
-from fastdraft.model.draft import Draft
-from fastdraft.model.graph import GraphEngine
-from fastdraft.model.ttt_ref import ReferenceEngine
+from fastdraft.model.eagle3.config import DraftConfig, language_config, named_dtype, read_target_config
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.graph_engine import GraphEngine
+from fastdraft.model.eagle3.ref import ReferenceEngine
+from fastdraft.serving.export import export_draft, load_draft, verify
 from fastdraft.target.hf import (
     Target,
     count_target_parameters,
@@ -45,6 +44,7 @@ from fastdraft.target.hf import (
     load_tokenizer,
     target_fingerprint,
 )
+from fastdraft.target.stored import StoreCache, StoredTarget, StoreReader, check_documents
 
 
 def start_process(device: str) -> tuple[torch.device, int, int]:  # device, rank, number of ranks

@@ -32,10 +32,9 @@ from fastdraft.cost import free_disk, pair_cost
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.features.memory import FeatureCache
-from fastdraft.features.read import StoreCache, StoredTarget
 from fastdraft.metrics import Metrics, read_metrics
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.draft import Draft
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
     build_engine,
@@ -52,6 +51,7 @@ from fastdraft.run import (
 from fastdraft.target.hf import (
     target_fingerprint,
 )
+from fastdraft.target.stored import StoreCache, StoredTarget
 
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself

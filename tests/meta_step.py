@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.kernels import chain_attention, linear_kl, matmul, teacher
 from fastdraft.kernels.teacher import PermutedHead
-from fastdraft.model import ttt
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3 import engine as ttt
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.draft import Draft
 
 
 def flop_counter() -> FlopCounterMode:

@@ -11,8 +11,8 @@ from tiny import random_draft, save_target, tiny_llama
 from bench import engines as bench
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate
-from fastdraft.export import export_draft, load_draft
-from fastdraft.model.config import DraftConfig
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.serving.export import export_draft, load_draft
 from fastdraft.target.hf import Target, load_tokenizer
 
 # An Engine that answers as told for its topk, and refuses what SGLang's would not know.

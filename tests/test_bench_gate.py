@@ -19,7 +19,7 @@ def repo(tmp_path) -> Path:
     for name, text in {
         "fastdraft/kernels/norm.py": "tl.program_id(0)",
         "fastdraft/kernels/plan.py": "no_kernel = 'here'",
-        "fastdraft/model/ttt.py": "engine",
+        "fastdraft/model/eagle3/engine.py": "engine",
         "fastdraft/optim.py": "optimizer",
         "bench/kernels/bench_norm.py": "",
     }.items():
@@ -52,7 +52,7 @@ def test_fine(repo):
     assert problems(repo) == []
 
 
-@pytest.mark.parametrize("changed", ["fastdraft/model/ttt.py", "fastdraft/kernels/plan.py", "fastdraft/optim.py"])
+@pytest.mark.parametrize("changed", ["fastdraft/model/eagle3/engine.py", "fastdraft/kernels/plan.py", "fastdraft/optim.py"])
 def test_the_engine_changed(repo, changed):
     (repo / changed).write_text("changed")
     step, tests = problems(repo)
@@ -218,6 +218,6 @@ def test_every_op_of_this_repository_has_source_files():
     for path in Path("bench/kernels").glob("bench_*.py"):
         op = path.stem.removeprefix("bench_")
         assert Path(f"fastdraft/kernels/{op}.py").resolve() in files(op)
-    assert {Path("fastdraft/model/ttt.py").resolve(), Path("fastdraft/optim.py").resolve()} <= set(files("step"))
+    assert {Path("fastdraft/model/eagle3/engine.py").resolve(), Path("fastdraft/optim.py").resolve()} <= set(files("step"))
     with pytest.raises(ValueError, match="no source file for op 'nothing'"):
         source("nothing")

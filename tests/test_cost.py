@@ -18,9 +18,9 @@ from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.cost import free_disk, pair_cost, plan, render
-from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import TTTEngine, flat_gradients, fp8_shapes
-from fastdraft.model.ttt_ref import ttt_ref
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine, flat_gradients, fp8_shapes
+from fastdraft.model.eagle3.ref import ttt_ref
 from fastdraft.run import export_run, predict
 from fastdraft.train import train
 

@@ -17,8 +17,8 @@ from fastdraft.decode import (
     generate,
     generate_plain,
 )
-from fastdraft.model.draft import Draft
-from fastdraft.model.ttt_ref import ttt_ref
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.ref import ttt_ref
 from fastdraft.target.hf import Target
 
 VOCAB = 96

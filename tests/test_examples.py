@@ -6,7 +6,7 @@ import pytest
 from tiny import LLAMA_8B
 
 from fastdraft.config import load_config
-from fastdraft.model.config import DraftConfig
+from fastdraft.model.eagle3.config import DraftConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

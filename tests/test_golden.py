@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from fastdraft import check
 from fastdraft.check import check_golden, prove_kernels
-from fastdraft.golden import load_golden, worst_errors
 from fastdraft.kernels.teacher import teacher_ref
-from fastdraft.model import ttt
-from fastdraft.model import ttt_ref as reference
-from fastdraft.model.draft import Draft
-from fastdraft.model.ttt_ref import ttt_ref_step
+from fastdraft.model.eagle3 import engine as ttt
+from fastdraft.model.eagle3 import ref as reference
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.golden import load_golden, worst_errors
+from fastdraft.model.eagle3.ref import ttt_ref_step
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """What a step of the engine costs, seen from outside: every product of real steps on the CPU.
 
 The engine is used by its public interface alone. Its CPU attention is a reference that reads all keys, so attention's
-products (batched) are left out of the count. Memory is tests/test_cost.py's and tests/model/test_ttt.py's.
+products (batched) are left out of the count. Memory is tests/test_cost.py's and tests/model/eagle3/test_engine.py's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from meta_step import flop_counter
 
 from bench.work import SHAPES, flop_parts, make_draft, make_head, make_work
 from fastdraft.batch import Batch
-from fastdraft.model.ttt import TTTEngine, flat_gradients
+from fastdraft.model.eagle3.engine import TTTEngine, flat_gradients
 
 CPU = torch.device("cpu")
 

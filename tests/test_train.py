@@ -27,8 +27,8 @@ from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
-from fastdraft.model.draft import SURE
-from fastdraft.model.ttt_ref import attention_ref
+from fastdraft.model.eagle3.draft import SURE
+from fastdraft.model.eagle3.ref import attention_ref
 from fastdraft.run import draft_shape, export_run, load_data, open_run
 from fastdraft.target.hf import Target
 from fastdraft.train import StopSignal, train

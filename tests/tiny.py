@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.draft import Draft
 
 WORDS = [a + b for a in "bcdfghjklmnprstvwz" for b in ("a", "e", "i", "o", "u", "an", "el", "ir", "om", "us")]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", "\n"]

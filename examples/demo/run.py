@@ -25,8 +25,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from fastdraft.answers.local import answer_batch
 from fastdraft.config import Config, load_config
-from fastdraft.data.answer_local import answer_batch
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode

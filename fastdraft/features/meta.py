@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from fastdraft.files import file_checksum, json_checksum, publish, write_file
-from fastdraft.model.config import language_config, read_json
+from fastdraft.model.eagle3.config import language_config, read_json
 from fastdraft.target.hf import Target, checkpoint_fingerprint, load_target_config, load_tokenizer
 
 FORMAT = 1

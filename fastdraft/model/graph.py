@@ -1,29 +1,11 @@
-"""The engine for drafts so small that the host cannot launch as fast as the GPU computes: whole packs as CUDA graphs.
-
-SmolLM2's draft takes 220 launches for 4 ms of work on 2048 tokens. A graph replays them all at once, but has one shape, so
-a pack is padded to one of few (`pad_batch`, `pad_chunk`): tokens to a multiple of ROOM, chains to a multiple of CHAINS,
-every step as many rows. The padding changes nothing but the order of sums. A shape's first pack runs without a graph, its
-second is recorded, and from then on only what is new is copied into place: indices, g and f. What is recorded is `Step`.
-
-# N tokens of a padded pack, M chains, T TTT steps
-"""
+"""CUDA graphs: work that a host would launch piece by piece, recorded once and replayed in one launch."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
-from torch import Tensor
-
-from fastdraft.batch import Batch, Features, Rows, to_device
-from fastdraft.kernels.jit import compile_together
-from fastdraft.model.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
-from fastdraft.model.ttt import GATE_UP, QKV, Step, TTTEngine, end_to_end, pack_index
-
-GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host does for its launches
-ROOM, CHAINS = 256, 512
 
 
 class GraphPool:
@@ -53,104 +35,3 @@ class GraphPool:
         # Other threads pin memory and copy meanwhile (the loader, a store's reader), which recording must not forbid them.
         with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
             launch()
-
-
-class GraphEngine(TTTEngine):
-    """TTTEngine, and packs of little work on a GPU as graphs. Weights and gradients must stay where they are."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.packs: dict[tuple[int, ...], _Pack] = {}
-        self.places: dict[int, Features] = {}  # by N, where graphs read g and f
-        self.pool, self.resized = GraphPool(), 0
-        self.work = 6 * len(self.step_weights) * sum(p.numel() for p in self.draft.trainable().values())  # FLOPs a token
-
-    def covers(self, num_tokens: int) -> bool:
-        """Whether packs of so many tokens run as graphs: one chunk, little work, and no copies of weights in it."""
-        chains, w = _padded(num_tokens - 1, CHAINS), dict(self.draft.named_parameters())  # the last two tokens have none
-        small = chains <= self.chunk_rows and num_tokens * self.work <= GRAPH_FLOPS
-        in_place = all(end_to_end([w[name] for name in names]) is not None for names in (QKV, GATE_UP))
-        return self.take.device.type == "cuda" and small and in_place and not self.fp8
-
-    def _run(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
-        if self.covers(batch.num_tokens):
-            return self.run_padded(batch, features, grads)
-        return super()._run(batch, features, grads)
-
-    @torch.no_grad()
-    def run_padded(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
-        self.check_ids(batch)
-        n, t = _padded(batch.num_tokens + 1, ROOM), len(self.step_weights)
-        padded = pad_batch(batch, n)
-        chunk = next(plan_chunks(padded, t, self.chunk_rows), None)
-        if chunk is None:
-            return super()._run(batch, features, grads)
-        self.reserve(n)
-        if self.take.resized != self.resized:  # the graphs know where the buffers were
-            self.packs.clear()
-            self.places.clear()
-            self.resized = self.take.resized
-        m = _padded(chunk.sizes[0] + 1, CHAINS)
-        where = [p.data_ptr() for p in self.draft.parameters()] + [g.data_ptr() for g in (grads or {}).values()]
-        pack = self.packs.setdefault((n, m, *where), _Pack(self, n, m, grads))
-        pack.fill(padded, pad_chunk(chunk, n, t, m), features)
-        pack.run()
-        return pack.rows(batch.num_tokens)
-
-
-def _padded(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-class _Pack:
-    """A padded pack's inputs and results, and the graph of what lies between."""
-
-    def __init__(self, engine: GraphEngine, num_tokens: int, chains: int, grads: dict[str, Tensor] | None):
-        self.engine, self.n, self.m, self.grads = engine, num_tokens, chains, grads
-        self.step: Step | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.runs = 0
-
-    def fill(self, batch: Batch, chunk: Chunk, features: Features) -> None:
-        """Copies a pack into place; the host does not wait."""
-        device = self.engine.take.device
-        named = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
-        tensors = {"index": pack_index(batch), **{name: x for name, x in named.items() if torch.is_tensor(x)}}
-        if self.step is None:
-            self.indices = torch.empty(sum(x.numel() for x in tensors.values()), dtype=torch.int64, device=device)
-            parts = self.indices.split([x.numel() for x in tensors.values()])
-            views = {name: part.view(x.shape) for (name, x), part in zip(tensors.items(), parts, strict=True)}
-            self.index, self.chunk = views.pop("index"), Chunk(**named | views)
-            fresh = Features(*(x.new_zeros(self.n, x.shape[1]) for x in (features.g, features.f)))
-            self.features = self.engine.places.setdefault(self.n, fresh)
-            self.step = Step(self.engine, self.n, self.features, self.grads)
-        self.indices.copy_(to_device(list(tensors.values()), device))
-        for place, x in ((self.features.g, features.g), (self.features.f, features.f)):
-            place[: len(x)] = x
-            place[len(x) :] = 0
-
-    def run(self) -> None:
-        cuda, kind = self.engine.take.device.type == "cuda", self.grads is not None
-        if cuda and kind not in self.engine.compiled:
-            compile_together(self.launch, self.engine.take.device)
-            self.engine.compiled.add(kind)
-        if cuda and self.runs == 1:
-            self.graph = self.engine.pool.record(self.launch)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.launch()
-        self.runs += 1
-
-    def launch(self) -> None:
-        for x in self.step.results:
-            x.zero_()
-        self.step.start_pack(self.index)
-        self.step.run_chunk(self.chunk)
-        if self.grads is not None:
-            self.step.finish_pack()
-
-    def rows(self, num_tokens: int) -> Rows:
-        """Copies: the next pack of this shape writes in the same place."""
-        t = len(self.engine.step_weights)
-        return Rows(*(x[:-1].view(t, self.n)[:, :num_tokens].clone() for x in self.step.results))

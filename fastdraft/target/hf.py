@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache,
 from transformers.utils import cached_file
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.model.config import default_layers
+from fastdraft.model.eagle3.config import default_layers
 from fastdraft.model.graph import GraphPool
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 

@@ -12,10 +12,10 @@ from test_decode import prompts, train_on_own_output
 from tiny import random_draft, tiny_llama
 
 from fastdraft.decode import DecodeSettings
-from fastdraft.engines.run import EnginePlace, Run
-from fastdraft.export import export_draft, verify
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.serving.engines import EnginePlace, Run
+from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target
 
 NEW_TOKENS = 30

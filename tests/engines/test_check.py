@@ -17,10 +17,10 @@ from tiny import make_tokenizer, random_draft, save_target, tiny_llama
 from bench import engines as bench
 from fastdraft import cli
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.engines.check import compare
-from fastdraft.engines.run import run_engine
-from fastdraft.export import export_draft, load_draft
-from fastdraft.model.config import DraftConfig
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.serving.check import compare
+from fastdraft.serving.engines import run_engine
+from fastdraft.serving.export import export_draft, load_draft
 from fastdraft.target.hf import Target, load_target
 
 # A vLLM that leaves all steps of a checkpoint named "position" at the position of the first.

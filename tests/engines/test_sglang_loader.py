@@ -9,7 +9,7 @@ import torch
 from cases import CASES, engine_place, make_case
 from safetensors.torch import load_file
 
-from fastdraft.engines.run import engine_version
+from fastdraft.serving.engines import engine_version
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from fastdraft import decode
 from fastdraft.config import load_config
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate, generate_plain
-from fastdraft.engines.parity import Parity, diagnose
-from fastdraft.engines.run import Run, run_engine
 from fastdraft.evaluate import evaluate_decode
-from fastdraft.export import load_draft
 from fastdraft.run import export_run
+from fastdraft.serving.engines import Run, run_engine
+from fastdraft.serving.export import load_draft
+from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import load_target, load_tokenizer
 from fastdraft.train import train
 

@@ -22,17 +22,17 @@ from fastdraft.batch import Batch, Features
 from fastdraft.cli import main
 from fastdraft.data.loader import Loader, read_pack
 from fastdraft.decode import DecodeSettings
-from fastdraft.features import capture as capture_module
 from fastdraft.features.fp8 import dequantize, quantize
 from fastdraft.features.meta import read_meta
-from fastdraft.features.read import StoreReader
 from fastdraft.features.store import Store, census, list_shards, merge_stores, needed, shard_number, verify_store
-from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import ttt_engine_step
-from fastdraft.model.ttt_ref import ttt_ref_step
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import ttt_engine_step
+from fastdraft.model.eagle3.ref import ttt_ref_step
 from fastdraft.offline import capture_features
 from fastdraft.run import draft_shape, evaluate_run, load_data, open_target
+from fastdraft.target import capture as capture_module
 from fastdraft.target.hf import Target
+from fastdraft.target.stored import StoreReader
 from fastdraft.train import train
 
 SELDOM = {"max_steps": 16, "eval.every": 8, "checkpoint.every": 8}  # a little under three epochs

@@ -11,10 +11,10 @@ import pytest
 import torch
 from test_ttt_attention import DEVICE, DTYPES, assert_close, documents, gradients, needs_kernels, reference, tensors
 
-from fastdraft.kernels import chain_attention
 from fastdraft.kernels import dense_attention as dense
 from fastdraft.kernels import ttt_attention as op
-from fastdraft.kernels.chain_attention import ChainAttention, attention_buffers
+from fastdraft.model.eagle3 import attention as chain_attention
+from fastdraft.model.eagle3.attention import ChainAttention, attention_buffers
 
 needs_flash = pytest.mark.skipif(not dense.installed(), reason="FlashAttention 4 is not installed (pip install .[flash])")
 

@@ -11,9 +11,9 @@ import torch
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.config import OptimConfig
 from fastdraft.kernels import jit
-from fastdraft.model.config import DraftConfig
-from fastdraft.model.draft import Draft
-from fastdraft.model.ttt import TTTEngine
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.optim import FlatAdamW
 
 WITHOUT_A_GPU = """

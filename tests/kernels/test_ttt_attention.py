@@ -242,7 +242,7 @@ def test_a_real_model():
 
 def test_reference_is_the_models_attention():
     pytest.importorskip("pydantic")
-    from fastdraft.model.ttt_ref import attention_ref
+    from fastdraft.model.eagle3.ref import attention_ref
 
     pos, doc_start = documents(6, 9)
     q, k0, v0, k, v, _ = tensors(pos, 15, 3, torch.float64, heads=(4, 2), dim=8)

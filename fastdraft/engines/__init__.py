@@ -1,1 +1,0 @@
-"""Real serving engines: run beside fastdraft in a Python of their own, and compared with what fastdraft decodes."""

@@ -1,0 +1,206 @@
+"""`fastdraft check --engine`: a user's own draft in the user's own engine, compared token for token, and faults named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
+from fastdraft.model.eagle3.config import language_config, named_dtype, read_target_config
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.serving.engines import EnginePlace, Run, Served, engine_version, run_engine
+from fastdraft.serving.export import load_draft
+from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
+from fastdraft.target.hf import Target, load_target, load_tokenizer
+
+PROMPTS = (
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "What are the differences between a frog and a toad?",
+    "Translate into French: The train leaves at nine, and I have lost my ticket.",
+    "A shop sells pens at 3 for 2 dollars. What do 12 pens cost? Show your steps.",
+    "List five things to check before a long drive.",
+    "Summarise the story of Romeo and Juliet for a child.",
+    "What does the HTTP status code 404 mean, and what should a server send with it?",
+)
+DTYPES = ("bfloat16", "float16", "float32")
+LOW = 1.15  # tokens a verifying forward, below which a draft is hardly worth its time
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """What to serve and for how long. `prompts`: a JSONL file; None: eight of our own."""
+
+    place: EnginePlace
+    checkpoint: Path
+    target: Path
+    prompts: Path | None = None
+    max_prompts: int = 16
+    max_new_tokens: int = 64
+    num_steps: int = 3
+    dtype: str | None = None  # None: the one the target's config.json names
+    timeout_s: float = 1800
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sentences for the user: what was measured, what to look at, what is wrong."""
+
+    facts: list[str]
+    warnings: list[str]
+    errors: list[str]
+
+    def lines(self) -> list[str]:
+        good = [] if self.errors else ["what the engine drafts is what fastdraft drafts"]
+        return [*self.facts, *(f"warning: {x}" for x in self.warnings), *(f"error: {x}" for x in self.errors), *good]
+
+
+def check_engine(check: EngineCheck) -> Report:
+    """Serves the checkpoint in the engine and compares what it drafted with fastdraft's own reading.
+
+    Raises ValueError when the checkpoint cannot be read as a draft of this target, the engine is missing, too old, fails or
+    runs out of time, or a prompt leaves no room in the target's context.
+    """
+    facts = language_config(read_target_config(check.target))
+    own = named_dtype(facts) or "bfloat16"
+    dtype = check.dtype or own
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
+    engine_version(check.place)
+    draft = load_draft(check.checkpoint, facts)
+    prompts = _prompt_ids(check, facts["max_position_embeddings"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = load_target(str(check.target), getattr(torch, dtype), "cpu", trust_remote_code=check.trust_remote_code)
+    stop_ids = sorted(target.eos_ids)
+    run = Run(
+        str(check.target.resolve()),
+        str(check.checkpoint.resolve()),
+        prompts,
+        check.max_new_tokens,
+        stop_ids,
+        dtype,
+        check.num_steps,
+        trust_remote_code=check.trust_remote_code,
+    )
+    # a process each, before the target takes the GPU
+    (served,), (plain,) = (run_engine(check.place, [r], check.timeout_s) for r in (run, replace(run, checkpoint=None)))
+    target = Target(target.model.to(device), draft.config.layers)
+    return compare(target, draft, prompts, served, plain, check.num_steps)
+
+
+def compare(
+    target: Target, draft: Draft, prompts: list[list[int]], served: Served, plain: Served, num_steps: int
+) -> Report:
+    """`draft` as `load_draft` gave it, in the checkpoint's dtype; the target in the dtype the engine ran in. `plain` is the
+    same engine without a draft."""
+    checkpoint_dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
+    draft = draft.to(target.device, target.dtype)
+    if draft.config.hidden_size == draft.config.target_hidden_size:
+        draft.set_embedding(target.embedding)
+    parity = Parity(target, draft, prompts, served.outputs, num_steps)
+    tokens = sum(len(o.tokens) for o in served.outputs)
+    report = Report([f"{served.engine} {served.version}, {served.dtype}: {len(prompts)} prompts, {tokens} tokens"], [], [])
+    if served.dtype != checkpoint_dtype:
+        report.warnings.append(
+            f"dtype: {served.engine} ran in {served.dtype}, the checkpoint's weights are {checkpoint_dtype}; "
+            "serve in that dtype, or export in the one served"
+        )
+    if not _target_agrees(parity, prompts, served, plain, report):
+        return report
+    if tokens == len(prompts):
+        report.errors.append("every output ended at its first token, so nothing was drafted; give other prompts")
+        return report
+    told = diagnose(parity)
+    _say_drafts(told, served, report)
+    _say_causes(told, served, report)
+    return report
+
+
+def _prompt_ids(check: EngineCheck, context: int) -> list[list[int]]:
+    tokenizer = load_tokenizer(str(check.target), check.trust_remote_code)
+    if check.prompts is None:
+        asked = [Prompt([{"role": "user", "content": text}]) for text in PROMPTS]
+    else:
+        asked = read_prompts(check.prompts)
+    if tokenizer.chat_template is None:  # a base model's target completes the last message's text
+        prompts = [tokenizer(p.messages[-1]["content"])["input_ids"] for p in asked[: check.max_prompts]]
+    else:
+        prompts = prompt_ids(asked[: check.max_prompts], tokenizer)
+    if not all(prompts):
+        raise ValueError(f"prompt {prompts.index([]) + 1} has no token; give it some text")
+    room = context - check.max_new_tokens - check.num_steps - 1
+    if (longest := max(map(len, prompts))) > room:
+        raise ValueError(
+            f"a prompt has {longest} tokens; with {check.max_new_tokens} new and {check.num_steps} drafted ones it does "
+            f"not fit the target's context of {context}: shorten it, or lower --max-new-tokens"
+        )
+    return prompts
+
+
+def _target_agrees(parity: Parity, prompts: list[list[int]], served: Served, plain: Served, report: Report) -> bool:
+    alone = Parity(parity.target, parity.draft, prompts, plain.outputs, parity.num_steps)
+    same = sum(o.tokens == p.tokens for o, p in zip(served.outputs, plain.outputs, strict=True))
+    report.facts.append(f"greedy output with and without the draft: equal for {same} of {len(prompts)} prompts")
+    for how, evidence in {"with the draft": parity.target_evidence(), "without": alone.target_evidence()}.items():
+        report.facts.append(f"output {how}: {_of_target(evidence)}")
+        if evidence.agreement < 0.99:
+            report.errors.append(
+                f"{served.engine} does not say what this target says: {_of_target(evidence)}. It serves another target, or "
+                "another precision of it; the drafts were not compared"
+            )
+    return not report.errors
+
+
+def _of_target(e: TargetEvidence) -> str:
+    return f"{e.num_equal} of {e.num_tokens} tokens are the target's first choice{_near(e)}"
+
+
+def _near(e: Evidence | TargetEvidence) -> str:
+    return f", {e.num_near} more at near-ties" if e.num_near else ""
+
+
+def _say_drafts(told: Diagnosis, served: Served, report: Report) -> None:
+    ours = told.reference
+    if ours.num_proposed:
+        report.facts.append(f"drafted tokens: {ours.num_equal} of {ours.num_proposed} are fastdraft's{_near(ours)}")
+        rounds = sum(len(o.rounds) for o in served.outputs)
+    else:
+        report.facts.append(f"{served.engine} does not show what it drafted; verifying rounds are compared")
+        rounds = served.num_rounds or 1
+    engine = f"{ours.num_tokens / rounds:.3f} in {served.engine}"
+    if ours.num_proposed and served.accepted_length is not None:  # SGLang's counts otherwise: docs/serving.md
+        engine += f" (which itself says {served.accepted_length:.3f})"
+    report.facts.append(f"accepted length, chain: {engine}, {ours.accepted_length:.3f} by fastdraft")
+
+
+def _say_causes(told: Diagnosis, served: Served, report: Report) -> None:
+    ours = told.reference
+    if not told.agrees:
+        for e in told.served_as:
+            report.errors.append(f"{e.reading.fault}: {served.engine} drafts as with {e.reading.says}{_fit(e, ours)}")
+        if not told.served_as:
+            report.errors.append(
+                f"{served.engine}'s drafts are not this checkpoint's{_fit(ours, None)}, and no single fault known here "
+                "explains them: not layer ids, position, vocabulary map, norm, dtype, RoPE or epsilon; is it the same "
+                "checkpoint?"
+            )
+    for e in told.trained_as:
+        report.errors.append(
+            f"{e.reading.fault}: with {e.reading.says} the accepted length would be {e.accepted_length:.3f} instead of "
+            f"{ours.accepted_length:.3f}; the draft was trained so, and its config.json or d2t says otherwise"
+        )
+    if told.agrees and not told.trained_as and ours.accepted_length < LOW:
+        report.warnings.append(
+            f"the accepted length of {ours.accepted_length:.3f} is low, and no other reading of the checkpoint does "
+            "better: it is served as trained. Train longer, or on the target's own answers to prompts like these"
+        )
+
+
+def _fit(evidence: Evidence, ours: Evidence | None) -> str:
+    if not evidence.num_proposed:
+        return f" (accepted length {evidence.accepted_length:.3f})"
+    share = f"{evidence.num_equal} of {evidence.num_proposed} drafted tokens"
+    return f" ({share})" if ours is None else f" ({share} are those, {ours.num_equal} the checkpoint's)"

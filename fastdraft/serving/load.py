@@ -1,0 +1,390 @@
+"""`fastdraft bench serve`: what a draft is worth in a running SGLang or vLLM server.
+
+A cell is one prompt set at one number of requests in flight, streamed through /v1/chat/completions. Every cell has a cache
+salt of its own, so that no cell's prefill reads another's prefix cache. Its numbers:
+
+    accepted length    (output tokens - requests) / verifying target forwards, as DecodeReport.accepted_length: a forward's
+                       own (bonus) token counts, the prefill's, one a request, does not
+    step_acceptance    share of verifying forwards that kept a drafted token at depth 1, 2, ...
+    inter-token        the time between two chunks of a stream, shared by the tokens of the later one
+
+Where the forwards are counted:
+    SGLang  each request's spec_tokens_details (spec_verify_ct, spec_correct_drafts_histogram); versions that do not stream
+            them (0.5.17) give them as meta_info in a second pass over the cell, not streamed and not timed; failing both,
+            the counter sglang:spec_verify_calls_total; else only the mean since the start, which is noted and not used
+    vLLM    the counters vllm:spec_decode_num_{drafts,accepted_tokens,accepted_tokens_per_pos}_total
+Counters are read before and after a cell and count by their difference. vLLM does not count a forward that had nothing
+drafted to verify; as one gives at most its accepted tokens and one more, there were at least (output tokens - requests -
+accepted tokens) forwards in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from fastdraft.answers.dialogue import for_request
+from fastdraft.answers.servers import parse_fields
+from fastdraft.data.prompts import Prompt
+from fastdraft.serving.client import (
+    GENERATED,
+    SGLANG_FORWARDS,
+    VLLM_ACCEPTED,
+    VLLM_BY_POSITION,
+    VLLM_DRAFTS,
+    Answer,
+    Counters,
+    Server,
+    SpecDetails,
+    ask_all,
+    by_position,
+    connect,
+    counted_since,
+    probe,
+    read_counters,
+    sglang_info,
+)
+
+ACCEPTED_LENGTH = (
+    "tokens per verifying forward of the target, its own (bonus) token included and the prefill's left out, "
+    "as fastdraft evaluate counts"
+)
+
+# of a request; another value would make the report untrue
+OWN_FIELDS = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "n", "stream", "stream_options"}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent. `body` holds further fields of every request, such as chat_template_kwargs."""
+
+    concurrency: tuple[int, ...] = (1,)  # requests in flight, a cell each
+    max_new_tokens: int = 256
+    temperature: float = 0.0  # 0 is greedy
+    body: dict[str, Any] = field(default_factory=dict)
+    num_warmup: int = 2  # requests to each server before the first cell, not measured
+    timeout_s: float = 300.0  # for one whole answer
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.concurrency or min(self.concurrency) < 1 or len(set(self.concurrency)) < len(self.concurrency):
+            raise ValueError(f"concurrency {self.concurrency} must be numbers of at least 1, each once")
+        for name, least in {"max_new_tokens": 2, "temperature": 0, "num_warmup": 0, "retries": 0, "timeout_s": 0.1}.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
+
+def parse_load(concurrency: str, body: str, **rest: Any) -> Load:
+    """A Load from what a command line holds: "1,4,16", and a JSON object as text. Raises ValueError."""
+    try:
+        numbers = tuple(int(number) for number in concurrency.split(","))
+    except ValueError as error:
+        raise ValueError(f"concurrency {concurrency!r} must be whole numbers with commas, like 1,4,16") from error
+    return Load(numbers, body=parse_fields(body, "--body", OWN_FIELDS), **rest)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    accepted_length: float  # ACCEPTED_LENGTH
+    engine_accept_length: float  # vLLM's own: 1 + accepted / drafts; SGLang's: output tokens / verifying forwards
+    num_forwards: int  # verifying ones
+    step_acceptance: list[float] | None
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell on one server."""
+
+    num_requests: int
+    num_retries: int
+    num_output_tokens: int
+    seconds: float  # from the first request sent to the last answer's end
+    output_tokens_per_s: float
+    first_token_ms: Percentiles | None  # over requests; None without any text
+    inter_token_ms: Percentiles | None  # over tokens; None when every answer came in one piece
+    end_to_end_ms: Percentiles  # over requests
+    acceptance: Acceptance | None  # None: no speculation, or not reported
+
+
+@dataclass(frozen=True)
+class Cell:
+    prompts: str  # name of the set
+    prompts_sha256: str  # of what was asked
+    concurrency: int
+    measured: Measured
+    baseline: Measured | None
+    speedup: float | None  # output tokens/s over the baseline's
+
+
+@dataclass(frozen=True)
+class ServeReport:
+    """`asdict` gives what JSON can hold."""
+
+    accepted_length_means: str
+    server: Server
+    baseline_server: Server | None
+    load: Load
+    cells: list[Cell]
+    notes: list[str]  # what the servers did not report, and what else a reader must know
+
+
+def read_report(path: Path) -> ServeReport:
+    """A serve.json, to compare with. Raises ValueError when it is none."""
+    try:
+        return TypeAdapter(ServeReport).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(f"{path} is no serve.json of fastdraft bench serve: {where}: {first['msg']}") from error
+
+
+def bench_serve(
+    url: str,
+    prompts: Mapping[str, Sequence[Prompt]],  # by the set's name
+    load: Load,
+    baseline_url: str | None = None,
+    baseline: ServeReport | None = None,  # of an earlier run with the same prompts and load
+    api_key: str | None = None,
+    on_cell: Callable[[ServeReport], None] = lambda report: None,  # gets the report so far after each cell
+) -> ServeReport:
+    """Measures every prompt set at every concurrency; with `baseline_url`, each cell there too, right after.
+
+    Raises ValueError, in one sentence, when a server cannot be reached, is of neither engine, refuses a request, is too
+    slow or dies, and when `baseline` lacks a cell or was measured otherwise.
+    """
+    if baseline is not None and baseline_url is not None:
+        raise ValueError("give a baseline's URL or an earlier baseline's file, not both")
+    if not prompts:
+        raise ValueError("no prompts; give at least one set")
+    for name, asked in prompts.items():
+        if not asked:
+            raise ValueError(f"prompt set {name} holds no prompt")
+    if baseline is not None:
+        _check_baseline(baseline, prompts, load)
+    return asyncio.run(_bench(url, prompts, load, baseline_url, baseline, api_key, on_cell))
+
+
+def _sha256(prompts: Sequence[Prompt]) -> str:
+    asked = [p._asdict() if p.tools else p.messages for p in prompts]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _earlier(baseline: ServeReport, prompts: Sequence[Prompt], concurrency: int) -> Measured | None:
+    same = (c for c in baseline.cells if c.prompts_sha256 == _sha256(prompts) and c.concurrency == concurrency)
+    return next((cell.measured for cell in same), None)
+
+
+def _check_baseline(baseline: ServeReport, prompts: Mapping[str, Sequence[Prompt]], load: Load) -> None:
+    for name in ("max_new_tokens", "temperature", "body"):
+        now, then = getattr(load, name), getattr(baseline.load, name)
+        if now != then:
+            raise ValueError(f"the baseline was measured with {name} {then}, this run has {now}: they do not compare")
+    for name, asked in prompts.items():
+        for concurrency in load.concurrency:
+            if _earlier(baseline, asked, concurrency) is None:
+                raise ValueError(f"the baseline has no cell with the prompts of {name} at concurrency {concurrency}")
+
+
+async def _bench(
+    url: str,
+    prompts: Mapping[str, Sequence[Prompt]],
+    load: Load,
+    baseline_url: str | None,
+    baseline: ServeReport | None,
+    api_key: str | None,
+    on_cell: Callable[[ServeReport], None],
+) -> ServeReport:
+    async with connect(url, api_key) as client, connect(baseline_url or url, api_key) as plain_client:
+        server = await probe(client)
+        plain = await probe(plain_client) if baseline_url is not None else None
+        baseline_server = plain if baseline is None else baseline.server
+        notes = _first_notes(server, baseline_server, prompts, load)
+        if warm := list(islice(chain.from_iterable(prompts.values()), load.num_warmup)):
+            await _measure(client, server, warm, 1, load, [])
+            if plain is not None:
+                await _measure(plain_client, plain, warm, 1, load, [])
+        report = ServeReport(ACCEPTED_LENGTH, server, baseline_server, load, [], notes)
+        for name, asked in prompts.items():
+            for concurrency in load.concurrency:
+                measured = await _measure(client, server, asked, concurrency, load, notes)
+                if plain is not None:
+                    other = await _measure(plain_client, plain, asked, concurrency, load, notes)
+                else:
+                    other = _earlier(baseline, asked, concurrency) if baseline is not None else None
+                speedup = measured.output_tokens_per_s / other.output_tokens_per_s if other else None
+                cell = Cell(name, _sha256(asked), concurrency, measured, other, speedup)
+                report = replace(report, cells=[*report.cells, cell], notes=list(dict.fromkeys(notes)))
+                on_cell(report)
+    return report
+
+
+def _first_notes(server: Server, baseline: Server | None, prompts: Mapping[str, Sequence[Prompt]], load: Load) -> list[str]:
+    notes = []
+    if server.speculates is False:
+        notes.append(f"{server.url} runs without speculation: there is no accepted length to measure")
+    if baseline is not None and baseline.speculates is not False:
+        said = "speculates" if baseline.speculates else "may speculate, it does not say"
+        notes.append(f"the baseline {baseline.url} {said}: then the speed-up is not over the target alone")
+    if baseline is not None and baseline.model != server.model:
+        notes.append(f"{server.url} serves {server.model}, the baseline {baseline.model}")
+    for name, asked in prompts.items():
+        if len(asked) < max(load.concurrency):
+            notes.append(f"prompts in {name}: {len(asked)}, so never more than that many in flight")
+    return notes
+
+
+# --- one cell ------------------------------------------------------------------------------------------------------------
+
+
+async def _measure(
+    client: httpx.AsyncClient,
+    server: Server,
+    prompts: Sequence[Prompt],
+    concurrency: int,
+    load: Load,
+    notes: list[str],  # gets what the server did not report
+) -> Measured:
+    body = {
+        "model": server.model,
+        "max_tokens": load.max_new_tokens,
+        "temperature": load.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "cache_salt": uuid.uuid4().hex,
+        **({"return_spec_tokens_details": True} if server.engine == "SGLang" else {}),
+        **load.body,
+    }
+    bodies = [body | for_request(*prompt) for prompt in prompts]
+    before = await read_counters(client)
+    start = time.perf_counter()
+    answers = await ask_all(client, bodies, concurrency, load.timeout_s, load.retries)
+    seconds = time.perf_counter() - start
+    num_tokens, num_retries = sum(a.num_tokens for a in answers), sum(a.num_retries for a in answers)
+    if num_retries:
+        notes.append(f"{server.url}: {num_retries} times a request was sent again; tokens/s holds the time that was lost")
+    if any(a.gaps_s and not a.chunks_tell for a in answers):
+        notes.append(f"{server.url} does not report the tokens of each chunk: inter-token times are each answer's mean")
+    if mute := sum(a.first_s is None for a in answers):
+        notes.append(f"{server.url} streamed no text for {mute} of {len(answers)} requests: first tokens are of the others")
+    if not num_tokens:
+        raise ValueError(f"{server.url} answered {len(answers)} requests without a single token")
+    generated = GENERATED[server.engine]
+    counted = await counted_since(client, before, generated, num_tokens)
+    others = round(counted.get((generated, ""), num_tokens) - num_tokens)
+    if others:
+        why = "other requests, answers cut off, or counters that are late"
+        notes.append(f"{server.url} counted {others:+d} tokens besides those answered here: {why}")
+    if server.speculates is False:
+        acceptance = None
+    elif server.engine == "vLLM":
+        acceptance = _vllm_acceptance(server, answers, counted, others, notes)
+    else:
+        counting = answers
+        if _details(answers) is None:
+            unstreamed = {"stream": False, "stream_options": None, "return_meta_info": True, "cache_salt": uuid.uuid4().hex}
+            again = await ask_all(client, [b | unstreamed for b in bodies], concurrency, load.timeout_s, load.retries)
+            if _details(again) is not None:
+                counting = again
+                notes.append(f"{server.url} does not stream spec_tokens_details: counted in a second, unstreamed pass")
+        acceptance = await _sglang_acceptance(client, server, counting, counted, others, notes)
+    return Measured(
+        num_requests=len(answers),
+        num_retries=num_retries,
+        num_output_tokens=num_tokens,
+        seconds=seconds,
+        output_tokens_per_s=num_tokens / seconds,
+        first_token_ms=_percentiles(a.first_s for a in answers if a.first_s is not None),
+        inter_token_ms=_percentiles(gap for a in answers for gap in a.gaps_s),
+        end_to_end_ms=_percentiles(a.end_s for a in answers),
+        acceptance=acceptance,
+    )
+
+
+def _percentiles(seconds: Iterable[float]) -> Percentiles | None:
+    values = list(seconds)
+    return Percentiles(*(np.percentile(values, (50, 90, 99)) * 1e3).tolist()) if values else None
+
+
+def _after_prefill(answers: list[Answer]) -> int:
+    return sum(a.num_tokens - 1 for a in answers if a.num_tokens)
+
+
+def _vllm_acceptance(
+    server: Server, answers: list[Answer], counted: Counters, others: int, notes: list[str]
+) -> Acceptance | None:
+    drafts, accepted = (round(counted.get((name, ""), 0)) for name in (VLLM_DRAFTS, VLLM_ACCEPTED))
+    if server.speculates is None:
+        notes.append(f"{server.url} reports nothing of speculation: no vllm: counters in /metrics (--disable-log-stats?)")
+    elif not drafts:
+        notes.append(f"{server.url} can speculate but verified nothing drafted")
+    if not drafts:
+        return None
+    own = 1 + accepted / drafts
+    steps = [value / drafts for value in by_position(counted)]
+    if not steps:
+        notes.append(f"{server.url} does not report acceptance by depth ({VLLM_BY_POSITION})")
+    if others:  # the counters' ratio holds whosesoever tokens they are
+        notes.append(f"{server.url}: accepted length is therefore 1 + accepted / drafts of all it served meanwhile")
+        return Acceptance(own, own, drafts, steps or None)
+    produced = _after_prefill(answers)
+    forwards = max(drafts, produced - accepted)
+    if forwards > drafts:
+        notes.append(f"{server.url}: some target forwards had nothing drafted to verify; the accepted length counts them")
+    return Acceptance(produced / forwards, own, forwards, steps or None)
+
+
+def _details(answers: list[Answer]) -> list[SpecDetails] | None:
+    """Of each answer that was verified at all (one of a single token is the prefill's); None if one lacks them."""
+    details = [a.spec for a in answers if a.num_tokens > 1]
+    return details if all(d is not None and d.spec_verify_ct for d in details) else None
+
+
+async def _sglang_acceptance(
+    client: httpx.AsyncClient, server: Server, answers: list[Answer], counted: Counters, others: int, notes: list[str]
+) -> Acceptance | None:
+    produced, tokens = _after_prefill(answers), sum(a.num_tokens for a in answers)
+    details = _details(answers)
+    if details == []:
+        notes.append(f"{server.url} verified nothing: no answer was longer than the prefill's token")
+        return None
+    if details is not None:
+        forwards = sum(d.spec_verify_ct for d in details)
+        kept = [d.spec_correct_drafts_histogram for d in details]
+        num_steps = server.speculation.get("speculative_num_steps")  # beyond what any forward kept: shares of 0
+        deepest = max(max(map(len, kept)) - 1, num_steps if isinstance(num_steps, int) and num_steps < 64 else 0)
+        steps = [sum(sum(histogram[depth:]) for histogram in kept) / forwards for depth in range(1, deepest + 1)]
+        if not any(kept):
+            notes.append(f"{server.url} does not report acceptance by depth (spec_correct_drafts_histogram)")
+        return Acceptance(produced / forwards, tokens / forwards, forwards, steps if any(kept) else None)
+
+    lacks = f"{server.url} does not report verifying forwards by request (spec_tokens_details, or meta_info)"
+    forwards = round(counted.get((SGLANG_FORWARDS, ""), 0))
+    if forwards and not others:
+        notes.append(f"{lacks}: taken from {SGLANG_FORWARDS}, without acceptance by depth")
+        return Acceptance(produced / forwards, tokens / forwards, forwards, None)
+    states = (await sglang_info(client)).get("internal_states")
+    states = [s for s in states if isinstance(s, dict)] if isinstance(states, list) else []
+    means = [mean for s in states if isinstance(mean := s.get("avg_spec_accept_length"), float | int) and mean]
+    known = f"only its mean since it was started is known, {np.mean(means):.3f}" if means else "nor a mean"
+    notes.append(f"{lacks}, nor by {SGLANG_FORWARDS} alone (--enable-metrics): {known}")
+    return None

@@ -1,0 +1,306 @@
+"""What an engine drafted beside what fastdraft drafts from the same checkpoint, and which reading explains a difference.
+
+The engine's output is given, so nothing is generated here: the target runs prompt and output once, and the draft's chains
+start at every position of it at once, as in training-time test. With x the tokens, t a position and c^i_t the token that
+stands at depth i of the chain from t:
+
+    step i reads    x_{t+1} (i = 0) or c^{i-1}_t, at RoPE position t + i, attends to K^0_s for s <= t and to its own chain
+    parity          c = the engine's proposals where it made them: is each the draft's own choice at that place?
+    acceptance      c^i_t = x_{t+2+i}, the output itself: a round from t keeps the leading steps whose choice is c. Greedy
+                    rounds follow from that alone, so the accepted length of any reading is known without decoding again
+
+A `Reading` is one way to understand a checkpoint: the documented one, or that with one fault. If the engine's proposals are
+another reading's, the engine reads the checkpoint so; if another reading would be accepted more, it was trained so. RoPE
+sees only differences of positions, so an offset common to all steps is no fault and cannot be seen.
+
+# L tokens of prompt and output, S draft steps, H / Ht draft / target hidden, Vd draft vocabulary
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdraft.model.eagle3.config import default_layers
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.ref import attention_ref
+from fastdraft.model.rope import Rope
+from fastdraft.serving.engines import Output
+from fastdraft.target.hf import Target
+
+# a token may be another than ours where its logit is this near to the best, as a share of the largest logit
+NEAR_TIE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+SAME_ROUNDS = 0.03  # relative difference in verifying rounds that near-ties may make
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a checkpoint; the defaults are the documented way. `fault` names what differs from it."""
+
+    fault: str = ""  # layer ids, position, vocabulary map, norm, dtype, token, config field
+    says: str = "as the checkpoint says"
+    layers: tuple[int, int, int] | None = None  # outputs of the target's layers, from 0
+    advances: bool = True  # step i at position t + i; else all at t
+    late: int = 0  # added to the position of every step but the first
+    shift: int = 1  # step 0 at t reads x_{t+shift}
+    rope: tuple[tuple[str, object], ...] | None = None  # rope_parameters
+    vocabulary: str = "offset"  # d2t is an offset, "absolute" ids, or "ignored"
+    normed_state: bool = False  # the next step reads the state after the final norm
+    fc_norm: bool = True  # where the draft has it
+    rms_norm_eps: float | None = None
+    dtype: torch.dtype | None = None  # that the draft runs in
+
+
+def readings(draft: Draft, target: Target) -> list[Reading]:
+    """The documented reading first, then every single fault that would be another reading of this draft."""
+    c, n = draft.config, target.num_layers
+    found = [Reading()]
+    moved = [default_layers(n)] + [tuple(layer + by for layer in c.layers) for by in (-1, 1)]
+    for layers in dict.fromkeys(moved):
+        if layers != c.layers and 0 <= layers[0] < layers[1] < layers[2] < n:
+            why = "the default" if layers == default_layers(n) else "off by one"
+            found.append(Reading("layer ids", f"outputs of layers {list(layers)} ({why})", layers=layers))
+    found.append(Reading("position", "every step at the position of the first", advances=False))
+    found.append(Reading("position", "steps after the first one position late", late=1))
+    found.append(Reading("token", "step 0 reads the token at its own position, not the next one", shift=0))
+    if c.draft_vocab_size < c.vocab_size:
+        if int(draft.d2t.min()) >= 0 and int(draft.d2t.max()) < c.vocab_size:
+            found.append(Reading("vocabulary map", "d2t read as target ids, not as offsets", vocabulary="absolute"))
+        found.append(Reading("vocabulary map", "d2t ignored, draft ids taken for target ids", vocabulary="ignored"))
+    found.append(Reading("norm", "the state after the final norm goes to the next step (norm_output)", normed_state=True))
+    if c.fc_norm:
+        found.append(Reading("norm", "fc_norm left out", fc_norm=False))
+    plain = {"rope_theta": c.rope_parameters["rope_theta"], "rope_type": "default"}
+    ropes = {"RoPE without its scaling": plain, "rope_theta 10000": dict(c.rope_parameters) | {"rope_theta": 10000.0}}
+    for says, rope in ropes.items():
+        if rope != c.rope_parameters:
+            found.append(Reading("config field", f"{says} (rope_parameters)", rope=tuple(rope.items())))
+    for eps in (1e-5, 1e-6):
+        if eps != c.rms_norm_eps:
+            found.append(Reading("config field", f"rms_norm_eps {eps}", rms_norm_eps=eps))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype != draft.fc.weight.dtype:
+            found.append(Reading("dtype", f"the draft runs in {str(dtype).removeprefix('torch.')}", dtype=dtype))
+    return found
+
+
+def read_as(draft: Draft, reading: Reading) -> Draft:
+    """A copy of the draft with what a reading changes about its weights, map, norms and frequencies."""
+    draft = copy.deepcopy(draft)
+    c = draft.config
+    if reading.dtype is not None:
+        draft.to(reading.dtype)
+    if reading.rope is not None:
+        draft.rope = Rope(dict(reading.rope), c.head_dim, c.max_position_embeddings).to(draft.fc.weight.device)
+    if not reading.fc_norm:
+        draft.config = c.model_copy(update={"fc_norm": False})
+    if reading.vocabulary != "offset":
+        # draft_ids adds arange back
+        arange = torch.arange(c.draft_vocab_size, device=draft.d2t.device)
+        draft.d2t.copy_(draft.d2t - arange if reading.vocabulary == "absolute" else torch.zeros_like(arange))
+    if reading.rms_norm_eps is not None:
+        for norm in (m for m in draft.modules() if hasattr(m, "eps")):
+            norm.eps = reading.rms_norm_eps
+    return draft
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Of every position and depth: the draft's choice, and how far the chain's own token is below it."""
+
+    choice: Tensor  # [L-1, S] int64 target ids
+    gap: Tensor  # [L-1, S] logit of the choice minus that of the chain's token, over the largest logit; inf: not in Vd
+
+
+@torch.no_grad()
+def run_chains(
+    draft: Draft,  # `read_as` the reading
+    reading: Reading,
+    ids: Tensor,  # [L] int64
+    g: Tensor,  # [L, 3*Ht]
+    chain: Tensor,  # [L-1, S] int64 target ids, c
+) -> Chains:
+    rows = len(ids) - 1
+    positions = torch.arange(rows, device=ids.device)
+    h = draft.combine(g[:rows].to(draft.fc.weight.dtype))
+    token = ids[reading.shift :][:rows]
+    place = torch.full((draft.config.vocab_size,), -1, dtype=torch.int64, device=ids.device)  # [V] draft id of a target id
+    known = (draft.draft_ids >= 0) & (draft.draft_ids < draft.config.vocab_size)
+    place[draft.draft_ids[known]] = known.nonzero().flatten()
+    keys, values, choices, gaps = [], [], [], []
+    for i in range(chain.shape[1]):
+        if i:
+            token = chain[:, i - 1]
+        at = positions + (i * reading.advances + reading.late * (i > 0))
+        q, k, v = draft.qkv(token, h, at)
+        keys.append(k)
+        values.append(v)
+        y = draft.finish(h, attention_ref(q, keys, values, (rows,)))
+        logits = draft.logits(y).float()
+        best, top = logits.max(-1)
+        draft_id = place[chain[:, i]]
+        theirs = logits.gather(1, draft_id.clamp_min(0)[:, None])[:, 0]
+        gap = (best - theirs) / logits.abs().amax(-1)
+        gaps.append(gap.where(draft_id >= 0, torch.inf))
+        choices.append(draft.draft_ids[top])
+        h = draft.norm(y) if reading.normed_state else y
+    return Chains(torch.stack(choices, 1), torch.stack(gaps, 1))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How one reading fits what an engine did, added up over all outputs."""
+
+    reading: Reading
+    num_proposed: int  # tokens the engine proposed and showed
+    num_equal: int  # of them, those that are this reading's choice
+    num_near: int  # others whose logit is a near-tie
+    num_tokens: int  # output tokens, the first of each output left out
+    rounds: tuple[int, ...]  # verifying rounds of each output if the draft ran so
+    lengths: Tensor  # [positions] float64, accepted length of a round from every place of the outputs
+
+    @property
+    def accepted_length(self) -> float:
+        """As `DecodeReport.accepted_length`: tokens a verifying forward, the prefill's left out."""
+        return self.num_tokens / max(sum(self.rounds), 1)
+
+    @property
+    def agreement(self) -> float:
+        return (self.num_equal + self.num_near) / max(self.num_proposed, 1)
+
+    @property
+    def num_missed(self) -> int:
+        return self.num_proposed - self.num_equal
+
+
+@dataclass(frozen=True)
+class TargetEvidence:
+    """Output tokens against the target's own choice for the same tokens before them."""
+
+    num_tokens: int
+    num_equal: int
+    num_near: int
+
+    @property
+    def agreement(self) -> float:
+        return (self.num_equal + self.num_near) / max(self.num_tokens, 1)
+
+
+class Parity:
+    """The target's states of every prompt with its output, captured once per choice of layers."""
+
+    def __init__(
+        self, target: Target, draft: Draft, prompts: Sequence[list[int]], outputs: Sequence[Output], num_steps: int
+    ):
+        self.target, self.draft, self.outputs, self.num_steps = target, draft, outputs, num_steps
+        self.prompts = [len(p) for p in prompts]
+        self.ids = [torch.tensor(p + o.tokens, device=target.device) for p, o in zip(prompts, outputs, strict=True)]
+        self._states: dict[tuple[int, int, int], list[Tensor]] = {}
+
+    def states(self, layers: tuple[int, int, int]) -> list[Tensor]:  # [L, 3*Ht] each
+        if layers not in self._states:
+            target = self.target if layers == self.target.layers else Target(self.target.model, layers)
+            self._states[layers] = [target.forward(ids[None])[0][0] for ids in self.ids]
+        return self._states[layers]
+
+    def target_evidence(self) -> TargetEvidence:
+        equal = near = total = 0
+        tie = NEAR_TIE[self.target.dtype]
+        for ids, start in zip(self.ids, self.prompts, strict=True):
+            with torch.no_grad():
+                logits = self.target.head.logits(self.target.forward(ids[None])[1][0, start - 1 : -1]).float()
+            best = logits.max(-1).values
+            gap = (best - logits.gather(1, ids[start:, None])[:, 0]) / logits.abs().amax(-1)
+            equal, total = equal + int((gap == 0).sum()), total + len(gap)
+            near += int(((gap > 0) & (gap <= tie)).sum())
+        return TargetEvidence(total, equal, near)
+
+    def evidence(self, reading: Reading) -> Evidence:
+        draft = read_as(self.draft, reading)
+        tie = NEAR_TIE[draft.fc.weight.dtype]
+        states = self.states(reading.layers or self.draft.config.layers)
+        proposed = equal = near = tokens = 0
+        rounds, lengths = [], []
+        for ids, start, output, g in zip(self.ids, self.prompts, self.outputs, states, strict=True):
+            hits = self._hits(draft, reading, ids, g)
+            kept = hits.long().cumprod(1).sum(1)  # [L-1] leading hits of a round from t = root - 1
+            root, count, last = start, 0, len(ids) - 1
+            while root < last:
+                root, count = root + int(kept[root - 1]) + 1, count + 1
+            rounds.append(count)
+            tokens += last - start
+            lengths.append(1 + kept[start - 1 : last - 1].double())
+            if output.rounds:
+                roots = torch.tensor([start + r.after - 1 for r in output.rounds], device=ids.device)
+                theirs = torch.tensor([r.drafted for r in output.rounds], device=ids.device)  # [rounds, S]
+                chain = torch.zeros_like(ids[:-1])[:, None].repeat(1, theirs.shape[1])
+                chain[roots - 1] = theirs
+                found = run_chains(draft, reading, ids, g, chain)
+                gap = found.gap[roots - 1]
+                same = found.choice[roots - 1] == theirs
+                proposed, equal = proposed + theirs.numel(), equal + int(same.sum())
+                near += int((~same & (gap <= tie)).sum())
+        return Evidence(reading, proposed, equal, near, tokens, tuple(rounds), torch.cat(lengths))
+
+    def _hits(self, draft: Draft, reading: Reading, ids: Tensor, g: Tensor) -> Tensor:  # [L-1, S] bool
+        """Where the reading's choice is the token that the output has there."""
+        wanted = (
+            torch.arange(len(ids) - 1, device=ids.device)[:, None] + 2 + torch.arange(self.num_steps, device=ids.device)
+        )
+        inside = wanted < len(ids)
+        chain = ids[wanted.clamp_max(len(ids) - 1)]
+        return (run_chains(draft, reading, ids, g, chain).choice == chain) & inside
+
+
+# --- diagnosis -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    reference: Evidence
+    served_as: list[Evidence]  # readings that explain the engine's proposals where the documented one does not
+    trained_as: list[Evidence]  # readings that would be accepted clearly more often
+    agrees: bool  # every proposal is the documented reading's, near-ties aside (or its rounds, where none are shown)
+
+
+def diagnose(parity: Parity) -> Diagnosis:
+    """Tries every reading. `served_as` and `trained_as` hold the best reading of each fault, best first."""
+    reference, *others = (parity.evidence(reading) for reading in readings(parity.draft, parity.target))
+    if reference.num_proposed:
+        agrees = reference.agreement == 1 and reference.num_near <= 0.1 * reference.num_proposed
+        better = [e for e in others if e.num_missed <= 0.5 * reference.num_missed and e.agreement >= 0.8]
+        better.sort(key=lambda e: e.num_missed)
+    else:
+        agrees = _round_error(parity, reference) <= SAME_ROUNDS
+        better = [e for e in others if _round_error(parity, e) <= SAME_ROUNDS]
+        better.sort(key=lambda e: _round_error(parity, e))
+    gained = sorted((e for e in others if _gain(e, reference)), key=lambda e: -_gain(e, reference))
+    return Diagnosis(reference, [] if agrees else _best_of_each_fault(better), _best_of_each_fault(gained), agrees)
+
+
+def _best_of_each_fault(best_first: list[Evidence]) -> list[Evidence]:
+    found: dict[str, Evidence] = {}
+    for evidence in best_first:
+        found.setdefault(evidence.reading.fault, evidence)
+    return list(found.values())
+
+
+def _gain(evidence: Evidence, reference: Evidence) -> float:
+    """Tokens a round more than the reference, 0 unless that is more than a tenth of a token and three standard errors."""
+    difference = evidence.lengths - reference.lengths
+    if len(difference) < 2:
+        return 0.0
+    gain, error = float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
+    return gain if gain > max(0.1, 3 * error) else 0.0
+
+
+def _round_error(parity: Parity, evidence: Evidence) -> float:
+    """Relative difference of the engine's number of rounds from the reading's; inf when the engine does not tell."""
+    theirs = [o.num_rounds for o in parity.outputs]
+    if any(n is None for n in theirs):
+        return float("inf")
+    return abs(sum(theirs) - sum(evidence.rounds)) / max(sum(theirs), 1)
