@@ -5,12 +5,12 @@ float32 rows over the draft vocabulary (by loss), attention probabilities [Hq, L
 values repeated for each query head. On top of what is kept comes the largest short-lived part: full-vocabulary teacher
 logits or one document's attention.
 
-The fused engine (`model/eagle3/engine.py`) lists what it takes: a chunk's buffers, once, and what it keeps for every token of a pack.
-On the CPU its attention keeps [rows, Hq, N] probabilities too. Its FLOPs are counted with every token trained on: loss
-masks make its chunks fewer and its work less.
+The fused engine (`model/eagle3/engine.py`) lists what it takes: a chunk's buffers, once, and what it keeps for every token
+of a pack. On the CPU its attention keeps [rows, Hq, N] probabilities too. Its FLOPs are counted with every token trained
+on: loss masks make its chunks fewer and its work less.
 
-Not counted: the target's own forward, a second g and f for a small draft's graphs (`model/eagle3/graph_engine.py`), allocator slack, the
-CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch.
+Not counted: the target's own forward, a second g and f for a small draft's graphs (`model/eagle3/graph_engine.py`),
+allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch.
 
 # N tokens of a pack, L tokens of a document, T TTT steps, M chains of a chunk, R = T*M, H draft hidden, Ht target hidden,
 # V target vocabulary, Vd draft vocabulary, Hq/Hkv heads, D head dim, E = Hq*D, K = Hkv*D, W = E + 2K, I MLP width,

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.kernels import chain_attention, linear_kl, matmul, teacher
+from fastdraft.kernels import linear_kl, matmul, teacher
 from fastdraft.kernels.teacher import PermutedHead
+from fastdraft.model.eagle3 import attention
 from fastdraft.model.eagle3 import engine as ttt
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
@@ -61,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-class _KernelAttention(chain_attention.ChainAttention):
+class _KernelAttention(attention.ChainAttention):
     """Takes the buffers of a GPU's, computes nothing."""
 
     def __init__(self, take, k0, v0, row_pos, row_start, sizes, context, d_context):

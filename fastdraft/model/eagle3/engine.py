@@ -3,7 +3,7 @@
 Computes what `ttt_ref_step` computes (the specification) by four facts (docs/mathematics.md):
 
 1 Once K^0, V^0 of the whole pack exist, a position's chain depends on no other: steps 0..T-1, all losses and the backward
-  run for `chunk_rows` chains at a time (`model/eagle3/chunks.py`). Kept for every token are h^0, K^0, V^0 and their gradients.
+  run for `chunk_rows` chains at a time (`chunks.py`). Kept for every token are h^0, K^0, V^0 and their gradients.
 2 Row (t, i) is computed only while some step j >= i at t is trained on, its head only if (t, i) itself is.
 3 The embedding's half of QKV depends on the token alone: a chunk computes it once for each token its rows read, step i
   reads the row of token t+1+i, and its gradient is collected once.

@@ -36,7 +36,7 @@ from fastdraft.model.eagle3.engine import (
 from fastdraft.model.eagle3.golden import load_golden, worst_errors
 from fastdraft.model.eagle3.ref import ttt_ref_step
 
-GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
+GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("*.safetensors"))
 V, HT = 31, 12  # of `draft_shape`
 DRAFTS = {
     "mha": {},
