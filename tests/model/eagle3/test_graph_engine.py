@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ttt import DRAFTS, decay, make_draft, make_inputs
+from test_engine import DRAFTS, decay, make_draft, make_inputs
 
 from fastdraft.batch import Batch, Features
 from fastdraft.model.eagle3 import graph_engine as graph
