@@ -29,15 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdraft.batch import LossKind
+from fastdraft.model.buffers import table_bytes
 from fastdraft.model.eagle3.config import DraftConfig
-from fastdraft.model.eagle3.engine import (
-    buffer_rows,
-    chunk_buffers,
-    fp8_buffers,
-    pack_buffers,
-    pick_chunk_rows,
-    table_bytes,
-)
+from fastdraft.model.eagle3.memory import buffer_rows, chunk_buffers, fp8_buffers, pack_buffers, pick_chunk_rows
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Engine = Literal["reference", "fused"]

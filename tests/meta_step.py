@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.kernels import linear_kl, matmul, teacher
 from fastdraft.kernels.teacher import PermutedHead
-from fastdraft.model.eagle3 import attention
+from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.eagle3 import attention, memory
 from fastdraft.model.eagle3 import engine as ttt
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
@@ -106,11 +107,11 @@ def _kernels_replaced():
     def buffers(c, chunk_rows, steps, dtype, target_dtype, _device):
         return table(c, chunk_rows, steps, dtype, target_dtype, "cuda")
 
-    table = ttt.chunk_buffers
+    table = memory.chunk_buffers
     with ExitStack() as stack:
         for owner, name, value in (
             (ttt, "ChainAttention", _KernelAttention),
-            (ttt, "chunk_buffers", buffers),
+            (memory, "chunk_buffers", buffers),
             (ttt, "permute_head", permuted),
             *((ttt, name, nothing) for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward_")),
             *((ttt, name, nothing) for name in ("chain_qkv", "chain_qkv_backward")),
@@ -146,7 +147,7 @@ def meta_step(
         n, width = batch.num_tokens, config.target_hidden_size
         features = Features(torch.empty(n, 3 * width, dtype=target_dtype), torch.empty(n, width, dtype=target_dtype))
         head = TargetHead(torch.empty(config.vocab_size, width, dtype=target_dtype))
-        grads = ttt.flat_gradients(draft)
+        grads = flat_gradients(draft.trainable())
         weights = torch.empty(ttt_length)
     inputs = [*draft.parameters(), *draft.buffers(), features.g, features.f, head.weight, weights]
     alive = LiveBytes([*inputs, *grads.values()])

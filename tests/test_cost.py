@@ -18,8 +18,10 @@ from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.cost import free_disk, pair_cost, plan, render
+from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.eagle3.engine import TTTEngine, flat_gradients, fp8_shapes
+from fastdraft.model.eagle3.engine import TTTEngine
+from fastdraft.model.eagle3.memory import fp8_shapes
 from fastdraft.model.eagle3.ref import ttt_ref
 from fastdraft.run import export_run, predict
 from fastdraft.train import train
@@ -225,7 +227,7 @@ def test_fused_memory_on_the_cpu_matches_a_real_step(lengths, chunk_rows, steps,
     draft, held, _ = tiny_step(c, dtype, steps, lengths)
     *_, g, f, head = held
     batch = all_trained(*lengths)
-    grads = flat_gradients(draft)
+    grads = flat_gradients(draft.trainable())
     with LiveBytes([*held, *grads.values(), batch.input_ids, batch.loss_mask], "cpu") as made:
         engine = TTTEngine(draft, TargetHead(head), torch.ones(steps), chunk_rows=chunk_rows)
         engine.step(batch, Features(g, f), grads)

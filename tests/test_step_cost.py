@@ -12,7 +12,8 @@ from meta_step import flop_counter
 
 from bench.work import SHAPES, flop_parts, make_draft, make_head, make_work
 from fastdraft.batch import Batch
-from fastdraft.model.eagle3.engine import TTTEngine, flat_gradients
+from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.eagle3.engine import TTTEngine
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def products(config, batch: Batch, steps: int, chunk_rows: int = 64) -> int:
     """FLOPs with weights, in a step."""
     work = make_work(config, [batch], steps, torch.float32, CPU)
     draft, head = make_draft(config, torch.float32, CPU), make_head(config, torch.float32, CPU)
-    engine, grads = TTTEngine(draft, head, work.step_weights, chunk_rows=chunk_rows), flat_gradients(draft)
+    engine, grads = TTTEngine(draft, head, work.step_weights, chunk_rows=chunk_rows), flat_gradients(draft.trainable())
     with flop_counter() as counter:
         engine.step(batch, work.features[0], grads)
     aten = torch.ops.aten

@@ -137,8 +137,7 @@ def _rms_norm_backward_kernel(
     INDEXED: tl.constexpr,
     HAS_DX: tl.constexpr,
     ADDS: tl.constexpr,  # 0..2
-    ADD0_INDEXED: tl.constexpr,  # add0 is dx itself
-    ADD1_INDEXED: tl.constexpr,
+    ADD0_INDEXED: tl.constexpr,  # add0 is dx itself, read where it is written
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -162,8 +161,7 @@ def _rms_norm_backward_kernel(
                 at = target if ADD0_INDEXED else row
                 dx += tl.load(add0_ptr + at * add0_stride + cols, mask=inside, other=0.0).to(tl.float32)
             if ADDS == 2:
-                at = target if ADD1_INDEXED else row
-                dx += tl.load(add1_ptr + at * add1_stride + cols, mask=inside, other=0.0).to(tl.float32)
+                dx += tl.load(add1_ptr + row * add1_stride + cols, mask=inside, other=0.0).to(tl.float32)
             tl.store(dx_ptr + target * dx_stride + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(partial_ptr + first * H + cols, dw, mask=inside)
 
@@ -234,13 +232,15 @@ def _rms_norm_backward(
     rows: Tensor | None,  # [n]
     x_rows: Tensor | None,  # [n]
     add: Sequence[Tensor],
+    add_dx: bool,
     config: RMSNormConfig,
 ) -> None:
     n, hidden = dy.shape
     if n == 0:
         return
     programs = min(n, len(partial))
-    add0, add1 = (*add, None, None)[:2]
+    adds = (dx, *add) if add_dx else add
+    add0, add1 = (*adds, None, None)[:2]
     _rms_norm_backward_kernel[(programs,)](
         dy,
         x,
@@ -262,9 +262,8 @@ def _rms_norm_backward(
         X_INDEXED=x_rows is not None,
         INDEXED=rows is not None,
         HAS_DX=dx is not None,
-        ADDS=len(add),
-        ADD0_INDEXED=rows is not None and add0 is not None and _same(add0, dx),
-        ADD1_INDEXED=rows is not None and add1 is not None and _same(add1, dx),
+        ADDS=len(adds),
+        ADD0_INDEXED=rows is not None and add_dx,
         BLOCK=config.block,
         STAGES=config.stages,
         num_warps=config.num_warps,
@@ -272,10 +271,6 @@ def _rms_norm_backward(
     _add_partial_kernel[(triton.cdiv(hidden, REDUCE_COLS),)](
         partial, dweight, programs, H=hidden, ROWS=REDUCE_ROWS, COLS=REDUCE_COLS, num_warps=8
     )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 @torch.no_grad()
@@ -334,21 +329,24 @@ def rms_norm_backward(
     *,
     rows: Tensor | None = None,  # [n] int64 row of dx, without repeats; None: j
     x_rows: Tensor | None = None,  # [n] int64 row of x; None: j
-    add: Sequence[Tensor] = (),  # up to two [n, H] added to dx
+    add: Sequence[Tensor] = (),  # [n, H] each, read at row j
+    add_dx: bool = False,  # what dx held before, read where it is written; with `add` up to two
 ) -> None:
-    """dx[rows[j]] = gradient of row j + sum of add[j], rounded once; dweight grows by the weight's gradient.
+    """dx[rows[j]] = gradient of row j, + dx[rows[j]] if add_dx, + sum of add[j], rounded once; dweight grows by the
+    weight's gradient.
 
-    An add is read at row j, unless it is dx itself (the same memory and shape) and `rows` is given: then at rows[j].
-    So dx += gradient is add=(dx,), with rows or without. dy or an add may be dx where both are read at j. The bits of
-    dweight depend on n and P, nothing else. Allocates nothing on a GPU. Raises ValueError for what does not fit.
+    dy or an add may be dx where both are read at j. The bits of dweight depend on n and P, nothing else. Allocates nothing
+    on a GPU. Raises ValueError for what does not fit.
     """
     n = len(dy)
-    if len(add) > 2 or (add and dx is None):
-        raise ValueError(f"add has {len(add)} tensors, dx is {'not ' if dx is not None else ''}None: two at most, with dx")
+    if len(add) + add_dx > 2 or ((add or add_dx) and dx is None):
+        raise ValueError(
+            f"{len(add)} tensors in add, add_dx {add_dx}, dx {'None' if dx is None else 'given'}: two at most, with dx"
+        )
     tensors = {"dy": (dy, n)}
     if dx is not None:
         tensors["dx"] = (dx, n if rows is None else len(dx))
-        tensors |= {f"add[{k}]": (a, len(dx) if rows is not None and _same(a, dx) else n) for k, a in enumerate(add)}
+        tensors |= {f"add[{k}]": (a, n) for k, a in enumerate(add)}
     _check_rows(tensors, {"rows": (rows, n), "x_rows": (x_rows, n)}, x, weight, one_dtype=False)
     stats = torch.promote_types(x.dtype, torch.float32)
     if r.shape != (n,) or r.dtype != stats or dweight.shape != weight.shape or dweight.dtype != stats:
@@ -364,15 +362,16 @@ def rms_norm_backward(
                 f"partial is {tuple(partial.shape)} {partial.dtype}; contiguous [P, {x.shape[1]}] float32 is needed"
             )
         config = rms_norm_config(x.shape[1])
-        _rms_norm_backward(dy, x, r, weight, dx, dweight, partial, rows, x_rows, add, config)
+        _rms_norm_backward(dy, x, r, weight, dx, dweight, partial, rows, x_rows, add, add_dx, config)
         return
     source = x[:n] if x_rows is None else x[x_rows]
     gradient, dw = rms_norm_backward_ref(dy, source, r[:, None], weight)
     dweight += dw
     if dx is not None:
-        for a in add:
-            gradient += a[rows] if rows is not None and _same(a, dx) else a
-        dx[slice(None) if rows is None else rows] = gradient.to(dx.dtype)
+        place = slice(None) if rows is None else rows
+        for a in (dx[place], *add) if add_dx else add:
+            gradient += a
+        dx[place] = gradient.to(dx.dtype)
 
 
 def _check_rows(

@@ -39,9 +39,9 @@ def kernel_forward(x, weight, eps, y, r, *, rows=None, delta=None, total=None):
     _rms_norm(x, weight, eps, y, r, rows, delta, total, rms_norm_config(x.shape[1]))
 
 
-def kernel_backward(dy, x, r, weight, dx, dweight, partial, *, rows=None, x_rows=None, add=()):
+def kernel_backward(dy, x, r, weight, dx, dweight, partial, *, rows=None, x_rows=None, add=(), add_dx=False):
     config = rms_norm_config(x.shape[1])
-    _rms_norm_backward(dy, x, r, weight, dx, dweight, partial, rows, x_rows, add, config)
+    _rms_norm_backward(dy, x, r, weight, dx, dweight, partial, rows, x_rows, add, add_dx, config)
 
 
 def autograd_truth(x, weight, dy):
@@ -83,13 +83,14 @@ def check_backward(backward, shape, device, dtype, three_way, gather, scatter, a
     targets = torch.arange(m, device=device).flip(0)[:n]
     before = torch.randn(m, x.shape[1], generator=torch.Generator().manual_seed(7)).to(device, dtype)
     dx = before.clone() if scatter else torch.empty_like(dy)
-    extra = [add, dx][:adds] if scatter else [add, add][:adds]
+    add_dx = scatter and adds == 2
+    extra = [add] if add_dx else [add, add][:adds]
     extra_truth = sum(
         (a.double() for a in ([add, before[targets]][:adds] if scatter else extra)), torch.zeros_like(dy).double()
     )
     backward(
         dy, x, r, weight, dx, dweight, partial,
-        rows=targets if scatter else None, x_rows=rows if gather else None, add=extra,
+        rows=targets if scatter else None, x_rows=rows if gather else None, add=extra, add_dx=add_dx,
     )  # fmt: skip
     _, dx_truth, dw_truth = autograd_truth(source, weight, dy)
     plain_dx, plain_dw = rms_norm_backward_ref(dy, source, r[:, None], weight)
@@ -159,7 +160,7 @@ def test_in_place_and_without_dx(device, poison):
     for backward in (kernel_backward, rms_norm_backward):
         partial = torch.empty(8, 24, device=device)
         dweight, dx = torch.zeros(24, device=device), add.clone()
-        backward(dy, x, r, weight, dx, dweight, partial, add=(dx,))
+        backward(dy, x, r, weight, dx, dweight, partial, add_dx=True)
         torch.testing.assert_close(dx, want + add)
         dx = dy.clone()
         backward(dx, x, r, weight, dx, dweight, partial)
@@ -176,7 +177,7 @@ def test_dx_may_be_wider_than_the_rest(device):
     dx = torch.ones(6, 24, dtype=torch.float64)
     at = rows.cpu()
     inputs = (t.cpu() for t in (dy, x, r, weight))
-    rms_norm_backward(*inputs, dx, torch.zeros(24), torch.empty(1, 24), rows=at, x_rows=at, add=(dx,))
+    rms_norm_backward(*inputs, dx, torch.zeros(24), torch.empty(1, 24), rows=at, x_rows=at, add_dx=True)
     torch.testing.assert_close(dx[at], want.cpu().double() + 1, rtol=0, atol=1e-5)
     assert (dx.sum(-1) == 24).sum() == 3
 
@@ -269,7 +270,7 @@ def test_bf16_gradients_into_float32_rows(device):
     want, _ = rms_norm_backward_ref(dy, x[rows], r[:, None], weight)
     dx, partial = torch.ones(100, 576, device=device), torch.empty(rms_norm_partials(576, device), 576, device=device)
     dweight = torch.zeros(576, device=device)
-    rms_norm_backward(dy, x, r, weight, dx, dweight, partial, rows=rows, x_rows=rows, add=(dx,))
+    rms_norm_backward(dy, x, r, weight, dx, dweight, partial, rows=rows, x_rows=rows, add_dx=True)
     torch.testing.assert_close(dx[rows], want + 1, rtol=1e-5, atol=1e-5)
 
 

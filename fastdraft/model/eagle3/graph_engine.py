@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Features, Rows, to_device
 from fastdraft.kernels.jit import compile_together
+from fastdraft.model.buffers import end_to_end
 from fastdraft.model.eagle3.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
-from fastdraft.model.eagle3.engine import GATE_UP, QKV, Step, TTTEngine, end_to_end, pack_index
+from fastdraft.model.eagle3.engine import GATE_UP, QKV, Step, TTTEngine, pack_index
 from fastdraft.model.graph import GraphPool
 
 GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host does for its launches

@@ -22,18 +22,12 @@ from tiny import draft_shape
 from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.kernels import matmul
+from fastdraft.model.buffers import flat_gradients, table_bytes
 from fastdraft.model.eagle3 import engine as ttt
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.eagle3.engine import (
-    TTTEngine,
-    chunk_buffers,
-    fitting_chunk_rows,
-    flat_gradients,
-    pack_buffers,
-    table_bytes,
-    ttt_engine_step,
-)
+from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
 from fastdraft.model.eagle3.golden import load_golden, worst_errors
+from fastdraft.model.eagle3.memory import chunk_buffers, fitting_chunk_rows, pack_buffers
 from fastdraft.model.eagle3.ref import ttt_ref_step
 
 GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("*.safetensors"))
@@ -167,7 +161,7 @@ def test_nothing_trained_gives_nothing(lengths):
     """All masked, or all trained in documents too short to have a row."""
     draft, (batch, features, head) = make_draft(), make_inputs(lengths)
     batch = replace(batch, loss_mask=torch.full_like(batch.loss_mask, max(lengths) < 3))
-    grads = flat_gradients(draft)
+    grads = flat_gradients(draft.trainable())
     for grad in grads.values():
         grad.fill_(3.0)
     rows = TTTEngine(draft, head, decay(4)).step(batch, features, grads)
@@ -178,7 +172,7 @@ def test_nothing_trained_gives_nothing(lengths):
 def test_gradients_add_up():
     draft, (batch, features, head) = make_draft(**DRAFTS["fc_norm"]), make_inputs()
     other_batch, other_features, _ = make_inputs((5, 11), seed=8)
-    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), flat_gradients(draft)
+    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), flat_gradients(draft.trainable())
     engine.step(batch, features, grads)
     engine.step(other_batch, other_features, grads)
     first = ttt_ref_step(draft, batch, features, head, decay(4))[1]
@@ -192,7 +186,7 @@ def test_gradients_add_up():
 def test_rows_are_those_of_the_step(kind):
     draft, (batch, features, head) = make_draft(**DRAFTS["gqa"]), make_inputs()
     engine = TTTEngine(draft, head, decay(5), kind, chunk_rows=9)
-    step, rows = engine.step(batch, features, flat_gradients(draft)), engine.rows(batch, features)
+    step, rows = engine.step(batch, features, flat_gradients(draft.trainable())), engine.rows(batch, features)
     for name in ("loss", "acceptance", "hit", "live", "masked_in"):
         assert torch.equal(getattr(step, name), getattr(rows, name)), name
 
@@ -201,7 +195,7 @@ def test_the_draft_and_its_input_stay_as_they_are():
     draft, (batch, features, head) = make_draft(**DRAFTS["fc_norm"]), make_inputs()
     held = [*draft.state_dict().values(), features.g, features.f, head.weight, batch.input_ids, batch.loss_mask]
     before = [x.clone() for x in held]
-    TTTEngine(draft, head, decay(5), chunk_rows=9).step(batch, features, flat_gradients(draft))
+    TTTEngine(draft, head, decay(5), chunk_rows=9).step(batch, features, flat_gradients(draft.trainable()))
     assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))
     assert all(p.grad is None for p in draft.parameters())
 
@@ -280,7 +274,7 @@ def test_what_runs_at_every_step_is_in_fp8(monkeypatch):
 
     monkeypatch.setattr(matmul, "multiply", counted)
     engine = TTTEngine(draft, head, decay(3).float(), chunk_rows=64, fp8=True)
-    engine.step(batch, Features(features.g[:20], features.f[:20]), flat_gradients(draft))
+    engine.step(batch, Features(features.g[:20], features.f[:20]), flat_gradients(draft.trainable()))
     h, e, width, inner, vocab = 128, 128, 256, 384, 512
     once = [(h, e), (2 * inner, h), (h, inner), (inner, h), (h, 2 * inner), (e, h)]  # o, gate and up, down, and back
     qkv = [(e, h), (h, e), *2 * [(width, h), (h, width)]]
@@ -297,20 +291,22 @@ def test_rows_are_never_in_fp8_and_nothing_of_it_stays():
     for _ in range(2):
         for name, rows in (("plain", plain.rows(batch, features)), ("fp8", engine.rows(batch, features))):
             assert torch.equal(rows.loss, plain.rows(batch, features).loss), name
-        engine.step(batch, features, flat_gradients(draft))
+        engine.step(batch, features, flat_gradients(draft.trainable()))
     assert all(torch.equal(now, then) for now, then in zip(draft.parameters(), before, strict=True))
 
 
 def test_fp8_weights_follow_the_draft():
     draft, *case = fp8_case()
     engine = TTTEngine(draft, *case[2:], fp8=True)
-    first = engine.step(*case[:2], flat_gradients(draft)).loss
+    first = engine.step(*case[:2], flat_gradients(draft.trainable())).loss
     held = {name: x.data_ptr() for name, x in engine.take.held.items()}
     with torch.no_grad():
         draft.lm_head.weight.mul_(3)
-    second = engine.step(*case[:2], flat_gradients(draft)).loss
+    second = engine.step(*case[:2], flat_gradients(draft.trainable())).loss
     assert not torch.equal(first, second)
-    assert torch.equal(second, TTTEngine(draft, *case[2:], fp8=True).step(*case[:2], flat_gradients(draft)).loss)
+    assert torch.equal(
+        second, TTTEngine(draft, *case[2:], fp8=True).step(*case[:2], flat_gradients(draft.trainable())).loss
+    )
     assert {name: x.data_ptr() for name, x in engine.take.held.items()} == held
 
 
@@ -327,7 +323,7 @@ def test_ids_outside_the_vocabulary_are_refused(wrong):
     ids = batch.input_ids.clone()
     ids[4] = wrong
     with pytest.raises(ValueError, match=rf"token ids .*{wrong}.* do not fit the draft's vocabulary of {V}"):
-        TTTEngine(draft, head, decay(3)).step(replace(batch, input_ids=ids), features, flat_gradients(draft))
+        TTTEngine(draft, head, decay(3)).step(replace(batch, input_ids=ids), features, flat_gradients(draft.trainable()))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +385,7 @@ def test_memory_of_a_chunk_grows_with_its_rows():
 
 def test_a_second_step_takes_no_buffer():
     draft, (batch, features, head) = make_draft(), make_inputs()
-    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), flat_gradients(draft)
+    engine, grads = TTTEngine(draft, head, decay(4), chunk_rows=9), flat_gradients(draft.trainable())
     engine.step(batch, features, grads)
     held = {name: x.data_ptr() for name, x in engine.take.held.items()}
     other, other_features, _ = make_inputs((31, 2, 8), seed=5)
@@ -401,9 +397,9 @@ def test_the_run_that_only_compiles_has_a_chunk_with_a_long_context(monkeypatch)
     """The last chunk may be of a short document: then it lacks what a chunk far into the long one launches."""
     draft, (_, features, head) = make_draft(), make_inputs((50, 12))
     seen = []
-    monkeypatch.setattr(ttt, "nothing_runs", lambda: True)
     monkeypatch.setattr(ttt.Step, "run_chunk", lambda self, chunk: seen.append(chunk.context))
-    TTTEngine(draft, head, decay(4), chunk_rows=10).step(all_trained(50, 12), features, flat_gradients(draft))
+    batch, engine = all_trained(50, 12), TTTEngine(draft, head, decay(4), chunk_rows=10)
+    ttt.Step(engine, batch.num_tokens, features, flat_gradients(draft.trainable())).rehearse(batch)
     assert seen == [None, (0, 30), (50, 52)]
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_engine import DRAFTS, decay, make_draft, make_inputs
 
 from fastdraft.batch import Batch, Features
+from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3 import graph_engine as graph
 from fastdraft.model.eagle3.chunks import pad_batch, pad_chunk, plan_chunks
-from fastdraft.model.eagle3.engine import flat_gradients
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.ref import ttt_ref_step
 
@@ -35,7 +35,7 @@ def assert_same(rows, law):
 @pytest.mark.parametrize("name", DRAFTS)
 def test_padded_packs_equal_the_reference(name, kind, small_shapes):
     draft = make_draft(**DRAFTS[name])
-    engine, grads, law = None, flat_gradients(draft), {}
+    engine, grads, law = None, flat_gradients(draft.trainable()), {}
     for seed, lengths in enumerate(LENGTHS):
         batch, features, head = make_inputs(lengths, seed=seed)
         engine = engine or GraphEngine(draft, head, decay(5), kind)
@@ -54,8 +54,8 @@ def test_what_the_pack_before_left_behind_does_not_matter(small_shapes):
     long, short = make_inputs((30, 31), seed=1), make_inputs((29, 20), seed=2)
     alone, after = (GraphEngine(draft, short[2], decay(4)) for _ in range(2))
     mask = torch.ones(61, dtype=torch.bool)
-    grads = [flat_gradients(draft), flat_gradients(draft)]
-    after.run_padded(Batch(long[0].input_ids, mask, long[0].lengths), long[1], flat_gradients(draft))
+    grads = [flat_gradients(draft.trainable()), flat_gradients(draft.trainable())]
+    after.run_padded(Batch(long[0].input_ids, mask, long[0].lengths), long[1], flat_gradients(draft.trainable()))
     for x in after.places.values():
         x.g.fill_(7.0)
         x.f.fill_(7.0)
@@ -76,7 +76,7 @@ def test_rows_stay_when_the_next_pack_runs(small_shapes):
 
 def test_nothing_trained_on_is_no_work(small_shapes):
     draft, (batch, features, head) = make_draft(), make_inputs((30, 31))
-    engine, grads = GraphEngine(draft, head, decay(4)), flat_gradients(draft)
+    engine, grads = GraphEngine(draft, head, decay(4)), flat_gradients(draft.trainable())
     rows = engine.run_padded(Batch(batch.input_ids, torch.zeros_like(batch.loss_mask), batch.lengths), features, grads)
     assert not rows.sums().any() and not engine.packs and not any(g.any() for g in grads.values())
 
@@ -139,7 +139,7 @@ def test_a_graph_is_what_it_recorded(dtype):
     head = make_inputs((5,), dtype=dtype, vocab=151, width=64)[2]
     head = type(head)(head.weight.cuda())
     engine, found = GraphEngine(draft, head, decay(5).float().cuda()), []
-    flat = flat_gradients(draft)
+    flat = flat_gradients(draft.trainable())
     for _ in range(4):
         for g in flat.values():
             g.zero_()
@@ -148,7 +148,7 @@ def test_a_graph_is_what_it_recorded(dtype):
     assert all(pack.graph is not None for pack in engine.packs.values())
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
-    plain = flat_gradients(draft)
+    plain = flat_gradients(draft.trainable())
     for b, f in packs:
         super(GraphEngine, engine)._run(b, f, plain)
     bound = 1e-4 if dtype == torch.float32 else 3e-2
