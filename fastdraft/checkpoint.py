@@ -22,11 +22,11 @@ from typing import Any
 
 import filelock
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastdraft.dist.mesh import barrier, from_rank_0, is_rank_0
 from fastdraft.files import file_checksum, json_checksum, write_file
 
 FORMAT = 2
@@ -55,18 +55,17 @@ def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], state: dict[str, 
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state['step']:08d}"
-    failure = [None]
+    failure = None
     if is_rank_0():
         try:
             _write(folder / f".writing-{final.name}", final, tensors, state)
             _delete_old(folder, keep)
         except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
-            failure = [_reason(error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
+            failure = _reason(error)
+    failure = from_rank_0(failure)
+    if failure is not None:
         raise ValueError(
-            f"checkpoint {final} could not be written ({failure[0]}); the previous ones are untouched. "
+            f"checkpoint {final} could not be written ({failure}); the previous ones are untouched. "
             f"Free space under {folder} and run the same command again to go on from the last checkpoint"
         )
     return final
@@ -255,12 +254,3 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def is_rank_0() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -56,9 +56,8 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder's checkpoints and start anew.")] = False,
 ) -> None:
     """Train a draft; alone, or under torchrun. Goes on from the run folder's newest checkpoint."""
-    import torch
-
     from fastdraft.config import load_config
+    from fastdraft.dist import mesh
     from fastdraft.run import print_plan
     from fastdraft.train import train as run
 
@@ -67,8 +66,7 @@ def train(
         print_plan(loaded, console)
         return
     result = run(loaded, fresh)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    mesh.end_process()
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
 
@@ -178,9 +176,9 @@ def regenerate(
     else:
         refuse_idle(context, ("model", "concurrency", "timeout", "retries", "api_key_env"), "--url")
         from fastdraft.answers.local import open_local
-        from fastdraft.run import start_process
+        from fastdraft.dist.mesh import start_process
 
-        by = open_local(target, start_process(device)[0], dtype, batch_size, trust_remote_code, sampling)
+        by = open_local(target, start_process(device), dtype, batch_size, trust_remote_code, sampling)
     outcome = regenerate(prompts, out, by, console, allow_failures, skip_bad_lines, fresh)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)
@@ -209,9 +207,8 @@ def capture(
     ] = "0/1",
 ) -> None:
     """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
-    import torch
-
     from fastdraft.config import load_config
+    from fastdraft.dist import mesh
     from fastdraft.offline import capture_features
 
     i, _, n = part.partition("/")
@@ -219,8 +216,7 @@ def capture(
         raise ValueError(f"--part {part} is not I/N with 0 <= I < N")
     loaded = load_config(config, overrides or [])
     capture_features(loaded, out, _auto_or_fp8(dtype), (int(i), int(n)), plan, say)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    mesh.end_process()
 
 
 @features.command("import-specforge")
@@ -470,8 +466,9 @@ def main() -> None:
         said = _one_line(error)
         if said is None:
             raise
-        who = f"fastdraft, rank {os.environ['RANK']}" if "RANK" in os.environ else "fastdraft"  # under torchrun all speak
-        Console(stderr=True).print(f"{who}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+        from fastdraft.dist.mesh import speaker
+
+        Console(stderr=True).print(f"{speaker()}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -11,10 +11,11 @@ import filelock
 
 from fastdraft.config import Config
 from fastdraft.cost import GIB, free_disk
+from fastdraft.dist import mesh
 from fastdraft.features.meta import DTYPES, capture_meta, start_store, target_ends
 from fastdraft.features.specforge import import_bytes, import_dumps, list_dumps
 from fastdraft.features.store import SHARD_BYTES, Store, census
-from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_process
+from fastdraft.run import draft_shape, load_data, open_target, run_meta
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.hf import target_fingerprint
 
@@ -49,7 +50,7 @@ def capture_features(
     say(f"at most {needed_bytes / GIB:.3f} GiB to write, target.safetensors with it; {free / GIB:.3f} GiB free at {out}")
     if plan_only:
         return
-    device, _, _ = start_process(config.device)
+    device = mesh.start_process(config.device)
     target = open_target(config, shape.layers, device)
     wanted = capture_meta(wanted, target, target_fingerprint(target), data=plan.data, shards=len(plan.shards))
     out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def import_specforge(
     wanted = replace(wanted, dtype="fp8" if dtype == "fp8" else wanted.dtype)
     dumps = list_dumps(folder)
     free_disk(out, import_bytes(dumps, wanted), "the feature store")
-    device, _, _ = start_process(config.device)
+    device = mesh.start_process(config.device)
     target = open_target(config, shape.layers, device)
     out.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(out / ".start.lock"):  # one import at a time

@@ -4,14 +4,12 @@ draft, its evaluation and export, from the run's folder."""
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import yaml
 from datasets import Dataset
 from rich.console import Console
@@ -27,6 +25,7 @@ from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.data.stream import open_stream
 from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
 from fastdraft.decode import DecodeSettings
+from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.features.meta import COMPARED, Meta, capture_meta, expected_meta, refuse_other, start_store, target_ends
 from fastdraft.features.specforge import read_vocab_mapping
@@ -45,25 +44,6 @@ from fastdraft.target.hf import (
     target_fingerprint,
 )
 from fastdraft.target.stored import StoreCache, StoredTarget, StoreReader, check_documents
-
-
-def start_process(device: str) -> tuple[torch.device, int, int]:  # device, rank, number of ranks
-    """Joins the process group when torchrun started this process. Raises ValueError for a device this machine lacks."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {device} is not one of auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device: cuda, but PyTorch sees no CUDA GPU here; set device=cpu or install a CUDA build of PyTorch"
-        )
-    cuda = device != "cpu" and torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    found = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(found)
-    if "RANK" in os.environ and not dist.is_initialized():
-        # gloo also where there are GPUs: ranks agree on a stop without waiting for theirs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=found if cuda else None)
-    return found, (dist.get_rank() if dist.is_initialized() else 0), (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -100,12 +80,11 @@ def open_features(
     wanted = run_meta(config, layers)
     if config.features.mode == "cache":
         target = open_target(config, layers, device)
-        if checkpoint.is_rank_0():
+        if mesh.is_rank_0():
             start_store(folder, capture_meta(wanted, target, target_fingerprint(target)), target_ends(target))
-        checkpoint.barrier()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), rank, world)
-        checkpoint.barrier()  # nobody writes before all have counted
+        mesh.barrier()
+        cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), mesh.rank(), mesh.world())
+        mesh.barrier()  # nobody writes before all have counted
         told = [f"{reason}; its documents are run again" for reason in cache.store.damaged.values()]
         return target, cache, told + runs_apart(target)
     store = Store(folder)
@@ -222,7 +201,7 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]
     """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode."""
     saved, draft = read_draft(run_dir, which)
     config = Config.model_validate(saved.state["config"])
-    device, _, _ = start_process(config.device)
+    device = mesh.start_process(config.device)
     target = open_target(config, draft.config.layers, device)
     if target_fingerprint(target) != saved.state["target"]:
         raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")

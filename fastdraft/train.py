@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -30,6 +29,7 @@ from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config
 from fastdraft.cost import free_disk, pair_cost
 from fastdraft.data.loader import Ahead, Loader, eval_batches
+from fastdraft.dist import mesh
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.features.memory import FeatureCache
 from fastdraft.metrics import Metrics, read_metrics
@@ -45,7 +45,6 @@ from fastdraft.run import (
     load_data,
     new_draft,
     open_features,
-    start_process,
     target_parameters,
 )
 from fastdraft.target.hf import (
@@ -70,13 +69,14 @@ class TrainResult:
 
 def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
-    device, rank, world = start_process(config.device)
+    device = mesh.start_process(config.device)
     check_precision(config, device)
     with checkpoint.alone_in(Path(config.run_dir)):
-        return _train(config, fresh, device, rank, world)
+        return _train(config, fresh, device)
 
 
-def _train(config: Config, fresh: bool, device: torch.device, rank: int, world: int) -> TrainResult:
+def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
+    rank, world = mesh.rank(), mesh.world()
     dtype = compute_dtype(config, device)
     run_dir = Path(config.run_dir)
     torch.manual_seed(config.seed)
@@ -125,7 +125,7 @@ def _train(config: Config, fresh: bool, device: torch.device, rank: int, world: 
             lambda batch: engine.rows(*capture(batch)),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
             config.ttt_length,
-            reduce=all_sum,
+            reduce=mesh.all_sum,
         )
         return eval_values(report, config.loss.step_decay)
 
@@ -171,8 +171,8 @@ def _train(config: Config, fresh: bool, device: torch.device, rank: int, world: 
                 batch, features = capture(batch)
                 step_sums += engine.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
-            all_sum(optimizer.grad)
-            all_sum(step_sums)
+            mesh.all_sum(optimizer.grad)
+            mesh.all_sum(step_sums)
             norm = optimizer.step(step_sums[3, 0])
             window["sums"] += step_sums
             window["skipped_steps"] += step_sums[3, 0] == 0
@@ -245,9 +245,9 @@ def resume(
     run_dir, told = Path(config.run_dir), []
     found = checkpoint.list_checkpoints(run_dir)
     if fresh:
-        if found and checkpoint.is_rank_0():
+        if found and mesh.is_rank_0():
             shutil.rmtree(run_dir / "checkpoints")
-        checkpoint.barrier()
+        mesh.barrier()
         return 0, told
     live = run_tensors(optimizer, draft, window)
     damaged: list[Path] = []
@@ -368,13 +368,6 @@ def all_finite(features: Features) -> Tensor:  # scalar bool
     return features.g.isfinite().all() & features.f.isfinite().all()
 
 
-def all_sum(x: Tensor) -> Tensor:
-    """Adds up all ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
 class StopSignal:
     """Remembers SIGTERM or SIGINT instead of dying of it; a second one of them does kill."""
 
@@ -392,11 +385,8 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> bool:
-        """True on every rank once any rank got a signal. The ranks' hosts meet here, no GPU is waited for."""
-        if dist.is_initialized():
-            number = torch.tensor(self.number or 0)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = int(number) or None
+        """True on every rank once any rank got a signal."""
+        self.number = mesh.largest(self.number or 0) or None
         return self.number is not None
 
 

@@ -26,6 +26,7 @@ from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.data.loader import Ahead, Loader
+from fastdraft.dist import mesh
 from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
@@ -442,7 +443,7 @@ def train_until_a_kill(file: Path, place: object, name: str, number: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "number"), [(training, "evaluate_tau", 0), (checkpoint, "_write", 0), (training, "all_sum", 1)]
+    ("place", "name", "number"), [(training, "evaluate_tau", 0), (checkpoint, "_write", 0), (mesh, "all_sum", 1)]
 )
 def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(make_config, tmp_path, place, name, number):
     """While it evaluates, writes a checkpoint, or adds up gradients; no process waits for ever."""

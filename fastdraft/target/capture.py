@@ -11,7 +11,6 @@ take shards that nobody holds. A lock dies with its process.
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -27,6 +26,7 @@ from datasets import Dataset
 from fastdraft.batch import Batch
 from fastdraft.cost import GIB, free_disk
 from fastdraft.data.loader import Loader, eval_packs, read_pack
+from fastdraft.dist import mesh
 from fastdraft.features.meta import Meta
 from fastdraft.features.store import INDEX_BYTES, SHARD_BYTES, document_keys, list_shards, needed, shard_number
 from fastdraft.features.writer import ShardWriter
@@ -142,7 +142,7 @@ def run_capture(
     locks = folder / LOCKS
     locks.mkdir(exist_ok=True)
     mine = range(part[0], len(plan.shards), part[1])
-    first = int(os.environ.get("RANK", 0)) * len(mine) // int(os.environ.get("WORLD_SIZE", 1))
+    first = mesh.rank() * len(mine) // mesh.world()
     order = [*mine[first:], *mine[:first]]  # ranks begin far apart
     progress = _Progress(mine, folder, say)
     for wait in (False, True):  # take what is free; then what others left behind when they died
