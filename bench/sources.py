@@ -13,7 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
-    "adamw": CUDA,
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "data": ["fastdraft/data/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
