@@ -15,7 +15,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, Rows, to_device
+from fastdraft.batch import Batch, Features, Rows, copy_into
 from fastdraft.kernels.jit import compile_together
 from fastdraft.model.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.ttt import GATE_UP, QKV, Step, TTTEngine, end_to_end, pack_index
@@ -93,7 +93,7 @@ class _Pack:
             fresh = Features(*(x.new_zeros(self.n, x.shape[1]) for x in (features.g, features.f)))
             self.features = self.engine.places.setdefault(self.n, fresh)
             self.step = Step(self.engine, self.n, self.features, self.grads)
-        self.indices.copy_(to_device(list(tensors.values()), device))
+        copy_into(self.indices, list(tensors.values()))
         for place, x in ((self.features.g, features.g), (self.features.f, features.f)):
             place[: len(x)] = x
             place[len(x) :] = 0

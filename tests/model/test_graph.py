@@ -3,6 +3,8 @@ graph itself."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,6 +93,27 @@ def test_buffers_that_moved_are_found(small_shapes):
         assert_same(engine.run_padded(batch, features, None), law)
         engine.run_padded(*longer[:2], None)
         engine.take.resize({name: (rows + 1, *rest) for name, (rows, *rest) in engine.take.table.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_pack_is_put_in_place_without_other_memory_of_the_gpu(small_shapes, monkeypatch):
+    draft = make_draft().to("cuda", torch.float32)
+    batch, features, head = make_inputs((30, 31), dtype=torch.float32)
+    features = Features(features.g.cuda(), features.f.cuda())
+    head = replace(head, weight=head.weight.cuda(), bias=head.bias.cuda())
+    engine = GraphEngine(draft, head, decay(4).float().cuda())
+    law, allocated, fill = engine.run_padded(batch, features, None), [], graph._Pack.fill
+
+    def counted(*args) -> None:
+        count = lambda: torch.cuda.memory_stats()["allocation.all.allocated"]  # noqa: E731
+        before = count()
+        fill(*args)
+        allocated.append(count() - before)
+
+    monkeypatch.setattr(graph._Pack, "fill", counted)
+    again = engine.run_padded(batch, features, None)
+    assert allocated == [0] and torch.equal(again.loss, law.loss)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 10**6))
