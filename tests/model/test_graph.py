@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from test_ttt import DRAFTS, decay, make_draft, make_inputs
 
 from fastdraft.batch import Batch, Features
+from fastdraft.config import OptimConfig
 from fastdraft.model import graph
 from fastdraft.model.chunks import pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.graph import GraphEngine
 from fastdraft.model.ttt import flat_gradients
 from fastdraft.model.ttt_ref import ttt_ref_step
+from fastdraft.optim import FlatAdamW
 
 NAMES = ("loss", "acceptance", "hit", "live", "masked_in")
 LENGTHS = ((23, 1, 9, 2, 17, 3, 12), (5, 11), (3, 40, 2), (60,), (23, 1, 9, 2, 17, 3, 12))
@@ -81,6 +83,29 @@ def test_nothing_trained_on_is_no_work(small_shapes):
     engine, grads = GraphEngine(draft, head, decay(4)), flat_gradients(draft)
     rows = engine.run_padded(Batch(batch.input_ids, torch.zeros_like(batch.loss_mask), batch.lengths), features, grads)
     assert not rows.sums().any() and not engine.packs and not any(g.any() for g in grads.values())
+
+
+def test_only_packs_of_one_chunk_run_as_graphs(small_shapes, monkeypatch):
+    """A graph is one chunk: a pack of more chains, padded, than chunk_rows runs without one, as does one of much work."""
+    draft, (_, _, head) = make_draft(), make_inputs()
+    FlatAdamW(draft.trainable(), OptimConfig(), 1, torch.float64)  # lays the weights end to end
+    engine = GraphEngine(draft, head, decay(4), chunk_rows=32)
+    assert not engine.covers(10)  # there are no graphs on a CPU
+    engine.take.device = torch.device("cuda")  # asked for its name alone
+    assert [engine.covers(n) for n in (10, 33, 34, 1000)] == [
+        True,
+        True,
+        False,
+        False,
+    ]  # 34: up to 32 chains and one for padding
+    monkeypatch.setattr(graph, "GRAPH_FLOPS", 20 * engine.work)
+    assert [engine.covers(n) for n in (20, 21)] == [True, False]
+    monkeypatch.undo()
+    engine.fp8 = True
+    assert not engine.covers(10)
+    apart = GraphEngine(make_draft(), head, decay(4), chunk_rows=32)
+    apart.take.device = torch.device("cuda")
+    assert not apart.covers(10)  # its weights are copied together for every step
 
 
 def test_buffers_that_moved_are_found(small_shapes):
