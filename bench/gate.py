@@ -9,8 +9,8 @@ It fails, naming each, when
 - a newest row is more than 5 % slower than the row before it of the same op, shape, dtype and GPU, or is of a run that
   failed, unless it carries a `note` that explains it.
 
-Only our own rows are judged: provider fastdraft, which is Triton's kernel or the engine, and cuda, csrc's kernel. To make
-them fresh, run the benchmark again on a GPU (csrc built, where it has the kernel) and commit the rows.
+Only our own rows are judged: provider fastdraft, which is Triton's kernel or the engine, and cuda, the kernel in csrc of an
+op that has one there. To make them fresh, run the benchmark again on a GPU (csrc built) and commit the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from bench.sources import ROOT, source
 
 SLOWER = 1.05
-OURS = ("fastdraft", "cuda")
 
 
 def load(path: Path) -> list[dict]:
@@ -34,6 +33,11 @@ def load(path: Path) -> list[dict]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from error
     return rows
+
+
+def our_providers(op: str, root: Path = ROOT) -> tuple[str, ...]:
+    """Providers of an op that are this repository's: `cuda` while csrc has a kernel of it."""
+    return ("fastdraft", "cuda") if any(root.glob(f"csrc/{op.split('/')[0]}*.cu")) else ("fastdraft",)
 
 
 def key(row: dict) -> tuple[str, ...]:
@@ -62,9 +66,9 @@ def problems(root: Path = ROOT) -> list[str]:
             found.append(f"{path.stem}: no benchmark; add bench/kernels/bench_{path.stem}.py")
     for op in [*sorted(benched), "step"]:
         path = root / f"bench/results/{op}.jsonl"
-        rows = [row for row in load(path) if row["provider"] in OURS] if path.exists() else []
+        rows = [row for row in load(path) if row["provider"] in our_providers(op, root)] if path.exists() else []
         have = {row["provider"] for row in rows}
-        for provider in OURS if any(root.glob(f"csrc/{op}*.cu")) else OURS[:1]:
+        for provider in our_providers(op, root):
             if provider not in have:
                 found.append(f"{op}: no row of {provider} in bench/results/{op}.jsonl; run its benchmark on a GPU")
         now = source(op, root)

@@ -1,7 +1,8 @@
 """Makes docs/performance.md and its plots from the rows in bench/results: python -m bench.performance
 
-Shown is the newest row of each op, shape, dtype, GPU and provider. A peer's row is set beside the row of ours that the same
-run wrote before it. What has no rows is left out. A test compares the committed page's numbers with those of the rows.
+Shown is the newest row of each op, shape, dtype, GPU and provider, but for kernels that csrc no longer has. A peer's row is
+set beside the row of ours that the same run wrote before it. What has no rows is left out. A test compares the committed
+page's numbers with those of the rows.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.gate import load, newest
+from bench.gate import load, newest, our_providers
 from bench.sources import ROOT
 
 GIB = 2**30
@@ -27,7 +28,8 @@ Made from the rows in [bench/results](../bench/results) by `python -m bench.perf
 
 
 def read(results: Path) -> list[dict]:
-    return [row for path in sorted(results.glob("*.jsonl")) for row in load(path) if "op" in row and "provider" in row]
+    rows = [row for path in sorted(results.glob("*.jsonl")) for row in load(path) if "op" in row and "provider" in row]
+    return [row for row in rows if row["provider"] != "cuda" or "cuda" in our_providers(row["op"])]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

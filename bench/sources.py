@@ -28,7 +28,6 @@ STEP = [
     "fastdraft/optim.py",
 ]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
-    "adamw": CUDA,
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],

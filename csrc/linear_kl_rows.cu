@@ -10,7 +10,11 @@
 // Every sum has a fixed order, that of the columns in a thread, then a butterfly over lanes, then over warps.
 #include "stable.h"
 
+#include <algorithm>
+#include <array>
 #include <climits>
+#include <map>
+#include <mutex>
 
 namespace {
 
@@ -34,6 +38,7 @@ struct Rows {
 };
 
 constexpr int kMaxThreads = 512, kMaxSlots = 32, kScratch = 1024;  // kScratch: bytes of shared memory beside the ring
+constexpr int slot_bytes(int threads) { return 32 * threads; }
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f, kTiny = 1.1754943508222875e-38f;
 constexpr float kLowest = -3e38f;  // finite: a thread that never sees a column must not make inf - inf
 
@@ -324,6 +329,36 @@ __global__ void __launch_bounds__(kMaxThreads + 32, 1) kl_rows_kernel(const Rows
 #endif
 }
 
+using Kernel = void (*)(const Rows);
+
+struct Fit {
+  int slots;  // of the ring
+  int blocks;  // on all SMs at a time
+};
+
+// What a GPU fits of a kernel with so many reading threads, of which `in_sm` blocks share an SM. The driver is asked once for
+// each: at every launch its answers are host time for nothing. The kernel's limit of shared memory is the GPU's whatever the
+// number of threads, so that no later question takes back what an earlier one was told.
+Fit fit(Kernel kernel, int device, int kind, bool grad, int threads, int in_sm) {
+  static std::mutex mutex;
+  static std::map<std::array<int, 4>, Fit> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::array<int, 4> key = {device, kind, grad, threads};
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  int most, whole, sms, blocks;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  // The system takes a kilobyte of each block.
+  const int slots = std::min((std::min(most, whole / in_sm - 1024) - kScratch) / slot_bytes(threads), kMaxSlots);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kScratch));
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  STD_CUDA_CHECK(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads + 32, slots * slot_bytes(threads)));
+  return known[key] = {slots, blocks * sms};
+}
+
 void kl_rows(
     Tensor z, Tensor t, Tensor lse_draft, Tensor lse_full, Tensor draft_argmax, Tensor teacher_row, Tensor w, Tensor loss,
     Tensor alpha, Tensor hit, int64_t kind, double lk_scale, double lk_decay, bool grad) {
@@ -331,12 +366,10 @@ void kl_rows(
   const int threads = vocab <= 16384 ? 256 : 512, in_sm = vocab <= 16384 ? 3 : 1;  // short rows: three blocks share an SM
   if (n == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
-  int most, whole, sms;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, z.get_device_index()));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor, z.get_device_index()));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, z.get_device_index()));
-  const int slot_bytes = 32 * threads;  // the system takes a kilobyte of a block
-  const int slots = std::min((std::min(most, whole / in_sm - 1024) - kScratch) / slot_bytes, kMaxSlots);
+  const Kernel kernel = kind == kKL ? (grad ? kl_rows_kernel<kKL, true> : kl_rows_kernel<kKL, false>)
+      : kind == kAlpha              ? (grad ? kl_rows_kernel<kAlpha, true> : kl_rows_kernel<kAlpha, false>)
+                                    : (grad ? kl_rows_kernel<kLambda, true> : kl_rows_kernel<kLambda, false>);
+  const auto [slots, blocks] = fit(kernel, z.get_device_index(), static_cast<int>(kind), grad, threads, in_sm);
   STD_TORCH_CHECK(
       vocab % 8 == 0 && vocab <= static_cast<int64_t>(slots) * 8 * threads,
       "kl_rows takes rows of a multiple of 8 columns that fit its ", slots, " slots, not ", vocab, " columns");
@@ -345,16 +378,8 @@ void kl_rows(
       data<int64_t>(draft_argmax), data<int64_t>(teacher_row), data<float>(w), data<float>(loss),
       data<float>(alpha), data<bool>(hit), n, static_cast<int>(vocab),
       slots, static_cast<float>(lk_scale), static_cast<float>(lk_decay)};
-  const auto kernel = kind == kKL ? (grad ? kl_rows_kernel<kKL, true> : kl_rows_kernel<kKL, false>)
-      : kind == kAlpha            ? (grad ? kl_rows_kernel<kAlpha, true> : kl_rows_kernel<kAlpha, false>)
-                                  : (grad ? kl_rows_kernel<kLambda, true> : kl_rows_kernel<kLambda, false>);
-  int blocks;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, slots * slot_bytes));
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads + 32, slots * slot_bytes));
-  const int grid = static_cast<int>(std::min<int64_t>(n, static_cast<int64_t>(blocks) * sms));
-  kernel<<<grid, threads + 32, slots * slot_bytes, current_stream(z)>>>(rows);
+  const int grid = static_cast<int>(std::min<int64_t>(n, blocks));
+  kernel<<<grid, threads + 32, slots * slot_bytes(threads), current_stream(z)>>>(rows);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -1,4 +1,4 @@
-// What both kernels' operators take from PyTorch: its stable ABI, so one build serves every PyTorch from 2.11 on.
+// What the operators take from PyTorch: its stable ABI, so one build serves every PyTorch from 2.11 on.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -27,10 +27,21 @@ def to_device(
     device: torch.device,
 ) -> Tensor:  # [sum of their elements]
     """One after the other on a device, in one copy that the host does not wait for."""
-    count = sum(x.numel() for x in tensors)
-    host = torch.empty(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return _end_to_end(tensors, device).to(device, non_blocking=True)
+
+
+def copy_into(
+    place: Tensor,  # [sum of their elements] int64, on any device
+    tensors: Sequence[Tensor],  # int64, on the host
+) -> None:
+    """What `to_device` gives, into memory that is there already, without any other on its device."""
+    place.copy_(_end_to_end(tensors, place.device), non_blocking=True)
+
+
+def _end_to_end(tensors: Sequence[Tensor], device: torch.device) -> Tensor:  # on the host, page-locked for a GPU
+    host = torch.empty(sum(x.numel() for x in tensors), dtype=torch.int64, pin_memory=device.type == "cuda")
     np.concatenate([x.numpy().ravel() for x in tensors], out=host.numpy())
-    return host.to(device, non_blocking=True)
+    return host
 
 
 @dataclass(frozen=True)

@@ -189,4 +189,4 @@ def cuda_kernels() -> str:
         usable = cuda.takes(torch.empty(1, device="cuda"))
     except ValueError as error:
         return f"cannot run: {error}"
-    return "used for the rows of losses and AdamW" if usable else "built, for Hopper and newer; Triton's are used"
+    return "used for the rows of losses" if usable else "built, for Hopper and newer; Triton's are used"

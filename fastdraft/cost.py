@@ -9,8 +9,12 @@ The fused engine (`model/eagle3/engine.py`) lists what it takes: a chunk's buffe
 of a pack. On the CPU its attention keeps [rows, Hq, N] probabilities too. Its FLOPs are counted with every token trained
 on: loss masks make its chunks fewer and its work less.
 
+On the CPU a run's peak may lie outside the step. AdamW there is plain PyTorch with two temporaries as long as the weights;
+and to write a checkpoint, safetensors first copies all of its tensors and then lays the file out in memory. What of it goes
+beyond a step's short-lived tensors is counted. With a GPU those copies are the host's, whose memory is not predicted.
+
 Not counted: the target's own forward, a second g and f for a small draft's graphs (`model/eagle3/graph_engine.py`),
-allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch.
+allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch, a CPU library's own copies of bf16 weights.
 
 # N tokens of a pack, L tokens of a document, T TTT steps, M chains of a chunk, R = T*M, H draft hidden, Ht target hidden,
 # V target vocabulary, Vd draft vocabulary, Hq/Hkv heads, D head dim, E = Hq*D, K = Hkv*D, W = E + 2K, I MLP width,
@@ -43,6 +47,7 @@ ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of 
 class Row:
     name: str
     size: int  # bytes, or FLOPs per token among `Plan.flops`
+    short_lived: bool = False  # memory that is free again between two steps
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,11 @@ def plan(
     export_dtype: torch.dtype | None = None,  # None: target_dtype
     cache_bytes: int = 0,  # of disk that a cache of features may fill
 ) -> Plan:
-    """Predicted needs of a run on one device, for what `Config` allows."""
+    """Predicted needs of a run on one device, for what `Config` allows. ValueError for fp8 on a CPU, where no run is."""
+    if precision == "fp8" and device == "cpu":
+        raise ValueError(
+            "precision: fp8 is for GPUs, a run on the CPU refuses it; set precision=bf16, or plan for device=cuda"
+        )
     length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
     b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
     count = draft.num_parameters()
@@ -97,8 +106,12 @@ def plan(
         work = _fused_flops(draft, pack_tokens, length, ttt_length, device == "cpu")
     else:
         step = _reference_step(draft, pack_tokens, length, ttt_length, b, ROWS_KEPT[loss])
-        step = (Row(f"gradient of one pack ({compute})", b * trainable), *step)
+        step = (Row(f"gradient of one pack ({compute})", b * trainable, True), *step)
         work = (Row("draft step, forward and backward", _reference_flops(draft, length, ttt_length)),)
+    checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
+    if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
+        checkpoint += frozen * b
+    between = _between_steps(trainable, checkpoint, step) if device == "cpu" else ()
     weights = trainable + frozen if b < 4 else frozen  # in fp32 the masters are the weights
     memory = (
         Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_dtype.itemsize)
@@ -108,14 +121,13 @@ def plan(
         Row("fp32 master weights", 4 * trainable),
         Row("fp32 moments (two)", 8 * trainable),
         Row("fp32 gradient", 4 * trainable),
+        *between,
         Row("features g and f of a pack", 4 * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
         *step,
     )
     served = (export_dtype or target_dtype).itemsize
-    checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
     export = trainable * served + draft.vocab_size + 8 * draft.draft_vocab_size
-    if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
-        checkpoint += frozen * b
+    if draft.hidden_size != draft.target_hidden_size:
         export += frozen * served
     if draft.draft_vocab_size == draft.vocab_size:
         export -= 8 * draft.draft_vocab_size  # the full vocabulary ships without d2t
@@ -127,6 +139,17 @@ def plan(
     )
     flops = work if stored else (Row("target forward (every parameter active)", 2 * target_params), *work)
     return Plan(trainable, frozen, target_params, memory, disk, flops)
+
+
+def _between_steps(trainable: int, checkpoint: int, step: tuple[Row, ...]) -> tuple[Row, ...]:
+    """What a run on the CPU needs between two steps, beyond what a step had and no longer has."""
+    short_lived = sum(row.size for row in step if row.short_lived)
+    update = max(0, 8 * trainable - short_lived)
+    writing = max(0, 2 * checkpoint - short_lived - update)
+    return (
+        Row("AdamW's temporaries, beyond a step's", update),
+        Row("copies while a checkpoint is written, beyond those", writing),
+    )
 
 
 def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, rows_kept: int) -> tuple[Row, ...]:
@@ -149,10 +172,10 @@ def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, row
     rows = 5 * n * c.draft_vocab_size * w  # one step's loss and acceptance
     attention = heads * length * (length + steps) * (3 * b + w)
     return (
-        Row("activations kept for the backward", n * per_token),
-        Row("attention scores kept", probabilities),
-        Row("logits kept", logits),
-        Row("largest short-lived tensors", max(vocabulary, rows, attention)),
+        Row("activations kept for the backward", n * per_token, True),
+        Row("attention scores kept", probabilities, True),
+        Row("logits kept", logits, True),
+        Row("largest short-lived tensors", max(vocabulary, rows, attention), True),
     )
 
 
@@ -189,7 +212,7 @@ def _fused_step(
         Row("target's head, draft vocabulary first", target_dtype.itemsize * c.vocab_size * width + 8 * c.vocab_size),
         Row("buffers of a chunk", table_bytes(chunk_buffers(c, m, steps, dtype, target_dtype, device))),
         Row("kept for every token of a pack", kept),
-        Row("short-lived tensors", max(index, cast)),
+        Row("short-lived tensors", max(index, cast), True),
     ]
     if fp8:
         found.append(Row("weights and rows in fp8", table_bytes(fp8_buffers(c, m, steps))))
@@ -198,7 +221,7 @@ def _fused_step(
         scores = sum(min(m, n) * (heads * ((n + i) * stats + n * b) + n) for i in range(steps))
         sums = 2 * n * c.num_key_value_heads * c.head_dim * stats
         backward = (4 if steps > 1 else 2) * min(m, n) * heads * n * stats
-        found.append(Row("attention's scores and gradients of a chunk (CPU)", scores + sums + backward))
+        found.append(Row("attention's scores and gradients of a chunk (CPU)", scores + sums + backward, True))
     return tuple(found)
 
 

@@ -31,17 +31,20 @@ def at_step(monkeypatch, step: int, act) -> None:
     monkeypatch.setattr(Ahead, "__next__", handed)
 
 
-def by_two_ranks(act, *args) -> list[int]:
-    """Calls act(*args) in two processes, as torchrun would start them. Their exit codes."""
+def by_two_ranks(act, *args, start: str = "fork", seconds: float = 100) -> list[int]:
+    """Calls act(*args) in two processes, as torchrun would start them. Their exit codes, after at most `seconds` each.
+
+    With GPUs they must start by "spawn", since a fork of this process cannot use them.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_as_rank, args=(rank, port, act, *args)) for rank in range(2)]
+    context = multiprocessing.get_context(start)
+    ranks = [context.Process(target=_as_rank, args=(rank, port, act, *args)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(100)
+        process.join(seconds)
         process.kill()
     return [process.exitcode for process in ranks]
 

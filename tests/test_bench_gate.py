@@ -180,6 +180,12 @@ def test_a_kernel_in_csrc_is_judged_beside_tritons(repo):
     assert the_problem(repo).startswith('norm/fwd {"n": 1}, cuda, on G: 9 us, was 8')
 
 
+def test_rows_of_a_kernel_that_left_csrc_are_judged_no_more(repo):
+    write(repo, op="norm/fwd", us=8.0, provider="cuda")
+    write(repo, op="norm/fwd", us=9.0, provider="cuda", source="another")
+    assert problems(repo) == []
+
+
 def test_a_kernel_without_a_benchmark(repo):
     (repo / "bench/kernels/bench_norm.py").unlink()
     assert the_problem(repo) == "norm: no benchmark; add bench/kernels/bench_norm.py"

@@ -1,6 +1,7 @@
 """Predictions against what a real, tiny step on the CPU holds and does, and a meta step of an 8B draft's size."""
 
 import io
+import multiprocessing
 import weakref
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny import draft_shape
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.work import SHAPES
+from fastdraft import checkpoint as checkpoints
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
@@ -23,6 +25,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.memory import fp8_shapes
 from fastdraft.model.eagle3.ref import ttt_ref
+from fastdraft.optim import FlatAdamW
 from fastdraft.run import export_run, predict
 from fastdraft.train import train
 
@@ -304,6 +307,69 @@ def test_a_runs_files_are_as_large_as_predicted(make_config, tmp_path, target_dt
     disk = sizes(predict(config, torch.device("cpu")).disk)
     for name, folder in (("one more while it is written", checkpoint), ("export", tmp_path / "out")):
         assert disk[name] == pytest.approx(sum(file.stat().st_size for file in folder.iterdir()), rel=0.04), name
+
+
+def peaks_of_a_run(small, large, pipe) -> None:
+    """Sends the peaks of this process's memory while `large` trains, above what `small` left: in a step and in AdamW's
+    update, and while a checkpoint is written. Linux alone tells a peak and begins a new one."""
+    place, peaks = ["step"], {}
+
+    def kilobytes(name: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{name}:")[1].split()[0])
+
+    def turn(name: str) -> None:
+        peaks[place[0]] = max(peaks.get(place[0], 0), kilobytes("VmHWM"))
+        Path("/proc/self/clear_refs").write_text("5")
+        place[0] = name
+
+    def watched(name: str, act):
+        def call(*args, **options):
+            turn(name)
+            result = act(*args, **options)
+            turn("step")
+            return result
+
+        return call
+
+    train(small)  # imports, and what else the first run leaves behind
+    before = kilobytes("VmRSS")
+    FlatAdamW.step = watched("update", FlatAdamW.step)
+    checkpoints.save_checkpoint = watched("save", checkpoints.save_checkpoint)
+    turn("step")
+    peaks.clear()
+    train(large)
+    turn("end")
+    pipe.send({name: 1024 * (peak - before) for name, peak in peaks.items()})
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part of a run")
+@pytest.mark.parametrize(("engine", "rel"), [("fused", 0.1), ("reference", 0.15)])
+def test_the_peak_of_a_run_on_the_cpu_is_predicted(engine, rel, make_config, tmp_path):
+    """Tiny chunks and a long MLP: AdamW's temporaries, then a checkpoint's copies are the most that a run takes."""
+
+    def config(name: str, width: int):
+        changes = {"run_dir": str(tmp_path / name), "draft.overrides": {"draft_vocab_size": 64, "intermediate_size": width}}
+        return make_config(
+            engine=engine, chunk_rows=1, max_steps=2, **changes, **{"eval.every": 100, "optim.packs_per_step": 1}
+        )
+
+    small, large = config("small", 64), config("large", 120_000)
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=peaks_of_a_run, args=(small, large, theirs))
+    process.start()
+    theirs.close()
+    measured = ours.recv()
+    process.join()
+    predicted = predict(large, torch.device("cpu"))
+    writing = sizes(predicted.memory)["copies while a checkpoint is written, beyond those"]
+    assert max(measured["step"], measured["update"]) == pytest.approx(predicted.memory_bytes - writing, rel=rel)
+    assert max(measured.values()) == pytest.approx(predicted.memory_bytes, rel=rel)
+
+
+def test_fp8_is_predicted_for_no_cpu():
+    with pytest.raises(ValueError, match=r"precision: fp8 is for GPUs, a run on the CPU refuses it; set precision=bf16"):
+        fused_plan(config(), 64, 2, 8, BF16, BF16, precision="fp8", device="cpu")
 
 
 def test_a_checkpoint_asks_for_the_room_it_takes(make_config, monkeypatch):

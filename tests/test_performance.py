@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def test_plots_are_small_and_the_same_twice(tmp_path):
         assert data == (tmp_path / "b" / name).read_bytes() and len(data) < 60_000
     for target in re.findall(r"\]\(img/(.*?)\)", page(rows)):
         assert target in names
+
+
+def test_rows_of_a_kernel_that_left_csrc_are_shown_no_more(tmp_path):
+    """csrc has a kernel of linear_kl and none of swiglu."""
+    for op in ("linear_kl/kl", "swiglu/fwd"):
+        lines = [json.dumps(kernel(us, provider) | {"op": op}) for us, provider in ((1000.0, "fastdraft"), (900.0, "cuda"))]
+        (tmp_path / f"{op.split('/')[0]}.jsonl").write_text("\n".join(lines))
+    text = page(read(tmp_path))
+    assert cells(text, "linear_kl/kl")[-1] == "cuda 900" and cells(text, "swiglu/fwd")[-1] == ""
 
 
 def test_the_committed_page_has_the_numbers_of_the_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -26,7 +27,6 @@ from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.data.loader import Ahead, Loader
-from fastdraft.dist import mesh
 from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
@@ -430,35 +430,85 @@ def test_two_processes_then_one_give_what_one_gives(make_config, tmp_path, whole
     torch.testing.assert_close(ours[1]["master"], theirs[1]["master"], rtol=1e-3, atol=2e-4)
 
 
-def train_until_a_kill(file: Path, place: object, name: str, number: int) -> None:
-    """`fastdraft train`, whose rank `number` dies of SIGKILL where it first calls `name` of `place` after step 3."""
+def train_until_a_kill(file: Path, module: str, name: str, number: int) -> None:
+    """`fastdraft train`, whose rank `number` dies of SIGKILL where it first calls `name` of `module` after step 3."""
 
     def die(*_args, **_more) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    place = importlib.import_module(module)
     at_step(pytest.MonkeyPatch(), 4, lambda _: os.environ["RANK"] == str(number) and setattr(place, name, die))
     sys.argv = ["fastdraft", "train", str(file)]
     with (file.parent / f"said by rank {os.environ['RANK']}").open("w") as sys.stderr:
         cli.main()
 
 
-@pytest.mark.parametrize(
-    ("place", "name", "number"), [(training, "evaluate_tau", 0), (checkpoint, "_write", 0), (mesh, "all_sum", 1)]
-)
-def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(make_config, tmp_path, place, name, number):
-    """While it evaluates, writes a checkpoint, or adds up gradients; no process waits for ever."""
-    config = make_config(**{"eval.max_packs": 1, "eval.every": 5, "checkpoint.every": 3})
-    file = tmp_path / "two.yaml"
+def kill_one_of_two(config, folder: Path, module: str, name: str, number: int, **options) -> None:
+    """Asserts that the other rank ends with a sentence, in time, and leaves a checkpoint."""
+    file = folder / "two.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    codes = by_two_ranks(train_until_a_kill, file, place, name, number)
+    codes = by_two_ranks(train_until_a_kill, file, module, name, number, **options)
     assert codes == ([-signal.SIGKILL, 1] if number == 0 else [1, -signal.SIGKILL])
-    said = (tmp_path / f"said by rank {1 - number}").read_text()
+    said = (folder / f"said by rank {1 - number}").read_text()
     assert f"fastdraft, rank {1 - number}: another process of this run has ended" in said and "Traceback" not in said
     assert steps_kept(config.run_dir)[-1] in (3, 5)
+
+
+DEATHS = [
+    ("fastdraft.train", "evaluate_tau", 0),
+    ("fastdraft.checkpoint", "_write", 0),
+    ("fastdraft.dist.mesh", "all_sum", 1),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "number"), DEATHS)
+def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(make_config, tmp_path, module, name, number):
+    """While it evaluates, writes a checkpoint, or adds up gradients; no process waits for ever."""
+    config = make_config(**{"eval.max_packs": 1, "eval.every": 5, "checkpoint.every": 3})
+    kill_one_of_two(config, tmp_path, module, name, number)
     whole = config.model_copy(update={"run_dir": str(tmp_path / "whole")})
     assert by_two_ranks(train, config) == by_two_ranks(train, whole) == [0, 0]
     assert losses(config.run_dir) == losses(whole.run_dir)
     assert same(weights(config.run_dir), weights(whole.run_dir))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize(("module", "name", "number"), DEATHS)
+def test_a_killed_process_ends_the_other_on_two_gpus(make_config, tmp_path, module, name, number):
+    """NCCL adds up the gradients there, and the other rank's GPU may wait for ever in it: the host must not."""
+    changes = {"device": "cuda", "precision": "fp32", "engine": "reference"}  # the tiny draft is too narrow for the kernels
+    config = make_config(**changes, **{"eval.max_packs": 1, "eval.every": 5, "checkpoint.every": 3})
+    kill_one_of_two(config, tmp_path, module, name, number, start="spawn", seconds=280)
+    assert by_two_ranks(train, config, start="spawn", seconds=280) == [0, 0]
+
+
+LOST_PEERS = [
+    RuntimeError(
+        "NCCL error in: /pytorch/torch/csrc/c10d/NCCLUtils.cpp:94, remote process exited or there was a network "
+        "error, NCCL version 2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote process "
+        "exiting prematurely.\nLast error:\nsocketPollConnect: connect returned Connection refused"
+    ),
+    torch.distributed.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/c10d/NCCLUtils.cpp:94, unhandled system error, NCCL version 2.27.5\n"
+        "ncclSystemError: System call (e.g. socket, malloc) or external library call failed.\nLast error:\n"
+        "socketProgress: Connection closed by remote peer node-1<40662>"
+    ),
+    torch.distributed.DistNetworkError("failed to recv, got 0 bytes. Connection was likely closed."),
+    RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4242"),
+]
+
+
+@pytest.mark.parametrize("error", LOST_PEERS, ids=["NCCL", "NCCL's socket", "the store", "gloo"])
+def test_a_lost_process_is_told_in_a_sentence_whichever_library_says_so(error):
+    said = cli._one_line(error)
+    assert said.startswith("another process of this run has ended, or cannot be reached (") and "\n" not in said
+    assert said.endswith("; the same command, given again, goes on")
+
+
+def test_an_error_of_nccl_that_is_no_lost_process_keeps_its_traceback():
+    error = torch.distributed.DistBackendError("NCCL error in: x.cpp:94, invalid usage\nncclInvalidUsage: Duplicate GPU")
+    assert cli._one_line(error) is None
 
 
 def test_a_failed_evaluation_loses_no_step(make_config, monkeypatch):

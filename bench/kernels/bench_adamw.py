@@ -1,7 +1,6 @@
 """Times the optimizer's step: python -m bench.kernels.bench_adamw, or pytest. Rows go to bench/results/adamw.jsonl.
 
-Norm, clip, AdamW, bf16 weights and the zeroed gradient. Roof: 38 bytes a parameter. "fastdraft" is Triton's kernels, "cuda"
-the same with the last pass of csrc/adamw.cu where that is built. "torch" is the reference, eager,
+Norm, clip, AdamW, bf16 weights and the zeroed gradient. Roof: 38 bytes a parameter. "torch" is the reference, eager,
 "torch.compile" that compiled, "torch fused" clip_grad_norm_, AdamW(fused=True), the cast and the zeroing after each other.
 """
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from bench.timing import measure, record, run_cases
-from fastdraft.kernels.adamw import _adamw, adamw_config, adamw_in_cuda, adamw_ref, adamw_scratch
+from fastdraft.kernels.adamw import _adamw, adamw_config, adamw_ref, adamw_scratch
 
 COUNTS = [  # P: about the drafts of SmolLM2-135M and Llama-3.1-8B
     10_000_000,
@@ -44,8 +43,6 @@ def bench_case(count: int, rounds: int = 15, commit: str | None = None) -> dict[
         "torch.compile": lambda _: compiled(*buffers, **OPTIONS),
         "torch fused": torch_fused,
     }
-    if adamw_in_cuda(weights, grad, master, m, v):
-        providers["cuda"] = lambda _: _adamw(*args, in_cuda=True)
     times = measure(providers, rounds)
     record("adamw", {"P": count}, "fp32", times, 38 * count, 0, commit)
     return times

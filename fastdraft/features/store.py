@@ -75,20 +75,22 @@ class Needed:
 def needed(batch: Batch) -> Needed:
     """By docs/mathematics.md, f_u is read where x_{u+1} is trained on, u >= 1; g_s by every chain t >= s, and the last
     chain starts two tokens before the last trained one. Nothing else of g and f can change a loss, whatever T is."""
-    place = batch.positions
-    trained = (batch.loss_mask & (place >= 2)).nonzero()[:, 0]
-    lengths = torch.tensor(batch.lengths)
-    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
-    f_rows = torch.bincount(owner[trained], minlength=len(lengths))
-    last = torch.zeros(len(lengths), dtype=torch.int64).scatter_reduce_(0, owner[trained], place[trained], "amax")
-    g_rows = (last - 1).clamp_min(0)
-    g_index = (place < g_rows[owner]).nonzero()[:, 0]
-    return Needed(tuple(g_rows.tolist()), tuple(f_rows.tolist()), g_index, trained - 1)
+    lengths = np.array(batch.lengths, dtype=np.int64)
+    place = np.arange(batch.num_tokens) - batch.doc_start.numpy()
+    trained = (batch.loss_mask.numpy() & (place >= 2)).nonzero()[0]
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    f_rows = np.bincount(owner[trained], minlength=len(lengths))
+    last = np.zeros_like(lengths)
+    np.maximum.at(last, owner[trained], place[trained])
+    g_rows = (last - 1).clip(0)
+    g_index = (place < g_rows[owner]).nonzero()[0]
+    index = (torch.from_numpy(x) for x in (g_index, trained - 1))
+    return Needed(tuple(g_rows.tolist()), tuple(f_rows.tolist()), *index)
 
 
 def document_keys(batch: Batch) -> list[bytes]:
     """D names of 16 bytes: the hash of a document's token ids and loss mask."""
-    ids = batch.input_ids.to(torch.int32).numpy()
+    ids = batch.input_ids.numpy().astype(np.int32)
     mask = batch.loss_mask.numpy()
     keys, start = [], 0
     for length in batch.lengths:

@@ -13,8 +13,7 @@ N, u and the norm stay on the device: nothing waits for the host.
 Precision: buffers float32, weights bf16 (or none of their own). The sum of squares: each program adds its elements lane by
 lane in float32, then the programs' sums are added in float64; powers of beta in float64. Every sum has a fixed order that
 depends on the length alone: two runs are bitwise equal, on any GPU.
-Bytes per parameter: 4 for the norm, then 16 read and 12 + 2 + 4 written: 38. The last pass is a Triton kernel or that of
-csrc/adamw.cu: `adamw_in_cuda` says which.
+Bytes per parameter: 4 for the norm, then 16 read and 12 + 2 + 4 written: 38.
 Source: AdamW (arXiv 1711.05101).
 
 # P parameters, S ranges without weight decay
@@ -29,8 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastdraft.kernels import cuda
-from fastdraft.kernels.jit import jit, nothing_runs, tl, triton
+from fastdraft.kernels.jit import jit, tl, triton
 
 
 def adamw_ref(
@@ -193,7 +191,6 @@ def _adamw(
     weight_decay: float,
     clip: float,
     config: AdamWConfig,
-    in_cuda: bool = False,  # the last pass in csrc/adamw.cu
 ) -> Tensor:  # scalar
     count = grad.numel()
     norm = torch.empty((), dtype=torch.float32, device=grad.device)  # of its own: the caller keeps it over steps
@@ -203,11 +200,6 @@ def _adamw(
     _scalars_kernel[(1,)](
         partial, num_live, updates, norm, scalars, clip, log1, log2, PROGRAMS=config.programs, num_warps=4
     )
-    rests = 1 - betas[0], 1 - betas[1]
-    if in_cuda:
-        if not nothing_runs():
-            torch.ops.fastdraft.adamw(grad, master, m, v, weights, not_decayed, scalars, lr, *rests, eps, weight_decay)
-        return norm
     _adamw_kernel[(triton.cdiv(count, config.block),)](
         grad,
         master,
@@ -218,7 +210,8 @@ def _adamw(
         scalars,
         count,
         lr,
-        *rests,
+        1 - betas[0],
+        1 - betas[1],
         eps,
         weight_decay,
         RANGES=len(not_decayed) if weight_decay else 0,
@@ -228,16 +221,6 @@ def _adamw(
         num_warps=config.num_warps,
     )
     return norm
-
-
-def adamw_in_cuda(
-    weights: Tensor | None,  # [P]
-    *buffers: Tensor,  # [P]
-) -> bool:
-    """Whether csrc/adamw.cu does the last pass, Triton else: the only place that chooses."""
-    if weights is None:
-        return cuda.takes(*buffers)
-    return weights.dtype == torch.bfloat16 and cuda.takes(*buffers, weights)
 
 
 def adamw_scratch(device: torch.device) -> Tensor:  # [programs + 4] float32
@@ -290,5 +273,4 @@ def adamw_(
     config = adamw_config()
     if scratch.shape != (config.programs + 4,) or any(x.device != grad.device for x in (not_decayed, num_live, updates)):
         raise ValueError("scratch must come from adamw_scratch, and not_decayed, num_live and updates lie beside grad")
-    in_cuda = adamw_in_cuda(weights, grad, master, m, v)
-    return _adamw(grad, master, m, v, weights, not_decayed, num_live, updates, scratch, *options, config, in_cuda)
+    return _adamw(grad, master, m, v, weights, not_decayed, num_live, updates, scratch, *options, config)

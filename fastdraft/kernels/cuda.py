@@ -1,11 +1,14 @@
 """The CUDA C++ kernels of csrc/, where they are built: setup.py does where nvcc and a GPU PyTorch are.
 
 They are operators of one library, `torch.ops.fastdraft`, over PyTorch's stable ABI. Everything they do the Triton kernels
-do too; each op's file says in one place which of the two takes what.
+do too; each op's file says in one place which of the two takes what. The library holds a hash of the sources it was built
+from. Where the sources lie beside the package, in a checkout, a library of other sources is refused: nothing else would
+tell that what runs is not what csrc/ says.
 """
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -13,21 +16,42 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.abi3.so"
+SOURCES = Path(__file__).parents[2] / "csrc"
+BUILD = "python setup.py build_ext --inplace --force"  # by force: setuptools goes by dates, which a copy may keep
 
 
 @cache
 def built() -> bool:
-    """Whether the library is there; then it is loaded. ValueError where it is there and cannot be loaded."""
+    """Whether the library is there; then it is loaded. ValueError where it cannot be loaded or is of other sources."""
     if not LIBRARY.exists():
         return False
+    again = f"build it again ({BUILD}) or delete it, then Triton's kernels are used"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise ValueError(
-            f"{LIBRARY} does not load with PyTorch {torch.__version__}: {error.__cause__ or error}; build it again "
-            "(python setup.py build_ext --inplace) or delete it, then Triton's kernels are used"
+            f"{LIBRARY} does not load with PyTorch {torch.__version__}: {error.__cause__ or error}; {again}"
         ) from error
+    if (SOURCES / "stable.h").exists() and library_sources() != source_hash(SOURCES):
+        raise ValueError(f"{LIBRARY} was built from other sources than those in {SOURCES}; {again}")
     return True
+
+
+def library_sources() -> str | None:
+    """The hash of the sources that the loaded library was built from; None for a library that has none."""
+    try:
+        return torch.ops.fastdraft.sources()
+    except AttributeError:
+        return None
+
+
+def source_hash(folder: Path) -> str:
+    """Sixteen hexadecimal digits over names and contents of the files in `folder`. setup.py gives them to the library."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".cu", ".cpp", ".h")):
+        text = path.read_bytes()
+        digest.update(f"{path.name} {len(text)}\n".encode() + text)
+    return digest.hexdigest()
 
 
 def takes(*tensors: Tensor) -> bool:

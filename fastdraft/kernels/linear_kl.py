@@ -342,7 +342,7 @@ def kl_rows_(
     lk_decay: float = 1.0,
     grad: bool = True,
 ) -> KLRows:
-    """LossKind, acceptance and hit of every row; with `grad`, z is overwritten by the gradient of sum w * loss.
+    """Loss, acceptance and hit of every row; with `grad`, z is overwritten by the gradient of sum w * loss.
 
     CPU tensors run the same formulas in plain torch. Raises ValueError for what does not fit.
     """

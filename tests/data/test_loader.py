@@ -63,6 +63,8 @@ def test_pack_holds_everything_once_within_the_budget(lengths):
 def test_pack_is_best_fit():
     # Longest first: 50 and 40 open packs with 14 and 24 free; 14 fits the former exactly, 24 the latter.
     assert pack([14, 40, 24, 50], 64) == [[3, 0], [1, 2]]
+    # 5 and 4 leave 1 free; 3, 3 and 2 leave 2. The last, 1, goes where least is left; worst-fit puts it with the others.
+    assert pack([5, 4, 3, 3, 2, 1], 10) == [[0, 1, 5], [2, 3, 4]]
     with pytest.raises(ValueError, match=r"a sample of 65 tokens does not fit a pack of 1 \.\. 64"):
         pack([3, 65], 64)
 

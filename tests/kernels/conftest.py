@@ -34,7 +34,7 @@ def csrc() -> None:
     from fastdraft.kernels import cuda
 
     if not cuda.built():
-        pytest.skip("csrc is not built: python setup.py build_ext --inplace, with nvcc and a PyTorch for CUDA")
+        pytest.skip("csrc is not built: python setup.py build_ext --inplace --force, with nvcc and a PyTorch for CUDA")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdraft.kernels.adamw import AdamWConfig, _adamw, adamw_, adamw_config, adamw_in_cuda, adamw_ref, adamw_scratch
+from fastdraft.kernels.adamw import AdamWConfig, _adamw, adamw_, adamw_config, adamw_ref, adamw_scratch
 
 SIZES = {"one block": 64, "block + 1": 65, "ragged": 1000, "one number": 1}
 SMALL = AdamWConfig(programs=4, norm_block=32, block=64, num_warps=1)
@@ -145,22 +145,6 @@ def test_errors_say_what_came():
 @pytest.mark.parametrize("count", [10_000_001, 100_000_000], ids=["10M", "100M"])
 def test_on_the_gpu(count, device, three_way, poison):
     check(public, case(count, device), three_way, steps=2)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.0}, {"clip": 1e9}], ids=["all", "no decay", "no clip"])
-@pytest.mark.parametrize("count", [1, 1000, 1023, 1025, 10_000_001])
-def test_in_cuda(count, changes, csrc, device, three_way, poison):
-    state = case(count, device) | {"weights": torch.empty(count, dtype=torch.bfloat16, device=device)}
-    assert adamw_in_cuda(*(state[name] for name in ("weights", "grad", "master", "m", "v")))
-    check(public, state, three_way, steps=2, **changes)
-    first, second = copied(state), copied(state)
-    for s in (first, second):
-        public(**s | {"weights": None}, **OPTIONS | changes)
-    for name in ("master", "m", "v"):
-        assert torch.equal(first[name], second[name])
-    public(**state, **OPTIONS | changes)
-    assert torch.equal(state["master"], first["master"]) and torch.equal(state["weights"], first["master"].bfloat16())
 
 
 @pytest.mark.gpu

@@ -305,6 +305,18 @@ def test_in_cuda(shape, loss, csrc, device, three_way, poison):
 
 
 @pytest.mark.gpu
+def test_in_cuda_long_and_short_rows_in_turn_on_every_gpu(csrc, three_way):
+    """The driver is asked once for each GPU and length: no answer may spoil a launch of the other length or GPU."""
+    for _ in range(2):
+        for index in range(torch.cuda.device_count()):
+            for name in ("longest", "one vector", "longest"):
+                case = Case(CUDA_SHAPES[name], torch.device("cuda", index), torch.bfloat16)
+                assert rows_in_cuda(case.z, case.teacher.logits)
+                z = case.z.clone()
+                check(case, kl_rows_(z, case.teacher, case.teacher_row, case.w, "kl", *LK), z, "kl", three_way)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("loss", LOSSES)
 def test_in_cuda_ties_and_extremes(loss, csrc, device):
     first = torch.tensor([0, 2050, 8, 9000], device=device)  # the lowest of equal logits is the argmax

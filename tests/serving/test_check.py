@@ -119,6 +119,25 @@ def test_a_draft_run_in_another_dtype_is_told(target):
     assert not told.agrees and told.served_as[0].reading.fault == "dtype"
 
 
+@pytest.mark.parametrize(("below", "near"), [(5e-5, True), (1e-2, False)])
+def test_another_token_is_excused_where_its_logit_is_a_near_tie_alone(target, draft, below, near):
+    """An engine that drafts one token of another logit than the best, less by a share that fp32 may round away or not."""
+    mine = Draft(draft.config)
+    mine.load_state_dict(draft.state_dict())
+    served = serve(target, mine)
+    drafted = served.outputs[0].rounds[0].drafted  # its last token: nothing of the chain follows from it
+    best = int((mine.draft_ids == drafted[-1]).nonzero())
+    shown = {token for output in served.outputs for r in output.rounds for token in r.drafted}
+    other = next(i for i, token in enumerate(mine.draft_ids.tolist()) if token not in shown)
+    mine.lm_head.weight.data[other] = (1 - below) * mine.lm_head.weight.data[best]
+    served = serve(target, mine)
+    drafted = served.outputs[0].rounds[0].drafted
+    assert drafted[-1] == int(mine.draft_ids[best])
+    drafted[-1] = int(mine.draft_ids[other])
+    told = diagnosis(target, mine, served)
+    assert told.reference.num_missed == 1 and told.reference.num_near == near and told.agrees == near
+
+
 def test_layer_ids_other_than_trained_are_told(target, draft):
     """The engine does what config.json says; the layers the draft was trained on would be accepted more often."""
     wrong = Draft(draft.config.model_copy(update={"layers": (2, 3, 4)}))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -461,6 +462,22 @@ def test_export_refuses_an_unset_map_and_overflow(tmp_path):
     with pytest.raises(ValueError, match=r"lm_head\.weight has NaN or infinite values in torch\.float16"):
         export_draft(draft, tmp_path / "draft", torch.float16)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    """Its files are written and the old folder is set aside; then the new one cannot be renamed."""
+    out = export_draft(random_draft(), tmp_path / "draft")
+    before, rename = (out / "model.safetensors").read_bytes(), Path.rename
+
+    def fails(path, to):
+        if path.name.endswith(".new"):
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match=r"draft was not written: .*Input/output error.*nothing was left behind"):
+        export_draft(random_draft(fc_norm=True), out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["draft"]
 
 
 def test_a_full_disk_leaves_the_old_export_and_nothing_else(tmp_path, monkeypatch):

@@ -208,7 +208,9 @@ class TTTEngine:
         return Step(self, batch.num_tokens, features, grads).run(batch)
 
     def check_ids(self, batch: Batch) -> None:
-        low, high, vocab = int(batch.input_ids.min()), int(batch.input_ids.max()), self.config.vocab_size
+        # NumPy's, as all planning on the host: PyTorch shares 32768 ids and more among threads, which wait for each other.
+        ids, vocab = batch.input_ids.numpy(), self.config.vocab_size
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab:
             raise ValueError(f"token ids {low}..{high} do not fit the draft's vocabulary of {vocab}")
 

@@ -15,7 +15,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, Rows, to_device
+from fastdraft.batch import Batch, Features, Rows, copy_into
 from fastdraft.kernels.jit import compile_together
 from fastdraft.model.buffers import end_to_end
 from fastdraft.model.eagle3.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
@@ -95,7 +95,7 @@ class _Pack:
             fresh = Features(*(x.new_zeros(self.n, x.shape[1]) for x in (features.g, features.f)))
             self.features = self.engine.places.setdefault(self.n, fresh)
             self.step = Step(self.engine, self.n, self.features, self.grads)
-        self.indices.copy_(to_device(list(tensors.values()), device))
+        copy_into(self.indices, list(tensors.values()))
         for place, x in ((self.features.g, features.g), (self.features.f, features.f)):
             place[: len(x)] = x
             place[len(x) :] = 0

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine import decay, make_draft, make_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdraft.batch import Batch
-from fastdraft.model.eagle3.chunks import plan_chunks
+from fastdraft.features.store import document_keys, needed
+from fastdraft.model.eagle3.chunks import pad_batch, pad_chunk, plan_chunks
+from fastdraft.model.eagle3.engine import TTTEngine, pack_index
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,3 +67,35 @@ def test_a_chunk_moves_whole():
     batch = Batch(torch.arange(20), torch.arange(20) % 3 > 0, (12, 8))
     (chunk,) = plan_chunks(batch, 4, 100)
     assert chunk.to(torch.device("cpu")) is chunk
+
+
+class Operators(TorchDispatchMode):
+    """Lists what PyTorch is asked to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_the_host_plans_without_pytorchs_threads():
+    """What is done on the host for every pack is NumPy's, which has one thread; PyTorch's wait for each other (LOG.md)."""
+    engine = TTTEngine(make_draft(), make_inputs()[2], decay(3))
+    ids, mask = torch.zeros(40_000, dtype=torch.int64), torch.ones(40_000, dtype=torch.bool)
+    batch = Batch(ids, mask, (25_000, 15_000))
+    with Operators() as asked:
+        torch.zeros(1) + 1  # the list works
+    assert len(asked.names) == 2
+    with Operators() as asked:
+        engine.check_ids(batch)
+        pack_index(batch)
+        padded = pad_batch(batch, 40_960)
+        for chunk in plan_chunks(padded, 3, 40_000):
+            pad_chunk(chunk, 40_960, 3, 40_448)
+        needed(batch)
+        document_keys(batch)
+    views = {"aten.detach.default", "aten.lift_fresh.default"}  # of `numpy` and `from_numpy`: nothing is computed
+    assert set(asked.names) <= views

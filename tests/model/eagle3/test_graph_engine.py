@@ -3,6 +3,8 @@ graph itself."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +12,13 @@ from hypothesis import strategies as st
 from test_engine import DRAFTS, decay, make_draft, make_inputs
 
 from fastdraft.batch import Batch, Features
+from fastdraft.config import OptimConfig
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3 import graph_engine as graph
 from fastdraft.model.eagle3.chunks import pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.ref import ttt_ref_step
+from fastdraft.optim import FlatAdamW
 
 NAMES = ("loss", "acceptance", "hit", "live", "masked_in")
 LENGTHS = ((23, 1, 9, 2, 17, 3, 12), (5, 11), (3, 40, 2), (60,), (23, 1, 9, 2, 17, 3, 12))
@@ -81,6 +85,29 @@ def test_nothing_trained_on_is_no_work(small_shapes):
     assert not rows.sums().any() and not engine.packs and not any(g.any() for g in grads.values())
 
 
+def test_only_packs_of_one_chunk_run_as_graphs(small_shapes, monkeypatch):
+    """A graph is one chunk: a pack of more chains, padded, than chunk_rows runs without one, as does one of much work."""
+    draft, (_, _, head) = make_draft(), make_inputs()
+    FlatAdamW(draft.trainable(), OptimConfig(), 1, torch.float64)  # lays the weights end to end
+    engine = GraphEngine(draft, head, decay(4), chunk_rows=32)
+    assert not engine.covers(10)  # there are no graphs on a CPU
+    engine.take.device = torch.device("cuda")  # asked for its name alone
+    assert [engine.covers(n) for n in (10, 33, 34, 1000)] == [
+        True,
+        True,
+        False,
+        False,
+    ]  # 34: up to 32 chains and one for padding
+    monkeypatch.setattr(graph, "GRAPH_FLOPS", 20 * engine.work)
+    assert [engine.covers(n) for n in (20, 21)] == [True, False]
+    monkeypatch.undo()
+    engine.fp8 = True
+    assert not engine.covers(10)
+    apart = GraphEngine(make_draft(), head, decay(4), chunk_rows=32)
+    apart.take.device = torch.device("cuda")
+    assert not apart.covers(10)  # its weights are copied together for every step
+
+
 def test_buffers_that_moved_are_found(small_shapes):
     """A longer pack takes new buffers: what was recorded for the old ones must go."""
     draft, (batch, features, head) = make_draft(), make_inputs((12,))
@@ -91,6 +118,27 @@ def test_buffers_that_moved_are_found(small_shapes):
         assert_same(engine.run_padded(batch, features, None), law)
         engine.run_padded(*longer[:2], None)
         engine.take.resize({name: (rows + 1, *rest) for name, (rows, *rest) in engine.take.table.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_pack_is_put_in_place_without_other_memory_of_the_gpu(small_shapes, monkeypatch):
+    draft = make_draft().to("cuda", torch.float32)
+    batch, features, head = make_inputs((30, 31), dtype=torch.float32)
+    features = Features(features.g.cuda(), features.f.cuda())
+    head = replace(head, weight=head.weight.cuda(), bias=head.bias.cuda())
+    engine = GraphEngine(draft, head, decay(4).float().cuda())
+    law, allocated, fill = engine.run_padded(batch, features, None), [], graph._Pack.fill
+
+    def counted(*args) -> None:
+        count = lambda: torch.cuda.memory_stats()["allocation.all.allocated"]  # noqa: E731
+        before = count()
+        fill(*args)
+        allocated.append(count() - before)
+
+    monkeypatch.setattr(graph._Pack, "fill", counted)
+    again = engine.run_padded(batch, features, None)
+    assert allocated == [0] and torch.equal(again.loss, law.loss)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 12), st.integers(0, 10**6))
