@@ -5,8 +5,9 @@ A dump `data_<i>.ckpt` (or `.ckpt.gz`) is one document, a torch.save of
     aux_hidden_state [1, N, 3*Ht]: what layers 2, n/2, n-3 read, which is what 1, n/2-1, n-4 give, low | mid | high
     hidden_state [1, N, Ht]: what lm_head reads, after the final norm (its trainer applies lm_head to it as it is)
 and `vocab_mapping.pt` one of d2t [Vd] int64 (target id - draft id) and t2d [V] bool. (Read from SpecForge's source of
-August 2026.) Padding on the right is not marked, and need not be: the document is cut after its last trained token, since
-nothing behind that can change a loss (`store.needed`). Files are loaded with weights_only: nothing in them runs.
+August 2026, and tried on what its script of that month writes.) Padding on the right is not marked, and need not be: the
+document is cut after its last trained token, since nothing behind that can change a loss (`store.needed`). Files are loaded
+with weights_only: nothing in them runs.
 
 # N tokens of a document, Ht target hidden, V target vocabulary, Vd draft vocabulary
 """

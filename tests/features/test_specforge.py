@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +179,33 @@ def test_a_vocabulary_map_is_taken_over(make_config, tmp_path):
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"vocab_mapping.pt cannot be read: (?!.*mmap)"):
         read_vocab_mapping(file, 192)
+
+
+@pytest.mark.skipif("SPECFORGE_DIR" not in os.environ, reason="SPECFORGE_DIR does not name a checkout of SpecForge")
+def test_what_specforges_own_script_writes_trains(make_config, target_dir, chats, tmp_path):
+    """Its script tokenises, masks, captures and writes (tests/specforge_dumps.py says what is not its own); the import
+    compares the states with the target's own, and training on them gives what training online on its documents gives."""
+    conversations = [{"conversations": json.loads(line)["messages"]} for line in chats.read_text().splitlines()]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations))
+    serving = draft_shape(make_config()).to_serving(torch.float32)
+    (tmp_path / "draft.json").write_text(json.dumps(serving))
+    options = {"target-model-path": target_dir, "data-path": tmp_path / "chats.jsonl", "output-path": tmp_path / "dumps"}
+    options |= {"cache-dir": tmp_path / "cache", "draft-model-config": tmp_path / "draft.json", "chat-template": "qwen"}
+    options |= {"max-length": 64, "batch-size": 4, "num-workers": 0, "build-dataset-num-proc": 1}
+    command = [sys.executable, Path(__file__).parents[1] / "specforge_dumps.py", os.environ["SPECFORGE_DIR"]]
+    command += [text for name, value in options.items() for text in (f"--{name}", value)]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "dumps").rglob("data_*.ckpt"))) == len(conversations)
+    out = tmp_path / "store"
+    import_specforge(make_config(), tmp_path / "dumps", out)
+    assert len(read_vocab_mapping(tmp_path / "dumps" / "vocab_mapping" / "vocab_mapping.pt", 192)) == 64
+    stored = {"features.path": str(out), "data.paths": [str(out / DOCUMENTS)], "data.eval_fraction": 0}
+    config = make_config(run_dir=str(tmp_path / "offline"), **stored)
+    train(config)
+    online = config.features.model_copy(update={"path": None})
+    train(config.model_copy(update={"features": online, "run_dir": str(tmp_path / "online")}))
+    runs = [[r for r in losses(tmp_path / name) if "loss" in r] for name in ("offline", "online")]
+    assert runs[0]
+    for ours, online_row in zip(*runs, strict=True):
+        assert ours == pytest.approx(online_row, rel=1e-4)
