@@ -72,7 +72,8 @@ def main() -> None:
 
     step("2/5  the target answers the training prompts")
     answers = run_dir / "answers.jsonl"
-    config = load_config(HERE / "demo.yaml", [f"target.path={target_dir}", f"data.paths=[{answers}]", f"run_dir={run_dir}"])
+    places = {"target.path": target_dir, "data.paths": f"[{answers}]", "run_dir": run_dir, "features.path": run_dir / "features"}
+    config = load_config(HERE / "demo.yaml", [f"{key}={value}" for key, value in places.items()])
     answer(config, answers)
 
     step("3/5  training the draft")
