@@ -317,9 +317,9 @@ def test_latencies(engine):
     assert 40 <= m.first_token_ms.p50 < m.end_to_end_ms.p50 - 60  # two chunks: the role's, then text
     assert 120 <= m.end_to_end_ms.p50 <= m.end_to_end_ms.p99
     after_first = [3 * 20 / sum(rounds(n)) for n in (3, 7)]  # three later chunks, which tokens share
-    assert min(after_first) <= m.inter_token_ms.p50 <= m.inter_token_ms.p90 <= m.inter_token_ms.p99 < m.end_to_end_ms.p50
+    assert min(after_first) <= m.per_token_ms.p50 <= m.per_token_ms.p90 <= m.per_token_ms.p99 < m.end_to_end_ms.p50
     silent = bench_serve(engine(short=True).url, {"set": ask(3)}, Load(**QUICK)).cells[0].measured
-    assert silent.inter_token_ms is None and silent.first_token_ms is not None
+    assert silent.per_token_ms is None and silent.first_token_ms is not None
 
 
 def test_a_line_of_a_stream_ends_at_a_newline_only(engine):

@@ -6,7 +6,7 @@ salt of its own, so that no cell's prefill reads another's prefix cache. Its num
     accepted length    (output tokens - requests) / verifying target forwards, as DecodeReport.accepted_length: a forward's
                        own (bonus) token counts, the prefill's, one a request, does not
     step_acceptance    share of verifying forwards that kept a drafted token at depth 1, 2, ...
-    inter-token        the time between an answer's first and last text, shared by its tokens after the first
+    time per token     the time between an answer's first and last text, shared by its tokens after the first
 
 Where the forwards are counted:
     SGLang  each request's spec_tokens_details (spec_verify_ct, spec_correct_drafts_histogram); versions that do not stream
@@ -121,7 +121,7 @@ class Measured:
     seconds: float  # from the first request sent to the last answer's end
     output_tokens_per_s: float
     first_token_ms: Percentiles | None  # None without any text
-    inter_token_ms: Percentiles | None  # None when every answer came in one piece
+    per_token_ms: Percentiles | None  # None when every answer came in one piece
     end_to_end_ms: Percentiles
     acceptance: Acceptance | None  # None: no speculation, or not reported
 
@@ -309,7 +309,7 @@ async def _measure(
         seconds=seconds,
         output_tokens_per_s=num_tokens / seconds,
         first_token_ms=_percentiles([a.first_s for a in answers if a.first_s is not None]),
-        inter_token_ms=_percentiles([(a.last_s - a.first_s) / (a.num_tokens - 1) for a in several]),
+        per_token_ms=_percentiles([(a.last_s - a.first_s) / (a.num_tokens - 1) for a in several]),
         end_to_end_ms=_percentiles([a.end_s for a in answers]),
         acceptance=acceptance,
     )

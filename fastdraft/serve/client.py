@@ -169,7 +169,7 @@ def by_position(counters: Counters) -> list[float]:
 
 
 class _Usage(BaseModel):
-    completion_tokens: NonNegativeInt
+    completion_tokens: NonNegativeInt | None = None
 
 
 class _Choice(BaseModel):
@@ -251,7 +251,7 @@ async def _answer(client: httpx.AsyncClient, body: dict[str, Any], num_retries: 
                 raise ValueError(f"{url} answers what is no chat completion: {said}") from error
             if reply.error is not None:
                 raise Again(f"{url} reports {json.dumps(reply.error)[:300]}")
-            if reply.usage is not None:
+            if reply.usage is not None and reply.usage.completion_tokens is not None:
                 num_tokens = reply.usage.completion_tokens
             if any(choice.delta.get(name) for choice in reply.choices for name in TEXT):
                 last_s = time.perf_counter() - start

@@ -8,7 +8,7 @@ from rich.table import Table
 from fastdraft.serve.bench import Measured, Percentiles, ServeReport
 from fastdraft.serve.client import Server
 
-LATENCIES = {"first token": "first_token_ms", "inter-token": "inter_token_ms", "end to end": "end_to_end_ms"}
+LATENCIES = {"first token": "first_token_ms", "per token": "per_token_ms", "end to end": "end_to_end_ms"}
 TABLES = {
     "Acceptance and speed": ("accepted length", "kept by depth", "tokens/s", "speed-up"),
     "Latency in ms: p50 / p90 / p99": tuple(LATENCIES),
