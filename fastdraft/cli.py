@@ -92,7 +92,7 @@ def init(
 def prepare(
     config: ConfigFile,
     overrides: Overrides = None,
-    report: Annotated[Path | None, typer.Option(help="Folder: also write data.html and its pictures there.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder: also draw data.png there.")] = None,
 ) -> None:
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
@@ -103,13 +103,12 @@ def prepare(
     shape = draft_shape(loaded)
     prepared = load_data(loaded, shape.vocab_size)
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
-    lines = [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]
-    for line in lines:
+    for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
     if report is not None:
         from fastdraft.report import write_data_report
 
-        say(str(write_data_report(report, numbers, lines, shape.draft_vocab_size)))
+        say(str(write_data_report(report, numbers, shape.draft_vocab_size)))
 
 
 @data.command("preview")
@@ -334,13 +333,13 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 300.0,
     retries: Annotated[int, typer.Option(help="Times a request that failed is sent again.")] = 2,
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
-    out: Annotated[Path | None, typer.Option(help="Directory for serve.json and serve.png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for serve.json.")] = None,
 ) -> None:
     """Accepted length, acceptance by depth, speed and latency in a running server."""
     from fastdraft.data.prompts import read_prompts
     from fastdraft.files import write_file
     from fastdraft.serving.load import ServeReport, bench_serve, parse_load, read_report
-    from fastdraft.serving.load_report import render_serve, serve_picture
+    from fastdraft.serving.load_report import render_serve
 
     load = parse_load(
         concurrency,
@@ -367,8 +366,7 @@ def serve(
     report = bench_serve(url, sets, load, baseline_url, earlier, os.environ.get(api_key_env), keep)
     render_serve(report, console)
     if out is not None:
-        write_file(out / "serve.png", serve_picture(report))
-        say(f"wrote {out / 'serve.json'} and {out / 'serve.png'}")
+        say(f"wrote {out / 'serve.json'}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,6 +16,14 @@ from fastdraft.metrics import MetricsConfig
 
 M = TypeVar("M", bound=BaseModel)
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+# Keys that older versions had. A config that still holds one is told what to do instead.
+REMOVED = {
+    "features.memory_gib": (
+        "take it out; to keep features in host memory, write features: {path: DIR, mode: cache, max_gib: N} "
+        "with DIR on a tmpfs such as /dev/shm"
+    ),
+}
 
 
 class Section(BaseModel):
@@ -45,8 +54,6 @@ class LossConfig(Section):
 
 
 class FeaturesConfig(Section):
-    # host memory for features of documents seen; above 0, resuming is not bit-exact
-    memory_gib: float = Field(0.0, ge=0, le=2**20)
     path: str | None = None  # a feature store (docs/features.md); None: the target runs in every epoch
     mode: Literal["read", "cache"] = "read"  # read: all was captured before; cache: filled as documents come
     max_gib: float | None = Field(None, gt=0, le=2**20)  # of disk for the cache
@@ -56,8 +63,6 @@ class FeaturesConfig(Section):
     def _one_source(self) -> FeaturesConfig:
         if self.path is None and (self.mode == "cache" or self.max_gib is not None):
             raise ValueError("features.mode and features.max_gib are of a store; name its folder as features.path")
-        if self.path is not None and self.memory_gib:
-            raise ValueError("features.path and features.memory_gib exclude each other; take one out")
         if (self.mode == "cache") != (self.max_gib is not None):
             raise ValueError("features.max_gib says how much of the disk mode: cache may fill; it needs both or neither")
         return self
@@ -155,6 +160,18 @@ def parse_config(tree: dict[str, Any], model: type[M]) -> M:
         raise ValueError("\n".join(_explain(fault, model) for fault in error.errors())) from error
 
 
+def without_removed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config without the keys of REMOVED, so that runs of older versions are still read."""
+    tree = copy.deepcopy(tree)
+    for key in REMOVED:
+        *parents, leaf = key.split(".")
+        section = tree
+        for name in parents:
+            section = section.get(name, {})
+        section.pop(leaf, None)
+    return tree
+
+
 def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -177,6 +194,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
 def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
+        if model is Config and where in REMOVED:
+            return f"key {where!r} is no longer a setting; {REMOVED[where]}"
         known = _known_keys(model, fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"

@@ -160,7 +160,11 @@ class Metrics:
         self._closes.append(writer.close)
 
     def _start_trackers(self) -> None:
-        """Each tracker through its public API; trackers.json remembers the ids, so a resumed run stays the same run."""
+        """Each tracker through its public API; trackers.json remembers the ids, so a resumed run stays the same run.
+
+        Not through accelerate.tracking: its classes ask for accelerate's PartialState, which sets the process's device and
+        may set its number of threads or make a process group.
+        """
         ids_path = self.run_dir / "trackers.json"
         resumed = self.resume_step is not None
         ids: dict[str, str] = json.loads(ids_path.read_text()) if resumed and ids_path.exists() else {}

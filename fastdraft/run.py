@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
-from fastdraft.config import Config, read_yaml
+from fastdraft.config import Config, read_yaml, without_removed
 from fastdraft.cost import GIB, Plan, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
@@ -200,7 +200,7 @@ def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) ->
 def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]:
     """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode."""
     saved, draft = read_draft(run_dir, which)
-    config = Config.model_validate(saved.state["config"])
+    config = Config.model_validate(without_removed(saved.state["config"]))
     device = mesh.start_process(config.device)
     target = open_target(config, draft.config.layers, device)
     if target_fingerprint(target) != saved.state["target"]:

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, tau_sim
-from fastdraft.config import Config
+from fastdraft.config import Config, without_removed
 from fastdraft.cost import free_disk, pair_cost
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.evaluate import TauReport, evaluate_tau
-from fastdraft.features.memory import FeatureCache
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
@@ -103,12 +102,9 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     if first_step >= total_steps:
         told.append(f"all {total_steps} steps are done already; --fresh trains anew")
     engine = build_engine(config, draft, target)
-    cache = FeatureCache(target, config.features.memory_gib) if config.features.memory_gib else None
 
     def capture(batch: Batch) -> tuple[Batch, Features]:
-        if reader:
-            return reader.capture(batch)
-        return batch, cache.capture(batch) if cache else target.capture(batch.to(device))
+        return reader.capture(batch) if reader else (batch, target.capture(batch.to(device)))
 
     def save(step: int) -> None:
         if isinstance(reader, StoreCache):
@@ -288,7 +284,7 @@ def refuse_other_run(saved: checkpoint.Saved, config: Config, fingerprint: str, 
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    then = dotted(saved.state["config"]) | dotted({"draft's shape": saved.state["draft"]})
+    then = dotted(without_removed(saved.state["config"])) | dotted({"draft's shape": saved.state["draft"]})
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
         f"{key}: {then.get(key)} -> {now.get(key)}"

@@ -1,16 +1,15 @@
-"""summary.json, report.html and the closing table."""
+"""summary.json, report.png and the closing table."""
 
-import base64
 import io
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from fastdraft import report
 from fastdraft.report import REQUIRED, _kept, _smooth, render_summary, write_report, write_summary
 
 NEEDED = {
@@ -27,13 +26,8 @@ OPTIONAL = {
     "decode_step_acceptance": [0.66, 0.41, 0.24],
     "decode_tokens_per_s": 31.2,
     "plain_tokens_per_s": 20.8,
-    "by_position": [
-        {"start": 0, "end": 128, "means": {"acceptance": [0.7, 0.6, 0.5], "num_live": [90, 80, 70]}},
-        {"start": 128, "end": None, "means": {"acceptance": [0.6, 0.5, None], "num_live": [9, 2, 0]}},
-    ],
     "decode_sample": [["Say <hi> & bye\n", None], ["The", 0], [" cat", 1], [" sat", 1], ["</div>", 2]],
 }
-EVERY_PICTURE = {"loss", "acceptance", "tau_sim", "accepted_length", "steps", "position"}
 
 
 def write_metrics(run_dir, steps=60):
@@ -74,44 +68,59 @@ def test_missing_keys_are_named_everywhere(tmp_path, missing):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_report_carries_every_picture_in_itself(tmp_path):
+def axes_of(tmp_path, monkeypatch, summary):
+    """Writes the report; its three panels as they were drawn."""
+    kept = []
+    panels = report._panels
+
+    def keep(*titles):
+        figure, axes = panels(*titles)
+        kept.extend(axes)
+        return figure, axes
+
+    monkeypatch.setattr(report, "_panels", keep)
+    path = write_report(tmp_path, summary)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".jsonl"] == ["report.png"] == [path.name]
+    pixels = imread(path)
+    assert pixels.shape[1] >= 1500 and pixels[..., :3].std() > 0.05
+    return kept
+
+
+def test_a_full_report_shows_the_runs_own_numbers(tmp_path, monkeypatch):
     write_metrics(tmp_path)
-    page = write_report(tmp_path, NEEDED | OPTIONAL).read_text()
-    files = {path.stem: path.read_bytes() for path in (tmp_path / "report").iterdir()}
-    assert set(files) == EVERY_PICTURE
-    inline = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)]
-    assert sorted(inline) == sorted(files.values())
-    for content in files.values():
-        pixels = imread(io.BytesIO(content))
-        assert pixels.shape[1] >= 800 and pixels[..., :3].std() > 0.05
-    assert not re.search(r"(src|href)=\"(?!data:)", page)  # nothing to fetch
+    loss, acceptance, depth = axes_of(tmp_path, monkeypatch, NEEDED | OPTIONAL)
+    measured, smooth, held_out = loss.get_lines()
+    assert list(measured.get_ydata()[:3]) == [5.0, 2.5, 5 / 3] and math.isnan(measured.get_ydata()[6])
+    assert 5 / 60 < smooth.get_ydata()[-1] < 0.1
+    assert held_out.get_xydata().tolist() == [[20, 5.5 / 20], [40, 5.5 / 40], [60, 5.5 / 60]]
+    assert [t.get_text() for t in loss.get_legend().get_texts()] == ["loss", "loss, held-out"]
+    curves = acceptance.get_lines()
+    assert [line.get_ydata()[-1] for line in curves] == pytest.approx([0.5, 0.5, 0.4, 0.4, 0.4, 0.3])
+    heights = [[bar.get_height() for bar in bars] for bars in depth.containers]
+    assert heights == [[0.75, 0.375, 0.09375], pytest.approx([0.8, 0.48]), [0.66, 0.41, 0.24]]
 
 
-def test_the_sample_is_escaped_and_coloured_by_forward(tmp_path):
-    write_metrics(tmp_path)
-    page = write_report(tmp_path, NEEDED | OPTIONAL).read_text()
-    assert "Say &lt;hi&gt; &amp; bye" in page and "&lt;/div&gt;</span>" in page
-    assert "4 tokens in 3 target forwards" in page
-    color = {text: c for c, text in re.findall(r'<span(?: class="first")? style="background:(#\w+)">([^<]*)</span>', page)}
-    assert color["The"] == color["&lt;/div&gt;"] == color["1"]
-    assert color[" cat"] == color[" sat"] == color["2"] != color["1"]
-    assert re.search(r'class="first" style="[^"]*"> cat<', page) and not re.search(r'class="first"[^>]*> sat<', page)
+def test_the_sample_tells_one_forward_from_the_next():
+    text = report._sample(OPTIONAL["decode_sample"])
+    assert text.plain == "Decoded text: 4 tokens in 3 target forwards\nSay <hi> & bye\nThe cat sat</div>"
+    prompt, first, second, same, third = (span.style for span in text.spans)
+    assert prompt == "dim" and first == third != second == same
 
 
-def test_pictures_without_data_are_left_out(tmp_path):
-    write_metrics(tmp_path)
-    write_report(tmp_path, NEEDED | OPTIONAL)
+def test_panels_without_data_say_so(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
-    page = write_report(tmp_path, NEEDED).read_text()
-    assert {path.stem for path in (tmp_path / "report").iterdir()} == {"accepted_length", "steps"}
-    assert page.count("<img") == 2 and "Decoded text" not in page
+    loss, acceptance, depth = axes_of(tmp_path, monkeypatch, NEEDED)
+    assert [t.get_text() for axes in (loss, acceptance) for t in axes.texts] == ["not measured"] * 2
+    assert len(depth.containers) == 1
 
 
 def test_a_run_with_hardly_any_data_still_reports(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null, "eval/a0": 0.1}\n')
     summary = NEEDED | {"accepted_length": None, "accepted_length_untrained": math.nan, "step_acceptance": [None]}
-    page = write_report(tmp_path, summary).read_text()
-    assert "not measured" in page
+    assert write_report(tmp_path, summary).exists()
+    out = io.StringIO()
+    render_summary(summary, Console(file=out, width=120))
+    assert "not measured" in out.getvalue()
 
 
 def test_a_missing_metrics_file_is_said(tmp_path):
@@ -122,7 +131,7 @@ def test_a_missing_metrics_file_is_said(tmp_path):
 @pytest.mark.parametrize("width", [20, 60, 120])
 def test_the_table_says_it_all_at_any_width(width):
     out = io.StringIO()
-    render_summary(NEEDED | OPTIONAL | {"report": "runs/[demo]/report.html"}, Console(file=out, width=width))
+    render_summary(NEEDED | OPTIONAL | {"report": "runs/[demo]/report.png"}, Console(file=out, width=width))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= width
     if width == 120:
@@ -135,7 +144,7 @@ def test_the_table_says_it_all_at_any_width(width):
             "912 tokens/s",
             "0:08:54 (534 s)",
             "runs/demo/export",
-            "runs/[demo]/report.html",
+            "runs/[demo]/report.png",
         ):
             assert part in text
 

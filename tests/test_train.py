@@ -339,6 +339,21 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
     assert same(weights(make_config().run_dir), before)
 
 
+def test_a_checkpoint_of_an_older_version_is_read_without_its_removed_keys(make_config, monkeypatch):
+    write = checkpoint.save_checkpoint
+
+    def as_before(run_dir, tensors, state, keep):
+        state["config"]["features"]["memory_gib"] = 1.0
+        write(run_dir, tensors, state, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", as_before)
+        train(make_config())
+    assert train(make_config()).steps == 6
+    config, _, _ = a_run.open_run(Path(make_config().run_dir))
+    assert config == make_config()
+
+
 def test_changed_data_under_the_same_name_is_refused(make_config, tmp_path):
     path = write_chats(tmp_path / "mine.jsonl", 12)
     config = make_config(**{"data.paths": [str(path)]})

@@ -72,7 +72,13 @@ def main() -> None:
 
     step("2/5  the target answers the training prompts")
     answers = run_dir / "answers.jsonl"
-    config = load_config(HERE / "demo.yaml", [f"target.path={target_dir}", f"data.paths=[{answers}]", f"run_dir={run_dir}"])
+    places = {
+        "target.path": target_dir,
+        "data.paths": f"[{answers}]",
+        "run_dir": run_dir,
+        "features.path": run_dir / "features",
+    }
+    config = load_config(HERE / "demo.yaml", [f"{key}={value}" for key, value in places.items()])
     answer(config, answers)
 
     step("3/5  training the draft")
@@ -115,7 +121,7 @@ def main() -> None:
         "tokens_per_s": sum(speeds) / len(speeds),
         "seconds_total": time.perf_counter() - start,
         "export_dir": run_dir / "export",
-        "report": run_dir / "report.html",
+        "report": run_dir / "report.png",
     }
     write_report(run_dir, summary)
     summary["seconds_total"] = time.perf_counter() - start

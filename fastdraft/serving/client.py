@@ -1,4 +1,4 @@
-"""Requests to a running SGLang or vLLM server: which engine it is, its counters, and streamed answers with their times.
+"""Requests to a running SGLang or vLLM server: which engine it is, its counters, and answers with their times.
 
 Names as in SGLang 0.5.17 and 0.5.21 and vLLM 0.32.0. No request lacks a time-out, and no more are in flight than asked.
 """
@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -36,8 +35,7 @@ SGLANG_SPECULATION = (
 GENERATED = {"vLLM": "vllm:generation_tokens_total", "SGLang": "sglang:generation_tokens_total"}
 VLLM_DRAFTS, VLLM_ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
 VLLM_BY_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-SGLANG_FORWARDS = "sglang:spec_verify_calls_total"
-COUNTERS = {*GENERATED.values(), VLLM_DRAFTS, VLLM_ACCEPTED, VLLM_BY_POSITION, SGLANG_FORWARDS}
+COUNTERS = {*GENERATED.values(), VLLM_DRAFTS, VLLM_ACCEPTED, VLLM_BY_POSITION}
 # a delta's fields that hold generated text: the answer, either engine's name for thoughts, calls
 TEXT = ("content", "reasoning_content", "reasoning", "tool_calls")
 
@@ -54,22 +52,21 @@ class Server:
     speculation: dict[str, Any]  # what it says of it
 
 
-@dataclass(frozen=True)
-class Answer:
-    num_tokens: int
-    first_s: float | None  # from sending to the first text; None without any
-    end_s: float
-    gaps_s: list[float]  # one for every token after the first chunk's
-    chunks_tell: bool  # their tokens; else the gaps are the answer's mean
-    spec: SpecDetails | None
-    num_retries: int
-
-
 class SpecDetails(BaseModel):
     """SGLang's of one request."""
 
     spec_verify_ct: NonNegativeInt = 0
     spec_correct_drafts_histogram: list[NonNegativeInt] = []  # [n] forwards that kept n drafted tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    num_tokens: int
+    first_s: float | None  # from sending to the first text; None without any
+    last_s: float | None  # to the last text
+    end_s: float
+    spec: SpecDetails | None
+    num_retries: int
 
 
 # --- the server ----------------------------------------------------------------------------------------------------------
@@ -98,11 +95,12 @@ async def probe(client: httpx.AsyncClient) -> Server:
         raise ValueError(
             f"{url}/v1/models: HTTP {response.status_code}: {servers.error_text(response)}; is the server ready?"
         )
-    models = _object(response).get("data")
-    if not (isinstance(models, list) and models and isinstance(models[0], dict) and isinstance(models[0].get("id"), str)):
-        raise ValueError(f"{url} is no OpenAI-compatible server: /v1/models lists no model")
-    model, owner = models[0]["id"], models[0].get("owned_by")
-    info = await sglang_info(client)
+    try:
+        first = response.json()["data"][0]
+        model, owner = first["id"], first.get("owned_by")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{url} is no OpenAI-compatible server: /v1/models lists no model") from error
+    info = await _get_object(client, "/server_info") or await _get_object(client, "/get_server_info")
     if owner == "sglang" or "speculative_algorithm" in info:
         speculation = {key: info[key] for key in SGLANG_SPECULATION if info.get(key) is not None}
         speculates = bool(info["speculative_algorithm"]) if "speculative_algorithm" in info else None
@@ -119,9 +117,14 @@ async def probe(client: httpx.AsyncClient) -> Server:
     )
 
 
-async def sglang_info(client: httpx.AsyncClient) -> dict[str, Any]:
-    """SGLang's /server_info, also under its old name; empty if there is none."""
-    return await _get_object(client, "/server_info") or await _get_object(client, "/get_server_info")
+async def _get_object(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
+    """The JSON object at a path; empty if there is none."""
+    response = await servers.get(client, f"{server_url(client)}{path}", PROBE_S)
+    try:
+        value = response.json() if response.status_code == 200 else {}
+    except (ValueError, RecursionError):
+        value = {}
+    return value if isinstance(value, dict) else {}
 
 
 async def read_counters(client: httpx.AsyncClient) -> Counters:
@@ -159,21 +162,7 @@ async def counted_since(client: httpx.AsyncClient, before: Counters, generated: 
 def by_position(counters: Counters) -> list[float]:
     """vLLM's accepted tokens at draft position 0, 1, ..."""
     pairs = ((position, value) for (name, position), value in counters.items() if name == VLLM_BY_POSITION)
-    found = {int(position): value for position, value in pairs if position.isdecimal()}
-    return [found[position] for position in sorted(found)]
-
-
-async def _get_object(client: httpx.AsyncClient, path: str) -> dict[str, Any]:
-    """The JSON object at a path; empty if there is none."""
-    return _object(await servers.get(client, f"{server_url(client)}{path}", PROBE_S))
-
-
-def _object(response: httpx.Response) -> dict[str, Any]:
-    try:
-        value = response.json() if response.status_code == 200 else {}
-    except (ValueError, RecursionError):
-        value = {}
-    return value if isinstance(value, dict) else {}
+    return [value for _, value in sorted((int(position), value) for position, value in pairs if position.isdecimal())]
 
 
 # --- answers -------------------------------------------------------------------------------------------------------------
@@ -185,23 +174,16 @@ class _Usage(BaseModel):
 
 class _Choice(BaseModel):
     delta: dict[str, Any] = {}
-
-
-class _Whole(BaseModel):
-    """What answers a request that does not stream."""
-
-    class Choice(BaseModel):
-        meta_info: SpecDetails | None = None
-
-    choices: list[Choice]
-    usage: _Usage
+    meta_info: SpecDetails | None = None
 
 
 class _Extension(BaseModel):
     spec_tokens_details: SpecDetails | None = None
 
 
-class _Chunk(BaseModel):
+class _Reply(BaseModel):
+    """One event of a stream, or the whole of an answer that does not stream."""
+
     choices: list[_Choice] = []
     usage: _Usage | None = None
     sglext: _Extension | None = None
@@ -232,12 +214,10 @@ async def ask_all(
 
 
 async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float, retries: int) -> Answer:
-    url = server_url(client)
-
     async def ask(num_retries: int) -> Answer:
         try:
             async with asyncio.timeout(timeout_s):
-                return await (_stream if body.get("stream") else _whole)(client, body, num_retries)
+                return await _answer(client, body, num_retries)
         except httpx.RequestError as error:
             raise lost(error) from error
 
@@ -245,55 +225,55 @@ async def _ask(client: httpx.AsyncClient, body: dict[str, Any], timeout_s: float
         return await retried(ask, retries, BACKOFF_S)
     except TimeoutError as error:
         raise ValueError(
-            f"{url}: no whole answer to a request within {timeout_s:g} s; allow more time (--timeout), fewer tokens "
-            "(--max-new-tokens) or fewer requests at once (--concurrency)"
+            f"{server_url(client)}: no whole answer to a request within {timeout_s:g} s; allow more time (--timeout), "
+            "fewer tokens (--max-new-tokens) or fewer requests at once (--concurrency)"
         ) from error
     except Again as error:
         raise ValueError(f"a request failed {retries + 1} times, at last: {error}; see the server's log") from error
 
 
-async def _stream(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
+async def _answer(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
     url = server_url(client)
-    marks: list[tuple[float, int | None]] = []  # chunks with text: when, and the answer's tokens up to there if told
-    num_tokens, spec, done, streams = None, None, False, False
+    num_tokens, first_s, last_s, spec, done = None, None, None, None, not body["stream"]
     start = time.perf_counter()
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
             check_status(response)
-        async for content in _events(response):
-            streams = True
+        async for content in _events(response, body["stream"]):
             if content == b"[DONE]":
                 done = True
                 continue
             try:
-                chunk = _Chunk.model_validate_json(content)
+                reply = _Reply.model_validate_json(content)
             except ValidationError as error:
                 said = content[:200].decode(errors="replace")
-                raise ValueError(f"{url} streams what is no chat completion: {said}") from error
-            if chunk.error is not None:
-                raise Again(f"{url} reports {json.dumps(chunk.error)[:300]}")
-            told = chunk.usage.completion_tokens if chunk.usage else None
-            if told is not None:
-                num_tokens = _checked_count(url, told, body)
-            if any(choice.delta.get(name) for choice in chunk.choices for name in TEXT):
-                marks.append((time.perf_counter() - start, told))
-            if chunk.sglext is not None:
-                spec = chunk.sglext.spec_tokens_details or spec
+                raise ValueError(f"{url} answers what is no chat completion: {said}") from error
+            if reply.error is not None:
+                raise Again(f"{url} reports {json.dumps(reply.error)[:300]}")
+            if reply.usage is not None and reply.usage.completion_tokens is not None:
+                num_tokens = reply.usage.completion_tokens
+            if any(choice.delta.get(name) for choice in reply.choices for name in TEXT):
+                last_s = time.perf_counter() - start
+                first_s = first_s or last_s
+            details = [reply.sglext and reply.sglext.spec_tokens_details, *(choice.meta_info for choice in reply.choices)]
+            spec = next(filter(None, details), spec)
         end_s = time.perf_counter() - start
-    if not streams:
-        kind = response.headers.get("Content-Type", "of no type")
-        raise Again(f"{url}: the answer ({kind}) is no stream of events")
     if not done:
-        raise Again(f"{url}: the answer ended in the middle")
+        kind = response.headers.get("Content-Type", "of no type")
+        raise Again(f"{url}: the answer ({kind}) is no whole stream of events: it ended without [DONE]")
     if num_tokens is None:
         raise ValueError(f"{url} does not report how many tokens it generated (usage, asked for by stream_options)")
-    first_s, tell = marks[0][0] if marks else None, all(told is not None for _, told in marks)
-    return Answer(num_tokens, first_s, end_s, _gaps(marks, num_tokens), tell, spec, num_retries)
+    if num_tokens > body["max_tokens"] + PAST_LIMIT:
+        raise ValueError(f"{url} reports {num_tokens} tokens of an answer where {body['max_tokens']} were asked for")
+    return Answer(num_tokens, first_s, last_s, end_s, spec, num_retries)
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _events(response: httpx.Response, streamed: bool) -> AsyncIterator[bytes]:
     """What follows each `data:`. Not by httpx's lines: they also end at U+0085 or U+2028, which an answer may hold."""
+    if not streamed:
+        yield await response.aread()
+        return
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")
@@ -302,36 +282,3 @@ async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
                 yield line.removeprefix(b"data:").strip()
     if rest.strip() == b"data: [DONE]":  # some end the last line by ending
         yield b"[DONE]"
-
-
-async def _whole(client: httpx.AsyncClient, body: dict[str, Any], num_retries: int) -> Answer:
-    url = server_url(client)
-    start = time.perf_counter()
-    response = await client.post("/v1/chat/completions", json=body)
-    check_status(response)
-    try:
-        answer = _Whole.model_validate_json(response.content)
-    except ValidationError as error:
-        raise ValueError(f"{url} answers what is no chat completion: {response.text[:200]}") from error
-    spec = answer.choices[0].meta_info if answer.choices else None
-    num_tokens = _checked_count(url, answer.usage.completion_tokens or 0, body)
-    return Answer(num_tokens, None, time.perf_counter() - start, [], False, spec, num_retries)
-
-
-def _checked_count(url: str, num_tokens: int, body: dict[str, Any]) -> int:
-    if num_tokens > body["max_tokens"] + PAST_LIMIT:
-        raise ValueError(f"{url} reports {num_tokens} tokens of an answer where {body['max_tokens']} were asked for")
-    return num_tokens
-
-
-def _gaps(marks: list[tuple[float, int | None]], num_tokens: int) -> list[float]:
-    """Seconds before each token after the first chunk; all alike when the chunks do not tell their tokens."""
-    if len(marks) < 2:
-        return []
-    if any(told is None for _, told in marks):
-        rest = max(num_tokens - 1, 1)
-        return [(marks[-1][0] - marks[0][0]) / rest] * rest
-    gaps = []
-    for (before, had), (now, has) in pairwise(marks):
-        gaps += [(now - before) / (has - had)] * (has - had) if has > had else []
-    return gaps

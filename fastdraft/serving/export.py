@@ -37,7 +37,7 @@ from fastdraft.model.eagle3.config import (
     read_target_config,
     serving_layers,
     serving_malformed,
-    serving_refusals,
+    serving_problems,
     serving_rope,
     target_rope,
 )
@@ -224,12 +224,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> D
 
 def _config_for(config: dict[str, Any], target: dict[str, Any] | PretrainedConfig) -> DraftConfig:
     facts = _target_facts(target)
-    c = DraftConfig.from_serving(config, facts["num_hidden_layers"], facts["hidden_size"])
-    if c.vocab_size != facts["vocab_size"]:
-        raise ValueError(
-            f"its vocab_size is {c.vocab_size}, the target's {facts['vocab_size']}; use the target it was made for"
-        )
-    return c
+    return DraftConfig.from_serving(config, facts["num_hidden_layers"], facts["hidden_size"], facts["vocab_size"])
 
 
 def _target_facts(target: dict[str, Any] | PretrainedConfig) -> dict[str, Any]:
@@ -363,31 +358,9 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
 def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """What config.json lacks, says twice in different ways, or says of another target."""
     said = [f"{key} is missing; write it, engines guess otherwise." for key in MANDATORY if config.get(key) is None]
-    said += serving_refusals(config)
-    try:
-        if config.get("rope_theta") is not None:
-            serving_rope(config)
-        if "rope_theta" not in (config.get("rope_parameters") or {"rope_theta": None}):
-            said.append("rope_parameters has no rope_theta; write it there too, it is read before the one beside it.")
-    except ValueError as error:
-        said.append(f"{error}.")
-    try:
-        layers = serving_layers(config, facts["num_hidden_layers"])
-        last = facts["num_hidden_layers"] - 2  # SGLang captures where a layer begins
-        if not 0 <= layers[0] < layers[1] < layers[2] <= last:
-            said.append(
-                f"layer ids name the outputs of target layers {list(layers)} (from 0); they must ascend and "
-                f"stay within 0..{last}, the outputs SGLang can capture of {facts['num_hidden_layers']} layers."
-            )
-    except ValueError as error:
-        said.append(f"{error}.")
-    wide = config.get("target_hidden_size") or config.get("hidden_size")
-    for key, value, law in (
-        ("target_hidden_size (or hidden_size without it)", wide, facts["hidden_size"]),
-        ("vocab_size", config.get("vocab_size"), facts["vocab_size"]),
-    ):
-        if value is not None and value != law:
-            said.append(f"{key} is {value}, the target's is {law}; the draft was made for another target.")
+    said += serving_problems(config, facts["num_hidden_layers"], facts["hidden_size"], facts["vocab_size"])
+    if "rope_theta" not in (config.get("rope_parameters") or {"rope_theta": None}):
+        said.append("rope_parameters has no rope_theta; write it there too, it is read before the one beside it.")
     longest, needed = config.get("max_position_embeddings"), facts["max_position_embeddings"]
     if longest is not None and longest < needed:
         said.append(

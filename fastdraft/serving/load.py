@@ -6,12 +6,11 @@ salt of its own, so that no cell's prefill reads another's prefix cache. Its num
     accepted length    (output tokens - requests) / verifying target forwards, as DecodeReport.accepted_length: a forward's
                        own (bonus) token counts, the prefill's, one a request, does not
     step_acceptance    share of verifying forwards that kept a drafted token at depth 1, 2, ...
-    inter-token        the time between two chunks of a stream, shared by the tokens of the later one
+    time per token     the time between an answer's first and last text, shared by its tokens after the first
 
 Where the forwards are counted:
     SGLang  each request's spec_tokens_details (spec_verify_ct, spec_correct_drafts_histogram); versions that do not stream
-            them (0.5.17) give them as meta_info in a second pass over the cell, not streamed and not timed; failing both,
-            the counter sglang:spec_verify_calls_total; else only the mean since the start, which is noted and not used
+            them (0.5.17) give them as meta_info in a second pass over the cell, not streamed and not timed
     vLLM    the counters vllm:spec_decode_num_{drafts,accepted_tokens,accepted_tokens_per_pos}_total
 Counters are read before and after a cell and count by their difference. vLLM does not count a forward that had nothing
 drafted to verify; as one gives at most its accepted tokens and one more, there were at least (output tokens - requests -
@@ -26,7 +25,8 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -41,7 +41,6 @@ from fastdraft.answers.servers import parse_fields
 from fastdraft.data.prompts import Prompt
 from fastdraft.serving.client import (
     GENERATED,
-    SGLANG_FORWARDS,
     VLLM_ACCEPTED,
     VLLM_BY_POSITION,
     VLLM_DRAFTS,
@@ -55,7 +54,6 @@ from fastdraft.serving.client import (
     counted_since,
     probe,
     read_counters,
-    sglang_info,
 )
 
 ACCEPTED_LENGTH = (
@@ -106,6 +104,8 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Percentiles:
+    """Over requests."""
+
     p50: float
     p90: float
     p99: float
@@ -120,9 +120,9 @@ class Measured:
     num_output_tokens: int
     seconds: float  # from the first request sent to the last answer's end
     output_tokens_per_s: float
-    first_token_ms: Percentiles | None  # over requests; None without any text
-    inter_token_ms: Percentiles | None  # over tokens; None when every answer came in one piece
-    end_to_end_ms: Percentiles  # over requests
+    first_token_ms: Percentiles | None  # None without any text
+    per_token_ms: Percentiles | None  # None when every answer came in one piece
+    end_to_end_ms: Percentiles
     acceptance: Acceptance | None  # None: no speculation, or not reported
 
 
@@ -174,14 +174,11 @@ def bench_serve(
     """
     if baseline is not None and baseline_url is not None:
         raise ValueError("give a baseline's URL or an earlier baseline's file, not both")
-    if not prompts:
-        raise ValueError("no prompts; give at least one set")
-    for name, asked in prompts.items():
-        if not asked:
-            raise ValueError(f"prompt set {name} holds no prompt")
-    if baseline is not None:
-        _check_baseline(baseline, prompts, load)
-    return asyncio.run(_bench(url, prompts, load, baseline_url, baseline, api_key, on_cell))
+    if not prompts or not all(prompts.values()):
+        raise ValueError("no prompts; give at least one set, each with at least one prompt")
+    earlier = _earlier_cells(baseline, prompts, load) if baseline is not None else {}
+    urls = [url] if baseline_url is None else [url, baseline_url]
+    return asyncio.run(_bench(urls, prompts, load, baseline, earlier, api_key, on_cell))
 
 
 def _sha256(prompts: Sequence[Prompt]) -> str:
@@ -189,50 +186,49 @@ def _sha256(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _earlier(baseline: ServeReport, prompts: Sequence[Prompt], concurrency: int) -> Measured | None:
-    same = (c for c in baseline.cells if c.prompts_sha256 == _sha256(prompts) and c.concurrency == concurrency)
-    return next((cell.measured for cell in same), None)
-
-
-def _check_baseline(baseline: ServeReport, prompts: Mapping[str, Sequence[Prompt]], load: Load) -> None:
+def _earlier_cells(
+    baseline: ServeReport, prompts: Mapping[str, Sequence[Prompt]], load: Load
+) -> dict[tuple[str, int], Measured]:
+    """The baseline's cells by prompts and concurrency. ValueError: it lacks one, or was measured otherwise."""
     for name in ("max_new_tokens", "temperature", "body"):
         now, then = getattr(load, name), getattr(baseline.load, name)
         if now != then:
             raise ValueError(f"the baseline was measured with {name} {then}, this run has {now}: they do not compare")
+    cells = {(cell.prompts_sha256, cell.concurrency): cell.measured for cell in baseline.cells}
     for name, asked in prompts.items():
         for concurrency in load.concurrency:
-            if _earlier(baseline, asked, concurrency) is None:
+            if (_sha256(asked), concurrency) not in cells:
                 raise ValueError(f"the baseline has no cell with the prompts of {name} at concurrency {concurrency}")
+    return cells
 
 
 async def _bench(
-    url: str,
+    urls: list[str],  # the server's, and a baseline's
     prompts: Mapping[str, Sequence[Prompt]],
     load: Load,
-    baseline_url: str | None,
     baseline: ServeReport | None,
+    earlier: dict[tuple[str, int], Measured],
     api_key: str | None,
     on_cell: Callable[[ServeReport], None],
 ) -> ServeReport:
-    async with connect(url, api_key) as client, connect(baseline_url or url, api_key) as plain_client:
-        server = await probe(client)
-        plain = await probe(plain_client) if baseline_url is not None else None
-        baseline_server = plain if baseline is None else baseline.server
-        notes = _first_notes(server, baseline_server, prompts, load)
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(connect(url, api_key)) for url in urls]
+        servers = [await probe(client) for client in clients]
+        other = servers[1] if servers[1:] else baseline and baseline.server
+        notes = _first_notes(servers[0], other, prompts, load)
         if warm := list(islice(chain.from_iterable(prompts.values()), load.num_warmup)):
-            await _measure(client, server, warm, 1, load, [])
-            if plain is not None:
-                await _measure(plain_client, plain, warm, 1, load, [])
-        report = ServeReport(ACCEPTED_LENGTH, server, baseline_server, load, [], notes)
+            for client, server in zip(clients, servers, strict=True):
+                await _measure(client, server, warm, 1, load, [])
+        report = ServeReport(ACCEPTED_LENGTH, servers[0], other, load, [], notes)
         for name, asked in prompts.items():
             for concurrency in load.concurrency:
-                measured = await _measure(client, server, asked, concurrency, load, notes)
-                if plain is not None:
-                    other = await _measure(plain_client, plain, asked, concurrency, load, notes)
-                else:
-                    other = _earlier(baseline, asked, concurrency) if baseline is not None else None
-                speedup = measured.output_tokens_per_s / other.output_tokens_per_s if other else None
-                cell = Cell(name, _sha256(asked), concurrency, measured, other, speedup)
+                both = [
+                    await _measure(client, server, asked, concurrency, load, notes)
+                    for client, server in zip(clients, servers, strict=True)
+                ]
+                measured, plain = both if both[1:] else (both[0], earlier.get((_sha256(asked), concurrency)))
+                speedup = measured.output_tokens_per_s / plain.output_tokens_per_s if plain else None
+                cell = Cell(name, _sha256(asked), concurrency, measured, plain, speedup)
                 report = replace(report, cells=[*report.cells, cell], notes=list(dict.fromkeys(notes)))
                 on_cell(report)
     return report
@@ -269,7 +265,7 @@ async def _measure(
         "max_tokens": load.max_new_tokens,
         "temperature": load.temperature,
         "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "stream_options": {"include_usage": True},
         "cache_salt": uuid.uuid4().hex,
         **({"return_spec_tokens_details": True} if server.engine == "SGLang" else {}),
         **load.body,
@@ -282,8 +278,6 @@ async def _measure(
     num_tokens, num_retries = sum(a.num_tokens for a in answers), sum(a.num_retries for a in answers)
     if num_retries:
         notes.append(f"{server.url}: {num_retries} times a request was sent again; tokens/s holds the time that was lost")
-    if any(a.gaps_s and not a.chunks_tell for a in answers):
-        notes.append(f"{server.url} does not report the tokens of each chunk: inter-token times are each answer's mean")
     if mute := sum(a.first_s is None for a in answers):
         notes.append(f"{server.url} streamed no text for {mute} of {len(answers)} requests: first tokens are of the others")
     if not num_tokens:
@@ -306,23 +300,23 @@ async def _measure(
             if _details(again) is not None:
                 counting = again
                 notes.append(f"{server.url} does not stream spec_tokens_details: counted in a second, unstreamed pass")
-        acceptance = await _sglang_acceptance(client, server, counting, counted, others, notes)
+        acceptance = _sglang_acceptance(server, counting, notes)
+    several = [a for a in answers if a.num_tokens > 1 and a.first_s is not None and a.last_s > a.first_s]
     return Measured(
         num_requests=len(answers),
         num_retries=num_retries,
         num_output_tokens=num_tokens,
         seconds=seconds,
         output_tokens_per_s=num_tokens / seconds,
-        first_token_ms=_percentiles(a.first_s for a in answers if a.first_s is not None),
-        inter_token_ms=_percentiles(gap for a in answers for gap in a.gaps_s),
-        end_to_end_ms=_percentiles(a.end_s for a in answers),
+        first_token_ms=_percentiles([a.first_s for a in answers if a.first_s is not None]),
+        per_token_ms=_percentiles([(a.last_s - a.first_s) / (a.num_tokens - 1) for a in several]),
+        end_to_end_ms=_percentiles([a.end_s for a in answers]),
         acceptance=acceptance,
     )
 
 
-def _percentiles(seconds: Iterable[float]) -> Percentiles | None:
-    values = list(seconds)
-    return Percentiles(*(np.percentile(values, (50, 90, 99)) * 1e3).tolist()) if values else None
+def _percentiles(seconds: list[float]) -> Percentiles | None:
+    return Percentiles(*(np.percentile(seconds, (50, 90, 99)) * 1e3).tolist()) if seconds else None
 
 
 def _after_prefill(answers: list[Answer]) -> int:
@@ -359,32 +353,18 @@ def _details(answers: list[Answer]) -> list[SpecDetails] | None:
     return details if all(d is not None and d.spec_verify_ct for d in details) else None
 
 
-async def _sglang_acceptance(
-    client: httpx.AsyncClient, server: Server, answers: list[Answer], counted: Counters, others: int, notes: list[str]
-) -> Acceptance | None:
-    produced, tokens = _after_prefill(answers), sum(a.num_tokens for a in answers)
+def _sglang_acceptance(server: Server, answers: list[Answer], notes: list[str]) -> Acceptance | None:
     details = _details(answers)
-    if details == []:
-        notes.append(f"{server.url} verified nothing: no answer was longer than the prefill's token")
+    if not details:
+        missing = "it reports no verifying forwards by request (spec_tokens_details, or meta_info)"
+        nothing = "it verified nothing, no answer was longer than the prefill's token"
+        notes.append(f"{server.url} gives no accepted length: {missing if details is None else nothing}")
         return None
-    if details is not None:
-        forwards = sum(d.spec_verify_ct for d in details)
-        kept = [d.spec_correct_drafts_histogram for d in details]
-        num_steps = server.speculation.get("speculative_num_steps")  # beyond what any forward kept: shares of 0
-        deepest = max(max(map(len, kept)) - 1, num_steps if isinstance(num_steps, int) and num_steps < 64 else 0)
-        steps = [sum(sum(histogram[depth:]) for histogram in kept) / forwards for depth in range(1, deepest + 1)]
-        if not any(kept):
-            notes.append(f"{server.url} does not report acceptance by depth (spec_correct_drafts_histogram)")
-        return Acceptance(produced / forwards, tokens / forwards, forwards, steps if any(kept) else None)
-
-    lacks = f"{server.url} does not report verifying forwards by request (spec_tokens_details, or meta_info)"
-    forwards = round(counted.get((SGLANG_FORWARDS, ""), 0))
-    if forwards and not others:
-        notes.append(f"{lacks}: taken from {SGLANG_FORWARDS}, without acceptance by depth")
-        return Acceptance(produced / forwards, tokens / forwards, forwards, None)
-    states = (await sglang_info(client)).get("internal_states")
-    states = [s for s in states if isinstance(s, dict)] if isinstance(states, list) else []
-    means = [mean for s in states if isinstance(mean := s.get("avg_spec_accept_length"), float | int) and mean]
-    known = f"only its mean since it was started is known, {np.mean(means):.3f}" if means else "nor a mean"
-    notes.append(f"{lacks}, nor by {SGLANG_FORWARDS} alone (--enable-metrics): {known}")
-    return None
+    forwards, tokens = sum(d.spec_verify_ct for d in details), sum(a.num_tokens for a in answers)
+    kept = [d.spec_correct_drafts_histogram for d in details]
+    num_steps = server.speculation.get("speculative_num_steps")  # beyond what any forward kept: shares of 0
+    deepest = max(max(map(len, kept)) - 1, num_steps if isinstance(num_steps, int) and num_steps < 64 else 0)
+    steps = [sum(sum(histogram[depth:]) for histogram in kept) / forwards for depth in range(1, deepest + 1)]
+    if not any(kept):
+        notes.append(f"{server.url} does not report acceptance by depth (spec_correct_drafts_histogram)")
+    return Acceptance(_after_prefill(answers) / forwards, tokens / forwards, forwards, steps if any(kept) else None)

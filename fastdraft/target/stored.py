@@ -24,7 +24,6 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.data.samples import scan
 from fastdraft.features.fp8 import dequantize
-from fastdraft.features.memory import run_documents
 from fastdraft.features.meta import DTYPES
 from fastdraft.features.store import (
     HEADER_BYTES,
@@ -323,3 +322,15 @@ class StoreCache(StoreReader):
             self._writer.close()
         finally:
             self._lock.release()
+
+
+def run_documents(
+    target: Target,
+    batch: Batch,  # on the host
+    documents: list[int],  # ascending; at least one
+) -> tuple[Batch, Features]:
+    """Some documents of a batch as a batch of their own, and its features."""
+    ids, mask = (x.split(batch.lengths) for x in (batch.input_ids, batch.loss_mask))
+    lengths = tuple(batch.lengths[d] for d in documents)
+    part = Batch(torch.cat([ids[d] for d in documents]), torch.cat([mask[d] for d in documents]), lengths)
+    return part, target.capture(part.to(target.device))

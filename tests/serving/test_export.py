@@ -421,9 +421,11 @@ def test_load_refuses_one_name_twice(sound, tmp_path):
 
 def test_load_refuses_another_target(sound):
     other = target_config().to_dict()
-    with pytest.raises(ValueError, match="target of hidden size 32, this target's is 48"):
+    with pytest.raises(
+        ValueError, match=r"target_hidden_size .* is 32, the target's is 48; the draft was made for another"
+    ):
         load_draft(sound, other | {"hidden_size": 48})
-    with pytest.raises(ValueError, match="vocab_size is 61, the target's 99"):
+    with pytest.raises(ValueError, match="vocab_size is 61, the target's is 99; the draft was made for another target"):
         load_draft(sound, other | {"vocab_size": 99})
     with pytest.raises(ValueError, match="does not say vocab_size"):
         load_draft(sound, {k: v for k, v in other.items() if k != "vocab_size"})

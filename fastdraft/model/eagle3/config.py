@@ -247,14 +247,19 @@ class DraftConfig(BaseModel):
 
     @classmethod
     def from_serving(
-        cls, config: dict[str, Any], num_target_layers: int, target_hidden_size: int | None = None
+        cls,
+        config: dict[str, Any],
+        num_target_layers: int,
+        target_hidden_size: int | None = None,
+        target_vocab_size: int | None = None,
     ) -> DraftConfig:
-        """Reads an engine's config.json. `target_hidden_size`, where known, must be what the checkpoint was made for.
+        """Reads an engine's config.json. The target's sizes, where known, must be what the checkpoint was made for.
 
         Raises ValueError, a sentence for each, where the checkpoint asks for a forward this trainer does not train, says
-        one thing to SGLang and another to vLLM, or lacks a field.
+        one thing to SGLang and another to vLLM, is of another target, or lacks a field.
         """
-        problems = serving_malformed(config) or serving_refusals(config)
+        sizes = num_target_layers, target_hidden_size, target_vocab_size
+        problems = serving_malformed(config) or serving_problems(config, *sizes)
         needed = (
             "hidden_size",
             "intermediate_size",
@@ -268,17 +273,11 @@ class DraftConfig(BaseModel):
         if problems:
             raise ValueError("the draft's config.json does not fit: " + " ".join(problems))
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        wide = config.get("target_hidden_size") or hidden
-        if target_hidden_size is not None and wide != target_hidden_size:
-            raise ValueError(
-                f"the draft was made for a target of hidden size {wide}, this target's is {target_hidden_size}; "
-                "use the target it was trained on"
-            )
         return _built(
             cls,
             {key: config[key] for key in needed}
             | {
-                "target_hidden_size": wide,
+                "target_hidden_size": config.get("target_hidden_size") or hidden,
                 "num_key_value_heads": config.get("num_key_value_heads") or heads,
                 "head_dim": config.get("head_dim") or hidden // heads,
                 "num_target_layers": num_target_layers,
@@ -455,8 +454,14 @@ def serving_malformed(config: dict[str, Any]) -> list[str]:
     return said
 
 
-def serving_refusals(config: dict[str, Any]) -> list[str]:
-    """Sentences on what a config.json asks of the engines that the draft here does not compute; empty when nothing."""
+def serving_problems(
+    config: dict[str, Any],  # well-formed
+    num_target_layers: int,
+    target_hidden_size: int | None,  # None: any
+    target_vocab_size: int | None,  # None: any
+) -> list[str]:
+    """Sentences on what a config.json asks of the engines that the draft here does not compute, says to each of them in
+    another way, or says of another target; empty when nothing."""
     said = []
     if config.get("architectures") != [ARCHITECTURE]:
         said.append(f"architectures is {config.get('architectures')!r}; both engines need [{ARCHITECTURE!r}].")
@@ -469,6 +474,27 @@ def serving_refusals(config: dict[str, Any]) -> list[str]:
         said.append("eagle_config.use_aux_hidden_state is false, so three target layers are not read; it must be true.")
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         said.append(f"layer_types is {config['layer_types']!r}; the draft attends to everything, leave it out.")
+    try:
+        serving_rope(config)
+    except ValueError as error:
+        said.append(f"{error}.")
+    try:
+        layers = serving_layers(config, num_target_layers)
+        last = num_target_layers - 2  # SGLang captures where a layer begins
+        if not 0 <= layers[0] < layers[1] < layers[2] <= last:
+            said.append(
+                f"layer ids name the outputs of target layers {list(layers)} (from 0); they must ascend and "
+                f"stay within 0..{last}, the outputs SGLang can capture of {num_target_layers} layers."
+            )
+    except ValueError as error:
+        said.append(f"{error}.")
+    wide = config.get("target_hidden_size") or config.get("hidden_size")
+    for key, value, law in (
+        ("target_hidden_size (or hidden_size without it)", wide, target_hidden_size),
+        ("vocab_size", config.get("vocab_size"), target_vocab_size),
+    ):
+        if law is not None and value is not None and value != law:
+            said.append(f"{key} is {value}, the target's is {law}; the draft was made for another target.")
     return said
 
 
