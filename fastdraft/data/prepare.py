@@ -40,7 +40,7 @@ from fastdraft.data.tokenize import ChatTokenizer
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 3  # raised when the same input makes other samples than before
+FORMAT = 4  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 
