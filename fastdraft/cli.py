@@ -119,7 +119,7 @@ def preview_command(
 ) -> None:
     """Show the first conversations as the draft will see them, trained tokens coloured."""
     from fastdraft.config import load_config
-    from fastdraft.data.prepare import first_samples
+    from fastdraft.data.prepare import chat_tokenizer, date_lines, first_samples
     from fastdraft.data.preview import preview
     from fastdraft.run import draft_shape
     from fastdraft.target.hf import load_tokenizer
@@ -127,6 +127,8 @@ def preview_command(
     loaded = load_config(config, overrides or [])
     tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
     preview(first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size), tokenizer, n, console)
+    for line in date_lines(chat_tokenizer(loaded.data, tokenizer, None).template_date):
+        say(line)
 
 
 @data.command()
@@ -157,6 +159,9 @@ def regenerate(
     dtype: Annotated[str, typer.Option(help="With --target: bf16 or fp32.")] = "bf16",
     device: Annotated[str, typer.Option(help="With --target: auto, cpu or cuda.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="With --target.")] = False,
+    template_date: Annotated[
+        str | None, typer.Option(help="With --target: today, to a chat template that writes it; as data.template_date.")
+    ] = None,
     allow_failures: Annotated[bool, typer.Option("--allow-failures", help="Write OUT without what failed.")] = False,
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no prompt.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left at OUT.")] = False,
@@ -170,14 +175,16 @@ def regenerate(
     if bool(url) == bool(target):
         raise ValueError("give either --url (repeatable) or --target: who is to answer?")
     if url:
-        refuse_idle(context, ("batch_size", "dtype", "device", "trust_remote_code"), "--target")
+        refuse_idle(context, ("batch_size", "dtype", "device", "trust_remote_code", "template_date"), "--target")
         by = Servers(url, model, sampling, os.environ.get(api_key_env), concurrency, timeout, retries)
     else:
         refuse_idle(context, ("model", "concurrency", "timeout", "retries", "api_key_env"), "--url")
         from fastdraft.answers.local import open_local
+        from fastdraft.data.config import TEMPLATE_DATE
         from fastdraft.dist.mesh import start_process
 
-        by = open_local(target, start_process(device), dtype, batch_size, trust_remote_code, sampling)
+        where, date = start_process(device), template_date or TEMPLATE_DATE
+        by = open_local(target, where, dtype, batch_size, trust_remote_code, sampling, date)
     outcome = regenerate(prompts, out, by, console, allow_failures, skip_bad_lines, fresh)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)

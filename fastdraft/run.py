@@ -252,7 +252,8 @@ def evaluate_run(
     if prompts is not None:  # read before anything long: they may be bad
         tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
         tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
-        ids = prompt_ids(read_prompts(prompts)[:max_prompts], tokenizer, **config.data.chat_template_kwargs)
+        asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
+        ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
     eval_set = load_data(config, draft.config.vocab_size).eval
     held_out = decoded = None
     if len(eval_set):

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from fastdraft.answers.dialogue import Dialogue, answer_message
 from fastdraft.answers.job import Job, Sampling, Stopped
-from fastdraft.data.config import checked_template_kwargs
+from fastdraft.data.config import TEMPLATE_DATE, checked_date, checked_template_kwargs, writes_date
 from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
 from fastdraft.target.hf import Target, load_target, load_tokenizer, target_fingerprint
 
@@ -69,6 +69,7 @@ class LocalTarget:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         batch_size: int,
+        template_date: str = TEMPLATE_DATE,
     ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(f"{tokenizer.name_or_path!r} has no chat template: it cannot answer conversations")
@@ -79,6 +80,7 @@ class LocalTarget:
             )
         self.target, self.tokenizer, self.sampling, self.batch_size = target, tokenizer, sampling, batch_size
         self._template_kwargs = checked_template_kwargs(extra.get("chat_template_kwargs", {}))
+        self._template_date = checked_date(template_date)
         self._special = special_ids(tokenizer)
         if sampling.temperature == 0:
             self._sampling = {"do_sample": False}
@@ -89,13 +91,14 @@ class LocalTarget:
         """What decides the answers besides the sampling."""
         generation = self.target.model.generation_config
         names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+        dated = writes_date(str(self.tokenizer.chat_template))
         return {
             "backend": "transformers",
             "model": target_fingerprint(self.target),
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "generation_config": {name: getattr(generation, name, None) for name in names},
-        }
+        } | ({"template_date": self._template_date} if dated else {})
 
     def about(self) -> str:
         return f"{self.target.model.name_or_path} here, {self.batch_size} conversations at a time"
@@ -155,7 +158,8 @@ class LocalTarget:
 
     def _prompt(self, dialogue: Dialogue) -> list[int]:
         """ValueError: the template refuses it; a token that the target has not; no room for an answer."""
-        (ids,) = prompt_ids([Prompt(dialogue.messages, dialogue.tools)], self.tokenizer, **self._template_kwargs)
+        prompt = Prompt(dialogue.messages, dialogue.tools)
+        (ids,) = prompt_ids([prompt], self.tokenizer, self._template_date, **self._template_kwargs)
         if max(ids, default=0) >= self.target.vocab_size:
             raise ValueError(f"token id {max(ids)} is not in the target's vocabulary of {self.target.vocab_size}")
         most, new = getattr(self.target.config, "max_position_embeddings", None), self.sampling.max_new_tokens
@@ -175,14 +179,21 @@ class LocalTarget:
 
 
 def open_local(
-    path: str, device: torch.device, dtype: str, batch_size: int, trust_remote_code: bool, sampling: Sampling
+    path: str,
+    device: torch.device,
+    dtype: str,
+    batch_size: int,
+    trust_remote_code: bool,
+    sampling: Sampling,
+    template_date: str = TEMPLATE_DATE,
 ) -> LocalTarget:
     """A target loaded here, in dtype bf16 or fp32, that answers with these settings."""
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if dtype not in dtypes:
         raise ValueError(f"--dtype {dtype} is not one of {', '.join(dtypes)}")
+    checked_date(template_date)  # before the target is loaded
     target = load_target(path, dtypes[dtype], device, trust_remote_code=trust_remote_code)
-    return LocalTarget(target, load_tokenizer(path, trust_remote_code), sampling, batch_size)
+    return LocalTarget(target, load_tokenizer(path, trust_remote_code), sampling, batch_size, template_date)
 
 
 def _fail(job: Job, dialogue: Dialogue, error: ValueError) -> None:

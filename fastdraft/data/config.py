@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -9,8 +10,41 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 # What rendering a conversation sets itself; continue_final_message would leave out the end of the last turn.
 RENDERED_WITH = (
     *("messages", "conversation", "conversations", "tools", "chat_template", "tokenize", "add_generation_prompt"),
-    *("continue_final_message", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+    *("continue_final_message", "return_assistant_tokens_mask", "return_dict", "return_tensors", "strftime_now"),
 )
+# The day that templates are told is today (Llama 3, gpt-oss). It is a setting and no clock, because a run's parts must see
+# the same text: what was prepared, captured or stopped yesterday, or in another time zone, is gone on with today.
+TEMPLATE_DATE = "2026-01-01"
+# Ways to write a date or a time, of which %s, seconds since 1970, is left out: it depends on the time zone.
+DIRECTIVES = [f"%{x}" for x in ("-d", "-m", "-y", "-H", "-I", "-M", "-S", "-j")]
+DIRECTIVES += [f"%{x}" for x in "aAbBcCdDeFfgGhHIjklmMnpPrRStTuUVwWxXyYzZ"]
+
+
+def checked_date(date: str) -> str:
+    """ValueError: no date as 2026-01-31."""
+    try:
+        return datetime.datetime.strptime(date, "%Y-%m-%d").date().isoformat()
+    except ValueError as error:
+        raise ValueError(f"template_date must be a date such as {TEMPLATE_DATE}, got {date!r}") from error
+
+
+def writes_date(template: str) -> bool:
+    return "strftime_now" in template
+
+
+def with_date(template: str, date: str) -> str:
+    """The template, in which `strftime_now` writes a given day, at midnight, instead of reading the clock.
+
+    transformers gives templates that function and lets nobody replace it, but a macro of the same name at the template's
+    beginning comes before it. The macro takes a line of its own, whose end Jinja trims.
+    """
+    if not writes_date(template):
+        return template
+    day = datetime.datetime.fromisoformat(date)
+    percent = "\ue000"  # stands for %% meanwhile, so that %%d is no day
+    written = [("%%", percent), *((x, day.strftime(x)) for x in DIRECTIVES), (percent, "%")]
+    replaced = "".join(f"|replace({directive!r},{text!r})" for directive, text in written)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
 def checked_template_kwargs(kwargs: Any) -> dict[str, Any]:
@@ -41,11 +75,17 @@ class DataConfig(BaseModel):
     vocab_samples: int = Field(100_000, gt=0)  # streaming: conversations for the vocabulary map and held-out data
     chat_template: str | None = None  # path of a Jinja file used instead of the tokenizer's template
     chat_template_kwargs: dict[str, Any] = {}  # passed to the template, e.g. enable_thinking: false
+    template_date: str = TEMPLATE_DATE  # what a template that writes today's date (strftime_now) is told, YYYY-MM-DD
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def _are_for_the_template(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
         return checked_template_kwargs(kwargs)
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_a_date(cls, date: Any) -> str:
+        return checked_date(str(date))  # YAML reads 2026-01-31 without quotes as a date
 
     @model_validator(mode="after")
     def _packs_hold_samples(self) -> DataConfig:

@@ -12,7 +12,9 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 SHAPES = ("messages", "conversations", "input_ids")
+MEDIA = {"image", "images", "img", "imgs", "pixel", "video", "videos", "audio", "audios"}  # words of keys
+# Keys of a message that chat templates and servers read, so that none of them may be left out without a word.
+READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")  # ends of files' names
 
 
@@ -194,11 +199,13 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
         has = f"has {' and '.join(shapes)}" if shapes else f"has none (keys: {', '.join(map(str, row)) or 'none'})"
         known = [*SHAPES, "prompt (text)"] if prompts else SHAPES
         raise ValueError(f"expected exactly one of {', '.join(known[:-1])} or {known[-1]}; {has}")
+    _refuse_media(row, "the line")
     if shapes == ["input_ids"]:
         return _tokens(line.where, row)
     tools = _json_if_string(row.get("tools") or None, "tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ValueError(f"tools must be a list of objects, got {_kind(tools)}")
+    _refuse_beyond_json(tools, "tools")
     turns = _json_if_string(row[shapes[0]], shapes[0])
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{shapes[0]} must be a non-empty list, got {_kind(turns)}")
@@ -240,6 +247,7 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     role = message.get("role")
     if not isinstance(role, str):
         raise ValueError(f"message {number} needs a role, got {_kind(role)}")
+    _refuse_media(message, f"message {number}")
     if sharegpt:
         message["role"] = SHAREGPT_ROLES.get(role, role)
         if role == "function_call":
@@ -261,7 +269,46 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
         message["tool_calls"] = [_tool_call(call, number) for call in calls]
         if not calls:
             del message["tool_calls"]
-    return message
+    for key in READ_KEYS:
+        _refuse_beyond_json(message.get(key), f"message {number}: {key}")
+    return {key: value for key, value in message.items() if _beyond_json(value) is None}
+
+
+def _refuse_media(fields: dict, owner: str) -> None:
+    """ValueError for a key that says there is an image, video or sound, which the text alone would be trained without."""
+    for key, value in fields.items():
+        words = {word.lower() for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", str(key))}
+        if words & MEDIA and _says_something(value):
+            raise ValueError(
+                f"{owner} has {key!r} ({_kind(value)}), and only text can be trained on; leave such lines out, or take the "
+                "key out where the text stands alone"
+            )
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a value is more than the absence of one: null, false, 0, NaN, empty text, or lists and objects of these."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(_says_something(x) for x in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, float) and math.isnan(value):
+        return False
+    return bool(value.strip() if isinstance(value, (str, bytes)) else value)
+
+
+def _beyond_json(value: Any) -> str | None:
+    """What of a value JSON cannot write, for an error message: the first of its dates, decimals, bytes or NaN, which come
+    out of Parquet files. None where all of it is JSON."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((part for part in map(_beyond_json, value) if part is not None), None)
+    if value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value)):
+        return None
+    return _kind(value)
+
+
+def _refuse_beyond_json(value: Any, name: str) -> None:
+    if (part := _beyond_json(value)) is not None:
+        raise ValueError(f"{name} holds what JSON cannot write, {part}; write it as text or as a number")
 
 
 def _text(content: Any, number: int, needed: bool) -> str:
@@ -275,6 +322,7 @@ def _text(content: Any, number: int, needed: bool) -> str:
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 kind = part.get("type") if isinstance(part, dict) else _kind(part)
                 raise ValueError(f"message {number}: content part {kind!r} is not text; only text can be trained on")
+            _refuse_media(part, f"a content part of message {number}")
         return "".join(part["text"] for part in content)
     raise ValueError(f"message {number}: content must be a string or a list of text parts, got {_kind(content)}")
 
@@ -328,5 +376,5 @@ def _key(content: Any) -> int:
 def _kind(value: Any) -> str:
     """A value for an error message: its JSON type, and its beginning if that helps."""
     names = {dict: "an object", list: "a list", str: "a string", type(None): "nothing", bool: "a boolean"}
-    name = names.get(type(value), "a number")
+    name = names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
     return name if value is None else f"{name}: {str(value)[:40]}"

@@ -40,7 +40,7 @@ from fastdraft.data.tokenize import ChatTokenizer
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 3  # raised when the same input makes other samples than before
+FORMAT = 4  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 
@@ -97,10 +97,18 @@ class Prepared(NamedTuple):
     eval: Dataset  # empty only when eval_fraction is 0 or too small for the data
     stats: Stats
     stream: Stream | None = None
+    template_date: str | None = None  # what the chat template writes as today; None: it writes no date
 
     def lines(self) -> list[str]:
         """The statistics as sentences for people."""
-        return [*(["streaming; of a sample of the data:"] if self.stream else []), *self.stats.lines()]
+        begin = ["streaming; of a sample of the data:"] if self.stream else []
+        return [*begin, *self.stats.lines(), *date_lines(self.template_date)]
+
+
+def date_lines(template_date: str | None) -> list[str]:
+    if template_date is None:
+        return []
+    return [f"the chat template writes today's date: it is told {template_date}, which data.template_date sets"]
 
 
 def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
@@ -113,7 +121,8 @@ def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     """
     train_files, eval_files = expand(config.paths), expand(config.eval_paths)
     chat = chat_tokenizer(config, tokenizer, vocab_size)
-    return divide([tokenized(files, config, chat) for files in (train_files, eval_files) if files], config)
+    parts = [tokenized(files, config, chat) for files in (train_files, eval_files) if files]
+    return divide(parts, config)._replace(template_date=chat.template_date)
 
 
 def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
@@ -167,6 +176,7 @@ def chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab
         train_on=config.train_on,
         chat_template=read_template(config),
         chat_template_kwargs=config.chat_template_kwargs,
+        template_date=config.template_date,
         vocab_size=vocab_size,
     )
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from fastdraft.data.config import TEMPLATE_DATE, with_date
 from fastdraft.data.conversations import BadLine, parse, read_lines
 
 
@@ -34,11 +35,18 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def prompt_ids(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[list[int]]:
+def prompt_ids(
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, template_date: str = TEMPLATE_DATE, **template_kwargs: Any
+) -> list[list[int]]:
     """Token ids of each prompt, ready for the assistant's turn. Raises ValueError when the chat template refuses one."""
     options = {"tokenize": False, "add_generation_prompt": True, **template_kwargs}
+
+    def render(prompt: Prompt) -> str:
+        template = with_date(tokenizer.get_chat_template(tools=prompt.tools), template_date)
+        return tokenizer.apply_chat_template(prompt.messages, tools=prompt.tools, chat_template=template, **options)
+
     try:
-        texts = [tokenizer.apply_chat_template(p.messages, tools=p.tools, **options) for p in prompts]
+        texts = [render(prompt) for prompt in prompts]
     except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
         raise ValueError(f"the chat template refuses a prompt: {type(error).__name__}: {error}") from error
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -59,7 +59,7 @@ def open_stream(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_si
     parts = [stream.sample()]
     if config.eval_paths:
         parts.append(tokenized(expand(config.eval_paths), config, chat))
-    return divide(parts, config)._replace(stream=stream)
+    return divide(parts, config)._replace(stream=stream, template_date=chat.template_date)
 
 
 class Stream:

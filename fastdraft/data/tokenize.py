@@ -26,6 +26,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
 from fastdraft.data.conversations import BadLine, Conversation, with_textual_arguments
 from fastdraft.data.samples import Sample
 
@@ -60,6 +61,7 @@ class ChatTokenizer:
         train_on: str = "all",  # "all" | "last_turn"
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        template_date: str = TEMPLATE_DATE,
         vocab_size: int | None = None,  # the target's; every token id must be below it
     ) -> None:
         self.max_length, self.on_too_long, self.train_on, self.vocab_size = max_length, on_too_long, train_on, vocab_size
@@ -69,6 +71,9 @@ class ChatTokenizer:
             for i, tools in enumerate((None, [])):
                 with suppress(ValueError):  # it has none
                     self.templates[i] = tokenizer.get_chat_template(tools=tools)
+        dated = any(writes_date(template) for template in self.templates if template)
+        self.template_date = template_date if dated else None  # None: no template asks for it
+        self.templates = [template and with_date(template, template_date) for template in self.templates]
         self.name = f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
         self.backend = _plain(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
 
@@ -222,7 +227,8 @@ class ChatTokenizer:
                 **self.kwargs,
             )
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from error
+            line = error.lineno - (self.template_date is not None)  # with_date adds one
+            raise ValueError(f"the chat template is not valid Jinja, line {line}: {error.message}") from error
         except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
             raise _Refused(f"the chat template refuses it: {type(error).__name__}: {error}") from error
         return texts[0], [tuple(span) for span in spans[0]] if marks else []

@@ -70,6 +70,12 @@ MANDATORY = (
 SIZES = {"hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "vocab_size"}
 
 
+MAPS = {
+    "d2t": "engines would take draft ids for target ids",
+    "t2d": "engines read d2t alone, but without it nothing tells whether that is the map of these weights; write it",
+}
+
+
 class Findings(NamedTuple):
     """What `verify` found, a sentence each. Errors: an engine would fail or draft wrongly. Warnings: legal, but look."""
 
@@ -208,7 +214,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> D
     config = read_json(path / CONFIG)
     try:
         c = _config_for(config, target)
-        tensors = _load_weights(path)
+        tensors = _with_t2d(_load_weights(path), c)
         problems = _tensor_problems(tensors, c, lenient=True)
         if problems := problems or _map_problems(tensors.get("d2t"), tensors["t2d"], c):
             raise ValueError(" ".join(problems))
@@ -220,6 +226,27 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> D
     tensors.setdefault("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
     draft.load_state_dict(tensors)
     return draft
+
+
+def _with_t2d(tensors: dict[str, Tensor], c: DraftConfig) -> dict[str, Tensor]:
+    """The tensors with t2d, derived from d2t where it is missing: engines read d2t alone, so such a draft lacks nothing.
+
+    Without d2t, too, the draft must have the whole vocabulary. A d2t that is no map is left for others to refuse. Raises
+    ValueError for one that may hold target ids themselves, which a t2d would tell from offsets.
+    """
+    d2t = tensors.get("d2t", torch.zeros(c.draft_vocab_size, dtype=torch.int64))
+    given = "d2t" in tensors or c.draft_vocab_size == c.vocab_size
+    if "t2d" in tensors or not given or tuple(d2t.shape) != (c.draft_vocab_size,) or d2t.dtype != torch.int64:
+        return tensors
+    if "d2t" in tensors and len(d2t) > 1 and bool((d2t[1:] > d2t[:-1]).all()):
+        raise ValueError(
+            "t2d is missing, and d2t rises from every draft id to the next, as target ids do and offsets hardly ever; "
+            "write t2d, bool, true at the target ids that the draft can propose."
+        )
+    ids = d2t + torch.arange(c.draft_vocab_size)
+    t2d = torch.zeros(c.vocab_size, dtype=torch.bool)
+    t2d[ids[(ids >= 0) & (ids < c.vocab_size)]] = True
+    return tensors | {"t2d": t2d}
 
 
 def _config_for(config: dict[str, Any], target: dict[str, Any] | PretrainedConfig) -> DraftConfig:
@@ -288,8 +315,9 @@ def _tensor_problems(tensors: dict[str, Tensor], c: DraftConfig, lenient: bool) 
     if lenient:
         allowed = {"d2t": (c.draft_vocab_size,), "embed_tokens.weight": (c.vocab_size, c.hidden_size)} | shapes
     problems = []
-    if missing := [name for name in shapes if name not in tensors]:
+    if missing := [name for name in shapes if name not in tensors and name not in MAPS]:
         problems.append(f"missing: {', '.join(missing)}; engines would silently leave them untrained.")
+    problems += [f"missing: {name}; {why}." for name, why in MAPS.items() if name in shapes and name not in tensors]
     for name in tensors:
         if name in allowed:
             continue

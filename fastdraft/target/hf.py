@@ -11,25 +11,42 @@ why. Three forward hooks keep the outputs of the layers the draft reads; no othe
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
+import re
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.model.eagle3.config import default_layers
+from fastdraft.model.eagle3.config import default_layers, silent_layers
 from fastdraft.model.graph import GraphPool
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
 GRAPH_TOKENS = 256  # packs are padded to multiples of it, so that few lengths are recorded
+PROBE_TOKENS = 8
+# Names under which config.json keeps what lies between lm_head and the logits. One model multiplies by what another divides
+# by (logits_scaling: HyperCLOVA X, Granite) or ignores (logit_scale: MPT), so all are tried, and its own logits decide.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 RUN_TOKENS = 16384  # of documents that run together: what the target's own activations take is bounded so
 
 
@@ -40,7 +57,7 @@ class Target:
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
         self.decoder = _decoder(model)
-        blocks = _decoder_layers(self.decoder, self.config.num_hidden_layers)
+        blocks = _decoder_layers(model, self.decoder, getattr(self.config, "num_hidden_layers", None))
         self.num_layers = len(blocks)
         self.layers = tuple(layers) if layers is not None else default_layers(self.num_layers)
         if not 0 <= self.layers[0] < self.layers[1] < self.layers[2] < self.num_layers:
@@ -52,13 +69,13 @@ class Target:
         self._capturing = False
         for place, index in enumerate(self.layers):
             blocks[index].register_forward_hook(self._keep(place))
-        self.embedding = model.get_input_embeddings().weight
-        self.vocab_size, self.hidden_size = self.embedding.shape
-        self.head = _head(model, self.config)
+        heads = _heads(model, self.config)
+        self.vocab_size, self.hidden_size = heads[0].weight.shape
+        self.embedding = _embedding(model, self.vocab_size)
         generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-        eos = generation if generation is not None else self.config.eos_token_id
+        eos = generation if generation is not None else getattr(self.config, "eos_token_id", None)
         self.eos_ids = frozenset([eos] if isinstance(eos, int) else eos or [])
-        self._prove_head()
+        self.head = self._proven_head(heads, blocks)
         self.final_norm = _final_norm(self.decoder)
         self.num_parameters = sum(p.numel() for p in self.decoder.parameters())
         self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
@@ -100,7 +117,8 @@ class Target:
                 attention_mask=attention_mask,
                 use_cache=cache is not None,
             ).last_hidden_state
-            return torch.cat([self._states[place] for place in range(3)], -1), f
+            g = torch.cat([self._states[place] for place in range(3)], -1)
+            return g.to(self.dtype), f.to(self.dtype)  # Mamba's residual stream is fp32 whatever its weights are
         finally:
             self._capturing = False
             self._states.clear()
@@ -188,17 +206,24 @@ class Target:
         return all(torch.equal(a, b) for a, b in zip(first, replayed, strict=True))
 
     @torch.no_grad()
-    def _prove_head(self) -> None:
-        """The head read off the model must give the model's own logits, or every teacher would be wrong."""
-        ids = torch.arange(8, device=self.device)[None] % self.vocab_size
-        g, f = self.forward(ids)
-        if g.shape != (1, 8, 3 * self.hidden_size):
+    def _proven_head(self, heads: list[TargetHead], blocks: nn.ModuleList) -> TargetHead:
+        """The head that gives the model's own logits, or every teacher would be wrong. ValueError where none does."""
+        name = type(self.model).__name__
+        ids = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.vocab_size
+        g, f = self._first_forward(ids, blocks)
+        shape = (1, PROBE_TOKENS, 3 * self.hidden_size)
+        if g.shape != shape:
             raise ValueError(
-                f"three layers of {type(self.model).__name__} give states {tuple(g.shape)} for 8 tokens, not "
-                f"{(1, 8, 3 * self.hidden_size)}: it carries more than one state a token, which no draft reads"
+                f"three layers of {name} give states {tuple(g.shape)} for {PROBE_TOKENS} tokens, not {shape}: it carries "
+                "more than one state a token, or one of another width than its lm_head reads, which no draft reads"
             )
-        ours = self.head.logits(f).float()
-        theirs = self.model(input_ids=ids).logits.float()
+        self._refuse_looking_ahead(f, ids)
+        # The model's head is given states of every size, so that a cap or a norm shows, which near 0 are like nothing.
+        raw = heads[0].weight.new_tensor([1, 3, 10, 30, 100, 300, 1000, 3000], dtype=torch.float32)
+        largest = torch.nn.functional.linear(f, heads[0].weight).float().abs().amax(-1, keepdim=True)
+        sized = (f.float() * raw[:, None] / largest.clamp_min(1e-6)).to(f.dtype)
+        states = torch.cat([f, sized], 1)  # as they are, too: a bias shows best in small ones
+        theirs = self._logits_of(states, ids)
         if not (theirs.isfinite().all() and _is_finite(self.embedding)):  # rows of it that nothing here has read
             if bad := [name for name, weight in self.model.named_parameters() if not _is_finite(weight)]:
                 more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -210,13 +235,73 @@ class Target:
                 f"the target's logits are not finite in {self.dtype}, though all its weights are: a state overflows; set "
                 "another target.dtype"
             )
-        error, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-        if not error <= 0.02 * scale:
+        scale = theirs.abs().amax(-1)
+        errors = [(head.logits(states).float() - theirs).abs().amax(-1) for head in heads]
+        for head, error in zip(heads, errors, strict=True):
+            if bool((error <= 0.02 * scale).all()):
+                return head
+        row = int((errors[0] / scale).argmax())
+        off, largest_there = errors[0].flatten()[row].item(), scale.flatten()[row].item()
+        fields = {k: v for k, v in self.config.to_dict().items() if re.search(r"logit|soft_?cap|multiplier|mup", k)}
+        raise ValueError(
+            f"{name} turns its last hidden state into logits in a way fastdraft does not know: lm_head with logit scaling "
+            f"{heads[0].scale} and soft-capping {heads[0].softcap} is off by {off:.3g} where the largest logit is "
+            f"{largest_there:.3g}. Its config.json says {fields or 'nothing of scales or caps'}; please "
+            "report the model"
+        )
+
+    def _first_forward(self, ids: Tensor, blocks: nn.ModuleList) -> tuple[Tensor, Tensor]:
+        """`forward`, with a sentence where the model cannot run on text alone, or a chosen layer is left out then."""
+        ran: set[int] = set()
+        hooks = [block.register_forward_hook(lambda *_, i=i: ran.add(i)) for i, block in enumerate(blocks)]
+        name = type(self.model).__name__
+        try:
+            self.decoder(input_ids=ids, use_cache=False)
+        except Exception as error:  # of the model's own code, which may raise anything
             raise ValueError(
-                f"{type(self.model).__name__} turns its last hidden state into logits in a way fastdraft does not know: "
-                f"lm_head with logit scaling {self.head.scale} and soft-capping {self.head.softcap} is off by {error:.3g} "
-                f"(largest logit {scale:.3g}); please report the model"
+                f"{name} does not run on {len(ids[0])} tokens of text alone: {type(error).__name__}: {_first_line(error)}; "
+                "a target must be a causal LM that transformers runs on token ids"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if silent := [layer for layer in self.layers if layer not in ran]:
+            raise ValueError(silent_layers(silent, self.layers, ran, name))
+        return self.forward(ids)
+
+    def _refuse_looking_ahead(self, f: Tensor, ids: Tensor) -> None:
+        """ValueError where other tokens at the end change the states of those before them."""
+        half = ids.shape[1] // 2
+        others = torch.cat([ids[:, :half], (ids[:, half:] + half) % self.vocab_size], 1)
+        before, after = f[0, :half].float(), self.forward(others)[1][0, :half].float()
+        # The least of the rows: rounding may lead one of them to other experts, but tokens that look ahead change them all.
+        off = ((before - after).norm(dim=-1) / before.norm(dim=-1)).min().item()
+        if off > 0.05:  # NaN is told of later
+            raise ValueError(
+                f"{type(self.model).__name__} lets tokens see those that follow (other ones change their states by "
+                f"{off:.0%}); a target must be a causal LM, which some models are only with is_decoder or causal: true in "
+                "their config.json"
             )
+
+    def _logits_of(self, states: Tensor, ids: Tensor) -> Tensor:  # states [1, n, Ht], ids [1, m], logits [1, n, V] fp32
+        """What the model's own code makes of last hidden states, m at a time: its decoder's output is replaced."""
+
+        parts = iter(states.split(ids.shape[1], 1))
+
+        def replaced(_module: nn.Module, _inputs: tuple, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (next(parts), *output[1:])
+            output.last_hidden_state = next(parts)
+            return output
+
+        hook = self.decoder.register_forward_hook(replaced)
+        try:
+            logits = [
+                self.model(input_ids=ids, use_cache=False).logits.float() for _ in range(states.shape[1] // ids.shape[1])
+            ]
+        finally:
+            hook.remove()
+        return torch.cat(logits, 1)
 
 
 def load_target(
@@ -299,11 +384,16 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return getattr(model, "model", model) if decoder is model else decoder  # Llama 4's own is not found
 
 
-def _decoder_layers(decoder: nn.Module, count: int) -> nn.ModuleList:
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise ValueError(f"{type(decoder).__name__} has no list of {count} layers that could be hooked; it is no decoder")
-    return lists[0]
+def _decoder_layers(model: PreTrainedModel, decoder: nn.Module, count: int | None) -> nn.ModuleList:
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    fitting = [m for m in lists if len(m) == count]
+    if not fitting:
+        there = ", ".join(str(len(m)) for m in lists) or "none"
+        raise ValueError(
+            f"{type(model).__name__} has no list of num_hidden_layers = {count} layers that could be hooked (its lists of "
+            f"modules: {there}); a target must be a causal LM whose decoder is one list of layers"
+        )
+    return fitting[0]
 
 
 def _final_norm(decoder: nn.Module) -> Tensor | None:  # [Ht]
@@ -319,18 +409,27 @@ def _final_norm(decoder: nn.Module) -> Tensor | None:  # [Ht]
     return weight if torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())) else None
 
 
-def _head(model: PreTrainedModel, config) -> TargetHead:
+def _embedding(model: PreTrainedModel, vocab_size: int) -> Tensor:  # [V, Ht]
+    """The rows of tokens that the model can say. Behind them Mllama keeps 8 for pictures, which no text holds."""
+    weight = model.get_input_embeddings().weight
+    if len(weight) < vocab_size:
+        raise ValueError(
+            f"{type(model).__name__} has an embedding of {len(weight)} tokens and an lm_head of {vocab_size}; a target "
+            "must read every token that it can say"
+        )
+    return weight[:vocab_size]
+
+
+def _heads(model: PreTrainedModel, config: PretrainedConfig) -> list[TargetHead]:
+    """What the head may be by config.json, the likeliest first."""
     linear = model.get_output_embeddings()
     if linear is None:
         raise ValueError(f"{type(model).__name__} has no output embedding (lm_head); a target must be a causal LM")
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    return TargetHead(
-        weight=linear.weight,
-        bias=getattr(linear, "bias", None),
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma
-    )
+    factors = [x for name in SCALES if isinstance(x := getattr(config, name, None), (int, float)) and x not in (0, 1)]
+    scales = [math.prod(chosen) for chosen in itertools.product(*((x, 1 / x, 1) for x in factors))]
+    caps = [x for name in SOFTCAPS if isinstance(x := getattr(config, name, None), (int, float)) and x]
+    bias = getattr(linear, "bias", None)
+    return [TargetHead(linear.weight, bias, scale, cap) for cap in (*caps, None) for scale in scales]
 
 
 def _groups_of_like_length(

@@ -88,7 +88,7 @@ def check_documents(store: Store, sets: list[Dataset], on_bad_shard: OnBadShard)
     if missing and (missing == total or not bad):
         raise ValueError(
             f"feature store {store.folder} lacks {missing} of the run's {total} documents: it was captured from other "
-            "data, or with another chat template, max_length or train_on"
+            "data, or with another chat template, template_date, max_length or train_on"
         )
     if bad:
         return [f"{bad}; {missing} of {total} documents are skipped"]

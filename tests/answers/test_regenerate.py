@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import signal
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import httpx
+import pyarrow
+import pyarrow.parquet
 import pytest
 from answering import FakeServer, answer_to
 from rich.console import Console
@@ -100,6 +103,15 @@ def test_answers_in_the_order_of_the_input(undisturbed, prompts, tmp_path):
             assert row["messages"][k]["content"] == answer_to({"messages": row["messages"][:k]})["message"]["content"]
     left = {path.name for path in (tmp_path / "undisturbed").iterdir()}
     assert left == {"out.jsonl", "out.jsonl.meta.json", "out.jsonl.lock"}
+
+
+def test_dates_beside_the_messages_of_a_parquet_file_are_left_out(run, serve, tmp_path):
+    turns = [{"role": "user", "content": f"{WORDS[0]} {WORDS[1]}", "timestamp": datetime.datetime(2024, 5, 1)}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), tmp_path / "p.parquet")
+    outcome, _ = run(serve(), paths=[str(tmp_path / "p.parquet")])
+    assert outcome.complete
+    (row,) = rows_of(tmp_path / "out.jsonl")
+    assert [sorted(message) for message in row["messages"]] == [["content", "role"]] * 2
 
 
 def test_faults_change_nothing(undisturbed, run, serve, tmp_path):

@@ -1,3 +1,5 @@
+import datetime
+import decimal
 import gzip
 import json
 import re
@@ -163,6 +165,65 @@ def test_key_is_the_content():
 def test_malformed_line_is_named(row, reason):
     with pytest.raises(BadLine, match=f"^f:1: .*{reason}"):
         parsed(row)
+
+
+LLAVA = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"image": "coco/1.jpg", "conversations": LLAVA}, r"the line has 'image' \(a string: coco/1\.jpg\), and only text"),
+        ({"images": [{"bytes": "x"}], "messages": chat("a", "b")}, "the line has 'images'"),
+        ({"image_url": "u", "prompt": "q"}, "the line has 'image_url'"),
+        ({"videoPath": "v.mp4", "messages": chat("a", "b")}, "the line has 'videoPath'"),
+        ({"audios": ["a.wav"], "input_ids": [1, 2, 3], "loss_mask": [0, 0, 1]}, "the line has 'audios'"),
+        ({"messages": [{"role": "user", "content": "q", "images": ["x"]}]}, "message 1 has 'images'"),
+        ({"messages": [{"role": "assistant", "content": "", "audio": {"id": "a1"}}]}, "message 1 has 'audio'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q", "image": "x"}]}]},
+            "a content part of message 1 has 'image'",
+        ),
+    ],
+)
+def test_what_is_more_than_text_is_refused(row, reason):
+    with pytest.raises(BadLine, match=f"^f:1: {reason}.*leave such lines out, or take the key out"):
+        parse(Line("f:1", row), prompts=True)
+
+
+def test_keys_that_say_there_is_no_picture_are_passed_over():
+    none = {"image": None, "images": [], "video": "", "num_images": 0, "audio": {"path": None}, "has_image": False}
+    row = none | {"image_score": float("nan"), "imagination": "x", "messages": chat("a", "b")}
+    assert parse(Line("f:1", row)).messages == tuple(chat("a", "b"))
+
+
+BEYOND_JSON = (
+    datetime.datetime(2024, 5, 1),
+    datetime.time(3),
+    decimal.Decimal("1.5"),
+    b"x",
+    float("nan"),
+    float("inf"),
+    {"a": [b"x"]},
+)
+
+
+@pytest.mark.parametrize("value", BEYOND_JSON, ids=repr)
+def test_what_json_cannot_write_is_left_out_beside_a_message_and_refused_in_it(value):
+    """A regenerated row and a request are JSON; what nobody reads of a message is no reason to lose it."""
+    done = parse(Line("f:1", {"messages": [{"role": "user", "content": "q", "timestamp": value, "n": [1, 2.5, None]}]}))
+    assert done.messages == ({"role": "user", "content": "q", "n": [1, 2.5, None]},)
+    call = {"name": "f", "arguments": {"when": value}}
+    for row, place in (
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}, "message 1: tool_calls holds"),
+        ({"messages": chat("q", "a"), "tools": [TOOL | {"since": value}]}, "tools holds"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": value}]}, "message 1: tool_call_id holds"),
+    ):
+        with pytest.raises(BadLine, match=f"^f:1: {place} what JSON cannot write, a "):
+            parse(Line("f:1", row))
+    if not isinstance(value, (dict, float)):
+        with pytest.raises(BadLine, match=f"a list of text parts, got a {type(value).__name__}"):
+            parse(Line("f:1", {"messages": [{"role": "user", "content": value}]}))
 
 
 JSON = st.recursive(

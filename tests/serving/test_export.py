@@ -383,6 +383,45 @@ def test_load_accepts_layers_0_shards_bin_and_tensors_best_left_out(sound, tmp_p
         load_draft(shards, target_config())
 
 
+@pytest.mark.parametrize("size", [23, 61])
+def test_a_warm_start_needs_no_t2d_that_d2t_tells(size, tmp_path):
+    """Engines read d2t alone, and a draft of the whole vocabulary has not even that."""
+    draft = random_draft(draft_vocab_size=size)
+    path = export_draft(draft, tmp_path / "draft")
+    tensors = load_file(path / "model.safetensors")
+    assert ("d2t" in tensors) == (size < 61)
+    del tensors["t2d"]
+    save_file(tensors, path / "model.safetensors")
+    loaded = load_draft(path, target_config())
+    assert torch.equal(loaded.t2d, draft.t2d) and torch.equal(loaded.d2t, draft.d2t)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda d2t: d2t + torch.arange(23),
+            "t2d is missing, and d2t rises from every draft id to the next, as target ids",
+        ),
+        (lambda d2t: d2t + 60, "d2t maps to target id .*outside the vocabulary of 61"),
+        (lambda d2t: d2t - torch.arange(23), "which must ascend|outside the vocabulary"),
+        (lambda d2t: d2t[:-1].clone(), r"missing: t2d; .*d2t is \[22\], config.json makes it \[23\]"),
+        (lambda d2t: d2t.int(), r"missing: t2d; .*d2t is torch\.int32, it must be torch\.int64"),
+        (None, "missing: d2t; engines would take draft ids for target ids"),
+    ],
+)
+def test_a_map_without_t2d_that_is_none_is_refused(change, reason, tmp_path):
+    path = export_draft(random_draft(draft_vocab_size=23), tmp_path / "draft")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["t2d"]
+    d2t = tensors.pop("d2t")
+    if change is not None:
+        tensors["d2t"] = change(d2t)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"is not a draft to start from: .*({reason})"):
+        load_draft(path, target_config())
+
+
 class Evil:
     def __reduce__(self):
         return print, ("unpickled",)
