@@ -26,10 +26,11 @@ import torch
 from bench.timing import RESULTS, append
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
+from fastdraft.dist.mesh import start_process
 from fastdraft.features.meta import capture_meta, start_store, target_ends
 from fastdraft.features.store import Store, list_shards
 from fastdraft.metrics import read_metrics
-from fastdraft.run import draft_shape, load_data, open_target, run_meta, start_process
+from fastdraft.run import draft_shape, load_data, open_target, run_meta
 from fastdraft.target.capture import Pack, plan_capture, run_capture
 from fastdraft.target.hf import Target, target_fingerprint
 from fastdraft.target.packed import Documents, packed
@@ -199,7 +200,7 @@ def main() -> None:
             },
             Config,
         )
-        device, _, _ = start_process(config.device)
+        device = start_process(config.device)
         folders = {dtype: Path(folder) / dtype for dtype in ("auto", "fp8")}
         target = open_target(config, draft_shape(config).layers, device)
         bench_capture(config, target, folders, asked.shard_tokens, asked.timed_shards, write)

@@ -29,6 +29,7 @@ from fastdraft.answers.local import answer_batch
 from fastdraft.config import Config, load_config
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
+from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
 from fastdraft.report import render_summary, write_report, write_summary
@@ -40,7 +41,6 @@ from fastdraft.run import (
     new_draft,
     open_run,
     open_target,
-    start_process,
 )
 from fastdraft.target.hf import Target, load_tokenizer
 from fastdraft.train import train
@@ -160,7 +160,7 @@ def smollm2() -> Path:
 
 def answer(config: Config, file: Path) -> None:
     """Writes the target's greedy answers as training data: exact tokens, prompt masked out."""
-    device, _, _ = start_process(config.device)
+    device = start_process(config.device)
     target = open_target(config, new_draft(config).config.layers, device)
     tokenizer = load_tokenizer(config.target.path)
     prompts = prompt_ids(read_prompts(HERE / "train_prompts.jsonl"), tokenizer)
