@@ -34,6 +34,11 @@ def say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_aside(line: str) -> None:
+    """The same to standard error, for a command whose standard output is read by programs."""
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def refuse_idle(context: typer.Context, options: tuple[str, ...], belong_to: str) -> None:
     """ValueError for options that were given and would do nothing."""
     given = [name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"]
@@ -157,7 +162,9 @@ def regenerate(
     retries: Annotated[int, typer.Option(min=0, help="Of one request, waiting 1, 2, 4 ... 60 s.")] = 6,
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     batch_size: Annotated[int, typer.Option(min=1, help="With --target: conversations at a time.")] = 32,
-    dtype: Annotated[str, typer.Option(help="With --target: bf16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="With --target: bf16, fp32, or auto: bf16, but fp32 on a CPU that is slower in bf16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="With --target: auto, cpu or cuda.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="With --target.")] = False,
     allow_failures: Annotated[bool, typer.Option("--allow-failures", help="Write OUT without what failed.")] = False,
@@ -177,10 +184,15 @@ def regenerate(
         by = Servers(url, model, sampling, os.environ.get(api_key_env), concurrency, timeout, retries)
     else:
         refuse_idle(context, ("model", "concurrency", "timeout", "retries", "api_key_env"), "--url")
-        from fastdraft.data.answer_local import open_local
+        from fastdraft.data.answer_file import recorded_settings
+        from fastdraft.data.answer_local import name_dtype, open_local
         from fastdraft.run import start_process
 
-        by = open_local(target, start_process(device)[0], dtype, batch_size, trust_remote_code, sampling)
+        place, _, _ = start_process(device)
+        dtype, lines = name_dtype(dtype, place, {} if fresh else recorded_settings(out))
+        for line in lines:
+            say(line)
+        by = open_local(target, place, dtype, batch_size, trust_remote_code, sampling)
     outcome = regenerate(prompts, out, by, console, allow_failures, skip_bad_lines, fresh)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)
@@ -302,7 +314,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
-    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings)
+    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside)
     text = json.dumps(asdict(report), indent=1)
     console.print_json(text)
     if out is not None:

@@ -11,6 +11,7 @@ why. Three forward hooks keep the outputs of the layers the draft reads; no othe
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from itertools import accumulate
@@ -93,7 +94,7 @@ class Target:
         try:
             f = self.decoder(
                 input_ids=input_ids,
-                past_key_values=cache,
+                **{cache_name(self.decoder): cache},
                 position_ids=position_ids,
                 attention_mask=attention_mask,
                 use_cache=cache is not None,
@@ -218,14 +219,25 @@ class Target:
             )
 
 
+def cache_name(model: nn.Module) -> str:
+    """What a model's forward calls its key/value cache: transformers has renamed the argument, and models that bring their
+    own code keep the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def load_target(
     path: str,
     dtype: torch.dtype,
     device: torch.device | str,
     layers: tuple[int, int, int] | None = None,
     trust_remote_code: bool = False,
+    run_in: torch.dtype | None = None,
 ) -> Target:
-    """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM."""
+    """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM.
+
+    `run_in` computes with the weights rounded to `dtype` in another: in torch.float32 they are the same numbers, so the
+    target has the same fingerprint. Quantized weights stay as they are.
+    """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -235,6 +247,8 @@ def load_target(
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"target {path!r} lacks the weights {', '.join(missing[:3])}{more}; download it again")
+    if run_in is not None and not getattr(model, "is_quantized", False):
+        model = model.to(run_in)
     return Target(model, layers)
 
 
