@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.model.config import default_layers
@@ -239,9 +240,10 @@ def load_target(
     target has the same fingerprint. Quantized weights stay as they are.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        with _no_progress_bar(path):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"target {path!r} cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
@@ -250,6 +252,19 @@ def load_target(
     if run_in is not None and not getattr(model, "is_quantized", False):
         model = model.to(run_in)
     return Target(model, layers)
+
+
+@contextmanager
+def _no_progress_bar(path: str) -> Iterator[None]:
+    """transformers draws one for the weights it reads, in the middle of a command's own lines. A download keeps its bar."""
+    shown = logging.is_progress_bar_enabled()
+    if Path(path).is_dir():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
