@@ -179,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         config = parse_config(
             {
-                "target": {"path": asked.target},
+                "target": {"path": asked.target, "dtype": "bf16"},
                 "draft": {"overrides": {"draft_vocab_size": 8192}},
                 "data": {
                     "paths": [asked.data],

@@ -34,6 +34,11 @@ def say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_aside(line: str) -> None:
+    """The same to standard error, for a command whose standard output is read by programs."""
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def refuse_idle(context: typer.Context, options: tuple[str, ...], belong_to: str) -> None:
     """ValueError for options that were given and would do nothing."""
     given = [name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"]
@@ -156,7 +161,9 @@ def regenerate(
     retries: Annotated[int, typer.Option(min=0, help="Of one request, waiting 1, 2, 4 ... 60 s.")] = 6,
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
     batch_size: Annotated[int, typer.Option(min=1, help="With --target: conversations at a time.")] = 32,
-    dtype: Annotated[str, typer.Option(help="With --target: bf16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(help="With --target: bf16, fp32, or auto: bf16, but fp32 on a CPU that is slower in bf16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="With --target: auto, cpu or cuda.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="With --target.")] = False,
     template_date: Annotated[
@@ -179,12 +186,16 @@ def regenerate(
         by = Servers(url, model, sampling, os.environ.get(api_key_env), concurrency, timeout, retries)
     else:
         refuse_idle(context, ("model", "concurrency", "timeout", "retries", "api_key_env"), "--url")
-        from fastdraft.answers.local import open_local
+        from fastdraft.answers.file import recorded_settings
+        from fastdraft.answers.local import name_dtype, open_local
         from fastdraft.data.config import TEMPLATE_DATE
         from fastdraft.dist.mesh import start_process
 
-        where, date = start_process(device), template_date or TEMPLATE_DATE
-        by = open_local(target, where, dtype, batch_size, trust_remote_code, sampling, date)
+        place, date = start_process(device), template_date or TEMPLATE_DATE
+        dtype, lines = name_dtype(dtype, place, {} if fresh else recorded_settings(out))
+        for line in lines:
+            say(line)
+        by = open_local(target, place, dtype, batch_size, trust_remote_code, sampling, date)
     outcome = regenerate(prompts, out, by, console, allow_failures, skip_bad_lines, fresh)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)
@@ -304,7 +315,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
-    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings)
+    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside)
     text = json.dumps(asdict(report), indent=1)
     console.print_json(text)
     if out is not None:

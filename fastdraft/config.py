@@ -32,7 +32,8 @@ class Section(BaseModel):
 
 class TargetConfig(Section):
     path: str  # local directory or hub name
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # to run it in; auto: bf16. An export has its config.json's own dtype
+    # to run it in; auto: bf16, but fp32 on a CPU that is slower in bf16. An export has its config.json's own dtype
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
     trust_remote_code: bool = False
 
 
@@ -107,8 +108,9 @@ class Config(Section):
     max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
     engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused
     chunk_rows: int | None = Field(None, gt=0)  # chains the fused engine runs at a time; None: as many as 3.75 GiB hold
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of the draft's compute; auto: bf16 on a GPU, fp32 on the
-    # CPU; fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
+    # of the draft's compute; auto: as target.dtype's, chosen once and recorded, so a run goes on in what it was begun in;
+    # fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights; data.seed is that of the order
 

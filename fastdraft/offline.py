@@ -15,7 +15,7 @@ from fastdraft.dist import mesh
 from fastdraft.features.meta import DTYPES, capture_meta, start_store, target_ends
 from fastdraft.features.specforge import import_bytes, import_dumps, list_dumps
 from fastdraft.features.store import SHARD_BYTES, Store, census
-from fastdraft.run import draft_shape, load_data, open_target, run_meta
+from fastdraft.run import draft_shape, load_data, name_dtypes, open_target, run_meta
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.hf import target_fingerprint
 
@@ -34,6 +34,9 @@ def capture_features(
     ValueError when the disk is too small, `out` is another capture's, or features are not finite.
     """
     shape = draft_shape(config)
+    config, told = name_dtypes(config, mesh.own_device(config.device), store=out, trains=False)
+    for line in told:
+        say(line)
     wanted = run_meta(config, shape.layers)
     wanted = replace(wanted, dtype="fp8" if dtype == "fp8" else wanted.dtype)
     if config.data.streaming:
@@ -70,8 +73,13 @@ def import_specforge(
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Makes a store of the dumps of SpecForge's prepare_hidden_states in `folder`, after running the target over the first
-    of them to see that they are its. ValueError names the file and the fault, or the fields in which `out` is another's."""
+    of them to see that they are its. ValueError names the file and the fault, or the fields in which `out` is another's.
+
+    A dump is of a target that ran in bf16, unless target.dtype says fp32; what this machine is fast at does not matter.
+    """
     shape = draft_shape(config)
+    if config.target.dtype == "auto":
+        config = config.model_copy(update={"target": config.target.model_copy(update={"dtype": "bf16"})})
     wanted = run_meta(config, shape.layers)
     wanted = replace(wanted, dtype="fp8" if dtype == "fp8" else wanted.dtype)
     dumps = list_dumps(folder)

@@ -11,6 +11,8 @@ Shown when there:
     decode_step_acceptance     share of a chain's decoding rounds that kept a drafted token at depth 1, 2, ...
     step_top1                  held-out top-1 agreement of each TTT step: what greedy decoding accepts
     decode_tokens_per_s, plain_tokens_per_s   decoding speed with the draft and by the target alone
+    dtype                      what was computed in, and why
+    cut                        what was left out for lack of time, a phrase each
     decode_sample              [[text, round], ...]: decoded pieces in order and the target forward each came from;
                                round null for the prompt
 Every other number of a run is in metrics.jsonl and TensorBoard.
@@ -122,6 +124,8 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("decoding, with the draft", f"{with_draft:,.1f} tokens/s{ratio}"))
         rows.append(("decoding, target alone", f"{plain:,.1f} tokens/s"))
     rows.append(("training speed", f"{s['tokens_per_s']:,.0f} tokens/s"))
+    rows += [("computed in", s["dtype"])] if "dtype" in s else []
+    rows += [("cut by the clock", "; ".join(s["cut"]))] if s.get("cut") else []
     rows.append(("time in all", f"{timedelta(seconds=round(s['seconds_total']))} ({s['seconds_total']:.0f} s)"))
     rows.append(("checkpoint", str(s["export_dir"])))
     if "report" in s:

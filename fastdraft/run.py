@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +28,23 @@ from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
 from fastdraft.decode import DecodeSettings
 from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
-from fastdraft.features.meta import COMPARED, Meta, capture_meta, expected_meta, refuse_other, start_store, target_ends
+from fastdraft.features.meta import (
+    COMPARED,
+    Meta,
+    capture_meta,
+    expected_meta,
+    read_meta,
+    refuse_other,
+    start_store,
+    target_ends,
+)
 from fastdraft.features.specforge import read_vocab_mapping
 from fastdraft.features.store import Store
 from fastdraft.model.eagle3.config import DraftConfig, language_config, named_dtype, read_target_config
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.ref import ReferenceEngine
+from fastdraft.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.serving.export import export_draft, load_draft, verify
 from fastdraft.target.hf import (
     Target,
@@ -47,9 +58,80 @@ from fastdraft.target.stored import StoreCache, StoredTarget, StoreReader, check
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+    """What the draft is computed in; `precision: fp8` keeps bf16 weights."""
+    return DTYPES[pick_dtype("bf16" if config.precision == "fp8" else config.precision, device)]
+
+
+def target_dtype(config: Config, device: torch.device) -> torch.dtype:
+    return DTYPES[pick_dtype(config.target.dtype, device)]
+
+
+def name_dtypes(
+    config: Config,
+    device: torch.device,
+    begun: dict[str, str] | None = None,  # `saved_dtypes` of the run that goes on
+    store: Path | None = None,  # the feature store that is read or filled
+    runs_target: bool = True,  # False: its features are all stored
+    trains: bool = True,  # False: nothing is computed in `precision`, which stays as it is
+) -> tuple[Config, list[str]]:  # the config, what to tell the user
+    """The config with target.dtype and precision named where they say auto.
+
+    A run goes on in the dtypes it was begun in, and with a feature store the target's dtype is the store's: only what is
+    new is chosen by this machine. Raises ValueError when the store is damaged.
+    """
+    asked = {"target.dtype": config.target.dtype} | ({"precision": config.precision} if trains else {})
+    settled: dict[str, tuple[str, str]] = {}  # the dtype, and who has settled it
+    if store is not None and (store / "meta.json").exists():
+        settled["target.dtype"] = read_meta(store).target_dtype, f"the feature store {store} has it so"
+    for name, dtype in (begun or {}).items():
+        settled[name] = dtype, "this run was begun so"
+    here, named, told = pick_dtype("auto", device), {}, []
+    for name, value in asked.items():
+        named[name] = value if value != "auto" else settled[name][0] if name in settled else here
+        if value == "auto" and named[name] != here:
+            told.append(f"{name}: auto is {named[name]}, because {settled[name][1]}")
+    chosen = [name for name, value in asked.items() if value == "auto" and name not in settled]
+    if chosen and device.type == "cpu":
+        told.append(auto_line(chosen, device))
+    computed = [name for name in named if runs_target or name != "target.dtype"]
+    slow = [name for name in computed if named[name] == "bf16"]
+    if slow and bf16_is_slow(device):
+        adopted = any(asked[name] == "auto" for name in slow)
+        what_to_do = "what is begun here, in another folder, is in fp32" if adopted else "leave it out, auto is fp32 here"
+        told.append(slow_line(slow, what_to_do))
+    target = config.target.model_copy(update={"dtype": named["target.dtype"]})
+    return config.model_copy(update={"target": target, "precision": named.get("precision", config.precision)}), told
+
+
+def name_run_dtypes(config: Config, device: torch.device, fresh: bool = False) -> tuple[Config, list[str]]:
+    """`name_dtypes` of a training in config.run_dir, which goes on there unless `fresh`."""
+    begun = {} if fresh else begun_dtypes(Path(config.run_dir), device)
+    store = None if config.features.path is None else Path(config.features.path)
+    return name_dtypes(config, device, begun, store, runs_target=not reads_store(config))
+
+
+def saved_dtypes(settings: dict[str, Any], device: torch.device) -> dict[str, str]:
+    """target.dtype and precision of a checkpoint's settings, by name.
+
+    A checkpoint of before 2026-11-27 can say auto. The target ran in bf16 then, the draft in bf16 on a GPU and in fp32 on
+    a CPU.
+    """
+    target, precision = settings["target"]["dtype"], settings["precision"]
+    draft = "bf16" if device.type == "cuda" else "fp32"
+    return {
+        "target.dtype": "bf16" if target == "auto" else target,
+        "precision": draft if precision == "auto" else precision,
+    }
+
+
+def begun_dtypes(run_dir: Path, device: torch.device) -> dict[str, str]:
+    """`saved_dtypes` of the run's newest readable checkpoint; empty when it has none."""
+    for path in reversed(checkpoint.list_checkpoints(run_dir)):
+        try:
+            return saved_dtypes(checkpoint.read_state(path).state["config"], device)
+        except checkpoint.Unreadable:
+            continue
+    return {}
 
 
 def check_precision(config: Config, device: torch.device) -> None:
@@ -60,8 +142,13 @@ def check_precision(config: Config, device: torch.device) -> None:
 
 
 def open_target(config: Config, layers: tuple[int, int, int], device: torch.device) -> Target:
-    dtype = torch.float32 if config.target.dtype == "fp32" else torch.bfloat16
+    dtype = target_dtype(config, device)
     return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code)
+
+
+def reads_store(config: Config) -> bool:
+    """Whether training has all features from a store, so that no layer of the target is run."""
+    return config.features.path is not None and config.features.mode == "read"
 
 
 def target_parameters(config: Config) -> int:
@@ -72,7 +159,8 @@ def open_features(
     config: Config, layers: tuple[int, int, int], device: torch.device, sets: list[Dataset]
 ) -> tuple[Target | StoredTarget, StoreReader | None, list[str]]:  # target, reader of the store if any, what to tell
     """The target, or of a store that has all features only its embedding, head and norm. The store is checked against the
-    run: ValueError names each field that differs."""
+    run: ValueError names each field that differs. On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32,
+    which loses nothing."""
     if config.features.path is None:
         target = open_target(config, layers, device)
         return target, None, runs_apart(target)
@@ -90,9 +178,10 @@ def open_features(
     store = Store(folder)
     refuse_other(folder, store.meta, wanted, COMPARED)
     told = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
+    dtype = torch.float32 if bf16_is_slow(device) else DTYPES[store.meta.target_dtype]
     return (
-        StoredTarget(*store.ends(device), store.meta.target),
-        StoreReader(store, device, config.features.on_bad_shard),
+        StoredTarget(*store.ends(device, dtype), store.meta.target),
+        StoreReader(store, device, config.features.on_bad_shard, dtype),
         told,
     )
 
@@ -102,9 +191,9 @@ def runs_apart(target: Target) -> list[str]:
 
 
 def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:
-    """What a store for this run says of the target, as far as config and files tell."""
-    dtype = "fp32" if config.target.dtype == "fp32" else "bf16"
-    return expected_meta(config.target.path, config.target.trust_remote_code, layers, dtype)
+    """What a store for this run says of the target, as far as files and a config of `name_dtypes` tell."""
+    assert config.target.dtype != "auto"
+    return expected_meta(config.target.path, config.target.trust_remote_code, layers, config.target.dtype)
 
 
 def load_data(config: Config, vocab_size: int) -> Prepared:
@@ -198,11 +287,22 @@ def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) ->
 
 
 def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]:
-    """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode."""
+    """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode.
+
+    A target that was run in bf16 has the same weights here. On a CPU where bf16 is slow they are computed with in fp32.
+    """
     saved, draft = read_draft(run_dir, which)
     config = Config.model_validate(without_removed(saved.state["config"]))
     device = mesh.start_process(config.device)
-    target = open_target(config, draft.config.layers, device)
+    config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    target = load_target(
+        config.target.path,
+        target_dtype(config, device),
+        device,
+        draft.config.layers,
+        config.target.trust_remote_code,
+        run_in=torch.float32 if bf16_is_slow(device) else None,
+    )
     if target_fingerprint(target) != saved.state["target"]:
         raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
     if not has_own_embedding(draft.config):
@@ -242,12 +342,26 @@ class Evaluation:
 
 
 def evaluate_run(
-    run_dir: Path, which: str, prompts: Path | None, max_prompts: int, max_new_tokens: int, settings: DecodeSettings
+    run_dir: Path,
+    which: str,
+    prompts: Path | None,
+    max_prompts: int,
+    max_new_tokens: int,
+    settings: DecodeSettings,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given."""
+    """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
+
+    Target and draft are computed in the run's dtypes. On a CPU where bf16 is slow their bf16 weights are computed with in
+    fp32, and `say` is told.
+    """
     config, target, draft = open_run(run_dir, which)
-    dtype = compute_dtype(config, target.device)
-    draft.to(dtype)
+    draft.to(compute_dtype(config, target.device))
+    in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
+    if in_bf16 and bf16_is_slow(target.device):
+        say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(target.device)}")
+        draft.float()
+        config = config.model_copy(update={"precision": "fp32"})
     ids = None
     if prompts is not None:  # read before anything long: they may be bad
         tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
@@ -298,21 +412,21 @@ def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
 def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    computed = {torch.bfloat16: "bf16", torch.float32: "fp32"}[compute_dtype(config, device)]
+    widened = reads_store(config) and bf16_is_slow(device)
     return plan(
         draft_shape(config),
         target_params=count_target_parameters(facts),
-        target_dtype=torch.float32 if config.target.dtype == "fp32" else torch.bfloat16,
+        target_dtype=torch.float32 if widened else target_dtype(config, device),
         pack_tokens=config.data.pack_tokens,
         ttt_length=config.ttt_length,
-        precision="fp8" if config.precision == "fp8" else computed,
+        precision="fp8" if config.precision == "fp8" else pick_dtype(config.precision, device),
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
         engine=engine_kind(config.engine),
         chunk_rows=config.chunk_rows,
         device=device.type,
-        stored=config.features.path is not None and config.features.mode == "read",
+        stored=reads_store(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
     )
@@ -320,12 +434,14 @@ def predict(config: Config, device: torch.device) -> Plan:
 
 def print_plan(config: Config, console: Console) -> None:
     """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config.device == "auto" else config.device)
+    device = mesh.own_device(config.device)
+    config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
     predicted = predict(config, device)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+    for line in told:
+        console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine)} engine")
     render(predicted, console)

@@ -42,8 +42,10 @@ from fastdraft.run import (
     fit_to_target,
     frozen_tensors,
     load_data,
+    name_run_dtypes,
     new_draft,
     open_features,
+    saved_dtypes,
     target_parameters,
 )
 from fastdraft.target.hf import (
@@ -76,8 +78,11 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     rank, world = mesh.rank(), mesh.world()
-    dtype = compute_dtype(config, device)
     run_dir = Path(config.run_dir)
+    # every rank computes in what rank 0 chose, though their CPUs may differ
+    config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
+    check_precision(config, device)
+    dtype = compute_dtype(config, device)
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
@@ -89,7 +94,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     target, reader, heard = open_features(config, draft.config.layers, device, [train_set, eval_set])
-    known = [*data.lines(), *loader.lines(), *heard, *fit_to_target(draft, config, target, train_set)]
+    known = [*dtype_lines, *data.lines(), *loader.lines(), *heard, *fit_to_target(draft, config, target, train_set)]
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
     draft.embed_tokens.to(dtype)
@@ -251,7 +256,7 @@ def resume(
         tensors = {name: tensor.clone() for name, tensor in live.items()}
         try:
             saved = checkpoint.read_state(path)
-            refuse_other_run(saved, config, fingerprint, draft.config)
+            refuse_other_run(saved, config, fingerprint, draft.config, draft.d2t.device)
             whole = checkpoint.load_tensors(saved, tensors, may_lack="rng.cuda")
         except checkpoint.Unreadable as error:
             told.append(f"{error}; left aside")
@@ -278,13 +283,16 @@ def was_evaluated(run_dir: Path, step: int) -> bool:
     return any(record["step"] == step and "eval/loss" in record for record in found)
 
 
-def refuse_other_run(saved: checkpoint.Saved, config: Config, fingerprint: str, shape: DraftConfig) -> None:
+def refuse_other_run(
+    saved: checkpoint.Saved, config: Config, fingerprint: str, shape: DraftConfig, device: torch.device
+) -> None:
     if saved.state["target"] != fingerprint:
         raise ValueError(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
     then = dotted(without_removed(saved.state["config"])) | dotted({"draft's shape": saved.state["draft"]})
+    then |= saved_dtypes(saved.state["config"], device)
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
         f"{key}: {then.get(key)} -> {now.get(key)}"

@@ -57,6 +57,7 @@ def tree(target_dir, chats, cache_dir, tmp_path) -> dict:
         "run_dir": str(tmp_path / "run"),
         "ttt_length": 3,
         "max_steps": 6,
+        "precision": "fp32",
         "device": "cpu",
     }
 

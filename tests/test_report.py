@@ -26,6 +26,8 @@ OPTIONAL = {
     "decode_step_acceptance": [0.66, 0.41, 0.24],
     "decode_tokens_per_s": 31.2,
     "plain_tokens_per_s": 20.8,
+    "dtype": "fp32 on a slow CPU",
+    "cut": ["95 of 300 training steps", "6 of 8 prompts decoded"],
     "decode_sample": [["Say <hi> & bye\n", None], ["The", 0], [" cat", 1], [" sat", 1], ["</div>", 2]],
 }
 
@@ -142,6 +144,8 @@ def test_the_table_says_it_all_at_any_width(width):
             "31.2 tokens/s (1.50x)",
             "20.8 tokens/s",
             "912 tokens/s",
+            "fp32 on a slow CPU",
+            "95 of 300 training steps; 6 of 8 prompts decoded",
             "0:08:54 (534 s)",
             "runs/demo/export",
             "runs/[demo]/report.png",

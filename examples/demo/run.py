@@ -3,6 +3,9 @@
 SmolLM2-135M-Instruct answers prompts, an EAGLE-3 draft is trained on the answers, real speculative decoding of prompts it
 never saw measures it against the same draft untrained, and the checkpoint is exported for SGLang and vLLM. Everything comes
 from Python packages; no model hub is asked. With a GPU, the same command uses it.
+
+It keeps to ten minutes on any two CPU cores, busy ones too: answers, training steps and decoded prompts have shares of
+a clock, and the closing table says what it cut.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,17 +33,25 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fastdraft.answers.local import answer_batch
 from fastdraft.config import Config, load_config
+from fastdraft.data.loader import Loader
+from fastdraft.data.prepare import Prepared
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
 from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.optim import FlatAdamW
+from fastdraft.precision import speed
 from fastdraft.report import render_summary, write_report, write_summary
 from fastdraft.run import (
+    build_engine,
+    compute_dtype,
     evaluate_held_out,
     export_run,
     fit_to_target,
     load_data,
+    name_dtypes,
     new_draft,
     open_run,
     open_target,
@@ -48,7 +62,10 @@ from fastdraft.train import train
 HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "fastdraft"
 ANSWER_TOKENS, ANSWER_BATCH = 112, 128
-ANSWER_SECONDS = 140  # no new batch is begun after that, so that a slow machine keeps to ten minutes
+ANSWER_SECONDS = 170
+TRAIN_END, DECODE_END = 430, 570  # seconds after the start; held-out numbers, export and report take the rest of 600
+MIN_STEPS = 10
+THREADS = torch.get_num_threads()
 DECODE_PROMPTS, DECODE_TOKENS = 8, 52
 UNTRAINED_PROMPTS = 3  # enough to see that an untrained draft gives about one token a forward
 CHAIN = DecodeSettings(num_steps=3)
@@ -56,11 +73,28 @@ TREE = DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16)  # the eng
 console = Console()
 
 
+class Clock:
+    """Seconds since the start, and what had to be cut to keep to ten minutes."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.cuts: list[str] = []
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def cut(self, done: int, wanted: int, what: str) -> None:
+        """Says and remembers it when less was done than wanted."""
+        if done < wanted:
+            self.cuts.append(f"{done} of {wanted} {what}")
+            console.print(f"the clock leaves {self.cuts[-1]}", markup=False)
+
+
 def main() -> None:
+    clock = Clock()
     run_dir = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    start = time.perf_counter()
     if run_dir.exists():
         if any(run_dir.iterdir()) and not (run_dir / "answers.jsonl").exists():
             raise ValueError(f"{run_dir} holds something other than a demo; name another folder: make demo ARGS=DIR")
@@ -79,10 +113,23 @@ def main() -> None:
         "features.path": run_dir / "features",
     }
     config = load_config(HERE / "demo.yaml", [f"{key}={value}" for key, value in places.items()])
-    answer(config, answers)
+    device = start_process(config.device)
+    config, lines = name_dtypes(config, device)
+    for line in lines:
+        console.print(line, markup=False)
+    use_fastest_threads()
+    target = open_target(config, new_draft(config).config.layers, device)
+    answer(target, answers, clock)
 
     step("3/5  training the draft")
-    train(config)
+    use_fastest_threads()
+    config = with_affordable_steps(config, target, clock)
+    del target
+    with sigterm_after(TRAIN_END + 20 - clock.seconds()):
+        result = train(config)
+    if result.stopped_by == signal.SIGINT:
+        sys.exit(128 + signal.SIGINT)
+    clock.cut(result.steps, config.max_steps, "of these steps")
 
     step("4/5  speculative decoding of prompts it never saw")
     tokenizer = load_tokenizer(str(target_dir))
@@ -93,9 +140,10 @@ def main() -> None:
     held_out = evaluate_held_out(config, target, draft, data.eval)
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, data.train)
-    plain = [generate_plain(target, prompt, DECODE_TOKENS) for prompt in prompts]
     untrained.to(target.device, target.dtype)
-    few = UNTRAINED_PROMPTS
+    prompts = prompts[: affordable_prompts(target, draft, prompts[0], clock)]
+    plain = [generate_plain(target, prompt, DECODE_TOKENS) for prompt in prompts]
+    few = min(UNTRAINED_PROMPTS, len(prompts))
     before = evaluate_decode(target, untrained, prompts[:few], TREE, DECODE_TOKENS, plain[:few])
     after = evaluate_decode(target, draft, prompts, TREE, DECODE_TOKENS, plain)
     chain = evaluate_decode(target, draft, prompts, CHAIN, DECODE_TOKENS, plain)
@@ -118,13 +166,15 @@ def main() -> None:
         "decode_chain": asdict(chain),
         "by_position": asdict(held_out)["by_position"],
         "decode_sample": sample(tokenizer, prompts[0], generate(target, draft, prompts[0], DECODE_TOKENS, TREE)),
-        "tokens_per_s": sum(speeds) / len(speeds),
-        "seconds_total": time.perf_counter() - start,
+        "tokens_per_s": sum(speeds) / len(speeds) if speeds else float("nan"),
+        "dtype": f"{config.precision} on a machine {speed(device)}",
+        "cut": clock.cuts,
+        "seconds_total": clock.seconds(),
         "export_dir": run_dir / "export",
         "report": run_dir / "report.png",
     }
     write_report(run_dir, summary)
-    summary["seconds_total"] = time.perf_counter() - start
+    summary["seconds_total"] = clock.seconds()
     write_summary(run_dir, summary)
     render_summary(summary, console)
 
@@ -158,37 +208,134 @@ def smollm2() -> Path:
     return folder
 
 
-def answer(config: Config, file: Path) -> None:
+def answer(target: Target, file: Path, clock: Clock) -> None:
     """Writes the target's greedy answers as training data: exact tokens, prompt masked out."""
-    device = start_process(config.device)
-    target = open_target(config, new_draft(config).config.layers, device)
-    tokenizer = load_tokenizer(config.target.path)
+    tokenizer = load_tokenizer(target.model.name_or_path)
     prompts = prompt_ids(read_prompts(HERE / "train_prompts.jsonl"), tokenizer)
     start, tokens, count = time.perf_counter(), 0, 0
     with file.open("w", encoding="utf-8") as out:
-        for rows in answer_rows(target, tokenizer, prompts, ANSWER_TOKENS):
+        for rows in answer_rows(target, tokenizer, prompts, ANSWER_TOKENS, ANSWER_SECONDS):
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             count, tokens = count + len(rows), tokens + sum(sum(row["loss_mask"]) for row in rows)
             seconds = time.perf_counter() - start
             console.print(f"{count}/{len(prompts)} prompts answered, {tokens:,} tokens, {tokens / seconds:.0f} tokens/s")
-            if seconds > ANSWER_SECONDS:
-                console.print(f"stopping here: {ANSWER_SECONDS} s are spent")
-                break
+    clock.cut(count, len(prompts), "prompts answered")
 
 
 def answer_rows(
-    target: Target, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
+    target: Target,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    max_seconds: float = float("inf"),
 ) -> Iterator[list[dict]]:
-    """A line of training data for each prompt, a batch of them at a time, short prompts first."""
-    prompts = sorted(prompts, key=len)
+    """A line of training data for each prompt, a batch of them at a time, short prompts first.
+
+    A batch that is under way when the time is over ends with the tokens it has: they are the target's own all the same.
+    """
+    prompts, began = sorted(prompts, key=len), time.perf_counter()
     for start in range(0, len(prompts), ANSWER_BATCH):
+        left = began + max_seconds - time.perf_counter()
+        if left <= 0:
+            return
         batch = prompts[start : start + ANSWER_BATCH]
-        answers = answer_batch(target, batch, max_new_tokens, do_sample=False)
+        answers = answer_batch(target, batch, max_new_tokens, do_sample=False, max_time=left)
         rows = []
         for ids, said in zip(batch, answers, strict=True):
             mask = [0] * len(ids) + [1] * len(said)
             rows.append({"input_ids": ids + said, "loss_mask": mask, "text": tokenizer.decode(ids + said)})
         yield rows
+
+
+def with_affordable_steps(config: Config, target: Target, clock: Clock) -> Config:
+    """The config with as many of its max_steps as fit before TRAIN_END, so that the learning rate still falls to its end.
+
+    The first epoch pays for the target's forward over each pack, later ones find its features in memory.
+    """
+    began = time.perf_counter()
+    data = load_data(config, target.vocab_size)
+    packs = Loader(data.train, config.data.pack_tokens, 1, config.data.seed).num_steps(1)
+    target_seconds, draft_seconds = pack_seconds(config, target, data)
+    setup = time.perf_counter() - began  # what `train` does before its first step costs about the same again
+    held_out = min(config.eval.max_packs, len(data.eval)) * (target_seconds + draft_seconds)
+    left = 0.9 * (TRAIN_END - clock.seconds() - setup - held_out)
+    first_epoch = packs * (target_seconds + draft_seconds)
+    if left < first_epoch:
+        steps = int(left / (target_seconds + draft_seconds))
+    else:
+        steps = packs + int((left - first_epoch) / draft_seconds)
+    steps = max(MIN_STEPS, min(steps, config.max_steps))
+    clock.cut(steps, config.max_steps, "training steps")
+    return config.model_copy(update={"max_steps": steps})
+
+
+def pack_seconds(config: Config, target: Target, data: Prepared) -> tuple[float, float]:
+    """What a pack costs here and now: the target's forward, and the draft's step with its optimizer's."""
+    draft = new_draft(config)
+    fit_to_target(draft, config, target, data.train)
+    dtype = compute_dtype(config, target.device)
+    draft.to(target.device)
+    optimizer = FlatAdamW(draft.trainable(), config.optim, config.max_steps, dtype)
+    draft.embed_tokens.to(dtype)
+    engine = build_engine(config, draft, target)
+    (batch,) = next(Loader(data.train, config.data.pack_tokens, 1, config.data.seed))
+    features = target.capture(batch.to(target.device))  # the first of each warms up
+
+    def step() -> None:
+        optimizer.step(engine.step(batch, features, optimizer.grads).sums()[3, 0])
+
+    step()
+    return wall_seconds(lambda: target.capture(batch.to(target.device))), wall_seconds(step)
+
+
+def use_fastest_threads() -> None:
+    """All cores, or one thread where others keep the cores busy: two threads wait for each other at every operation then,
+    and with five busy processes on two cores took four times as long as one."""
+    x, weight = torch.ones(128, 576), torch.ones(1536, 576)
+    seconds = {}
+    for threads in (1, THREADS):
+        torch.set_num_threads(threads)
+        x @ weight.T
+        seconds[threads] = wall_seconds(lambda: x @ weight.T, rounds=20)
+    torch.set_num_threads(min(seconds, key=seconds.get))
+    if torch.get_num_threads() < THREADS:
+        console.print(f"one thread is faster than {THREADS} at the moment: other processes keep the cores busy")
+
+
+def wall_seconds(work: Callable[[], object], rounds: int = 3) -> float:
+    """Mean of a few rounds: on a busy machine the best would promise too much."""
+    start = time.perf_counter()
+    for _ in range(rounds):
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / rounds
+
+
+@contextmanager
+def sigterm_after(seconds: float) -> Iterator[None]:
+    """Lets the training end as if it were killed, its checkpoint written, when the machine became slower than measured."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the moments in which the training does not listen
+    timer = threading.Timer(max(seconds, 0), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def affordable_prompts(target: Target, draft: Draft, prompt: list[int], clock: Clock) -> int:
+    """How many prompts can be decoded until DECODE_END, by the target alone, with a tree and with a chain."""
+    generate(target, draft, prompt, 2, TREE)  # warm
+    alone = generate_plain(target, prompt, DECODE_TOKENS // 4).seconds * 4
+    tree = generate(target, draft, prompt, DECODE_TOKENS // 4, TREE).seconds * 4
+    each = alone + 2 * tree
+    number = int((DECODE_END - clock.seconds() - UNTRAINED_PROMPTS * 1.5 * tree) / each)
+    number = max(1, min(number, DECODE_PROMPTS))
+    clock.cut(number, DECODE_PROMPTS, "held-out prompts decoded")
+    return number
 
 
 def sample(tokenizer: Tokenizer, prompt: list[int], result: DecodeResult) -> list[tuple[str, int | None]]:

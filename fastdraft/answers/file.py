@@ -28,6 +28,15 @@ class Place(NamedTuple):
     length: int  # bytes, without the newline
 
 
+def recorded_settings(out: Path) -> dict[str, Any]:
+    """The settings that an earlier regeneration into `out` was made with; empty when there was none."""
+    return (_read_meta(_meta_file(out)) or {}).get("settings", {})
+
+
+def _meta_file(out: Path) -> Path:
+    return out.with_name(out.name + ".meta.json")
+
+
 class AnswerFile:
     """Rows by index, finished in this run or an earlier one. A context manager: one process at a time may hold it.
 
@@ -43,7 +52,7 @@ class AnswerFile:
     ) -> None:
         self.out = out
         self.part = out.with_name(out.name + ".part")
-        self.meta = out.with_name(out.name + ".meta.json")
+        self.meta = _meta_file(out)
         self.failures = out.with_name(out.name.removesuffix(".jsonl") + ".failures.jsonl")
         self.settings, self._about = settings, about
         self.rows: dict[int, Place] = {}

@@ -25,7 +25,8 @@ from fastdraft.answers.dialogue import Dialogue, answer_message
 from fastdraft.answers.job import Job, Sampling, Stopped
 from fastdraft.data.config import TEMPLATE_DATE, checked_date, checked_template_kwargs, writes_date
 from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
-from fastdraft.target.hf import Target, load_target, load_tokenizer, target_fingerprint
+from fastdraft.precision import DTYPES, Dtype, auto_line, bf16_is_slow, pick_dtype, slow_line
+from fastdraft.target.hf import Target, cache_name, load_target, load_tokenizer, target_fingerprint
 
 GROUPED = "fastdraft_grouped"
 
@@ -50,7 +51,7 @@ def answer_batch(
         out = target.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=_prefill(target, ids, mask, shared),
+            **{cache_name(target.model): _prefill(target, ids, mask, shared)},
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=sorted(target.eos_ids),
@@ -101,7 +102,8 @@ class LocalTarget:
         } | ({"template_date": self._template_date} if dated else {})
 
     def about(self) -> str:
-        return f"{self.target.model.name_or_path} here, {self.batch_size} conversations at a time"
+        dtype = str(self.target.dtype).removeprefix("torch.")
+        return f"{self.target.model.name_or_path} here in {dtype}, {self.batch_size} conversations at a time"
 
     def answer(self, job: Job) -> None:
         """Answers all that is to do, a batch at a time, shortest first. Stopped: on SIGINT or SIGTERM."""
@@ -178,21 +180,37 @@ class LocalTarget:
         return text if ended else text.rstrip("\ufffd")  # a character cut in its middle
 
 
+def name_dtype(
+    asked: str,
+    device: torch.device,
+    begun: dict[str, Any],  # settings of the regeneration that goes on, empty when there is none
+) -> tuple[Dtype, list[str]]:  # the dtype, what to tell the user
+    """What --dtype means: auto is what the answers were begun in, or else this machine's choice. ValueError: no dtype."""
+    if asked not in ("auto", *DTYPES):
+        raise ValueError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
+    told = []
+    before = next((name for name, dtype in DTYPES.items() if begun.get("dtype") == str(dtype).removeprefix("torch.")), None)
+    dtype = pick_dtype(asked, device) if asked != "auto" or before is None else before
+    if asked == "auto" and before is None and device.type == "cpu":
+        told.append(auto_line(["--dtype"], device))
+    elif dtype == "bf16" and bf16_is_slow(device):
+        fix = "--fresh begins anew in fp32" if asked == "auto" else "leave it out, auto is fp32 here"
+        told.append(slow_line(["--dtype"], fix))
+    return dtype, told
+
+
 def open_local(
     path: str,
     device: torch.device,
-    dtype: str,
+    dtype: Dtype,
     batch_size: int,
     trust_remote_code: bool,
     sampling: Sampling,
     template_date: str = TEMPLATE_DATE,
 ) -> LocalTarget:
-    """A target loaded here, in dtype bf16 or fp32, that answers with these settings."""
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype {dtype} is not one of {', '.join(dtypes)}")
+    """A target loaded here that answers with these settings."""
     checked_date(template_date)  # before the target is loaded
-    target = load_target(path, dtypes[dtype], device, trust_remote_code=trust_remote_code)
+    target = load_target(path, DTYPES[dtype], device, trust_remote_code=trust_remote_code)
     return LocalTarget(target, load_tokenizer(path, trust_remote_code), sampling, batch_size, template_date)
 
 

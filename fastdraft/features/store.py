@@ -299,14 +299,15 @@ class Store:
         return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
 
     def ends(
-        self, device: torch.device | str = "cpu"
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> tuple[Tensor, TargetHead, Tensor | None]:  # embedding [V, Ht], head, final norm [Ht]
-        """What training needs of the target. Raises ValueError when target.safetensors is damaged."""
+        """What training needs of the target, in `dtype` or as it was stored. Raises ValueError when target.safetensors is
+        damaged."""
         path = self.folder / "target.safetensors"
         try:
             if file_checksum(path) != self.meta.ends:
                 raise ValueError("its checksum is not meta.json's")
-            found = load_file(path, str(device))
+            found = {name: tensor.to(dtype) for name, tensor in load_file(path, str(device)).items()}
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: {error}; run the same capture again into another folder") from error
         head = TargetHead(

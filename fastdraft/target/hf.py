@@ -11,11 +11,13 @@ why. Three forward hooks keep the outputs of the layers the draft reads; no othe
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.model.eagle3.config import default_layers, silent_layers
@@ -112,7 +114,7 @@ class Target:
         try:
             f = self.decoder(
                 input_ids=input_ids,
-                past_key_values=cache,
+                **{cache_name(self.decoder): cache},
                 position_ids=position_ids,
                 attention_mask=attention_mask,
                 use_cache=cache is not None,
@@ -304,24 +306,51 @@ class Target:
         return torch.cat(logits, 1)
 
 
+def cache_name(model: nn.Module) -> str:
+    """What a model's forward calls its key/value cache: transformers has renamed the argument, and models that bring their
+    own code keep the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def load_target(
     path: str,
     dtype: torch.dtype,
     device: torch.device | str,
     layers: tuple[int, int, int] | None = None,
     trust_remote_code: bool = False,
+    run_in: torch.dtype | None = None,
 ) -> Target:
-    """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM."""
+    """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM.
+
+    `run_in` computes with the weights rounded to `dtype` in another: in torch.float32 they are the same numbers, so the
+    target has the same fingerprint. Quantized weights stay as they are.
+    """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        with _no_progress_bar(path):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"target {path!r} cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"target {path!r} lacks the weights {', '.join(missing[:3])}{more}; download it again")
+    if run_in is not None and not getattr(model, "is_quantized", False):
+        model = model.to(run_in)
     return Target(model, layers)
+
+
+@contextmanager
+def _no_progress_bar(path: str) -> Iterator[None]:
+    """transformers draws one for the weights it reads, in the middle of a command's own lines. A download keeps its bar."""
+    shown = logging.is_progress_bar_enabled()
+    if Path(path).is_dir():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_target_config(path: str, trust_remote_code: bool = False) -> dict:

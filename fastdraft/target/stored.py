@@ -108,8 +108,15 @@ class Read:
 class StoreReader:
     """Reads packs from a store; damaged documents are an error that names them, or lose their loss mask and are counted."""
 
-    def __init__(self, store: Store, device: torch.device, on_bad_shard: OnBadShard = "error"):
+    def __init__(
+        self,
+        store: Store,
+        device: torch.device,
+        on_bad_shard: OnBadShard = "error",
+        dtype: torch.dtype | None = None,  # of the features given; None: what the target ran in
+    ):
         self.store, self.device, self.on_bad_shard = store, device, on_bad_shard
+        self.dtype = dtype or DTYPES[store.meta.target_dtype]
         self.waited = 0.0  # seconds that `take` kept its caller
         self.skipped = 0  # documents left out, each as often as it was to be trained on
         self.run_again = 0  # documents that a cache has and cannot read, likewise
@@ -228,8 +235,8 @@ class StoreReader:
         rows = staged[name].to(self.device, non_blocking=True)
         if meta.dtype == "fp8":
             rows = dequantize(rows, staged[f"{name}_scale"].to(self.device, non_blocking=True), DTYPES[meta.target_dtype])
-        laid = torch.zeros(num_tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
-        return laid.index_copy_(0, index.to(self.device, non_blocking=True), rows)
+        laid = torch.zeros(num_tokens, rows.shape[1], dtype=self.dtype, device=self.device)
+        return laid.index_copy_(0, index.to(self.device, non_blocking=True), rows.to(self.dtype))
 
 
 class StoreCache(StoreReader):

@@ -262,9 +262,8 @@ def test_on_a_gpu(make_config, tmp_path, dtype):
             torch.testing.assert_close(a[index.cuda()], b[index.cuda()], rtol=2**-4 if dtype == "fp8" else 0, atol=1e-2)
             assert not a[rest.cuda()].any()
     reader.close()
-    assert (
-        train(make_config(device="cuda", **{"target.dtype": "bf16", "features.path": str(tmp_path / "store")})).steps == 6
-    )
+    changes = {"target.dtype": "bf16", "precision": "bf16", "features.path": str(tmp_path / "store")}
+    assert train(make_config(device="cuda", **changes)).steps == 6
 
 
 def test_captured_twice_runs_nothing(make_config, store, monkeypatch):

@@ -1,0 +1,144 @@
+"""The demo's clock: what it cuts, that a training ends in time, and that the table says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from tiny import make_tokenizer, random_draft
+
+from fastdraft.checkpoint import list_checkpoints
+from fastdraft.run import draft_shape, load_data, open_target
+from fastdraft.train import train
+
+FILE = Path(__file__).parents[1] / "examples" / "demo" / "run.py"
+
+
+@pytest.fixture
+def demo(monkeypatch) -> ModuleType:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spec = importlib.util.spec_from_file_location("demo", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "console", Console(file=io.StringIO(), width=200))
+    return module
+
+
+@pytest.fixture
+def target(make_config):
+    config = make_config()
+    return open_target(config, draft_shape(config).layers, torch.device("cpu"))
+
+
+def clock_at(demo: ModuleType, seconds: float):
+    clock = demo.Clock()
+    clock.seconds = lambda: seconds
+    return clock
+
+
+def test_the_steps_are_those_that_the_clock_has_room_for(demo, make_config, target, monkeypatch):
+    """A second for the target's forward, which the first epoch alone pays, and two for the draft's step."""
+    monkeypatch.setattr(demo, "pack_seconds", lambda *_: (1.0, 2.0))
+    config = make_config(max_steps=300, **{"data.eval_fraction": 0.0})
+    packs = demo.Loader(load_data(config, target.vocab_size).train, config.data.pack_tokens, 1, config.data.seed).num_packs
+    assert packs > 5
+    taken = []
+    for left, expected in ((1e5, 300), (100.0, None), (3.0 * packs / 2, demo.MIN_STEPS), (-50.0, demo.MIN_STEPS)):
+        clock = clock_at(demo, demo.TRAIN_END - left)
+        steps = demo.with_affordable_steps(config, target, clock).max_steps
+        seconds = 2 * steps + min(steps, packs)
+        assert steps == expected or (expected is None and 0.8 * left < seconds <= 0.9 * left), (left, steps, packs)
+        assert clock.cuts == ([f"{steps} of 300 training steps"] if steps < 300 else [])
+        taken.append(steps)
+    assert taken[0] > taken[1] > taken[2] == taken[3]
+
+
+def test_what_a_pack_costs_is_measured(demo, make_config, target):
+    config = make_config()
+    data = load_data(config, target.vocab_size)
+    assert all(seconds > 0 for seconds in demo.pack_seconds(config, target, data))
+
+
+def test_a_training_that_is_too_slow_ends_with_its_checkpoint(demo, make_config):
+    before = signal.getsignal(signal.SIGTERM)
+    config = make_config(max_steps=10**6, **{"checkpoint.every": 10**6, "eval.every": 10**6})
+    with demo.sigterm_after(4.0):
+        result = train(config)
+    assert result.stopped_by == signal.SIGTERM and 0 < result.steps < 10**6
+    assert list_checkpoints(Path(config.run_dir))
+    assert signal.getsignal(signal.SIGTERM) is before
+    with demo.sigterm_after(0.0):  # before the training listens, or after it: nobody dies
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_answers_end_with_the_time(demo, target):
+    tokenizer, prompts = make_tokenizer(), [[1, 4, 9, 12], [1, 4, 9]]
+    assert list(demo.answer_rows(target, tokenizer, prompts, 100, max_seconds=0.0)) == []
+    target.eos_ids = frozenset({target.vocab_size - 1})
+    (whole,) = demo.answer_rows(target, tokenizer, prompts, 100)
+    (cut,) = demo.answer_rows(target, tokenizer, prompts, 100, max_seconds=0.01)
+    for row, part in zip(whole, cut, strict=True):
+        assert 0 < sum(part["loss_mask"]) < sum(row["loss_mask"])
+        assert row["input_ids"][: len(part["input_ids"])] == part["input_ids"]  # the target's own words, fewer of them
+
+
+def test_the_prompts_are_those_that_the_clock_has_room_for(demo, make_config, target, monkeypatch):
+    """A plain decoding of 4 s and one with the draft of 6 s: 16 s for each prompt, 27 s for the untrained draft's."""
+    share = demo.DECODE_TOKENS // 4
+    seconds = lambda n: SimpleNamespace(seconds=n * share / demo.DECODE_TOKENS)  # noqa: E731
+    monkeypatch.setattr(demo, "generate_plain", lambda *_: seconds(4.0))
+    monkeypatch.setattr(demo, "generate", lambda *_: seconds(6.0))
+    draft = random_draft(draft_shape(make_config()), target.embedding)
+    for left, expected in ((1000.0, 8), (27 + 16 * 5.5, 5), (0.0, 1), (-100.0, 1)):
+        clock = clock_at(demo, demo.DECODE_END - left)
+        assert demo.affordable_prompts(target, draft, [1, 2, 3], clock) == expected
+        assert clock.cuts == ([f"{expected} of 8 held-out prompts decoded"] if expected < 8 else [])
+
+
+def test_one_thread_where_others_are_busy(demo, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(demo, "THREADS", 2)
+    try:
+        for costs, expected in (({1: 2.0, 2: 1.0}, 2), ({1: 2.0, 2: 8.0}, 1)):
+            monkeypatch.setattr(demo, "wall_seconds", lambda *_, costs=costs, **__: costs[torch.get_num_threads()])
+            demo.use_fastest_threads()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_libraries_are_silent(tree, tmp_path):
+    """No warning and no progress bar of a library on the screen of answering, training, evaluating and exporting."""
+    run_dir, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree | {"run_dir": str(run_dir), "precision": "auto"}))
+    prompts.write_text('{"prompt": "ba be"}\n')
+    answering = ["--out", tmp_path / "out.jsonl", "--target", tree["target"]["path"], "--device", "cpu"]
+    commands = [
+        ["data", "regenerate", prompts, *answering, "--max-new-tokens", 4],
+        ["train", tmp_path / "run.yaml", "metrics.tensorboard=true"],
+        ["evaluate", run_dir, "--prompts", prompts, "--max-new-tokens", 4, "--eagle-topk", 2, "--num-draft-tokens", 4],
+        ["export", run_dir, tmp_path / "export"],
+    ]
+    script = (
+        "import json, sys\nfrom fastdraft import cli\n"
+        "for command in json.loads(sys.argv[1]):\n    cli.app(command, standalone_mode=False)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(commands, default=str)],
+        capture_output=True,
+        text=True,
+        cwd=FILE.parents[2],
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == "" and "Warning" not in run.stdout
