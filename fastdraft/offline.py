@@ -34,7 +34,7 @@ def capture_features(
     ValueError when the disk is too small, `out` is another capture's, or features are not finite.
     """
     shape = draft_shape(config)
-    config, told = name_dtypes(config, mesh.own_device(config.device), store=out, trains=False)
+    config, told = name_dtypes(config, mesh.planned_device(config.device), store=out, trains=False)
     for line in told:
         say(line)
     wanted = run_meta(config, shape.layers)

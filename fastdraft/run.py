@@ -434,7 +434,7 @@ def predict(config: Config, device: torch.device) -> Plan:
 
 def print_plan(config: Config, console: Console) -> None:
     """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too."""
-    device = mesh.own_device(config.device)
+    device = mesh.planned_device(config.device)
     config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)

@@ -28,6 +28,11 @@ def own_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
 
 
+def planned_device(device: str) -> torch.device:
+    """What a plan is made for: `own_device`, or the GPU that a config names, whether one is here or not."""
+    return torch.device("cuda") if device == "cuda" else own_device(device)
+
+
 def start_process(device: str) -> torch.device:
     """`own_device`; and joins the other processes when torchrun started this one."""
     mine = own_device(device)
