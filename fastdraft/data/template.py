@@ -133,13 +133,19 @@ class ChatTemplate:
 
     @cached_property
     def openers(self) -> set[int]:
-        """Added tokens that begin a turn: those of the generation prompt, and the last one before a user's text."""
+        """Added tokens that begin a turn: those of the generation prompt, and the last one before a user's text. Not one
+        that also stands between the generation prompt and an answer (gpt-oss: <|message|>)."""
+        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
         try:
-            before = self._probe([{"role": "user", "content": QUESTION}]).partition(QUESTION)[0]
+            prompt, text = self._probe(chat[:1], add_generation_prompt=True), self._probe(chat)
         except Refused:
-            before = ""
-        added = [i for i in self.encode(before).ids if i in self.added]
-        return {i for i in self.encode(self.header).ids if i in self.added} | set(added[-1:])
+            return set()
+        within = text.partition(ANSWER)[0].removeprefix(prompt) if text.startswith(prompt) else ""
+        header, before, within = (
+            [i for i in self.encode(part).ids if i in self.added]
+            for part in (self.header, text.partition(QUESTION)[0], within)
+        )
+        return {*header, *before[-1:]} - set(within)
 
     @cached_property
     def added(self) -> dict[int, str]:
