@@ -124,14 +124,16 @@ def preview_command(
 ) -> None:
     """Show the first conversations as the draft will see them, trained tokens coloured."""
     from fastdraft.config import load_config
-    from fastdraft.data.prepare import chat_tokenizer, date_lines, first_samples
+    from fastdraft.data.prepare import Stats, chat_tokenizer, date_lines, first_samples
     from fastdraft.data.preview import preview
     from fastdraft.run import draft_shape
     from fastdraft.target.hf import load_tokenizer
 
     loaded = load_config(config, overrides or [])
     tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
-    preview(first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size), tokenizer, n, console)
+    stats = Stats()
+    samples = first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size, stats)
+    preview(samples, tokenizer, n, console, stats)
     for line in date_lines(chat_tokenizer(loaded.data, tokenizer, None).template_date):
         say(line)
 

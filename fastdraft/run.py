@@ -40,7 +40,7 @@ from fastdraft.features.meta import (
 )
 from fastdraft.features.specforge import read_vocab_mapping
 from fastdraft.features.store import Store
-from fastdraft.model.eagle3.config import DraftConfig, language_config, named_dtype, read_target_config
+from fastdraft.model.eagle3.config import DraftConfig, language_config, longest_context, named_dtype, read_target_config
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.ref import ReferenceEngine
@@ -201,6 +201,7 @@ def load_data(config: Config, vocab_size: int) -> Prepared:
 
     With data.streaming, the stream and sets made of a sample of it.
     """
+    check_target(config)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
     return (open_stream if config.data.streaming else prepare)(config.data, tokenizer, vocab_size)
 
@@ -404,13 +405,34 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
-    """The dtype that a target's config.json names, if it does."""
+    """The dtype that a target's config.json names, if it does. ValueError for one that no draft is served in."""
     named = named_dtype(language_config(facts))
-    return getattr(torch, named) if named else None
+    dtype = getattr(torch, named) if named else None
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(
+            f"the target's config.json names the dtype {named}, in which no draft is served; write what its layers compute "
+            "in: bfloat16, float16 or float32"
+        )
+    return dtype
+
+
+def check_target(config: Config) -> None:
+    """Raises ValueError, from the target's config.json alone, where its draft could not be exported, or where documents may
+    be longer than it has positions: learned ones end there, and RoPE goes on into angles that the target never saw."""
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    own_dtype(facts)
+    most = longest_context(language_config(facts))
+    if most is not None and config.data.max_length > most:
+        raise ValueError(
+            f"data.max_length is {config.data.max_length}, and the target has {most} positions (max_position_embeddings in "
+            f"its config.json): set data.max_length={most} or less, which cuts longer documents, or, if the target was "
+            "extended, raise max_position_embeddings to what it was extended to"
+        )
 
 
 def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
+    check_target(config)
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
     widened = reads_store(config) and bf16_is_slow(device)
     return plan(

@@ -253,8 +253,7 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
     template = tmp_path / "chat.jinja"
     run_dir, prompts = tmp_path / "other", tmp_path / "prompts.jsonl"
     settings = [f"data.chat_template={template}", "data.chat_template_kwargs={word: ba}", "data.eval_fraction=0"]
-    text = "{% for m in messages %} {{ m['content'] }}{% endfor %} <|im_end|>"
-    template.write_text("{% generation %}{{ word }}" + text + "{% endgeneration %}")
+    template.write_text("{{ word }}{% for m in messages %} {{ m['content'] }} <|im_end|>{% endfor %}")
     code, _, err = fastdraft("train", config_file, *settings, f"run_dir={run_dir}", "max_steps=1")
     assert code == 0, err
     seen = []

@@ -19,6 +19,8 @@ TEMPLATE_DATE = "2026-01-01"
 DIRECTIVES = [f"%{x}" for x in ("-d", "-m", "-y", "-H", "-I", "-M", "-S", "-j")]
 DIRECTIVES += [f"%{x}" for x in "aAbBcCdDeFfgGhHIjklmMnpPrRStTuUVwWxXyYzZ"]
 
+DATE_MACRO = "{% macro strftime_now(format) %}"
+
 
 def checked_date(date: str) -> str:
     """ValueError: no date as 2026-01-31."""
@@ -44,7 +46,7 @@ def with_date(template: str, date: str) -> str:
     percent = "\ue000"  # stands for %% meanwhile, so that %%d is no day
     written = [("%%", percent), *((x, day.strftime(x)) for x in DIRECTIVES), (percent, "%")]
     replaced = "".join(f"|replace({directive!r},{text!r})" for directive, text in written)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
+    return f"{DATE_MACRO}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
 def checked_template_kwargs(kwargs: Any) -> dict[str, Any]:

@@ -39,8 +39,8 @@ SHAREGPT_ROLES = {
 }
 SHAPES = ("messages", "conversations", "input_ids")
 MEDIA = {"image", "images", "img", "imgs", "pixel", "video", "videos", "audio", "audios"}  # words of keys
-# Keys of a message that chat templates and servers read, so that none of them may be left out without a word.
-READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
+# Keys of a message that chat templates, servers or training read, so that none of them may be left out without a word.
+READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "weight")
 NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")  # ends of files' names
 
 

@@ -11,10 +11,11 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import BadLine, Line, expand, parse, read_lines
 from fastdraft.data.samples import SCHEMA, Sample, flat, record_batch
-from fastdraft.data.tokenize import ChatTokenizer
+from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 FORMAT = 4  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
+REASONS_SHOWN = 5  # of the kinds of these
 
 
 @dataclass
@@ -57,6 +59,9 @@ class Stats:
     long_samples: int = 0  # longer than max_length: split or truncated
     untrained_samples: int = 0  # left out: no trained token in them
     lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
+    raw_reasoning: int = 0  # trained turns with reasoning that the template cuts, as the model produced them
+    unopened: int = 0  # trained turns without the block that the generation prompt opens
+    left_out: dict[str, list] = field(default_factory=dict)  # turns not trained: how many, where the first, by reason
     skipped_lines: int = 0
     skipped: list[str] = field(default_factory=list)  # FILE:LINE: reason, the first SKIPPED_KEPT
     train_samples: int = 0
@@ -66,9 +71,28 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         for name, value in asdict(other).items():
-            if name != "from_cache":
+            if name not in ("from_cache", "left_out"):
                 setattr(self, name, getattr(self, name) + value)
         del self.skipped[SKIPPED_KEPT:]
+        for reason, (count, first) in other.left_out.items():
+            self.left_out.setdefault(reason, [0, first])[0] += count
+
+    def count(self, done: Tokenized) -> None:
+        """Count one conversation, but not its tokens."""
+        self.conversations += 1
+        self.samples += len(done.samples)
+        self.rewritten_conversations += done.rewritten
+        self.long_samples += done.too_long
+        self.untrained_samples += done.untrained
+        self.lost_reasoning += done.lost_reasoning
+        self.raw_reasoning += done.raw_reasoning
+        self.unopened += done.unopened
+        for where, reason in done.left_out:
+            self.left_out.setdefault(reason, [0, where])[0] += 1
+
+    def skip(self, error: BadLine) -> None:
+        self.skipped_lines += 1
+        self.skipped.append(str(error))
 
     def lines(self) -> list[str]:
         """The statistics as sentences for people."""
@@ -77,6 +101,11 @@ class Stats:
             f"{self.eval_samples:,} eval), {self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
             f"({self.trained_tokens / max(self.tokens, 1):.0%})"
         ]
+        return said + self.remarks()
+
+    def remarks(self) -> list[str]:
+        """What is not trained, or not as the template renders it, by reason."""
+        said = []
         for count, what in (
             (
                 self.rewritten_conversations,
@@ -85,11 +114,33 @@ class Stats:
             (self.long_samples, "samples were longer than max_length"),
             (self.untrained_samples, "samples were left out: no trained token in them"),
             (self.lost_reasoning, "trained turns have reasoning that the chat template does not render: it is not trained"),
-            (self.skipped_lines, "malformed lines were skipped"),
+            (
+                self.raw_reasoning,
+                "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
+                "behind the prompt as served",
+            ),
+            (
+                self.unopened,
+                "trained turns have no reasoning, but the generation prompt opens it: they are trained behind a prompt "
+                "without that, which is not served",
+            ),
         ):
             if count:
                 said.append(f"{count:,} {what}")
+        for reason, (count, first) in self.left_out.items():
+            said.append(f"{count:,} assistant turns are not trained: {reason}; the first: {first}")
+        if self.skipped_lines:
+            said.append(f"{self.skipped_lines:,} malformed lines were skipped")
+            reasons = Counter(_kind_of(line) for line in self.skipped)
+            firsts = {_kind_of(line): line for line in reversed(self.skipped)}
+            said += [f"  {count:,} like {firsts[kind]}" for kind, count in reasons.most_common(REASONS_SHOWN)]
         return said
+
+
+def _kind_of(skipped: str) -> str:
+    """The reason of FILE:LINE: REASON, without what differs from line to line."""
+    reason = re.sub(r"^.*?:\d+: ", "", skipped)
+    return re.sub(r"\d+|'[^']*'|: .*", "", reason)
 
 
 class Prepared(NamedTuple):
@@ -133,6 +184,8 @@ def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
     train = parts[0][0]
     if not len(train):
         skipped = f"; {stats.skipped_lines} malformed lines were skipped, first {stats.skipped[0]}" if stats.skipped else ""
+        for reason, (count, first) in stats.left_out.items():
+            skipped += f"; {count} assistant turns are not trained: {reason}; the first: {first}"
         raise ValueError(
             f"{', '.join(config.paths)}: {stats.conversations} conversations, but no trained token in them: is there an "
             f"assistant turn, does the loss_mask have a 1, and does max_length {config.max_length} reach it?{skipped}"
@@ -145,17 +198,25 @@ def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
 
 
 def first_samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    stats: Stats | None = None,  # counts what is read
 ) -> Iterator[Sample]:
     """The samples of data.paths one by one as they are read, with no cache: for a preview. Errors as `prepare`'s."""
+    stats = Stats() if stats is None else stats
     chat = chat_tokenizer(config, tokenizer, vocab_size)
     for path in expand(config.paths, config.streaming):
         for line in read_lines(path):
             try:
-                yield from chat(parse(line)).samples
-            except BadLine:
+                done = chat(parse(line))
+            except BadLine as error:
                 if config.on_bad_line == "error":
                     raise
+                stats.skip(error)
+                continue
+            stats.count(done)
+            yield from done.samples
 
 
 def read_template(config: DataConfig) -> str | None:
@@ -315,15 +376,10 @@ def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
         except BadLine as error:
             if not skip:
                 raise
-            stats.skipped_lines += 1
-            stats.skipped.append(str(error))
+            stats.skip(error)
             continue
         samples += done.samples
-        stats.conversations += 1
-        stats.rewritten_conversations += done.rewritten
-        stats.long_samples += done.too_long
-        stats.untrained_samples += done.untrained
-        stats.lost_reasoning += done.lost_reasoning
+        stats.count(done)
     batch = record_batch(samples)
     ids, mask, _ = flat(pa.Table.from_batches([batch]))
     stats.samples, stats.tokens, stats.trained_tokens = len(samples), len(ids), int(mask.sum())

@@ -1,10 +1,9 @@
 """A conversation to samples: tokens of the rendered chat template, and a mask of what the assistant generates.
 
-The mask is made on the TEXT of one rendering and carried to tokens by the offsets of one tokenisation of that whole text,
-so the tokens are those serving sees. A trained span is what the model must produce: from the end of the generation prompt
-to the end-of-turn token, without white space that the template sets after it. Nothing is known here about any particular
-template: `{% generation %}` spans say where the assistant speaks, and where a template has none, rendering messages[:k]
-with the generation prompt and messages[:k+1] does.
+The mask is made on the TEXT of a rendering (`turns.py`) and carried to tokens by the offsets of one tokenisation of that
+whole text, so the tokens are those serving sees. A trained span is what the model must produce: from the end of the
+generation prompt to the end-of-turn token, without white space that the template sets after it. Nothing is known about any
+particular template.
 
 A template that renders a turn differently once later turns follow (reasoning dropped, another closing token) never shows
 the model the whole conversation as one text. Such a conversation becomes one sample per trained turn, each as it is then.
@@ -14,26 +13,22 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from tokenizers import Encoding, Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
 from fastdraft.data.conversations import BadLine, Conversation, with_textual_arguments
 from fastdraft.data.samples import Sample
+from fastdraft.data.template import ChatTemplate, Refused, Span
+from fastdraft.data.turns import LeftOut, Turn, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Span = tuple[int, int]  # character positions in a rendered text, end exclusive
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,9 @@ class Tokenized:
     too_long: int = 0  # samples that max_length split or truncated
     untrained: int = 0  # samples or pieces left out because nothing in them is trained
     lost_reasoning: int = 0  # trained turns whose reasoning the template does not render
+    raw_reasoning: int = 0  # trained turns as the model produced them, with reasoning that the template cuts
+    unopened: int = 0  # trained turns without the block that the generation prompt opens
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # of turns that are not trained: where, and why
 
 
 class ChatTokenizer:
@@ -76,14 +74,17 @@ class ChatTokenizer:
         self.templates = [template and with_date(template, template_date) for template in self.templates]
         self.name = f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
         self.backend = _plain(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
+        self._turns: dict[bool, Turns] = {}  # by whether there are tools
 
     def __call__(self, conversation: Conversation) -> Tokenized:
         """Samples of one conversation. BadLine when the template refuses it or a token id is out of range."""
+        turns: list[Turn] = []
+        left_out: list[tuple[str, str]] = []
         if conversation.input_ids is not None:
-            samples, lost = [self._pretokenized(conversation)], 0
+            samples = [self._pretokenized(conversation)]
         else:
-            texts, lost = self._texts_of(conversation)
-            samples = [self._sample(text, spans, conversation.key) for text, spans in texts]
+            turns, left_out = self._turns_of(conversation)
+            samples = self._samples(_texts(turns), conversation.key)
         largest = max((int(sample.input_ids.max(initial=0)) for sample in samples), default=0)
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise BadLine(conversation.where, f"token id {largest} is not in the vocabulary of {self.vocab_size}")
@@ -98,7 +99,10 @@ class ChatTokenizer:
             rewritten=len(samples) > 1,
             too_long=sum(len(sample.input_ids) > n for sample in samples),
             untrained=len(pieces) - len(kept) if samples else 1,
-            lost_reasoning=lost,
+            lost_reasoning=sum(turn.lost_reasoning for turn in turns),
+            raw_reasoning=sum(turn.raw_reasoning for turn in turns),
+            unopened=sum(turn.unopened for turn in turns),
+            left_out=left_out,
         )
 
     def _pretokenized(self, conversation: Conversation) -> Sample:
@@ -109,200 +113,107 @@ class ChatTokenizer:
             mask = mask & (np.arange(len(mask)) > (before[-1] if len(before) else -1))
         return Sample(ids, mask, conversation.key)
 
-    def _sample(
+    def _samples(self, texts: list[tuple[str, list[Span]]], key: int) -> list[Sample]:
+        samples = []
+        for text, spans in texts:
+            encoding = self._encode(text)
+            samples.append(Sample(np.array(encoding.ids, dtype=np.int32), self._mask(text, encoding, spans), key))
+        return samples
+
+    def _mask(
         self,
         text: str,
+        encoding: Encoding,
         spans: list[Span],  # ascending, disjoint
-        key: int,
-    ) -> Sample:
-        encoding = self._encode(text)
+    ) -> np.ndarray:  # [L] bool
         offsets = itertools.chain.from_iterable(encoding.offsets)  # np.array of the pairs takes twice as long
         start, end = np.fromiter(offsets, np.int64, 2 * len(encoding)).reshape(-1, 2).T
         mask = np.zeros(len(start), dtype=bool)
         for a, b in spans:  # a token across a span's edge is partly given, so not the model's to predict
             mask |= (start >= a) & (end <= b) & (end > start)
-        return Sample(np.array(encoding.ids, dtype=np.int32), mask, key)
+            # An added token with rstrip covers white space after it, here what the template sets after the turn's end.
+            for i in np.flatnonzero((start >= a) & (start < b) & (end > b)):
+                content = self._added.get(encoding.ids[i])
+                mask[i] |= content is not None and text.find(content, start[i]) + len(content) == b
+        return mask
 
-    def _texts_of(self, conversation: Conversation) -> tuple[list[tuple[str, list[Span]]], int]:
+    def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]]]:
+        where, tools = conversation.where, conversation.tools
         messages = [_with_reasoning(message) for message in conversation.messages]
         try:
-            return self._texts(conversation.where, messages, conversation.tools)
-        except BadLine:
+            return self._place(where, messages, tools)
+        except _Stuck as error:
             # Most templates write a tool call's arguments from the object, some (DeepSeek) join them on as text.
+            stuck = error
             textual = [with_textual_arguments(message) for message in messages]
             if textual != messages:
-                with suppress(BadLine):
-                    return self._texts(conversation.where, textual, conversation.tools)
-            raise
+                try:
+                    return self._place(where, textual, tools)
+                except _Stuck as error:  # the true reason is that of the attempt that came further
+                    stuck = max(stuck, error, key=lambda error: error.message)
+            raise BadLine(where, f"up to message {stuck.message}: {stuck.reason}") from stuck.__cause__
 
-    def _texts(
+    def _place(
         self, where: str, messages: list[dict], tools: list[dict] | None
-    ) -> tuple[list[tuple[str, list[Span]]], int]:
-        """Texts to train on with their trained spans, more than one if the template rewrites turns; and the number of turns
-        with lost reasoning."""
-        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    ) -> tuple[list[Turn], list[tuple[str, str]]]:
+        """The trained turns, and where and why others are not. _Stuck: a turn whose place cannot be proven."""
+        ends = [k + 1 for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last_turn":
-            turns = turns[-1:]
-        texts, lost = [], 0
-        for k in turns:
+            ends = ends[-1:]
+        placing, turns, left_out = self._placing(tools), [], []
+        for end in ends:
+            weight = messages[end - 1].get("weight", 1)
+            if weight not in (0, 1):
+                raise BadLine(where, f"message {end}: weight must be 0 or 1, got {weight!r}")
+            if weight == 0:
+                left_out.append((f"{where}, message {end}", "their weight is 0"))
+                continue
             try:
-                text, spans = self._render(messages[: k + 1], tools)
-                if _marks(self._template(tools)):
-                    spans = self._marked(messages, tools, k, spans)
-                else:
-                    text, spans = self._span(messages, tools, k, text)
-            except _Refused as error:
-                raise BadLine(where, f"up to message {k + 1}: {error}") from error
-            texts.append((text, spans))
-            reasoning = _reasoning(messages[k])
-            lost += bool(reasoning) and reasoning not in text
-        whole = texts[-1][0] if texts else ""
-        if texts and all(whole.startswith(text[: self._turn_end(text)]) for text, _ in texts):
-            texts = [(whole, [span for _, spans in texts for span in spans])]
-        return texts, lost
+                turns.append(placing.turn(messages[:end], tools))
+            except LeftOut as error:
+                left_out.append((f"{where}, message {end}", str(error)))
+            except Refused as error:
+                raise _Stuck(end, str(error)) from error
+        return turns, left_out
 
-    def _marked(self, messages: list[dict], tools: list[dict] | None, k: int, spans: list[Span]) -> list[Span]:
-        """Turn k's own {% generation %} spans: of those in the rendering of messages[:k+1], what earlier turns leave."""
-        earlier = [m for m in messages[:k] if m["role"] == "assistant"]
-        return spans[len(self._render(messages[:k], tools)[1]) if earlier else 0 :]
-
-    def _span(self, messages: list[dict], tools: list[dict] | None, k: int, text: str) -> tuple[str, list[Span]]:
-        """The text of turn k and where in it the turn lies: after the generation prompt, to the end-of-turn token. `text`
-        is the rendering of messages[:k+1], and is returned unless its beginning is not what the model is prompted with."""
-        end = self._turn_end(text)
-        if self._header and all(message["role"] in ("system", "developer") for message in messages[:k]):
-            # Nothing to answer before it: templates refuse to render that, or set their default system prompt only later.
-            return text, [(self._after_header(text), end)]
-        if k == 0:
-            raise _Refused("an assistant turn with nothing before it, and the template shows no place where it starts")
-        prompt, _ = self._render(messages[:k], tools, add_generation_prompt=True)
-        start = len(prompt)
-        if not text.startswith(prompt):
-            before, _ = self._render(messages[:k], tools)
-            if prompt.startswith(before) and text.startswith(before):
-                # The prompt has more than the turn begins with (an opened <think>): start where they part.
-                opened, turn = (self._encode(x[len(before) :]) for x in (prompt, text))
-                common = _common(opened.ids, turn.ids)
-                start = len(before) + (turn.offsets[common - 1][1] if common else 0)
-            elif self._prompt_end and text.count(self._prompt_end) == prompt.count(self._prompt_end) > 0:
-                # The turn changes the text before it (Mistral Nemo moves the system prompt): what is served is the prompt.
-                # As many prompt ends as there: the last is this turn's, neither an earlier turn's nor part of the answer.
-                generated = text.rpartition(self._prompt_end)[2]
-                end += start + len(generated) - len(text)
-                text = prompt + generated
-            else:
-                raise _Refused(
-                    "the template's text before this turn changes with the turn, so its start cannot be found; "
-                    "a template with {% generation %} around the assistant's text would show it"
+    def _placing(self, tools: list[dict] | None) -> Turns:
+        if (turns := self._turns.get(tools is not None)) is None:
+            template = self.templates[tools is not None]
+            if template is None:
+                raise ValueError(
+                    f"the tokenizer {self.name} has no chat template to use for conversations; "
+                    f"set data.chat_template to a Jinja file, or give pre-tokenised input_ids and loss_mask"
                 )
-        return text, [(start, end)] if start < end else []
-
-    def _after_header(self, text: str) -> int:
-        """Where the first assistant turn starts: after the generation prompt, or as much of it as the text has (it may open
-        a <think> that the rendered turn has not)."""
-        ends = [end for _, end in self._encode(self._header).offsets]
-        for end in reversed(ends):
-            at = text.find(self._header[:end])
-            if at >= 0:
-                return at + end
-        raise _Refused("the template's generation prompt does not occur before the assistant's first turn")
-
-    def _turn_end(self, text: str) -> int:
-        """End of the last turn of a rendering: after its end-of-turn token, before what the template adds to close up."""
-        return len(text.rstrip().removesuffix(self._closing).rstrip())
-
-    def _render(
-        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
-    ) -> tuple[str, list[Span]]:
-        """The template's text and its {% generation %} spans. _Refused with the template's own words."""
-        template = self._template(tools)
-        marks = _marks(template)
-        try:
-            texts, spans = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=template,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=add_generation_prompt,
-                **self.kwargs,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            line = error.lineno - (self.template_date is not None)  # with_date adds one
-            raise ValueError(f"the chat template is not valid Jinja, line {line}: {error.message}") from error
-        except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
-            raise _Refused(f"the chat template refuses it: {type(error).__name__}: {error}") from error
-        return texts[0], [tuple(span) for span in spans[0]] if marks else []
-
-    def _template(self, tools: list[dict] | None) -> str:
-        template = self.templates[tools is not None]
-        if template is None:
-            raise ValueError(
-                f"the tokenizer {self.name} has no chat template to use for conversations; "
-                f"set data.chat_template to a Jinja file, or give pre-tokenised input_ids and loss_mask"
-            )
-        return template
+            if self.backend is None:
+                raise ValueError(
+                    f"{self.name} is a slow tokenizer: it gives no character offsets, which the loss mask "
+                    f"needs; use the fast one (a tokenizer.json), or give pre-tokenised input_ids and loss_mask"
+                )
+            turns = self._turns[tools is not None] = Turns(ChatTemplate(template, self.kwargs, self.backend))
+        return turns
 
     def _encode(self, text: str) -> Encoding:
-        if self.backend is None:
-            raise ValueError(
-                f"{self.name} is a slow tokenizer: it gives no character offsets, which the loss mask "
-                f"needs; use the fast one (a tokenizer.json), or give pre-tokenised input_ids and loss_mask"
-            )
         return self.backend.encode(text, add_special_tokens=False)
 
-    def _probe(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """A rendering that is only looked at to learn the template; with a tool where it wants one (Hermes)."""
-        try:
-            return self._render(messages, None, add_generation_prompt)[0]
-        except _Refused:
-            function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}}
-            return self._render(messages, [{"type": "function", "function": function}], add_generation_prompt)[0]
-
     @cached_property
-    def _header(self) -> str:
-        """The generation prompt alone; empty where the template has none or it cannot be told."""
-        user = [{"role": "user", "content": "u"}]
-        try:
-            before, prompt = self._probe(user), self._probe(user, add_generation_prompt=True)
-        except _Refused:
-            return ""
-        before = before.removesuffix(self._closing)
-        return prompt[len(before) :] if prompt.startswith(before) else ""
+    def _added(self) -> dict[int, str]:
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
-    @cached_property
-    def _prompt_end(self) -> str:
-        """What stands right before an answer: the generation prompt, or without one the end of the user's turn. Empty when
-        that stands after an answer, too."""
-        question, answer = "fastdraft-question", "fastdraft-answer"
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        try:
-            prompt, text = self._probe(chat[:1], add_generation_prompt=True), self._probe(chat)
-        except _Refused:
-            return ""
-        end = self._header or prompt.partition(question)[2].strip()
-        return "" if end in text.partition(answer)[2] else end
 
-    @cached_property
-    def _closing(self) -> str:
-        """What the template sets at the very end of a conversation after the end-of-turn token (Phi-3: <|endoftext|>).
+class _Stuck(Exception):
+    def __init__(self, message: int, reason: str) -> None:
+        super().__init__(message, reason)
+        self.message, self.reason = message, reason
 
-        Found by rendering one exchange with and without a further turn: after the answer both begin with the end of the
-        turn, what the former has beyond that closes the conversation, if it begins with a special token. Empty when they
-        begin with nothing common: then the closing IS the end of the turn.
-        """
-        answer = "fastdraft-answer"
-        chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": answer}]
-        try:
-            last, followed = self._probe(chat), self._probe([*chat, {"role": "user", "content": "u"}])
-        except _Refused:
-            return ""
-        last, followed = (text.partition(answer)[2] for text in (last, followed))
-        encodings = [self._encode(text) for text in (last, followed)]
-        common = _common(encodings[0].ids, encodings[1].ids)
-        end = encodings[0].offsets[common - 1][1] if common else 0
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        rest = last[end:].strip()
-        return rest if rest and self._encode(rest).ids[0] in special and last[:end].strip() else ""
+
+def _texts(turns: list[Turn]) -> list[tuple[str, list[Span]]]:
+    """The texts to train on with their trained spans: the last turn's alone if it holds all others as they were."""
+    if not turns:
+        return []
+    whole = turns[-1].text
+    if all(whole.startswith(turn.text[: turn.span[1]]) for turn in turns):
+        return [(whole, [turn.span for turn in turns])]
+    return [(turn.text, [turn.span]) for turn in turns]
 
 
 def _plain(backend: Tokenizer) -> Tokenizer:
@@ -314,25 +225,7 @@ def _plain(backend: Tokenizer) -> Tokenizer:
     return backend
 
 
-class _Refused(Exception):
-    """The template cannot render these messages, or shows no span for a turn."""
-
-
-def _common(a: Sequence, b: Sequence) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _marks(template: str) -> bool:
-    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-
 def _with_reasoning(message: dict) -> dict:
     """Reasoning under each of the names that templates know it by (gpt-oss: thinking)."""
     reasoning = message.get("reasoning_content")
     return {"thinking": reasoning, "reasoning": reasoning, **message} if reasoning else message
-
-
-def _reasoning(message: dict) -> str:
-    inline = re.search(r"<think>(.*?)</think>", message["content"], re.DOTALL)
-    return (message.get("reasoning_content") or (inline.group(1) if inline else "")).strip()

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -38,7 +37,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.model.eagle3.config import default_layers, silent_layers
+from fastdraft.model.eagle3.config import default_layers, first_line, refuse_strange_dtype, silent_layers
 from fastdraft.model.graph import GraphPool
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 
@@ -186,7 +185,7 @@ class Target:
         try:
             _, f = self.forward_packed(ids, lengths)
         except Exception as error:  # of transformers, the model's own code, or a kernel that this GPU cannot run
-            return f"a packed forward fails: {_first_line(error)}"
+            return f"a packed forward fails: {first_line(error)}"
         alone = torch.cat([self.forward(part[None])[1][0] for part in ids.split(lengths)])
         first = [9, 13]  # tokens that see only themselves: no rounding of another kernel grows, no other expert is chosen
         for rows, most in ((first, 0.05), (slice(None), 0.3)):
@@ -261,7 +260,7 @@ class Target:
             self.decoder(input_ids=ids, use_cache=False)
         except Exception as error:  # of the model's own code, which may raise anything
             raise ValueError(
-                f"{name} does not run on {len(ids[0])} tokens of text alone: {type(error).__name__}: {_first_line(error)}; "
+                f"{name} does not run on {len(ids[0])} tokens of text alone: {type(error).__name__}: {first_line(error)}; "
                 "a target must be a causal LM that transformers runs on token ids"
             ) from error
         finally:
@@ -326,12 +325,15 @@ def load_target(
     target has the same fingerprint. Quantized weights stay as they are.
     """
     try:
+        _refuse_strange_dtype_at(path)
         with _no_progress_bar(path):
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"target {path!r} cannot be loaded: {_first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of transformers, safetensors or the model's own class, which may raise anything
+        raise ValueError(f"target {path!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"target {path!r} lacks the weights {', '.join(missing[:3])}{more}; download it again")
@@ -356,23 +358,55 @@ def _no_progress_bar(path: str) -> Iterator[None]:
 def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
     """The target's config.json as a dict, without its weights."""
     try:
+        _refuse_strange_dtype_at(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
-    except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
-        raise ValueError(f"target {path!r} has no readable config.json: {_first_line(error)}") from error
+    except Exception as error:  # of transformers, or the model type's own class, which may raise anything
+        raise ValueError(f"target {path!r} has no readable config.json: {first_line(error)}") from error
 
 
 def count_target_parameters(config: dict) -> int:
     """Parameters of the target, counted on an empty model: no weights are read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    sizes = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+    except Exception as error:  # of transformers, or the model's own class, which may raise anything
+        raise ValueError(
+            f"transformers has no causal LM for the target's config.json ({config.get('model_type', 'no model_type')}), or "
+            f"cannot build it: {first_line(error)}; a target must be a causal LM that it knows"
+        ) from error
     return sum(p.numel() for p in model.parameters())
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The target's tokenizer.json. A tekken.json (Mistral) is read only where that is missing, by the package
+    mistral-common, and made into the same kind: that package's own tokenizer has no chat template and no offsets."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RecursionError, StrictDataclassError) as error:
-        raise ValueError(f"target {path!r} has no readable tokenizer: {_first_line(error)}") from error
+        _refuse_strange_dtype_at(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, mistral_format=False)
+    except Exception as error:  # of transformers, tokenizers, or the tokenizer's own code, which may raise anything
+        if isinstance(error, ImportError) and "mistral" in str(error):
+            raise ValueError(
+                f"target {path!r} has a tekken.json and no tokenizer.json, which the package mistral-common makes of it: "
+                "pip install mistral-common, or put the model's tokenizer.json beside it"
+            ) from error
+        raise ValueError(f"target {path!r} has no readable tokenizer: {first_line(error)}") from error
+    if not hasattr(tokenizer, "is_fast"):
+        raise ValueError(
+            f"the tokenizer of target {path!r} was loaded as {type(tokenizer).__name__}, which has no chat template and no "
+            "character offsets; put the model's tokenizer.json into its folder, or uninstall mistral-common"
+        )
+    return tokenizer
+
+
+def _refuse_strange_dtype_at(path: str) -> None:
+    """`refuse_strange_dtype` of a folder's config.json, before transformers fails on it without a sentence."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # transformers says what is wrong, or finds it on the hub
+        return
+    if isinstance(config, dict):
+        refuse_strange_dtype(config)
 
 
 def target_fingerprint(target: Target) -> str:
@@ -473,11 +507,3 @@ def _groups_of_like_length(
         else:
             groups.append([d])
     return groups
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, StrictDataclassError):  # its second line says what is wrong
-        return " ".join(str(error).split())
-    if isinstance(error, RecursionError):
-        return "its JSON is nested too deeply"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

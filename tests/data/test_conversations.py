@@ -218,6 +218,7 @@ def test_what_json_cannot_write_is_left_out_beside_a_message_and_refused_in_it(v
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}, "message 1: tool_calls holds"),
         ({"messages": chat("q", "a"), "tools": [TOOL | {"since": value}]}, "tools holds"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": value}]}, "message 1: tool_call_id holds"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": value}]}, "message 1: weight holds"),
     ):
         with pytest.raises(BadLine, match=f"^f:1: {place} what JSON cannot write, a "):
             parse(Line("f:1", row))

@@ -87,8 +87,9 @@ def test_only_what_the_assistant_says_is_trained(made, messages, train_on, max_l
             assert not re.search(never, run.replace("<|user|>", "").replace("<|assistant|>", "")), (template, run)
     if plain and max_length > 9 and train_on == "all" and not done.rewritten and len(done.samples) == 1:
         runs = "".join(trained_runs(tokenizer, done.samples[0]))
-        for message in messages:
-            if message["role"] == "assistant" and "�" not in runs:
+        left_out = {where for where, _ in done.left_out}
+        for number, message in enumerate(messages, 1):
+            if message["role"] == "assistant" and "�" not in runs and f"f:1, message {number}" not in left_out:
                 assert message["content"].strip() in runs, (template, runs)
 
 

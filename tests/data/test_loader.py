@@ -14,6 +14,7 @@ from rich.console import Console
 from fastdraft.data.conversations import Conversation
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.data.pack import deal, pack
+from fastdraft.data.prepare import Stats
 from fastdraft.data.preview import preview
 from fastdraft.data.samples import Sample, record_batch
 from fastdraft.data.statistics import Statistics, statistics
@@ -276,4 +277,16 @@ def test_preview_shows_trained_and_special_tokens():
     sample = made[0]
     assert f"sample 2: {len(sample.input_ids)} tokens, {sample.loss_mask.sum()} trained" in out and "sample 3" not in out
     assert "\x1b[32m日本 🎉" in out and "\x1b[7;32m<|im_end|>" in out and "\x1b[2m" in out
-    assert "Was [bold]?" in out and "<|im_start|>" in out
+    assert "Was [bold]?" in out and "<|im_start|>" in out and "[[" not in out
+
+
+def test_preview_shows_trained_tokens_in_a_pipe_too():
+    tokenizer, stats = make_tokenizer(), Stats()
+    messages = [*chat("[a]", "日本", "b", ""), {"role": "user", "content": "c"}]
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages)))
+    stats.count(done)
+    console = Console(file=io.StringIO(), width=100)
+    preview(done.samples, tokenizer, 2, console, stats)
+    out = console.file.getvalue()
+    assert "assistant\n[[日本<|im_end|>]]\n" in out and out.count("[[") == 2 and out.endswith("[[in double brackets]]\n")
+    assert "1 assistant turns are not trained: they are empty; the first: f:1, message 4" in out and "\x1b" not in out

@@ -221,10 +221,32 @@ def test_reasoning_goes_by_the_templates_name():
 def test_reasoning_the_template_leaves_out_is_counted():
     _, done = tokenize(CHATML, [TWO[0], {**TWO[1], "reasoning_content": "because"}])
     assert done.lost_reasoning == 1
-    _, done = tokenize(OPENS_THINK, [TWO[0], {**TWO[1], "content": "<think>because</think>Fine"}])
+    _, done = tokenize(
+        CHATML.replace("['content']", "['content'].split('</think>')[-1]"),
+        [TWO[0], {**TWO[1], "reasoning_content": "because"}],
+    )
     assert done.lost_reasoning == 1
     _, done = tokenize(REASONING, [TWO[0], {**TWO[1], "reasoning_content": "because"}])
     assert done.lost_reasoning == 0
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", "<think>", ""])
+def test_reasoning_that_the_template_cuts_is_trained_as_the_model_produced_it(opened):
+    """Behind the prompt as it is served, which may open the reasoning; later turns see the template's shorter text."""
+    template = OPENS_THINK.replace("<think>\n", opened)
+    messages = chat("Hello", "<think>\none\n</think>\n\nHi", "And?", "<think>\ntwo\n</think>\n\nSo")
+    tokenizer, done = tokenize(template, messages)
+    assert (done.raw_reasoning, done.lost_reasoning, done.rewritten) == (2, 0, True)
+    begins = {"<think>\n": "", "<think>": "\n", "": "<think>\n"}[opened]
+    trained = [spans(tokenizer, sample) for sample in done.samples]
+    assert trained == [[begins + "one\n</think>\n\nHi</s>"], [begins + "two\n</think>\n\nSo</s>"]]
+    for k, sample in zip((1, 3), done.samples, strict=True):
+        prompt = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(sample.input_ids).startswith(prompt)
+    if opened:
+        keyed = [messages[0], {"role": "assistant", "content": "Hi", "reasoning_content": "one"}]
+        tokenizer, done = tokenize(template, keyed)
+        assert [spans(tokenizer, sample) for sample in done.samples] == trained[:1] and done.raw_reasoning == 1
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3])

@@ -16,12 +16,15 @@ import difflib
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -73,6 +76,15 @@ SERVING_TYPES: dict[type, tuple[str, ...]] = {
     str: ("dtype", "torch_dtype"),
     dict: ("rope_parameters", "rope_scaling", "eagle_config"),
     list: (LAYER_IDS, "layer_types"),
+}
+
+
+COUNTS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")  # that no target can lack
+# What a draft of its own may have where a target has nothing of the kind.
+EXAMPLES = {
+    "rope_theta": "rope_parameters='{rope_theta: 10000.0}'",
+    "rms_norm_eps": "rms_norm_eps=1.0e-5",
+    "max_position_embeddings": "max_position_embeddings=4096",
 }
 
 
@@ -177,6 +189,10 @@ class DraftConfig(BaseModel):
         def read(key: str, *fallbacks: Any) -> Any:
             for value in (target.get(key), *fallbacks):
                 if value is not None:
+                    if key in COUNTS and (type(value) is not int or value < 1):
+                        raise ValueError(
+                            f"{key} is {value!r} in the target's config.json; it must be a whole number above 0"
+                        )
                     return value
             missing.append(key)
             return None
@@ -207,10 +223,22 @@ class DraftConfig(BaseModel):
         }
         values = facts | {key: make() for key, make in derived.items() if key not in given} | given
         if missing:
+            kind = target.get("model_type", "no model_type")
+            said = f"the target's config.json ({kind}) does not say {', '.join(missing)}"
+            if facts_missing := [key for key in COUNTS if key in missing]:
+                raise ValueError(
+                    f"{said}; of a target {', '.join(facts_missing)} must be known: it must be a decoder-only language "
+                    "model whose config.json, or the text_config in it, names them so, as Llama's, Qwen3's and Gemma 3's "
+                    "do. Complete it"
+                )
             raise ValueError(
-                f"the target's config.json ({target.get('model_type', 'no model_type')}) does not say {', '.join(missing)}"
-                "; complete it, or set what the draft may choose for itself (rope_theta inside rope_parameters)"
+                f"{said}; complete it, or set what the draft may choose for itself, for example "
+                + " ".join(f"draft.overrides.{EXAMPLES.get(key, f'{key}=...')}" for key in missing)
             )
+        pictures = set(target.get("cross_attention_layers") or ())
+        if pictures and (silent := [layer for layer in values["layers"] if layer in pictures]):
+            ran = set(range(facts["num_target_layers"] - 1)) - pictures
+            raise ValueError(silent_layers(silent, values["layers"], ran, f"this target ({target.get('model_type')})"))
         return _built(cls, values)
 
     def to_serving(self, dtype: torch.dtype) -> dict[str, Any]:
@@ -322,12 +350,40 @@ def read_target_config(target_dir: Path | str) -> dict[str, Any]:
     """The target's config.json with the defaults its own model class defines, or as written when transformers has no such
     class. No code of the target runs. Raises ValueError when there is none or it is not JSON."""
     config = read_json(Path(target_dir) / "config.json")
+    refuse_strange_dtype(config)
     if config.get("model_type") in CONFIG_MAPPING:
         try:
             return AutoConfig.from_pretrained(str(target_dir), local_files_only=True).to_dict()
         except RecursionError as error:
             raise ValueError(f"{target_dir}/config.json is {TOO_DEEP}") from error
+        except Exception as error:  # of its model type's own class, which may raise anything
+            raise ValueError(f"{target_dir}/config.json cannot be used: {first_line(error)}") from error
     return config
+
+
+def refuse_strange_dtype(config: dict[str, Any]) -> None:
+    """ValueError where a config.json, or a config inside it, names a dtype that PyTorch has not."""
+    for key in ("dtype", "torch_dtype"):
+        named = config.get(key)
+        if named is not None and not (isinstance(named, str) and isinstance(getattr(torch, named, None), torch.dtype)):
+            raise ValueError(
+                f"{key} is {named!r} in its config.json, which is no dtype of PyTorch; write the one that the weights "
+                "have: bfloat16, float16 or float32"
+            )
+    for key, inner in config.items():
+        if isinstance(inner, dict) and key.endswith("_config") and key != "quantization_config":
+            refuse_strange_dtype(inner)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, for a sentence of ours."""
+    if isinstance(error, StrictDataclassError):  # its second line says what is wrong
+        return " ".join(str(error).split())
+    if isinstance(error, RecursionError):
+        return "its JSON is nested too deeply"
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    plain = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # the others say no more than a name
+    return said if isinstance(error, plain) or said == type(error).__name__ else f"{type(error).__name__}: {said}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -346,11 +402,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def language_config(target_config: dict[str, Any] | PretrainedConfig) -> dict[str, Any]:
-    """The decoder's own fields: nested configs of multimodal targets opened, outer token ids and dtype first."""
+    """The decoder's own fields: nested configs of multimodal targets opened, outer token ids and dtype first. What its
+    model type calls otherwise (GPT-2: n_embd) is there under the usual name, too."""
     config = target_config if isinstance(target_config, dict) else target_config.to_dict()
     inner = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), dict)), None)
     if inner is None:
-        return config
+        kind = config.get("model_type")
+        usual = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+        return config | {name: config[own] for name, own in usual.items() if config.get(name) is None and own in config}
     outer = ("bos_token_id", "eos_token_id", "dtype", "torch_dtype")
     return language_config(inner) | {key: config[key] for key in outer if config.get(key) is not None}
 
@@ -442,6 +501,22 @@ def target_rope(target: dict[str, Any]) -> dict[str, Any] | None:
         pretrained = target.get("original_max_position_embeddings") or target.get("max_position_embeddings")
         rope.setdefault("original_max_position_embeddings", pretrained)
     return rope
+
+
+def longest_context(target: dict[str, Any]) -> int | None:
+    """The positions that a target's `language_config` says it has, None where it names none (Mamba, ALiBi).
+
+    That is max_position_embeddings, and with YaRN no less than the length it was extended from times its factor, which
+    many a config.json that was edited by hand leaves out there.
+    """
+    most = target.get("max_position_embeddings")
+    if type(most) is not int:
+        return None
+    with suppress(ValueError):  # RoPE of several kinds
+        rope = target_rope(target) or {}
+        if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("factor"):
+            return max(most, int(rope["original_max_position_embeddings"] * rope["factor"]))
+    return most
 
 
 # --- the engines' config.json ----------------------------------------------------------------------------------------

@@ -1,0 +1,186 @@
+"""A chat template: what it renders, and what a few short renderings show about it.
+
+Nothing is known here about any particular template. Everything that is learned comes from rendering chats of one question
+and one answer, whose own texts are told apart from the template's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from tokenizers import Encoding, Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fastdraft.data.config import DATE_MACRO
+
+Span = tuple[int, int]  # character positions in a rendered text, end exclusive
+
+QUESTION, ANSWER = "fastdraft-question", "fastdraft-answer"
+_FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}}
+PROBE_TOOLS = [{"type": "function", "function": _FUNCTION}]
+
+
+class Refused(Exception):
+    """The template cannot render these messages, or does not show where a turn lies."""
+
+
+class ChatTemplate:
+    """One Jinja text with what is always passed to it. Picklable."""
+
+    def __init__(self, jinja: str, kwargs: dict[str, Any], backend: Tokenizer) -> None:
+        self.jinja, self.kwargs, self.backend = jinja, kwargs, backend
+        self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", jinja) is not None
+
+    def render(self, messages: Sequence[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False) -> str:
+        """The template's text. Refused with the template's own words."""
+        return self._render(messages, tools, add_generation_prompt, self._wants_parts, False)[0]
+
+    def spans(self, messages: Sequence[dict], tools: list[dict] | None) -> list[Span]:
+        """The {% generation %} spans of the rendering."""
+        return self._render(messages, tools, False, self._wants_parts, self.marks)[1] if self.marks else []
+
+    def encode(self, text: str) -> Encoding:
+        return self.backend.encode(text, add_special_tokens=False)
+
+    def _render(
+        self, messages: Sequence[dict], tools: list[dict] | None, add_generation_prompt: bool, parts: bool, spans: bool
+    ) -> tuple[str, list[Span]]:
+        try:
+            texts = render_jinja_template(
+                [[_in_parts(message) for message in messages] if parts else list(messages)],
+                tools=tools,
+                chat_template=self.jinja,
+                return_assistant_tokens_mask=spans,
+                add_generation_prompt=add_generation_prompt,
+                **self.kwargs,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            line = error.lineno - self.jinja.startswith(DATE_MACRO)  # which is a line of its own
+            raise ValueError(f"the chat template is not valid Jinja, line {line}: {error.message}") from error
+        except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
+            raise Refused(f"the chat template refuses it: {type(error).__name__}: {error}") from error
+        return texts[0][0], [tuple(span) for span in texts[1][0]] if spans else []
+
+    def _probe(self, messages: list[dict], add_generation_prompt: bool = False, parts: bool | None = None) -> str:
+        """A rendering that is only looked at to learn the template; with a tool where it wants one (Hermes)."""
+        parts = self._wants_parts if parts is None else parts
+        try:
+            return self._render(messages, None, add_generation_prompt, parts, False)[0]
+        except Refused:
+            return self._render(messages, PROBE_TOOLS, add_generation_prompt, parts, False)[0]
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether content must be a list of parts: the text of a string does not show, that of a part does."""
+        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+        shown = []
+        for parts in (False, True):
+            try:
+                text = self._probe(chat, parts=parts)
+            except Refused:
+                text = ""
+            shown.append(QUESTION in text and ANSWER in text)
+        return shown == [False, True]
+
+    @cached_property
+    def tags(self) -> re.Pattern[str]:
+        """The tags that the template's text names, which it may look for in a content and cut there; and <think>."""
+        tags = {"<think>", "</think>", *re.findall(r"<[^<>\s'\"{}%]+>|\[/?[A-Z_]+\]", self.jinja)}
+        return re.compile("|".join(re.escape(tag) for tag in sorted(tags, key=len, reverse=True)))
+
+    @cached_property
+    def header(self) -> str:
+        """The generation prompt alone; empty where the template has none or it cannot be told."""
+        user = [{"role": "user", "content": QUESTION}]
+        try:
+            before, prompt = self._probe(user), self._probe(user, add_generation_prompt=True)
+        except Refused:
+            return ""
+        before = before.removesuffix(self.closing)
+        return prompt[len(before) :] if prompt.startswith(before) else ""
+
+    @cached_property
+    def headers(self) -> list[tuple[str, str]]:
+        """The generation prompt, and what is left of it without the tags that it may open at its end (<think>): pairs of
+        the beginning that a rendered turn may share, and the opened rest that it then lacks."""
+        cuts = [match.start() for match in re.finditer(r"<[^<>]+>|\[/?[A-Z_]+\]", self.header)]
+        pairs = [(self.header, "")] + [(self.header[:at], self.header[at:]) for at in reversed(cuts)]
+        return [(base, opened) for base, opened in pairs if base.strip()]
+
+    @cached_property
+    def closing(self) -> str:
+        """What the template sets at the very end of a conversation after the end-of-turn token (Phi-3: <|endoftext|>).
+
+        Found by rendering one exchange with and without a further turn: after the answer both begin with the end of the
+        turn, what the former has beyond that closes the conversation, if it begins with a special token. Empty when they
+        begin with nothing common: then the closing IS the end of the turn.
+        """
+        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+        try:
+            last, followed = self._probe(chat), self._probe([*chat, {"role": "user", "content": QUESTION}])
+        except Refused:
+            return ""
+        last, followed = (text.partition(ANSWER)[2] for text in (last, followed))
+        encodings = [self.encode(text) for text in (last, followed)]
+        common = next(
+            (i for i, (x, y) in enumerate(zip(encodings[0].ids, encodings[1].ids, strict=False)) if x != y),
+            min(len(encodings[0]), len(encodings[1])),
+        )
+        end = self._token_end(last, encodings[0], common - 1) if common else 0
+        rest = last[end:].strip()
+        return rest if rest and self.encode(rest).ids[0] in self._special and last[:end].strip() else ""
+
+    @cached_property
+    def openers(self) -> set[int]:
+        """Added tokens that begin a turn: those of the generation prompt, and the last one before a user's text. Not one
+        that also stands between the generation prompt and an answer (gpt-oss: <|message|>)."""
+        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+        try:
+            prompt, text = self._probe(chat[:1], add_generation_prompt=True), self._probe(chat)
+        except Refused:
+            return set()
+        within = text.partition(ANSWER)[0].removeprefix(prompt) if text.startswith(prompt) else ""
+        header, before, within = (
+            [i for i in self.encode(part).ids if i in self.added]
+            for part in (self.header, text.partition(QUESTION)[0], within)
+        )
+        return {*header, *before[-1:]} - set(within)
+
+    @cached_property
+    def added(self) -> dict[int, str]:
+        """Texts of the tokens that stand beside the vocabulary; they are found in a text before anything else."""
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _special(self) -> set[int]:
+        return {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def _token_end(self, text: str, encoding: Encoding, i: int) -> int:
+        """Where token i ends in the text, without white space that an added token takes along (rstrip)."""
+        start, end = encoding.offsets[i]
+        if (content := self.added.get(encoding.ids[i])) and content in text[start:end]:
+            return text.index(content, start) + len(content)
+        return end
+
+    def turn_end(
+        self,
+        text: str,
+        said: int,  # where the answer's own text ends
+    ) -> int:
+        """End of the last turn of a rendering: after its end-of-turn token, before what the template sets after that."""
+        end = max(len(text.rstrip().removesuffix(self.closing).rstrip()), said)
+        tail = text[said:end]
+        encoding = self.encode(tail)
+        added = [i for i, token in enumerate(encoding.ids) if token in self.added]
+        opener = next((i for i in added[1:] if encoding.ids[i] in self.openers), None)
+        ending = [i for i in added if opener is None or i < opener]
+        return said + self._token_end(tail, encoding, ending[-1]) if ending else end
+
+
+def _in_parts(message: dict) -> dict:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

@@ -1,0 +1,322 @@
+"""Where an assistant's turn lies in a rendered conversation, proven or refused.
+
+What is trained is what the served model would itself have produced: it begins where the prompt as served ends (the messages
+before the turn, rendered with the generation prompt) and goes on to the token that stops the turn. The proof:
+
+- The rendering that includes the turn begins with the prompt as served; or else the template's own text right before the
+  turn's first word shows where the prompt ends. That text holds no word of any message, so a header that is quoted in one
+  is not taken for a header. Where a word lies is shown by marks (`marking.py`).
+- The turn's text and calls lie whole between beginning and end, and no text of another message or of the tools does.
+
+What the template sets around the words of a proven turn is remembered. A later turn with the very same text around its own
+words is proven by that, without marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastdraft.data.marking import HOWS, How, Leaf, Marks, Place, mark_all, own_leaves, strings
+from fastdraft.data.template import ChatTemplate, Refused, Span
+
+NOT_SHOWN = (
+    "the template's text before this turn changes with the turn, so its start cannot be found; "
+    "a template with {% generation %} around the assistant's text would show it"
+)
+NOTHING_BEFORE = "an assistant turn with nothing before it, and the template shows no place where it starts"
+EMPTY = "they are empty"
+NO_TEXT = "the chat template does not render all of their text"
+NO_CALLS = "the chat template does not render their tool calls"
+FRAMES_KEPT = 1000
+
+
+class LeftOut(Exception):
+    """A turn that is not trained on, and why."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    text: str  # the conversation up to the turn as it is served, and the turn
+    span: Span  # what the model produces
+    lost_reasoning: bool = False  # the turn has reasoning that is not in the text
+    raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
+    unopened: bool = False  # the text lacks a block that the generation prompt opens, because the answer has no reasoning
+
+
+@dataclass(frozen=True)
+class _Located:
+    start: int
+    end: int
+    reasoning: bool  # all of the turn's reasoning lies within
+    lacks: str = ""  # what the generation prompt opens at its end and the turn does not have
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What stands around a turn's words."""
+
+    order: tuple[int, ...]  # of the turn's texts, as rendered
+    segments: tuple[str, ...]  # before each of them, and from the last to the turn's end
+    after: str  # what is no longer the turn's
+    reasoning: bool
+
+    def end(self, leaves: list[Leaf], full: str, start: int) -> int | None:
+        """The end of a turn that begins at `start`, None if the rendering is another than this frame with its words."""
+        at = start
+        for i, place in enumerate(self.order):
+            if not full.startswith(self.segments[i], at):
+                return None
+            at += len(self.segments[i])
+            whole, core = leaves[place].whole, leaves[place].text
+            for form in (whole, core, whole.lstrip(), whole.rstrip()):
+                if full.startswith(form, at) and full.startswith(self.segments[i + 1], at + len(form)):
+                    at += len(form)
+                    break
+            else:
+                return None
+        end = at + len(self.segments[-1])
+        return end if full[end:] == self.after else None
+
+
+class Turns:
+    """Finds assistants' turns in the renderings of one template. Picklable."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self._frames: dict[tuple[str, ...], dict[_Frame, None]] = {}
+
+    def turn(
+        self,
+        messages: Sequence[dict],
+        tools: list[dict] | None,
+        full: str | None = None,  # the rendering, if it is at hand
+        prompt: str | None = None,  # and that of all messages but the last, with the generation prompt
+    ) -> Turn:
+        """The turn that ends the conversation.
+
+        Refused: the template cannot render it, or its place cannot be proven. LeftOut: there is nothing in it to train on,
+        or the template does not render all that the model said.
+        """
+        message = messages[-1]
+        if not (message["content"].strip() or message.get("tool_calls") or _reasoning(message)):
+            raise LeftOut(EMPTY)
+        full = self.template.render(messages, tools) if full is None else full
+        prompt = self._prompt(messages[:-1], tools) if prompt is None else prompt
+        located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
+        return _as_served(message, full, prompt, located)
+
+    def _prompt(self, before: Sequence[dict], tools: list[dict] | None) -> str | None:
+        """What is served before the turn. None where nothing asks for it yet: templates refuse to render that."""
+        if not before:
+            return None
+        try:
+            return self.template.render(before, tools, add_generation_prompt=True)
+        except Refused:
+            if all(message["role"] in ("system", "developer") for message in before):
+                return None
+            raise
+
+    def _by_frame(self, messages: Sequence[dict], full: str, prompt: str | None) -> _Located | None:
+        """The turn by what a proven turn had around its words."""
+        message = messages[-1]
+        if prompt is None or message.get("tool_calls") or not full.startswith(prompt):
+            return None
+        leaves = own_leaves(message, len(messages) - 1, self.template.tags)
+        for frame in self._frames.get(tuple(leaf.kind for leaf in leaves), ()):
+            if (end := frame.end(leaves, full, len(prompt))) is not None:
+                return _Located(len(prompt), end, frame.reasoning)
+        return None
+
+    def _by_marks(self, messages: Sequence[dict], tools: list[dict] | None, full: str, prompt: str | None) -> _Located:
+        """The turn by marks in its words and in those of all others."""
+        message, last = messages[-1], len(messages) - 1
+        how, marks, places = self._marked(messages, tools, full)
+        prefix = prompt is not None and full.startswith(prompt)
+        own = [place for place in places if place.leaf.message == last and not (prefix and place.start < len(prompt))]
+        given = [place for place in places if place.leaf.message != last]
+        if how is None or (not own and message.get("tool_calls") and not how.calls):
+            return self._by_search(message, full, prompt)
+        _refuse_cut(message, full, own, marks.pairs(last), how)
+        if prefix:
+            start, lacks = len(prompt), ""
+            if not self.template.header and self.template.marks:
+                start = self._marked_start(messages, tools, given, full, own[0].start) or start
+        else:
+            start, lacks = self._after_prompt(messages, tools, how, given, full, prompt, own[0].start)
+        if own[0].start < start:
+            raise Refused(NOT_SHOWN)
+        end = self.template.turn_end(full, _said(message, full, own[-1].end))
+        if any(place.end > start and place.start < end for place in given):
+            raise Refused("the template sets the text of another message into this turn")
+        leaves, shown = own_leaves(message, last, self.template.tags), {place.leaf for place in own}
+        reasoning = all(leaf in shown for leaf in leaves if leaf.kind == "reasoning")
+        if prefix and not message.get("tool_calls"):
+            self._remember(leaves, own, full, start, end, reasoning)
+        return _Located(start, end, reasoning, lacks)
+
+    def _marked(
+        self, messages: Sequence[dict], tools: list[dict] | None, full: str
+    ) -> tuple[How | None, Marks | None, list[Place]]:
+        """Where all texts lie, by the first way of marking that changes nothing in the rendering."""
+        for how in HOWS:
+            marks, marked, marked_tools = mark_all(messages, tools, how, self.template.tags)
+            try:
+                plain, places = marks.find(self.template.render(marked, marked_tools))
+            except Refused:
+                continue
+            if plain == full:
+                return how, marks, places
+        return None, None, []
+
+    def _by_search(self, message: dict, full: str, prompt: str | None) -> _Located:
+        """The turn where no marks can be set: what follows the prompt, if each of its texts is in there."""
+        if prompt is None or not full.startswith(prompt):
+            raise Refused(NOT_SHOWN)
+        leaves, start = own_leaves(message, 0, self.template.tags), len(prompt)
+        needed = [leaf.text for leaf in leaves if leaf.kind == "content"]
+        if any(text not in full[start:] for text in needed):
+            raise LeftOut(NO_TEXT)
+        calls = message.get("tool_calls", [])
+        if not all(_shows_call(full[start:], call) for call in calls):
+            raise LeftOut(NO_CALLS)
+        if any(full.count(text, start) > 1 for text in needed):
+            raise Refused("the turn's text cannot be told from the template's")
+        thoughts = [leaf.text for leaf in leaves if leaf.kind == "reasoning"]
+        reasoning = all(text in full[start:] for text in thoughts)
+        ends = [full.rfind(text, start) + len(text) for text in needed]
+        called = [form for call in calls for forms in _call_texts(call) for form in forms]
+        ends += [full.rfind(form, start) + len(form) for form in called if form in full[start:]]
+        if not ends:
+            raise LeftOut(NO_TEXT)
+        return _Located(start, self.template.turn_end(full, _said(message, full, max(ends))), reasoning)
+
+    def _after_prompt(
+        self,
+        messages: Sequence[dict],
+        tools: list[dict] | None,
+        how: How,
+        given: list[Place],
+        full: str,
+        prompt: str | None,
+        first: int,  # where the turn's first word is
+    ) -> tuple[int, str]:
+        """Where the turn begins in a rendering that does not begin with the prompt, and what the prompt opens that it
+        lacks: by the template's text between the last word before the turn and its first."""
+        if not how.given:
+            raise Refused(NOT_SHOWN)
+        before = max((place.end for place in given if place.end <= first), default=0)
+        gap = full[before:first]
+        if prompt is not None:
+            marks, marked, marked_tools = mark_all(messages[:-1], tools, how, self.template.tags)
+            try:
+                plain, places = marks.find(self.template.render(marked, marked_tools, add_generation_prompt=True))
+            except Refused:
+                plain, places = "", []
+            tail = prompt[max((place.end for place in places), default=0) :]
+            if plain == prompt and tail and gap.startswith(tail):
+                return before + len(tail), ""
+        for base, opened in self.template.headers:
+            if gap.count(base) == 1 and (prompt is None or prompt.endswith(base + opened)):
+                return before + gap.index(base) + len(base), opened
+        if (start := self._marked_start(messages, tools, given, full, first)) is not None:
+            return start, ""
+        raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
+
+    def _marked_start(
+        self, messages: Sequence[dict], tools: list[dict] | None, given: list[Place], full: str, first: int
+    ) -> int | None:
+        """Where the {% generation %} marks around the turn's first word begin, if they hold no other message's."""
+        for start, end in self.template.spans(messages, tools):
+            if start <= first < end and not any(place.end > start and place.start < end for place in given):
+                return start
+        return None
+
+    def _remember(self, leaves: list[Leaf], own: list[Place], full: str, start: int, end: int, reasoning: bool) -> None:
+        """The text around these words, unless white space at their edges leaves open whose it is."""
+        if len(set(leaves)) < len(leaves) or any(leaf.text != leaf.whole for leaf in leaves):
+            return
+        edges = [start, *(at for place in own for at in (place.start, place.end)), end]
+        segments = tuple(full[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+        order = tuple(leaves.index(place.leaf) for place in own)
+        frames = self._frames.setdefault(tuple(leaf.kind for leaf in leaves), {})
+        if len(frames) < FRAMES_KEPT:
+            frames[_Frame(order, segments, full[end:], reasoning)] = None
+
+
+def _refuse_cut(message: dict, full: str, own: list[Place], pairs: dict[str, Leaf], how: How) -> None:
+    """LeftOut if a text or a call of the turn is not in its rendering, or not as it is."""
+    shown = {place.pair for place in own}
+    missing = [leaf for pair, leaf in pairs.items() if pair not in shown]
+    for i, call in enumerate(message.get("tool_calls", ())):
+        if how.calls:
+            lost = {leaf.kind for leaf in missing if leaf.kind in ("name", "arguments") and leaf.call == i}
+            has_arguments = any(leaf.kind == "arguments" and leaf.call == i for leaf in pairs.values())
+            if "arguments" in lost or ("name" in lost and not has_arguments):
+                raise LeftOut(NO_CALLS)
+        elif not own or not _shows_call(full[own[0].start :], call):
+            raise LeftOut(NO_CALLS)
+    if not own or any(leaf.kind == "content" for leaf in missing):
+        raise LeftOut(NO_TEXT)
+    if any(full[p.start : p.end] != p.leaf.text for p in own if p.leaf.kind in ("content", "reasoning")):
+        raise LeftOut("the chat template changes their text")
+
+
+def _call_texts(call: dict) -> list[tuple[str, str]]:
+    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or without any its name."""
+    function = call.get("function", call)
+    texts = list(strings(function.get("arguments"))) or [function["name"]]
+    return [(text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
+
+
+def _shows_call(text: str, call: dict) -> bool:
+    return all(any(form in text for form in forms) for forms in _call_texts(call))
+
+
+def _said(message: dict, full: str, end: int) -> int:
+    """Where a turn's own text ends: its last word and, where the template keeps it, the white space after that."""
+    white = message["content"][len(message["content"].rstrip()) :]
+    return end + len(white) if full.startswith(white, end) else end
+
+
+def _as_served(message: dict, full: str, prompt: str | None, located: _Located) -> Turn:
+    """The turn behind the prompt that is served, where the rendering with the turn has another text before it."""
+    start, end = located.start, located.end
+    thinks = bool(_reasoning(message))
+    raw = _raw(message, prompt, full[start:end]) if thinks and not located.reasoning and prompt is not None else None
+    if raw is not None:
+        return Turn(prompt + raw + full[end:], (len(prompt), len(prompt) + len(raw)), raw_reasoning=True)
+    lost = thinks and not located.reasoning
+    if prompt is None or full.startswith(prompt):
+        return Turn(full, (start, end), lost)
+    closed = re.search(r"(</[^<>]+>|\[/[A-Z_]+\])\s*$", located.lacks)
+    unopened = bool(located.lacks) and not closed
+    before = prompt.removesuffix(located.lacks) if unopened else prompt
+    return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
+
+
+def _raw(message: dict, prompt: str, answer: str) -> str | None:
+    """What the model said to this prompt, reasoning included, whose answer the template renders alone; None if that cannot
+    be told. `answer` ends with the token that stops the turn."""
+    opened, closed = (re.search(rf"{tag}(\s*)$", prompt) for tag in ("<think>", "</think>"))
+    if closed:
+        return None
+    content, reasoning = message["content"], message.get("reasoning_content")
+    if "</think>" in content:
+        at = content.rfind("</think>") + len("</think>")
+        white = content[at:][: len(content[at:]) - len(content[at:].lstrip())]
+        thought = content[:at] + white
+        if opened and thought.lstrip().startswith("<think>"):
+            thought = thought.lstrip().removeprefix("<think>")
+            thought = thought.lstrip() if opened.group(1) else thought
+        return thought + answer.lstrip()
+    if reasoning and opened:
+        return f"{'' if opened.group(1) else chr(10)}{reasoning.strip()}\n</think>\n\n{answer.lstrip()}"
+    return None
+
+
+def _reasoning(message: dict) -> str:
+    inline = message["content"].rpartition("</think>")[0].replace("<think>", "")
+    return (message.get("reasoning_content") or inline).strip()

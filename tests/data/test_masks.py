@@ -1,0 +1,280 @@
+"""A trained token is one that the served model would itself have produced after the prompt as served."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chats import TOOL, chat, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from templates import ADDED, ENDS, TEMPLATES
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastdraft.data.conversations import BadLine, Conversation, Line, parse
+from fastdraft.data.tokenize import ChatTokenizer
+
+CASES = Path(__file__).parent / "cases"
+
+
+def byte_tokenizer(specials, template):
+    """Every byte is a token, and each of these: [{content, special, lstrip, rstrip}], the first of which is eos."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    bos = next((s["content"] for s in specials if s.get("bos")), None)
+    for s in specials:
+        strips = {side: s.get(side, False) for side in ("lstrip", "rstrip")}
+        backend.add_tokens([AddedToken(s["content"], special=s.get("special", True), normalized=False, **strips)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=specials[0]["content"], bos_token=bos, chat_template=template
+    )
+
+
+def tokenized_case(name):
+    folder = CASES / name
+    tokenizer = byte_tokenizer(json.loads((folder / "specials.json").read_text()), (folder / "template.jinja").read_text())
+    rows = (folder / "data.jsonl").read_bytes().splitlines()
+    chat_tokenizer = ChatTokenizer(tokenizer)
+    return tokenizer, [chat_tokenizer(parse(Line(f"f:{i}", row))) for i, row in enumerate(rows, 1)]
+
+
+def runs(tokenizer, sample):
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.loss_mask.astype(np.int8), [0]])))
+    return [tokenizer.decode(sample.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+CALL = (
+    "<|channel|>analysis<|message|>{}<|end|><|start|>assistant to=functions.weather"
+    '<|channel|>commentary json<|message|>{{"city": "{}"}}<|call|>'
+)
+FINAL = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>"
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("01_phi3_rstrip_end_token", [["How are you?<|end|>", "Paris.<|end|>"]]),
+        ("02_gptoss_tool_reasoning", [[CALL.format("look", "Paris"), FINAL.format("it is dry", "No.")]]),
+        (
+            "02b_gptoss_tool_reasoning_refused",
+            [
+                [CALL.format("look", "Paris"), "<|channel|>final<|message|>No.<|return|>"],
+                [CALL.format("look", "Paris"), CALL.format("again", "Rome"), FINAL.format("done", "Rome.")],
+            ],
+        ),
+        ("03_tool_calls_not_in_template", [[]]),
+        ("04_template_wants_content_parts", [[" Paris.<end_of_utterance>"]]),
+        ("05_greeting_first_header_in_system", [[" Ahoy!<eos>", " A pirate.<eos>"]]),
+        (
+            "07_r1_reasoning_dropped",
+            [
+                ["two and two\n</think>\n\n4.<｜end▁of▁sentence｜>"],
+                ["France\n</think>\n\nParis.<｜end▁of▁sentence｜>"],
+            ],
+        ),
+        ("09_marks_hold_generation_prompt", [["How are you?<|im_end|>", "Paris.<|im_end|>"]]),
+        ("13_marks_around_closing_token", [["How are you?<|end|>", "Paris.<|end|>"]]),
+    ],
+)
+def test_cases_from_bug_reports(case, expected):
+    tokenizer, done = tokenized_case(case)
+    assert [[run for sample in each.samples for run in runs(tokenizer, sample)] for each in done] == expected
+    if not expected[0]:
+        assert done[0].left_out == [("f:1, message 2", "the chat template does not render their tool calls")]
+
+
+def test_dirty_sharegpt_stays_right():
+    """Each broken line is refused or trains its answers alone."""
+    outcomes = []
+    for row in (CASES / "dirty_sharegpt_ok.jsonl").read_bytes().splitlines():
+        tokenizer = make_tokenizer()
+        try:
+            done = ChatTokenizer(tokenizer)(parse(Line("f:1", row)))
+        except BadLine:
+            outcomes.append("refused")
+        else:
+            outcomes.append([run for sample in done.samples for run in runs(tokenizer, sample)])
+    assert outcomes[-1] == ["Hello.<|im_end|>"]
+    assert all(outcome in ("refused", [], ["Hello.<|im_end|>"]) for outcome in outcomes) and outcomes[3] == []
+
+
+# --- any conversation through the structure of any template -------------------------------------------------------------
+
+HEADERS = ["<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<start_of_turn>model\n"]
+HEADERS += ["[/INST]", "<|assistant|>\n", "<|Assistant|>", "<|CHATBOT|>", "Assistant:", "\n\nAssistant: ", "</think>"]
+HEADERS += ["<|im_end|>", "<tool_response>", "</s>", "<think>\n"]
+# What is not the assistant's is written in digits and quotes headers; what is, in letters.
+GIVEN = st.lists(st.text("0123456789", min_size=1, max_size=4) | st.sampled_from(HEADERS), min_size=1, max_size=3)
+OTHER = st.builds(lambda parts, end: "7" + "".join(parts) + end, GIVEN, st.sampled_from(["", " ", "\n"]))
+SAID = st.builds(
+    lambda a, b, c: a + b + c, *(st.sampled_from(x) for x in (["", "\n"], ["ab", "é b", "日🎉", "c"], ["", " \n"]))
+)
+THOUGHT = st.sampled_from(["xy", "x\n\ny"])
+ARGUMENTS = st.sampled_from([{"q": "zz"}, {"q": 'z"z', "r": "zx"}, {}])
+
+
+@st.composite
+def assistants(draw):
+    message = {"role": "assistant", "content": draw(SAID)}
+    kind = draw(st.sampled_from(["plain", "plain", "plain", "inline", "reasoning", "call", "call only", "empty"]))
+    if kind == "inline":
+        message["content"] = f"<think>\n{draw(THOUGHT)}\n</think>\n\n{message['content'].strip()}"
+    if kind == "reasoning":
+        message["reasoning_content"] = draw(THOUGHT)
+    if kind in ("call only", "empty"):
+        message["content"] = draw(st.sampled_from(["", "\n"]))
+    if kind.startswith("call"):
+        calls = draw(st.lists(ARGUMENTS, min_size=1, max_size=2))
+        message["tool_calls"] = [{"type": "function", "function": {"name": "fetch", "arguments": a}} for a in calls]
+    return message
+
+
+@st.composite
+def conversations(draw):
+    messages = [{"role": "system", "content": draw(OTHER)}] if draw(st.booleans()) else []
+    if draw(st.integers(0, 4)) == 0:
+        messages.append(draw(assistants()))
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(OTHER)})
+        messages.append(draw(assistants()))
+        while messages[-1].get("tool_calls") and draw(st.booleans()):
+            messages += [{"role": "tool", "content": draw(OTHER)} for _ in range(draw(st.integers(1, 2)))]
+            messages.append(draw(assistants()))
+        if draw(st.integers(0, 5)) == 0:
+            messages.append(draw(assistants()))
+    function = {"name": "f", "description": draw(OTHER), "parameters": {"type": "object", "properties": {}}}
+    return messages, draw(st.sampled_from([None, None, [{"type": "function", "function": function}]]))
+
+
+NEVER = re.compile(
+    r"[0-9]|user|system|ipython|<\|USER|<\|SYSTEM|observation|INST\]|outputs\|>|tool_response|header_id|\|>$^"
+)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=60, deadline=None)
+@given(made=conversations())
+def test_no_other_role_is_trained_and_each_trained_turn_is_whole(name, made):
+    messages, tools = made
+    tokenizer = _tokenizers[name]
+    where = "f:1"
+    try:
+        done = _chats[name](parse(Line(where, json.dumps({"messages": messages, "tools": tools}).encode())))
+    except BadLine as error:
+        assert str(error).startswith("f:1: up to message ")
+        return
+    trained = [run for sample in done.samples for run in runs(tokenizer, sample)]
+    ends = (ENDS[name], "<|call|>")
+    if ENDS[name]:  # turns in a row are one run where the template sets nothing between them
+        trained = [
+            turn for run in trained for turn in re.findall(rf".*?(?:{'|'.join(map(re.escape, ends))})", run, re.DOTALL)
+        ]
+    for run in trained:
+        assert not NEVER.search(run), (run, messages)
+        assert run.endswith(ends) and run not in ends, (run, messages)
+    left_out = {int(place.rpartition(" ")[2]) for place, _ in done.left_out}
+    turns = [m for i, m in enumerate(messages, 1) if m["role"] == "assistant" and i not in left_out]
+    assert len(trained) == len(turns), (trained, done.left_out)
+    lost = 0
+    for run, turn in zip(trained, turns, strict=True):
+        thought, _, said = turn["content"].rpartition("</think>")
+        thought = thought.removeprefix("<think>").strip() or turn.get("reasoning_content", "")
+        assert said.strip() in run
+        lost += thought not in run
+        for call in turn.get("tool_calls", []):
+            for value in call["function"]["arguments"].values():
+                assert value in run or json.dumps(value)[1:-1] in run
+    assert lost == done.lost_reasoning
+
+
+_tokenizers = {}
+_chats = {}
+for _name, _template in TEMPLATES.items():
+    _tokenizers[_name] = make_tokenizer(_template)
+    _tokenizers[_name].add_tokens([AddedToken(token, special=True, normalized=False) for token in ADDED])
+    _chats[_name] = ChatTokenizer(_tokenizers[_name])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_plain_chats_are_trained_through_each_template(name):
+    """Refusing all would pass the test above; an answer that is the question's text too is told apart by its place."""
+    messages = [*chat("same", "same", "a\n", "same"), *chat("Assistant: same", "b", "c", "same")]
+    tokenizer = _tokenizers[name]
+    done = _chats[name](Conversation("f:1", 0, tuple(messages)))
+    found = [run.strip() for sample in done.samples for run in runs(tokenizer, sample)]
+    said = [
+        re.sub(r"<\|(START|END)_RESPONSE\|>|<think>\n\n</think>\n\n|<\|channel.*message\|>", "", run).strip()
+        for run in found
+    ]
+    assert said == [text + ENDS[name] for text in ("same", "same", "b", "same")] and not done.left_out
+
+
+@pytest.mark.parametrize("kind", ["marks", "marks_without_end", "marks_with_header", "marks_of_all"])
+def test_marks_beside_transformers_own(kind):
+    """The masks agree where the marks are around what the model produces; other marks differ as their names say."""
+    messages = chat("Hello there", "How are you?", "The capital?", "Paris.")
+    tokenizer = _tokenizers[kind]
+    (sample,) = _chats[kind](Conversation("f:1", 0, tuple(messages))).samples
+    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert sample.input_ids.tolist() == theirs["input_ids"]
+    assert runs(tokenizer, sample) == ["How are you?<|im_end|>", "Paris.<|im_end|>"]
+    ours, theirs = sample.loss_mask, np.array(theirs["assistant_masks"], dtype=bool)
+    differs = [tokenizer.decode(i) for i in sample.input_ids[ours & ~theirs]]
+    assert differs == (["<|im_end|>"] * 2 if kind == "marks_without_end" else [])
+    assert (theirs & ~ours).any() == (kind in ("marks_with_header", "marks_of_all"))
+
+
+def test_a_template_without_a_prompt_but_with_marks():
+    template = "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    template += "{{ '</s>' }}{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}{% endfor %}"
+    tokenizer = make_tokenizer(template)
+    (sample,) = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(chat("a", "b", "c", "d")))).samples
+    assert runs(tokenizer, sample) == ["b</s>", "d</s>"]
+
+
+def test_weight_zero_and_empty_turns_are_not_trained():
+    messages = chat("a", "b", "c", "d", "e", " \n", "f", "g")
+    messages[1]["weight"] = 0
+    messages[3]["weight"] = 1
+    tokenizer = make_tokenizer()
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages)))
+    assert [runs(tokenizer, sample) for sample in done.samples] == [["d<|im_end|>", "g<|im_end|>"]]
+    assert done.left_out == [("f:1, message 2", "their weight is 0"), ("f:1, message 6", "they are empty")]
+    messages[1]["weight"] = 0.5
+    with pytest.raises(BadLine, match=r"f:1: message 2: weight must be 0 or 1, got 0\.5"):
+        ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages)))
+
+
+def test_what_the_template_cuts_or_changes_is_left_out():
+    call = {"role": "assistant", "content": "look", "tool_calls": [TOOL | {"function": {"name": "g", "arguments": {}}}]}
+    for name, message, reason in (
+        ("llama31", call, "does not render all of their text"),
+        ("phi3", call, "does not render their tool calls"),
+    ):
+        done = _chats[name](Conversation("f:1", 0, (*chat("a"), message)))
+        assert done.samples == [] and [reason in why for _, why in done.left_out] == [True]
+    template = TEMPLATES["phi3"].replace("m.content", "(m.content | upper)")
+    done = ChatTokenizer(make_tokenizer(template))(Conversation("f:1", 0, tuple(chat("a", "b"))))
+    assert done.samples == [] and done.left_out == [("f:1, message 2", "the chat template changes their text")]
+
+
+def test_a_prompt_that_opens_what_the_answer_lacks_is_counted():
+    done = _chats["r1"](Conversation("f:1", 0, tuple(chat("a", "b", "c", "<think>\nx\n</think>\n\nd"))))
+    assert (done.unopened, done.raw_reasoning) == (1, 1)
+    prompt = "'<|im_start|>assistant\n' }}{%- endif"
+    closed = prompt.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+    tokenizer = make_tokenizer(TEMPLATES["chatml"].replace(prompt, closed))
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(chat("a", "b"))))
+    assert tokenizer.decode(done.samples[0].input_ids).endswith("assistant\n<think>\n\n</think>\n\nb<|im_end|>\n")
+    assert runs(tokenizer, done.samples[0]) == ["b<|im_end|>"] and done.unopened == 0
+
+
+def test_private_use_characters_of_the_data_are_no_marks():
+    messages = chat("\U000f0000\U000f0001", "\U000f0000a\U000f0002", "b", "\U000f0001")
+    tokenizer = make_tokenizer()
+    (sample,) = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages))).samples
+    assert runs(tokenizer, sample) == ["\U000f0000a\U000f0002<|im_end|>", "\U000f0001<|im_end|>"]
