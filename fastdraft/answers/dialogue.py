@@ -66,6 +66,8 @@ class Dialogue:
         given = self.conversation.messages
         if self._place < len(given):
             original, follow = given[self._place], list(given[self._place + 1 :])
+            if "weight" in original:  # a turn that is not to be trained on stays one
+                self.messages[-1] = message | {"weight": original["weight"]}
             self._place += 1
             self.stopped = _why_stop(original, message, follow)
             if self.stopped is None and follow and follow[0]["role"] in TOOL_ROLES:

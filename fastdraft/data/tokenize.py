@@ -19,10 +19,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
 from fastdraft.data.conversations import BadLine, Conversation, with_textual_arguments
+from fastdraft.data.history import long_renderings
 from fastdraft.data.samples import Sample
 from fastdraft.data.template import ChatTemplate, Refused, Span
 from fastdraft.data.turns import LeftOut, Turn, Turns
@@ -114,28 +115,52 @@ class ChatTokenizer:
         return Sample(ids, mask, conversation.key)
 
     def _samples(self, texts: list[tuple[str, list[Span]]], key: int) -> list[Sample]:
+        if not texts:
+            return []
+        whole, (ids, offsets) = texts[-1][0], self._tokens(texts[-1][0])
+        # Added tokens are found before anything else, so what is before one does not depend on what follows, and the many
+        # turns of a conversation need not be tokenised from its beginning.
+        cuts = self._cuts(whole, ids, offsets) if len(texts) > 1 else np.zeros(0, np.int64)
         samples = []
-        for text, spans in texts:
-            encoding = self._encode(text)
-            samples.append(Sample(np.array(encoding.ids, dtype=np.int32), self._mask(text, encoding, spans), key))
-        return samples
+        for text, spans in texts[:-1]:
+            common = _common_length(text, whole)
+            before = cuts[offsets[cuts, 0] + self._longest_added <= common]
+            first = int(before[-1]) if len(before) else 0
+            at = int(offsets[first, 0]) if first else 0
+            more, more_offsets = self._tokens(text[at:])
+            all_ids = np.concatenate([ids[:first], more])
+            mask = self._mask(text, all_ids, np.concatenate([offsets[:first], more_offsets + at]), spans)
+            samples.append(Sample(all_ids, mask, key))
+        return [*samples, Sample(ids, self._mask(whole, ids, offsets, texts[-1][1]), key)]
+
+    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:  # [L] int32, [L, 2] begin and end of each
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        pairs = itertools.chain.from_iterable(encoding.offsets)  # np.array of the pairs takes twice as long
+        offsets = np.fromiter(pairs, np.int64, 2 * len(encoding)).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int32), offsets
 
     def _mask(
         self,
         text: str,
-        encoding: Encoding,
+        ids: np.ndarray,  # [L]
+        offsets: np.ndarray,  # [L, 2]
         spans: list[Span],  # ascending, disjoint
     ) -> np.ndarray:  # [L] bool
-        offsets = itertools.chain.from_iterable(encoding.offsets)  # np.array of the pairs takes twice as long
-        start, end = np.fromiter(offsets, np.int64, 2 * len(encoding)).reshape(-1, 2).T
+        start, end = offsets.T
         mask = np.zeros(len(start), dtype=bool)
         for a, b in spans:  # a token across a span's edge is partly given, so not the model's to predict
             mask |= (start >= a) & (end <= b) & (end > start)
             # An added token with rstrip covers white space after it, here what the template sets after the turn's end.
             for i in np.flatnonzero((start >= a) & (start < b) & (end > b)):
-                content = self._added.get(encoding.ids[i])
-                mask[i] |= content is not None and text.find(content, start[i]) + len(content) == b
+                token = self._added.get(int(ids[i]))
+                mask[i] |= token is not None and text.find(token.content, start[i]) + len(token.content) == b
         return mask
+
+    def _cuts(self, text: str, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """Tokens that are found wherever they stand, and stand where their offsets begin."""
+        firm = {i for i, t in self._added.items() if not (t.normalized or t.lstrip or t.single_word)}
+        found = np.flatnonzero(np.isin(ids, list(firm)))
+        return found[[text.startswith(self._added[int(ids[i])].content, offsets[i, 0]) for i in found]]
 
     def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]]]:
         where, tools = conversation.where, conversation.tools
@@ -161,6 +186,7 @@ class ChatTokenizer:
         if self.train_on == "last_turn":
             ends = ends[-1:]
         placing, turns, left_out = self._placing(tools), [], []
+        at_hand = long_renderings(placing.template, messages, tools, ends)
         for end in ends:
             weight = messages[end - 1].get("weight", 1)
             if weight not in (0, 1):
@@ -169,7 +195,7 @@ class ChatTokenizer:
                 left_out.append((f"{where}, message {end}", "their weight is 0"))
                 continue
             try:
-                turns.append(placing.turn(messages[:end], tools))
+                turns.append(placing.turn(messages[:end], tools, *at_hand.get(end, ())))
             except LeftOut as error:
                 left_out.append((f"{where}, message {end}", str(error)))
             except Refused as error:
@@ -192,12 +218,13 @@ class ChatTokenizer:
             turns = self._turns[tools is not None] = Turns(ChatTemplate(template, self.kwargs, self.backend))
         return turns
 
-    def _encode(self, text: str) -> Encoding:
-        return self.backend.encode(text, add_special_tokens=False)
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self.backend.get_added_tokens_decoder()
 
     @cached_property
-    def _added(self) -> dict[int, str]:
-        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
+    def _longest_added(self) -> int:
+        return max((len(token.content) for token in self._added.values()), default=0)
 
 
 class _Stuck(Exception):
@@ -214,6 +241,15 @@ def _texts(turns: list[Turn]) -> list[tuple[str, list[Span]]]:
     if all(whole.startswith(turn.text[: turn.span[1]]) for turn in turns):
         return [(whole, [turn.span for turn in turns])]
     return [(turn.text, [turn.span]) for turn in turns]
+
+
+def _common_length(a: str, b: str) -> int:
+    """Length of the common beginning, by bisection."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def _plain(backend: Tokenizer) -> Tokenizer:

@@ -62,6 +62,7 @@ class _Frame:
     segments: tuple[str, ...]  # before each of them, and from the last to the turn's end
     after: str  # what is no longer the turn's
     reasoning: bool
+    lacks: str  # as in _Located
 
     def end(self, leaves: list[Leaf], full: str, start: int) -> int | None:
         """The end of a turn that begins at `start`, None if the rendering is another than this frame with its words."""
@@ -122,12 +123,15 @@ class Turns:
     def _by_frame(self, messages: Sequence[dict], full: str, prompt: str | None) -> _Located | None:
         """The turn by what a proven turn had around its words."""
         message = messages[-1]
-        if prompt is None or message.get("tool_calls") or not full.startswith(prompt):
+        if prompt is None or message.get("tool_calls"):
             return None
         leaves = own_leaves(message, len(messages) - 1, self.template.tags)
         for frame in self._frames.get(tuple(leaf.kind for leaf in leaves), ()):
-            if (end := frame.end(leaves, full, len(prompt))) is not None:
-                return _Located(len(prompt), end, frame.reasoning)
+            start = len(prompt) - len(frame.lacks)
+            if not prompt.endswith(frame.lacks) or not full.startswith(prompt[:start]):
+                continue
+            if (end := frame.end(leaves, full, start)) is not None:
+                return _Located(start, end, frame.reasoning, frame.lacks)
         return None
 
     def _by_marks(self, messages: Sequence[dict], tools: list[dict] | None, full: str, prompt: str | None) -> _Located:
@@ -153,9 +157,10 @@ class Turns:
             raise Refused("the template sets the text of another message into this turn")
         leaves, shown = own_leaves(message, last, self.template.tags), {place.leaf for place in own}
         reasoning = all(leaf in shown for leaf in leaves if leaf.kind == "reasoning")
-        if prefix and not message.get("tool_calls"):
-            self._remember(leaves, own, full, start, end, reasoning)
-        return _Located(start, end, reasoning, lacks)
+        located = _Located(start, end, reasoning, lacks)
+        if not message.get("tool_calls") and prompt == full[:start] + lacks:
+            self._remember(leaves, own, full, located)
+        return located
 
     def _marked(
         self, messages: Sequence[dict], tools: list[dict] | None, full: str
@@ -234,16 +239,16 @@ class Turns:
                 return start
         return None
 
-    def _remember(self, leaves: list[Leaf], own: list[Place], full: str, start: int, end: int, reasoning: bool) -> None:
+    def _remember(self, leaves: list[Leaf], own: list[Place], full: str, located: _Located) -> None:
         """The text around these words, unless white space at their edges leaves open whose it is."""
         if len(set(leaves)) < len(leaves) or any(leaf.text != leaf.whole for leaf in leaves):
             return
-        edges = [start, *(at for place in own for at in (place.start, place.end)), end]
+        edges = [located.start, *(at for place in own for at in (place.start, place.end)), located.end]
         segments = tuple(full[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
         order = tuple(leaves.index(place.leaf) for place in own)
         frames = self._frames.setdefault(tuple(leaf.kind for leaf in leaves), {})
         if len(frames) < FRAMES_KEPT:
-            frames[_Frame(order, segments, full[end:], reasoning)] = None
+            frames[_Frame(order, segments, full[located.end :], located.reasoning, located.lacks)] = None
 
 
 def _refuse_cut(message: dict, full: str, own: list[Place], pairs: dict[str, Leaf], how: How) -> None:

@@ -47,6 +47,13 @@ def test_a_question_at_the_end_is_answered_too():
     assert [m["content"] for m in dialogue.messages] == ["a", "1", "b", "2"]
 
 
+def test_a_turn_that_is_not_to_be_trained_on_stays_one():
+    given = [say("user", "a"), say("assistant", "old", weight=0), say("user", "b"), say("assistant", "old")]
+    dialogue, contexts = answered(given, [{"content": "1"}, {"content": "2"}])
+    assert [m.get("weight") for m in dialogue.row()["messages"]] == [None, 0, None, None]
+    assert contexts[1][1] == say("assistant", "1")
+
+
 def test_a_greeting_answers_nothing_and_is_left_out():
     dialogue, contexts = answered([say("assistant", "hello"), say("user", "a"), say("assistant", "x")], [{"content": "1"}])
     assert contexts == [[say("user", "a")]] and len(dialogue.messages) == 2

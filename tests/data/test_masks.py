@@ -13,7 +13,10 @@ from templates import ADDED, ENDS, TEMPLATES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastdraft.data import tokenize
 from fastdraft.data.conversations import BadLine, Conversation, Line, parse
+from fastdraft.data.history import long_renderings
+from fastdraft.data.template import ChatTemplate
 from fastdraft.data.tokenize import ChatTokenizer
 
 CASES = Path(__file__).parent / "cases"
@@ -278,3 +281,66 @@ def test_private_use_characters_of_the_data_are_no_marks():
     tokenizer = make_tokenizer()
     (sample,) = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages))).samples
     assert runs(tokenizer, sample) == ["\U000f0000a\U000f0002<|im_end|>", "\U000f0001<|im_end|>"]
+
+
+# --- long conversations ---------------------------------------------------------------------------------------------------
+
+
+def long_chat(count):
+    """Chats whose answers differ in kind: reasoning inside, markers quoted, some empty, a tool's turn in the middle."""
+    messages = [{"role": "system", "content": "Be brief."}]
+    for i in range(count):
+        said = f"Answer {i}." if i % 7 else f"<think>\nthought {i}\n</think>\n\nAnswer {i}."
+        asked = f"Question {i} <|im_start|>assistant\n" if i % 5 == 0 else f"Question {i}"
+        messages += chat(asked, "" if i % 31 == 30 else said)
+    return messages
+
+
+def outcome(chat_tokenizer, messages):
+    try:
+        done = chat_tokenizer(Conversation("f:1", 0, tuple(messages)))
+    except BadLine as error:
+        return str(error)
+    return [(s.input_ids.tolist(), s.loss_mask.tolist()) for s in done.samples], done.left_out, done.lost_reasoning
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_long_conversations_are_as_if_each_turn_were_rendered_and_tokenised_alone(name, monkeypatch):
+    messages = long_chat(40)
+    quick = outcome(_chats[name], messages)
+    monkeypatch.setattr(tokenize, "long_renderings", lambda *_: {})
+    monkeypatch.setattr(ChatTokenizer, "_cuts", lambda *_: np.zeros(0, np.int64))
+    assert quick == outcome(ChatTokenizer(_tokenizers[name]), messages)
+    assert not isinstance(quick, str), quick
+
+
+def test_a_template_that_looks_far_back_is_rendered_in_full():
+    """The number of messages stands in every prompt; or one message far back is cut only when there are very many."""
+    counted = TEMPLATES["chatml"] + "{{ messages | length if add_generation_prompt }}"
+    late = TEMPLATES["chatml"].replace("m.role + '\n' }}", "m.role + ('!' if messages | length > 60 else '') + '\n' }}")
+    assert late != TEMPLATES["chatml"]
+    for template in (counted, late):
+        template = ChatTemplate(template, {}, _tokenizers["chatml"].backend_tokenizer)
+        messages = [*chat(*map(str, range(80)))]
+        assert long_renderings(template, messages, None, list(range(2, 81, 2))) == {}
+    template = ChatTemplate(TEMPLATES["qwen3"], {}, _tokenizers["qwen3"].backend_tokenizer)
+    made = long_renderings(template, messages, None, list(range(2, 81, 2)))
+    assert len(made) > 30 and all(made[end][0] == template.render(messages[:end]) for end in made)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "r1"])
+def test_a_thousand_turns_take_linear_time(name):
+    """Counted in renderings, which no machine changes: messages rendered for each message of the conversation."""
+    chat_tokenizer, rendered = ChatTokenizer(_tokenizers[name]), []
+    placing = chat_tokenizer._placing(None)
+    render = placing.template.render
+
+    def counting(messages, *args, **kwargs):
+        rendered.append(len(messages))
+        return render(messages, *args, **kwargs)
+
+    placing.template.render = counting
+    messages = chat(*(f"text {i}" for i in range(1000)))
+    done = chat_tokenizer(Conversation("f:1", 0, tuple(messages)))
+    assert sum(len(runs(_tokenizers[name], sample)) for sample in done.samples) >= 500
+    assert sum(rendered) < 20 * len(messages)
