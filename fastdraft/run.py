@@ -31,10 +31,11 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other, start_store
 from fastdraft.features.store import Store
 from fastdraft.files import GIB
-from fastdraft.model.eagle3.config import DraftConfig, language_config, longest_context, named_dtype, read_target_config
+from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.ref import ReferenceEngine
+from fastdraft.model.target_config import language_config, longest_context, named_dtype, read_target_config
 from fastdraft.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.serving.export import export_draft, load_draft, verify
 from fastdraft.target.cached import StoreCache

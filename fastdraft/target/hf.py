@@ -35,8 +35,9 @@ from transformers import (
 from transformers.utils import logging
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.model.eagle3.config import default_layers, first_line, refuse_strange_dtype, silent_layers
+from fastdraft.model.eagle3.config import default_layers, silent_layers
 from fastdraft.model.graph import GraphPool
+from fastdraft.model.target_config import first_line, refuse_strange_dtype
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches

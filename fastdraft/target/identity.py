@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from fastdraft.features.meta import Meta
 from fastdraft.files import json_checksum
-from fastdraft.model.eagle3.config import language_config, read_json
+from fastdraft.model.target_config import language_config, read_json
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 
 IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
