@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST = 448.0  # of float8_e4m3fn
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max  # 448
 
 
 def quantize(
@@ -22,7 +23,7 @@ def quantize(
     parts = x.float().unflatten(-1, (layers, -1))
     scale = parts.abs().amax(-1) / LARGEST
     scaled = parts / scale.masked_fill(scale == 0, 1.0)[..., None]
-    return scaled.clamp(-LARGEST, LARGEST).flatten(1).to(torch.float8_e4m3fn), scale
+    return scaled.clamp(-LARGEST, LARGEST).flatten(1).to(FP8), scale
 
 
 def dequantize(

@@ -7,13 +7,13 @@ With G the gradient's sum over a global batch of N live rows, u the steps that h
     master -= lr (m / (1 - beta1^u) / (sqrt(v / (1 - beta2^u)) + eps) + weight_decay master)
     weights = round(master)                G = 0
 
-Elements in the ranges not_decayed take no weight decay. N = 0: the moments, master and u stay as they are, G is zeroed.
-N, u and the norm stay on the device: nothing waits for the host.
+Elements in the ranges not_decayed take no weight decay. Where N is 0, the moments, master and u stay as they are, and G is
+zeroed. N, u and the norm stay on the device, so that nothing waits for the host.
 
-Precision: buffers float32, weights bf16 (or none of their own). The sum of squares: each program adds its elements lane by
-lane in float32, then the programs' sums are added in float64; powers of beta in float64. Every sum has a fixed order that
-depends on the length alone: two runs are bitwise equal, on any GPU.
-Bytes per parameter: 4 for the norm, then 16 read and 12 + 2 + 4 written: 38.
+Precision: the buffers are float32, the weights bf16, or master serves as weights. For the sum of squares each program adds
+its elements lane by lane in float32, then the programs' sums are added in float64. Powers of beta are float64. Every sum
+has a fixed order that depends on the length alone, so two runs are bitwise equal, on any GPU.
+Bytes per parameter: 38, of which the norm reads 4, and the step reads 16 and writes 12 + 2 + 4.
 Source: AdamW (arXiv 1711.05101).
 
 # P parameters, S ranges without weight decay
@@ -28,6 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastdraft.kernels.check import check, check_covered
 from fastdraft.kernels.jit import jit, tl, triton
 
 
@@ -79,7 +80,7 @@ class AdamWConfig:
 
 @cache
 def adamw_config() -> AdamWConfig:
-    """One wave of an H100 for the sum; the step holds two 16-byte loads of each of the four buffers a thread."""
+    """The sum takes one wave of an H100. In the step each thread holds two 16-byte loads of each of the four buffers."""
     return AdamWConfig(1024, 4096, 1024, num_warps=4)
 
 
@@ -163,7 +164,8 @@ def _adamw_kernel(
         for k in tl.static_range(RANGES):
             first = tl.load(not_decayed_ptr + 2 * k)
             last = tl.load(not_decayed_ptr + 2 * k + 1)
-            if (first < start + BLOCK) & (last > start):  # few blocks touch a range: a scalar test spares the rest
+            # Few blocks touch a range, and this scalar test spares the others.
+            if (first < start + BLOCK) & (last > start):
                 decay = tl.where((at >= first) & (at < last), 0.0, decay)
         update += decay
     master -= go * lr * update
@@ -193,8 +195,9 @@ def _adamw(
     config: AdamWConfig,
 ) -> Tensor:  # scalar
     count = grad.numel()
-    norm = torch.empty((), dtype=torch.float32, device=grad.device)  # of its own: the caller keeps it over steps
-    partial, scalars = scratch[: config.programs], scratch[config.programs :]
+    norm = torch.empty((), dtype=torch.float32, device=grad.device)  # The caller keeps it, so it is new at every step.
+    partial = scratch[: config.programs]
+    scalars = scratch[config.programs :]
     log1, log2 = (math.log(beta) if beta else -math.inf for beta in betas)
     _square_sum_kernel[(config.programs,)](grad, partial, count, BLOCK=config.norm_block, num_warps=8)
     _scalars_kernel[(1,)](
@@ -246,31 +249,21 @@ def adamw_(
     weight_decay: float,
     clip: float,
 ) -> Tensor:  # scalar: norm of G / N before clipping
-    """One AdamW step in place. On a GPU three kernels, one small allocation (the norm), no wait for the device.
+    """One AdamW step in place. On a GPU it is three kernels and one small allocation, the norm, and waits for nothing.
 
     Raises ValueError for buffers that do not fit.
     """
-    buffers = {"grad": grad, "master": master, "m": m, "v": v} | ({} if weights is None else {"weights": weights})
-    for name, x in buffers.items():
-        if x.ndim != 1 or x.shape != grad.shape or not x.is_contiguous() or x.device != grad.device:
-            raise ValueError(f"{name} is {tuple(x.shape)} on {x.device}; {tuple(grad.shape)} on {grad.device} is needed")
-        if name != "weights" and x.dtype != grad.dtype:
-            raise ValueError(f"{name} is {x.dtype}, grad {grad.dtype}; give both alike")
-    if not_decayed.ndim != 2 or not_decayed.shape[1] != 2 or not_decayed.dtype != torch.int64:
-        raise ValueError(f"not_decayed is {tuple(not_decayed.shape)} {not_decayed.dtype}; [S, 2] torch.int64 is needed")
-    if updates.numel() != 1 or updates.dtype != torch.float64 or num_live.numel() != 1:
-        raise ValueError(f"updates ({updates.dtype}) must be one torch.float64 number and num_live one number")
+    check("grad", grad, ("P",), torch.float32 if grad.is_cuda else None, layout="whole")
+    for name, x in {"master": master, "m": m, "v": v}.items():
+        check(name, x, grad.shape, grad.dtype, grad.device, "whole")
+    check("weights", weights, grad.shape, device=grad.device, layout="whole")
+    check("not_decayed", not_decayed, ("S", 2), torch.int64, grad.device)
+    check("num_live", num_live, (), device=grad.device)
+    check("updates", updates, (), torch.float64, grad.device)
     options = (lr, betas, eps, weight_decay, clip)
     if not grad.is_cuda:
         return adamw_ref(grad, master, m, v, weights, not_decayed, num_live, updates, *options)
-    if grad.dtype != torch.float32 or (weights is not None and weights.dtype not in (torch.bfloat16, torch.float32)):
-        raise ValueError(
-            f"no adamw kernel covers buffers of {grad.dtype}, weights {weights if weights is None else weights.dtype}; "
-            "use torch.float32 buffers, torch.bfloat16 or torch.float32 weights"
-        )
-    if triton is None:
-        raise ValueError("the adamw kernels need Triton, which is not installed: pip install triton")
+    check_covered("adamw", grad=grad, weights=weights)
     config = adamw_config()
-    if scratch.shape != (config.programs + 4,) or any(x.device != grad.device for x in (not_decayed, num_live, updates)):
-        raise ValueError("scratch must come from adamw_scratch, and not_decayed, num_live and updates lie beside grad")
+    check("scratch (of adamw_scratch)", scratch, (config.programs + 4,), torch.float32, grad.device, "whole")
     return _adamw(grad, master, m, v, weights, not_decayed, num_live, updates, scratch, *options, config)

@@ -1,20 +1,20 @@
 """From the projection of the hidden half to a step's rotated q, k, v, and back.
 
-QKV of row j is W_h hn_j + W_e en_u with u = e_row[j] the token it reads. The second product e is computed once per token;
-a step adds it, rotates q and k by the row's RoPE position (half-split form on the first rotary_dim channels of a head,
-the rest passes through) and splits:
+QKV of row j is W_h hn_j + W_e en_u, where u = e_row[j] is the token that the row reads. The second product, e, is computed
+once per token. A step adds it, rotates q and k by the row's RoPE position, and splits. The rotation is the half-split form
+on the first rotary_dim channels of a head; the other channels pass through:
 
     x = round(z_j + e_u)          q, k: (a, b) -> (a cos - b sin, b cos + a sin),  angle = position_j * freqs
     backward: dz_j = round((da, db) -> (da cos + db sin, db cos - da sin)), dv as it is;  de_u += dz_j
 
-Any run of the three parts may be present: q alone (step 0), q | k | v, or k | v alone (K^0, V^0 of a pack).
-Precision: angles, sines and products in float32 (sines by libdevice, whose reduction is exact for any position), cos and
-sin rounded to the dtype as `Rope` gives them, one rounding at each store. dk, dv and de are float32 sums.
-Bytes a row of width W: forward 3 W numbers; backward dq and dz, dk and dv, and de read and written.
-de is added to by plain load and store, since e_row names a token once: two runs are bitwise equal.
+z may hold q alone (step 0), q | k | v, or k | v alone (K^0, V^0 of a pack).
+Precision: angles, sines and products are float32. The sines are libdevice's, whose reduction is exact for any position. cos
+and sin are rounded to the dtype, as `Rope` gives them, and each store rounds once. dk, dv and de are float32 sums.
+Bytes a row of width W: the forward moves 3 W numbers; the backward moves dq, dk, dv and dz, and reads and writes de.
+e_row names a token once, so de is added to by plain load and store, and two runs are bitwise equal.
 Source: RoPE (arXiv 2104.09864); docs/mathematics.md (c), the shared embedding half.
 
-# n rows, m embedding rows, Hq/Hkv heads, D head dim, W = (Hq + 2 Hkv) * D, or the width of the parts present
+# n rows, m embedding rows, Hq/Hkv heads, D head dim, W = (Hq + 2 Hkv) * D, without what z does not hold
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastdraft.kernels.check import AtLeast, check, check_covered
 from fastdraft.kernels.jit import jit, tl, triton
 
 
@@ -34,6 +35,7 @@ def cos_sin(
     factor: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # cos, sin [n, rotary_dim/2]
+    """RoPE's cos and sin of the positions, computed in at least float32."""
     work = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions.to(work)[:, None] * freqs.to(work)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -44,9 +46,11 @@ def rotate(
     cos: Tensor,  # [n, rotary_dim/2]
     sin: Tensor,  # [n, rotary_dim/2]
 ) -> Tensor:  # [n, heads, D]
+    """The rotation of every head. Channels from rotary_dim on pass through."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = cos[:, None], sin[:, None]
+    cos = cos[:, None]
+    sin = sin[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
@@ -77,7 +81,7 @@ def chain_qkv_backward_ref(
     factor: float,
     dtype: torch.dtype,  # of z
 ) -> Tensor:  # dz [n, W] in dtype
-    """The specification, any dtype: the rotation's transpose is the rotation back."""
+    """The specification, any dtype. The rotation's transpose is the rotation back."""
     cos, sin = cos_sin(position, freqs, factor, dtype)
     parts = [rotate(d, cos.to(d.dtype), -sin.to(d.dtype)) for d in (dq, dk) if d is not None]
     parts += [dv] if dv is not None else []
@@ -94,14 +98,14 @@ class ChainQKVConfig:
 def chain_qkv_config(
     rotary_dim: int,
 ) -> ChainQKVConfig:
-    """Eight numbers a thread for each half. A row's sines are computed once; few warps a row repeat them less."""
+    """Each thread holds eight numbers of each half. Every warp computes the row's sines anew, so few are faster."""
     half = max(8, 1 << (rotary_dim // 2 - 1).bit_length())
     return ChainQKVConfig(max(1, 512 // half), num_warps=2)
 
 
 @jit
 def _cos_sin(position, freqs_ptr, factor, HALF: tl.constexpr, HALF_P: tl.constexpr, dtype: tl.constexpr):
-    """[1, HALF_P] cos and sin, rounded to dtype, in float32."""
+    """cos and sin [1, HALF_P], rounded to dtype and given in float32."""
     lanes = tl.arange(0, HALF_P)
     angle = position.to(tl.float32) * tl.load(freqs_ptr + lanes, mask=lanes < HALF, other=0.0)
     cos = (tl.cos(angle) * factor).to(dtype).to(tl.float32)
@@ -111,7 +115,7 @@ def _cos_sin(position, freqs_ptr, factor, HALF: tl.constexpr, HALF_P: tl.constex
 
 @jit
 def _sum(z_ptr, e_ptr, inside, HAS_E: tl.constexpr):
-    """round(z + e) where inside, in float32."""
+    """round(z + e) where `inside` holds, given in float32."""
     z = tl.load(z_ptr, mask=inside, other=0.0)
     if HAS_E:
         e = tl.load(e_ptr, mask=inside, other=0.0)
@@ -202,7 +206,7 @@ def _chain_qkv_kernel(
 
 @jit
 def _write_gradient(value, dz_ptr, de_ptr, inside, HAS_E: tl.constexpr):
-    """Stores value rounded, and adds the same number to de."""
+    """Stores the rounded value, and adds the same number to de."""
     rounded = value.to(dz_ptr.dtype.element_ty)
     tl.store(dz_ptr, rounded, mask=inside)
     if HAS_E:
@@ -291,7 +295,7 @@ def _chain_qkv_backward_kernel(
 
 
 def _chain_qkv(
-    kernel,  # forward or backward; backward all tensors but the indices are gradients
+    kernel,  # forward, or backward, for which z, e, q, k and v are gradients
     z: Tensor,  # [n, W]
     e: Tensor | None,  # [m, >= W]
     e_row: Tensor | None,  # [n]
@@ -308,7 +312,7 @@ def _chain_qkv(
     rest = dim - 2 * half
     kernel[(n,)](
         z,
-        z if e is None else e,  # HAS_E false: not read
+        z if e is None else e,  # Without e, z stands in its place and is not read there.
         e_row,
         position,
         freqs,
@@ -341,14 +345,12 @@ def chain_qkv(
     k: Tensor | None,  # [n, Hkv, D] written, rotated; any row stride
     v: Tensor | None,  # [n, Hkv, D] written; any row stride
 ) -> None:
-    """Splits z + e[e_row] into rotated q, rotated k, and v; q, or k and v, may be None where z lacks their columns.
+    """Splits z + e[e_row] into rotated q, rotated k, and v. q, or k and v, may be None where z lacks their columns.
 
     Allocates nothing on a GPU. Indices are not checked there. Raises ValueError for what does not fit.
     """
-    heads, kv_heads, dim = _check(q, k, v, z, e, e_row, position, freqs)
-    for name, x in {"e": e, "q": q, "k": k, "v": v}.items():
-        if x is not None and x.dtype != z.dtype:
-            raise ValueError(f"{name} is {x.dtype}, z {z.dtype}; give both alike")
+    dtypes = {"e": z.dtype, "q": z.dtype, "k": z.dtype, "v": z.dtype}
+    heads, kv_heads, dim = _check(z, e, q, k, v, e_row, position, freqs, dtypes)
     if z.is_cuda:
         config = chain_qkv_config(2 * len(freqs))
         _chain_qkv(_chain_qkv_kernel, z, e, e_row, position, freqs, factor, q, k, v, config)
@@ -365,21 +367,20 @@ def chain_qkv_backward(
     dq: Tensor | None,  # [n, Hq, D] bf16 or fp32 on a GPU
     dk: Tensor | None,  # [n, Hkv, D] of any of these dtypes, as a rule float32 sums
     dv: Tensor | None,  # [n, Hkv, D] the same
-    e_row: Tensor | None,  # [n] int64 row of de, none twice (unchecked: a sum would be lost); None with de
+    e_row: Tensor | None,  # [n] int64 row of de, none twice; unchecked, a sum would be lost; None with de
     position: Tensor,  # [n] int64
     freqs: Tensor,  # [rotary_dim/2] float32
     factor: float,
     dz: Tensor,  # [n, W] written; any row stride
     de: Tensor | None,  # [m, >= W] float32 (float64), de[e_row[j], :W] += dz[j]; any row stride; None: dz alone
 ) -> None:
-    """dz: q's and k's gradients rotated back and v's, rounded; the same numbers are added to de.
+    """Writes q's and k's gradients, rotated back, and v's to dz, rounded, and adds the same numbers to de.
 
     A step of chains reads every token at most once, so e_row has no repeats. Allocates nothing on a GPU. Raises
     ValueError for what does not fit.
     """
-    _check(dq, dk, dv, dz, de, e_row, position, freqs)
-    if de is not None and de.dtype != torch.promote_types(dz.dtype, torch.float32):
-        raise ValueError(f"de is {de.dtype}, dz {dz.dtype}; de adds in {torch.promote_types(dz.dtype, torch.float32)}")
+    dtypes = {"de": torch.promote_types(dz.dtype, torch.float32)}
+    _check(dz, de, dq, dk, dv, e_row, position, freqs, dtypes, "d")
     if dz.is_cuda:
         config = chain_qkv_config(2 * len(freqs))
         _chain_qkv(_chain_qkv_backward_kernel, dz, de, e_row, position, freqs, factor, dq, dk, dv, config)
@@ -390,46 +391,40 @@ def chain_qkv_backward(
 
 
 def _check(
+    z: Tensor,
+    e: Tensor | None,
     q: Tensor | None,
     k: Tensor | None,
     v: Tensor | None,
-    z: Tensor,
-    e: Tensor | None,
     e_row: Tensor | None,
     position: Tensor,
     freqs: Tensor,
+    dtypes: dict[str, torch.dtype],  # by name, of the tensors that need a certain one
+    d: str = "",  # "d" where these are gradients, for the errors
 ) -> tuple[int, int, int]:  # Hq, Hkv, D
-    """Raises ValueError for shapes, strides, dtypes or devices that do not fit; forward and backward alike."""
+    """Raises ValueError for shapes, strides, dtypes or devices that do not fit, of the forward or of the backward."""
     if (k is None) != (v is None) or (q is None and k is None):
-        raise ValueError("give q, or k and v, or all three")
-    n, _, dim = (k if q is None else q).shape
-    heads, kv_heads = (0 if x is None else x.shape[1] for x in (q, k))
-    width = (heads + 2 * kv_heads) * dim
+        raise ValueError(f"give {d}q, or {d}k and {d}v, or all three")
     if (e is None) != (e_row is None):
-        raise ValueError("give e (de) and e_row together, or neither")
-    if z.shape != (n, width) or z.stride(1) != 1:
-        raise ValueError(f"z is {tuple(z.shape)} with strides {z.stride()}; [{n}, {width}] with contiguous rows is needed")
-    if e is not None and (e.ndim != 2 or e.shape[1] < width or e.stride(1) != 1):
-        raise ValueError(f"e is {tuple(e.shape)}, strides {e.stride()}; [m, >= {width}] with contiguous rows is needed")
-    for name, x, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
-        if x is not None and (x.shape != (n, count, dim) or x.stride(2) != 1 or x.stride(1) != dim):
-            raise ValueError(
-                f"{name} is {tuple(x.shape)}, strides {x.stride()}; [{n}, {count}, {dim}] with contiguous rows is needed"
-            )
-    for name, x in (("e_row", e_row), ("position", position)):
-        if x is not None and (x.shape != (n,) or x.dtype != torch.int64):
-            raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}; [{n}] torch.int64 is needed")
-    if freqs.ndim != 1 or not 0 < 2 * len(freqs) <= dim or freqs.dtype != torch.float32:
-        raise ValueError(
-            f"freqs is {tuple(freqs.shape)} {freqs.dtype}; [rotary_dim/2] torch.float32, rotary_dim 2..{dim}, is needed"
-        )
-    given = [x for x in (z, e, e_row, position, freqs, q, k, v) if x is not None]
-    if len({x.device for x in given}) > 1:
-        raise ValueError(f"tensors lie on {', '.join(sorted({str(x.device) for x in given}))}; give one device")
-    if z.is_cuda:
-        for x in (z, e, q, k, v):
-            if x is not None and x.dtype not in (torch.bfloat16, torch.float32):
-                raise ValueError(f"no chain_qkv kernel covers {x.dtype}; use torch.bfloat16 or torch.float32")
-        if triton is None:
-            raise ValueError("the chain_qkv kernels need Triton, which is not installed: pip install triton")
+        raise ValueError(f"give {d}e and e_row together, or neither")
+    some = k if q is None else q
+    check(f"{d}k" if q is None else f"{d}q", some, ("n", "heads", "D"))
+    n, _, dim = some.shape
+    heads = 0 if q is None else q.shape[1]
+    kv_heads = 0 if k is None else k.shape[1]
+    width = (heads + 2 * kv_heads) * dim
+    check(f"{d}z", z, (n, width), layout="rows")
+    for name, x, shape in (
+        (f"{d}e", e, ("m", AtLeast(width))),
+        (f"{d}q", q, (n, heads, dim)),
+        (f"{d}k", k, (n, kv_heads, dim)),
+        (f"{d}v", v, (n, kv_heads, dim)),
+    ):
+        check(name, x, shape, dtypes.get(name), z.device, "rows")
+    check("e_row", e_row, (n,), torch.int64, z.device)
+    check("position", position, (n,), torch.int64, z.device)
+    check("freqs", freqs, ("rotary_dim/2",), torch.float32, z.device)
+    if not 0 < 2 * len(freqs) <= dim:
+        raise ValueError(f"freqs is {tuple(freqs.shape)}; [rotary_dim/2] with rotary_dim in 2..{dim} is needed")
+    check_covered("chain_qkv", **{f"{d}z": z, f"{d}e": e, f"{d}q": q, f"{d}k": k, f"{d}v": v})
     return heads, kv_heads, dim

@@ -3,14 +3,15 @@
     s_r = 2^ceil(log2(max_k |x_rk| / 448))     q_rk = e4m3(x_rk / s_r)     out[r, c] = s_r t_c sum_k q_rk p_ck
 
 A scale that is a power of two divides exactly, so an element's only error is e4m3's rounding: |s q - x| <= 2^-4 |x| where
-|x| >= 2^-6 s, and 2^-10 s below, s < amax / 224. And the two orientations of a weight (`Fp8Weight`) round an element alike
-but for the few below 2^-6 of both scales: forward and backward see one weight. A row with Inf or NaN has that for a scale,
-so its products are not finite either.
+|x| >= 2^-6 s, and 2^-10 s below, s < amax / 224. The two orientations of a weight (`Fp8Weight`) round an element alike,
+except the few that lie below 2^-6 of both scales, so forward and backward see one weight. A row that holds Inf or NaN has
+that for its scale, so its products are not finite either.
 
-The product is `torch._scaled_mm` on a GPU (it wants columns in 16s), the dequantised product on a CPU. Its partial sums are
-float32: kept in the tensor core, 28672 terms of one sign lost a third of their sum on an H100, and the step was no faster.
-Bytes: rows 3 an element (a second read hits L1), columns 5 (the second read is from memory).
-Every maximum is exact: two runs are bitwise equal.
+The product is `torch._scaled_mm` on a GPU, which wants the number of columns to be a multiple of 16, and the dequantised
+product on a CPU. `_scaled_mm` adds its partial sums in float32. When the tensor core kept them, 28672 terms of one sign
+lost a third of their sum on an H100, and the step was no faster.
+Bytes: rows move 3 an element (the second read hits L1), columns 5 (the second read is from memory).
+Every maximum is exact, so two runs are bitwise equal.
 Source: FP8 formats (arXiv 2209.05433); row-wise scales in training as torchao's `rowwise_with_gw_hp`.
 
 # n rows, k columns, O outputs and I inputs of a weight
@@ -25,11 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdraft.kernels.check import check, check_covered
 from fastdraft.kernels.jit import jit, tl, triton
 
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
-SMALLEST = 2.0**-118  # an amax below counts as this: scale and 1 / scale stay normal numbers, also of a zero row
+LARGEST = torch.finfo(FP8).max  # 448
+SMALLEST = 2.0**-118  # A smaller amax counts as this, so that scale and 1 / scale of any row are normal numbers.
 
 
 class Fp8Rows(NamedTuple):
@@ -39,19 +41,21 @@ class Fp8Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A weight [O, I] for both products of the step; `matmul.linear` and `linear_backward` take it like a tensor."""
+    """A weight [O, I] for both products of the step. `matmul.linear` and `linear_backward` take it like a tensor."""
 
-    by_out: Fp8Rows  # [O, I]: x W^T sums over I
-    by_in: Fp8Rows  # [I, O]: dz W sums over O
-    room: Fp8Rows  # q [bytes], scale [rows]: where the other factor's rows are quantised
-    dtype: torch.dtype  # of the weight it was made of, and of what it multiplies
+    by_out: Fp8Rows  # [O, I], for x W^T, which sums over I
+    by_in: Fp8Rows  # [I, O], for dz W, which sums over O
+    room: Fp8Rows  # q [bytes], scale [rows], the scratch in which the other factor's rows are quantised
+    dtype: torch.dtype  # of the weight that it was made of, and of what it multiplies
 
     @property
     def shape(self) -> torch.Size:
         return self.by_out.q.shape
 
-    def __getitem__(self, outputs: slice) -> Fp8Weight:  # some rows of W, as of a tensor
-        by_out, by_in = Fp8Rows(*(x[outputs] for x in self.by_out)), Fp8Rows(self.by_in.q[:, outputs], self.by_in.scale)
+    def __getitem__(self, outputs: slice) -> Fp8Weight:
+        """Some rows of W, as indexing a tensor gives them."""
+        by_out = Fp8Rows(self.by_out.q[outputs], self.by_out.scale[outputs])
+        by_in = Fp8Rows(self.by_in.q[:, outputs], self.by_in.scale)
         return Fp8Weight(by_out, by_in, self.room, self.dtype)
 
 
@@ -60,7 +64,8 @@ def quantize_rows_ref(
 ) -> Fp8Rows:
     """The specification, of any dtype."""
     amax = x.abs().amax(1).float()
-    mantissa, exponent = torch.frexp(amax.clamp_min(SMALLEST))  # mantissa in [0.5, 1)
+    # With the mantissa in [0.5, 1), amax / 448 lies above 2^(exponent - 9) exactly where the mantissa is above 448 / 512.
+    mantissa, exponent = torch.frexp(amax.clamp_min(SMALLEST))
     scale = torch.ldexp(torch.ones_like(amax), exponent - 9 + (mantissa > LARGEST / 512).int())
     scale = torch.where(amax.isfinite(), scale, amax)
     return Fp8Rows((x / scale[:, None]).to(FP8), scale)
@@ -68,8 +73,9 @@ def quantize_rows_ref(
 
 def dequantize(
     rows: Fp8Rows,
-    dtype: torch.dtype,  # exact in any with float32's range
+    dtype: torch.dtype,
 ) -> Tensor:  # [n, k]
+    """What the rows stand for, exact in every dtype that has float32's range."""
     return rows.q.to(dtype) * rows.scale[:, None].to(dtype)
 
 
@@ -83,18 +89,23 @@ class Fp8Config:
 def fp8_config(
     columns: int,
 ) -> Fp8Config:
-    """Sixteen elements a thread."""
+    """Each thread holds sixteen elements."""
     tile = min(max(64, 1 << (columns - 1).bit_length()), 4096)
     return Fp8Config(tile, num_warps=max(tile // 512, 1))
 
 
-COLUMNS, ROWS, STAGES = 32, 128, 4  # tile of the columns' kernel, tiles in flight: 128 programs for 4096 columns
+# The columns' kernel reads tiles of ROWS x COLUMNS, STAGES of them in flight. 4096 columns are 128 programs.
+COLUMNS = 32
+ROWS = 128
+STAGES = 4
 
 
 @jit
-def _scale_of(peak):  # int32 bits of |x|'s largest, in which NaN > Inf > all numbers -> (scale, 1 / scale)
+def _scale_of(peak):
+    """(scale, 1 / scale) of the largest |x|, given as int32 bits, in which NaN is above Inf and Inf above all numbers."""
     tiny: tl.constexpr = (127 - 118) << 23
-    fits = (tl.maximum(peak, tiny) + 0x1FFFFF) & 0x7F800000  # up to 1.75 * 2^e gives 2^e, above 2^(e + 1)
+    # The largest number in [2^e, 2^(e + 1)) gets the exponent e where it is at most 1.75 * 2^e, and e + 1 above.
+    fits = (tl.maximum(peak, tiny) + 0x1FFFFF) & 0x7F800000
     finite = peak < 0x7F800000
     scale = tl.where(finite, fits - (8 << 23), peak)
     inverse = tl.where(finite, (254 << 23) - scale, 0)
@@ -113,6 +124,7 @@ def _quantize_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, TILE)
+    # The first pass finds the row's largest number, as bits. The second divides by the scale and rounds.
     peaks = tl.zeros([TILE], tl.int32)
     for start in range(0, K, TILE):
         x = tl.load(x_ptr + row * x_stride + start + lanes, mask=start + lanes < K, other=0.0)
@@ -181,7 +193,7 @@ def quantize_rows(
     x: Tensor,  # [n, k] bf16 or fp32 on a GPU, any float dtype on the CPU; any row stride
     out: Fp8Rows,  # [n, k] written
 ) -> None:
-    """Allocates nothing on a GPU. Raises ValueError for what does not fit."""
+    """Writes x's rows in float8 with their scales. Allocates nothing on a GPU. Raises ValueError for what does not fit."""
     _check(x, out, tuple(x.shape))
     if x.is_cuda:
         _quantize_rows(x, out, fp8_config(x.shape[1]))
@@ -194,7 +206,7 @@ def quantize_columns(
     x: Tensor,  # [n, k] as for `quantize_rows`
     out: Fp8Rows,  # [k, n] written: the rows of x's transpose
 ) -> None:
-    """`quantize_rows` of x.T, reading x as it lies."""
+    """Does what `quantize_rows` of x.T does, but reads x as it lies."""
     _check(x, out, tuple(x.shape)[::-1])
     if x.is_cuda:
         _quantize_columns(x, out)
@@ -208,16 +220,10 @@ def _copy(out: Fp8Rows, rows: Fp8Rows) -> None:
 
 
 def _check(x: Tensor, out: Fp8Rows, shape: tuple[int, ...]) -> None:
-    q, scale = out
-    if x.ndim != 2 or q.shape != shape or scale.shape != shape[:1] or q.dtype != FP8 or scale.dtype != torch.float32:
-        raise ValueError(
-            f"x {tuple(x.shape)} gives q {shape} {FP8} and a float32 scale a row, not {tuple(q.shape)} {q.dtype}, "
-            f"{tuple(scale.shape)} {scale.dtype}"
-        )
-    if x.stride(1) != 1 or q.stride(1) != 1 or not scale.is_contiguous() or len({x.device, q.device, scale.device}) > 1:
-        raise ValueError(f"x, strides {x.stride()}, and q, {q.stride()}, need contiguous rows, all one device")
-    if x.is_cuda and (x.dtype not in (torch.bfloat16, torch.float32) or triton is None):
-        raise ValueError(f"the fp8 kernels need Triton and torch.bfloat16 or torch.float32, not {x.dtype}")
+    check("x", x, ("n", "k"), layout="rows")
+    check("q", out.q, shape, FP8, x.device, "rows")
+    check("scale", out.scale, shape[:1], torch.float32, x.device, "whole")
+    check_covered("fp8", x=x)
 
 
 @torch.no_grad()
@@ -230,7 +236,7 @@ def multiply(
     """Quantises as many rows of x at a time as `room` holds, and multiplies them."""
     k = x.shape[1]
     size = min(len(room.q) // k, len(room.scale))
-    size = size // 256 * 256 or size  # whole tiles of the product
+    size = size // 256 * 256 or size  # The product computes whole tiles of 256 rows.
     for part, result in zip(x.split(size), out.split(size), strict=True):
         quantized = Fp8Rows(room.q[: part.numel()].view(part.shape), room.scale[: len(part)])
         quantize_rows(part, quantized)

@@ -5,10 +5,11 @@ Row j, of input row s_j = x[rows[j]], or x[j] + delta[j] rounded to x's dtype (w
     r = 1 / sqrt(mean(s^2) + eps)          y = w * round(s r)
     xhat = s r,  c = mean(dy w xhat):      ds = r (dy w - xhat c) + sum of add          dw += sum_j dy xhat
 
-Precision: inputs and y of one dtype, everything inside a row float32, one rounding at each store (round(s r) is the
-serving engines'). Bytes a row: s, delta read, total, y written once; backward dy, s, each add read, ds written once.
-dw: P programs keep the sum of a fixed set of rows in registers and write it to partial[p]; a second kernel adds the P
-partial sums in order. Every reduction has a fixed order: two runs are bitwise equal.
+Precision: inputs and y have one dtype, everything inside a row is float32, and each store rounds once. The serving engines
+round s r before the product with w too. Bytes a row: s and delta are read once, total and y are written once. The backward
+reads dy, s and each add once and writes ds once.
+For dw each of P programs keeps the sum over a fixed set of rows in registers and writes it to partial[p]. A second kernel
+adds the P sums in order. Every reduction has a fixed order, so two runs are bitwise equal.
 Source: RMSNorm (arXiv 1910.07467).
 
 # n rows, m rows of a gathered tensor, H hidden, P programs of the backward
@@ -23,6 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastdraft.kernels.check import AtLeast, check, check_covered
 from fastdraft.kernels.jit import jit, tl, triton
 
 MAX_HIDDEN = 16384
@@ -46,7 +48,8 @@ def rms_norm_backward_ref(
     weight: Tensor,  # [H]
 ) -> tuple[Tensor, Tensor]:  # dx [n, H], dweight [H], both in r's dtype
     """The gradients of `rms_norm_ref`, unrounded."""
-    normed, dy = x.to(r.dtype) * r, dy.to(r.dtype)
+    normed = x.to(r.dtype) * r
+    dy = dy.to(r.dtype)
     dweight = (dy * normed).sum(0)
     dy = dy * weight.to(r.dtype)
     return r * (dy - normed * (dy * normed).mean(-1, keepdim=True)), dweight
@@ -64,14 +67,16 @@ class RMSNormConfig:
 def rms_norm_config(
     hidden: int,
 ) -> RMSNormConfig:
-    """Sixteen numbers a thread; backward programs fill sixteen warps of an SM (their sums take registers). Two rows of
-    16384 fp32 numbers in flight do not fit an H100's shared memory."""
+    """Each thread holds sixteen numbers. The backward's programs fill sixteen warps of an SM, because their sums take
+    registers. It has one row in flight where two, of 16384 fp32 numbers, would not fit an H100's shared memory."""
     block = max(32, 1 << (hidden - 1).bit_length())
     num_warps = min(max(block // 512, 1), 16)
     return RMSNormConfig(block, num_warps, stages=2 if block <= 8192 else 1, programs_per_sm=16 // num_warps)
 
 
-REDUCE_ROWS, REDUCE_COLS = 128, 32  # tile of the partial sums' kernel: 32 float32 are one cache line
+# The kernel of the partial sums reads tiles of REDUCE_ROWS x REDUCE_COLS. 32 float32 are one cache line.
+REDUCE_ROWS = 128
+REDUCE_COLS = 32
 
 
 @jit(do_not_specialize=["num_normed"], do_not_specialize_on_alignment=["rows_ptr", "r_ptr"])
@@ -285,19 +290,23 @@ def rms_norm(
     delta: Tensor | None = None,  # [n', H] added to the input row, n' >= n
     total: Tensor | None = None,  # [n', H] written with delta, may be x where rows is None
 ) -> None:
-    """y = weight * x_row / rms, after an optional residual add; rows n..n'-1 of delta only write total.
+    """Writes y = weight * x_row / rms, after an optional residual add. Rows n..n'-1 of delta only write total.
 
     Allocates nothing on a GPU. Row indices are not checked there. Raises ValueError for what does not fit.
     """
     n = 0 if y is None else len(y)
     count = n if delta is None else len(delta)
-    _check_rows({"y": (y, n), "delta": (delta, count), "total": (total, count)}, {"rows": (rows, count)}, x, weight)
     if (delta is None) != (total is None) or (y is None) != (r is None) or (y is None and delta is None):
         raise ValueError("give delta and total together, y and r together, and at least one of the pairs")
-    if n > count or (rows is None and len(x) < count):
-        raise ValueError(f"y has {n} rows, delta {count}, x {len(x)}: delta needs as many as y, x as many as delta")
-    if r is not None and (r.shape != (n,) or r.dtype != torch.promote_types(x.dtype, torch.float32)):
-        raise ValueError(f"r is {tuple(r.shape)} {r.dtype}; [{n}] of at least float32 is needed")
+    _check_input(x, weight)
+    hidden = x.shape[1]
+    check("y", y, (n, hidden), x.dtype, x.device, "rows")
+    check("r", r, (n,), torch.promote_types(x.dtype, torch.float32), x.device)
+    check("delta", delta, (AtLeast(n), hidden), x.dtype, x.device, "rows")
+    check("total", total, (count, hidden), x.dtype, x.device, "rows")
+    check("rows", rows, (count,), torch.int64, x.device)
+    if rows is None:
+        check("x", x, (AtLeast(count), hidden))
     if x.is_cuda:
         _rms_norm(x, weight, eps, y, r, rows, delta, total, rms_norm_config(x.shape[1]))
         return
@@ -310,7 +319,8 @@ def rms_norm(
         r.copy_(inverse[:, 0])
 
 
-def rms_norm_partials(hidden: int, device: torch.device) -> int:  # P, rows of `partial` that `rms_norm_backward` can use
+def rms_norm_partials(hidden: int, device: torch.device) -> int:  # P
+    """How many rows of `partial` `rms_norm_backward` can use."""
     if device.type != "cuda":
         return 1
     sms = torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132  # an H100
@@ -332,36 +342,35 @@ def rms_norm_backward(
     add: Sequence[Tensor] = (),  # [n, H] each, read at row j
     add_dx: bool = False,  # what dx held before, read where it is written; with `add` up to two
 ) -> None:
-    """dx[rows[j]] = gradient of row j, + dx[rows[j]] if add_dx, + sum of add[j], rounded once; dweight grows by the
-    weight's gradient.
+    """Writes dx[rows[j]] = gradient of row j, + dx[rows[j]] if add_dx, + sum of add[j], rounded once, and adds the weight's
+    gradient to dweight.
 
-    dy or an add may be dx where both are read at j. The bits of dweight depend on n and P, nothing else. Allocates nothing
-    on a GPU. Raises ValueError for what does not fit.
+    dy or an add may be dx where both are read at j. The bits of dweight depend on n and P alone. Allocates nothing on a
+    GPU. Raises ValueError for what does not fit.
     """
     n = len(dy)
     if len(add) + add_dx > 2 or ((add or add_dx) and dx is None):
         raise ValueError(
-            f"add has {len(add)} tensors, add_dx {add_dx}, dx {'None' if dx is None else 'given'}: two at most, with dx"
+            f"add has {len(add)} tensors, add_dx is {add_dx}, dx is {'None' if dx is None else 'given'}; "
+            "two at most can be added, dx itself included, and only to a dx"
         )
-    tensors = {"dy": (dy, n)}
-    if dx is not None:
-        tensors["dx"] = (dx, n if rows is None else len(dx))
-        tensors |= {f"add[{k}]": (a, n) for k, a in enumerate(add)}
-    _check_rows(tensors, {"rows": (rows, n), "x_rows": (x_rows, n)}, x, weight, one_dtype=False)
+    _check_input(x, weight)
+    hidden = x.shape[1]
     stats = torch.promote_types(x.dtype, torch.float32)
-    if r.shape != (n,) or r.dtype != stats or dweight.shape != weight.shape or dweight.dtype != stats:
-        raise ValueError(
-            f"r is {tuple(r.shape)} {r.dtype}, dweight {tuple(dweight.shape)} {dweight.dtype}; "
-            f"[{n}] and {tuple(weight.shape)} of {stats} are needed"
-        )
-    if x_rows is None and len(x) < n:
-        raise ValueError(f"x has {len(x)} rows, dy {n}; give x_rows or as many")
+    check("dy", dy, ("n", hidden), None, x.device, "rows")
+    check("dx", dx, ("n" if rows is not None else n, hidden), None, x.device, "rows")
+    for k, a in enumerate(add):
+        check(f"add[{k}]", a, (n, hidden), None, x.device, "rows")
+    check("r", r, (n,), stats, x.device)
+    check("dweight", dweight, (hidden,), stats, x.device)
+    check("rows", rows, (n,), torch.int64, x.device)
+    check("x_rows", x_rows, (n,), torch.int64, x.device)
+    if x_rows is None:
+        check("x", x, (AtLeast(n), hidden))
+    check_covered("rms_norm", dy=dy, dx=dx, **{f"add[{k}]": a for k, a in enumerate(add)})
     if x.is_cuda:
-        if partial.ndim != 2 or partial.shape[1] != x.shape[1] or partial.dtype != stats or not partial.is_contiguous():
-            raise ValueError(
-                f"partial is {tuple(partial.shape)} {partial.dtype}; contiguous [P, {x.shape[1]}] float32 is needed"
-            )
-        config = rms_norm_config(x.shape[1])
+        check("partial", partial, ("P", hidden), stats, x.device, "whole")
+        config = rms_norm_config(hidden)
         _rms_norm_backward(dy, x, r, weight, dx, dweight, partial, rows, x_rows, add, add_dx, config)
         return
     source = x[:n] if x_rows is None else x[x_rows]
@@ -374,34 +383,9 @@ def rms_norm_backward(
         dx[place] = gradient.to(dx.dtype)
 
 
-def _check_rows(
-    tensors: dict[str, tuple[Tensor | None, int]],  # name -> tensor of rows, rows it must have
-    indices: dict[str, tuple[Tensor | None, int]],
-    x: Tensor,
-    weight: Tensor,
-    one_dtype: bool = True,
-) -> None:
-    hidden = x.shape[-1]
-    if x.ndim != 2 or weight.shape != (hidden,) or weight.dtype != x.dtype or not weight.is_contiguous():
-        raise ValueError(
-            f"x {tuple(x.shape)} {x.dtype}, weight {tuple(weight.shape)} {weight.dtype} must be [m, H] and [H] of one dtype"
-        )
-    for name, (t, count) in {"x": (x, len(x)), **tensors}.items():
-        if t is None:
-            continue
-        if t.shape != (count, hidden) or t.stride(1) != 1 or (one_dtype and t.dtype != x.dtype) or t.device != x.device:
-            raise ValueError(
-                f"{name} is {tuple(t.shape)} {t.dtype} on {t.device}, strides {t.stride()}; [{count}, {hidden}] "
-                f"{x.dtype if one_dtype else ''} on {x.device} with contiguous rows is needed"
-            )
-        if t.is_cuda and t.dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"no rms_norm kernel covers {name} of {t.dtype}; use torch.bfloat16 or torch.float32")
-    for name, (t, count) in indices.items():
-        if t is not None and (t.shape != (count,) or t.dtype != torch.int64 or t.device != x.device):
-            raise ValueError(
-                f"{name} is {tuple(t.shape)} {t.dtype} on {t.device}; [{count}] torch.int64 on {x.device} needed"
-            )
-    if x.is_cuda and triton is None:
-        raise ValueError("the rms_norm kernels need Triton, which is not installed: pip install triton")
-    if x.is_cuda and hidden > MAX_HIDDEN:
-        raise ValueError(f"the rms_norm kernels hold a row of up to {MAX_HIDDEN} numbers, x has {hidden}")
+def _check_input(x: Tensor, weight: Tensor) -> None:
+    check("x", x, ("m", "H"), layout="rows")
+    check("weight", weight, (x.shape[1],), x.dtype, x.device, "whole")
+    check_covered("rms_norm", x=x)
+    if x.is_cuda and x.shape[1] > MAX_HIDDEN:
+        raise ValueError(f"the rms_norm kernels hold a row of up to {MAX_HIDDEN} numbers, x has {x.shape[1]}")

@@ -2,9 +2,9 @@
 
     s = sigmoid(gate)     act = gate s up     dgate = dact up s (1 + gate (1 - s))     dup = dact gate s
 
-The backward overwrites gate | up by dgate | dup and dact by act, which the down projection's weight gradient needs: the
-forward's act need not be kept. Precision: all in float32, one rounding at each store.
-Bytes a row: forward 3 I numbers, backward 6 I. Elementwise: two runs are bitwise equal.
+The backward overwrites gate | up by dgate | dup, and dact by act. The down projection's weight gradient needs act, so the
+forward's act need not be kept. Precision: everything is computed in float32 and rounded once, at each store.
+Bytes a row: the forward moves 3 I numbers, the backward 6 I. The op is elementwise, so two runs are bitwise equal.
 Source: GLU variants (arXiv 2002.05202).
 
 # n rows, I MLP width
@@ -18,6 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fastdraft.kernels.check import check, check_covered
 from fastdraft.kernels.jit import jit, tl, triton
 
 
@@ -33,9 +34,11 @@ def swiglu_backward_ref(
     gate_up: Tensor,  # [n, 2*I]
     dact: Tensor,  # [n, I]
 ) -> Tensor:  # [n, 2*I] gradients of gate | up
+    """The gradients that the backward writes."""
     work = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(work).chunk(2, -1)
-    s, dact = gate.sigmoid(), dact.to(work)
+    s = gate.sigmoid()
+    dact = dact.to(work)
     return torch.cat([dact * up * s * (1 + gate * (1 - s)), dact * gate * s], -1).to(gate_up.dtype)
 
 
@@ -49,7 +52,7 @@ class SwigluConfig:
 def swiglu_config(
     itemsize: int,
 ) -> SwigluConfig:
-    """Sixteen bytes a thread and tensor."""
+    """Each thread holds sixteen bytes of each tensor."""
     return SwigluConfig(1024 * 2 // itemsize, num_warps=4)
 
 
@@ -114,7 +117,7 @@ def swiglu(
     gate_up: Tensor,  # [n, 2*I] gate | up, bf16 or fp32 on a GPU, any float dtype on the CPU; any row stride
     act: Tensor,  # [n, I] written; any row stride
 ) -> None:
-    """act = silu(gate) * up. Allocates nothing on a GPU. Raises ValueError for shapes or dtypes that do not fit."""
+    """Writes act = silu(gate) * up. Allocates nothing on a GPU. Raises ValueError for shapes or dtypes that do not fit."""
     _check(gate_up, act, "act")
     if gate_up.is_cuda:
         _swiglu(_swiglu_kernel, gate_up, act, swiglu_config(act.element_size()))
@@ -127,27 +130,20 @@ def swiglu_backward_(
     gate_up: Tensor,  # [n, 2*I] of the forward; overwritten by the gradients of gate | up
     dact: Tensor,  # [n, I]; overwritten by act
 ) -> None:
-    """The backward in place; dact becomes the forward's act. Raises ValueError for shapes or dtypes that do not fit."""
+    """Runs the backward in place; dact becomes the act. Raises ValueError for shapes or dtypes that do not fit."""
     _check(gate_up, dact, "dact")
     if gate_up.is_cuda:
         _swiglu(_swiglu_backward_kernel, gate_up, dact, swiglu_config(dact.element_size()))
     else:
-        gradient, act = swiglu_backward_ref(gate_up, dact), swiglu_ref(gate_up)
+        gradient = swiglu_backward_ref(gate_up, dact)
+        act = swiglu_ref(gate_up)
         gate_up.copy_(gradient)
         dact.copy_(act)
 
 
 def _check(gate_up: Tensor, act: Tensor, name: str) -> None:
-    fits = gate_up.ndim == act.ndim == 2 and gate_up.shape == (act.shape[0], 2 * act.shape[1])
-    if not fits or gate_up.stride(1) != 1 or act.stride(1) != 1:
-        raise ValueError(
-            f"gate_up {tuple(gate_up.shape)} and {name} {tuple(act.shape)} must be [n, 2*I] and [n, I] with contiguous rows"
-        )
-    if gate_up.dtype != act.dtype or gate_up.device != act.device:
-        raise ValueError(
-            f"gate_up is {gate_up.dtype} on {gate_up.device}, {name} {act.dtype} on {act.device}; give both alike"
-        )
-    if gate_up.is_cuda and gate_up.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"no swiglu kernel covers {gate_up.dtype}; use torch.bfloat16 or torch.float32")
-    if gate_up.is_cuda and triton is None:
-        raise ValueError("the swiglu kernels need Triton, which is not installed: pip install triton")
+    check("gate_up", gate_up, ("n", "2*I"), layout="rows")
+    n, both = gate_up.shape
+    check(name, act, (n, both // 2), gate_up.dtype, gate_up.device, "rows")
+    check("gate_up", gate_up, (n, 2 * act.shape[1]))  # An odd width has no half.
+    check_covered("swiglu", gate_up=gate_up)

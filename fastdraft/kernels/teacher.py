@@ -7,14 +7,14 @@ For rows f [n, Ht] and the head's logits t = cap(scale * (f W^T + b)), cap(x) = 
     lse_full      log sum_v exp t_v                           [n] float32
     argmax        the lowest target id with the largest t     [n] int64, and its draft id or -1
 
-The head's rows lie permuted, draft vocabulary first (`permute_head`, once). cuBLAS writes a block of columns [n, B] into
-one reused buffer; a row kernel folds it into a running (max, sum of exponentials, argmax). Both halves of the permutation
-ascend, so inside a block the lowest column is the lowest target id; between blocks the ids are compared.
+`permute_head` orders the head's rows once, draft vocabulary first. cuBLAS writes a block of columns [n, B] into one reused
+buffer, and a row kernel folds it into a running (max, sum of exponentials, argmax). Both halves of the permutation ascend,
+so inside a block the lowest column is the lowest target id. Between blocks the ids are compared.
 
-Precision: GEMM with float32 accumulation into the features' dtype; bias, scale, cap and reductions in float32; every
-statistic is taken of the logit as stored, so that exp(logits - lse_full) never sums above 1.
-Bytes: all logits written once and read once, those beyond the draft vocabulary through the buffer; the head read once.
-Every reduction has a fixed order: two runs are bitwise equal.
+Precision: the GEMM accumulates in float32 and rounds to the features' dtype. Bias, scale, cap and reductions are float32.
+Every statistic is taken of the logit as it is stored, so that exp(logits - lse_full) never sums above 1.
+Bytes: every logit is written once and read once, those beyond the draft vocabulary in the buffer. The head is read once.
+Every reduction has a fixed order, so two runs are bitwise equal.
 
 # n rows, Ht target hidden, V target vocabulary, Vd draft vocabulary, B columns of one GEMM block
 """
@@ -30,25 +30,27 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import TargetHead
-from fastdraft.kernels.jit import jit, tl, triton
+from fastdraft.kernels.check import AtLeast, check, check_covered
+from fastdraft.kernels.jit import jit, tl
 
-MAX_BLOCK = 32768  # H100, n 4096, V 128256, H 4096: 16384 is 1 % slower, one block of all 4 % faster and 530 MB larger
+# On an H100 with n 4096, V 128256 and H 4096, 16384 is 1 % slower. One block of all is 4 % faster and takes 530 MB more.
+MAX_BLOCK = 32768
 
 
 @dataclass(frozen=True)
 class PermutedHead:
-    """A TargetHead whose rows are ordered draft vocabulary first, then the rest, both ascending. See `permute_head`."""
+    """A TargetHead with the rows of the draft vocabulary first and then the rest, both in ascending order."""
 
     weight: Tensor  # [V, Ht]
     bias: Tensor | None  # [V]
     scale: float
     softcap: float | None
-    target_ids: Tensor  # [V] int64, target id of each row; the first num_draft are the draft vocabulary
+    target_ids: Tensor  # [V] int64, the target id of each row; the first num_draft are the draft vocabulary
     num_draft: int
 
     @property
     def plain(self) -> bool:
-        """The GEMM's output is the logit."""
+        """Whether the GEMM's output is the logit."""
         return self.bias is None and self.scale == 1.0 and self.softcap is None
 
 
@@ -63,11 +65,12 @@ class TeacherRows(NamedTuple):
     peak: Tensor  # [n] the largest logit, dtype of lse_full
 
     @property
-    def in_draft(self) -> Tensor:  # [n] bool, the target's choice is a draft-vocabulary token
+    def in_draft(self) -> Tensor:  # [n] bool
+        """Whether the target's choice is a token of the draft vocabulary."""
         return self.draft_argmax >= 0
 
     def first(self, n: int) -> TeacherRows:
-        """The same buffers, first n rows."""
+        """A view of the first n rows."""
         return TeacherRows(*(x[:n] for x in self))
 
     def at(
@@ -103,7 +106,7 @@ def teacher_ref(
     head: TargetHead,
     draft_ids: Tensor,  # [Vd] int64
 ) -> TeacherRows:
-    """The specification, in any dtype: all [n, V] logits at once."""
+    """The specification, in any dtype. It holds all [n, V] logits at once."""
     logits = head.logits(f)
     stats = logits.to(torch.promote_types(logits.dtype, torch.float32))
     on_draft, best = stats[:, draft_ids], logits.argmax(-1)
@@ -126,19 +129,49 @@ def teacher_config(
     block: int,
     itemsize: int,
 ) -> TeacherConfig:
-    """Eight bf16 a thread in small programs: of seven tile shapes tried on an H100 the fastest at Vd 8192 and 32000."""
+    """Each thread of a small program holds eight bf16: the fastest of seven tiles on an H100, at Vd 8192 and 32000."""
     return TeacherConfig(block, 1024 * 2 // itemsize, num_warps=4)
 
 
 @jit
 def _tanh(x):
-    # Polynomial below 0.6 (least squares, relative error 3e-9), where 1 - exp(-2x) would cancel.
+    # Below 0.6, where 1 - exp(-2x) would cancel, a polynomial is used: a least-squares fit with a relative error of 3e-9.
     s = x * x
     p = ((((-0.005893897 * s + 0.02079458) * s - 0.05378328) * s + 0.13331915) * s - 0.33333297) * s
     a = tl.abs(x)
     e = tl.exp(-2.0 * a)
     big = (1.0 - e) / (1.0 + e)
     return tl.where(a < 0.6, x + x * p, tl.where(x < 0, -big, big))
+
+
+# The next three functions read a row tile by tile and find its maximum, the column of it, and the sum of the exponentials.
+# Each lane keeps a maximum and a sum of its own, so that there is no reduction until the row is read. They take one
+# exponential an element, because of exp(old - new) and exp(z - new) one is always 1.
+
+
+@jit
+def lanes_start(TILE: tl.constexpr):
+    """What lanes know before the first tile: their maximum, their sum, and the first column of the maximum's tile."""
+    # The maximum starts finite: a lane that never sees a column must not compute inf - inf.
+    return tl.full([TILE], -3e38, tl.float32), tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.int32)
+
+
+@jit
+def lanes_add(peaks, sums, starts, z, start):
+    """Adds the tile z, whose first column is `start`."""
+    higher = z > peaks  # An equal number in a later tile does not count, since its column is higher.
+    e = tl.exp(-tl.abs(z - peaks))
+    sums = tl.where(higher, sums * e + 1.0, sums + e)
+    starts = tl.where(higher, start, starts)
+    return tl.maximum(peaks, z), sums, starts
+
+
+@jit
+def lanes_reduce(peaks, sums, starts, lanes, width):
+    """The row's maximum, the lowest column that has it, and the sum of exp(z - maximum)."""
+    top = tl.max(peaks, 0)
+    best = tl.min(tl.where(peaks == top, starts + lanes, width - 1), 0)
+    return top, best, tl.sum(sums * tl.exp(peaks - top), 0)
 
 
 @jit
@@ -154,7 +187,7 @@ def _teacher_rows_kernel(
     width,
     scale,
     softcap,
-    DRAFT: tl.constexpr,  # the first block: starts the running values
+    DRAFT: tl.constexpr,  # this is the first block, which starts the running values
     LAST: tl.constexpr,
     PLAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -164,11 +197,9 @@ def _teacher_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * width
     lanes = tl.arange(0, TILE)
-    # Each lane keeps its own running max and sum: no reduction until the row is read, and one exponential an element,
-    # since of exp(old - new) and exp(t - new) one is always 1.
-    peaks = tl.full([TILE], -3e38, tl.float32)  # finite: a lane that never sees a column must not make inf - inf
-    sums = tl.zeros([TILE], tl.float32)
-    starts = tl.zeros([TILE], tl.int32)
+
+    # The block's logits are finished, stored where they are kept, and reduced.
+    peaks, sums, starts = lanes_start(TILE)
     for start in range(0, width, TILE):
         cols = start + lanes
         inside = cols < width
@@ -183,14 +214,10 @@ def _teacher_rows_kernel(
             if DRAFT:
                 tl.store(z_ptr + cols, stored, mask=inside)
             t = tl.where(inside, stored.to(tl.float32), -3e38)
-        higher = t > peaks  # strictly: an equal logit in a later tile has a higher id
-        e = tl.exp(-tl.abs(t - peaks))
-        sums = tl.where(higher, sums * e + 1.0, sums + e)
-        starts = tl.where(higher, start, starts)
-        peaks = tl.maximum(peaks, t)
-    top = tl.max(peaks, 0)
-    best = tl.min(tl.where(peaks == top, starts + lanes, width - 1), 0)
-    total = tl.sum(sums * tl.exp(peaks - top), 0)
+        peaks, sums, starts = lanes_add(peaks, sums, starts, t, start)
+    top, best, total = lanes_reduce(peaks, sums, starts, lanes, width)
+
+    # The block is folded into the running values, which the first block starts.
     target_id = tl.load(ids_ptr + best)
     if DRAFT:
         tl.store(lse_draft_ptr + row, top + tl.log(total))
@@ -249,7 +276,7 @@ def _teacher_rows_cpu(
     out: TeacherRows,
     config: TeacherConfig,
 ) -> None:
-    """The row kernel's step in plain torch, with the same running values in the same places."""
+    """The row kernel's step in plain torch. It keeps the same running values in the same places."""
     width = z.shape[1]
     if not head.plain:
         if head.bias is not None:
@@ -258,8 +285,8 @@ def _teacher_rows_cpu(
         if head.softcap is not None:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
     t = z.to(out.lse_full.dtype)
-    top, best = t.max(-1)
-    best = (t == top[:, None]).int().argmax(-1).to(best.dtype)  # torch.max does not promise the lowest index
+    top = t.amax(-1)
+    best = (t == top[:, None]).int().argmax(-1)  # The lowest index of the maximum, which torch.max does not promise.
     target_id = head.target_ids[first + best]
     total = (t - top[:, None]).exp().sum(-1)
     if first == 0:
@@ -295,8 +322,9 @@ def _teacher(
 
 
 def _blocks(head: PermutedHead, block: int) -> list[tuple[int, int]]:
-    """(first column, width <= block) of the blocks beyond the draft vocabulary: as even as multiples of 256 allow."""
-    vocab, rest = head.weight.shape[0], head.weight.shape[0] - head.num_draft
+    """(first column, width <= block) of the blocks beyond the draft vocabulary, as even as multiples of 256 allow."""
+    vocab = head.weight.shape[0]
+    rest = vocab - head.num_draft
     if rest == 0:
         return []
     even = -(-rest // -(-rest // block))
@@ -311,7 +339,8 @@ def teacher_buffers(
 ) -> tuple[TeacherRows, Tensor]:
     """Result buffers for n rows and scratch for one column block, on the head's device: n * (Vd + B) numbers of `dtype`.
 
-    Any other scratch of n * 256 numbers or more serves too (the student's logits, which nobody needs yet): B is what fits.
+    Any other scratch of n * 256 numbers or more serves too, such as the buffer of the student's logits, which are computed
+    later. B is then what fits.
     """
     device = head.weight.device
     stats = torch.promote_types(dtype, torch.float32)
@@ -337,23 +366,11 @@ def teacher(
 
     On CPU tensors the row step is plain torch. Raises ValueError for shapes, dtypes or buffers that do not fit.
     """
-    if f.ndim != 2 or f.shape[1] != head.weight.shape[1] or f.shape[0] == 0:
-        raise ValueError(f"f is {tuple(f.shape)}; the head reads [n, {head.weight.shape[1]}] with n >= 1")
-    if f.dtype != head.weight.dtype or f.device != head.weight.device:
-        raise ValueError(
-            f"f is {f.dtype} on {f.device}, the head {head.weight.dtype} on {head.weight.device}; give both alike"
-        )
-    if f.is_cuda and f.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"no teacher kernel covers {f.dtype}; use torch.bfloat16 or torch.float32")
-    if f.is_cuda and triton is None:
-        raise ValueError("the teacher kernel needs Triton, which is not installed: pip install triton")
+    check("f", f, (AtLeast(1), head.weight.shape[1]), head.weight.dtype, head.weight.device)
+    check_covered("teacher", f=f)
     n = f.shape[0]
     rows, scratch = buffers or teacher_buffers(n, head, f.dtype)
-    if rows.logits.shape[0] < n or rows.logits.shape[1] != head.num_draft or rows.logits.dtype != f.dtype:
-        raise ValueError(
-            f"buffers hold {tuple(rows.logits.shape)} of {rows.logits.dtype}; "
-            f"[>= {n}, {head.num_draft}] of {f.dtype} is needed"
-        )
+    check("buffers' logits", rows.logits, (AtLeast(n), head.num_draft), f.dtype)
     block = min(scratch.numel() // rows.logits.shape[0], MAX_BLOCK) // 256 * 256
     if scratch.dtype != f.dtype or not scratch.is_contiguous() or (block == 0 and head.num_draft < head.weight.shape[0]):
         raise ValueError(

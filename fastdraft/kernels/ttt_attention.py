@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdraft.kernels.check import AtLeast, check, check_covered
 from fastdraft.kernels.jit import TensorDescriptor, jit, tl, triton
 
 LOG2E = 1.4426950408889634
@@ -835,8 +836,6 @@ def ttt_attention(
     _check(q, k0, v0, k_diag, v_diag, pos, doc_start, scale)
     if not q.is_cuda:
         return ttt_attention_ref(q, k0, v0, k_diag, v_diag, pos, doc_start, scale, return_lse)
-    if triton is None:
-        raise ValueError("ttt_attention on CUDA needs Triton: install it (pip install triton)")
     _config(q, k0)
     rows = [x if _rows_fit(x) else x.contiguous() for x in (q, k0, v0, k_diag, v_diag)]
     out, lse = _TTTAttention.apply(*rows, pos, doc_start, q.shape[2] ** -0.5 if scale is None else scale)
@@ -850,28 +849,15 @@ def _rows_fit(x: Tensor) -> bool:
 
 
 def _check(q, k0, v0, k_diag, v_diag, pos, doc_start, scale) -> None:
-    m, heads, dim = q.shape
-    n, kv_heads = k0.shape[:2]
-    shapes = f"q {tuple(q.shape)}, k0 {tuple(k0.shape)}, v0 {tuple(v0.shape)}, k_diag {tuple(k_diag.shape)}"
-    if k0.shape != (n, kv_heads, dim) or v0.shape != k0.shape or heads % kv_heads:
-        raise ValueError(f"expected q [M, Hq, D], k0 and v0 [N, Hkv, D] with Hq a multiple of Hkv; got {shapes}")
-    if k_diag.ndim != 4 or k_diag.shape[2:] != k0.shape[1:] or k_diag.shape[1] < m or v_diag.shape != k_diag.shape:
-        raise ValueError(
-            f"expected k_diag and v_diag [i, M', Hkv, D] with M' >= M; got {shapes}, v_diag {tuple(v_diag.shape)}"
-        )
-    if pos.shape != (m,) or doc_start.shape != (m,):
-        raise ValueError(
-            f"pos {tuple(pos.shape)} and doc_start {tuple(doc_start.shape)} must have one entry per query row, {m}"
-        )
-    tensors = {"k0": k0, "v0": v0, "k_diag": k_diag, "v_diag": v_diag}
-    for name, x in tensors.items():
-        if x.dtype != q.dtype:
-            raise ValueError(f"q is {q.dtype} but {name} is {x.dtype}; cast one")
-    for name, x in {**tensors, "pos": pos, "doc_start": doc_start}.items():
-        if x.device != q.device:
-            raise ValueError(f"q is on {q.device} but {name} is on {x.device}; move one")
+    check("q", q, ("M", "Hq", "D"))
+    check("k0", k0, ("N", "Hkv", q.shape[2]), q.dtype, q.device)
+    check("v0", v0, k0.shape, q.dtype, q.device)
+    if q.shape[1] % k0.shape[1]:
+        raise ValueError(f"q has {q.shape[1]} heads and k0 {k0.shape[1]}; Hq must be a multiple of Hkv")
+    check("k_diag", k_diag, ("i", AtLeast(len(q)), *k0.shape[1:]), q.dtype, q.device)
+    check("v_diag", v_diag, k_diag.shape, q.dtype, q.device)
     for name, x in {"pos": pos, "doc_start": doc_start}.items():
-        if x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
+        check(name, x, (len(q),), (torch.int32, torch.int64), q.device)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    check_covered("ttt_attention", q=q)

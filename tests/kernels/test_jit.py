@@ -22,7 +22,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from fastdraft.kernels import swiglu
-from fastdraft.kernels.jit import compile_together, jit, nothing_runs, tl
+from fastdraft.kernels.jit import compile_together, jit, launch, tl
 
 class H100:
     get_current_device = lambda self: 0
@@ -46,21 +46,24 @@ def run():
     for rows in (3, 4):  # one kernel
         swiglu._swiglu(swiglu._swiglu_kernel, torch.empty(rows, 64), torch.empty(rows, 32), swiglu.swiglu_config(4))
     swiglu._swiglu(swiglu._swiglu_backward_kernel, torch.empty(3, 64), torch.empty(3, 32), swiglu.swiglu_config(4))
-    seen.append(nothing_runs())
+    launch(ran.append, len(launched))
 
-seen = []
+ran = []
 compile_together(run, torch.device("cuda", 0))
-assert sorted(compiled) == ["_swiglu_backward_kernel", "_swiglu_kernel"] and not launched, (compiled, launched)
+assert sorted(compiled) == ["_swiglu_backward_kernel", "_swiglu_kernel"], compiled
+assert not launched and not ran, (launched, ran)
 run()
-assert len(compiled) == 2 and len(launched) == 3 and seen == [True, False], (compiled, launched, seen)
+assert len(compiled) == 2 and len(launched) == 3 and ran == [3], (compiled, launched, ran)
 try:
     compile_together(lambda: wrong[(1,)](torch.empty(1)), torch.device("cuda", 0))
 except triton.CompilationError as error:
     assert "no_such_name" in str(error)
 else:
     raise AssertionError("a kernel that cannot be compiled must be an error")
-assert not nothing_runs()
+launch(ran.append, "after an error")
+assert ran == [3, "after an error"], ran
 compile_together(run, torch.device("cuda", 0))
+assert ran == [3, "after an error"], ran
 """
 
 

@@ -215,13 +215,13 @@ def test_errors_say_what_came():
     args = (case.teacher, case.teacher_row, case.w)
     with pytest.raises(ValueError, match="'jsd' is not one of kl"):
         kl_rows_(case.z, *args, loss="jsd")
-    with pytest.raises(ValueError, match=r"student logits \(9, 300\)"):
+    with pytest.raises(ValueError, match=r"z is \(9, 300\).*\[n, 301\]"):
         kl_rows_(case.z[:, :300], *args)
     with pytest.raises(ValueError, match=r"torch.int32"):
         kl_rows_(case.z, case.teacher, case.teacher_row.int(), case.w)
-    with pytest.raises(ValueError, match=r"weight \(300, 16\)"):
+    with pytest.raises(ValueError, match=r"weight is \(300, 16\).*\[301, 16\]"):
         linear_kl_grad(case.x, case.weight[:300], *args, None, None, case.z)
-    with pytest.raises(ValueError, match=r"dweight \(301, 16\) torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"dweight is \(301, 16\) torch.bfloat16"):
         dweight = torch.zeros_like(case.weight).bfloat16()
         linear_kl_grad(case.x, case.weight, *args, torch.empty_like(case.x), dweight, case.z)
     with pytest.raises(ValueError, match=r"logits is \(8, 301\) torch.float32; \[9, 301\]"):

@@ -93,12 +93,14 @@ def test_the_plain_path_runs_in_float64():
 
 def test_errors_say_what_came():
     gate_up, dact = case((4, 30), "cpu")
-    with pytest.raises(ValueError, match=r"act \(4, 29\)"):
+    with pytest.raises(ValueError, match=r"act is \(4, 29\).*\[4, 30\]"):
         swiglu(gate_up, dact[:, :29])
-    with pytest.raises(ValueError, match=r"dact torch.float64"):
+    with pytest.raises(ValueError, match=r"dact is \(4, 30\) torch.float64"):
         swiglu_backward_(gate_up, dact.double())
     with pytest.raises(ValueError, match="contiguous rows"):
         swiglu(gate_up[:, ::2], dact[:, :15])
+    with pytest.raises(ValueError, match=r"gate_up is \(4, 59\).*\[4, 58\]"):
+        swiglu(gate_up[:, :59], dact[:, :29])
 
 
 @pytest.mark.gpu
