@@ -55,6 +55,7 @@ class Marks:
         self._how, self._tags = how, tags
         self._free = (chr(i) for i in range(0xF0000, 0x10FFFE) if chr(i) not in taken)
         self._of: dict[str, tuple[Leaf, str, bool]] = {}  # what a mark means: its text, its pair, whether it ends it
+        self.unmarked: set[int] = set()  # messages with a text that is too short for these marks
 
     def message(self, message: dict, index: int) -> dict:
         marked = dict(message)
@@ -95,6 +96,7 @@ class Marks:
         core, inset = leaf.text, int(self._how.inside)
         opened, ended = next(self._free, None), next(self._free, None)
         if ended is None or len(core) <= 2 * inset:
+            self.unmarked.add(leaf.message)
             return leaf.whole
         self._of[opened], self._of[ended] = (leaf, opened, False), (leaf, opened, True)
         marked = f"{core[:inset]}{opened}{core[inset : len(core) - inset]}{ended}{core[len(core) - inset :]}"

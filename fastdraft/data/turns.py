@@ -172,7 +172,7 @@ class Turns:
                 plain, places = marks.find(self.template.render(marked, marked_tools))
             except Refused:
                 continue
-            if plain == full:
+            if plain == full and len(messages) - 1 not in marks.unmarked:
                 return how, marks, places
         return None, None, []
 

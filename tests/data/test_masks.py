@@ -276,6 +276,17 @@ def test_a_prompt_that_opens_what_the_answer_lacks_is_counted():
     assert runs(tokenizer, done.samples[0]) == ["b<|im_end|>"] and done.unopened == 0
 
 
+def test_a_template_that_looks_at_a_texts_beginning_or_length():
+    """Marks would change its rendering; in a text too short for marks inside, the text itself is looked for."""
+    for added in ("('!' if m.content.startswith('b') else '')", "(m.content | length | string)"):
+        template = TEMPLATES["phi3"].replace("m.content", f"{added} + m.content")
+        tokenizer = make_tokenizer(template)
+        done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(chat("bbb", "bxb", "b", "bu"))))
+        before = "!!" if "!" in added else "32"
+        expected = [f"{sign}{text}<|end|>" for sign, text in zip(before, ("bxb", "bu"), strict=True)]
+        assert [runs(tokenizer, sample) for sample in done.samples] == [expected] and not done.left_out
+
+
 def test_private_use_characters_of_the_data_are_no_marks():
     messages = chat("\U000f0000\U000f0001", "\U000f0000a\U000f0002", "b", "\U000f0001")
     tokenizer = make_tokenizer()
