@@ -20,11 +20,11 @@ SIZES = {
     16: "moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size kv_lora_rank q_lora_rank",
     8: "num_hidden_layers n_layer n_layers decoder_layers num_layers head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim "
     "state_size mamba_d_state mamba_n_heads mamba_d_head mamba_num_heads mamba_head_dim linear_key_head_dim "
-    "linear_value_head_dim hidden_size_per_layer_input rotary_dim d_kv",
+    "linear_value_head_dim linear_head_dim hidden_size_per_layer_input rotary_dim d_kv",
     4: "num_attention_heads n_head n_heads decoder_attention_heads num_heads num_experts num_local_experts expert_num "
     "n_routed_experts sliding_window time_step_rank",
     2: "num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk mamba_expand "
-    "linear_num_value_heads linear_num_key_heads encoder_layers eos_token_id",
+    "linear_num_value_heads linear_num_key_heads linear_num_heads encoder_layers eos_token_id",
     1: "n_group topk_group n_groups mamba_n_groups bos_token_id",
     0: "num_kv_shared_layers pad_token_id",
     96: "vocab_size vocab_size_per_layer_input",

@@ -148,14 +148,23 @@ def test_a_masked_step_is_skipped_with_a_count(make_config, monkeypatch):
 # --- stop and go on ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, tuple[list[dict], dict[str, torch.Tensor]]]:
+    """What `whole` found, by the settings that were changed: several tests compare with the same uninterrupted run."""
+    return {}
+
+
 @pytest.fixture
-def whole(make_config, tmp_path):
-    """An uninterrupted run of 6 steps: its losses and last tensors."""
+def whole(make_config, tmp_path, whole_runs):
+    """An uninterrupted run of 6 steps: its losses and last tensors, which are for reading."""
 
     def run(**changes):
-        config = make_config(run_dir=str(tmp_path / "whole"), **changes)
-        train(config)
-        return losses(config.run_dir), weights(config.run_dir)
+        key = json.dumps(changes, sort_keys=True)
+        if key not in whole_runs:
+            config = make_config(run_dir=str(tmp_path / "whole"), **changes)
+            train(config)
+            whole_runs[key] = losses(config.run_dir), weights(config.run_dir)
+        return whole_runs[key]
 
     return run
 
