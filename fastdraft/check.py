@@ -21,7 +21,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import ttt_engine_step
 from fastdraft.model.eagle3.golden import Golden, RunStep, load_golden, worst_errors
 from fastdraft.model.eagle3.ref import ttt_ref_step
-from fastdraft.precision import pick_dtype, speed
+from fastdraft.model.precision import pick_dtype, speed
 
 ENGINES: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
 TOLERANCE = 1e-5  # relative, in float64 and float32; the cases' own norms round through float32

@@ -32,11 +32,11 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other, start_store
 from fastdraft.features.store import Store
 from fastdraft.files import GIB
-from fastdraft.model.method import Step
+from fastdraft.model.method import DraftStep
 from fastdraft.model.methods import method_of, named_method
+from fastdraft.model.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.target_config import language_config, longest_context, named_dtype, read_target_config
-from fastdraft.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.cached import StoreCache
 from fastdraft.target.hf import (
@@ -225,7 +225,7 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, counts)
 
 
-def build_step(config: Config, draft: nn.Module, target: Target | Ends) -> Step:
+def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftStep:
     return method_of(draft).build_step(config, draft, target.head, target.device)
 
 
@@ -333,7 +333,7 @@ def evaluate_run(
 def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set: Dataset) -> TauReport:
     """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype."""
     batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
-    step = build_step(config, draft, target)
+    step = make_step(config, draft, target)
     return evaluate_tau(
         lambda batch: step.rows(batch, target.capture(batch.to(target.device))), batches, method_of(draft).num_steps(config)
     )

@@ -36,11 +36,11 @@ from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
-    build_step,
     check_precision,
     compute_dtype,
     fit_to_target,
     load_data,
+    make_step,
     name_run_dtypes,
     new_draft,
     open_source,
@@ -103,7 +103,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     messages += about_resume
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    trainer = build_step(config, draft, source.ends)
+    trainer = make_step(config, draft, source.ends)
 
     def save(step: int) -> None:
         source.flush()

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from tiny import save_target
 from transformers import AutoModelForCausalLM
 
-from fastdraft import precision
 from fastdraft.answers.local import name_dtype
 from fastdraft.checkpoint import _state_checksum, list_checkpoints, read_state
 from fastdraft.features.meta import read_meta
+from fastdraft.model import precision
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.offline import capture_features
 from fastdraft.run import (
@@ -58,7 +58,7 @@ def rewrite_dtypes(run_dir: Path, target: str, draft: str) -> None:
 
 
 def measured(environment: dict[str, str]) -> float:
-    code = "from fastdraft.precision import bf16_slowdown; import torch; n = torch.get_num_threads()\n"
+    code = "from fastdraft.model.precision import bf16_slowdown; import torch; n = torch.get_num_threads()\n"
     code += "factor = bf16_slowdown(); assert torch.get_num_threads() == n; print(factor)"
     inherited = {name: value for name, value in os.environ.items() if name not in AVX2_ONLY}
     run = subprocess.run(

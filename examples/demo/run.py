@@ -41,17 +41,17 @@ from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.precision import speed
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.optim import FlatAdamW
-from fastdraft.precision import speed
 from fastdraft.report import render_summary, write_report, write_summary
 from fastdraft.run import (
-    build_step,
     compute_dtype,
     evaluate_held_out,
     export_run,
     fit_to_target,
     load_data,
+    make_step,
     name_dtypes,
     new_draft,
     open_run,
@@ -278,7 +278,7 @@ def pack_seconds(config: Config, target: Target, data: Prepared) -> tuple[float,
     draft.to(target.device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, config.max_steps, dtype)
     draft.embed_tokens.to(dtype)
-    engine = build_step(config, draft, target)
+    engine = make_step(config, draft, target)
     (batch,) = next(Loader(data.train, config.data.pack_tokens, 1, config.data.seed))
     features = target.capture(batch.to(target.device))  # the first of each warms up
 

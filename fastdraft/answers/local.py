@@ -25,7 +25,7 @@ from fastdraft.answers.dialogue import Dialogue, answer_message
 from fastdraft.answers.job import Job, Sampling, Stopped
 from fastdraft.data.config import TEMPLATE_DATE, checked_date, checked_template_kwargs, writes_date
 from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
-from fastdraft.precision import DTYPES, Dtype, auto_line, bf16_is_slow, pick_dtype, slow_line
+from fastdraft.model.precision import DTYPES, Dtype, auto_line, bf16_is_slow, pick_dtype, slow_line
 from fastdraft.target.hf import Target, cache_name, load_target, load_tokenizer
 from fastdraft.target.identity import target_fingerprint
 

@@ -68,7 +68,7 @@ def _by_count(counts: np.ndarray) -> np.ndarray:
 
 def read_vocab_mapping(path: Path, vocab_size: int) -> Tensor:  # [Vd] int64, ascending target ids
     """The draft vocabulary of a vocab_mapping.pt. Raises ValueError when d2t and t2d disagree or are of another target."""
-    d2t, t2d = load_tensors(path, "d2t", "t2d")
+    d2t, t2d = load_dump(path, "d2t", "t2d")
     t2d = t2d.bool()
     ids = d2t.to(torch.int64) + torch.arange(d2t.numel())
     if t2d.shape != (vocab_size,):
@@ -78,7 +78,7 @@ def read_vocab_mapping(path: Path, vocab_size: int) -> Tensor:  # [Vd] int64, as
     return ids
 
 
-def load_tensors(path: Path, *names: str) -> list[Tensor]:
+def load_dump(path: Path, *names: str) -> list[Tensor]:
     """The named tensors of a torch.save dict. ValueError: the file cannot be read, or holds something else there."""
     try:
         if path.suffix == ".gz":

@@ -61,11 +61,6 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def world_here() -> int:
-    """Processes of the run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def speaker() -> str:
     """How this process names itself in a message: under torchrun all of them speak."""
     return f"fastdraft, rank {rank()}" if "RANK" in os.environ else "fastdraft"

@@ -43,7 +43,7 @@ class Findings(NamedTuple):
     warnings: list[str]
 
 
-class Step(Protocol):
+class DraftStep(Protocol):
     """Runs training steps of a draft against a target's head."""
 
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
@@ -83,7 +83,7 @@ class Method(NamedTuple):
     draft: type[nn.Module]
     architecture: str  # in the engines' config.json
     num_steps: Callable[[Config], int]  # T, the steps that `Rows` has of every token
-    build_step: Callable[[Config, nn.Module, TargetHead, torch.device], Step]
+    build_step: Callable[[Config, nn.Module, TargetHead, torch.device], DraftStep]
     fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data
     step_cost: Callable[..., tuple[tuple[Row, ...], tuple[Row, ...]]]  # bytes of a step, FLOPs a token: for --plan
     pair_cost: Callable[[BaseModel, int, Config], float]  # attention's share of a document's cost, for dealing packs

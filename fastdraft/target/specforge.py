@@ -24,7 +24,7 @@ import torch
 
 from fastdraft.batch import Batch, Features
 from fastdraft.data.samples import Sample, record_batch
-from fastdraft.data.vocab import load_tensors
+from fastdraft.data.vocab import load_dump
 from fastdraft.features.meta import DTYPES, Meta
 from fastdraft.features.store import SHARD_BYTES, Store, document_keys, shard_number
 from fastdraft.features.writer import ShardWriter
@@ -49,7 +49,7 @@ def read_dump(path: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype)
 
     Raises ValueError naming the file and the fault; also when its numbers do not fit `dtype` exactly.
     """
-    ids, mask, g, f = load_tensors(path, "input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
+    ids, mask, g, f = load_dump(path, "input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
     states = {"g": g, "f": f}
     n = ids.numel()
     if ids.shape != (n,) or mask.shape != (n,) or not bool(((mask == 0) | (mask == 1)).all()):
