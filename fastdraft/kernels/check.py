@@ -16,7 +16,7 @@ from fastdraft.kernels.jit import triton
 
 COVERED = (torch.bfloat16, torch.float32)  # what the Triton kernels read and write
 
-# "rows": each x[j] lies in one piece, and the rows may lie apart. "whole": all of x lies in one piece.
+# "rows": each x[j] of two or three dimensions lies in one piece, and the rows may lie apart. "whole": all of x does.
 Layout = Literal["any", "rows", "whole"]
 
 
@@ -43,7 +43,7 @@ def check(
         return
     if (
         (x.shape != shape and not _same_shape(x.shape, shape))
-        or (dtype is not None and x.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)))
+        or (dtype is not None and x.dtype != dtype and not (isinstance(dtype, tuple) and x.dtype in dtype))
         or (device is not None and x.device != device)
         or (layout != "any" and not _lies(x, layout))
     ):
@@ -65,26 +65,20 @@ def check_covered(
 
 
 def _same_shape(shape: torch.Size, needed: Sequence[int | str | AtLeast]) -> bool:
-    if len(shape) != len(needed):
-        return False
-    for length, need in zip(shape, needed, strict=True):
-        if isinstance(need, AtLeast):
-            if length < need.length:
-                return False
-        elif not isinstance(need, str) and length != need:
-            return False
-    return True
+    return len(shape) == len(needed) and all(map(_fits, shape, needed))
+
+
+def _fits(length: int, need: int | str | AtLeast) -> bool:
+    if isinstance(need, AtLeast):
+        return length >= need.length
+    return length == need or isinstance(need, str)
 
 
 def _lies(x: Tensor, layout: Layout) -> bool:
     if layout == "whole":
         return x.is_contiguous()
-    stride = 1
-    for dim in range(x.ndim - 1, 0, -1):
-        if x.stride(dim) != stride:
-            return False
-        stride *= x.shape[dim]
-    return True
+    assert x.ndim in (2, 3)
+    return x.stride(-1) == 1 and (x.ndim == 2 or x.stride(-2) == x.shape[-1])
 
 
 def _sentence(name, x, shape, dtype, device, layout) -> str:

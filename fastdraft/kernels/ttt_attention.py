@@ -762,14 +762,13 @@ def _ttt_attention_bwd_kv(
     scale: float,
     dk0: Tensor,  # [N, Hkv, D] fp32, added to
     dv0: Tensor,  # [N, Hkv, D] fp32, added to
-    index: tuple[Tensor, Tensor] | None = None,  # of `_ttt_attention_index`, when the caller keeps it
     config: TTTAttentionConfig | None = None,
 ) -> None:
     """Gradient of K^0, V^0."""
     if q.shape[0] == 0 or k0.shape[0] == 0:
         return
     tile = (config or _config(q, k0)).bwd_kv
-    tiles, counts = index or _ttt_attention_index(pos, doc_start, k0.shape[0], tile)
+    tiles, counts = _ttt_attention_index(pos, doc_start, k0.shape[0], tile)
     _ttt_attention_bwd_kv_kernel[(k0.shape[1], tiles.shape[0])](
         _described(dout, tile.rows, tile),
         _described(q, tile.rows, tile),
