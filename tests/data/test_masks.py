@@ -287,10 +287,11 @@ def test_a_template_that_looks_at_a_texts_beginning_or_length():
         assert [runs(tokenizer, sample) for sample in done.samples] == [expected] and not done.left_out
 
 
-# A call is a message of its own behind what is thought, as in gpt-oss; OPTIONAL and TEST look at the texts of tools and calls.
+# A call is a message of its own behind what is thought, as in gpt-oss; OPTIONAL and TEST look at texts of tools and calls.
 CALLS_BESIDE = (
     "{% for tool in tools or [] %}{% set f = tool.function %}{{ f.name }}(OPTIONAL){% endfor %}"
-    "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}"
+    "{% for m in messages %}{% if m.role != 'assistant' %}"
+    "{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}"
     "{% elif m.tool_calls %}{% if m.content %}{{ '<|start|>assistant<|message|>' + m.content + '<|end|>' }}{% endif %}"
     "{% for call in m.tool_calls %}{% set f = call.function %}{{ '<|start|>assistant to=' + f.name TEST }}"
     "{{ '<|message|>' + f.arguments | tojson + '<|call|>' }}{% endfor %}"
