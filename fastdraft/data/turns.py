@@ -141,9 +141,11 @@ class Turns:
         prefix = prompt is not None and full.startswith(prompt)
         own = [place for place in places if place.leaf.message == last and not (prefix and place.start < len(prompt))]
         given = [place for place in places if place.leaf.message != last]
-        if how is None or (not own and message.get("tool_calls") and not how.calls):
+        begin = len(prompt) if prefix else own[0].start if own else 0
+        calls = message.get("tool_calls", ())
+        if how is None or (not own and calls and (not how.calls or all(_identified(call, full[begin:]) for call in calls))):
             return self._by_search(message, full, prompt)
-        _refuse_cut(message, full, own, marks.pairs(last), how, len(prompt) if prefix else own[0].start if own else 0)
+        _refuse_cut(message, full, own, marks.pairs(last), how, begin)
         if prefix:
             start, lacks = len(prompt), ""
             if not self.template.header and self.template.marks:
@@ -276,7 +278,7 @@ def _refuse_cut(
         if how.calls:
             lost = {leaf.kind for leaf in missing if leaf.kind in ("name", "arguments") and leaf.call == i}
             has_arguments = any(leaf.kind == "arguments" and leaf.call == i for leaf in pairs.values())
-            if "arguments" in lost or ("name" in lost and not has_arguments):
+            if "arguments" in lost or ("name" in lost and not has_arguments and not _identified(call, full[start:])):
                 raise LeftOut(NO_CALLS)
         elif not own or not _shows_call(full[start:], call):
             raise LeftOut(NO_CALLS)
@@ -286,11 +288,18 @@ def _refuse_cut(
         raise LeftOut("the chat template changes their text")
 
 
-def _call_texts(call: dict) -> list[tuple[str, str]]:
-    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or without any its name."""
+def _call_texts(call: dict) -> list[tuple[str, ...]]:
+    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or without any its name or id."""
     function = call.get("function", call)
-    texts = list(strings(function.get("arguments"))) or [function["name"]]
+    texts = list(strings(function.get("arguments")))
+    if not texts:
+        return [tuple(filter(None, (function["name"], call.get("id"))))]
     return [(text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
+
+
+def _identified(call: dict, text: str) -> bool:
+    """Whether the text has a call's id, which a template may render instead of its name (Kimi K2)."""
+    return bool(call.get("id")) and call["id"] in text
 
 
 def _shows_call(text: str, call: dict) -> bool:

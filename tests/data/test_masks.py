@@ -336,6 +336,21 @@ def test_a_call_that_stands_before_the_text_beside_it_is_rendered():
     assert [runs(tokenizer, sample) for sample in done.samples] == [["[g!]look<|end|>"]] and done.left_out == []
 
 
+@pytest.mark.parametrize("content", ["", "look"])
+def test_a_call_that_the_template_renders_by_its_id(content):
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ '[' + call.id + ']' + call.function.arguments | tojson }}{% endfor %}"
+        "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    call = {"id": "functions.weather:0", "type": "function", "function": {"name": "weather", "arguments": {}}}
+    tokenizer = make_tokenizer(template)
+    messages = (*chat("a"), {"role": "assistant", "content": content, "tool_calls": [call]})
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, messages))
+    trained = [runs(tokenizer, sample) for sample in done.samples]
+    assert trained == [[f"{content}[functions.weather:0]{{}}<|end|>"]] and done.left_out == []
+
+
 def test_reasoning_that_the_template_renders_in_part_is_not_there_twice():
     messages = chat("a", "I use <think> as a tag </think> here.")
     done = _chats["qwen3"](Conversation("f:1", 0, tuple(messages)))
