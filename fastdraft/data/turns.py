@@ -289,7 +289,7 @@ def _refuse_cut(
 
 
 def _call_texts(call: dict) -> list[tuple[str, ...]]:
-    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or without any its name or id."""
+    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or else its name or id."""
     function = call.get("function", call)
     texts = list(strings(function.get("arguments")))
     if not texts:
