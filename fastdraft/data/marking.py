@@ -40,12 +40,21 @@ class Place:
 class How:
     """A way to set marks."""
 
-    calls: bool  # also into names and arguments of calls, and into the tools
+    calls: bool  # also into names and arguments of calls
+    tools: bool  # also into the tools
     inside: bool  # after a text's first character and before its last
     given: bool  # into all messages, or into the last only
 
 
-HOWS = (How(True, False, True), How(False, False, True), How(False, True, True), How(True, False, False))
+HOWS = (
+    How(True, True, False, True),
+    How(True, False, False, True),
+    How(False, False, False, True),
+    How(False, False, True, True),
+    How(True, False, False, False),
+)
+# What templates compare in a tool instead of writing it: a mark would change what they find.
+COMPARED = ("type", "required", "enum")
 
 
 class Marks:
@@ -71,7 +80,7 @@ class Marks:
         return marked
 
     def tools(self, tools: list[dict] | None) -> list[dict] | None:
-        return self._values(tools, -1, "tools") if self._how.calls and self._how.given else tools
+        return self._values(tools, -1, "tools") if self._how.tools and self._how.given else tools
 
     def _call(self, call: dict, index: int, number: int) -> dict:
         function = call.get("function", call)
@@ -82,7 +91,7 @@ class Marks:
     def _values(self, value: Any, index: int, kind: str, call: int = 0) -> Any:
         if isinstance(value, dict):
             return {
-                k: v if k == "type" and kind == "tools" else self._values(v, index, kind, call) for k, v in value.items()
+                k: v if k in COMPARED and kind == "tools" else self._values(v, index, kind, call) for k, v in value.items()
             }
         if isinstance(value, list):
             return [self._values(v, index, kind, call) for v in value]

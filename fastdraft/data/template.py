@@ -104,6 +104,18 @@ class ChatTemplate:
         return prompt[len(before) :] if prompt.startswith(before) else ""
 
     @cached_property
+    def lead(self) -> str:
+        """Words that an answer begins with behind the generation prompt (gpt-oss: the name of a channel), without tags."""
+        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+        try:
+            prompt, text = self._probe(chat[:1], add_generation_prompt=True), self._probe(chat)
+        except Refused:
+            return ""
+        before = text.partition(ANSWER)[0]
+        within = before.removeprefix(prompt) if self.header and before.startswith(prompt) else ""
+        return self.tags.sub("", within).strip()
+
+    @cached_property
     def headers(self) -> list[tuple[str, str]]:
         """The generation prompt, and what is left of it without the tags that it may open at its end (<think>): pairs of
         the beginning that a rendered turn may share, and the opened rest that it then lacks."""
@@ -154,6 +166,15 @@ class ChatTemplate:
     def added(self) -> dict[int, str]:
         """Texts of the tokens that stand beside the vocabulary; they are found in a text before anything else."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
+
+    def without_added(self, text: str) -> str:
+        """The text with the added tokens in it blotted out, letter by letter."""
+        return self._added_pattern.sub(lambda match: "\0" * len(match.group()), text)
+
+    @cached_property
+    def _added_pattern(self) -> re.Pattern[str]:
+        contents = sorted(filter(None, self.added.values()), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, contents)) or r"(?!)")
 
     @cached_property
     def _special(self) -> set[int]:

@@ -107,7 +107,7 @@ class Turns:
         full = self.template.render(messages, tools) if full is None else full
         prompt = self._prompt(messages[:-1], tools) if prompt is None else prompt
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
-        return _as_served(message, full, prompt, located)
+        return _as_served(message, full, prompt, located, self.template.lead)
 
     def _prompt(self, before: Sequence[dict], tools: list[dict] | None) -> str | None:
         """What is served before the turn. None where nothing asks for it yet: templates refuse to render that."""
@@ -141,9 +141,11 @@ class Turns:
         prefix = prompt is not None and full.startswith(prompt)
         own = [place for place in places if place.leaf.message == last and not (prefix and place.start < len(prompt))]
         given = [place for place in places if place.leaf.message != last]
-        if how is None or (not own and message.get("tool_calls") and not how.calls):
+        begin = len(prompt) if prefix else own[0].start if own else 0
+        calls = message.get("tool_calls", ())
+        if how is None or (not own and calls and (not how.calls or all(_identified(call, full[begin:]) for call in calls))):
             return self._by_search(message, full, prompt)
-        _refuse_cut(message, full, own, marks.pairs(last), how)
+        _refuse_cut(message, full, own, marks.pairs(last), how, begin)
         if prefix:
             start, lacks = len(prompt), ""
             if not self.template.header and self.template.marks:
@@ -152,7 +154,10 @@ class Turns:
             start, lacks = self._after_prompt(messages, tools, how, given, full, prompt, own[0].start)
         if own[0].start < start:
             raise Refused(NOT_SHOWN)
-        end = self.template.turn_end(full, _said(message, full, own[-1].end))
+        said = _said(message, full, own[-1].end)
+        if not how.calls:
+            said = max([said, *self._call_ends(message, full, start)])
+        end = self.template.turn_end(full, said)
         if any(place.end > start and place.start < end for place in given):
             raise Refused("the template sets the text of another message into this turn")
         leaves, shown = own_leaves(message, last, self.template.tags), {place.leaf for place in own}
@@ -191,12 +196,19 @@ class Turns:
             raise Refused("the turn's text cannot be told from the template's")
         thoughts = [leaf.text for leaf in leaves if leaf.kind == "reasoning"]
         reasoning = all(text in full[start:] for text in thoughts)
-        ends = [full.rfind(text, start) + len(text) for text in needed]
-        called = [form for call in calls for forms in _call_texts(call) for form in forms]
-        ends += [full.rfind(form, start) + len(form) for form in called if form in full[start:]]
+        ends = [full.rfind(text, start) + len(text) for text in needed] + self._call_ends(message, full, start)
         if not ends:
             raise LeftOut(NO_TEXT)
         return _Located(start, self.template.turn_end(full, _said(message, full, max(ends))), reasoning)
+
+    def _call_ends(self, message: dict, full: str, start: int) -> list[int]:
+        """Where the texts of calls without marks end in the turn, not those letters of an end-of-turn token."""
+        words = self.template.without_added(full)
+        ends = []
+        for forms in (forms for call in message.get("tool_calls", ()) for forms in _call_texts(call)):
+            shown = [(text.rfind(form, start), len(form)) for text in (words, full) for form in forms]
+            ends.append(next((at + length for at, length in shown if at >= 0), start))
+        return ends
 
     def _after_prompt(
         self,
@@ -251,7 +263,14 @@ class Turns:
             frames[_Frame(order, segments, full[located.end :], located.reasoning, located.lacks)] = None
 
 
-def _refuse_cut(message: dict, full: str, own: list[Place], pairs: dict[str, Leaf], how: How) -> None:
+def _refuse_cut(
+    message: dict,
+    full: str,
+    own: list[Place],
+    pairs: dict[str, Leaf],
+    how: How,
+    start: int,  # where the turn begins, or a place in it
+) -> None:
     """LeftOut if a text or a call of the turn is not in its rendering, or not as it is."""
     shown = {place.pair for place in own}
     missing = [leaf for pair, leaf in pairs.items() if pair not in shown]
@@ -259,9 +278,9 @@ def _refuse_cut(message: dict, full: str, own: list[Place], pairs: dict[str, Lea
         if how.calls:
             lost = {leaf.kind for leaf in missing if leaf.kind in ("name", "arguments") and leaf.call == i}
             has_arguments = any(leaf.kind == "arguments" and leaf.call == i for leaf in pairs.values())
-            if "arguments" in lost or ("name" in lost and not has_arguments):
+            if "arguments" in lost or ("name" in lost and not has_arguments and not _identified(call, full[start:])):
                 raise LeftOut(NO_CALLS)
-        elif not own or not _shows_call(full[own[0].start :], call):
+        elif not own or not _shows_call(full[start:], call):
             raise LeftOut(NO_CALLS)
     if not own or any(leaf.kind == "content" for leaf in missing):
         raise LeftOut(NO_TEXT)
@@ -269,11 +288,18 @@ def _refuse_cut(message: dict, full: str, own: list[Place], pairs: dict[str, Lea
         raise LeftOut("the chat template changes their text")
 
 
-def _call_texts(call: dict) -> list[tuple[str, str]]:
-    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or without any its name."""
+def _call_texts(call: dict) -> list[tuple[str, ...]]:
+    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or else its name or id."""
     function = call.get("function", call)
-    texts = list(strings(function.get("arguments"))) or [function["name"]]
+    texts = list(strings(function.get("arguments")))
+    if not texts:
+        return [tuple(filter(None, (function["name"], call.get("id"))))]
     return [(text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
+
+
+def _identified(call: dict, text: str) -> bool:
+    """Whether the text has a call's id, which a template may render instead of its name (Kimi K2)."""
+    return bool(call.get("id")) and call["id"] in text
 
 
 def _shows_call(text: str, call: dict) -> bool:
@@ -286,11 +312,16 @@ def _said(message: dict, full: str, end: int) -> int:
     return end + len(white) if full.startswith(white, end) else end
 
 
-def _as_served(message: dict, full: str, prompt: str | None, located: _Located) -> Turn:
-    """The turn behind the prompt that is served, where the rendering with the turn has another text before it."""
+def _as_served(message: dict, full: str, prompt: str | None, located: _Located, lead: str) -> Turn:
+    """The turn behind the prompt that is served, where the rendering with the turn has another text before it.
+
+    Reasoning that is cut is not put back where answers have a lead: the model would not begin with the reasoning.
+    """
     start, end = located.start, located.end
     thinks = bool(_reasoning(message))
-    raw = _raw(message, prompt, full[start:end]) if thinks and not located.reasoning and prompt is not None else None
+    raw = None
+    if thinks and not located.reasoning and prompt is not None and not lead:
+        raw = _raw(message, prompt, full[start:end])
     if raw is not None:
         return Turn(prompt + raw + full[end:], (len(prompt), len(prompt) + len(raw)), raw_reasoning=True)
     lost = thinks and not located.reasoning
@@ -311,6 +342,10 @@ def _raw(message: dict, prompt: str, answer: str) -> str | None:
     content, reasoning = message["content"], message.get("reasoning_content")
     if "</think>" in content:
         at = content.rfind("</think>") + len("</think>")
+        said = content[at:].strip()
+        before = answer[: answer.rfind(said)] if said else answer
+        if "</think>" in before:  # the template renders part of the reasoning
+            answer = answer[before.index("</think>") + len("</think>") :]
         white = content[at:][: len(content[at:]) - len(content[at:].lstrip())]
         thought = content[:at] + white
         if opened and thought.lstrip().startswith("<think>"):

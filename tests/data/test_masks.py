@@ -287,6 +287,87 @@ def test_a_template_that_looks_at_a_texts_beginning_or_length():
         assert [runs(tokenizer, sample) for sample in done.samples] == [expected] and not done.left_out
 
 
+# A call is a message of its own behind what is thought, as in gpt-oss; OPTIONAL and TEST look at texts of tools and calls.
+CALLS_BESIDE = (
+    "{% for tool in tools or [] %}{% set f = tool.function %}{{ f.name }}(OPTIONAL){% endfor %}"
+    "{% for m in messages %}{% if m.role != 'assistant' %}"
+    "{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}"
+    "{% elif m.tool_calls %}{% if m.content %}{{ '<|start|>assistant<|message|>' + m.content + '<|end|>' }}{% endif %}"
+    "{% for call in m.tool_calls %}{% set f = call.function %}{{ '<|start|>assistant to=' + f.name TEST }}"
+    "{{ '<|message|>' + f.arguments | tojson + '<|call|>' }}{% endfor %}"
+    "{% else %}{{ '<|start|>assistant<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, {"n": 3}, {"n": "l"}])
+@pytest.mark.parametrize(
+    ("optional", "test"),
+    [
+        ("{{ 'city' in f.parameters.required }}", ""),
+        ("{{ f.name == 'weather' }}", ""),
+        ("", "+ ('!' if f.name == 'weather' else '')"),
+    ],
+)
+def test_a_call_is_trained_whole_where_the_template_compares_texts_of_tools_and_calls(optional, test, arguments):
+    template = CALLS_BESIDE.replace("OPTIONAL", optional).replace("TEST", test)
+    tags = [{"content": f"<|{name}|>"} for name in ("end", "start", "message", "call")]
+    tokenizer = byte_tokenizer(tags, template)
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}, "required": ["city"]}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [*chat("Rain?", "look"), {"role": "tool", "content": "dry"}, {"role": "assistant", "content": "No."}]
+    messages[1]["tool_calls"] = [call]
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages), [{"type": "function", "function": function}]))
+    sign = "!" if test else ""
+    first = f"<|message|>look<|end|><|start|>assistant to=weather{sign}<|message|>{json.dumps(arguments)}<|call|>"
+    assert [runs(tokenizer, sample) for sample in done.samples] == [[first, "<|message|>No.<|end|>"]]
+    assert done.left_out == []
+
+
+def test_a_call_that_stands_before_the_text_beside_it_is_rendered():
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% for call in m.tool_calls or [] %}"
+        "{{ '[' + call.function.name + ('!' if call.function.name == 'g' else '') + ']' }}{% endfor %}"
+        "{{ m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    message = {"role": "assistant", "content": "look", "tool_calls": [TOOL | {"function": {"name": "g", "arguments": {}}}]}
+    tokenizer = make_tokenizer(template)
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, (*chat("a"), message)))
+    assert [runs(tokenizer, sample) for sample in done.samples] == [["[g!]look<|end|>"]] and done.left_out == []
+
+
+@pytest.mark.parametrize("content", ["", "look"])
+def test_a_call_that_the_template_renders_by_its_id(content):
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ '[' + call.id + ']' + call.function.arguments | tojson }}{% endfor %}"
+        "{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    call = {"id": "functions.weather:0", "type": "function", "function": {"name": "weather", "arguments": {}}}
+    tokenizer = make_tokenizer(template)
+    messages = (*chat("a"), {"role": "assistant", "content": content, "tool_calls": [call]})
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, messages))
+    trained = [runs(tokenizer, sample) for sample in done.samples]
+    assert trained == [[f"{content}[functions.weather:0]{{}}<|end|>"]] and done.left_out == []
+
+
+def test_reasoning_that_the_template_renders_in_part_is_not_there_twice():
+    messages = chat("a", "I use <think> as a tag </think> here.")
+    done = _chats["qwen3"](Conversation("f:1", 0, tuple(messages)))
+    assert [runs(_tokenizers["qwen3"], sample) for sample in done.samples] == [[messages[1]["content"] + "<|im_end|>"]]
+    assert done.raw_reasoning == 1
+
+
+def test_reasoning_is_not_put_before_the_words_that_every_answer_begins_with():
+    """The model begins with the name of a channel here, so the reasoning that the template cuts stood elsewhere."""
+    template = TEMPLATES["phi3"].replace("m.content", "(' to=all ' if m.role == 'assistant' else '') + CUT")
+    template = template.replace("CUT", "m.content.split('</think>')[-1]")
+    tokenizer = make_tokenizer(template)
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(chat("a", "<think>x</think>b"))))
+    assert [runs(tokenizer, sample) for sample in done.samples] == [[" to=all b<|end|>"]]
+    assert (done.lost_reasoning, done.raw_reasoning) == (1, 0)
+
+
 def test_private_use_characters_of_the_data_are_no_marks():
     messages = chat("\U000f0000\U000f0001", "\U000f0000a\U000f0002", "b", "\U000f0001")
     tokenizer = make_tokenizer()
