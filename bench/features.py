@@ -27,12 +27,13 @@ from bench.timing import RESULTS, append
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
 from fastdraft.dist.mesh import start_process
-from fastdraft.features.meta import capture_meta, start_store, target_ends
+from fastdraft.features.meta import start_store
 from fastdraft.features.store import Store, list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.run import draft_shape, load_data, open_target, run_meta
 from fastdraft.target.capture import Pack, plan_capture, run_capture
-from fastdraft.target.hf import Target, target_fingerprint
+from fastdraft.target.hf import Target
+from fastdraft.target.identity import capture_meta, target_ends, target_fingerprint
 from fastdraft.target.packed import Documents, packed
 from fastdraft.target.stored import StoreReader
 from fastdraft.train import train

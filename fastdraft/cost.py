@@ -23,9 +23,7 @@ allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch, a 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastdraft.batch import LossKind
+from fastdraft.files import GIB
 from fastdraft.model.buffers import table_bytes
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.memory import buffer_rows, chunk_buffers, fp8_buffers, pack_buffers, pick_chunk_rows
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Engine = Literal["reference", "fused"]
-GIB = 2**30
 ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of log Q, Q, P, P~, those the backward reads
 
 
@@ -255,20 +253,6 @@ def pair_cost(c: DraftConfig, target_params: int, steps: int) -> float:
     target = 2 * c.target_hidden_size * c.num_target_layers
     draft = 9 * c.num_attention_heads * c.head_dim * steps
     return (target + draft) / (2 * target_params + rest.size)
-
-
-def free_disk(path: Path | str, needed: int = 0, what: str = "a checkpoint") -> int:
-    """Free bytes where `path` is or will be. Raises ValueError when `needed` bytes for `what` do not fit."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(
-            f"{what} needs {needed / GIB:.2f} GiB at {path}, which has {free / GIB:.2f} GiB free; "
-            "free some space or choose another folder"
-        )
-    return free
 
 
 def render(plan: Plan, console: Console) -> None:

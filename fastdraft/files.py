@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import xxhash
+
+GIB = 2**30
 
 
 def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
@@ -47,3 +50,17 @@ def file_checksum(path: Path) -> str:
 def json_checksum(value: object) -> str:
     """xxh3-64 of a value as JSON, 16 hex digits; of its text where it is none."""
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def free_disk(path: Path | str, needed: int = 0, what: str = "a checkpoint") -> int:
+    """Free bytes where `path` is or will be. Raises ValueError when `needed` bytes for `what` do not fit."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{what} needs {needed / GIB:.2f} GiB at {path}, which has {free / GIB:.2f} GiB free; "
+            "free some space or choose another folder"
+        )
+    return free

@@ -10,14 +10,14 @@ from typing import Literal
 import filelock
 
 from fastdraft.config import Config
-from fastdraft.cost import GIB, free_disk
 from fastdraft.dist import mesh
-from fastdraft.features.meta import DTYPES, capture_meta, start_store, target_ends
-from fastdraft.features.specforge import import_bytes, import_dumps, list_dumps
+from fastdraft.features.meta import DTYPES, start_store
 from fastdraft.features.store import SHARD_BYTES, Store, census
+from fastdraft.files import GIB, free_disk
 from fastdraft.run import draft_shape, load_data, name_dtypes, open_target, run_meta
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
-from fastdraft.target.hf import target_fingerprint
+from fastdraft.target.identity import capture_meta, target_ends, target_fingerprint
+from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
 
 
 def capture_features(

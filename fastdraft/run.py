@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.config import Config, read_yaml, without_removed
-from fastdraft.cost import GIB, Plan, plan, render
+from fastdraft.cost import Plan, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
@@ -28,33 +28,28 @@ from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
 from fastdraft.decode import DecodeSettings
 from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
-from fastdraft.features.meta import (
-    COMPARED,
-    Meta,
-    capture_meta,
-    expected_meta,
-    read_meta,
-    refuse_other,
-    start_store,
-    target_ends,
-)
-from fastdraft.features.specforge import read_vocab_mapping
+from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other, start_store
 from fastdraft.features.store import Store
-from fastdraft.model.eagle3.config import DraftConfig, language_config, longest_context, named_dtype, read_target_config
+from fastdraft.files import GIB
+from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.ref import ReferenceEngine
+from fastdraft.model.target_config import language_config, longest_context, named_dtype, read_target_config
 from fastdraft.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.serving.export import export_draft, load_draft, verify
+from fastdraft.target.cached import StoreCache
 from fastdraft.target.hf import (
     Target,
     count_target_parameters,
     load_target,
     load_target_config,
     load_tokenizer,
-    target_fingerprint,
 )
-from fastdraft.target.stored import StoreCache, StoredTarget, StoreReader, check_documents
+from fastdraft.target.identity import capture_meta, expected_meta, target_ends, target_fingerprint
+from fastdraft.target.source import Ends, InProcess, Source
+from fastdraft.target.specforge import read_vocab_mapping
+from fastdraft.target.stored import StoreReader, check_documents
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -155,15 +150,13 @@ def target_parameters(config: Config) -> int:
     return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
 
 
-def open_features(
-    config: Config, layers: tuple[int, int, int], device: torch.device, sets: list[Dataset]
-) -> tuple[Target | StoredTarget, StoreReader | None, list[str]]:  # target, reader of the store if any, what to tell
-    """The target, or of a store that has all features only its embedding, head and norm. The store is checked against the
-    run: ValueError names each field that differs. On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32,
-    which loses nothing."""
+def open_source(config: Config, layers: tuple[int, int, int], device: torch.device, sets: list[Dataset]) -> Source:
+    """Where the features of a run come from. A store is checked against the run: ValueError names each field that differs.
+
+    On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32, which loses nothing.
+    """
     if config.features.path is None:
-        target = open_target(config, layers, device)
-        return target, None, runs_apart(target)
+        return InProcess(open_target(config, layers, device))
     folder = Path(config.features.path)
     wanted = run_meta(config, layers)
     if config.features.mode == "cache":
@@ -173,21 +166,14 @@ def open_features(
         mesh.barrier()
         cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), mesh.rank(), mesh.world())
         mesh.barrier()  # nobody writes before all have counted
-        told = [f"{reason}; its documents are run again" for reason in cache.store.damaged.values()]
-        return target, cache, told + runs_apart(target)
+        return cache
     store = Store(folder)
     refuse_other(folder, store.meta, wanted, COMPARED)
-    told = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
+    notes = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
     dtype = torch.float32 if bf16_is_slow(device) else DTYPES[store.meta.target_dtype]
-    return (
-        StoredTarget(*store.ends(device, dtype), store.meta.target),
-        StoreReader(store, device, config.features.on_bad_shard, dtype),
-        told,
-    )
-
-
-def runs_apart(target: Target) -> list[str]:
-    return [f"the target's documents run padded, not packed: {target.apart}"] if target.apart is not None else []
+    reader = StoreReader(store, device, config.features.on_bad_shard, dtype)
+    reader.notes += notes
+    return reader
 
 
 def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:
@@ -234,7 +220,7 @@ def new_draft(config: Config) -> Draft:
 
 
 def fit_to_target(
-    draft: Draft, config: Config, target: Target | StoredTarget, train_set: Dataset
+    draft: Draft, config: Config, target: Target | Ends, train_set: Dataset
 ) -> list[str]:  # what to tell the user
     """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
     told, size = [], draft.config.draft_vocab_size
@@ -276,7 +262,7 @@ def engine_kind(engine: Literal["auto", "fused", "reference"]) -> Literal["fused
     return "fused" if engine == "auto" else engine
 
 
-def build_engine(config: Config, draft: Draft, target: Target | StoredTarget) -> GraphEngine | ReferenceEngine:
+def build_engine(config: Config, draft: Draft, target: Target | Ends) -> GraphEngine | ReferenceEngine:
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
     args = draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
     if engine_kind(config.engine) == "reference":

@@ -27,10 +27,11 @@ from torch import Tensor
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config, without_removed
-from fastdraft.cost import free_disk, pair_cost
+from fastdraft.cost import pair_cost
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.evaluate import TauReport, evaluate_tau
+from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
@@ -44,14 +45,10 @@ from fastdraft.run import (
     load_data,
     name_run_dtypes,
     new_draft,
-    open_features,
+    open_source,
     saved_dtypes,
     target_parameters,
 )
-from fastdraft.target.hf import (
-    target_fingerprint,
-)
-from fastdraft.target.stored import StoreCache, StoredTarget
 
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself
@@ -93,37 +90,34 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
-    target, reader, heard = open_features(config, draft.config.layers, device, [train_set, eval_set])
-    known = [*dtype_lines, *data.lines(), *loader.lines(), *heard, *fit_to_target(draft, config, target, train_set)]
+    source = open_source(config, draft.config.layers, device, [train_set, eval_set])
+    messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
+    messages += fit_to_target(draft, config, source.ends, train_set)
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
     draft.embed_tokens.to(dtype)
-    fingerprint = target.fingerprint if isinstance(target, StoredTarget) else target_fingerprint(target)
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, config.ttt_length, dtype=torch.float64, device=device),
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
     }
-    first_step, told = resume(config, fresh, fingerprint, draft, optimizer, loader, window)
+    first_step, about_resume = resume(config, fresh, source.ends.fingerprint, draft, optimizer, loader, window)
+    messages += about_resume
     if first_step >= total_steps:
-        told.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    engine = build_engine(config, draft, target)
-
-    def capture(batch: Batch) -> tuple[Batch, Features]:
-        return reader.capture(batch) if reader else (batch, target.capture(batch.to(device)))
+        messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
+    engine = build_engine(config, draft, source.ends)
 
     def save(step: int) -> None:
-        if isinstance(reader, StoreCache):
-            reader.flush()
+        source.flush()
         tensors = run_tensors(optimizer, draft, window)
         free_disk(run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
-        state = {"step": step, "loader": ahead.state_dict(), "target": fingerprint, "draft": draft.config.model_dump()}
-        state["config"] = config.model_dump()
+        state = {"step": step, "loader": ahead.state_dict(), "target": source.ends.fingerprint}
+        state |= {"draft": draft.config.model_dump(), "config": config.model_dump()}
         checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
 
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
         report = evaluate_tau(
-            lambda batch: engine.rows(*capture(batch)),
+            lambda batch: engine.rows(*source.capture(batch)),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
             config.ttt_length,
             reduce=mesh.all_sum,
@@ -146,9 +140,8 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
 
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        if reader:
-            stack.callback(reader.close)
-        ahead = stack.enter_context(Ahead(loader, device.type == "cuda", announce=reader.expect if reader else None))
+        stack.callback(source.close)
+        ahead = stack.enter_context(Ahead(loader, device.type == "cuda", announce=source.expect))
         if data.stream:
             stack.callback(data.stream.close)
         metrics = None
@@ -157,7 +150,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             metrics = stack.enter_context(
                 Metrics(run_dir, config.metrics, total_steps, resume_step=first_step or None, settings=config.model_dump())
             )
-            for line in [*known, *told]:
+            for line in messages:
                 metrics.say(line)
         recent: list[Recent] = []  # the steps since the last look at the device
         saved = first_step
@@ -169,7 +162,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
-                batch, features = capture(batch)
+                batch, features = source.capture(batch)
                 step_sums += engine.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
             mesh.all_sum(optimizer.grad)
@@ -191,15 +184,12 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
                 if metrics:
                     values = train_values(window["sums"], config.loss.step_decay)
                     values["skipped_steps"] = int(window["skipped_steps"])
-                    if reader and reader.skipped + reader.run_again:
-                        values["skipped_documents"], values["damaged_documents"] = reader.skipped, reader.run_again
+                    values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
                     values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
-                    values["data_wait"] = (ahead.waited + (reader.waited if reader else 0.0)) / seconds
+                    values["data_wait"] = (ahead.waited + source.waited) / seconds
                     metrics.log(step, values)
-                ahead.waited = 0.0
-                if reader:
-                    reader.waited = 0.0
+                ahead.waited = source.waited = 0.0
                 for numbers in window.values():
                     numbers.zero_()
                 recent.clear()
@@ -207,11 +197,10 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
                 save(step)
                 saved = step
             if hold_out:
-                began, waited = time.perf_counter(), reader.waited if reader else 0.0
+                began, waited = time.perf_counter(), source.waited
                 saved = evaluate(step, saved)
-                clock += time.perf_counter() - began  # the clock is of training alone
-                if reader:
-                    reader.waited = waited
+                clock += time.perf_counter() - began  # the clock is of training alone, and so is the waiting
+                source.waited = waited
             if stopping:
                 if metrics:
                     metrics.say(

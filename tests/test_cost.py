@@ -19,7 +19,8 @@ from fastdraft import checkpoint as checkpoints
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.cost import free_disk, pair_cost, plan, render
+from fastdraft.cost import pair_cost, plan, render
+from fastdraft.files import free_disk
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine

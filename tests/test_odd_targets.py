@@ -15,7 +15,8 @@ from transformers.models.mllama.configuration_mllama import MllamaConfig, Mllama
 
 from fastdraft.data.prepare import prepare
 from fastdraft.features.store import Store
-from fastdraft.model.eagle3.config import DraftConfig, language_config, longest_context
+from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.target_config import language_config, longest_context
 from fastdraft.offline import capture_features
 from fastdraft.run import load_data, new_draft, open_target, own_dtype, predict
 from fastdraft.target.hf import load_target, load_tokenizer

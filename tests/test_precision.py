@@ -28,13 +28,14 @@ from fastdraft.run import (
     evaluate_run,
     export_run,
     name_dtypes,
-    open_features,
     open_run,
+    open_source,
     predict,
     print_plan,
     target_dtype,
 )
-from fastdraft.target.hf import load_target, target_fingerprint
+from fastdraft.target.hf import load_target
+from fastdraft.target.identity import target_fingerprint
 from fastdraft.train import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -202,8 +203,8 @@ def test_a_store_keeps_the_dtype_it_was_begun_in(make_config, cpu, tmp_path, cap
     assert train(config).steps == 6
     if mode == "read":  # nothing is computed in bf16, not the teacher either
         capsys.readouterr()
-        target, reader, _ = open_features(named, (1, 3, 4), CPU, [])
-        assert target.dtype == target.head.weight.dtype == reader.dtype == torch.float32
+        source = open_source(named, (1, 3, 4), CPU, [])
+        assert source.ends.dtype == source.ends.head.weight.dtype == source.dtype == torch.float32
         told = []
         capture_features(make_config(**AUTO), store, say=told.append)  # goes on in what it was begun in
         assert "because the feature store" in told[0]

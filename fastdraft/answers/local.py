@@ -26,7 +26,8 @@ from fastdraft.answers.job import Job, Sampling, Stopped
 from fastdraft.data.config import TEMPLATE_DATE, checked_date, checked_template_kwargs, writes_date
 from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
 from fastdraft.precision import DTYPES, Dtype, auto_line, bf16_is_slow, pick_dtype, slow_line
-from fastdraft.target.hf import Target, cache_name, load_target, load_tokenizer, target_fingerprint
+from fastdraft.target.hf import Target, cache_name, load_target, load_tokenizer
+from fastdraft.target.identity import target_fingerprint
 
 GROUPED = "fastdraft_grouped"
 

@@ -14,12 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from fastdraft.files import file_checksum, json_checksum, publish, write_file
-from fastdraft.model.eagle3.config import language_config, read_json
-from fastdraft.target.hf import Target, checkpoint_fingerprint, load_target_config, load_tokenizer
 
 FORMAT = 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -59,7 +55,6 @@ class Meta:
 
 
 COMPARED = ("config", "weights", "tokenizer", "layers", "hidden_size", "target_dtype")  # a run against a store
-IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
 SAID = {
     "format": "store format",
     "target": "target weights",
@@ -136,44 +131,3 @@ def start_store(folder: Path, meta: Meta, ends: dict[str, Tensor]) -> Meta:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     write_file(folder / "meta.json", (json.dumps(asdict(meta), indent=1) + "\n").encode())
-
-
-def target_ends(target: Target) -> dict[str, Tensor]:
-    """What training needs of a target besides its features: embedding, lm_head, final norm."""
-    ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
-    ends["final_norm"] = target.final_norm
-    if target.head.weight.data_ptr() == target.embedding.data_ptr():
-        del ends["head.weight"]
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in ends.items() if tensor is not None}
-
-
-def expected_meta(
-    path: str,  # of the target
-    trust_remote_code: bool,
-    layers: tuple[int, int, int],
-    target_dtype: str,  # bf16 or fp32
-) -> Meta:
-    """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""
-    facts = load_target_config(path, trust_remote_code)
-    written = read_json(Path(cached_file(path, "config.json")))  # without defaults, which change with transformers
-    return Meta(
-        target="",
-        weights=checkpoint_fingerprint(path),
-        config=json_checksum({k: v for k, v in written.items() if k not in IDLE_FACTS}),
-        tokenizer=_tokenizer_hash(load_tokenizer(path, trust_remote_code)),
-        layers=layers,
-        hidden_size=language_config(facts)["hidden_size"],
-        target_dtype=target_dtype,
-        dtype=target_dtype,
-    )
-
-
-def capture_meta(wanted: Meta, target: Target, fingerprint: str, **changes) -> Meta:
-    """A run's `expected_meta` with what only its loaded target tells; `changes` win."""
-    head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
-    return replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return json_checksum(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))

@@ -31,7 +31,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastdraft.batch import Batch, TargetHead
-from fastdraft.cost import free_disk
 from fastdraft.features.meta import (
     DTYPES,
     WIDTHS,
@@ -40,7 +39,7 @@ from fastdraft.features.meta import (
     refuse_other,
     write_meta,
 )
-from fastdraft.files import file_checksum, publish
+from fastdraft.files import file_checksum, free_disk, publish
 
 SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
 INDEX_BYTES = 40  # of a document

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
-from fastdraft.model.eagle3.config import language_config, named_dtype, read_target_config
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.target_config import language_config, named_dtype, read_target_config
 from fastdraft.serving.engines import EnginePlace, Run, Served, engine_version, run_engine
 from fastdraft.serving.export import load_draft
 from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose

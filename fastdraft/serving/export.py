@@ -29,19 +29,21 @@ from transformers import PretrainedConfig
 from fastdraft.model.eagle3.config import (
     ARCHITECTURE,
     DraftConfig,
-    canonical_rope,
     default_layers,
-    language_config,
-    named_dtype,
-    read_json,
-    read_target_config,
     serving_layers,
     serving_malformed,
     serving_problems,
     serving_rope,
-    target_rope,
 )
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.target_config import (
+    canonical_rope,
+    language_config,
+    named_dtype,
+    read_json,
+    read_target_config,
+    target_rope,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MANDATORY = (

@@ -24,12 +24,12 @@ import xxhash
 from datasets import Dataset
 
 from fastdraft.batch import Batch
-from fastdraft.cost import GIB, free_disk
 from fastdraft.data.loader import Loader, eval_packs, read_pack
 from fastdraft.dist import mesh
 from fastdraft.features.meta import Meta
 from fastdraft.features.store import INDEX_BYTES, SHARD_BYTES, document_keys, list_shards, needed, shard_number
 from fastdraft.features.writer import ShardWriter
+from fastdraft.files import GIB, free_disk
 from fastdraft.target.hf import Target
 
 LOCKS = "claims"

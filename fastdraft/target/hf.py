@@ -10,7 +10,6 @@ why. Three forward hooks keep the outputs of the layers the draft reads; no othe
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import json
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,11 +32,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.model.eagle3.config import default_layers, first_line, refuse_strange_dtype, silent_layers
+from fastdraft.model.eagle3.config import default_layers, silent_layers
 from fastdraft.model.graph import GraphPool
+from fastdraft.model.target_config import first_line, refuse_strange_dtype
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
@@ -407,34 +406,6 @@ def _refuse_strange_dtype_at(path: str) -> None:
         return
     if isinstance(config, dict):
         refuse_strange_dtype(config)
-
-
-def target_fingerprint(target: Target) -> str:
-    """Names a target by what a draft depends on: its shape fields and 64 values of every weight. 16 hex digits."""
-    fields = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters")
-    config = target.config.to_dict()
-    digest = hashlib.sha256(json.dumps({k: config.get(k) for k in fields}, sort_keys=True, default=str).encode())
-    for weight in target.model.parameters():
-        flat = weight.detach().flatten()
-        digest.update(flat[:: -(-len(flat) // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def checkpoint_fingerprint(path: str) -> str:
-    """Names a checkpoint on disk without loading it: every tensor's name, shape and first 64 values, however they are
-    spread over files. 16 hex digits. Raises ValueError when it is not in safetensors."""
-    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
-    found: dict[str, bytes] = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118, it is no dict
-                part = opened.get_slice(name)
-                shape = part.get_shape()
-                values = part[(*(slice(0, 1) for _ in shape[:-1]), slice(0, 64))] if shape else opened.get_tensor(name)
-                found[name] = json.dumps([name, shape, values.float().flatten().tolist()]).encode()
-    if not found:
-        raise ValueError(f"target {path!r} has no *.safetensors files to tell its weights by; save it as safetensors")
-    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
 def _is_finite(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Training from a store: a reader that is two packs ahead of the training, and the store as a cache before the target.
+"""Training from a feature store: a reader that is two packs ahead of the training.
 
 A pack's rows are copied out of the mapped shards into one staging buffer (pinned, where there is a GPU), checked against
 their documents' checksums there, sent to the device on a stream of its own, widened from fp8 there, and laid where the
@@ -14,56 +14,28 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-import filelock
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.batch import Batch, Features
 from fastdraft.data.samples import scan
 from fastdraft.features.fp8 import dequantize
 from fastdraft.features.meta import DTYPES
 from fastdraft.features.store import (
-    HEADER_BYTES,
-    INDEX_BYTES,
-    SHARD_BYTES,
     Store,
     document_checksum,
     document_keys,
-    list_shards,
     needed,
     row_kinds,
-    shard_number,
 )
-from fastdraft.features.writer import ShardWriter
-from fastdraft.target.hf import Target
+from fastdraft.target.source import Ends
 
 OnBadShard = Literal["error", "skip"]
 AHEAD = 2  # packs read and not yet trained on
-
-
-@dataclass(frozen=True)
-class StoredTarget:
-    """What training needs of a target whose features are stored: no layer of it is loaded."""
-
-    embedding: Tensor  # [V, Ht]
-    head: TargetHead
-    final_norm: Tensor | None  # [Ht]
-    fingerprint: str  # `target_fingerprint` of the target that was captured
-
-    @property
-    def hidden_size(self) -> int:
-        return self.embedding.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
 
 
 def check_documents(store: Store, sets: list[Dataset], on_bad_shard: OnBadShard) -> list[str]:
@@ -117,6 +89,7 @@ class StoreReader:
     ):
         self.store, self.device, self.on_bad_shard = store, device, on_bad_shard
         self.dtype = dtype or DTYPES[store.meta.target_dtype]
+        self.notes: list[str] = []
         self.waited = 0.0  # seconds that `take` kept its caller
         self.skipped = 0  # documents left out, each as often as it was to be trained on
         self.run_again = 0  # documents that a cache has and cannot read, likewise
@@ -125,6 +98,11 @@ class StoreReader:
         self._pool: ThreadPoolExecutor | None = None
         self._room = threading.Semaphore(AHEAD)
         self._closing = False
+
+    @cached_property
+    def ends(self) -> Ends:
+        """The target's, as the store holds them: no layer of the target is loaded."""
+        return Ends(*self.store.ends(self.device, self.dtype), self.store.meta.target)
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         """The batch, its mask cleared where documents had to be skipped, and its features on the device."""
@@ -180,6 +158,14 @@ class StoreReader:
             for x in (read.features.g, read.features.f):
                 x.record_stream(current)
         return read
+
+    def counts(self) -> dict[str, int]:
+        if not self.skipped + self.run_again:
+            return {}
+        return {"skipped_documents": self.skipped, "damaged_documents": self.run_again}
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._closing = True
@@ -237,107 +223,3 @@ class StoreReader:
             rows = dequantize(rows, staged[f"{name}_scale"].to(self.device, non_blocking=True), DTYPES[meta.target_dtype])
         laid = torch.zeros(num_tokens, rows.shape[1], dtype=self.dtype, device=self.device)
         return laid.index_copy_(0, index.to(self.device, non_blocking=True), rows.to(self.dtype))
-
-
-class StoreCache(StoreReader):
-    """A store that fills itself: documents it lacks are run by the target, and kept while `max_bytes` allow.
-
-    A document run in other company may differ in its last bits, so training equals online training exactly in the first
-    epoch and up to rounding after it. One run at a time fills a store; its ranks each get an equal share of the room.
-    """
-
-    def __init__(
-        self,
-        target: Target,
-        store: Store,  # of the target's own dtype
-        max_bytes: int,
-        rank: int = 0,
-        world_size: int = 1,
-        shard_bytes: int = SHARD_BYTES,
-    ):
-        super().__init__(store, target.device)
-        ends = (store.folder / "target.safetensors").stat().st_size
-        if max_bytes <= ends:
-            raise ValueError(
-                f"features.max_gib is {max_bytes:,} bytes, of which {store.folder}/target.safetensors, the target's "
-                f"embedding and head, takes {ends:,}: nothing is left for features; raise it"
-            )
-        self._lock = filelock.FileLock(store.folder / ".cache.lock")
-        try:
-            if rank == 0:
-                self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ValueError(f"another run is filling {store.folder}; give this one a features.path of its own") from None
-        self.target, self.shard_bytes = target, shard_bytes
-        self.room = (max_bytes - store.num_bytes) // world_size
-        self._writer = ShardWriter(store.folder, store.meta)
-        taken = [shard_number(path) for path in list_shards(store.folder)]
-        self._number, self._stride = max(taken, default=-1) + 1 + rank, world_size
-        self._pending: set[bytes] = set()  # added, not yet readable
-
-    def capture(self, batch: Batch) -> tuple[Batch, Features]:
-        read, keys = self.take(batch), document_keys(batch)
-        if read.absent:
-            if any(keys[d] in self._pending for d in read.absent):
-                self.flush()
-            else:
-                self.store.refresh()  # other ranks write, too
-            if any(keys[d] in self.store.place for d in read.absent):
-                read = self.take(batch)
-        self.run_again += len(read.damaged)
-        again = sorted(read.absent + read.damaged)
-        if not again:
-            return batch, read.features
-        part, fresh = run_documents(self.target, batch, again)
-        if len(again) == len(batch.lengths):
-            features = fresh
-        else:
-            rows = torch.zeros(len(batch.lengths), dtype=torch.bool)
-            rows[again] = True
-            rows = rows.repeat_interleave(torch.tensor(batch.lengths)).nonzero()[:, 0].to(self.device)
-            features = Features(read.features.g.index_copy(0, rows, fresh.g), read.features.f.index_copy(0, rows, fresh.f))
-        self._keep(part, fresh, [i for i, d in enumerate(again) if d in set(read.absent)])
-        return batch, features
-
-    def _keep(self, batch: Batch, features: Features, documents: list[int]) -> None:
-        wanted, keys, row = needed(batch), document_keys(batch), self.store.meta.row_bytes
-        size = sum(wanted.g_rows[d] * row["g"] + wanted.f_rows[d] * row["f"] + INDEX_BYTES for d in documents)
-        size += 0 if self._writer.open_bytes else HEADER_BYTES
-        if not documents or size > self.room:
-            return
-        self.room -= size
-        self._writer.add(batch, features, documents)
-        self._pending.update(keys[d] for d in documents)
-        if self._writer.open_bytes >= self.shard_bytes:
-            self._finish()
-
-    def _finish(self) -> None:
-        self._writer.finish(self._number)
-        self._number += self._stride
-
-    def flush(self) -> None:
-        """Writes out what is pending, and makes it readable. Raises ValueError when the disk is full."""
-        if self._writer.open_bytes:
-            self._finish()
-        self._writer.drain()
-        self.store.refresh()
-        self._pending.clear()
-
-    def close(self) -> None:
-        super().close()
-        try:
-            self._writer.close()
-        finally:
-            self._lock.release()
-
-
-def run_documents(
-    target: Target,
-    batch: Batch,  # on the host
-    documents: list[int],  # ascending; at least one
-) -> tuple[Batch, Features]:
-    """Some documents of a batch as a batch of their own, and its features."""
-    ids, mask = (x.split(batch.lengths) for x in (batch.input_ids, batch.loss_mask))
-    lengths = tuple(batch.lengths[d] for d in documents)
-    part = Batch(torch.cat([ids[d] for d in documents]), torch.cat([mask[d] for d in documents]), lengths)
-    return part, target.capture(part.to(target.device))

@@ -16,11 +16,11 @@ from tiny import save_target
 
 from fastdraft.batch import Batch
 from fastdraft.data.loader import Loader
-from fastdraft.features.specforge import DOCUMENTS, read_vocab_mapping
 from fastdraft.features.store import list_shards
 from fastdraft.offline import import_specforge
 from fastdraft.run import draft_shape, load_data, open_run
 from fastdraft.target.hf import Target, load_target
+from fastdraft.target.specforge import DOCUMENTS, read_vocab_mapping
 from fastdraft.train import train
 
 PAD = 2
@@ -88,7 +88,7 @@ def test_an_import_goes_on(make_config, dumps, tmp_path, monkeypatch):
     damaged = dumps / "rows_10-20" / "data_13.ckpt"
     good = damaged.read_bytes()
     damaged.write_bytes(good[: len(good) // 2])
-    monkeypatch.setattr("fastdraft.features.specforge.SHARD_BYTES", 1)
+    monkeypatch.setattr("fastdraft.target.specforge.SHARD_BYTES", 1)
     with pytest.raises(ValueError, match=r"data_13.ckpt cannot be read"):
         import_specforge(make_config(), dumps, out)
     assert not (out / DOCUMENTS).exists()

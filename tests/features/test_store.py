@@ -278,7 +278,7 @@ def test_merged_parts_are_the_whole(make_config, store, tmp_path, monkeypatch):
         capture_features(make_config(), part, part=(i, 2), shard_bytes=SMALL)
         assert {shard_number(p) % 2 for p in list_shards(part)} == {i} and not Store(part).is_complete
     with monkeypatch.context() as small:
-        small.setattr("fastdraft.cost.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+        small.setattr("fastdraft.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
         with pytest.raises(ValueError, match="the merged store needs"):
             merge_stores(tmp_path / "merged", parts)
     capture_features(make_config(), tmp_path / "fp8", "fp8", part=(1, 2), shard_bytes=SMALL)
@@ -336,7 +336,7 @@ def test_a_part_needs_room_for_its_own_shards(make_config, store, tmp_path, monk
         for where, need in ((tmp_path / "new", features + ends), (store, ends)):
             for free, refused in ((need, False), (need - 1024 * len(own) - 1, True)):
                 usage = type("Usage", (), {"free": free})
-                monkeypatch.setattr("fastdraft.cost.shutil.disk_usage", lambda path, usage=usage: usage)
+                monkeypatch.setattr("fastdraft.files.shutil.disk_usage", lambda path, usage=usage: usage)
                 plan = partial(capture_features, make_config(), where, "auto", (i, 2), True, shard_bytes=SMALL)
                 if refused:
                     with pytest.raises(ValueError, match="the feature store needs"):
@@ -347,7 +347,7 @@ def test_a_part_needs_room_for_its_own_shards(make_config, store, tmp_path, monk
 
 @pytest.mark.parametrize("plan_only", [True, False])
 def test_a_disk_too_small_is_refused(make_config, tmp_path, monkeypatch, plan_only):
-    monkeypatch.setattr("fastdraft.cost.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
+    monkeypatch.setattr("fastdraft.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
     monkeypatch.setattr("fastdraft.offline.open_target", None)
     with pytest.raises(ValueError, match=r"the feature store needs .* GiB at .*store, which has .* GiB free"):
         capture_features(make_config(), tmp_path / "store", plan_only=plan_only)

@@ -13,8 +13,9 @@ from tiny import make_tokenizer, refusal
 
 from fastdraft.decode import DecodeSettings, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
-from fastdraft.model.eagle3.config import DraftConfig, read_target_config
+from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.target_config import read_target_config
 from fastdraft.serving import check as checks
 from fastdraft.serving.engines import EnginePlace, Output, Round, Run, Served, engine_version, run_engine
 from fastdraft.serving.export import export_draft

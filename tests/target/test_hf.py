@@ -24,8 +24,8 @@ from fastdraft.target.hf import (
     load_target,
     load_target_config,
     load_tokenizer,
-    target_fingerprint,
 )
+from fastdraft.target.identity import target_fingerprint
 
 SMALL = TINY | dict(vocab_size=96, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0)
 KINDS = {

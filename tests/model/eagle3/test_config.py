@@ -9,8 +9,9 @@ import yaml
 from tiny import LLAMA_8B as LLAMA
 from transformers import Gemma3Config, GptOssConfig, LlamaConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3MoeConfig
 
-from fastdraft.model.eagle3.config import DraftConfig, canonical_rope, init_config, read_target_config
+from fastdraft.model.eagle3.config import DraftConfig, init_config
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.target_config import canonical_rope, read_target_config
 
 
 def test_llama_in_the_old_spelling():

@@ -1,0 +1,92 @@
+"""Which target this is: fingerprints of its weights, and what a feature store and a run must have in common.
+
+# Ht target hidden, V target vocabulary
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from fastdraft.features.meta import Meta
+from fastdraft.files import json_checksum
+from fastdraft.model.target_config import language_config, read_json
+from fastdraft.target.hf import Target, load_target_config, load_tokenizer
+
+IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
+
+
+def target_fingerprint(target: Target) -> str:
+    """Names a target by what a draft depends on: its shape fields and 64 values of every weight. 16 hex digits."""
+    fields = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters")
+    config = target.config.to_dict()
+    digest = hashlib.sha256(json.dumps({k: config.get(k) for k in fields}, sort_keys=True, default=str).encode())
+    for weight in target.model.parameters():
+        flat = weight.detach().flatten()
+        digest.update(flat[:: -(-len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def checkpoint_fingerprint(path: str) -> str:
+    """Names a checkpoint on disk without loading it: every tensor's name, shape and first 64 values, however they are
+    spread over files. 16 hex digits. Raises ValueError when it is not in safetensors."""
+    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
+    found: dict[str, bytes] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                part = opened.get_slice(name)
+                shape = part.get_shape()
+                values = part[(*(slice(0, 1) for _ in shape[:-1]), slice(0, 64))] if shape else opened.get_tensor(name)
+                found[name] = json.dumps([name, shape, values.float().flatten().tolist()]).encode()
+    if not found:
+        raise ValueError(f"target {path!r} has no *.safetensors files to tell its weights by; save it as safetensors")
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+
+
+def target_ends(target: Target) -> dict[str, Tensor]:
+    """What training needs of a target besides its features: embedding, lm_head, final norm."""
+    ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
+    ends["final_norm"] = target.final_norm
+    if target.head.weight.data_ptr() == target.embedding.data_ptr():
+        del ends["head.weight"]
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in ends.items() if tensor is not None}
+
+
+def expected_meta(
+    path: str,  # of the target
+    trust_remote_code: bool,
+    layers: tuple[int, int, int],
+    target_dtype: str,  # bf16 or fp32
+) -> Meta:
+    """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""
+    facts = load_target_config(path, trust_remote_code)
+    written = read_json(Path(cached_file(path, "config.json")))  # without defaults, which change with transformers
+    return Meta(
+        target="",
+        weights=checkpoint_fingerprint(path),
+        config=json_checksum({k: v for k, v in written.items() if k not in IDLE_FACTS}),
+        tokenizer=_tokenizer_hash(load_tokenizer(path, trust_remote_code)),
+        layers=layers,
+        hidden_size=language_config(facts)["hidden_size"],
+        target_dtype=target_dtype,
+        dtype=target_dtype,
+    )
+
+
+def capture_meta(wanted: Meta, target: Target, fingerprint: str, **changes) -> Meta:
+    """A run's `expected_meta` with what only its loaded target tells; `changes` win."""
+    head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
+    return replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return json_checksum(backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()))

@@ -1,0 +1,95 @@
+"""Where a target's features come from: the target in this process, a feature store, or both with the store as a cache.
+
+Training speaks to one `Source` and does not know which it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.target.hf import Target
+from fastdraft.target.identity import target_fingerprint
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What training needs of a target besides its features: what stands before its first layer and behind its last."""
+
+    embedding: Tensor  # [V, Ht]
+    head: TargetHead
+    final_norm: Tensor | None  # [Ht] where it is a plain RMSNorm's weight
+    fingerprint: str  # `target_fingerprint`
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+
+class Source(Protocol):
+    """Gives the features of batches, in any order, though those that were announced come fastest."""
+
+    ends: Ends
+    notes: list[str]  # what to tell the user before the first step
+    waited: float  # seconds that `capture` kept its caller for what had been announced; the caller sets it back
+
+    def expect(self, batches: list[Batch]) -> None:
+        """Announces batches that `capture` will be called with, in this order."""
+
+    def capture(self, batch: Batch) -> tuple[Batch, Features]:
+        """The batch and its features on the device. A document whose features cannot be had loses its loss mask."""
+
+    def counts(self) -> dict[str, int]:
+        """What was left out or done again so far, by the name of its metric; empty where nothing was."""
+
+    def flush(self) -> None:
+        """Puts on the disk what is to outlast this process. ValueError when the disk is full."""
+
+    def close(self) -> None:
+        """Ends threads and gives locks back."""
+
+
+class InProcess:
+    """A target that runs here, whenever it is asked."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.ends = ends_of(target)
+        self.notes = runs_apart(target)
+        self.waited = 0.0
+
+    def expect(self, batches: list[Batch]) -> None:
+        pass
+
+    def capture(self, batch: Batch) -> tuple[Batch, Features]:
+        return batch, self.target.capture(batch.to(self.target.device))
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def ends_of(target: Target) -> Ends:
+    return Ends(target.embedding, target.head, target.final_norm, target_fingerprint(target))
+
+
+def runs_apart(target: Target) -> list[str]:
+    """What to tell of a target whose documents cannot be packed."""
+    return [f"the target's documents run padded, not packed: {target.apart}"] if target.apart is not None else []
