@@ -204,8 +204,8 @@ with the 20th and 80th percentile in brackets.
 EAGLE-3 trainer has no packing (`bench/peers/specforge.py`). Useful tokens are those whose step-0 row is trained on.""",
     "memory": """A step's peak is divided by what holds it. SpecForge's gradient is in bf16 and lives within the step,
 so it counts as transient there; ours counts with the optimizer.""",
-    "launches": """The first step compiles. It is `cold` with empty caches, `warm` in a new process that finds them
-filled, and `later` where the same process has run another length before.""",
+    "launches": """The first step compiles. It is `cold` in a new process with empty caches, `warm` in a new
+process, and `later` where the same process has run another length before.""",
 }
 KERNEL_TEXT = """Times are medians, in bf16 where nothing else is said. The roof of a row is the larger of two times:
 its FLOPs over the GPU's matrix rate, and its bytes over its copy rate, both measured in the same process. Our kernel
