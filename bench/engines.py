@@ -34,9 +34,10 @@ import torch
 
 from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
+from fastdraft.decode import DecodeResult, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, engine_version, run_engine, served_from
 from fastdraft.serving.export import load_draft, verify
 from fastdraft.target.hf import Target, load_target, load_tokenizer

@@ -117,6 +117,28 @@ class TargetHead:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """What training needs of a target besides its features: what stands before its first layer and behind its last."""
+
+    embedding: Tensor  # [V, Ht]
+    head: TargetHead
+    final_norm: Tensor | None  # [Ht] where it is a plain RMSNorm's weight
+    fingerprint: str  # `target_fingerprint`
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+
+@dataclass(frozen=True)
 class Rows:
     """Per-row results of a TTT step. Row (i, t) is TTT step i at token t; what is not live is exactly 0."""
 

@@ -22,7 +22,6 @@ from fastdraft.model.eagle3.engine import ttt_engine_step
 from fastdraft.model.eagle3.golden import Golden, RunStep, load_golden, worst_errors
 from fastdraft.model.eagle3.ref import ttt_ref_step
 from fastdraft.precision import pick_dtype, speed
-from fastdraft.run import engine_kind
 
 ENGINES: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
 TOLERANCE = 1e-5  # relative, in float64 and float32; the cases' own norms round through float32
@@ -165,7 +164,7 @@ def environment() -> list[tuple[str, str]]:
     rows += [("Triton kernels", kernels()), ("CUDA kernels", cuda_kernels())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows.append(("dtype auto on the CPU", f"{pick_dtype('auto', torch.device('cpu'))}: {speed(torch.device('cpu'))}"))
-    return [*rows, ("training engine", f"{engine_kind('auto')} on {device} (engine: auto)")]
+    return [*rows, ("training engine", f"fused on {device} (engine: auto)")]
 
 
 def kernels() -> str:

@@ -305,8 +305,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:
     """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding."""
-    from fastdraft.decode import DecodeSettings
     from fastdraft.files import write_file
+    from fastdraft.model.proposal import DecodeSettings
     from fastdraft.run import evaluate_run
 
     if prompts is None:

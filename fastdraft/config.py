@@ -38,6 +38,7 @@ class TargetConfig(Section):
 
 
 class DraftSection(Section):
+    method: str = "eagle3"  # one of fastdraft.model.methods
     config: str | None = None  # YAML of `fastdraft init`; None: derived from the target
     vocab_map: str | None = None  # a SpecForge vocab_mapping.pt; None: the tokens trained on most often
     overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size or layers; they win over `config`

@@ -1,15 +1,8 @@
 """Speculative decoding in PyTorch, one sequence at a time: what a draft is worth when really used.
 
-A round starts with tokens x_0 .. x_n, of which the target has run x_0 .. x_{n-1}; x_n is the root. With t = n-1:
-
-    extend   K^0_s, V^0_s of the new positions s <= t from the target's own g_s and the token x_{s+1}
-    draft    step i = 0 .. num_steps-1 reads the token drafted last (x_{t+1} at step 0) and h^i = y^{i-1} (h^0 = fc(g_t)),
-             RoPE position t + i, and attends to K^0_s for s <= t and to its own branch's K^1 .. K^i: docs/mathematics.md
-    verify   the target runs the root and all drafted tokens in one forward and keeps a path of them, then adds one token
-
-K^i of a round's proposals are thrown away after it. Chain (eagle_topk 1) or tree as SGLang grows it: each step takes the
-eagle_topk best children of each of the eagle_topk best nodes of the step before; of all these candidates the
-num_draft_tokens - 1 with the largest product of draft probabilities are verified under a tree attention mask.
+A round starts with tokens x_0 .. x_n, of which the target has run x_0 .. x_{n-1}; x_n is the root. The draft's method
+proposes a chain or a tree of tokens behind it. The target runs the root and all of them in one forward, a tree under a mask
+of its own, keeps a path of them, and adds one token.
 
 Which tokens are kept leaves the target's distribution P exactly as it is:
     greedy              a child is kept when it is argmax P
@@ -18,70 +11,22 @@ Which tokens are kept leaves the target's distribution P exactly as it is:
     tree, argmax chain  the candidates are no random draws, so recursive rejection has point masses for Q: it keeps a child
                         with its share of the P that is left. That is: draw from P, go down when the token is a child
 
-# r rows, m drafted tokens, Ht / H target / draft hidden, Hq/Hkv draft heads, D head dim, V / Vd target / draft vocabulary
+# r rows, m drafted tokens, Ht target hidden, V / Vd target / draft vocabulary
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.methods import method_of
+from fastdraft.model.proposal import DecodeSettings, Proposal, probabilities
 from fastdraft.target.hf import Target
-
-COLDEST = 1e-5  # of what samples; logits over less overflow
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How to draft and sample; the names are the engines' options. `temperature` 0 is greedy.
-
-    `num_draft_tokens` counts the root, as SGLang does; None is num_steps + 1, all that a chain has. `top_k` 0 and `top_p` 1
-    are off. `sample_draft`: a chain at temperature > 0 draws its tokens from Q; False drafts the argmax at any temperature.
-    """
-
-    num_steps: int = 3
-    eagle_topk: int = 1
-    num_draft_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    sample_draft: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1 or self.eagle_topk < 1:
-            raise ValueError(f"num_steps {self.num_steps} and eagle_topk {self.eagle_topk} must be at least 1")
-        most = 1 + _num_candidates(self.num_steps, self.eagle_topk)
-        if not 2 <= self.num_verified <= most:
-            raise ValueError(
-                f"num_draft_tokens {self.num_draft_tokens} (the root included) must lie in 2..{most} "
-                f"for num_steps {self.num_steps} and eagle_topk {self.eagle_topk}"
-            )
-        if self.eagle_topk == 1 and self.num_verified != self.num_steps + 1:
-            raise ValueError(
-                f"a chain (eagle_topk 1) of {self.num_steps} steps verifies num_steps + 1 tokens, "
-                f"not num_draft_tokens {self.num_draft_tokens}; leave num_draft_tokens out"
-            )
-        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
-            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or a number from {COLDEST:g} on")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k {self.top_k} must not be negative, top_p {self.top_p} in (0, 1]")
-
-    @property
-    def num_verified(self) -> int:
-        return self.num_steps + 1 if self.num_draft_tokens is None else self.num_draft_tokens
-
-
-def _num_candidates(num_steps: int, eagle_topk: int) -> int:
-    return eagle_topk + (num_steps - 1) * eagle_topk**2
 
 
 @dataclass(frozen=True)
@@ -107,82 +52,10 @@ class Difference:
     logit_gap: float  # the target's logit of plain_token minus that of token, from one forward of the common prefix
 
 
-class DraftState:
-    """The draft's keys and values of one sequence: K^0, V^0 of `length` positions, then the round's proposals."""
-
-    def __init__(self, draft: Draft, capacity: int):
-        c, like = draft.config, draft.fc.weight
-        self.draft = draft
-        self.draft_ids = draft.draft_ids
-        self.keys = like.new_empty(c.num_key_value_heads, capacity, c.head_dim)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-        self._end = 0  # rows in use, proposals included
-
-    def extend(
-        self,
-        token_ids: Tensor,  # [r] int64, x_{t+1} of positions t = length .. length + r - 1
-        g: Tensor,  # [r, 3*Ht] the target's states at these positions
-    ) -> Tensor:  # [1, H] y^0 of the last position
-        """Step 0 from true features; forgets the proposals. Only the last row is carried past its keys and values."""
-        h = self.draft.combine(g.to(self.draft.fc.weight.dtype))
-        q = self._append(self.length, token_ids, h, torch.arange(len(h), device=h.device) + self.length)
-        self.length = self._end
-        return self.draft.finish(h[-1:], self._attend(q[-1:], None))
-
-    def step(
-        self,
-        token_ids: Tensor,  # [r] int64, the tokens drafted last
-        h: Tensor,  # [r, H] their y of the step before
-        i: int,
-        sees: Tensor | None = None,  # [r, proposals, these rows included] bool: its own branch; None: all (a chain)
-    ) -> Tensor:  # [r, H] y^i
-        """Draft step i >= 1 at position t = length - 1."""
-        positions = torch.full_like(token_ids, self.length - 1 + i)
-        return self.draft.finish(h, self._attend(self._append(self._end, token_ids, h, positions), sees))
-
-    def log_q(
-        self,
-        y: Tensor,  # [r, H]
-    ) -> Tensor:  # [r, Vd]
-        return self.draft.logits(y).float().log_softmax(-1)
-
-    def _append(self, start: int, token_ids: Tensor, h: Tensor, positions: Tensor) -> Tensor:  # q [r, Hq, D]
-        q, k, v = self.draft.qkv(token_ids, h, positions)
-        self._end = start + len(h)
-        self.keys[:, start : self._end] = k.transpose(0, 1)
-        self.values[:, start : self._end] = v.transpose(0, 1)
-        return q
-
-    def _attend(
-        self,
-        q: Tensor,  # [r, Hq, D]
-        sees: Tensor | None,  # [r, proposals] bool
-    ) -> Tensor:  # [r, Hq, D]
-        rows, num_kv = q.shape[0], self.keys.shape[0]
-        grouped = q.unflatten(1, (num_kv, -1)).permute(1, 2, 0, 3)  # [Hkv, group, r, D]: a group's heads are more rows
-        mask = None
-        if sees is not None:
-            mask = F.pad(sees, (self.length, 0), value=True).repeat(grouped.shape[1], 1)
-        out = F.scaled_dot_product_attention(
-            grouped.flatten(1, 2)[None], self.keys[None, :, : self._end], self.values[None, :, : self._end], attn_mask=mask
-        )
-        return out[0].unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
-
-
-@dataclass(frozen=True)
-class _Proposal:
-    """Drafted tokens as nodes 1 .. m of a tree whose node 0 is the root; parents come before children."""
-
-    tokens: Tensor  # [m] int64
-    parents: list[int]  # m node numbers
-    q: Tensor | None = None  # [m, Vd] what each token was drawn from; None: not drawn at random
-
-
 @torch.no_grad()
 def generate(
     target: Target,
-    draft: Draft,
+    draft: nn.Module,
     prompt: list[int],
     max_new_tokens: int,
     settings: DecodeSettings | None = None,
@@ -209,18 +82,18 @@ def generate(
     g, f = target.forward(ids[None], cache)
     first = _choose(target.head.logits(f[0, -1:]), settings, generator) if follow is None else ids.new_tensor(follow[:1])
     out = first.tolist()
-    state = DraftState(draft, len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk)
+    drafter = method_of(draft).drafter(draft, len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk)
     known, g = torch.cat([ids[1:], first]), g[0]
     drafted, accepted, per_round = [0] * settings.num_steps, [0] * settings.num_steps, []
 
     while not (stopped_by := _stopped(out, target.eos_ids, limit, max_new_tokens)):
         root = len(prompt) + len(out) - 1  # its position: what the target's cache holds
         depth = min(settings.num_steps, context - 1 - root)
-        proposal = _propose(state, state.extend(known, g), depth, settings, generator)
+        proposal = drafter.propose(known, g, depth, settings, generator)
         g, f = _run_tree(target, cache, root, known[-1:], proposal, chain=settings.eagle_topk == 1)
         logits = target.head.logits(f)
         choice = None if follow is None else _next_of(follow, len(out), proposal, ids.device)
-        path, known = _verify(logits, proposal, state.draft_ids, settings, generator, choice)
+        path, known = _verify(logits, proposal, drafter.draft_ids, settings, generator, choice)
         _keep_path(cache, root, path, 1 + len(proposal.parents))
         g = g[path]
         given = _until_stop(known.tolist(), target.eos_ids)[: limit - len(out)]
@@ -289,7 +162,7 @@ def _limits(target: Target, prompt: list[int], max_new_tokens: int) -> tuple[int
     return min(max_new_tokens, context - len(prompt)), context
 
 
-def _check_fit(target: Target, draft: Draft, settings: DecodeSettings) -> None:
+def _check_fit(target: Target, draft: nn.Module, settings: DecodeSettings) -> None:
     c = draft.config
     ours = (c.vocab_size, c.target_hidden_size, c.layers)
     theirs = (target.vocab_size, target.hidden_size, target.layers)
@@ -322,50 +195,6 @@ def _until_stop(tokens: list[int], eos_ids: frozenset[int]) -> list[int]:
     return tokens
 
 
-# --- drafting ------------------------------------------------------------------------------------------------------------
-
-
-def _propose(state: DraftState, y: Tensor, depth: int, settings: DecodeSettings, generator: torch.Generator) -> _Proposal:
-    if settings.eagle_topk > 1:
-        return _propose_tree(state, y, depth, settings.eagle_topk, settings.num_verified - 1)
-    sample = settings.temperature > 0 and settings.sample_draft
-    tokens, qs = [], []
-    for i in range(depth):
-        if i:
-            y = state.step(tokens[-1], y, i)
-        logits = state.draft.logits(y)
-        if sample:
-            qs.append(_probabilities(logits, settings))
-            tokens.append(state.draft_ids[torch.multinomial(qs[-1], 1, generator=generator)[0]])
-        else:
-            tokens.append(state.draft_ids[logits.argmax(-1)])
-    return _Proposal(torch.cat(tokens), list(range(depth)), torch.cat(qs) if sample else None)
-
-
-def _propose_tree(state: DraftState, y: Tensor, depth: int, k: int, num_nodes: int) -> _Proposal:
-    """Candidates are numbered as they are found, so a parent's number is smaller than its children's."""
-    own = torch.eye(k, dtype=torch.bool, device=y.device)
-    score, token = (x[0] for x in state.log_q(y).topk(k))  # [k] of the nodes to expand next
-    token = state.draft_ids[token]
-    node = torch.arange(k, device=y.device)
-    hidden, sees = y.expand(k, -1), own
-    scores, tokens, parents = [score], [token], [torch.full_like(node, -1)]
-    for i in range(1, depth):
-        y = state.step(token, hidden, i, sees)
-        best, ids = state.log_q(y).topk(k)  # [k, k]
-        scores.append((score[:, None] + best).flatten())
-        tokens.append(state.draft_ids[ids].flatten())
-        parents.append(node.repeat_interleave(k))
-        score, chosen = scores[-1].topk(k)
-        token, row = tokens[-1][chosen], chosen // k
-        node = k + (i - 1) * k * k + chosen
-        hidden, sees = y[row], torch.cat([sees[row], own], 1)
-    ranked = torch.cat(scores).sort(descending=True, stable=True).indices  # stable: a parent before its equal child
-    kept = ranked[:num_nodes].sort().values
-    number = {candidate: place + 1 for place, candidate in enumerate(kept.tolist())} | {-1: 0}
-    return _Proposal(torch.cat(tokens)[kept], [number[p] for p in torch.cat(parents)[kept].tolist()])
-
-
 # --- verification --------------------------------------------------------------------------------------------------------
 
 
@@ -374,7 +203,7 @@ def _run_tree(
     cache: DynamicCache,
     root: int,  # tokens in the cache
     root_token: Tensor,  # [1] int64
-    proposal: _Proposal,
+    proposal: Proposal,
     chain: bool,
 ) -> tuple[Tensor, Tensor]:  # g [1+m, 3*Ht], f [1+m, Ht]
     ids = torch.cat([root_token, proposal.tokens])[None]
@@ -392,14 +221,14 @@ def _run_tree(
 
 def _verify(
     logits: Tensor,  # [1+m, V] the target's, root first
-    proposal: _Proposal,
+    proposal: Proposal,
     draft_ids: Tensor,  # [Vd]
     settings: DecodeSettings,
     generator: torch.Generator,
     choice: Tensor | None = None,  # [1+m] int64 tokens to take for the target's; None: the target's own
 ) -> tuple[list[int], Tensor]:  # nodes kept (the root, then downwards), and the tokens gained: theirs, then a new one
     if proposal.q is not None:
-        p = _probabilities(logits, settings)
+        p = probabilities(logits, settings)
         kept, last = _reject(p, proposal.q, proposal.tokens, draft_ids, generator)
         return list(range(kept + 1)), torch.cat([proposal.tokens[:kept], last])
     choice = _choose(logits, settings, generator) if choice is None else choice
@@ -411,7 +240,7 @@ def _verify(
     return path, choice[path]
 
 
-def _next_of(follow: list[int], done: int, proposal: _Proposal, device: torch.device) -> Tensor:  # [1+m] int64
+def _next_of(follow: list[int], done: int, proposal: Proposal, device: torch.device) -> Tensor:  # [1+m] int64
     """The token after each node of the tree, if the node were on the output's way; its last token past its end."""
     depth = [0]
     for parent in proposal.parents:
@@ -457,18 +286,4 @@ def _choose(
 ) -> Tensor:  # [r] int64
     if settings.temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(_probabilities(logits, settings), 1, generator=generator)[:, 0]
-
-
-def _probabilities(
-    logits: Tensor,  # [r, V] or [r, Vd]
-    settings: DecodeSettings,
-) -> Tensor:  # the same, in at least float32
-    logits = TemperatureLogitsWarper(float(settings.temperature))(
-        None, logits.to(torch.promote_types(logits.dtype, torch.float32))
-    )
-    if settings.top_k:
-        logits = TopKLogitsWarper(settings.top_k)(None, logits)
-    if settings.top_p < 1:
-        logits = TopPLogitsWarper(settings.top_p)(None, logits)
-    return logits.softmax(-1)
+    return torch.multinomial(probabilities(logits, settings), 1, generator=generator)[:, 0]

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Rows, tau_sim
-from fastdraft.decode import DecodeResult, DecodeSettings, Difference, first_difference, generate, generate_plain
-from fastdraft.model.eagle3.draft import Draft
+from fastdraft.decode import DecodeResult, Difference, first_difference, generate, generate_plain
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.target.hf import Target
 
 POSITION_EDGES = (0, 128, 512, 2048, 8192, 32768, 131072)
@@ -131,7 +131,7 @@ class DecodeReport:
 
 def evaluate_decode(
     target: Target,
-    draft: Draft,
+    draft: nn.Module,
     prompts: Sequence[list[int]],
     settings: DecodeSettings,
     max_new_tokens: int,

@@ -13,31 +13,31 @@ from typing import Any, Literal
 import torch
 import yaml
 from datasets import Dataset
+from pydantic import BaseModel
 from rich.console import Console
-from torch import Tensor
+from torch import nn
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
+from fastdraft.batch import Ends
 from fastdraft.config import Config, read_yaml, without_removed
 from fastdraft.cost import Plan, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.data.stream import open_stream
-from fastdraft.data.vocab import build_vocab_map, coverage, token_counts
-from fastdraft.decode import DecodeSettings
+from fastdraft.data.vocab import token_counts
 from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other, start_store
 from fastdraft.features.store import Store
 from fastdraft.files import GIB
-from fastdraft.model.eagle3.config import DraftConfig
-from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.eagle3.graph_engine import GraphEngine
-from fastdraft.model.eagle3.ref import ReferenceEngine
+from fastdraft.model.method import Step
+from fastdraft.model.methods import method_of, named_method
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.target_config import language_config, longest_context, named_dtype, read_target_config
 from fastdraft.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
-from fastdraft.serving.export import export_draft, load_draft, verify
+from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.cached import StoreCache
 from fastdraft.target.hf import (
     Target,
@@ -47,8 +47,7 @@ from fastdraft.target.hf import (
     load_tokenizer,
 )
 from fastdraft.target.identity import capture_meta, expected_meta, target_ends, target_fingerprint
-from fastdraft.target.source import Ends, InProcess, Source
-from fastdraft.target.specforge import read_vocab_mapping
+from fastdraft.target.source import InProcess, Source
 from fastdraft.target.stored import StoreReader, check_documents
 
 
@@ -192,88 +191,53 @@ def load_data(config: Config, vocab_size: int) -> Prepared:
     return (open_stream if config.data.streaming else prepare)(config.data, tokenizer, vocab_size)
 
 
-def draft_shape(config: Config) -> DraftConfig:
+def draft_shape(config: Config) -> BaseModel:
     """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
     if config.draft.init_from is not None:
         return _init_from(config).config
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    shape = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
-    return DraftConfig.from_target(facts, **shape)
+    changes = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
+    return named_method(config.draft.method).shape.from_target(facts, **changes)
 
 
-def _init_from(config: Config) -> Draft:
+def _init_from(config: Config) -> nn.Module:
     if config.draft.config or config.draft.overrides or config.draft.vocab_map:
         raise ValueError(
             "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
             "draft.vocab_map"
         )
-    return load_draft(config.draft.init_from, load_target_config(config.target.path, config.target.trust_remote_code))
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    return named_method(config.draft.method).load(config.draft.init_from, facts)
 
 
-def new_draft(config: Config) -> Draft:
+def new_draft(config: Config) -> nn.Module:
     """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
     if config.draft.init_from is not None:
         return _init_from(config).float()
-    draft = Draft(draft_shape(config))
+    draft = named_method(config.draft.method).draft(draft_shape(config))
     draft.init_weights(draft.config.initializer_range, torch.Generator().manual_seed(config.seed))
     return draft
 
 
-def fit_to_target(
-    draft: Draft, config: Config, target: Target | Ends, train_set: Dataset
-) -> list[str]:  # what to tell the user
-    """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
-    told, size = [], draft.config.draft_vocab_size
-    if config.draft.init_from is None:
-        counts = token_counts(train_set, draft.config.vocab_size)
-        if config.draft.vocab_map is not None:
-            ids = read_vocab_mapping(Path(config.draft.vocab_map), draft.config.vocab_size)
-            share = counts[ids.numpy()].sum() / counts.sum()
-            told.append(
-                f"vocabulary map of {config.draft.vocab_map}: its {len(ids):,} tokens are {share:.2%} of all trained"
-            )
-        else:
-            ids = build_vocab_map(counts, size)
-            told.append(
-                f"vocabulary map: the {size:,} most trained tokens are {coverage(counts, [size])[size]:.2%} of all trained"
-            )
-        draft.set_vocab(ids)
-        if config.draft.init == "target" and draft.config.hidden_size == target.hidden_size:
-            if target.final_norm is None:
-                raise ValueError(f"{config.target.path} has no final RMSNorm to start from; set draft.init=random")
-            draft.start_from_target(target.head.weight, target.final_norm)
-    if config.draft.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
-        draft.set_embedding(target.embedding.float().cpu())
-    return told
+def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train_set: Dataset) -> list[str]:
+    """Sets what a new draft takes from the target and the data, and says what it was."""
+    counts = lambda: token_counts(train_set, draft.config.vocab_size)  # noqa: E731
+    return method_of(draft).fit(draft, config.draft, target, counts)
 
 
-def frozen_tensors(draft: Draft) -> dict[str, Tensor]:
-    """What a draft needs besides its trained weights and its target: the vocabulary map, and where its embedding is not
-    the target's own, that too."""
-    own = {"embed_tokens.weight": draft.embed_tokens.weight.data}
-    return {"d2t": draft.d2t, "t2d": draft.t2d} | (own if has_own_embedding(draft.config) else {})
+def build_step(config: Config, draft: nn.Module, target: Target | Ends) -> Step:
+    return method_of(draft).build_step(config, draft, target.head, target.device)
 
 
-def has_own_embedding(shape: DraftConfig) -> bool:
-    return shape.hidden_size != shape.target_hidden_size
-
-
-def engine_kind(engine: Literal["auto", "fused", "reference"]) -> Literal["fused", "reference"]:
-    return "fused" if engine == "auto" else engine
-
-
-def build_engine(config: Config, draft: Draft, target: Target | Ends) -> GraphEngine | ReferenceEngine:
-    weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=target.device)
-    args = draft, target.head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
-    if engine_kind(config.engine) == "reference":
-        return ReferenceEngine(*args)
-    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8")
+def step_kind(config: Config) -> Literal["fused", "reference"]:
+    """The implementation of the step that a config asks for."""
+    return "fused" if config.engine == "auto" else config.engine
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
 
 
-def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]:
+def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Module]:
     """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode.
 
     A target that was run in bf16 has the same weights here. On a CPU where bf16 is slow they are computed with in fp32.
@@ -292,21 +256,21 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, Draft]
     )
     if target_fingerprint(target) != saved.state["target"]:
         raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
-    if not has_own_embedding(draft.config):
-        draft.set_embedding(target.embedding.float().cpu())
+    draft.take_from_target(target.embedding)
     return config, target, draft.to(device)
 
 
-def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, Draft]:
+def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, nn.Module]:
     """The draft of a run's checkpoint; where best or last is damaged, of the newest one that is not, with a warning."""
     paths = checkpoint.checkpoints_of_run(run_dir, which)
     for path, following in zip(paths, [*paths[1:], None], strict=True):
         try:
             saved = checkpoint.read_state(path)
-            draft = Draft(DraftConfig.model_validate(saved.state["draft"]))
+            method = named_method(saved.state["config"]["draft"].get("method", "eagle3"))
+            draft = method.draft(method.shape.model_validate(saved.state["draft"]))
             parameters = list(draft.trainable().values())
             sizes = [p.numel() for p in parameters]
-            tensors = {"master": torch.empty(sum(sizes))} | frozen_tensors(draft)
+            tensors = {"master": torch.empty(sum(sizes))} | draft.frozen()
             checkpoint.load_tensors(saved, tensors)
         except checkpoint.Unreadable as error:
             if following is None:
@@ -366,12 +330,12 @@ def evaluate_run(
     return Evaluation(f"{run_dir} ({which})", held_out, decoded)
 
 
-def evaluate_held_out(config: Config, target: Target, draft: Draft, eval_set: Dataset) -> TauReport:
+def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set: Dataset) -> TauReport:
     """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype."""
     batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
-    engine = build_engine(config, draft, target)
+    step = build_step(config, draft, target)
     return evaluate_tau(
-        lambda batch: engine.rows(batch, target.capture(batch.to(target.device))), batches, config.ttt_length
+        lambda batch: step.rows(batch, target.capture(batch.to(target.device))), batches, method_of(draft).num_steps(config)
     )
 
 
@@ -431,7 +395,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
-        engine=engine_kind(config.engine),
+        engine=step_kind(config),
         chunk_rows=config.chunk_rows,
         device=device.type,
         stored=reads_store(config),
@@ -451,5 +415,5 @@ def print_plan(config: Config, console: Console) -> None:
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     for line in told:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"# predicted for one {device.type} device and the {engine_kind(config.engine)} engine")
+    console.print(f"# predicted for one {device.type} device and the {step_kind(config)} engine")
     render(predicted, console)

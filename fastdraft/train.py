@@ -20,28 +20,26 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config, without_removed
-from fastdraft.cost import pair_cost
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
-from fastdraft.model.eagle3.config import DraftConfig
-from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.methods import method_of
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
-    build_engine,
+    build_step,
     check_precision,
     compute_dtype,
     fit_to_target,
-    frozen_tensors,
     load_data,
     name_run_dtypes,
     new_draft,
@@ -85,7 +83,8 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     draft = new_draft(config)
     data = load_data(config, draft.config.vocab_size)
     train_set, eval_set = data.train, data.eval
-    pairs = pair_cost(draft.config, target_parameters(config), config.ttt_length)
+    method = method_of(draft)
+    pairs = method.pair_cost(draft.config, target_parameters(config), config)
     loader = Loader(
         data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
     )
@@ -95,16 +94,16 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     messages += fit_to_target(draft, config, source.ends, train_set)
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
-    draft.embed_tokens.to(dtype)
+    draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
-        "sums": torch.zeros(5, config.ttt_length, dtype=torch.float64, device=device),
+        "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
     }
     first_step, about_resume = resume(config, fresh, source.ends.fingerprint, draft, optimizer, loader, window)
     messages += about_resume
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    engine = build_engine(config, draft, source.ends)
+    trainer = build_step(config, draft, source.ends)
 
     def save(step: int) -> None:
         source.flush()
@@ -117,9 +116,9 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
         report = evaluate_tau(
-            lambda batch: engine.rows(*source.capture(batch)),
+            lambda batch: trainer.rows(*source.capture(batch)),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
-            config.ttt_length,
+            method.num_steps(config),
             reduce=mesh.all_sum,
         )
         return eval_values(report, config.loss.step_decay)
@@ -163,7 +162,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
                 batch, features = source.capture(batch)
-                step_sums += engine.step(batch, features, optimizer.grads).sums()
+                step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
             mesh.all_sum(optimizer.grad)
             mesh.all_sum(step_sums)
@@ -213,17 +212,17 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
 # --- going on from a checkpoint -------------------------------------------------------------------------------------------
 
 
-def run_tensors(optimizer: FlatAdamW, draft: Draft, window: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_tensors(optimizer: FlatAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds besides its JSON. All but the optimizer's step count and the RNG states are the live ones."""
     shown = {f"window.{name}": numbers for name, numbers in window.items()}
-    return optimizer.state_dict() | frozen_tensors(draft) | shown | checkpoint.rng_state(draft.d2t.device)
+    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(draft.d2t.device)
 
 
 def resume(
     config: Config,
     fresh: bool,
     fingerprint: str,
-    draft: Draft,
+    draft: nn.Module,
     optimizer: FlatAdamW,
     loader: Loader,
     window: dict[str, Tensor],
@@ -273,14 +272,15 @@ def was_evaluated(run_dir: Path, step: int) -> bool:
 
 
 def refuse_other_run(
-    saved: checkpoint.Saved, config: Config, fingerprint: str, shape: DraftConfig, device: torch.device
+    saved: checkpoint.Saved, config: Config, fingerprint: str, shape: BaseModel, device: torch.device
 ) -> None:
+    begun = Config.model_validate(without_removed(saved.state["config"]))  # settings that are new since have defaults
     if saved.state["target"] != fingerprint:
         raise ValueError(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    then = dotted(without_removed(saved.state["config"])) | dotted({"draft's shape": saved.state["draft"]})
+    then = dotted(begun.model_dump(mode="json")) | dotted({"draft's shape": saved.state["draft"]})
     then |= saved_dtypes(saved.state["config"], device)
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
@@ -383,7 +383,7 @@ class StopSignal:
         return self.number is not None
 
 
-def write_run_files(config: Config, draft: DraftConfig) -> None:
+def write_run_files(config: Config, draft: BaseModel) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

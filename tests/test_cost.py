@@ -19,9 +19,10 @@ from fastdraft import checkpoint as checkpoints
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.cost import pair_cost, plan, render
+from fastdraft.cost import plan, render
 from fastdraft.files import free_disk
 from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.eagle3.cost import pair_cost
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.memory import fp8_shapes

@@ -8,17 +8,11 @@ import torch
 from tiny import draft_shape, random_draft, tiny_llama
 
 from fastdraft.batch import Batch, TargetHead
-from fastdraft.decode import (
-    DecodeSettings,
-    DraftState,
-    _propose,
-    _reject,
-    first_difference,
-    generate,
-    generate_plain,
-)
+from fastdraft.decode import _reject, first_difference, generate, generate_plain
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.propose import DraftState, propose
 from fastdraft.model.eagle3.ref import ttt_ref
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.target.hf import Target
 
 VOCAB = 96
@@ -118,7 +112,7 @@ def drafted_tree(draft, ids, g, settings):
     state = DraftState(draft, len(ids) + settings.num_steps * settings.eagle_topk)
     with torch.no_grad():
         y = state.extend(torch.tensor(ids[1:]), g[: len(ids) - 1])
-        return _propose(state, y, settings.num_steps, settings, torch.Generator())
+        return propose(state, y, settings.num_steps, settings, torch.Generator())
 
 
 def paths(proposal):

@@ -8,9 +8,10 @@ import torch
 from test_decode import prompts, tiny_draft, tiny_target
 
 from fastdraft.batch import Batch, Rows
-from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
+from fastdraft.decode import DecodeResult, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode, evaluate_tau
 from fastdraft.model.eagle3.ref import ttt_ref
+from fastdraft.model.proposal import DecodeSettings
 
 STEPS = 3
 

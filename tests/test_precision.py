@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from fastdraft import precision
 from fastdraft.answers.local import name_dtype
 from fastdraft.checkpoint import _state_checksum, list_checkpoints, read_state
-from fastdraft.decode import DecodeSettings
 from fastdraft.features.meta import read_meta
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.offline import capture_features
 from fastdraft.run import (
     compute_dtype,

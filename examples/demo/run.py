@@ -36,16 +36,17 @@ from fastdraft.config import Config, load_config
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import Prepared
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, DecodeSettings, generate, generate_plain
+from fastdraft.decode import DecodeResult, generate, generate_plain
 from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.optim import FlatAdamW
 from fastdraft.precision import speed
 from fastdraft.report import render_summary, write_report, write_summary
 from fastdraft.run import (
-    build_engine,
+    build_step,
     compute_dtype,
     evaluate_held_out,
     export_run,
@@ -277,7 +278,7 @@ def pack_seconds(config: Config, target: Target, data: Prepared) -> tuple[float,
     draft.to(target.device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, config.max_steps, dtype)
     draft.embed_tokens.to(dtype)
-    engine = build_engine(config, draft, target)
+    engine = build_step(config, draft, target)
     (batch,) = next(Loader(data.train, config.data.pack_tokens, 1, config.data.seed))
     features = target.capture(batch.to(target.device))  # the first of each warms up
 

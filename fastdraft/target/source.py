@@ -5,37 +5,11 @@ Training speaks to one `Source` and does not know which it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.batch import Batch, Ends, Features
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import target_fingerprint
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What training needs of a target besides its features: what stands before its first layer and behind its last."""
-
-    embedding: Tensor  # [V, Ht]
-    head: TargetHead
-    final_norm: Tensor | None  # [Ht] where it is a plain RMSNorm's weight
-    fingerprint: str  # `target_fingerprint`
-
-    @property
-    def hidden_size(self) -> int:
-        return self.embedding.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
 
 
 class Source(Protocol):

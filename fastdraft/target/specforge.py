@@ -14,21 +14,17 @@ with weights_only: nothing in them runs.
 
 from __future__ import annotations
 
-import gzip
-import pickle
 import re
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from fastdraft.batch import Batch, Features
 from fastdraft.data.samples import Sample, record_batch
+from fastdraft.data.vocab import load_tensors
 from fastdraft.features.meta import DTYPES, WIDTHS, Meta
 from fastdraft.features.store import SHARD_BYTES, Store, document_keys, shard_number
 from fastdraft.features.writer import ShardWriter
@@ -52,7 +48,7 @@ def read_dump(path: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype)
 
     Raises ValueError naming the file and the fault; also when its numbers do not fit `dtype` exactly.
     """
-    ids, mask, g, f = _load(path, "input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
+    ids, mask, g, f = load_tensors(path, "input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
     states = {"g": g, "f": f}
     n = ids.numel()
     if ids.shape != (n,) or mask.shape != (n,) or not bool(((mask == 0) | (mask == 1)).all()):
@@ -77,28 +73,6 @@ def read_dump(path: Path, hidden_size: int, vocab_size: int, dtype: torch.dtype)
     if not bool(features.g.isfinite().all() and features.f.isfinite().all()):
         raise ValueError(f"{path}: the states are not all finite; leave the file out")
     return Batch(ids[:end].to(torch.int64), mask[:end].bool(), (end,)), features
-
-
-def _load(path: Path, *names: str) -> list[Tensor]:
-    """The named tensors of a torch.save dict. ValueError: the file cannot be read, or holds something else there."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                found = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:  # its own words are of how to load the file all the same
-        raise ValueError(f"{path} cannot be read: damaged, or more than tensors, which is not loaded") from error
-    except (OSError, EOFError, RuntimeError, ValueError, zlib.error) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read: {reason}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, not a dict of tensors")
-    if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{path} has no {', '.join(missing)}; it has {', '.join(map(str, found))}")
-    if wrong := [f"{name} is {type(found[name]).__name__}" for name in names if not isinstance(found[name], Tensor)]:
-        raise ValueError(f"{path}: {'; '.join(wrong)}, not a tensor")
-    return [found[name] for name in names]
 
 
 def refuse_other_states(path: Path, theirs: Features, target: Target, batch: Batch) -> None:
@@ -179,15 +153,3 @@ def import_dumps(
 def import_bytes(dumps: list[Path], meta: Meta) -> int:
     """At most what the store will take. Compressed dumps count as they are: an estimate for them."""
     return sum(path.stat().st_size for path in dumps) // (2 if meta.dtype == "fp8" else 1)
-
-
-def read_vocab_mapping(path: Path, vocab_size: int) -> Tensor:  # [Vd] int64, ascending target ids
-    """The draft vocabulary of a vocab_mapping.pt. Raises ValueError when d2t and t2d disagree or are of another target."""
-    d2t, t2d = _load(path, "d2t", "t2d")
-    t2d = t2d.bool()
-    ids = d2t.to(torch.int64) + torch.arange(d2t.numel())
-    if t2d.shape != (vocab_size,):
-        raise ValueError(f"{path} is for a target of {t2d.numel()} tokens, this one has {vocab_size}")
-    if not torch.equal(ids, t2d.nonzero()[:, 0]):
-        raise ValueError(f"{path}: d2t and t2d do not name the same {int(t2d.sum())} tokens in ascending order")
-    return ids

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features
+from fastdraft.batch import Batch, Ends, Features
 from fastdraft.data.samples import scan
 from fastdraft.features.fp8 import dequantize
 from fastdraft.features.meta import DTYPES
@@ -32,7 +32,6 @@ from fastdraft.features.store import (
     needed,
     row_kinds,
 )
-from fastdraft.target.source import Ends
 
 OnBadShard = Literal["error", "skip"]
 AHEAD = 2  # packs read and not yet trained on

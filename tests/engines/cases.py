@@ -11,9 +11,9 @@ import torch
 from test_decode import prompts, train_on_own_output
 from tiny import random_draft, tiny_llama
 
-from fastdraft.decode import DecodeSettings
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.engines import EnginePlace, Run
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target

@@ -10,11 +10,11 @@ import pytest
 import torch
 from cases import CASES, CHAIN, NEW_TOKENS, engine_place, make_case
 
-from fastdraft import decode
 from fastdraft.config import load_config
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
+from fastdraft.model.eagle3 import propose as propose_module
 from fastdraft.run import export_run
 from fastdraft.serving.engines import Run, run_engine
 from fastdraft.serving.export import load_draft
@@ -45,13 +45,13 @@ def with_and_without(run: Run) -> list[Run]:
 
 
 def record_proposals(monkeypatch) -> list[list[int]]:
-    made, propose = [], decode._propose
+    made, propose = [], propose_module.propose
 
     def recorded(*args):
         made.append(propose(*args))
         return made[-1]
 
-    monkeypatch.setattr(decode, "_propose", recorded)
+    monkeypatch.setattr(propose_module, "propose", recorded)
     return made
 
 

@@ -21,13 +21,13 @@ from tiny import save_target, tiny_llama, write_chats
 from fastdraft.batch import Batch, Features
 from fastdraft.cli import main
 from fastdraft.data.loader import Loader, read_pack
-from fastdraft.decode import DecodeSettings
 from fastdraft.features.fp8 import dequantize, quantize
 from fastdraft.features.meta import read_meta
 from fastdraft.features.store import Store, census, list_shards, merge_stores, needed, shard_number, verify_store
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import ttt_engine_step
 from fastdraft.model.eagle3.ref import ttt_ref_step
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.offline import capture_features
 from fastdraft.run import draft_shape, evaluate_run, load_data, open_target
 from fastdraft.target import capture as capture_module

@@ -11,10 +11,11 @@ import torch
 from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
 from tiny import make_tokenizer, refusal
 
-from fastdraft.decode import DecodeSettings, generate, generate_plain
+from fastdraft.decode import generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.target_config import read_target_config
 from fastdraft.serving import check as checks
 from fastdraft.serving.engines import EnginePlace, Output, Round, Run, Served, engine_version, run_engine

@@ -14,8 +14,9 @@ from transformers import LlamaConfig
 
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.serving import serving_shapes
 from fastdraft.serving import export
-from fastdraft.serving.export import export_draft, load_draft, serving_shapes, verify
+from fastdraft.serving.export import export_draft, load_draft, verify
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -84,6 +84,24 @@ class Draft(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     @property
+    def has_own_embedding(self) -> bool:
+        """Whether its embedding is other than the target's: it is then kept and exported."""
+        return self.config.hidden_size != self.config.target_hidden_size
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What it needs beside its trained weights and its target: the vocabulary map, and an embedding of its own."""
+        own = {"embed_tokens.weight": self.embed_tokens.weight.data} if self.has_own_embedding else {}
+        return {"d2t": self.d2t, "t2d": self.t2d} | own
+
+    def take_from_target(
+        self,
+        embedding: Tensor,  # [V, Ht]
+    ) -> None:
+        """Sets what checkpoints leave out, since the target has it."""
+        if not self.has_own_embedding:
+            self.set_embedding(embedding.float().cpu())
+
+    @property
     def draft_ids(self) -> Tensor:  # [Vd] int64, target id of each draft token
         return torch.arange(self.config.draft_vocab_size, device=self.d2t.device) + self.d2t
 

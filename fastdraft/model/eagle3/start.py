@@ -1,0 +1,49 @@
+"""Where a new EAGLE-3 draft starts: its vocabulary from the data, embedding, head and norm from the target.
+
+# V target vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastdraft.batch import Ends
+from fastdraft.data.vocab import build_vocab_map, coverage, read_vocab_mapping
+from fastdraft.model.eagle3.draft import Draft
+
+if TYPE_CHECKING:
+    from fastdraft.config import DraftSection
+
+
+def fit(
+    draft: Draft,
+    settings: DraftSection,
+    target: Ends,
+    token_counts: Callable[[], np.ndarray],  # [V] int64, how often each token is trained on
+) -> list[str]:  # what to tell the user
+    """Sets what a new draft takes from the target and the data: vocabulary map, embedding, and where to start from."""
+    messages, size = [], draft.config.draft_vocab_size
+    if settings.init_from is None:
+        counts = token_counts()
+        if settings.vocab_map is not None:
+            ids = read_vocab_mapping(Path(settings.vocab_map), draft.config.vocab_size)
+            share = counts[ids.numpy()].sum() / counts.sum()
+            messages.append(
+                f"vocabulary map of {settings.vocab_map}: its {len(ids):,} tokens are {share:.2%} of all trained"
+            )
+        else:
+            ids = build_vocab_map(counts, size)
+            share = coverage(counts, [size])[size]
+            messages.append(f"vocabulary map: the {size:,} most trained tokens are {share:.2%} of all trained")
+        draft.set_vocab(ids)
+        if settings.init == "target" and draft.config.hidden_size == target.hidden_size:
+            if target.final_norm is None:
+                raise ValueError("the target has no final RMSNorm to start from; set draft.init=random")
+            draft.start_from_target(target.head.weight, target.final_norm)
+    if settings.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
+        draft.set_embedding(target.embedding.float().cpu())
+    return messages

@@ -1,0 +1,94 @@
+"""What a draft method is: everything that training, evaluation, decoding and export ask of it, in one tuple.
+
+A method is a package beside `eagle3` that fills a `Method`, and one line in `methods.py`. Nothing else in fastdraft asks
+which method it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastdraft.batch import Batch, Ends, Features, Rows, TargetHead
+from fastdraft.model.proposal import DecodeSettings, Proposal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from pydantic import BaseModel
+    from transformers import PretrainedConfig
+
+    from fastdraft.config import Config, DraftSection
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # the files of a draft in serving format
+Precision = Literal["fp32", "bf16", "fp8"]
+Engine = Literal["reference", "fused"]
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    size: int  # bytes, or FLOPs per token among `Plan.flops`
+    short_lived: bool = False  # memory that is free again between two steps
+
+
+class Findings(NamedTuple):
+    """What `verify` found, a sentence each. Errors: an engine would fail or draft wrongly. Warnings: legal, but look."""
+
+    errors: list[str]
+    warnings: list[str]
+
+
+class Step(Protocol):
+    """Runs training steps of a draft against a target's head."""
+
+    def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
+        """Losses and acceptance of a batch, and the gradient of their weighted sum added to `grads`, by parameter name.
+
+        The sum is not normalised: the optimizer divides once, by the global number of live rows of the first step.
+        """
+
+    def rows(self, batch: Batch, features: Features) -> Rows:
+        """The same without any gradient."""
+
+
+class Drafter(Protocol):
+    """A draft at work on one sequence."""
+
+    draft_ids: Tensor  # [Vd] int64, the target id of each token that can be drafted
+
+    def propose(
+        self,
+        token_ids: Tensor,  # [r] int64, the tokens after the positions that the target has run since the last call
+        g: Tensor,  # [r, ...] the target's states at these positions
+        depth: int,  # the most tokens that may be drafted one after the other
+        settings: DecodeSettings,
+        generator: torch.Generator,
+    ) -> Proposal:
+        """What the target is to verify next."""
+
+
+class Method(NamedTuple):
+    """A draft method. `shape` and `draft` are classes; what they must offer is said beside them."""
+
+    # A pydantic model with vocab_size, draft_vocab_size, hidden_size, target_hidden_size, layers (those of the target that
+    # are read, outputs from 0), initializer_range, num_parameters(), to_serving(dtype) and from_target(config, **changes).
+    shape: type[BaseModel]
+    # A module made of a shape, which it keeps as `config`, with trainable(), frozen() (what a checkpoint holds beside the
+    # trained weights), init_weights(std, generator) and take_from_target(embedding) (what a checkpoint leaves to it).
+    draft: type[nn.Module]
+    architecture: str  # in the engines' config.json
+    num_steps: Callable[[Config], int]  # T, the steps that `Rows` has of every token
+    build_step: Callable[[Config, nn.Module, TargetHead, torch.device], Step]
+    fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data
+    step_cost: Callable[..., tuple[tuple[Row, ...], tuple[Row, ...]]]  # bytes of a step, FLOPs a token: for --plan
+    pair_cost: Callable[[BaseModel, int, Config], float]  # attention's share of a document's cost, for dealing packs
+    drafter: Callable[[nn.Module, int], Drafter]  # of a draft, with room for so many tokens
+    serving_tensors: Callable[[nn.Module, torch.dtype], dict[str, Tensor]]  # ValueError when it is not fit to export
+    load: Callable[[Path, dict[str, Any] | PretrainedConfig], nn.Module]  # a checkpoint in serving format, for a target
+    verify: Callable[[Path, Path], Findings]  # a checkpoint in serving format, for a target's directory
+    init_config: Callable[[Path | str], str]  # the commented YAML of `fastdraft init`
