@@ -22,7 +22,8 @@ CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
 STEP = [
     "fastdraft/kernels/*.py",
     "csrc/*",
-    *(f"fastdraft/model/eagle3/{name}.py" for name in ("chunks", "engine", "attention", "graph_engine", "draft")),
+    *(f"fastdraft/model/eagle3/{name}.py" for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory")),
+    "fastdraft/model/buffers.py",
     "fastdraft/model/graph.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",

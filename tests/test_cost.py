@@ -358,7 +358,7 @@ def test_the_peak_of_a_run_on_the_cpu_is_predicted(engine, rel, make_config, tmp
 
     small, large = config("small", 64), config("large", 120_000)
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=peaks_of_a_run, args=(small, large, theirs))
+    process = multiprocessing.get_context("spawn").Process(target=peaks_of_a_run, args=(small, large, theirs))
     process.start()
     theirs.close()
     measured = ours.recv()

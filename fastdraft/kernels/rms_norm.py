@@ -341,7 +341,7 @@ def rms_norm_backward(
     n = len(dy)
     if len(add) + add_dx > 2 or ((add or add_dx) and dx is None):
         raise ValueError(
-            f"{len(add)} tensors in add, add_dx {add_dx}, dx {'None' if dx is None else 'given'}: two at most, with dx"
+            f"add has {len(add)} tensors, add_dx {add_dx}, dx {'None' if dx is None else 'given'}: two at most, with dx"
         )
     tensors = {"dy": (dy, n)}
     if dx is not None:
