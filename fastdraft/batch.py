@@ -91,7 +91,7 @@ class Batch:
 class Features:
     """What the frozen target says about every token of a batch (docs/mathematics.md: g and f)."""
 
-    g: Tensor  # [N, 3*Ht] outputs of three target layers, low | mid | high
+    g: Tensor  # [N, K*Ht] outputs of the K target layers that the draft reads, lowest first; EAGLE-3 reads three
     f: Tensor  # [N, Ht] the state the target's lm_head reads (after the final norm)
 
 

@@ -80,11 +80,12 @@ def train(
 def init(
     target: Annotated[str, typer.Argument(help="Target: a local directory with its config.json.")],
     out: Annotated[Path | None, typer.Argument(help="File to write; standard output when left out.")] = None,
+    method: Annotated[str, typer.Option(help="The draft's method, draft.method of a config.")] = "eagle3",
 ) -> None:
     """Write a draft config derived from a target, to edit and name as draft.config."""
-    from fastdraft.model.eagle3.config import init_config
+    from fastdraft.model.methods import named_method
 
-    text = init_config(target)
+    text = named_method(method).init_config(target)
     if out is None:
         sys.stdout.write(text)
     elif out.exists():

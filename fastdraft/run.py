@@ -135,7 +135,7 @@ def check_precision(config: Config, device: torch.device) -> None:
         raise ValueError(f"precision: fp8 needs a GPU of compute capability 8.9 or newer, not {name}; set precision=bf16")
 
 
-def open_target(config: Config, layers: tuple[int, int, int], device: torch.device) -> Target:
+def open_target(config: Config, layers: tuple[int, ...], device: torch.device) -> Target:
     dtype = target_dtype(config, device)
     return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code)
 
@@ -149,7 +149,7 @@ def target_parameters(config: Config) -> int:
     return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
 
 
-def open_source(config: Config, layers: tuple[int, int, int], device: torch.device, sets: list[Dataset]) -> Source:
+def open_source(config: Config, layers: tuple[int, ...], device: torch.device, sets: list[Dataset]) -> Source:
     """Where the features of a run come from. A store is checked against the run: ValueError names each field that differs.
 
     On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32, which loses nothing.
@@ -175,7 +175,7 @@ def open_source(config: Config, layers: tuple[int, int, int], device: torch.devi
     return reader
 
 
-def run_meta(config: Config, layers: tuple[int, int, int]) -> Meta:
+def run_meta(config: Config, layers: tuple[int, ...]) -> Meta:
     """What a store for this run says of the target, as far as files and a config of `name_dtypes` tell."""
     assert config.target.dtype != "auto"
     return expected_meta(config.target.path, config.target.trust_remote_code, layers, config.target.dtype)

@@ -215,7 +215,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
 def run_tensors(optimizer: FlatAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds besides its JSON. All but the optimizer's step count and the RNG states are the live ones."""
     shown = {f"window.{name}": numbers for name, numbers in window.items()}
-    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(draft.d2t.device)
+    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.master.device)
 
 
 def resume(
@@ -244,7 +244,7 @@ def resume(
         tensors = {name: tensor.clone() for name, tensor in live.items()}
         try:
             saved = checkpoint.read_state(path)
-            refuse_other_run(saved, config, fingerprint, draft.config, draft.d2t.device)
+            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.master.device)
             whole = checkpoint.load_tensors(saved, tensors, may_lack="rng.cuda")
         except checkpoint.Unreadable as error:
             told.append(f"{error}; left aside")

@@ -19,7 +19,6 @@ from fastdraft.files import file_checksum, json_checksum, publish, write_file
 
 FORMAT = 1
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
-WIDTHS = {"g": 3, "f": 1}  # layers side by side
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Meta:
     weights: str  # `checkpoint_fingerprint`
     config: str  # hash of the target's config.json
     tokenizer: str  # hash of the tokenizer
-    layers: tuple[int, int, int]
+    layers: tuple[int, ...]
     hidden_size: int  # Ht
     target_dtype: str  # bf16 or fp32: what the target ran in
     dtype: str  # of the rows: as the target's, or fp8
@@ -48,10 +47,15 @@ class Meta:
         return json_checksum(facts)
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Layers side by side in a row of g and in a row of f."""
+        return {"g": len(self.layers), "f": 1}
+
+    @property
     def row_bytes(self) -> dict[str, int]:
         """Bytes of a row of g and of a row of f, scales included."""
         size = DTYPES[self.dtype].itemsize * self.hidden_size + (4 if self.dtype == "fp8" else 0)
-        return {name: layers * size for name, layers in WIDTHS.items()}
+        return {name: layers * size for name, layers in self.widths.items()}
 
 
 COMPARED = ("config", "weights", "tokenizer", "layers", "hidden_size", "target_dtype")  # a run against a store

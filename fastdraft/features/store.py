@@ -33,7 +33,6 @@ from torch import Tensor
 from fastdraft.batch import Batch, TargetHead
 from fastdraft.features.meta import (
     DTYPES,
-    WIDTHS,
     Meta,
     read_meta,
     refuse_other,
@@ -115,8 +114,8 @@ def document_checksum(parts: Iterable[Tensor]) -> int:
 
 def row_kinds(meta: Meta) -> dict[str, tuple[torch.dtype, int]]:
     """Dtype and width of a shard's row tensors, in the order in which a document's checksum runs over them."""
-    kinds = {name: (DTYPES[meta.dtype], layers * meta.hidden_size) for name, layers in WIDTHS.items()}
-    scales = {f"{name}_scale": (torch.float32, layers) for name, layers in WIDTHS.items()}
+    kinds = {name: (DTYPES[meta.dtype], layers * meta.hidden_size) for name, layers in meta.widths.items()}
+    scales = {f"{name}_scale": (torch.float32, layers) for name, layers in meta.widths.items()}
     return kinds | scales if meta.dtype == "fp8" else kinds
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Features
 from fastdraft.features.fp8 import quantize
-from fastdraft.features.meta import DTYPES, WIDTHS, Meta
+from fastdraft.features.meta import DTYPES, Meta
 from fastdraft.features.store import PackRows, document_keys, needed, row_kinds, write_shard
 
 
@@ -68,7 +68,7 @@ class ShardWriter:
                 index = index[keep.repeat_interleave(torch.tensor(rows))]
             kept = x.index_select(0, index.to(x.device, non_blocking=True))
             if self.meta.dtype == "fp8":
-                kept, scale = quantize(kept, WIDTHS[name])
+                kept, scale = quantize(kept, self.meta.widths[name])
                 probes[name] = tensors[f"{name}_scale"] = self._to_host(scale)
             else:
                 probes[name] = self._to_host(kept.sum(1, keepdim=True, dtype=torch.float32))

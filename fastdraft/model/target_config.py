@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,18 @@ def longest_context(target: dict[str, Any]) -> int | None:
         if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("factor"):
             return max(most, int(rope["original_max_position_embeddings"] * rope["factor"]))
     return most
+
+
+def default_layers(num_target_layers: int) -> tuple[int, int, int]:
+    """Layers whose outputs feed the draft when nobody chooses: 1, n//2 - 1, n - 4, counted from 0."""
+    return 1, num_target_layers // 2 - 1, num_target_layers - 4
+
+
+def silent_layers(silent: list[int], layers: Iterable[int], ran: Iterable[int], model: str) -> str:
+    """A sentence on chosen layers that give no state for a text, with others near them."""
+    near = sorted({min(ran, key=lambda x: (abs(x - layer), x)) for layer in layers})
+    use = f"for example draft.overrides.layers='{near}'" if len(near) == 3 else f"of {sorted(ran)}"
+    return (
+        f"the layers {silent} of {model} give no state for a text (layers that attend to pictures are left out then), so "
+        f"no draft can read them; choose other layers, {use}"
+    )

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdraft.model.eagle3.config import default_layers
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.ref import attention_ref
 from fastdraft.model.rope import Rope
+from fastdraft.model.target_config import default_layers
 from fastdraft.serving.engines import Output
 from fastdraft.target.hf import Target
 

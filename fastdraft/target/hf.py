@@ -35,9 +35,8 @@ from transformers import (
 from transformers.utils import logging
 
 from fastdraft.batch import Batch, Features, TargetHead
-from fastdraft.model.eagle3.config import default_layers, silent_layers
 from fastdraft.model.graph import GraphPool
-from fastdraft.model.target_config import first_line, refuse_strange_dtype
+from fastdraft.model.target_config import default_layers, first_line, refuse_strange_dtype, silent_layers
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
@@ -53,14 +52,15 @@ RUN_TOKENS = 16384  # of documents that run together: what the target's own acti
 class Target:
     """A causal LM from `load` or one already built. Everything it gives is without gradient."""
 
-    def __init__(self, model: PreTrainedModel, layers: tuple[int, int, int] | None = None):
+    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] | None = None):
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config()
         self.decoder = _decoder(model)
         blocks = _decoder_layers(model, self.decoder, getattr(self.config, "num_hidden_layers", None))
         self.num_layers = len(blocks)
         self.layers = tuple(layers) if layers is not None else default_layers(self.num_layers)
-        if not 0 <= self.layers[0] < self.layers[1] < self.layers[2] < self.num_layers:
+        inside = all(0 <= layer < self.num_layers for layer in self.layers)
+        if not inside or list(self.layers) != sorted(set(self.layers)):
             raise ValueError(
                 f"layers {list(self.layers)} must ascend and lie in 0..{self.num_layers - 1}, the target's layers"
                 + ("; the default needs a target of at least 7 layers" if self.num_layers < 7 else "")
@@ -117,7 +117,7 @@ class Target:
                 attention_mask=attention_mask,
                 use_cache=cache is not None,
             ).last_hidden_state
-            g = torch.cat([self._states[place] for place in range(3)], -1)
+            g = torch.cat([self._states[place] for place in range(len(self.layers))], -1)
             return g.to(self.dtype), f.to(self.dtype)  # Mamba's residual stream is fp32 whatever its weights are
         finally:
             self._capturing = False
@@ -163,7 +163,7 @@ class Target:
 
     def _capture_apart(self, batch: Batch) -> Features:
         n, width = batch.num_tokens, self.hidden_size
-        g = torch.empty(n, 3 * width, dtype=self.dtype, device=self.device)
+        g = torch.empty(n, len(self.layers) * width, dtype=self.dtype, device=self.device)
         f = torch.empty(n, width, dtype=self.dtype, device=self.device)
         ids, starts = batch.input_ids.to(self.device), [0, *accumulate(batch.lengths)]
         for group in _groups_of_like_length(batch.lengths):
@@ -211,11 +211,12 @@ class Target:
         name = type(self.model).__name__
         ids = torch.arange(PROBE_TOKENS, device=self.device)[None] % self.vocab_size
         g, f = self._first_forward(ids, blocks)
-        shape = (1, PROBE_TOKENS, 3 * self.hidden_size)
+        shape = (1, PROBE_TOKENS, len(self.layers) * self.hidden_size)
         if g.shape != shape:
             raise ValueError(
-                f"three layers of {name} give states {tuple(g.shape)} for {PROBE_TOKENS} tokens, not {shape}: it carries "
-                "more than one state a token, or one of another width than its lm_head reads, which no draft reads"
+                f"the layers {list(self.layers)} of {name} give states {tuple(g.shape)} for {PROBE_TOKENS} tokens, not "
+                f"{shape}: it carries more than one state a token, or one of another width than its lm_head reads, which "
+                "no draft reads"
             )
         self._refuse_looking_ahead(f, ids)
         # The model's head is given states of every size, so that a cap or a norm shows, which near 0 are like nothing.
@@ -314,7 +315,7 @@ def load_target(
     path: str,
     dtype: torch.dtype,
     device: torch.device | str,
-    layers: tuple[int, int, int] | None = None,
+    layers: tuple[int, ...] | None = None,
     trust_remote_code: bool = False,
     run_in: torch.dtype | None = None,
 ) -> Target:

@@ -63,7 +63,7 @@ def target_ends(target: Target) -> dict[str, Tensor]:
 def expected_meta(
     path: str,  # of the target
     trust_remote_code: bool,
-    layers: tuple[int, int, int],
+    layers: tuple[int, ...],
     target_dtype: str,  # bf16 or fp32
 ) -> Meta:
     """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""

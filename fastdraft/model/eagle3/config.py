@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ from transformers import PretrainedConfig
 
 from fastdraft.model.target_config import (
     canonical_rope,
+    default_layers,
     language_config,
     read_target_config,
+    silent_layers,
     target_rope,
 )
 
@@ -75,21 +76,6 @@ EXAMPLES = {
     "rms_norm_eps": "rms_norm_eps=1.0e-5",
     "max_position_embeddings": "max_position_embeddings=4096",
 }
-
-
-def default_layers(num_target_layers: int) -> tuple[int, int, int]:
-    """Layers whose outputs feed the draft when nobody chooses: 1, n//2 - 1, n - 4, counted from 0."""
-    return 1, num_target_layers // 2 - 1, num_target_layers - 4
-
-
-def silent_layers(silent: list[int], layers: Iterable[int], ran: Iterable[int], model: str) -> str:
-    """A sentence on chosen layers that give no state for a text, with others near them."""
-    near = sorted({min(ran, key=lambda x: (abs(x - layer), x)) for layer in layers})
-    use = f"for example draft.overrides.layers='{near}'" if len(near) == 3 else f"of {sorted(ran)}"
-    return (
-        f"the layers {silent} of {model} give no state for a text (layers that attend to pictures are left out then), so "
-        f"no draft can read them; choose other layers, {use}"
-    )
 
 
 class DraftConfig(BaseModel):

@@ -23,7 +23,6 @@ from transformers import PretrainedConfig
 from fastdraft.model.eagle3.config import (
     ARCHITECTURE,
     DraftConfig,
-    default_layers,
     serving_layers,
     serving_malformed,
     serving_problems,
@@ -33,6 +32,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.method import CONFIG, WEIGHTS, Findings
 from fastdraft.model.target_config import (
     canonical_rope,
+    default_layers,
     language_config,
     named_dtype,
     read_json,
