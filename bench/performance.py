@@ -23,7 +23,9 @@ NAMES = {
 PEER, MAIN = "specforge", "llama-3.1-8b"
 HEAD = """# Performance
 
-Made from the rows in [bench/results](../bench/results) by `python -m bench.performance`; change the rows, not this page.
+This page shows the newest row of each measurement: the training step beside SpecForge's, its memory, and each kernel
+under the hardware's limit. [speed.md](speed.md) explains the numbers. The page is made from the rows in
+[bench/results](../bench/results) by `python -m bench.performance`; change the rows, not this page.
 """
 
 
@@ -187,23 +189,27 @@ class Steps:
 
 
 STEP_TEXT = {
-    "goals": "For Llama-3.1-8B's draft.",
-    "live": """Every token trained on, one document, T 7, bf16; medians, in brackets the 20th and 80th percentile. us/token
-is of the whole step, `no optimizer` of forward and backward alone. MFU counts the FLOPs that the published
-algorithm needs in them (`bench.work.model_flops`), also the 5 % that sharing QKV's embedding half saves, over
-the data sheet's dense bf16 rate; % of GEMM over what an 8192^3 product reached in the same process, `lasting`
-over what such products reach after a second of nothing else, at the clock that the GPU's power allows then.
-`flash-attn` and `fp8` are us/token of ours with FlashAttention 4 installed, and with `precision: fp8`.
-SpecForge ran in the same process, interleaved, on the same weights and inputs, with its own optimizer.""",
-    "chats": """Real chats, packed by us; one at a time, or a padded batch, in SpecForge, whose EAGLE-3 trainer
-has no packing (`bench/peers/specforge.py`). Useful tokens are those whose step-0 row is trained on.""",
-    "memory": """Peak of a step by what holds it. SpecForge's gradient is in bf16 and lives within the step: it counts as
-transient there, ours with the optimizer.""",
-    "launches": "The first step compiles: cold with empty caches, warm in a new process, later after another length.",
+    "goals": "These are the project's goals for the draft of Llama-3.1-8B, and what the rows below say of each.",
+    "live": """Every token is trained on, the pack is one document, T is 7, and the dtype is bf16. Times are medians,
+with the 20th and 80th percentile in brackets.
+
+- `us/token` is the time of the whole step, and `no optimizer` that of forward and backward alone.
+- `MFU` is the share of the data sheet's dense bf16 rate. It counts the FLOPs that the published algorithm needs
+  (`bench.work.model_flops`), among them the 5 % that sharing QKV's embedding half saves.
+- `% of GEMM` is the share of the rate that an 8192^3 product reached in the same process. `lasting` is the share of
+  the rate that such products keep after a second of nothing else, at the clock that the GPU's power then allows.
+- `fp8` and `flash-attn` are our us/token with `precision: fp8`, and with FlashAttention 4 installed.
+- SpecForge ran in the same process, in turns with ours, on the same weights and inputs, with its own optimizer.""",
+    "chats": """Our step takes real chats packed. SpecForge takes them one at a time or as a padded batch, because its
+EAGLE-3 trainer has no packing (`bench/peers/specforge.py`). Useful tokens are those whose step-0 row is trained on.""",
+    "memory": """A step's peak is divided by what holds it. SpecForge's gradient is in bf16 and lives within the step,
+so it counts as transient there; ours counts with the optimizer.""",
+    "launches": """The first step compiles. It is `cold` in a new process with empty caches, `warm` in a new
+process, and `later` where the same process has run another length before.""",
 }
-KERNEL_TEXT = """Medians, in bf16 where nothing else is said. The roof of a row is the larger of its FLOPs over the
-GPU's matrix rate and its bytes over its copy rate, both measured in the same process. Ours is Triton's; `cuda` beside it is
-the same kernel in csrc/, used where it is built.
+KERNEL_TEXT = """Times are medians, in bf16 where nothing else is said. The roof of a row is the larger of two times:
+its FLOPs over the GPU's matrix rate, and its bytes over its copy rate, both measured in the same process. Our kernel
+is Triton's; `cuda` beside it is the same kernel in csrc/, which is used where it is built.
 """
 TITLES = {
     "goals": "Goals",

@@ -252,4 +252,6 @@ def test_an_8b_target_takes_packs_of_1000_and_of_4096_tokens_in_turn():
             assert torch.equal(features.g, first.g) and torch.equal(features.f, first.f)
     made.recorded = None
     for pack, recorded in zip(packs, rounds[0], strict=True):
-        torch.testing.assert_close(recorded.f, made.capture(pack).f, rtol=0.1, atol=0.1)
+        plain = made.capture(pack).f.float()
+        off = (recorded.f.float() - plain).norm() / plain.norm()  # other lengths let cuBLAS choose other kernels
+        assert off < 0.05

@@ -123,7 +123,7 @@ def test_buffers_that_moved_are_found(small_shapes):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_pack_is_put_in_place_without_other_memory_of_the_gpu(small_shapes, monkeypatch):
-    draft = make_draft().to("cuda", torch.float32)
+    draft = make_draft(head_dim=8).to("cuda", torch.float32)
     batch, features, head = make_inputs((30, 31), dtype=torch.float32)
     features = Features(features.g.cuda(), features.f.cuda())
     head = replace(head, weight=head.weight.cuda(), bias=head.bias.cuda())
