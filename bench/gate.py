@@ -9,6 +9,9 @@ It fails, naming each, when
 - a newest row is more than 5 % slower than the row before it of the same op, shape, dtype and GPU, or is of a run that
   failed, unless it carries a `note` that explains it.
 
+What no GPU has measured yet may wait, in the open: a line of bench/results/waiting.jsonl names the op, the hash of exactly
+the source that waits, and why. The gate prints these lines each time, and they end with the next change of that source.
+
 Only our own rows are judged: provider fastdraft, which is Triton's kernel or the engine, and cuda, the kernel in csrc of an
 op that has one there. To make them fresh, run the benchmark again on a GPU (csrc built) and commit the rows.
 """
@@ -106,9 +109,19 @@ def gpu_test_problems(root: Path) -> list[str]:
     return []
 
 
+def waiting(root: Path = ROOT) -> dict[str, str]:
+    """Why an op's rows are not of today's source, by op, where bench/results/waiting.jsonl says so of just this source."""
+    path = root / "bench/results/waiting.jsonl"
+    lines = load(path) if path.exists() else []
+    return {line["op"]: line["why"] for line in lines if line["source"] == source(line["op"], root)}
+
+
 def main() -> None:
-    found = problems()
-    print("\n".join(found) or "every benchmark row is of today's source, and none is slower than before")
+    waits = waiting()
+    found = [line for line in problems() if line.split(":")[0].split("/")[0] not in waits]
+    for op, why in waits.items():
+        print(f"{op} waits for a GPU: {why}")
+    print("\n".join(found) or "every other benchmark row is of today's source, and none is slower than before")
     sys.exit(bool(found))
 
 

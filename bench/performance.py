@@ -194,6 +194,7 @@ STEP_TEXT = {
 with the 20th and 80th percentile in brackets.
 
 - `us/token` is the time of the whole step, and `no optimizer` that of forward and backward alone.
+- `times faster` is of the newest run that timed both sides; ours may have been timed alone since.
 - `MFU` is the share of the data sheet's dense bf16 rate. It counts the FLOPs that the published algorithm needs
   (`bench.work.model_flops`), among them the 5 % that sharing QKV's embedding half saves.
 - `% of GEMM` is the share of the rate that an 8192^3 product reached in the same process. `lasting` is the share of

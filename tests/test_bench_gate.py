@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.gate import problems
+from bench import gate
+from bench.gate import problems, waiting
 from bench.sources import files, source
 
 ROW = {"date": "2026-01-01", "commit": "abc", "gpu": "G", "dtype": "bf16", "shape": {"n": 1}, "provider": "fastdraft"}
@@ -44,6 +45,22 @@ def the_problem(repo: Path) -> str:
     found = problems(repo)
     assert len(found) == 1, found
     return found[0]
+
+
+def test_what_waits_is_said_and_ends_with_the_next_change(repo, monkeypatch, capsys):
+    (repo / "fastdraft/kernels/norm.py").write_text("tl.program_id(1)")
+    line = {"op": "norm", "source": source("norm", repo), "why": "the machine was gone"}
+    (repo / "bench/results/waiting.jsonl").write_text(json.dumps(line) + "\n")
+    assert waiting(repo) == {"norm": "the machine was gone"}
+    monkeypatch.setattr(gate, "problems", lambda: problems(repo))
+    monkeypatch.setattr(gate, "waiting", lambda: waiting(repo))
+    with pytest.raises(SystemExit) as exit:
+        gate.main()
+    said = capsys.readouterr().out
+    assert exit.value.code == 1 and "norm waits for a GPU: the machine was gone" in said
+    assert "norm/fwd" not in said and "step: the source changed" in said and "gpu_tests" in said
+    (repo / "fastdraft/kernels/norm.py").write_text("tl.program_id(2)")
+    assert waiting(repo) == {}
 
 
 def test_fine(repo):
