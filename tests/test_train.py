@@ -28,6 +28,7 @@ from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
+from fastdraft.model.eagle3 import start
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
 from fastdraft.run import draft_shape, export_run, load_data, open_run
@@ -149,21 +150,23 @@ def test_a_masked_step_is_skipped_with_a_count(make_config, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole_runs() -> dict[str, tuple[list[dict], dict[str, torch.Tensor]]]:
+def whole_runs() -> dict[str, tuple[list[dict], dict[str, torch.Tensor], dict | None]]:
     """What `whole` found, by the settings that were changed: several tests compare with the same uninterrupted run."""
     return {}
 
 
 @pytest.fixture
 def whole(make_config, tmp_path, whole_runs):
-    """An uninterrupted run of 6 steps: its losses and last tensors, which are for reading."""
+    """An uninterrupted run of 6 steps: its losses, its last tensors, and its best.json; all are for reading."""
 
     def run(**changes):
         key = json.dumps(changes, sort_keys=True)
         if key not in whole_runs:
             config = make_config(run_dir=str(tmp_path / "whole"), **changes)
             train(config)
-            whole_runs[key] = losses(config.run_dir), weights(config.run_dir)
+            best = Path(config.run_dir) / "checkpoints" / "best.json"
+            of_best = json.loads(best.read_text()) if best.exists() else None
+            whole_runs[key] = losses(config.run_dir), weights(config.run_dir), of_best
         return whole_runs[key]
 
     return run
@@ -230,7 +233,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config, whole, monke
 def test_a_run_killed_at_its_evaluation_still_makes_it(make_config, whole, monkeypatch, place, name, call):
     """The checkpoint of that step may be there already; its held-out numbers and the best one are not lost."""
     expected, config = whole(), make_config()
-    best = json.loads((Path(config.run_dir).with_name("whole") / "checkpoints" / "best.json").read_text())
     original, calls = getattr(place, name), []
 
     def die(*args, **kwargs):
@@ -244,7 +246,7 @@ def test_a_run_killed_at_its_evaluation_still_makes_it(make_config, whole, monke
         train(config)
     train(config)
     assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
-    assert json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text()) == best
+    assert json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text()) == expected[2]
 
 
 def test_speed_and_wait_are_of_training_alone(make_config, monkeypatch):
@@ -321,7 +323,7 @@ def test_the_vocabulary_map_is_the_checkpoints_own(make_config, monkeypatch, who
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
         train(make_config())
-    monkeypatch.setattr(a_run, "build_vocab_map", lambda *_: torch.arange(64))
+    monkeypatch.setattr(start, "build_vocab_map", lambda *_: torch.arange(64))
     train(make_config())
     monkeypatch.undo()
     ours, theirs = weights(make_config().run_dir), whole()[1]

@@ -101,7 +101,8 @@ def test_smollm2(vllm, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(target_dir)
     answers = tmp_path / "answers.jsonl"
     overrides = [f"target.path={target_dir}", f"data.paths=[{answers}]", f"run_dir={tmp_path / 'run'}", "max_steps=40"]
-    config = load_config(DEMO / "demo.yaml", [*overrides, "draft.overrides.draft_vocab_size=4096"])
+    overrides += [f"features.path={tmp_path / 'features'}", "draft.overrides.draft_vocab_size=4096"]
+    config = load_config(DEMO / "demo.yaml", overrides)
     target = load_target(target_dir, torch.bfloat16, "cpu")
     asked = prompt_ids(read_prompts(DEMO / "train_prompts.jsonl")[:64], tokenizer)
     with answers.open("w") as file:
