@@ -224,7 +224,8 @@ class Turns:
         lacks: by the template's text between the last word before the turn and its first."""
         if not how.given:
             raise Refused(NOT_SHOWN)
-        before = max((place.end for place in given if place.end <= first), default=0)
+        nearest = max((place for place in given if place.end <= first), key=lambda place: place.end, default=None)
+        before = nearest.end if nearest else 0
         gap = full[before:first]
         if prompt is not None:
             marks, marked, marked_tools = mark_all(messages[:-1], tools, how, self.template.tags)
@@ -232,8 +233,11 @@ class Turns:
                 plain, places = marks.find(self.template.render(marked, marked_tools, add_generation_prompt=True))
             except Refused:
                 plain, places = "", []
-            tail = prompt[max((place.end for place in places), default=0) :]
-            if plain == prompt and tail and gap.startswith(tail):
+            last = max(places, key=lambda place: place.end, default=None)
+            tail = prompt[last.end if last else 0 :]
+            # The prompt may end with words that the rendering with the turn has dropped. Then the gap is another one.
+            same = (last and last.leaf) == (nearest and nearest.leaf)
+            if plain == prompt and tail and same and gap.startswith(tail):
                 return before + len(tail), ""
         for base, opened in self.template.headers:
             if gap.count(base) == 1 and (prompt is None or prompt.endswith(base + opened)):

@@ -167,3 +167,25 @@ def test_what_is_wrong_is_named(data, template):
         )
     else:
         assert all(sample.trains for sample in done.samples)
+
+
+def test_a_turn_before_that_loses_its_words_is_no_place_to_start(tokenizer):
+    """The prompt ends behind reasoning that the next rendering drops: what follows the prompt's end is not the answer."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + ('MODEL' if m.role == 'assistant' else m.role | upper) + '\\n' }}"
+        "{{ ((m.reasoning_content or '') if loop.last else '') + m.content }}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{{ '<|im_start|>MODEL\\n' if add_generation_prompt else '' }}"
+    )
+    call = {"function": {"name": "f", "arguments": '{"a": "b"}'}}
+    messages = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": "", "reasoning_content": "<", "tool_calls": [call]},
+        {"role": "assistant", "content": "<"},
+    ]
+    chat = ChatTokenizer(tokenizer, chat_template=template)
+    try:
+        samples = chat(parse(Line("x", {"messages": messages}))).samples
+    except BadLine:
+        samples = []
+    for sample in samples:
+        assert "MODEL" not in tokenizer.decode(sample.input_ids[sample.loss_mask])
