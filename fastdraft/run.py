@@ -7,6 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -221,8 +222,7 @@ def new_draft(config: Config) -> nn.Module:
 
 def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train_set: Dataset) -> list[str]:
     """Sets what a new draft takes from the target and the data, and says what it was."""
-    counts = lambda: token_counts(train_set, draft.config.vocab_size)  # noqa: E731
-    return method_of(draft).fit(draft, config.draft, target, counts)
+    return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
 def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftStep:
@@ -243,7 +243,7 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     A target that was run in bf16 has the same weights here. On a CPU where bf16 is slow they are computed with in fp32.
     """
     saved, draft = read_draft(run_dir, which)
-    config = Config.model_validate(without_removed(saved.state["config"]))
+    config = saved_config(saved)
     device = mesh.start_process(config.device)
     config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
     target = load_target(
@@ -260,13 +260,18 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     return config, target, draft.to(device)
 
 
+def saved_config(saved: checkpoint.Saved) -> Config:
+    """A checkpoint's settings. Those that are new since it was written have their defaults."""
+    return Config.model_validate(without_removed(saved.state["config"]))
+
+
 def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, nn.Module]:
     """The draft of a run's checkpoint; where best or last is damaged, of the newest one that is not, with a warning."""
     paths = checkpoint.checkpoints_of_run(run_dir, which)
     for path, following in zip(paths, [*paths[1:], None], strict=True):
         try:
             saved = checkpoint.read_state(path)
-            method = named_method(saved.state["config"]["draft"].get("method", "eagle3"))
+            method = named_method(saved_config(saved).draft.method)
             draft = method.draft(method.shape.model_validate(saved.state["draft"]))
             parameters = list(draft.trainable().values())
             sizes = [p.numel() for p in parameters]

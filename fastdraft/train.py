@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, tau_sim
-from fastdraft.config import Config, without_removed
+from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.evaluate import TauReport, evaluate_tau
@@ -44,6 +44,7 @@ from fastdraft.run import (
     name_run_dtypes,
     new_draft,
     open_source,
+    saved_config,
     saved_dtypes,
     target_parameters,
 )
@@ -274,13 +275,12 @@ def was_evaluated(run_dir: Path, step: int) -> bool:
 def refuse_other_run(
     saved: checkpoint.Saved, config: Config, fingerprint: str, shape: BaseModel, device: torch.device
 ) -> None:
-    begun = Config.model_validate(without_removed(saved.state["config"]))  # settings that are new since have defaults
     if saved.state["target"] != fingerprint:
         raise ValueError(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    then = dotted(begun.model_dump(mode="json")) | dotted({"draft's shape": saved.state["draft"]})
+    then = dotted(saved_config(saved).model_dump(mode="json")) | dotted({"draft's shape": saved.state["draft"]})
     then |= saved_dtypes(saved.state["config"], device)
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [

@@ -52,8 +52,8 @@ def test_what_waits_is_said_and_ends_with_the_next_change(repo, monkeypatch, cap
     line = {"op": "norm", "source": source("norm", repo), "why": "the machine was gone"}
     (repo / "bench/results/waiting.jsonl").write_text(json.dumps(line) + "\n")
     assert waiting(repo) == {"norm": "the machine was gone"}
-    monkeypatch.setattr(gate, "problems", lambda: problems(repo))
-    monkeypatch.setattr(gate, "waiting", lambda: waiting(repo))
+    for judge in (problems, waiting):
+        monkeypatch.setattr(gate, judge.__name__, lambda root=repo, judge=judge: judge(root))
     with pytest.raises(SystemExit) as exit:
         gate.main()
     said = capsys.readouterr().out
