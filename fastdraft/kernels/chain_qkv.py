@@ -349,8 +349,7 @@ def chain_qkv(
 
     Allocates nothing on a GPU. Indices are not checked there. Raises ValueError for what does not fit.
     """
-    dtypes = {"e": z.dtype, "q": z.dtype, "k": z.dtype, "v": z.dtype}
-    heads, kv_heads, dim = _check(z, e, q, k, v, e_row, position, freqs, dtypes)
+    heads, kv_heads, dim = _check(("z", "e", "q", "k", "v"), z, e, q, k, v, e_row, position, freqs, z.dtype, z.dtype)
     if z.is_cuda:
         config = chain_qkv_config(2 * len(freqs))
         _chain_qkv(_chain_qkv_kernel, z, e, e_row, position, freqs, factor, q, k, v, config)
@@ -379,8 +378,8 @@ def chain_qkv_backward(
     A step of chains reads every token at most once, so e_row has no repeats. Allocates nothing on a GPU. Raises
     ValueError for what does not fit.
     """
-    dtypes = {"de": torch.promote_types(dz.dtype, torch.float32)}
-    _check(dz, de, dq, dk, dv, e_row, position, freqs, dtypes, "d")
+    sums = torch.promote_types(dz.dtype, torch.float32)
+    _check(("dz", "de", "dq", "dk", "dv"), dz, de, dq, dk, dv, e_row, position, freqs, sums, None)
     if dz.is_cuda:
         config = chain_qkv_config(2 * len(freqs))
         _chain_qkv(_chain_qkv_backward_kernel, dz, de, e_row, position, freqs, factor, dq, dk, dv, config)
@@ -391,6 +390,7 @@ def chain_qkv_backward(
 
 
 def _check(
+    names: tuple[str, str, str, str, str],  # of the five tensors that follow, for the errors
     z: Tensor,
     e: Tensor | None,
     q: Tensor | None,
@@ -399,32 +399,30 @@ def _check(
     e_row: Tensor | None,
     position: Tensor,
     freqs: Tensor,
-    dtypes: dict[str, torch.dtype],  # by name, of the tensors that need a certain one
-    d: str = "",  # "d" where these are gradients, for the errors
+    e_dtype: torch.dtype,
+    qkv_dtype: torch.dtype | None,  # None: any
 ) -> tuple[int, int, int]:  # Hq, Hkv, D
     """Raises ValueError for shapes, strides, dtypes or devices that do not fit, of the forward or of the backward."""
+    z_name, e_name, q_name, k_name, v_name = names
     if (k is None) != (v is None) or (q is None and k is None):
-        raise ValueError(f"give {d}q, or {d}k and {d}v, or all three")
+        raise ValueError(f"give {q_name}, or {k_name} and {v_name}, or all three")
     if (e is None) != (e_row is None):
-        raise ValueError(f"give {d}e and e_row together, or neither")
-    some = k if q is None else q
-    check(f"{d}k" if q is None else f"{d}q", some, ("n", "heads", "D"))
-    n, _, dim = some.shape
+        raise ValueError(f"give {e_name} and e_row together, or neither")
+    given = k if q is None else q
+    check(k_name if q is None else q_name, given, ("n", "heads", "D"))
+    n, _, dim = given.shape
     heads = 0 if q is None else q.shape[1]
     kv_heads = 0 if k is None else k.shape[1]
     width = (heads + 2 * kv_heads) * dim
-    check(f"{d}z", z, (n, width), layout="rows")
-    for name, x, shape in (
-        (f"{d}e", e, ("m", AtLeast(width))),
-        (f"{d}q", q, (n, heads, dim)),
-        (f"{d}k", k, (n, kv_heads, dim)),
-        (f"{d}v", v, (n, kv_heads, dim)),
-    ):
-        check(name, x, shape, dtypes.get(name), z.device, "rows")
+    check(z_name, z, (n, width), layout="rows")
+    check(e_name, e, ("m", AtLeast(width)), e_dtype, z.device, "rows")
+    check(q_name, q, (n, heads, dim), qkv_dtype, z.device, "rows")
+    check(k_name, k, (n, kv_heads, dim), qkv_dtype, z.device, "rows")
+    check(v_name, v, (n, kv_heads, dim), qkv_dtype, z.device, "rows")
     check("e_row", e_row, (n,), torch.int64, z.device)
     check("position", position, (n,), torch.int64, z.device)
     check("freqs", freqs, ("rotary_dim/2",), torch.float32, z.device)
     if not 0 < 2 * len(freqs) <= dim:
         raise ValueError(f"freqs is {tuple(freqs.shape)}; [rotary_dim/2] with rotary_dim in 2..{dim} is needed")
-    check_covered("chain_qkv", **{f"{d}z": z, f"{d}e": e, f"{d}q": q, f"{d}k": k, f"{d}v": v})
+    check_covered("chain_qkv", **dict(zip(names, (z, e, q, k, v), strict=True)))
     return heads, kv_heads, dim

@@ -7,22 +7,23 @@ Query row r sits at token row t = pos[r] of a pack; step i's row sees the contex
     P = e^{s - lse},  delta = dout . out,  dS = P * (dout . V - delta)
     dq = scale * sum dS K,  dK = scale * sum dS q,  dV = sum P dout
 
-The list may be dense, compacted, packed, a chunk or a shard: only pos and doc_start say what a row sees. pos[r] < 0 marks a
-padding row: out and its gradients are exactly 0, lse is -inf, whatever its other inputs hold (NaN included). K^0 and V^0
-must be finite.
+The list may be dense, compacted, packed, a chunk or a shard, because only pos and doc_start say what a row sees. pos[r] < 0
+marks a padding row: its out and gradients are exactly 0 and its lse is -inf, whatever its other inputs hold, NaN included.
+K^0 and V^0 must be finite.
 
-A tile holds all query heads of one key/value head for a few positions, so K, V are read once per group. The diagonal terms
-go first: they are i * positions extra keys, each seen only by its own position's rows. A tile then walks the key blocks
-between min(doc_start) and max(pos); only blocks some row sees in part are masked. dq and the diagonal gradients come from
-one kernel over query tiles (it also writes delta); dK^0, dV^0 from another over key blocks, which reads a device-built list
-of the query tiles that see the block and may run once for the stacked rows of all steps. Gradients are added
-to fp32 buffers in L2, each element once a launch: two runs are bitwise equal. Keys that all rows see may be left to another
-kernel (`dense_attention`): doc_start then is the first key left, forward and dq go on from what that one gave.
+A tile holds all query heads of one key/value head for a few positions, so K and V are read once per group. The diagonal
+terms go first: they are i * positions extra keys, each of which only the rows of its own position see. A tile then walks
+the key blocks between min(doc_start) and max(pos), and masks only the blocks that some row sees in part.
+One kernel over query tiles computes dq and the diagonal gradients, and writes delta. Another, over key blocks, computes
+dK^0 and dV^0. It reads a list, built on the device, of the query tiles that see the block, and may run once for the rows of all
+steps. Gradients are added to fp32 buffers in L2, each element once a launch, so two runs are bitwise equal.
+Keys that all rows see may be left to another kernel (`dense_attention`). doc_start is then the first key that is left, and
+the forward and dq go on from what that kernel gave.
 
-Precision: bf16 operands, fp32 accumulation, softmax and lse; fp32 inputs multiply in fp32 (ieee). P and dS round to the
-input dtype before their products. FLOPs per visible (row, key): 4 * D * Hq forward, 14 * D * Hq backward (7 products; S and
-dP are computed in both kernels; rates are quoted on the 5 that are needed). HBM: q, out, diagonals once; K^0, V^0 once per
-query tile, mostly from L2.
+Precision: operands are bf16; accumulation, softmax and lse are fp32. fp32 inputs multiply in fp32 (ieee). P and dS round to
+the input dtype before their products. FLOPs per visible (row, key): 4 * D * Hq forward and 14 * D * Hq backward. Those are
+7 products, because both kernels compute S and dP; rates are quoted on the 5 that are needed. HBM: q, out and the diagonals
+are read once, K^0 and V^0 once per query tile, mostly from L2.
 Source: FlashAttention-2 (arXiv 2307.08691); EAGLE-3 training-time test (arXiv 2503.01840).
 
 # M query rows, N packed tokens, Hq/Hkv heads, G = Hq/Hkv, D head dim (DP: next power of two), i diagonal terms
@@ -100,7 +101,7 @@ def ttt_attention_config(
     dtype: torch.dtype,
     arch: tuple[int, int] | None,  # CUDA compute capability; None for Triton's CPU interpreter
 ) -> TTTAttentionConfig:
-    """Tile sizes: for Hopper from a sweep on an H100 (rows of bench/results/ttt_attention.jsonl); elsewhere they fit the
+    """Tile sizes. Hopper's come from a sweep on an H100 (rows of bench/results/ttt_attention.jsonl). Other GPUs' fit the
     shared memory and are not tuned. Raises ValueError, naming it, for what no kernel covers."""
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"ttt_attention covers head dims {HEAD_DIMS}, got {head_dim}")
@@ -111,17 +112,20 @@ def ttt_attention_config(
     if group > 32:
         raise ValueError(f"ttt_attention covers up to 32 query heads per key/value head, got {group}")
     hopper = arch is None or arch >= (9, 0)
-    if head_dim < 64:  # tests and tiny drafts
+    # Tests and tiny drafts have such heads.
+    if head_dim < 64:
         tile = Tile(32, 32, 4, 1)
         return TTTAttentionConfig(tile, tile, tile)
-    if dtype == torch.float32:  # for exactness, not speed: no tensor cores
+    # float32 is there for exactness, and not for speed: it takes no tensor cores.
+    if dtype == torch.float32:
         if head_dim == 256 and arch is not None and arch[0] not in (9, 10) and arch != (8, 0):
             raise ValueError(
                 "ttt_attention in float32 with head dim 256 needs 132 KB of shared memory a block; use bfloat16"
             )
         tile = Tile(32, 32, 4, 1, hopper)
         return TTTAttentionConfig(tile, tile, tile)
-    if arch is not None and arch[0] not in (9, 10):  # 99 KB of shared memory a block, or little more
+    # These GPUs have 99 KB of shared memory a block, or little more.
+    if arch is not None and arch[0] not in (9, 10):
         narrow = 32 if head_dim == 256 else 64
         return TTTAttentionConfig(Tile(64, 32, 4, 1), Tile(narrow, 32, 4, 1), Tile(32, narrow, 4, 1))
     if head_dim == 256:
@@ -133,7 +137,7 @@ def ttt_attention_config(
 
 @jit
 def _tile_rows(pos_ptr, doc_ptr, tile, M, G: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr):
-    """A position-aligned tile's rows, and what they see: [lo, hi) some row, [full_lo, full_hi) every row."""
+    """The rows of a tile of whole positions, and what they see: some row [lo, hi), every row [full_lo, full_hi)."""
     m = tl.arange(0, BM)
     row = tile * BR + m // G
     ok = (m < BR * G) & (row < M)
@@ -150,7 +154,7 @@ def _tile_rows(pos_ptr, doc_ptr, tile, M, G: tl.constexpr, BM: tl.constexpr, BR:
 
 @jit
 def _key_blocks(lo, hi, full_lo, full_hi, BN: tl.constexpr):
-    """Blocks [first, full_first) and [full_end, end) need the mask, [full_first, full_end) does not."""
+    """Bounds of key blocks. [first, full_first) and [full_end, end) need the mask, [full_first, full_end) does not."""
     first = tl.minimum(lo, hi) // BN
     end = tl.cdiv(hi, BN)
     full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, BN), first), end)
@@ -160,7 +164,7 @@ def _key_blocks(lo, hi, full_lo, full_hi, BN: tl.constexpr):
 
 @jit
 def _diag_keys(pos_ptr, tile, f, num_diag, M, BR: tl.constexpr):
-    """Diagonal key f of a tile: chain step (from 0), position inside the tile, its row, whether it exists."""
+    """Diagonal key f of a tile: its chain step (from 0), its position inside the tile, its row, and whether it exists."""
     own = f % BR
     row = tile * BR + own
     ok = (f < num_diag * BR) & (row < M)
@@ -178,7 +182,7 @@ def _columns(at, d, D: tl.constexpr, DP: tl.constexpr):
 
 @jit
 def _rows(ptr, row, stride, ok, D: tl.constexpr, DP: tl.constexpr):
-    """[rows, DP] at ptr + row * stride; rows not ok and columns past D are 0. ok None: every row exists."""
+    """[rows, DP] at ptr + row * stride. Rows that are not ok and columns past D are 0. With ok None every row exists."""
     d = tl.arange(0, DP)
     at = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
     if ok is None:
@@ -200,8 +204,8 @@ def _tile(
     DP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """[ROWS, DP]: one head's rows start .. start + ROWS, 0 from N on. WHOLE: all of them exist. By TMA, columns past D hold
-    the next head's values: callers multiply them with zeros or do not store what they reach."""
+    """[ROWS, DP], one head's rows start .. start + ROWS, 0 from N on. With WHOLE all of them exist. By TMA, columns past D
+    hold the next head's values; callers multiply them with zeros or do not store what they reach."""
     if TMA:
         return x.load([start, head * D])
     else:
@@ -216,7 +220,7 @@ def _tile(
 
 @jit
 def _attend(acc, top, total, q, k, v, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of online softmax. acc [BM, DP], running maximum (log2) and sum [BM]."""
+    """Adds one block to an online softmax of acc [BM, DP], the running maximum (log2) [BM] and the running sum [BM]."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
@@ -263,12 +267,12 @@ def _ttt_attention_fwd_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
     TMA: tl.constexpr,
-    STARTED: tl.constexpr,  # out and lse hold the attention to other keys: it goes on from there
+    STARTED: tl.constexpr,  # out and lse hold the attention to other keys, and the kernel goes on from there
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     head = kv_head.to(tl.int64)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late positions see most keys: start them first
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # Late positions see most keys, so they start first.
     row, ok, pos, doc, lo, hi, full_lo, full_hi = _tile_rows(pos_ptr, doc_ptr, tile, M, G, BM, BR)
     m = tl.arange(0, BM)
     n = tl.arange(0, BN)
@@ -277,6 +281,7 @@ def _ttt_attention_fwd_kernel(
     k_diag_ptr += head * D
     v_diag_ptr += head * D
 
+    # The softmax starts from other keys or from nothing, and takes the diagonal terms first.
     if STARTED:
         acc = _rows(out_ptr + (q_head * D)[:, None], row, out_stride, ok, D, DP).to(tl.float32)
         top = tl.load(lse_ptr + q_head * lse_stride + row, mask=ok, other=float("-inf")) * 1.4426950408889634
@@ -292,6 +297,7 @@ def _ttt_attention_fwd_kernel(
         seen = exists[None, :] & (own[None, :] == (m // G)[:, None])
         acc, top, total = _attend(acc, top, total, q, k, v, seen, scale_log2, True, PRECISION)
 
+    # One loop takes the key blocks on both sides that need the mask, the other those between, which do not.
     first, full_first, full_end, end = _key_blocks(lo, hi, full_lo, full_hi, BN)
     skip = full_end - full_first
     for b in range(first, end - skip):
@@ -318,7 +324,7 @@ def _ttt_attention_fwd_kernel(
 
 @jit
 def _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """P and dS (not yet scaled) of a block, [BM, BN] fp32."""
+    """P and dS of a block, [BM, BN] fp32. dS is not yet scaled."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.math.exp2(s * scale_log2 - lse2[:, None])
     if MASKED:
@@ -329,8 +335,8 @@ def _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, MASKED: tl.constexpr, PR
 
 @jit
 def _add_rows(ptr, row, stride, ok, x, D: tl.constexpr, DP: tl.constexpr):
-    """Adds x [rows, DP] in the L2 cache. Every element has one adder in a launch, so no sum depends on timing. Against
-    load and store it frees registers: 706 instead of 623 TFLOP/s in bwd_q at 16k."""
+    """Adds x [rows, DP] in the L2 cache. A launch adds to every element once, so no sum depends on timing. Compared with a
+    load and a store this frees registers: bwd_q runs at 706 instead of 623 TFLOP/s at 16k."""
     d = tl.arange(0, DP)
     at = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
     tl.atomic_add(at, x, mask=ok[:, None] & (d < D)[None, :], sem="relaxed")
@@ -408,6 +414,7 @@ def _ttt_attention_bwd_q_kernel(
     dk_diag_ptr += head * D
     dv_diag_ptr += head * D
 
+    # dq starts from other keys or from nothing, and takes the diagonal terms first, whose gradients are complete here.
     if STARTED:
         dq = _rows(dq_start_ptr + (q_head * D)[:, None], row, dq_start_stride, ok, D, DP).to(tl.float32) / scale
     else:
@@ -426,6 +433,7 @@ def _ttt_attention_bwd_q_kernel(
         dv = tl.dot(tl.trans(p.to(q.dtype)), dout, input_precision=PRECISION)
         _add_rows(dv_diag_ptr + step * dv_diag_step, diag_row, dv_diag_stride, exists, dv, D, DP)
 
+    # One loop takes the key blocks on both sides that need the mask, the other those between, which do not.
     first, full_first, full_end, end = _key_blocks(lo, hi, full_lo, full_hi, BN)
     skip = full_end - full_first
     for b in range(first, end - skip):
@@ -463,13 +471,13 @@ def _tile_bounds_kernel(
     tl.store(bounds_ptr + tile, tl.min(tl.where(ok, doc, 2**31 - 1), 0))
     tl.store(bounds_ptr + num_tiles + tile, tl.max(tl.where(ok, pos + 1, 0), 0))
     tl.store(bounds_ptr + 2 * num_tiles + tile, tl.max(tl.where(ok, doc, 0), 0))
-    tl.store(bounds_ptr + 3 * num_tiles + tile, tl.min(pos + 1, 0))  # 0 where a row is padding: never seen in full
+    tl.store(bounds_ptr + 3 * num_tiles + tile, tl.min(pos + 1, 0))  # A tile with padding sees nothing in full.
 
 
 @jit(do_not_specialize=["N", "num_tiles"])
 def _tile_index_kernel(
     bounds_ptr,  # [4, num_tiles] int32
-    tiles_ptr,  # [key blocks, num_tiles] int32: tiles seeing the whole block from the left, in part from the right
+    tiles_ptr,  # [key blocks, num_tiles] int32: tiles that see all of the block from the left, part of it from the right
     counts_ptr,  # [key blocks, 2] int32: how many of each
     N,
     num_tiles,
@@ -503,7 +511,7 @@ def _tile_index_kernel(
 
 @jit
 def _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """dK, dV [BN, DP] of one query tile, on transposed scores [BN, BM]."""
+    """Adds one query tile to dK and dV [BN, DP]. The scores are transposed, [BN, BM]."""
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     p = tl.math.exp2(s * scale_log2 - (lse * 1.4426950408889634)[None, :])
     if MASKED:
@@ -568,7 +576,8 @@ def _ttt_attention_bwd_kv_kernel(
     v = _tile(v0_ptr, first_key, kv_head, v0_stride, N, False, TMA, D, DP, BN)
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
-    for it in tl.range(0, num_part * G, num_stages=1):  # pipelined, its buffers make the loop below spill
+    # Tiles that see part of the block come first. If this loop were pipelined, its buffers would make the next one spill.
+    for it in tl.range(0, num_part * G, num_stages=1):
         start = tl.load(tiles_ptr + num_tiles - 1 - it // G) * BM
         q_head = kv_head * G + it % G
         row = start + m
@@ -615,7 +624,7 @@ def _constants(q: Tensor, k0: Tensor, tile: Tile) -> dict:
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """What the kernels do not know of [M, Hq, D], [i, M, Hkv, D] and [Hq, M] tensors: one stride, two, and one."""
+    """The strides that the kernels need: one of a [M, Hq, D] tensor, two of [i, M, Hkv, D], and one of [Hq, M]."""
     return [stride for x in tensors for stride in x.stride()[: max(x.ndim - 2, 1)]]
 
 
@@ -624,6 +633,7 @@ def _described(
     rows: int,
     tile: Tile,
 ) -> Tensor | TensorDescriptor:
+    """What `_tile` reads x by: a descriptor for the copy engine, where the tile uses it, or x."""
     if not tile.tma:
         return x
     n, heads, dim = x.shape
@@ -642,9 +652,9 @@ def _ttt_attention_fwd(
     out: Tensor | None = None,  # [M, Hq, D] written
     lse: Tensor | None = None,  # [Hq, M] fp32, M contiguous, written
     config: TTTAttentionConfig | None = None,
-    started: bool = False,  # out and lse hold the attention to keys before doc_start: go on from there
+    started: bool = False,  # whether out and lse hold the attention to keys before doc_start, to go on from
 ) -> tuple[Tensor, Tensor]:  # out, lse
-    """One step's forward. Launches one kernel; allocates only what is not given."""
+    """One step's forward. It launches one kernel and allocates only what is not given."""
     m, heads, dim = q.shape
     out = torch.empty((m, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((heads, m), dtype=torch.float32, device=q.device) if lse is None else lse
@@ -739,7 +749,7 @@ def _ttt_attention_index(
     num_keys: int,  # N
     tile: Tile,  # config.bwd_kv
 ) -> tuple[Tensor, Tensor]:  # tiles [key blocks, tiles] int32, counts [key blocks, 2] int32
-    """Which query tiles see each key block; built on the device, no host sync. Depends on pos and doc_start alone."""
+    """Which query tiles see each key block. It is built on the device, and the host does not wait."""
     num_tiles = triton.cdiv(pos.shape[0], tile.rows)
     blocks = triton.cdiv(num_keys, tile.keys)
     bounds = torch.empty((4, num_tiles), dtype=torch.int32, device=pos.device)
@@ -764,7 +774,7 @@ def _ttt_attention_bwd_kv(
     dv0: Tensor,  # [N, Hkv, D] fp32, added to
     config: TTTAttentionConfig | None = None,
 ) -> None:
-    """Gradient of K^0, V^0."""
+    """Adds the gradient of K^0 and V^0."""
     if q.shape[0] == 0 or k0.shape[0] == 0:
         return
     tile = (config or _config(q, k0)).bwd_kv
@@ -842,7 +852,7 @@ def ttt_attention(
 
 
 def _rows_fit(x: Tensor) -> bool:
-    """Heads and D contiguous, rows at multiples of 16 bytes: what the kernels and the copy engine read in place."""
+    """Whether the kernels and the copy engine read x in place: heads and D contiguous, rows at multiples of 16 bytes."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(-3) * x.element_size() % 16 == 0
     return aligned and x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
 
