@@ -15,8 +15,8 @@ A tile holds all query heads of one key/value head for a few positions, so K and
 terms go first: they are i * positions extra keys, each of which only the rows of its own position see. A tile then walks
 the key blocks between min(doc_start) and max(pos), and masks only the blocks that some row sees in part.
 One kernel over query tiles computes dq and the diagonal gradients, and writes delta. Another, over key blocks, computes
-dK^0 and dV^0. It reads a list, built on the device, of the query tiles that see the block, and may run once for the rows of all
-steps. Gradients are added to fp32 buffers in L2, each element once a launch, so two runs are bitwise equal.
+dK^0 and dV^0. It reads a list, built on the device, of the query tiles that see the block, and may run once for the rows
+of all steps. Gradients are added to fp32 buffers in L2, each element once a launch, so two runs are bitwise equal.
 Keys that all rows see may be left to another kernel (`dense_attention`). doc_start is then the first key that is left, and
 the forward and dq go on from what that kernel gave.
 
