@@ -12,6 +12,8 @@ import torch
 
 # Without a GPU kernels run interpreted, which Triton must know before transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+# The command line's console keeps the width that COLUMNS names when it is made, and pytest-xdist names one to its workers.
+os.environ.pop("COLUMNS", None)
 
 from tiny import save_target, write_chats
 
