@@ -1,5 +1,6 @@
 # make demo    the whole path on a real 135M model: answers, training, speculative decoding, export, report
-# make test    the whole CPU test suite
+# make test    the whole CPU test suite, in two processes
+# make test-fast  all of it but the tests marked slow: every room of the code, for between two edits
 # make test-engines  exports in real serving engines: vLLM on the CPU, SGLang's loader; installs 3.7 GB of them
 # make gpu     the tests that need a GPU, README commands as typed among them; writes the row that `make gate` asks for
 # make lint    ruff, rules and formatting
@@ -13,7 +14,8 @@
 #   TORCH      what pip installs as PyTorch otherwise: torch==2.13.0, or torch>=2.11 where nvidia-smi finds a GPU.
 #   PIP_ARGS   further arguments for every pip install. An index's plain PyTorch wheel for Linux may bring gigabytes of
 #              CUDA; for the CPU build give the index that has it: PIP_ARGS="--extra-index-url URL" TORCH=torch==2.13.0+cpu
-#   ARGS       arguments for the demo or for pytest, e.g. make test ARGS="tests/model -x"
+#   ARGS       arguments for the demo or for pytest, e.g. make test ARGS="tests/model -x", or ARGS="-n 0 --pdb" for a
+#              debugger, which one process has
 
 PYTHON ?= python3
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.11,torch==2.13.0)
@@ -47,16 +49,21 @@ else:
 endef
 export FIND_TORCH
 
-.PHONY: demo test test-engines gpu lint gate clean
+.PHONY: demo test test-fast test-engines gpu lint gate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(RUN) examples/demo/run.py $(ARGS)
 
 # The tests' tensors are tiny: threads would only wait for each other.
-test: export OMP_NUM_THREADS ?= 1
+# A file stays in one process: its fixtures are made once, and what two of its tests share on disk is written by one of them.
+TEST := $(RUN) -m pytest -n 2 --dist loadfile
+test test-fast: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed
-	$(RUN) -m pytest $(ARGS)
+	$(TEST) $(ARGS)
+
+test-fast: $(VENV)/installed
+	$(TEST) -m "not slow" $(ARGS)
 
 # The tests run in .venv and start the engines by their own interpreter.
 test-engines: export OMP_NUM_THREADS ?= 1

@@ -78,6 +78,7 @@ def test_what_the_mask_allows_is_trained_on():
     assert torch.equal(ours.rows.masked_in, needed) and ours.rows.live.sum() > 0.8 * needed.sum()
 
 
+@pytest.mark.slow
 def test_rows(tmp_path):
     (tmp_path / "chats.jsonl").write_text('[["u", 6], ["a", 12]]\n[["s", 2], ["u", 4], ["a", 8]]\n')
     main(

@@ -123,6 +123,7 @@ def test_a_finished_run_says_so(fastdraft, trained, config_file):
     assert code == 0 and "all 2 steps are done already" in out
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command_as_torchrun_starts_it(config_file):
     command = [sys.executable, "-m", "fastdraft.cli", "train", str(config_file), "optim.lrr=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -345,6 +345,7 @@ def peaks_of_a_run(small, large, pipe) -> None:
     pipe.send({name: 1024 * (peak - before) for name, peak in peaks.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part of a run")
 @pytest.mark.parametrize(("engine", "rel"), [("fused", 0.1), ("reference", 0.15)])
 def test_the_peak_of_a_run_on_the_cpu_is_predicted(engine, rel, make_config, tmp_path):

@@ -313,6 +313,7 @@ def chi_square_per_freedom(counts, p):
     return float(((counts - expected) ** 2 / expected)[allowed].sum() / (allowed.sum() - len(p)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

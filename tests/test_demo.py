@@ -70,6 +70,7 @@ def test_what_a_pack_costs_is_measured(demo, make_config, target):
     assert all(seconds > 0 for seconds in demo.pack_seconds(config, target, data))
 
 
+@pytest.mark.slow
 def test_a_training_that_is_too_slow_ends_with_its_checkpoint(demo, make_config):
     before = signal.getsignal(signal.SIGTERM)
     config = make_config(max_steps=10**6, **{"checkpoint.every": 10**6, "eval.every": 10**6})
@@ -118,6 +119,7 @@ def test_one_thread_where_others_are_busy(demo, monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_libraries_are_silent(tree, tmp_path):
     """No warning and no progress bar of a library on the screen of answering, training, evaluating and exporting."""
     run_dir, prompts = tmp_path / "run", tmp_path / "prompts.jsonl"

@@ -67,6 +67,7 @@ def build(kind: str, **changes):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_the_head_is_the_models_own_or_the_family_is_refused(kind):
     try:

@@ -219,6 +219,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config, whole, monke
     assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "name", "call"),  # evaluations: steps 3 and 6; checkpoints: 2, 3 (the best), 4, 6; lines of metrics: 2, 3 ...
     [
@@ -249,6 +250,7 @@ def test_a_run_killed_at_its_evaluation_still_makes_it(make_config, whole, monke
     assert json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text()) == expected[2]
 
 
+@pytest.mark.slow
 def test_speed_and_wait_are_of_training_alone(make_config, monkeypatch):
     """An evaluation between two lines of metrics takes no time off them, and adds none."""
     original, evaluate, tokens = Ahead.__next__, training.evaluate_tau, []
@@ -273,6 +275,7 @@ def test_speed_and_wait_are_of_training_alone(make_config, monkeypatch):
     assert 0.25 < line["data_wait"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "no state", "garbage state"])
 def test_a_damaged_checkpoint_is_said_and_the_previous_used(make_config, whole, capsys, damage):
     config = make_config(**{"checkpoint.keep": 1, "eval.every": 100})
@@ -441,6 +444,7 @@ def train_until_a_signal(file: Path) -> None:
     cli.main()
 
 
+@pytest.mark.slow
 def test_two_processes_then_one_give_what_one_gives(make_config, tmp_path, whole):
     """A signal to either stops both after that step; one process goes on from their checkpoint."""
     changes = {"eval.max_packs": 1}
@@ -487,6 +491,7 @@ DEATHS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name", "number"), DEATHS)
 def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(make_config, tmp_path, module, name, number):
     """While it evaluates, writes a checkpoint, or adds up gradients; no process waits for ever."""
@@ -649,6 +654,7 @@ def step_logits(draft, target, ids: torch.Tensor, steps: int) -> list[torch.Tens
     return found
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_overfit_export_and_an_independent_forward(make_config, tmp_path):
     """One conversation: the loss reaches its floor, the teacher's entropy, and the export gives our logits elsewhere."""

@@ -70,6 +70,7 @@ assert built()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_a_library_of_other_sources_is_an_error(tmp_path):
     """csrc's real file with the hash, built for the CPU; in a process of its own, whose operators nobody else sees."""

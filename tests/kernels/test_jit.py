@@ -67,6 +67,7 @@ assert ran == [3, "after an error"], ran
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jit.triton is None, reason="Triton is not installed (a CPU PyTorch comes without it)")
 def test_kernels_are_compiled_and_not_launched(tmp_path):
     """In a process of its own: here kernels are interpreted. Triton's driver, and so the GPU, is replaced."""

@@ -286,6 +286,7 @@ def test_an_engine_that_dies(fake):
         run_engine(fake("0.32.0", "import os; os.kill(os.getpid(), 9)"), [RUN], 30)
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_stopped_with_all_it_started(fake, tmp_path):
     code = """
 import os, subprocess, sys, time

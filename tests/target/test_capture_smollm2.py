@@ -30,6 +30,7 @@ def smollm2() -> Path:
     return demo.smollm2()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_offline_equals_online(smollm2, cache_dir, tmp_path, dtype):
     """The same batches, and in the first epoch the same losses and gradient norms to the last bit, in bf16 too; in the
