@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -289,6 +290,38 @@ def merge_features(
 
     found = merge_stores(out, stores, say)
     say(f"{out}: {found.documents:,} documents in {found.shards} shards")
+
+
+@app.command("serve-target", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve_target(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A local directory or hub name.")],
+    layers: Annotated[
+        str | None, typer.Option(help="Layers that the draft reads, from 0: 1,15,28. Default: those of an EAGLE-3 draft.")
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="Where states are handed over; default: in /dev/shm, by user and port.")
+    ] = None,
+    engine_python: Annotated[Path | None, typer.Option(help="The Python that has vLLM; else this one.")] = None,
+    engine_pythonpath: Annotated[str | None, typer.Option(help="PYTHONPATH for it.")] = None,
+    show: Annotated[bool, typer.Option("--print", help="Print vLLM's command; start nothing.")] = False,
+) -> None:
+    """Start an unmodified vLLM that gives features to `train` and `features capture` (target.url). Everything else on the
+    command line is vLLM's: --port, --tensor-parallel-size, --gpu-memory-utilization, --max-model-len ..."""
+    from fastdraft.serving.engines import EnginePlace, engine_version
+    from fastdraft.target.served.connector.fastdraft_handover import open_folder
+    from fastdraft.target.served.server import parse_layers, refuse_other_version, serve_command
+
+    place = EnginePlace("vllm", str(engine_python or sys.executable), engine_pythonpath)
+    refuse_other_version(engine_version(place))
+    command = serve_command(place.python, target, context.args, parse_layers(layers), folder, engine_pythonpath)
+    if show:
+        say(shlex.join(["env", *(f"{name}={value}" for name, value in command.environment.items()), *command.arguments]))
+        return
+    open_folder(command.folder)
+    say(f"target.url: {command.url} once vLLM has started; states of the layers {list(command.layers)} in {command.folder}")
+    sys.stdout.flush()
+    os.execvpe(command.arguments[0], command.arguments, os.environ | command.environment)
 
 
 @app.command()

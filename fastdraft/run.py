@@ -48,6 +48,8 @@ from fastdraft.target.hf import (
     load_tokenizer,
 )
 from fastdraft.target.identity import capture_meta, expected_meta, target_ends, target_fingerprint
+from fastdraft.target.served.ends import FileEnds, load_ends
+from fastdraft.target.served.source import ServedSource, Wanted, served_dtype
 from fastdraft.target.source import InProcess, Source
 from fastdraft.target.stored import StoreReader, check_documents
 
@@ -68,14 +70,20 @@ def name_dtypes(
     store: Path | None = None,  # the feature store that is read or filled
     runs_target: bool = True,  # False: its features are all stored
     trains: bool = True,  # False: nothing is computed in `precision`, which stays as it is
+    plans: bool = False,  # True: no server is asked, and one that would be counts as running in bf16
 ) -> tuple[Config, list[str]]:  # the config, what to tell the user
     """The config with target.dtype and precision named where they say auto.
 
-    A run goes on in the dtypes it was begun in, and with a feature store the target's dtype is the store's: only what is
-    new is chosen by this machine. Raises ValueError when the store is damaged.
+    A run goes on in the dtypes it was begun in, with a feature store the target's dtype is the store's, and with servers
+    theirs: only what is new is chosen by this machine. Raises ValueError when the store is damaged, or no server answers.
     """
     asked = {"target.dtype": config.target.dtype} | ({"precision": config.precision} if trains else {})
     settled: dict[str, tuple[str, str]] = {}  # the dtype, and who has settled it
+    if asks_servers(config) and config.target.dtype == "auto" and "target.dtype" not in (begun or {}):
+        if plans:
+            settled["target.dtype"] = "bf16", "a plan does not ask the servers, which may run it in fp32"
+        else:
+            settled["target.dtype"] = served_dtype(config.target.url[0], config.target.timeout_s), "its servers run it so"
     if store is not None and (store / "meta.json").exists():
         settled["target.dtype"] = read_meta(store).target_dtype, f"the feature store {store} has it so"
     for name, dtype in (begun or {}).items():
@@ -98,11 +106,14 @@ def name_dtypes(
     return config.model_copy(update={"target": target, "precision": named.get("precision", config.precision)}), told
 
 
-def name_run_dtypes(config: Config, device: torch.device, fresh: bool = False) -> tuple[Config, list[str]]:
+def name_run_dtypes(
+    config: Config, device: torch.device, fresh: bool = False, plans: bool = False
+) -> tuple[Config, list[str]]:
     """`name_dtypes` of a training in config.run_dir, which goes on there unless `fresh`."""
     begun = {} if fresh else begun_dtypes(Path(config.run_dir), device)
     store = None if config.features.path is None else Path(config.features.path)
-    return name_dtypes(config, device, begun, store, runs_target=not reads_store(config))
+    runs_target = not (reads_store(config) or asks_servers(config))
+    return name_dtypes(config, device, begun, store, runs_target, plans=plans)
 
 
 def saved_dtypes(settings: dict[str, Any], device: torch.device) -> dict[str, str]:
@@ -146,6 +157,11 @@ def reads_store(config: Config) -> bool:
     return config.features.path is not None and config.features.mode == "read"
 
 
+def asks_servers(config: Config) -> bool:
+    """Whether servers run the target, so that of it only embedding, head and final norm are loaded here."""
+    return bool(config.target.url) and not reads_store(config)
+
+
 def target_parameters(config: Config) -> int:
     return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
 
@@ -155,6 +171,8 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
 
     On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32, which loses nothing.
     """
+    if asks_servers(config):
+        return open_served(config, layers, device)
     if config.features.path is None:
         return InProcess(open_target(config, layers, device))
     folder = Path(config.features.path)
@@ -174,6 +192,27 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     reader = StoreReader(store, device, config.features.on_bad_shard, dtype)
     reader.notes += notes
     return reader
+
+
+def open_served(config: Config, layers: tuple[int, ...], device: torch.device) -> ServedSource:
+    """The servers of target.url, compared with the files of target.path and proven. ValueError where one cannot be used."""
+    meta, ends = run_meta(config, layers), open_ends(config, device)
+    wanted = Wanted(
+        weights=meta.weights,
+        config=meta.config,
+        layers=layers,
+        num_layers=ends.num_layers,
+        hidden_size=ends.ends.hidden_size,
+        dtype=config.target.dtype,
+        max_length=config.data.max_length,
+    )
+    return ServedSource(config.target.url, ends, wanted, first=mesh.rank(), timeout_s=config.target.timeout_s)
+
+
+def open_ends(config: Config, device: torch.device) -> FileEnds:
+    """The target's embedding, head and final norm from its files. On a CPU where bf16 is slow they are widened to fp32."""
+    dtype = torch.float32 if bf16_is_slow(device) else target_dtype(config, device)
+    return load_ends(config.target.path, dtype, device, config.target.trust_remote_code)
 
 
 def run_meta(config: Config, layers: tuple[int, ...]) -> Meta:
@@ -389,7 +428,7 @@ def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
     check_target(config)
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    widened = reads_store(config) and bf16_is_slow(device)
+    widened = (reads_store(config) or asks_servers(config)) and bf16_is_slow(device)
     return plan(
         draft_shape(config),
         target_params=count_target_parameters(facts),
@@ -403,7 +442,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         engine=step_kind(config),
         chunk_rows=config.chunk_rows,
         device=device.type,
-        stored=reads_store(config),
+        stored=reads_store(config) or asks_servers(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
     )
@@ -412,7 +451,7 @@ def predict(config: Config, device: torch.device) -> Plan:
 def print_plan(config: Config, console: Console) -> None:
     """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too."""
     device = mesh.planned_device(config.device)
-    config, told = name_run_dtypes(config, device)
+    config, told = name_run_dtypes(config, device, plans=True)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
     predicted = predict(config, device)

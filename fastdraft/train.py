@@ -53,7 +53,7 @@ from fastdraft.run import (
 # path) what they name is compared itself
 FREE_ON_RESUME = (
     *("checkpoint", "metrics", "eval", "device", "run_dir", "target.path", "data.cache_dir", "data.num_workers"),
-    *("features.on_bad_shard", "features.max_gib"),
+    *("features.on_bad_shard", "features.max_gib", "target.url", "target.timeout_s"),
 )
 
 
@@ -275,6 +275,14 @@ def was_evaluated(run_dir: Path, step: int) -> bool:
 def refuse_other_run(
     saved: checkpoint.Saved, config: Config, fingerprint: str, shape: BaseModel, device: torch.device
 ) -> None:
+    served, was_served = (name.startswith("files:") for name in (fingerprint, saved.state["target"]))
+    if served != was_served:
+        then, now = ("a server's" if x else "those of a target in the process" for x in (was_served, served))
+        raise ValueError(
+            f"checkpoint {saved.path} was trained on features that were {then}, and now they would be {now}, whose last "
+            f"bits differ; {'give' if was_served else 'leave out'} target.url, choose another run_dir, or start anew with "
+            "--fresh"
+        )
     if saved.state["target"] != fingerprint:
         raise ValueError(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
