@@ -226,6 +226,9 @@ def capture(
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Only every N-th shard from the I-th (0 ..); `merge` the parts.")
     ] = "0/1",
+    url: Annotated[
+        list[str] | None, typer.Option(help="As target.url: servers of `serve-target` that run the target; repeatable.")
+    ] = None,
 ) -> None:
     """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
     from fastdraft.config import load_config
@@ -235,7 +238,8 @@ def capture(
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"--part {part} is not I/N with 0 <= I < N")
-    loaded = load_config(config, overrides or [])
+    servers = [f"target.url={json.dumps(url)}"] if url else []
+    loaded = load_config(config, [*(overrides or []), *servers])
     capture_features(loaded, out, _auto_or_fp8(dtype), (int(i), int(n)), plan, say)
     mesh.end_process()
 
@@ -336,6 +340,9 @@ def evaluate(
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    url: Annotated[
+        list[str] | None, typer.Option(help="Of a run with target.url: servers that run its target now; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:
     """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding."""
@@ -351,7 +358,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
-    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside)
+    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or ())
     text = json.dumps(asdict(report), indent=1)
     console.print_json(text)
     if out is not None:

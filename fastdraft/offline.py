@@ -9,14 +9,15 @@ from typing import Literal
 
 import filelock
 
-from fastdraft.config import Config
+from fastdraft.config import Config, FeaturesConfig
 from fastdraft.dist import mesh
 from fastdraft.features.meta import DTYPES, start_store
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
-from fastdraft.run import draft_shape, load_data, name_dtypes, open_target, run_meta
+from fastdraft.run import draft_shape, load_data, name_dtypes, open_served, open_target, run_meta
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.identity import capture_meta, target_ends, target_fingerprint
+from fastdraft.target.source import InProcess
 from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
 
 
@@ -31,10 +32,13 @@ def capture_features(
 ) -> None:
     """Fills the store `out` with the features of a run's documents, going on where an earlier call was stopped.
 
-    ValueError when the disk is too small, `out` is another capture's, or features are not finite.
+    ValueError when the disk is too small, `out` is another capture's, a server of target.url cannot be used, or features
+    are not finite.
     """
-    shape = draft_shape(config)
-    config, told = name_dtypes(config, mesh.planned_device(config.device), store=out, trains=False)
+    config = config.model_copy(update={"features": FeaturesConfig()})  # what training will read is what is made here
+    shape, served = draft_shape(config), bool(config.target.url)
+    device = mesh.planned_device(config.device)
+    config, told = name_dtypes(config, device, store=out, runs_target=not served, trains=False, plans=plan_only)
     for line in told:
         say(line)
     wanted = run_meta(config, shape.layers)
@@ -54,12 +58,21 @@ def capture_features(
     if plan_only:
         return
     device = mesh.start_process(config.device)
-    target = open_target(config, shape.layers, device)
-    wanted = capture_meta(wanted, target, target_fingerprint(target), data=plan.data, shards=len(plan.shards))
-    out.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(out / ".start.lock"):
-        meta = start_store(out, wanted, target_ends(target))
-    run_capture(target, plan, out, meta, part, say)
+    if served:
+        source = open_served(config, shape.layers, device, widened=False)
+    else:
+        source = InProcess(open_target(config, shape.layers, device))
+    try:
+        for line in source.notes:
+            say(line)
+        ends = source.ends
+        wanted = capture_meta(wanted, ends, ends.fingerprint, data=plan.data, shards=len(plan.shards))
+        out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out / ".start.lock"):
+            meta = start_store(out, wanted, target_ends(ends))
+        run_capture(source, plan, out, meta, part, say)
+    finally:
+        source.close()
     (out / ".start.lock").unlink(missing_ok=True)
     found = census(Store(out))
     say(f"{out}: {found.documents:,} documents in {found.shards} of {meta.shards} shards, {found.num_bytes / GIB:.3f} GiB")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.batch import Ends
-from fastdraft.config import Config, read_yaml, without_removed
+from fastdraft.config import Config, FeaturesConfig, read_yaml, without_removed
 from fastdraft.cost import Plan, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
@@ -48,7 +48,7 @@ from fastdraft.target.hf import (
     load_tokenizer,
 )
 from fastdraft.target.identity import capture_meta, expected_meta, target_ends, target_fingerprint
-from fastdraft.target.served.ends import FileEnds, load_ends
+from fastdraft.target.served.ends import FILES, load_ends
 from fastdraft.target.served.source import ServedSource, Wanted, served_dtype
 from fastdraft.target.source import InProcess, Source
 from fastdraft.target.stored import StoreReader, check_documents
@@ -194,9 +194,14 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     return reader
 
 
-def open_served(config: Config, layers: tuple[int, ...], device: torch.device) -> ServedSource:
-    """The servers of target.url, compared with the files of target.path and proven. ValueError where one cannot be used."""
-    meta, ends = run_meta(config, layers), open_ends(config, device)
+def open_served(config: Config, layers: tuple[int, ...], device: torch.device, widened: bool = True) -> ServedSource:
+    """The servers of target.url, compared with the files of target.path and proven. ValueError where one cannot be used.
+
+    Where bf16 is slow on this CPU, features are `widened` to fp32, in which training computes faster.
+    """
+    dtype = torch.float32 if widened and bf16_is_slow(device) else target_dtype(config, device)
+    meta = run_meta(config, layers)
+    ends = load_ends(config.target.path, dtype, device, config.target.trust_remote_code)
     wanted = Wanted(
         weights=meta.weights,
         config=meta.config,
@@ -207,12 +212,6 @@ def open_served(config: Config, layers: tuple[int, ...], device: torch.device) -
         max_length=config.data.max_length,
     )
     return ServedSource(config.target.url, ends, wanted, first=mesh.rank(), timeout_s=config.target.timeout_s)
-
-
-def open_ends(config: Config, device: torch.device) -> FileEnds:
-    """The target's embedding, head and final norm from its files. On a CPU where bf16 is slow they are widened to fp32."""
-    dtype = torch.float32 if bf16_is_slow(device) else target_dtype(config, device)
-    return load_ends(config.target.path, dtype, device, config.target.trust_remote_code)
 
 
 def run_meta(config: Config, layers: tuple[int, ...]) -> Meta:
@@ -280,8 +279,11 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode.
 
     A target that was run in bf16 has the same weights here. On a CPU where bf16 is slow they are computed with in fp32.
+    ValueError when servers ran the target: then it may not fit here, or be another in its last bits.
     """
     saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        raise ValueError(f"{saved.path} was trained on what servers gave, and their target is not loaded into this process")
     config = saved_config(saved)
     device = mesh.start_process(config.device)
     config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
@@ -293,10 +295,14 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
         config.target.trust_remote_code,
         run_in=torch.float32 if bf16_is_slow(device) else None,
     )
-    if target_fingerprint(target) != saved.state["target"]:
-        raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
+    refuse_other_target(saved, target_fingerprint(target), config)
     draft.take_from_target(target.embedding)
     return config, target, draft.to(device)
+
+
+def was_served(saved: checkpoint.Saved) -> bool:
+    """Whether servers ran the target of a checkpoint's features, those of a store included."""
+    return saved.state["target"].startswith(FILES)
 
 
 def saved_config(saved: checkpoint.Saved) -> Config:
@@ -344,12 +350,25 @@ def evaluate_run(
     max_new_tokens: int,
     settings: DecodeSettings,
     say: Callable[[str], None] = lambda line: None,
+    urls: Sequence[str] = (),  # servers of the target, where they are others than the run's
 ) -> Evaluation:
     """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
 
     Target and draft are computed in the run's dtypes. On a CPU where bf16 is slow their bf16 weights are computed with in
-    fp32, and `say` is told.
+    fp32, and `say` is told. Where servers ran the target, they or the run's store give the held-out features, and
+    decoding is the engine's: ValueError for `prompts`.
     """
+    saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        if prompts is not None:
+            raise ValueError(
+                f"{run_dir} was trained on what servers gave, and their target is not loaded into this process to decode "
+                "with; export the draft and let the engine decode: `fastdraft check --checkpoint OUT --target DIR --engine "
+                "vllm --engine-alone --prompts FILE`, or `fastdraft bench serve` against a server that has the draft"
+            )
+        return Evaluation(f"{run_dir} ({which})", evaluate_served(saved, draft, say, urls), None)
+    if urls:
+        raise ValueError(f"--url names servers of the target, and {run_dir} was trained with its target in the process")
     config, target, draft = open_run(run_dir, which)
     draft.to(compute_dtype(config, target.device))
     in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
@@ -383,12 +402,56 @@ def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set
     )
 
 
+def evaluate_served(
+    saved: checkpoint.Saved, draft: nn.Module, say: Callable[[str], None], urls: Sequence[str] = ()
+) -> TauReport:
+    """`evaluate_held_out` of a run whose target servers run: features come from them, or from the run's store."""
+    config = saved_config(saved)
+    device = mesh.start_process(config.device)
+    config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    if urls:
+        target = config.target.model_copy(update={"url": list(urls)})
+        config = config.model_copy(update={"target": target, "features": FeaturesConfig()})
+    if compute_dtype(config, device) == torch.bfloat16 and bf16_is_slow(device):
+        say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(device)}")
+        config = config.model_copy(update={"precision": "fp32"})
+    eval_set = load_data(config, draft.config.vocab_size).eval
+    if not len(eval_set):
+        raise ValueError(f"{saved.path} is of a run without held-out data; give the run an eval_fraction above 0")
+    source = open_source(config, draft.config.layers, device, [eval_set])
+    try:
+        for line in source.notes:
+            say(line)
+        refuse_other_target(saved, source.ends.fingerprint, config)
+        draft.take_from_target(source.ends.embedding)
+        step = make_step(config, draft.to(device, compute_dtype(config, device)), source.ends)
+        batches = list(itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs))
+        source.expect(batches)
+        return evaluate_tau(lambda batch: step.rows(*source.capture(batch)), batches, method_of(draft).num_steps(config))
+    finally:
+        source.close()
+
+
+def refuse_other_target(saved: checkpoint.Saved, fingerprint: str, config: Config) -> None:
+    if fingerprint != saved.state["target"]:
+        raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
+
+
 def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
     """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done.
 
     The dtype is the one that the target's config.json names, whatever training ran the target in.
     """
-    config, target, draft = open_run(run_dir, which)
+    saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        config = saved_config(saved)
+        device = mesh.start_process(config.device)
+        config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+        target = load_ends(config.target.path, target_dtype(config, device), device, config.target.trust_remote_code).ends
+        refuse_other_target(saved, target.fingerprint, config)
+        draft.take_from_target(target.embedding)
+    else:
+        config, target, draft = open_run(run_dir, which)
     target_dir = Path(cached_file(config.target.path, "config.json")).parent
     dtype = own_dtype(read_target_config(target_dir)) or target.dtype
     export_draft(draft, out, dtype, overwrite)

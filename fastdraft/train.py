@@ -48,6 +48,7 @@ from fastdraft.run import (
     saved_dtypes,
     target_parameters,
 )
+from fastdraft.target.served.ends import FILES
 
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself
@@ -275,7 +276,7 @@ def was_evaluated(run_dir: Path, step: int) -> bool:
 def refuse_other_run(
     saved: checkpoint.Saved, config: Config, fingerprint: str, shape: BaseModel, device: torch.device
 ) -> None:
-    served, was_served = (name.startswith("files:") for name in (fingerprint, saved.state["target"]))
+    served, was_served = (name.startswith(FILES) for name in (fingerprint, saved.state["target"]))
     if served != was_served:
         then, now = ("a server's" if x else "those of a target in the process" for x in (was_served, served))
         raise ValueError(

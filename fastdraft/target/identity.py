@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from fastdraft.batch import Ends
 from fastdraft.features.meta import Meta
 from fastdraft.files import json_checksum
 from fastdraft.model.target_config import language_config, read_json
@@ -51,7 +52,7 @@ def checkpoint_fingerprint(path: str) -> str:
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
-def target_ends(target: Target) -> dict[str, Tensor]:
+def target_ends(target: Target | Ends) -> dict[str, Tensor]:
     """What training needs of a target besides its features: embedding, lm_head, final norm."""
     ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
     ends["final_norm"] = target.final_norm
@@ -81,7 +82,7 @@ def expected_meta(
     )
 
 
-def capture_meta(wanted: Meta, target: Target, fingerprint: str, **changes) -> Meta:
+def capture_meta(wanted: Meta, target: Target | Ends, fingerprint: str, **changes) -> Meta:
     """A run's `expected_meta` with what only its loaded target tells; `changes` win."""
     head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
     return replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)

@@ -23,6 +23,7 @@ from fastdraft.model.target_config import first_line
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import checkpoint_fingerprint
 
+FILES = "files:"  # begins the fingerprint of a target that servers run
 PLAIN = ("BF16", "F16", "F32")  # safetensors' names of the dtypes that need no scales
 PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "blocks", "absmax")  # names beside them
 COUNTS = ("num_hidden_layers", "num_nextn_predict_layers", "num_kv_shared_layers", "first_k_dense_replace")
@@ -38,7 +39,7 @@ class FileEnds:
 
 def files_fingerprint(path: str) -> str:
     """Names a target whose weights were never in this process, by its files. Never equal to a `target_fingerprint`."""
-    return f"files:{checkpoint_fingerprint(path)}"
+    return FILES + checkpoint_fingerprint(path)
 
 
 def load_ends(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> FileEnds:

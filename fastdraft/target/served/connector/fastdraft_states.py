@@ -25,7 +25,7 @@ from queue import Queue
 
 import torch
 import vllm
-from fastdraft_handover import is_request, open_folder, hand_over, hand_over_error, remove_dead, write_server
+from fastdraft_handover import hand_over, hand_over_error, is_request, open_folder, remove_dead, write_server
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
