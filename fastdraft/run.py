@@ -80,10 +80,8 @@ def name_dtypes(
     asked = {"target.dtype": config.target.dtype} | ({"precision": config.precision} if trains else {})
     settled: dict[str, tuple[str, str]] = {}  # the dtype, and who has settled it
     if asks_servers(config) and config.target.dtype == "auto" and "target.dtype" not in (begun or {}):
-        if plans:
-            settled["target.dtype"] = "bf16", "a plan does not ask the servers, which may run it in fp32"
-        else:
-            settled["target.dtype"] = served_dtype(config.target.url[0], config.target.timeout_s), "its servers run it so"
+        known = "bf16" if plans else served_dtype(config.target.url[0], config.target.timeout_s)
+        settled["target.dtype"] = known, "its servers run it so"
     if store is not None and (store / "meta.json").exists():
         settled["target.dtype"] = read_meta(store).target_dtype, f"the feature store {store} has it so"
     for name, dtype in (begun or {}).items():
@@ -91,7 +89,9 @@ def name_dtypes(
     here, named, told = pick_dtype("auto", device), {}, []
     for name, value in asked.items():
         named[name] = value if value != "auto" else settled[name][0] if name in settled else here
-        if value == "auto" and named[name] != here:
+        if value == "auto" and name == "target.dtype" and plans and asks_servers(config) and name not in (begun or {}):
+            told.append("target.dtype: auto is what the servers run, which a plan does not ask; planned for bf16")
+        elif value == "auto" and named[name] != here:
             told.append(f"{name}: auto is {named[name]}, because {settled[name][1]}")
     chosen = [name for name, value in asked.items() if value == "auto" and name not in settled]
     if chosen and device.type == "cpu":
