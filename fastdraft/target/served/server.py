@@ -114,9 +114,9 @@ def refuse_other_version(version: str) -> None:
 def _value(flags: list[str], name: str) -> str | None:
     """The value of a flag, given as `--port 1` or `--port=1`; the last one counts."""
     value = None
-    for flag, following in zip(flags, [*flags[1:], None], strict=True):
-        if flag == name:
-            value = following
+    for i, flag in enumerate(flags):
+        if flag == name and i + 1 < len(flags):
+            value = flags[i + 1]
         elif flag.startswith(f"{name}="):
             value = flag.split("=", 1)[1]
     return value

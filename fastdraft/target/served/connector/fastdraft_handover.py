@@ -133,8 +133,10 @@ def hand_over(folder: str, name: str, rows: memoryview) -> None:
 def hand_over_error(folder: str, name: str, sentence: str) -> None:
     """Tells the client why it gets no rows. It needs so little room that even a full memory has it."""
     if is_alive(folder, client_of(name)):
-        with open(os.open(f"{folder}/{name}.error", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w") as file:
+        aside = f"{folder}/.{name}.error"
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
             file.write(sentence)
+        os.rename(aside, f"{folder}/{name}.error")
 
 
 def _remove(path: str) -> None:
