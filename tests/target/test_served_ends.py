@@ -32,8 +32,10 @@ def last_norm_input(target: Target, ids: torch.Tensor, norm: torch.nn.Module) ->
 @pytest.mark.parametrize(
     "kind",
     # Tied heads, RMSNorm of 1 + weight, caps, scales, LayerNorm with a bias, experts, MLA, sinks, linear attention, Mamba.
-    ["llama", "qwen3", "gemma2", "gemma3_text", "granite", "cohere", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss"]
-    + ["deepseek_v3", "qwen3_next", "olmo2", "phi3", "mamba"],
+    (
+        *("llama", "qwen3", "gemma2", "gemma3_text", "granite", "cohere", "gpt_neox", "gpt2", "qwen3_moe", "gpt_oss"),
+        *("deepseek_v3", "qwen3_next", "olmo2", "phi3", "mamba"),
+    ),
 )
 def test_the_ends_are_the_whole_targets(kind, tmp_path):
     model = build(kind)
