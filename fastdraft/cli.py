@@ -451,6 +451,9 @@ def check(
         float, typer.Option(min=1, help="Seconds that the engine may take, with and without the draft each.")
     ] = 1800,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the target's own code.")] = False,
+    engine_alone: Annotated[
+        bool, typer.Option("--engine-alone", help="With vllm or sglang: do not load the target here to compare with.")
+    ] = False,
 ) -> None:
     """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do, and
     prove its kernels."""
@@ -467,7 +470,7 @@ def check(
         )
     if not serving:
         lengths = ("prompts", "max_prompts", "max_new_tokens", "num_steps")
-        engines = ("dtype", "engine_python", "engine_pythonpath", "timeout", "trust_remote_code")
+        engines = ("dtype", "engine_python", "engine_pythonpath", "timeout", "trust_remote_code", "engine_alone")
         refuse_idle(context, lengths + engines, f"--engine {' or '.join(ENGINES)}")
     if serving and checkpoint is None:
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
@@ -489,7 +492,9 @@ def check(
 
             place = EnginePlace(engine, str(engine_python or sys.executable), engine_pythonpath)
             lengths = (max_prompts, max_new_tokens, num_steps)
-            what = EngineCheck(place, checkpoint, target, prompts, *lengths, dtype, timeout, trust_remote_code)
+            what = EngineCheck(
+                place, checkpoint, target, prompts, *lengths, dtype, timeout, trust_remote_code, engine_alone
+            )
             report = check_engine(what)
             for line in report.lines():
                 say(line)
