@@ -186,7 +186,7 @@ def test_states_and_losses_are_those_of_transformers(name, tmp_path):
 def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
     """A cache for two of the documents that are asked for at once; then the server is killed under them, and comes back."""
     target = save_target(tmp_path / "target", **WIDE)
-    flags = ["--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "24", "--block-size", "16"]
+    flags = ["--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "13", "--block-size", "32"]
     with served(target, tmp_path, flags) as server:
         config = config_of(target, tmp_path, **{"target.url": server.url})
         layers = draft_shape(config).layers

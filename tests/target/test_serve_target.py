@@ -53,6 +53,15 @@ def test_layers_and_folder_are_chosen(target_dir):
             serve_command("python", str(target_dir), [], layers=layers)
 
 
+def test_a_hub_name_is_served_from_the_files_that_a_trainer_reads(target_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fastdraft.target.served.server.snapshot_download", lambda name, **_: asked.append(name) or str(target_dir)
+    )
+    command = serve_command("python", "some/model", [])
+    assert asked == ["some/model"] and command.arguments[command.arguments.index("--model") + 1] == str(target_dir)
+
+
 @pytest.mark.parametrize(
     "flag", ["--speculative-config={}", "--kv_transfer_config", "--skip-tokenizer-init", "--hf-overrides", "--model"]
 )

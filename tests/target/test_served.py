@@ -14,7 +14,7 @@ import torch
 import yaml
 from fake_http import reply
 from feature_server import FeatureServer
-from small_runs import losses
+from small_runs import by_two_ranks, losses
 from tiny import refusal, save_target
 
 from fastdraft.batch import Batch
@@ -121,6 +121,15 @@ def test_a_run_goes_on_as_if_never_stopped(served, tmp_path):
     train(config)
     last = losses(tmp_path / "whole")[-1]
     assert losses(tmp_path / "stopped")[-1] == last
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(served, tmp_path):
+    train(served(run_dir=str(tmp_path / "one")))
+    assert by_two_ranks(train, served(run_dir=str(tmp_path / "two"))) == [0, 0]
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=2e-4)
+    assert os.listdir(tmp_path / "shared") == ["server.json"]
 
 
 def test_auto_is_what_the_server_runs_and_a_plan_asks_nobody(served, server, fastdraft, tmp_path):

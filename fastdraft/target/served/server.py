@@ -8,7 +8,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils import cached_file
+from huggingface_hub import snapshot_download
 
 from fastdraft.model.target_config import default_layers, language_config
 from fastdraft.target.hf import load_target_config
@@ -43,7 +43,7 @@ class ServeCommand:
 
 def serve_command(
     python: str,  # that has vLLM
-    target: str,  # local directory or hub name
+    target: str,  # local directory, or a hub name whose files are fetched if they are not in the cache
     flags: list[str],  # vLLM's own
     layers: tuple[int, ...] | None = None,  # whose outputs are handed over, from 0; None: those of a draft by default
     folder: str | None = None,  # None: one in shared memory, by the port
@@ -54,6 +54,10 @@ def serve_command(
         name = flag.split("=", 1)[0].replace("_", "-")
         if name in OWN_FLAGS:
             raise ValueError(f"serve-target does not take vLLM's {flag.split('=', 1)[0]}: {OWN_FLAGS[name]}")
+    if not Path(target).is_dir():  # as vLLM would; what is served is then known by its files
+        target = snapshot_download(
+            target, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+        )
     trust_remote_code = "--trust-remote-code" in flags
     facts = language_config(load_target_config(target, trust_remote_code))
     n = facts["num_hidden_layers"]
@@ -80,10 +84,7 @@ def serve_command(
         },
     }
     arguments = [python, "-m", "vllm.entrypoints.openai.api_server"]
-    arguments += [
-        "--model",
-        str(Path(target) if Path(target).is_dir() else Path(cached_file(target, "config.json")).parent),
-    ]
+    arguments += ["--model", target]
     arguments += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector), *flags]
     own = str(Path(fastdraft_handover.__file__).parent)
     paths = [own, *filter(None, [pythonpath])]
