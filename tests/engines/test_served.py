@@ -38,7 +38,6 @@ TARGETS = {
     "tied": (lambda folder: save_target(folder, **WIDE, tie_word_embeddings=True), []),
     "tensor parallel": (lambda folder: save_target(folder, **WIDE | {"num_key_value_heads": 2}), ["-tp", "2"]),
     "experts": (lambda folder: save_family(folder, "qwen3_moe", **WIDE), []),
-    "sinks and sliding windows": (lambda folder: save_family(folder, "gpt_oss", **WIDE), []),
     "sliding windows": (lambda folder: save_family(folder, "mistral", **WIDE, sliding_window=16), []),
     "logit scale": (lambda folder: save_family(folder, "granite", **WIDE), []),
 }
