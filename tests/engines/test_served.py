@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def served(target: Path, folder: Path, flags: list[str]):
     finally:
         running.kill()
         for name in set(os.listdir("/dev/shm")) - before:  # what vLLM leaves when it is killed
-            if name.startswith(("psm_", "sem.mp-")) and not _is_open(name):
+            if name.startswith(("psm_", "sem.mp-", "vllm_dist_")) and not _is_open(name):
                 os.unlink(f"/dev/shm/{name}")
         shutil.rmtree(folder / "shared", ignore_errors=True)
 
@@ -163,6 +164,27 @@ def assert_same_states(source, target_source, batches: list[Batch]) -> None:
             assert off.max() < 1e-4 and off.mean() < 1e-5, (off.max(), off.mean(), off.argmax())
 
 
+@contextmanager
+def generating(server: Running, answers: int):
+    """So many long answers at a time, for others than the trainer, until the block is left."""
+    done = threading.Event()
+    body = {"prompt": [5, 6, 7], "max_tokens": 180, "ignore_eos": True, "temperature": 1.0}
+
+    def ask() -> None:
+        while not done.is_set():
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).raise_for_status()
+
+    threads = [threading.Thread(target=ask) for _ in range(answers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_states_and_losses_are_those_of_transformers(name, tmp_path):
     make, flags = TARGETS[name]
@@ -183,7 +205,8 @@ def test_states_and_losses_are_those_of_transformers(name, tmp_path):
 
 
 def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
-    """A cache for two of the documents that are asked for at once; then the server is killed under them, and comes back."""
+    """A cache too small for the documents and for the answers that the server generates beside them, which take blocks from
+    half-read documents; then the server is killed under them, and comes back."""
     target = save_target(tmp_path / "target", **WIDE)
     flags = ["--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "13", "--block-size", "32"]
     with served(target, tmp_path, flags) as server:
@@ -192,8 +215,9 @@ def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
         source = open_source(config, layers, CPU, [])
         here = open_source(config_of(target, tmp_path), layers, CPU, [])
         g = torch.Generator().manual_seed(1)
-        many = [pack([torch.randint(3, 192, (n,), generator=g) for n in (200, 180, 150, 220, 90, 256)]) for _ in range(4)]
-        assert_same_states(source, here, many)
+        many = [pack([torch.randint(3, 192, (n,), generator=g) for n in (200, 180, 150, 220, 90, 256)]) for _ in range(6)]
+        with generating(server, 3):
+            assert_same_states(source, here, many)
         assert server.metric("vllm:num_preemptions_total") > 0
 
         source.expect(many)
