@@ -88,7 +88,7 @@ FAULTS = {
     "position": Reading("position", advances=False),
     "token": Reading("token", shift=0),
     "vocabulary map": Reading("vocabulary map", vocabulary="absolute"),
-    "norm": Reading("norm", normed_state=True),
+    "norm": Reading("norm", norm_output=True),
     "config field": Reading("config field", rope=(("rope_theta", 1e4), ("rope_type", "default"))),
 }
 

@@ -36,6 +36,9 @@ DRAFTS = {
     "mha": {},
     "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
     "fc_norm": {"fc_norm": True, "num_key_value_heads": 1},
+    "norm_output": {"norm_output": True, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
+    "norm_output, fc_norm": {"norm_output": True, "fc_norm": True, "hidden_size": 20, "head_dim": 8},
+    "norm_output, norm_before_fc": {"norm_output": True, "norm_before_fc": True, "num_key_value_heads": 1},
     "wider": {"hidden_size": 20, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "head_dim": 8},
     "full_vocabulary": {"draft_vocab_size": V},
 }
