@@ -101,6 +101,23 @@ def assert_same(ours, theirs, tolerance=1e-12):
         assert float((got - law).abs().max()) <= tolerance * max(float(law.abs().max()), 1e-3), name
 
 
+def test_the_fed_back_norm_is_paid_for_where_it_is_trained_alone(monkeypatch):
+    """Three passes more a step from the second on: forward, again for the backward, backward. No buffer of [R, H]."""
+    passes = []
+    for name in ("rms_norm", "rms_norm_backward"):
+        kernel = getattr(ttt, name)
+        monkeypatch.setattr(ttt, name, lambda *args, k=kernel, **more: (passes.append(k), k(*args, **more)))
+    counts, sizes = [], []
+    for fed in (False, True):
+        passes.clear()
+        draft, (batch, features, head) = make_draft(norm_output=fed), make_inputs()
+        ttt_engine_step(draft, batch, features, head, decay(7), chunk_rows=4096)
+        counts.append(len(passes))
+        sizes.append(table_bytes(chunk_buffers(draft.config, 64, 7, torch.float32, torch.float32, "cuda")))
+    assert counts[1] - counts[0] == 3 * 6
+    assert sizes[1] - sizes[0] == 64 * (12 + 1) * 4
+
+
 # --- exactness -----------------------------------------------------------------------------------------------------------
 
 
