@@ -34,6 +34,8 @@ def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, row
     per_token = 0
     for i in range(steps):
         norms = 6 * h * b + 3 * h * w  # four norms' inputs and outputs; in fp32 the layer's output serves two of them
+        if c.norm_output and i < steps - 1:
+            norms += h * (b + w)  # the normed state that the next step reads, and what its own backward reads
         concat = 2 * h * b
         mlp = 4 * inner * b
         keys = (2 * (i + 1) + i) * e * b  # K^0..K^i and V^0..V^i for every query head, and einsum's copy of K^1..K^i

@@ -21,8 +21,10 @@ from tiny import draft_shape
 
 from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.config import Config, parse_config
 from fastdraft.kernels import matmul
 from fastdraft.model.buffers import flat_gradients, table_bytes
+from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3 import engine as ttt
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
@@ -116,6 +118,14 @@ def test_the_fed_back_norm_is_paid_for_where_it_is_trained_alone(monkeypatch):
         sizes.append(table_bytes(chunk_buffers(draft.config, 64, 7, torch.float32, torch.float32, "cuda")))
     assert counts[1] - counts[0] == 3 * 6
     assert sizes[1] - sizes[0] == 64 * (12 + 1) * 4
+
+
+def test_a_norm_before_fc_wider_than_its_kernel_is_refused_before_the_first_step():
+    with torch.device("meta"):
+        draft = Draft(draft_shape(norm_before_fc=True, target_hidden_size=8192))
+    config = parse_config({"target": {"path": "t"}, "data": {"paths": ["d"]}, "run_dir": "r"}, Config)
+    with pytest.raises(ValueError, match="one norm of 24576 numbers, its kernel holds 16384; take fc_norm"):
+        METHOD.build_step(config, draft, None, torch.device("cuda"))
 
 
 # --- exactness -----------------------------------------------------------------------------------------------------------
