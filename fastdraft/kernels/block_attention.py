@@ -28,8 +28,8 @@ left, and the forward and dq go on from what that kernel gave.
 Precision: operands are bf16; accumulation, softmax and lse are fp32. fp32 inputs multiply in fp32 (ieee). P and dS round to
 the input dtype before their products. On a CPU everything is computed in the input dtype or float32, the wider of the two.
 FLOPs per visible (row, key): 4 * D * Hq forward and 14 * D * Hq backward. Those are 7 products, because both kernels
-compute S and dP; rates are quoted on the 5 that are needed. HBM: q and out are read once, K and V once per query tile, mostly
-from L2.
+compute S and dP; rates are quoted on the 5 that are needed. HBM: q and out are read once, K and V once per query tile,
+mostly from L2.
 Source: FlashAttention-2 (arXiv 2307.08691); DFlash (arXiv 2602.06036).
 
 # R query rows, C blocks, B rows of a block, S = C * B, N packed tokens, Hq/Hkv heads, G = Hq/Hkv, D head dim
@@ -73,15 +73,15 @@ def block_rows(
 
     The context ends before the anchor, whose own features a server does not have yet. The window is counted from the row,
     as engines do, and bounds the context. It must reach over the block: engines and trainers differ in what a narrower
-    window cuts inside a block, so that is refused. Raises ValueError for it, for shapes and dtypes that do not fit, and on a
-    CPU for anchors before their document and live rows out of range.
+    window cuts inside a block, so that is refused. Raises ValueError for it, for shapes and dtypes that do not fit, and on
+    a CPU for anchors before their document and live rows out of range.
     """
     if not 1 <= block <= MAX_BLOCK:
         raise ValueError(f"a block has 1 to {MAX_BLOCK} rows, got {block}")
     if window is not None and window < block:
         raise ValueError(
-            f"a window of {window} is narrower than the block of {block} rows, which engines and trainers mask differently; "
-            "take a window of at least the block"
+            f"a window of {window} is narrower than the block of {block} rows; engines and trainers mask that differently, "
+            "so take a window of at least the block"
         )
     integers = (torch.int32, torch.int64)
     check("anchors", anchors, ("C",), integers)
