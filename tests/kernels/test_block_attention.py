@@ -192,19 +192,17 @@ def test_rows_in_any_order(dtype):
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gap_that_no_row_sees(dtype):
-    """Two documents with their anchors at the beginning, in one tile: the key blocks between are not even read, which their
-    NaN would show. Nor are those behind the last anchor."""
-    for case in (dict(), dict(window=3, causal=True)):
-        check([300, 300], [33, 70, 301, 390], 3, dtype, **case)
-        anchors, doc_start, num_keys = blocks([300, 300], [33, 70, 301, 390])
-        rows = to(block_rows(anchors, doc_start, 3, **case), DEVICE)
-        *x, dout = (t.to(DEVICE) for t in tensors(rows, num_keys, 12, dtype))
+    """Rows of two documents, or with windows that lie apart, in one tile: the key blocks between are not even read, which
+    their NaN would show. Nor are those behind the last anchor."""
+    for anchors, case in (([33, 70, 301, 390], {}), ([70, 390], dict(window=3, causal=True))):
+        check([300, 300], anchors, 3, dtype, **case)
+        rows = to(block_rows(*blocks([300, 300], anchors)[:2], 3, **case), DEVICE)
+        *x, dout = (t.to(DEVICE) for t in tensors(rows, 600, 3 * len(anchors), dtype))
         clean = kernels(x, dout, rows)
         for t in x[1:3]:
             t[192:256] = torch.nan
             t[512:] = torch.nan
-        ours = kernels(x, dout, rows)
-        assert all(torch.equal(a, b) for a, b in zip(ours, clean, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(kernels(x, dout, rows), clean, strict=True))
 
 
 @needs_kernels
