@@ -3,11 +3,11 @@ bench/results/block_attention.jsonl.
 
 Qwen3-8B's heads with blocks of 16 rows, 512 anchors drawn from the tokens of a pack, all rows asking. `fwd`; `bwd` is all
 backward kernels (5 products counted), `bwd_q` those of the queries and of the blocks' own keys, `bwd_kv` that of the
-context (the 3 and 4 products they compute). "flex" is torch's flex_attention, compiled, over the context's and the blocks' keys end
-to end with the same mask, which is made before the clock runs. "sdpa" is torch's memory-efficient SDPA with that mask as a
-tensor and K, V repeated for each head; it has no row where the mask has more than MASK entries. Both are compared with ours
-before they are timed. A case with fewer anchors is a chunk, the last of the pack. Pack "chats": documents of log-normal
-lengths, the first 23 % of each without anchors.
+context (the 3 and 4 products they compute). "flex" is torch's flex_attention, compiled, over the context's and the blocks'
+keys end to end with the same mask, which is made before the clock runs. "sdpa" is torch's memory-efficient SDPA with that
+mask as a tensor and K, V repeated for each head; it has no row where the mask has more than MASK entries. Both are compared
+with ours before they are timed. A case with fewer anchors is a chunk, the last of the pack. Pack "chats": documents of
+log-normal lengths, the first 23 % of each without anchors.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ Source: FlashAttention-2 (arXiv 2307.08691); DFlash (arXiv 2602.06036).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -58,6 +58,7 @@ from fastdraft.kernels.ttt_attention import (
     _key_blocks,
     _p_ds,
     _rows,
+    _rows_fit,
     _strides,
     _tile,
 )
@@ -880,7 +881,7 @@ def block_attention_fwd(
         raise ValueError("started goes on from out and lse; give both")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((q.shape[1], len(q)), dtype=stats, device=q.device) if lse is None else lse
-    check("out", out, q.shape, q.dtype, q.device, "rows")
+    _check_rows("out", out, q.shape, q)
     check("lse", lse, (q.shape[1], len(q)), stats, q.device, "rows")
     run = _block_attention_fwd if q.is_cuda else _block_attention_fwd_cpu
     run(q, k_ctx, v_ctx, k_blk, v_blk, rows, scale, out, lse, started)
@@ -913,7 +914,7 @@ def block_attention_bwd_q(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
     delta = torch.empty((q.shape[1], len(q)), dtype=stats, device=q.device) if delta is None else delta
     for name, x in {"dout": dout, "out": out, "dq": dq}.items():
-        check(name, x, q.shape, q.dtype, q.device, "rows")
+        _check_rows(name, x, q.shape, q)
     for name, x in {"lse": lse, "delta": delta}.items():
         check(name, x, (q.shape[1], len(q)), stats, q.device, "rows")
     check("dk_blk", dk_blk, k_blk.shape, None, q.device, "rows")
@@ -939,7 +940,7 @@ def block_attention_bwd_kv(
     """Adds the gradients of the context's keys and values. Raises ValueError as `block_attention_fwd` does."""
     _check(q, k_ctx, v_ctx, k_ctx, v_ctx, rows, scale)
     stats = torch.promote_types(q.dtype, torch.float32)
-    check("dout", dout, q.shape, q.dtype, q.device, "rows")
+    _check_rows("dout", dout, q.shape, q)
     for name, x in {"lse": lse, "delta": delta}.items():
         check(name, x, (q.shape[1], len(q)), stats, q.device, "rows")
     for name, x in {"dk_ctx": dk_ctx, "dv_ctx": dv_ctx}.items():
@@ -952,15 +953,26 @@ def block_attention_bwd_kv(
 
 
 def _check(q, k_ctx, v_ctx, k_blk, v_blk, rows, scale) -> None:
-    check("q", q, ("R", "Hq", "D"), layout="rows")
-    check("k_ctx", k_ctx, ("N", "Hkv", q.shape[2]), q.dtype, q.device, "rows")
-    check("v_ctx", v_ctx, k_ctx.shape, q.dtype, q.device, "rows")
+    check("q", q, ("R", "Hq", "D"))
+    _check_rows("q", q, q.shape, q)
+    _check_rows("k_ctx", k_ctx, ("N", "Hkv", q.shape[2]), q)
+    _check_rows("v_ctx", v_ctx, k_ctx.shape, q)
     if q.shape[1] % k_ctx.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads and k_ctx {k_ctx.shape[1]}; Hq must be a multiple of Hkv")
-    check("k_blk", k_blk, ("S", *k_ctx.shape[1:]), q.dtype, q.device, "rows")
-    check("v_blk", v_blk, k_blk.shape, q.dtype, q.device, "rows")
+    _check_rows("k_blk", k_blk, ("S", *k_ctx.shape[1:]), q)
+    _check_rows("v_blk", v_blk, k_blk.shape, q)
     for field in fields(rows):
         check(field.name, getattr(rows, field.name), (len(q),), torch.int32, q.device)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     check_covered("block_attention", q=q)
+
+
+def _check_rows(name: str, x: Tensor, shape: Sequence[int | str], like: Tensor) -> None:
+    """As `check`, with rows that the copy engine can read where they lie."""
+    check(name, x, shape, like.dtype, like.device, "rows")
+    if x.is_cuda and not _rows_fit(x):
+        raise ValueError(
+            f"{name} begins at {x.data_ptr():#x} and has strides {x.stride()} of {x.element_size()} bytes; "
+            "it must begin, and its rows must lie, at multiples of 16 bytes"
+        )

@@ -333,6 +333,16 @@ def test_public_functions_run_the_kernels():
     assert all(torch.equal(a, b) for a, b in zip(explicit(x, dout, rows), kernels(x, dout, rows), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU reads rows wherever they lie")
+def test_rows_that_the_copy_engine_cannot_read_are_named():
+    x = {name: t.to(DEVICE) if isinstance(t, torch.Tensor) else t for name, t in inputs().items()}
+    x["rows"] = to(x["rows"], DEVICE)
+    odd = torch.zeros(8 * 2 * 64 + 1, device=DEVICE)[1:].view(8, 2, 64)
+    with pytest.raises(ValueError, match=r"k_blk begins at .* multiples of 16 bytes"):
+        block_attention_fwd(**(x | dict(k_blk=odd)))
+
+
 def naive(q, k, v, k_blk, v_blk, anchors, doc_start, block, live, window, causal):
     """Row by row and key by key as METHODS writes it down, knowing nothing of intervals."""
     out = torch.zeros_like(q)
