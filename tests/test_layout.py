@@ -56,14 +56,6 @@ SAME_NAME = {
     # A server that answers prompts, and one that is measured; both rooms connect to theirs and never see the other's.
     "Server": {"answers/server.py", "serving/client.py"},
     "connect": {"answers/servers.py", "serving/client.py"},
-    # What a server refuses, and what a chat template refuses.
-    "Refused": {"answers/servers.py", "data/template.py"},
-    # Where an answer comes from, and where features come from.
-    "Source": {"answers/job.py", "target/source.py"},
-    # A place in a file of answers, and a place in a rendered chat.
-    "Place": {"answers/file.py", "data/marking.py"},
-    # A training's memory and disk, and a capture's packs.
-    "Plan": {"cost.py", "target/capture.py"},
     # The command line's, which checks a machine, and a kernel's, which checks an argument.
     "check": {"cli.py", "kernels/check.py"},
     # A method's, and what finds the method of a checkpoint and calls it.
