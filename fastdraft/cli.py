@@ -129,13 +129,14 @@ def preview_command(
     from fastdraft.data.preview import preview
     from fastdraft.run import draft_shape
     from fastdraft.target.hf import load_tokenizer
+    from fastdraft.target.identity import stop_ids
 
     loaded = load_config(config, overrides or [])
-    tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
-    stats = Stats()
-    samples = first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size, stats)
-    preview(samples, tokenizer, n, console, stats)
-    for line in date_lines(chat_tokenizer(loaded.data, tokenizer, None).template_date):
+    target = loaded.target.path, loaded.target.trust_remote_code
+    tokenizer, stats = load_tokenizer(*target), Stats()
+    chat = chat_tokenizer(loaded.data, tokenizer, draft_shape(loaded).vocab_size, stop_ids(*target))
+    preview(first_samples(loaded.data, chat, stats), tokenizer, n, console, stats)
+    for line in date_lines(chat.template_date):
         say(line)
 
 

@@ -26,6 +26,7 @@ from fastdraft.cost import Plan, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.data.samples import longest_sample
 from fastdraft.data.stream import open_stream
 from fastdraft.data.vocab import token_counts
 from fastdraft.dist import mesh
@@ -47,7 +48,7 @@ from fastdraft.target.hf import (
     load_target_config,
     load_tokenizer,
 )
-from fastdraft.target.identity import capture_meta, expected_meta, target_ends, target_fingerprint
+from fastdraft.target.identity import capture_meta, expected_meta, stop_ids, target_ends, target_fingerprint
 from fastdraft.target.source import InProcess, Source
 from fastdraft.target.stored import StoreReader, check_documents
 
@@ -185,11 +186,17 @@ def run_meta(config: Config, layers: tuple[int, ...]) -> Meta:
 def load_data(config: Config, vocab_size: int) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
 
-    With data.streaming, the stream and sets made of a sample of it.
+    With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions.
     """
     check_target(config)
-    tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-    return (open_stream if config.data.streaming else prepare)(config.data, tokenizer, vocab_size)
+    target = config.target.path, config.target.trust_remote_code
+    tokenizer, stops = load_tokenizer(*target), stop_ids(*target)
+    if config.data.streaming:
+        return open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share())
+    data = prepare(config.data, tokenizer, vocab_size, stops)
+    longest = max(map(longest_sample, (data.train, data.eval)))
+    refuse_too_long(config, longest, f"a document has {longest} tokens")
+    return data
 
 
 def draft_shape(config: Config) -> BaseModel:
@@ -372,16 +379,22 @@ def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
 
 
 def check_target(config: Config) -> None:
-    """Raises ValueError, from the target's config.json alone, where its draft could not be exported, or where documents may
-    be longer than it has positions: learned ones end there, and RoPE goes on into angles that the target never saw."""
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    own_dtype(facts)
-    most = longest_context(language_config(facts))
-    if most is not None and config.data.max_length > most:
+    """Raises ValueError, from the target's config.json alone, where its draft could not be exported, or where a stream may
+    bring documents that are longer than it has positions."""
+    own_dtype(load_target_config(config.target.path, config.target.trust_remote_code))
+    if config.data.streaming:
+        refuse_too_long(config, config.data.max_length, "a stream may bring documents as long as that")
+
+
+def refuse_too_long(config: Config, longest: int, documents: str) -> None:
+    """ValueError where the target has fewer positions than `longest`: learned ones end there, and RoPE goes on into angles
+    that the target never saw."""
+    most = longest_context(language_config(load_target_config(config.target.path, config.target.trust_remote_code)))
+    if most is not None and longest > most:
         raise ValueError(
             f"data.max_length is {config.data.max_length}, and the target has {most} positions (max_position_embeddings in "
-            f"its config.json): set data.max_length={most} or less, which cuts longer documents, or, if the target was "
-            "extended, raise max_position_embeddings to what it was extended to"
+            f"its config.json), while {documents}: set data.max_length={most} or less, which cuts longer documents, or, if "
+            "the target was extended, raise max_position_embeddings to what it was extended to"
         )
 
 
@@ -410,12 +423,16 @@ def predict(config: Config, device: torch.device) -> Plan:
 
 
 def print_plan(config: Config, console: Console) -> None:
-    """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too."""
+    """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too. No document is read."""
     device = mesh.planned_device(config.device)
     config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
     predicted = predict(config, device)
+    try:
+        refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
+    except ValueError as warning:
+        told.append(str(warning))
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     for line in told:

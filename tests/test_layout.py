@@ -38,7 +38,6 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.checkpoint"),  # the format of checkpoints
     ("cli.py", "torch.distributed.DistNetworkError"),  # an error that becomes a sentence
-    ("data/stream.py", "LOCAL_WORLD_SIZE"),  # shares the cores of a machine
 }
 
 # Modules of fastdraft/ beside __init__.py; 14 is the aim.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, strings
 from fastdraft.data.template import ChatTemplate, Refused, Span
@@ -107,7 +107,12 @@ class Turns:
         full = self.template.render(messages, tools) if full is None else full
         prompt = self._prompt(messages[:-1], tools) if prompt is None else prompt
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
-        return _as_served(message, full, prompt, located, self.template.lead)
+        turn = _as_served(message, full, prompt, located, self.template.lead)
+        start, end = turn.span
+        stop = self.template.stop_after(bool(message.get("tool_calls")))
+        if not stop or turn.text[end:].strip():
+            return turn
+        return replace(turn, text=turn.text[:end] + stop, span=(start, end + len(stop)))
 
     def _prompt(self, before: Sequence[dict], tools: list[dict] | None) -> str | None:
         """What is served before the turn. None where nothing asks for it yet: templates refuse to render that."""

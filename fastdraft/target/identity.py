@@ -12,12 +12,12 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from fastdraft.features.meta import Meta
 from fastdraft.files import json_checksum
-from fastdraft.model.target_config import language_config, read_json
+from fastdraft.model.target_config import first_line, language_config, read_json
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 
 IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
@@ -49,6 +49,23 @@ def checkpoint_fingerprint(path: str) -> str:
     if not found:
         raise ValueError(f"target {path!r} has no *.safetensors files to tell its weights by; save it as safetensors")
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+
+
+def stop_ids(path: str, trust_remote_code: bool = False) -> frozenset[int]:
+    """Tokens at which an engine that serves this target ends an answer; as `Target.eos_ids`, without its weights.
+
+    They are the eos ids of generation_config.json, or where it names none those of config.json. ValueError: it cannot be
+    read.
+    """
+    named = None
+    try:
+        named = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, TypeError, ValueError) as error:
+        if (Path(path) / "generation_config.json").exists():
+            raise ValueError(f"target {path!r} has no readable generation_config.json: {first_line(error)}") from error
+    if named is None:
+        named = language_config(load_target_config(path, trust_remote_code)).get("eos_token_id")
+    return frozenset([named] if isinstance(named, int) else named or [])
 
 
 def target_ends(target: Target) -> dict[str, Tensor]:
