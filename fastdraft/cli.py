@@ -230,7 +230,7 @@ def capture(
     """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
     from fastdraft.config import load_config
     from fastdraft.dist import mesh
-    from fastdraft.offline import capture_features
+    from fastdraft.run import capture_features
 
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
@@ -250,7 +250,7 @@ def import_specforge_command(
 ) -> None:
     """Put existing SpecForge features into a store, checked against the config's target."""
     from fastdraft.config import load_config
-    from fastdraft.offline import import_specforge
+    from fastdraft.run import import_specforge
 
     import_specforge(load_config(config, overrides or []), dumps, out, _auto_or_fp8(dtype), say)
 
@@ -258,7 +258,7 @@ def import_specforge_command(
 @features.command("inspect")
 def inspect_store(store: StoreFolder) -> None:
     """Say whose features a store holds, and how many."""
-    from fastdraft.offline import inspect_lines
+    from fastdraft.features.store import inspect_lines
 
     for line in inspect_lines(store):
         say(line)

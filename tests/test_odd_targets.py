@@ -19,8 +19,7 @@ from fastdraft.data.prepare import prepare
 from fastdraft.features.store import Store
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.target_config import language_config, longest_context
-from fastdraft.offline import capture_features
-from fastdraft.run import load_data, new_draft, open_target, own_dtype, predict, print_plan
+from fastdraft.run import capture_features, load_data, new_draft, open_target, own_dtype, predict, print_plan
 from fastdraft.target.hf import load_target, load_tokenizer
 from fastdraft.train import train
 

@@ -42,7 +42,9 @@ class StoreCache(StoreReader):
         shard_bytes: int = SHARD_BYTES,
     ):
         super().__init__(store, target.device)
-        self.ends = ends_of(target)  # and not the store's copies of them
+        # The live target's ends, not the store's copies of them. Rank 0 has just started or checked the store with its
+        # target's fingerprint, which takes values of every weight; the others' targets are their own.
+        self.ends = ends_of(target, store.meta.target if rank == 0 else None)
         self.notes = [f"{reason}; its documents are run again" for reason in store.damaged.values()] + runs_apart(target)
         ends = (store.folder / "target.safetensors").stat().st_size
         if max_bytes <= ends:
