@@ -112,7 +112,7 @@ def prepare(
     for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
     if report is not None:
-        from fastdraft.report import write_data_report
+        from fastdraft.data.picture import write_data_report
 
         say(str(write_data_report(report, numbers, shape.draft_vocab_size)))
 
