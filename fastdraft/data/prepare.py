@@ -207,15 +207,20 @@ def first_samples(
     stats: Stats,  # counts what is read
 ) -> Iterator[Sample]:
     """The samples of data.paths one by one as they are read, with no cache: for a preview. Errors as `prepare`'s."""
-    for path in expand(config.paths, config.streaming):
-        for line in read_lines(path):
-            try:
-                done = chat(parse(line))
-            except BadLine as error:
-                if config.on_bad_line == "error":
-                    raise
-                stats.skip(error)
-                continue
+    lines = (line for path in expand(config.paths, config.streaming) for line in read_lines(path))
+    return samples_of(lines, chat, config.on_bad_line == "skip", stats)
+
+
+def samples_of(lines: Iterable[Line], chat: ChatTokenizer, skip: bool, stats: Stats) -> Iterator[Sample]:
+    """Counts what it reads in `stats`. A bad line is counted where it is to be skipped, and raised otherwise."""
+    for line in lines:
+        try:
+            done = chat(parse(line))
+        except BadLine as error:
+            if not skip:
+                raise
+            stats.skip(error)
+        else:
             stats.count(done)
             yield from done.samples
 
@@ -374,17 +379,8 @@ Mapped = Callable[[Iterator[list[Line]]], Iterator[Done]]
 
 
 def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
-    stats, samples = Stats(), []
-    for line in chunk:
-        try:
-            done = chat(parse(line))
-        except BadLine as error:
-            if not skip:
-                raise
-            stats.skip(error)
-            continue
-        samples += done.samples
-        stats.count(done)
+    stats = Stats()
+    samples = list(samples_of(chunk, chat, skip, stats))
     batch = record_batch(samples)
     ids, mask, _ = flat(pa.Table.from_batches([batch]))
     stats.samples, stats.tokens, stats.trained_tokens = len(samples), len(ids), int(mask.sum())
