@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -75,23 +76,22 @@ class ChatTemplate:
             raise Refused(f"the chat template refuses it: {type(error).__name__}: {error}") from error
         return texts[0][0], [tuple(span) for span in texts[1][0]] if spans else []
 
-    def _probe(self, messages: Sequence[dict], add_generation_prompt: bool = False, parts: bool | None = None) -> str:
-        """A rendering that is only looked at to learn the template; with a tool where it wants one (Hermes)."""
+    def _probe(
+        self, messages: Sequence[dict], add_generation_prompt: bool = False, parts: bool | None = None
+    ) -> str | None:
+        """A rendering that is only looked at to learn the template; with a tool if it wants one (Hermes). None: refused."""
         parts = self._wants_parts if parts is None else parts
-        try:
-            return self._render(messages, None, add_generation_prompt, parts, False)[0]
-        except Refused:
-            return self._render(messages, PROBE_TOOLS, add_generation_prompt, parts, False)[0]
+        for tools in (None, PROBE_TOOLS):
+            with suppress(Refused):
+                return self._render(messages, tools, add_generation_prompt, parts, False)[0]
+        return None
 
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether content must be a list of parts: the text of a string does not show, that of a part does."""
         shown = []
         for parts in (False, True):
-            try:
-                text = self._probe(EXCHANGE, parts=parts)
-            except Refused:
-                text = ""
+            text = self._probe(EXCHANGE, parts=parts) or ""
             shown.append(QUESTION in text and ANSWER in text)
         return shown == [False, True]
 
@@ -104,9 +104,8 @@ class ChatTemplate:
     @cached_property
     def header(self) -> str:
         """The generation prompt alone; empty where the template has none or it cannot be told."""
-        try:
-            before, prompt = self._probe(EXCHANGE[:1]), self._probe(EXCHANGE[:1], add_generation_prompt=True)
-        except Refused:
+        before, prompt = self._probe(EXCHANGE[:1]), self._probe(EXCHANGE[:1], add_generation_prompt=True)
+        if before is None or prompt is None:
             return ""
         before = before.removesuffix(self.closing)
         return prompt[len(before) :] if prompt.startswith(before) else ""
@@ -114,9 +113,8 @@ class ChatTemplate:
     @cached_property
     def lead(self) -> str:
         """Words that an answer begins with behind the generation prompt (gpt-oss: the name of a channel), without tags."""
-        try:
-            prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)
-        except Refused:
+        prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)
+        if prompt is None or text is None:
             return ""
         before = text.partition(ANSWER)[0]
         within = before.removeprefix(prompt) if self.header and before.startswith(prompt) else ""
@@ -138,9 +136,8 @@ class ChatTemplate:
         turn, what the former has beyond that closes the conversation, if it begins with a special token. Empty when they
         begin with nothing common: then the closing IS the end of the turn.
         """
-        try:
-            last, followed = self._probe(EXCHANGE), self._probe([*EXCHANGE, EXCHANGE[0]])
-        except Refused:
+        last, followed = self._probe(EXCHANGE), self._probe([*EXCHANGE, EXCHANGE[0]])
+        if last is None or followed is None:
             return ""
         last, followed = (text.partition(ANSWER)[2] for text in (last, followed))
         encodings = [self.encode(text) for text in (last, followed)]
@@ -156,9 +153,8 @@ class ChatTemplate:
     def openers(self) -> set[int]:
         """Added tokens that begin a turn: those of the generation prompt, and the last one before a user's text. Not one
         that also stands between the generation prompt and an answer (gpt-oss: <|message|>)."""
-        try:
-            prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)
-        except Refused:
+        prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)
+        if prompt is None or text is None:
             return set()
         within = text.partition(ANSWER)[0].removeprefix(prompt) if text.startswith(prompt) else ""
         header, before, within = (
@@ -227,9 +223,8 @@ class ChatTemplate:
         """`stop_after` of these messages: what the rendering with a following turn has at once behind their rendering."""
         if not self.stops:
             return ""
-        try:
-            last, followed = self._probe(messages), self._probe([*messages, following])
-        except Refused:
+        last, followed = self._probe(messages), self._probe([*messages, following])
+        if last is None or followed is None:
             return ""
         last, followed = (text.rpartition(ANSWER)[2] for text in (last, followed))
         stop = self._first_stop(followed, self.encode(followed))
