@@ -33,7 +33,7 @@ from fastdraft.dist import mesh
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
-from fastdraft.model.methods import method_of
+from fastdraft.model.methods import method_of, named_method
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
     check_precision,
@@ -279,7 +279,9 @@ def refuse_other_run(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    then = dotted(saved_config(saved).model_dump(mode="json")) | dotted({"draft's shape": saved.state["draft"]})
+    settings = saved_config(saved)
+    draft = named_method(settings.draft.method).shape.model_validate(saved.state["draft"])  # what is new has its default
+    then = dotted(settings.model_dump(mode="json")) | dotted({"draft's shape": draft.model_dump(mode="json")})
     then |= saved_dtypes(saved.state["config"], device)
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
