@@ -52,7 +52,7 @@ from fastdraft.run import (
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself
 FREE_ON_RESUME = (
-    *("checkpoint", "metrics", "eval", "device", "run_dir", "target.path", "data.cache_dir", "data.num_workers"),
+    *("checkpoint", "metrics", "eval", "device", "run_dir", "dist", "target.path", "data.cache_dir", "data.num_workers"),
     *("features.on_bad_shard", "features.max_gib"),
 )
 
@@ -67,6 +67,7 @@ class TrainResult:
 def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
     device = mesh.start_process(config.device)
+    mesh.lay_out(config.dist.sequence, config.dist.tensor)
     check_precision(config, device)
     with checkpoint.alone_in(Path(config.run_dir)):
         return _train(config, fresh, device)

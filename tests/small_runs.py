@@ -32,7 +32,12 @@ def at_step(monkeypatch, step: int, act) -> None:
 
 
 def by_two_ranks(act, *args, start: str = "fork", seconds: float = 100) -> list[int]:
-    """Calls act(*args) in two processes, as torchrun would start them. Their exit codes, after at most `seconds` each.
+    """`by_ranks` of two."""
+    return by_ranks(2, act, *args, start=start, seconds=seconds)
+
+
+def by_ranks(world: int, act, *args, start: str = "fork", seconds: float = 100) -> list[int]:
+    """Calls act(*args) in `world` processes, as torchrun would start them. Their exit codes, after at most `seconds` each.
 
     With GPUs they must start by "spawn", since a fork of this process cannot use them.
     """
@@ -40,7 +45,7 @@ def by_two_ranks(act, *args, start: str = "fork", seconds: float = 100) -> list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context(start)
-    ranks = [context.Process(target=_as_rank, args=(rank, port, act, *args)) for rank in range(2)]
+    ranks = [context.Process(target=_as_rank, args=(rank, world, port, act, *args)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -49,8 +54,8 @@ def by_two_ranks(act, *args, start: str = "fork", seconds: float = 100) -> list[
     return [process.exitcode for process in ranks]
 
 
-def _as_rank(rank: int, port: int, act, *args) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def _as_rank(rank: int, world: int, port: int, act, *args) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     act(*args)
     torch.distributed.destroy_process_group()

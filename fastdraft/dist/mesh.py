@@ -2,18 +2,61 @@
 
 This is the only file that knows of ranks and process groups. A process that was started alone is rank 0 of 1, and every
 function here then does nothing but return what it was given.
+
+The processes of a run form a grid of three axes, world = data x sequence x tensor, and neighbours in rank are neighbours on
+the tensor axis, then on the sequence axis, so that both stay within a host. Along the data axis each process has packs of
+its own; along the sequence axis they share the tokens of a pack; along the tensor axis they share the draft's weights.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+AxisName = Literal["data", "sequence", "tensor", "replicas"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The processes that share one kind of work: this one's place among them, and what they do together.
+
+    Each call is a collective: all of the axis make it, in the same order. Alone, each returns what it was given.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # None: this process is alone
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Adds up all processes' tensors, in place."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
+        """All processes' tensors [n, ...] of the same shape, one under the other, in the order of their ranks."""
+        if self.group is None:
+            return x
+        whole = x.new_empty(self.size * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
+        return whole
+
+    def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
+        """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
+        if self.group is None:
+            return x
+        part = x.new_empty(len(x) // self.size, *x.shape[1:])
+        dist.reduce_scatter_tensor(part, x.contiguous(), group=self.group)
+        return part
+
+
+_axes: dict[AxisName, Axis] = {}  # of `lay_out`
 
 
 def own_device(device: str) -> torch.device:
@@ -45,8 +88,45 @@ def start_process(device: str) -> torch.device:
     return mine
 
 
+def lay_out(sequence: int = 1, tensor: int = 1) -> None:
+    """Arranges the processes in the grid; every process calls it once, after `start_process`.
+
+    Raises ValueError when they are not a multiple of sequence x tensor.
+    """
+    if world() % (sequence * tensor):
+        raise ValueError(
+            f"dist.sequence={sequence} and dist.tensor={tensor} need a multiple of {sequence * tensor} processes, "
+            f"this run has {world()}; change them, or --nproc-per-node"
+        )
+    data = world() // (sequence * tensor)
+    grid = torch.arange(world()).view(data, sequence, tensor)
+    # Every process takes part in making every group. The rows of each of these are the groups of an axis.
+    axes: dict[AxisName, Tensor] = {
+        "data": grid.permute(1, 2, 0).reshape(-1, data),
+        "sequence": grid.permute(0, 2, 1).reshape(-1, sequence),
+        "tensor": grid.reshape(-1, tensor),
+        "replicas": grid.permute(2, 0, 1).reshape(tensor, -1),
+    }
+    for name, groups in axes.items():
+        for ranks in groups.tolist():
+            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if rank() in ranks:
+                _axes[name] = Axis(ranks.index(rank()), len(ranks), group)
+
+
+def axis(name: AxisName) -> Axis:
+    """This process's neighbours on an axis. Replicas are those who have the same part of the weights, data x sequence of
+    them: gradients are added up over them. Before `lay_out` all processes are along the data axis."""
+    if name in _axes:
+        return _axes[name]
+    if name in ("data", "replicas") and dist.is_initialized() and world() > 1:
+        return Axis(rank(), world(), dist.group.WORLD)
+    return Axis()
+
+
 def end_process() -> None:
     """Leaves the group that `start_process` joined."""
+    _axes.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
