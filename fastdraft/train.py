@@ -30,11 +30,11 @@ from fastdraft.batch import Batch, Features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
+from fastdraft.dist.shard import SharedAdamW
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of
-from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
     check_precision,
     compute_dtype,
@@ -74,7 +74,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 
 def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
-    rank, world = mesh.rank(), mesh.world()
+    rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
     run_dir = Path(config.run_dir)
     # every rank computes in what rank 0 chose, though their CPUs may differ
     config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
@@ -88,14 +88,20 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     method = method_of(draft)
     pairs = method.pair_cost(draft.config, target_parameters(config), config)
     loader = Loader(
-        data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
+        data.stream or train_set,
+        config.data.pack_tokens,
+        config.optim.packs_per_step,
+        config.data.seed,
+        data_axis.rank,
+        data_axis.size,
+        pairs,
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
     messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
     draft.to(device)
-    optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
+    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
@@ -116,12 +122,12 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
 
     def held_out() -> dict[str, float]:
-        batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
+        batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
         report = evaluate_tau(
             lambda batch: trainer.rows(*source.capture(batch)),
-            itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
+            itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
             method.num_steps(config),
-            reduce=mesh.all_sum,
+            reduce=replicas.sum_,
         )
         return eval_values(report, config.loss.step_decay)
 
@@ -135,6 +141,13 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         if metrics:  # last: the line says that nothing of this evaluation is left to do
             metrics.log(step, values)
         return saved
+
+    def finish_step() -> None:
+        """Ends the optimizer's step that is under way, if one is; then its sums are those of all processes."""
+        sums = optimizer.finish()
+        if sums is not None:
+            window["sums"] += sums
+            window["skipped_steps"] += sums[3, 0] == 0
 
     def hold_out_after(step: int) -> bool:
         return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
@@ -163,14 +176,12 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
+                # The target needs no weight of the draft: its first forward hides what the processes still send each other.
                 batch, features = source.capture(batch)
+                finish_step()
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
-            mesh.all_sum(optimizer.grad)
-            mesh.all_sum(step_sums)
-            norm = optimizer.step(step_sums[3, 0])
-            window["sums"] += step_sums
-            window["skipped_steps"] += step_sums[3, 0] == 0
+            norm = optimizer.start(step_sums)
             recent.append(Recent(step, batches, norm, step_sums))
 
             is_last = step == total_steps
@@ -179,6 +190,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             keep = step % config.checkpoint.every == 0 or is_last
             stopping = stop.agreed()
             if look or hold_out or keep or stopping:
+                finish_step()
                 refuse_nan(recent, run_dir, rank)
             if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -187,7 +199,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
-                    values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    values["tokens_per_s"] = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches) / seconds
                     values["data_wait"] = (ahead.waited + source.waited) / seconds
                     metrics.log(step, values)
                 ahead.waited = source.waited = 0.0
@@ -214,10 +226,10 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
 # --- going on from a checkpoint -------------------------------------------------------------------------------------------
 
 
-def run_tensors(optimizer: FlatAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_tensors(optimizer: SharedAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds besides its JSON. All but the optimizer's step count and the RNG states are the live ones."""
     shown = {f"window.{name}": numbers for name, numbers in window.items()}
-    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.master.device)
+    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.grad.device)
 
 
 def resume(
@@ -225,7 +237,7 @@ def resume(
     fresh: bool,
     fingerprint: str,
     draft: nn.Module,
-    optimizer: FlatAdamW,
+    optimizer: SharedAdamW,
     loader: Loader,
     window: dict[str, Tensor],
 ) -> tuple[int, list[str]]:  # steps done, what to tell the user
@@ -243,13 +255,17 @@ def resume(
     live = run_tensors(optimizer, draft, window)
     damaged: list[Path] = []
     for path in reversed(found):
-        tensors = {name: tensor.clone() for name, tensor in live.items()}
+        tensors, failure = {name: tensor.clone() for name, tensor in live.items()}, None
         try:
             saved = checkpoint.read_state(path)
-            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.master.device)
-            whole = checkpoint.load_tensors(saved, tensors, may_lack="rng.cuda")
+            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.grad.device)
+            whole = checkpoint.load_tensors(saved, tensors, "rng.cuda", share=(mesh.rank(), mesh.world()))
         except checkpoint.Unreadable as error:
-            told.append(f"{error}; left aside")
+            failure = str(error)
+        # What one process cannot read, none goes on from.
+        failure = next(filter(None, mesh.from_all(failure)), None)
+        if failure is not None:
+            told.append(f"{failure}; left aside")
             damaged.append(path)
             continue
         loader.load_state_dict(saved.state["loader"])
