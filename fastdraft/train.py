@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from pydantic import BaseModel
 from safetensors import SafetensorError
@@ -32,7 +33,7 @@ from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.evaluate import TauReport, evaluate_tau
-from fastdraft.files import free_disk
+from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of
 from fastdraft.run import (
@@ -66,11 +67,41 @@ class TrainResult:
 
 def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
-    device = mesh.start_process(config.device)
-    mesh.lay_out(config.dist.sequence, config.dist.tensor)
-    check_precision(config, device)
-    with checkpoint.alone_in(Path(config.run_dir)):
-        return _train(config, fresh, device)
+    device = mesh.start_process(config.device, config.dist.timeout_s)
+    with mesh.ending_together(config.dist.silent_s):
+        refuse_unlike(config, fresh)
+        mesh.lay_out(config.dist.sequence, config.dist.tensor)
+        check_precision(config, device)
+        with checkpoint.alone_in(Path(config.run_dir)):
+            return _train(config, fresh, device)
+
+
+# settings that may differ between the hosts of a run: where each of them keeps something
+FREE_BETWEEN_HOSTS = ("target.path", "data.cache_dir", "data.num_workers", "dist.silent_s", "dist.timeout_s")
+
+
+def refuse_unlike(config: Config, fresh: bool) -> None:
+    """Raises ValueError, on every process, where one was started with other settings or other code than rank 0."""
+    settings = {name: x for name, x in dotted(config.model_dump(mode="json")).items() if name not in FREE_BETWEEN_HOSTS}
+    code = {"fastdraft's code": code_checksum(), "PyTorch": torch.__version__, "transformers": transformers.__version__}
+    mine = settings | code | {"--fresh": fresh}
+    if len(set(mesh.from_all(json_checksum(mine)))) == 1:
+        return
+    where = mesh.from_all(mesh.host())
+    for rank, theirs in enumerate(of_all := mesh.from_all(mine)):
+        for name in sorted(theirs.keys() | of_all[0].keys()):
+            if theirs.get(name) != of_all[0].get(name):
+                raise ValueError(
+                    f"the processes of this run were started differently: {name} is {of_all[0].get(name)!r} on rank 0 "
+                    f"({where[0]}) and {theirs.get(name)!r} on rank {rank} ({where[rank]}); start all of them with the "
+                    "same command, config and versions"
+                )
+
+
+def code_checksum() -> str:
+    """Of all of fastdraft's Python, wherever it is installed."""
+    package = Path(__file__).parent
+    return json_checksum([(str(p.relative_to(package)), file_checksum(p)) for p in sorted(package.rglob("*.py"))])
 
 
 def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:

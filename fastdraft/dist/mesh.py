@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import os
 import platform
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -21,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+
+from fastdraft.dist.watch import BEAT_S, Member, Watch
 
 T = TypeVar("T")
 AxisName = Literal["data", "sequence", "tensor", "replicas"]
@@ -40,6 +46,7 @@ class Axis:
     def sum_(self, x: Tensor) -> Tensor:
         """Adds up all processes' tensors, in place."""
         if self.group is not None:
+            _meet()
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -47,6 +54,7 @@ class Axis:
         """All processes' tensors [n, ...] of the same shape, one under the other, in the order of their ranks."""
         if self.group is None:
             return x
+        _meet()
         whole = x.new_empty(self.size * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
         return whole
@@ -55,12 +63,14 @@ class Axis:
         """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
         if self.group is None:
             return x
+        _meet()
         part = x.new_empty(len(x) // self.size, *x.shape[1:])
         dist.reduce_scatter_tensor(part, x.contiguous(), group=self.group)
         return part
 
     def start_sum(self, x: Tensor) -> dist.Work:
         """Begins `sum_` of several processes; `wait` of what is returned makes it true."""
+        _meet()
         return dist.all_reduce(x, group=self.group, async_op=True)
 
     def start_sum_scatter(
@@ -69,6 +79,7 @@ class Axis:
         part: Tensor,  # [n]
     ) -> dist.Work:
         """Begins `sum_scatter` of several processes into `part`; `wait` of what is returned makes it true."""
+        _meet()
         return dist.reduce_scatter_tensor(part, x, group=self.group, async_op=True)
 
     def gather_into(
@@ -77,6 +88,7 @@ class Axis:
         x: Tensor,  # [n]
     ) -> None:
         """`gather` of several processes into memory that is there already."""
+        _meet()
         dist.all_gather_into_tensor(whole, x, group=self.group)
 
     def slice_of(
@@ -95,6 +107,8 @@ class Axis:
 
 
 _axes: dict[AxisName, Axis] = {}  # of `lay_out`
+_meetings = 0  # collectives that this process has taken part in
+_timeout = timedelta(minutes=30)  # of `start_process`
 
 
 def own_device(device: str) -> torch.device:
@@ -114,15 +128,19 @@ def planned_device(device: str) -> torch.device:
     return torch.device("cuda") if device == "cuda" else own_device(device)
 
 
-def start_process(device: str) -> torch.device:
-    """`own_device`; and joins the other processes when torchrun started this one."""
+def start_process(device: str, timeout_s: float = 1800.0) -> torch.device:
+    """`own_device`; and joins the other processes when torchrun started this one. They wait for each other for at most
+    `timeout_s` seconds, here and later."""
+    global _timeout
     mine = own_device(device)
     on_gpu = mine.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(mine)
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo also where there are GPUs: the ranks agree on a stop without waiting for what their GPUs are doing
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=mine if on_gpu else None)
+        _timeout = timedelta(seconds=timeout_s)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=_timeout, device_id=mine if on_gpu else None)
     return mine
 
 
@@ -147,7 +165,7 @@ def lay_out(sequence: int = 1, tensor: int = 1) -> None:
     }
     for name, groups in axes.items():
         for ranks in groups.tolist():
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            group = dist.new_group(ranks, timeout=_timeout) if len(ranks) > 1 else None
             if rank() in ranks:
                 _axes[name] = Axis(ranks.index(rank()), len(ranks), group)
 
@@ -169,6 +187,53 @@ def end_process() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def ending_together(silent_s: float) -> Iterator[None]:
+    """Within it, what ends one process ends all of them, within a minute and with a sentence (dist/watch.py).
+
+    `silent_s`: seconds without a sign of life after which a process counts as lost. Raises LostPeer where a library says
+    that another process does not answer. Alone it does nothing.
+    """
+    if world() == 1:
+        yield
+        return
+    # A connection of its own: those of the process group are taken while they wait. A name of its own: torchrun keeps the
+    # store when it starts the processes again.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    store = dist.PrefixStore(from_rank_0(f"fastdraft-{uuid.uuid4().hex}"), store)
+    watch = Watch(store, rank(), from_all(Member.here(host())), silent_s, lambda: _meetings, speaker())
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        if is_lost_peer(error):
+            watch.lost_peer(error, _timeout.total_seconds())
+        _tell_why(watch, error)
+        raise
+    finally:
+        watch.stop()
+    from_all(None)  # The first to leave may be the one that holds the store: it waits until nobody looks at it any more.
+
+
+def _tell_why(watch: Watch, error: BaseException) -> None:
+    """Tells the others why this process ends, and leaves them the time to hear it."""
+    text = str(error).strip().splitlines()
+    why = text[0] if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {''.join(text[:1])}"
+    try:
+        watch.tell(f"another process of this run has ended: {watch.named(rank())}, which said: {why}")
+    except RuntimeError:  # The store is gone, and with it those who would hear.
+        return
+    time.sleep(2 * BEAT_S)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error is how a library says that another process has ended, or cannot be reached."""
+    words = ("/gloo/transport/", "ncclRemoteError", "closed by remote peer")  # as gloo and NCCL say it
+    unreachable = isinstance(error, dist.DistNetworkError)  # of the store that ranks meet in
+    return unreachable or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
 def rank() -> int:
     """0 .. world() - 1. Before `start_process`, the one that torchrun gave this process."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
@@ -184,6 +249,11 @@ def speaker() -> str:
     return f"fastdraft, rank {rank()}" if "RANK" in os.environ else "fastdraft"
 
 
+def _meet() -> None:
+    global _meetings
+    _meetings += 1
+
+
 def host() -> str:
     """This machine's name, as messages give it."""
     return platform.node() or "an unnamed host"
@@ -196,6 +266,7 @@ def is_rank_0() -> bool:
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
+        _meet()
         dist.barrier()
 
 
@@ -203,6 +274,7 @@ def largest(number: int) -> int:
     """The largest of all ranks' numbers. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():
         return number
+    _meet()
     of_all = torch.tensor(number)
     dist.all_reduce(of_all, dist.ReduceOp.MAX)
     return int(of_all)
@@ -212,6 +284,7 @@ def from_all(thing: T) -> list[T]:  # by rank
     """What each process has: anything that can be pickled. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():
         return [thing]
+    _meet()
     things: list[T] = [thing] * dist.get_world_size()
     dist.all_gather_object(things, thing)
     return things
@@ -221,6 +294,7 @@ def from_rank_0(thing: T) -> T:
     """What rank 0 has: anything that can be pickled. The others' argument is not looked at."""
     if not dist.is_initialized():
         return thing
+    _meet()
     things = [thing]
     dist.broadcast_object_list(things, src=0)
     return things[0]
