@@ -27,6 +27,25 @@ from fastdraft.files import GIB
 from fastdraft.model.method import Engine, Precision, Row
 from fastdraft.model.methods import method_of
 
+# Dense bf16 FLOP/s by what a GPU's name contains, from the maker's data sheets; the first that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """None on a CPU, and for a GPU whose peak is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
 
 @dataclass(frozen=True)
 class Plan:

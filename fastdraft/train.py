@@ -40,6 +40,7 @@ from fastdraft.run import (
     check_precision,
     compute_dtype,
     fit_to_target,
+    known_work,
     load_data,
     make_step,
     name_run_dtypes,
@@ -143,6 +144,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
     trainer = make_step(config, draft, source.ends)
+    work = known_work(config, device)
 
     def save(step: int) -> None:
         source.flush()
@@ -219,18 +221,26 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             look = step % config.metrics.log_every == 0 or is_last
             hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
+            met = time.perf_counter()
             stopping = stop.agreed()
+            if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
+                optimizer.waited += time.perf_counter() - met
             if look or hold_out or keep or stopping:
                 finish_step()
                 refuse_nan(recent, run_dir, rank)
             if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                waited = mesh.from_all(optimizer.clock())
                 if metrics:
                     values = train_values(window["sums"], config.loss.step_decay)
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
-                    values["tokens_per_s"] = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    tokens = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches)
+                    values["tokens_per_s"] = tokens / seconds
+                    values |= of_several(tokens / seconds, [s / seconds for s in waited])
+                    if work is not None:
+                        values["mfu"] = work.flops(tokens, window["sums"]) / (seconds * mesh.world() * work.peak)
                     values["data_wait"] = (ahead.waited + source.waited) / seconds
                     metrics.log(step, values)
                 ahead.waited = source.waited = 0.0
@@ -372,6 +382,19 @@ def train_values(sums: Tensor, step_decay: float) -> dict[str, float]:
     values = {"loss": float((loss * decay).sum() / live[0].clamp_min(1)), "tau_sim": tau_sim(alphas)}
     values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
     return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
+
+
+def of_several(tokens_per_s: float, waited: list[float]) -> dict[str, float]:
+    """What is worth saying of a run of several processes, from the share of the time that each waited for the others."""
+    if len(waited) == 1:
+        return {}
+    shortest = min(waited)  # of the slowest process: nobody kept it waiting
+    mean = sum(waited) / len(waited)
+    return {
+        "tokens_per_s_gpu": tokens_per_s / len(waited),
+        "wait_reduce": shortest,
+        "wait_slowest": mean - shortest,
+    }
 
 
 def eval_values(report: TauReport, step_decay: float) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from fastdraft.data.loader import Ahead
 from fastdraft.metrics import read_metrics
 
-CLOCKS = ("time", "tokens_per_s", "data_wait")
+CLOCKS = ("time", "tokens_per_s", "data_wait", "tokens_per_s_gpu", "wait_reduce", "wait_slowest", "mfu")
 
 
 def losses(run_dir) -> list[dict]:

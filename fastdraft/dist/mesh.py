@@ -270,6 +270,14 @@ def barrier() -> None:
         dist.barrier()
 
 
+def all_sum(x: Tensor) -> Tensor:
+    """Adds up all ranks' tensors, in place."""
+    if dist.is_initialized():
+        _meet()
+        dist.all_reduce(x)
+    return x
+
+
 def largest(number: int) -> int:
     """The largest of all ranks' numbers. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():
