@@ -35,7 +35,7 @@ from fastdraft.dist.shard import SharedAdamW
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
-from fastdraft.model.methods import method_of
+from fastdraft.model.methods import method_of, named_method
 from fastdraft.run import (
     check_precision,
     compute_dtype,
@@ -58,6 +58,9 @@ FREE_ON_RESUME = (
     *("features.on_bad_shard", "features.max_gib"),
 )
 
+# settings that may differ between the hosts of a run: where each of them keeps something, and for how long it waits
+FREE_BETWEEN_HOSTS = ("target.path", "data.cache_dir", "data.num_workers", "dist.silent_s", "dist.timeout_s")
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -70,47 +73,18 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
     device = mesh.start_process(config.device, config.dist.timeout_s)
     with mesh.ending_together(config.dist.silent_s):
-        refuse_unlike(config, fresh)
+        mesh.refuse_unlike(lambda: started_with(config, fresh))
         mesh.lay_out(config.dist.sequence, config.dist.tensor)
+        # every rank computes in what rank 0 chose, though their CPUs may differ
+        config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
         check_precision(config, device)
         with checkpoint.alone_in(Path(config.run_dir)):
-            return _train(config, fresh, device)
+            return _train(config, fresh, device, dtype_lines)
 
 
-# settings that may differ between the hosts of a run: where each of them keeps something
-FREE_BETWEEN_HOSTS = ("target.path", "data.cache_dir", "data.num_workers", "dist.silent_s", "dist.timeout_s")
-
-
-def refuse_unlike(config: Config, fresh: bool) -> None:
-    """Raises ValueError, on every process, where one was started with other settings or other code than rank 0."""
-    settings = {name: x for name, x in dotted(config.model_dump(mode="json")).items() if name not in FREE_BETWEEN_HOSTS}
-    code = {"fastdraft's code": code_checksum(), "PyTorch": torch.__version__, "transformers": transformers.__version__}
-    mine = settings | code | {"--fresh": fresh}
-    if len(set(mesh.from_all(json_checksum(mine)))) == 1:
-        return
-    where = mesh.from_all(mesh.host())
-    for rank, theirs in enumerate(of_all := mesh.from_all(mine)):
-        for name in sorted(theirs.keys() | of_all[0].keys()):
-            if theirs.get(name) != of_all[0].get(name):
-                raise ValueError(
-                    f"the processes of this run were started differently: {name} is {of_all[0].get(name)!r} on rank 0 "
-                    f"({where[0]}) and {theirs.get(name)!r} on rank {rank} ({where[rank]}); start all of them with the "
-                    "same command, config and versions"
-                )
-
-
-def code_checksum() -> str:
-    """Of all of fastdraft's Python, wherever it is installed."""
-    package = Path(__file__).parent
-    return json_checksum([(str(p.relative_to(package)), file_checksum(p)) for p in sorted(package.rglob("*.py"))])
-
-
-def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
+def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
     rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
     run_dir = Path(config.run_dir)
-    # every rank computes in what rank 0 chose, though their CPUs may differ
-    config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
-    check_precision(config, device)
     dtype = compute_dtype(config, device)
     torch.manual_seed(config.seed)
 
@@ -130,7 +104,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
-    messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
+    messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
     draft.to(device)
     optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas)
@@ -338,7 +312,9 @@ def refuse_other_run(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    then = dotted(saved_config(saved).model_dump(mode="json")) | dotted({"draft's shape": saved.state["draft"]})
+    settings = saved_config(saved)
+    draft = named_method(settings.draft.method).shape.model_validate(saved.state["draft"])  # what is new has its default
+    then = dotted(settings.model_dump(mode="json")) | dotted({"draft's shape": draft.model_dump(mode="json")})
     then |= saved_dtypes(saved.state["config"], device)
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
@@ -351,6 +327,15 @@ def refuse_other_run(
             f"checkpoint {saved.path} was made with other settings, so going on would not give its result; take them back, "
             "choose another run_dir, or start anew with --fresh. Changed: " + "; ".join(changed)
         )
+
+
+def started_with(config: Config, fresh: bool) -> dict[str, Any]:
+    """What all processes of a run must have alike, by name: the settings, and the code that they run."""
+    settings = {name: x for name, x in dotted(config.model_dump(mode="json")).items() if name not in FREE_BETWEEN_HOSTS}
+    package = Path(__file__).parent
+    code = [(str(p.relative_to(package)), file_checksum(p)) for p in sorted(package.rglob("*.py"))]
+    versions = {"PyTorch": torch.__version__, "transformers": transformers.__version__}
+    return settings | versions | {"--fresh": fresh, "fastdraft's code": json_checksum(code)}
 
 
 def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

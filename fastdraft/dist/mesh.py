@@ -14,11 +14,11 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from fastdraft.dist.watch import BEAT_S, Member, Watch
+from fastdraft.files import json_checksum
 
 T = TypeVar("T")
 AxisName = Literal["data", "sequence", "tensor", "replicas"]
@@ -247,6 +248,25 @@ def world() -> int:
 def speaker() -> str:
     """How this process names itself in a message: under torchrun all of them speak."""
     return f"fastdraft, rank {rank()}" if "RANK" in os.environ else "fastdraft"
+
+
+def refuse_unlike(mine: Callable[[], dict[str, Any]]) -> None:
+    """Raises ValueError, on every process, where one was started with other things (`mine`, by name) than rank 0."""
+    if world() == 1:
+        return
+    things = mine()
+    if len(set(from_all(json_checksum(things)))) == 1:
+        return
+    where = from_all(host())
+    first, *others = from_all(things)
+    for other, theirs in enumerate(others, 1):
+        for name in sorted(theirs.keys() | first.keys()):
+            if theirs.get(name) != first.get(name):
+                raise ValueError(
+                    f"the processes of this run were started differently: {name} is {first.get(name)!r} on rank 0 "
+                    f"({where[0]}) and {theirs.get(name)!r} on rank {other} ({where[other]}); start all of them with the "
+                    "same command, config and versions"
+                )
 
 
 def _meet() -> None:

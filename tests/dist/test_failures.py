@@ -82,7 +82,7 @@ def other_settings() -> None:
 
 
 def other_code() -> None:
-    on_rank_1(lambda: setattr(training, "code_checksum", lambda: "0123456789abcdef"))
+    on_rank_1(lambda: setattr(training, "file_checksum", lambda path: "0123456789abcdef"))
 
 
 def stopped() -> None:
