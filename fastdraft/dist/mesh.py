@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,12 +26,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
 from fastdraft.dist.watch import BEAT_S, Member, Watch
 from fastdraft.files import json_checksum
 
 T = TypeVar("T")
+# PyTorch 2.13 has other names for these, and warns of the older ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 AxisName = Literal["data", "sequence", "tensor", "replicas"]
 
 
@@ -57,7 +63,7 @@ class Axis:
             return x
         _meet()
         whole = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=self.group)
+        _all_gather(whole, x.contiguous(), group=self.group)
         return whole
 
     def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
@@ -66,7 +72,7 @@ class Axis:
             return x
         _meet()
         part = x.new_empty(len(x) // self.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(part, x.contiguous(), group=self.group)
+        _reduce_scatter(part, x.contiguous(), group=self.group)
         return part
 
     def start_sum(self, x: Tensor) -> dist.Work:
@@ -81,7 +87,7 @@ class Axis:
     ) -> dist.Work:
         """Begins `sum_scatter` of several processes into `part`; `wait` of what is returned makes it true."""
         _meet()
-        return dist.reduce_scatter_tensor(part, x, group=self.group, async_op=True)
+        return _reduce_scatter(part, x, group=self.group, async_op=True)
 
     def gather_into(
         self,
@@ -90,7 +96,7 @@ class Axis:
     ) -> None:
         """`gather` of several processes into memory that is there already."""
         _meet()
-        dist.all_gather_into_tensor(whole, x, group=self.group)
+        _all_gather(whole, x, group=self.group)
 
     def slice_of(
         self,
@@ -141,8 +147,37 @@ def start_process(device: str, timeout_s: float = 1800.0) -> torch.device:
         # gloo also where there are GPUs: the ranks agree on a stop without waiting for what their GPUs are doing
         _timeout = timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=_timeout, device_id=mine if on_gpu else None)
+        store, me, size = next(rendezvous("env://", timeout=_timeout))
+        store = dist.PrefixStore(_name_of_start(store, me, size), store)
+        on = mine if on_gpu else None
+        dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=_timeout, device_id=on)
     return mine
+
+
+def _name_of_start(store: dist.Store, me: int, size: int) -> str:
+    """A name that no earlier start of these processes had, the same for all of them.
+
+    When torchrun starts processes again it keeps the store, and with it the addresses of those that have died: under a
+    new name nobody finds them. Rank 0 makes it, and answers each process under a word that this one has made up. Raises
+    ValueError, on rank 0, where one does not come.
+    """
+    word = uuid.uuid4().hex
+    if me > 0:
+        store.set(f"hello/{me}", word)
+        name = store.get(f"welcome/{word}").decode()
+        store.set(f"here/{name}/{me}", "")
+        return name
+    name, welcomed, end = word, set(), time.monotonic() + _timeout.total_seconds()
+    while missing := [other for other in range(1, size) if not store.check([f"here/{name}/{other}"])]:
+        for other in missing:
+            said = store.get(f"hello/{other}") if store.check([f"hello/{other}"]) else None
+            if said is not None and said not in welcomed:
+                store.set(f"welcome/{said.decode()}", name)
+                welcomed.add(said)
+        if time.monotonic() > end:
+            raise ValueError(f"rank {missing[0]} did not come within dist.timeout_s={_timeout.total_seconds():g} s of the start")
+        time.sleep(0.02)
+    return name
 
 
 def lay_out(sequence: int = 1, tensor: int = 1) -> None:
@@ -208,6 +243,9 @@ def ending_together(silent_s: float) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # torchrun, which has seen a process die, asks the others to end; they are about to, and first say why.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if is_lost_peer(error):
             watch.lost_peer(error, _timeout.total_seconds())
         _tell_why(watch, error)
