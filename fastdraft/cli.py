@@ -68,7 +68,8 @@ def train(
 
     loaded = load_config(config, overrides or [])
     if plan:
-        print_plan(loaded, console)
+        if mesh.rank() == 0:
+            print_plan(loaded, console)
         return
     result = run(loaded, fresh)
     mesh.end_process()

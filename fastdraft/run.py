@@ -401,6 +401,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         stored=reads_store(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
+        replicas=max(1, mesh.world() // config.dist.tensor),
     )
 
 

@@ -172,7 +172,7 @@ class Watch:
         self._wait_for(lambda: self.heard is not None, 3 * BEAT_S)
         if self.heard is None:
             self.heard = self._find_missing(error, timeout_s)
-            time.sleep(2 * BEAT_S)  # the store may end with this process, and the others are to hear it too
+        time.sleep(2 * BEAT_S)  # the store may end with this process, and the others are to hear it too
         raise LostPeer(self.sentence(self.heard)) from error
 
     def _find_missing(self, error: BaseException, timeout_s: float) -> str:

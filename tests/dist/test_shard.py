@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import at_step, by_ranks, losses
+from tiny import draft_shape
 from torch import Tensor, nn
 
 from fastdraft import run as a_run
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state, save_checkpoint
 from fastdraft.config import OptimConfig
-from fastdraft.cost import peak_flops
+from fastdraft.cost import peak_flops, plan
 from fastdraft.data.loader import Ahead
 from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.metrics import read_metrics
+from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.precision import DTYPES
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import known_work, predict, read_draft
@@ -112,6 +114,26 @@ def _together(run_dir: Path) -> None:
     assert shared.weights.dtype == torch.bfloat16 and shared.own.master.dtype == torch.float32
     assert torch.equal(shared.weights[:53], flat.weights)
     assert torch.equal(shared.state_dict()["master"].full_tensor(), flat.master)
+
+    # --plan counts each buffer, in bf16 and in fp32.
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        draft = Draft(draft_shape())
+        shared = SharedAdamW(draft.trainable(), CONFIG, 10, dtype, mesh.axis("replicas"))
+        own = shared.own
+        buffers = {x.data_ptr(): x for x in (own.master, own.m, own.v, own.grad, own.weights, shared.grad, shared.weights)}
+        planned = plan(
+            draft.config,
+            target_params=0,
+            target_dtype=torch.bfloat16,
+            pack_tokens=8,
+            ttt_length=2,
+            precision=precision,
+            replicas=mesh.world(),
+        )
+        alike = ("fp32", "slices", "draft weights")
+        rows = sum(row.size for row in planned.memory if row.name.startswith(alike))
+        frozen = draft.config.num_parameters()["embedding"] * dtype.itemsize + draft.d2t.nbytes + draft.t2d.nbytes
+        assert abs(rows - frozen - sum(x.nbytes for x in buffers.values())) < 32 * mesh.world()  # of slices filled up
 
     tensors = optimizer.state_dict() | {"rng.cpu": torch.arange(3)}
     save_checkpoint(run_dir, tensors, {"step": 6}, keep=1)
