@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -152,6 +152,71 @@ class Rows:
         return torch.stack(
             [x.to(torch.float64).sum(1) for x in (self.loss, self.acceptance, self.hit, self.live, self.masked_in)]
         )
+
+
+class Group(Protocol):
+    """The processes that share a step's work, as the step is given them. `dist/mesh.py` has the groups of a run.
+
+    Each call is made by all of the group, in the same order.
+    """
+
+    rank: int
+    size: int
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """All processes' tensors added up, in place."""
+
+    def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
+        """All processes' tensors [n, ...], one under the other."""
+
+    def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
+        """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
+
+
+class Alone:
+    """A process without others: each call gives back what it was given."""
+
+    rank, size = 0, 1
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_scatter(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a pack that one of several processes has, where they share its tokens.
+
+    The pack is cut into 2 * size slices of the same width, of which the last may be shorter or empty. A process has the
+    slices `rank` and 2 * size - 1 - `rank`: the rows of one see few keys, those of the other many, and together all
+    processes have as much to attend to.
+    """
+
+    num_tokens: int  # N
+    rank: int
+    size: int
+
+    @property
+    def width(self) -> int:
+        return -(-self.num_tokens // (2 * self.size))
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """The rows of the pack, lower ones first."""
+        return self.slices_of(self.rank)
+
+    def slices_of(self, rank: int) -> tuple[slice, slice]:
+        low, high = (min(k * self.width, self.num_tokens) for k in (rank, 2 * self.size - 1 - rank))
+        return tuple(slice(first, min(first + self.width, self.num_tokens)) for first in (low, high))
+
+    def with_halo(self, halo: int) -> tuple[slice, slice]:
+        """The slices with as many rows of the pack behind each, where there are so many."""
+        return tuple(slice(x.start, min(x.stop + halo, self.num_tokens)) for x in self.slices)
 
 
 def tau_sim(acceptance: Tensor) -> float:
