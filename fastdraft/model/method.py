@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdraft.batch import Batch, Ends, Features, Rows, TargetHead
+from fastdraft.batch import Batch, Ends, Features, Rows
 from fastdraft.model.proposal import DecodeSettings, Proposal
 
 if TYPE_CHECKING:
