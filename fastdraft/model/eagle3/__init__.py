@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import Group, TargetHead
 from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
 from fastdraft.model.eagle3.draft import Draft
@@ -22,13 +22,20 @@ if TYPE_CHECKING:
     from fastdraft.config import Config
 
 
-def build_step(config: Config, draft: Draft, head: TargetHead, device: torch.device) -> GraphEngine | ReferenceEngine:
-    """The fused engine, or the reference where a config asks for it."""
+def build_step(
+    config: Config,
+    draft: Draft,
+    head: TargetHead,
+    device: torch.device,
+    tensor: Group | None = None,
+    sequence: Group | None = None,
+) -> GraphEngine | ReferenceEngine:
+    """The fused engine, or the reference where a config asks for it; that one knows of no other process."""
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
     if config.engine == "reference":
         return ReferenceEngine(*args)
-    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8")
+    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
 
 
 METHOD = Method(
