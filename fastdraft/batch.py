@@ -188,64 +188,6 @@ class Alone:
         return x
 
 
-@dataclass(frozen=True)
-class Share:
-    """The rows of a pack that one of several processes has, where they share its tokens.
-
-    The pack is cut into 2 * size slices of the same width, of which the last may be shorter or empty. A process has the
-    slices `rank` and 2 * size - 1 - `rank`: the rows of one see few keys, those of the other many, and together all
-    processes have as much to attend to.
-    """
-
-    num_tokens: int  # N
-    rank: int
-    size: int
-
-    @property
-    def width(self) -> int:
-        return -(-self.num_tokens // (2 * self.size))
-
-    @property
-    def slices(self) -> tuple[slice, slice]:
-        """The rows of the pack, lower ones first."""
-        return self.slices_of(self.rank)
-
-    def slices_of(self, rank: int) -> tuple[slice, slice]:
-        low, high = (min(k * self.width, self.num_tokens) for k in (rank, 2 * self.size - 1 - rank))
-        return tuple(slice(first, min(first + self.width, self.num_tokens)) for first in (low, high))
-
-    @property
-    def num_own(self) -> int:
-        low, high = self.slices
-        return low.stop - low.start + high.stop - high.start
-
-    def places(self, rank: int) -> list[tuple[slice, slice]]:
-        """Where a process's slices lie among its own rows, one behind the other, and in the pack."""
-        low, high = self.slices_of(rank)
-        width = low.stop - low.start  # where it is less than the full width, the other slice is empty
-        return [(slice(0, width), low), (slice(width, width + high.stop - high.start), high)]
-
-    def with_halo(self, halo: int) -> tuple[slice, slice]:
-        """The slices with as many rows of the pack behind each, where there are so many: what a slice's chains look at."""
-        return tuple(slice(x.start, min(x.stop + halo, self.num_tokens)) for x in self.slices)
-
-    def shifts(self, halo: int) -> list[tuple[slice, int, int]]:
-        """Of each slice: its rows in the pack, and what is added to one of them for its place among this process's own
-        rows, and among those rows with a halo behind each slice."""
-        (place, low), (other, high) = self.places(self.rank)
-        with_halo = self.with_halo(halo)[0]
-        return [
-            (low, place.start - low.start, -low.start),
-            (high, other.start - high.start, with_halo.stop - with_halo.start - high.start),
-        ]
-
-    def take(self, features: Features, halo: int) -> Features:
-        """What a step needs of a whole pack's features: g of the own rows, f of the own rows with a halo behind each slice.
-        TTT of T steps looks T tokens ahead."""
-        g = torch.cat([features.g[rows] for rows in self.slices])
-        return Features(g, torch.cat([features.f[rows] for rows in self.with_halo(halo)]))
-
-
 def tau_sim(acceptance: Tensor) -> float:
     """Simulated accepted length 1 + sum_i prod_{j<=i} alpha_j from per-step mean acceptance [T]."""
     return 1.0 + float(acceptance.double().cumprod(0).sum())
