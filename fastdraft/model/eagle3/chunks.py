@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Share, to_device
+from fastdraft.batch import Batch, PackShare, to_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def plan_chunks(
     batch: Batch,  # on the host
     ttt_length: int,
     chunk_rows: int,
-    share: Share | None = None,  # the rows whose chains are planned; None: all
+    share: PackShare | None = None,  # the rows whose chains are planned, its halo as long as a chain; None: all
 ) -> Iterator[Chunk]:
     """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on.
 
@@ -73,7 +73,7 @@ def plan_chunks(
     ids, start = batch.input_ids.numpy(), batch.doc_start.numpy()
     wanted, depth = _wanted(batch, ttt_length)
     chains = depth.nonzero()[0]
-    for pos, h_shift, f_shift in _pieces(chains, chunk_rows, ttt_length, share):
+    for pos, h_shift, f_shift in _pieces(chains, chunk_rows, share):
         first, begin = int(pos[0]), int(start[pos[0]])
         context = (begin, first) if begin < first and begin == start[pos[-1]] else None
         pos = pos[np.argsort(-depth[pos], kind="stable")]
@@ -113,13 +113,16 @@ def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
 def _pieces(
     chains: np.ndarray,  # token rows, ascending
     chunk_rows: int,
-    ttt_length: int,
-    share: Share | None,
+    share: PackShare | None,
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """The chains of each chunk, and what is added to a token row for its row of h^0 and for its row of f."""
-    whole = [(slice(0, None), 0, 0)]
-    for own, h_shift, f_shift in whole if share is None else share.shifts(ttt_length):
-        mine = chains if share is None else chains[(chains >= own.start) & (chains < own.stop)]
+    slices = [(chains, 0, 0)]
+    if share is not None:
+        (a, b), (c, d) = share.slices
+        low, high = (chains[(chains >= first) & (chains < end)] for first, end in share.slices)
+        before = len(share.rows_and_halo) - (min(d + share.halo, share.num_tokens) - c)  # rows of f before the high slice
+        slices = [(low, -a, -a), (high, b - a - c, before - c)]
+    for mine, h_shift, f_shift in slices:
         for k in range(0, len(mine), chunk_rows):
             yield mine[k : k + chunk_rows], h_shift, f_shift
 

@@ -16,8 +16,8 @@ device.
 Several processes can share a step, in two ways that go together; the groups that do are given to the engine, and one of a
 single process does nothing. Of `tensor` each has a part of the weights (`shard.py`): the states are whole on all of them,
 what o and down add to them is summed, and so is what goes back through gate, up and QKV. Of `sequence` each has some of a
-pack's rows (`Share`) and runs the chains that begin there: K^0 and V^0 are gathered once a pack, and their gradients summed
-and taken apart once.
+pack's rows (`PackShare`) and runs the chains that begin there: K^0 and V^0 are gathered once a pack, and their gradients
+summed and taken apart once.
 
 # N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), m tokens they read, K head rows, T TTT steps
 # H hidden, Ht target hidden, Hq/Hkv heads, D head dim, E = Hq*D, W = (Hq + 2 Hkv)*D, I MLP width, Vd draft vocabulary
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Alone, Batch, Features, Group, LossKind, Rows, Share, TargetHead, to_device
+from fastdraft.batch import Alone, Batch, Features, Group, LossKind, PackShare, Rows, TargetHead, to_device
 from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
 from fastdraft.kernels.fp8 import Fp8Rows, Fp8Weight, quantize_columns, quantize_rows
 from fastdraft.kernels.jit import compile_together, launch
@@ -212,8 +212,8 @@ class TTTEngine:
         vocabulary, or memory that does not suffice.
 
         Where processes share a step, all of a group call it with the same batch. With `tensor` each gets all rows, and the
-        gradients of its part of the weights. With `sequence` the features are those of `Share.take`, the rows of another's
-        tokens are 0, and the gradients of all are still to be summed.
+        gradients of its part of the weights. With `sequence` g is that of `PackShare.rows` and f that of `rows_and_halo`,
+        with a halo of T; the rows of another's tokens are 0, and the gradients of all are still to be summed.
         """
         return self._run(batch, features, grads)
 
@@ -253,8 +253,9 @@ class Step:
         self.grads = self.whole_grads = None if grads is None else Weights.of(grads, may_copy=False)
         self.tensor = engine.tensor
         sequence = engine.sequence
-        self.share = Share(num_tokens, sequence.rank, sequence.size) if sequence.size > 1 else None
-        self.num_own = num_tokens if self.share is None else self.share.num_own  # n, rows of g, h^0 and its gradient
+        steps = len(engine.step_weights)
+        self.share = PackShare(num_tokens, sequence.rank, sequence.size, steps) if sequence.size > 1 else None
+        self.num_own = num_tokens if self.share is None else len(self.share.rows)  # n, rows of g, h^0 and its gradient
         self.device, self.dtype = self.embedding.device, self.weights.fc.dtype
         self.stats = torch.promote_types(self.dtype, torch.float32)
         self.q_width = self.config.num_attention_heads * self.config.head_dim
@@ -294,7 +295,7 @@ class Step:
 
     def index(self, batch: Batch) -> Tensor:  # [2, n] of `pack_index`, of this process's rows, on the device
         whole = pack_index(batch)
-        own = whole if self.share is None else torch.cat([whole[:, rows] for rows in self.share.slices], 1)
+        own = whole if self.share is None else whole[:, self.share.rows]
         return to_device([own], self.device).view(2, self.num_own)
 
     @torch.no_grad()
@@ -377,25 +378,34 @@ class Step:
 
     def gather_keys(self) -> None:
         """K^0 and V^0 of all rows, from the processes that share them."""
-        own = self.take("own_kv", 2 * self.share.width)  # of the slices; the last may be shorter, and then noise is sent
+        own = self.take("own_kv", 2 * self.share.slice_rows)  # Where a process has fewer rows, noise is sent with them.
         of_all = self.engine.sequence.gather(own).view(self.share.size, *own.shape)
-        for kv, rank in zip(of_all, range(self.share.size), strict=True):
-            for place, rows in self.share.places(rank):
-                k, v = kv[place].chunk(2, 1)
-                self.k0[rows] = k
-                self.v0[rows] = v
+        for kv, rows in self.slices_in(of_all):
+            k, v = kv.chunk(2, 1)
+            self.k0[rows] = k
+            self.v0[rows] = v
+
+    def slices_in(
+        self,
+        of_all: Tensor,  # [size, room, ...] what all processes have, each its own rows in order
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """Each slice of the pack as it lies there, and its rows."""
+        for rank, rows_of_one in enumerate(of_all):
+            first = 0
+            for start, end in replace(self.share, rank=rank).slices:
+                yield rows_of_one[first : first + end - start], slice(start, end)
+                first += end - start
 
     def scatter_key_gradients(self) -> tuple[Tensor, Tensor]:  # [n, Hkv, D] each
         """The gradients of this process's rows of K^0 and V^0, summed over what all have collected."""
         if self.share is None:
             return self.dk0, self.dv0
-        width, (kv_heads, dim) = 2 * self.share.width, self.dk0.shape[1:]
-        of_all = self.dk0.new_zeros(self.share.size, width, 2 * kv_heads, dim)
-        for kv, rank in zip(of_all, range(self.share.size), strict=True):
-            for place, rows in self.share.places(rank):
-                dk, dv = kv[place].chunk(2, 1)
-                dk.copy_(self.dk0[rows])
-                dv.copy_(self.dv0[rows])
+        kv_heads, dim = self.dk0.shape[1:]
+        of_all = self.dk0.new_zeros(self.share.size, 2 * self.share.slice_rows, 2 * kv_heads, dim)
+        for d_kv, rows in self.slices_in(of_all):
+            dk, dv = d_kv.chunk(2, 1)
+            dk.copy_(self.dk0[rows])
+            dv.copy_(self.dv0[rows])
         return self.engine.sequence.sum_scatter(of_all.flatten(0, 1)).chunk(2, 1)
 
     def quantize_weights(self) -> None:
