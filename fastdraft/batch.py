@@ -131,6 +131,17 @@ class Features:
     f: Tensor  # [N, Ht] the state the target's lm_head reads (after the final norm)
 
 
+def own_features(
+    features: Features,  # of a whole pack
+    share: PackShare,
+) -> Features:
+    """What the owner of a share needs: g of its rows, f of its rows and halos."""
+    (a, b), (c, d) = share.slices
+    first = len(share.rows_and_halo) - (min(d + share.halo, share.num_tokens) - c)  # rows of f before the second slice
+    f = torch.cat([features.f[a : a + first], features.f[c : d + share.halo]])
+    return Features(torch.cat([features.g[a:b], features.g[c:d]]), f)
+
+
 @dataclass(frozen=True)
 class TargetHead:
     """The target's output distribution: logits(f) = cap(scale * (f W^T + b)), cap(z) = softcap * tanh(z / softcap)."""

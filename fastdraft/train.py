@@ -26,16 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, tau_sim
+from fastdraft.batch import Batch, Features, PackShare, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
+from fastdraft.dist.tensor import Parts, TensorAdamW
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
+    check_layout,
     check_precision,
     compute_dtype,
     fit_to_target,
@@ -74,7 +76,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 
 def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
-    rank, world = mesh.rank(), mesh.world()
+    rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
     run_dir = Path(config.run_dir)
     # every rank computes in what rank 0 chose, though their CPUs may differ
     config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
@@ -83,19 +85,25 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
+    check_layout(config, draft)
     data = load_data(config, draft.config.vocab_size)
     train_set, eval_set = data.train, data.eval
     method = method_of(draft)
     pairs = method.pair_cost(draft.config, target_parameters(config), config)
     loader = Loader(
-        data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
+        data.stream or train_set,
+        config.data.pack_tokens,
+        config.optim.packs_per_step,
+        config.data.seed,
+        data_axis.rank,
+        data_axis.size,
+        pairs,
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
     messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
-    draft.to(device)
-    optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
+    optimizer = make_optimizer(draft, config, total_steps, dtype, device)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
@@ -105,7 +113,14 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     messages += about_resume
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    trainer = make_step(config, draft, source.ends)
+    trainer = make_step(config, draft, source.ends, shared=config.dist.tensor * config.dist.sequence > 1)
+
+    def capture(batch: Batch) -> tuple[Batch, Features]:
+        """The batch and what this process needs of its features: all, where it shares its packs with no other."""
+        batch, features = source.capture(batch)
+        sequence = mesh.axis("sequence")
+        share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=method.num_steps(config))
+        return batch, features if share.size == 1 else own_features(features, share)
 
     def save(step: int) -> None:
         source.flush()
@@ -116,12 +131,12 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
 
     def held_out() -> dict[str, float]:
-        batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
+        batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
         report = evaluate_tau(
-            lambda batch: trainer.rows(*source.capture(batch)),
-            itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
+            lambda batch: trainer.rows(*capture(batch)),
+            itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
             method.num_steps(config),
-            reduce=mesh.all_sum,
+            reduce=replicas.sum_,
         )
         return eval_values(report, config.loss.step_decay)
 
@@ -163,11 +178,11 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
-                batch, features = source.capture(batch)
+                batch, features = capture(batch)
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
-            mesh.all_sum(optimizer.grad)
-            mesh.all_sum(step_sums)
+            replicas.sum_(optimizer.grad)
+            replicas.sum_(step_sums)
             norm = optimizer.step(step_sums[3, 0])
             window["sums"] += step_sums
             window["skipped_steps"] += step_sums[3, 0] == 0
@@ -187,7 +202,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
-                    values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    values["tokens_per_s"] = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches) / seconds
                     values["data_wait"] = (ahead.waited + source.waited) / seconds
                     metrics.log(step, values)
                 ahead.waited = source.waited = 0.0
@@ -209,6 +224,20 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
                     )
                 return TrainResult(run_dir, step, stop.number)
     return TrainResult(run_dir, total_steps, None)
+
+
+def make_optimizer(
+    draft: nn.Module, config: Config, total_steps: int, dtype: torch.dtype, device: torch.device
+) -> FlatAdamW:
+    """The optimizer of the draft, which is on `device` then, with this process's part of its weights."""
+    tensor, method = mesh.axis("tensor"), method_of(draft)
+    if tensor.size == 1:
+        draft.to(device)
+        return FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
+    parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
+    method.cut(draft, tensor.rank, tensor.size)
+    draft.to(device)
+    return TensorAdamW(draft.trainable(), config.optim, total_steps, dtype, parts)
 
 
 # --- going on from a checkpoint -------------------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ class Method(NamedTuple):
     load: Callable[[Path, dict[str, Any] | PretrainedConfig], nn.Module]  # a checkpoint in serving format, for a target
     verify: Callable[[Path, Path], Findings]  # a checkpoint in serving format, for a target's directory
     init_config: Callable[[Path | str], str]  # the commented YAML of `fastdraft init`
-    # For `dist.tensor`; None: the draft cannot be shared. Where the part of a parameter lies in the whole one, by its name,
-    # the whole shape, rank and size; and what leaves a whole draft with a rank's parts (ValueError: it does not divide).
+    # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
+    # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the
+    # check that a shape divides, a ValueError where not.
     part: Callable[[str, Sequence[int], int, int], tuple[slice, ...]] | None = None
     cut: Callable[[nn.Module, int, int], None] | None = None
+    check_cut: Callable[[BaseModel, int], None] | None = None

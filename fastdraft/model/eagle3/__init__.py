@@ -14,7 +14,7 @@ from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
-from fastdraft.model.eagle3.shard import cut_draft, part
+from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
 from fastdraft.model.method import Method
 
@@ -54,4 +54,5 @@ METHOD = Method(
     init_config=init_config,
     part=part,
     cut=cut_draft,
+    check_cut=check_cut,
 )
