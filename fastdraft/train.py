@@ -30,12 +30,12 @@ from fastdraft.batch import Batch, Features, PackShare, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
-from fastdraft.dist.tensor import Parts, TensorAdamW
+from fastdraft.dist.shard import SharedAdamW
+from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of
-from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
     check_layout,
     check_precision,
@@ -77,6 +77,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
+    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
     run_dir = Path(config.run_dir)
     # every rank computes in what rank 0 chose, though their CPUs may differ
     config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
@@ -103,7 +104,12 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
     messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
-    optimizer = make_optimizer(draft, config, total_steps, dtype, device)
+    parts = None
+    if tensor.size > 1:
+        parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
+        method.cut(draft, tensor.rank, tensor.size)
+    draft.to(device)
+    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas, parts)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
@@ -113,12 +119,11 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     messages += about_resume
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    trainer = make_step(config, draft, source.ends, shared=config.dist.tensor * config.dist.sequence > 1)
+    trainer = make_step(config, draft, source.ends, shared=tensor.size * sequence.size > 1)
 
     def capture(batch: Batch) -> tuple[Batch, Features]:
         """The batch and what this process needs of its features: all, where it shares its packs with no other."""
         batch, features = source.capture(batch)
-        sequence = mesh.axis("sequence")
         share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=method.num_steps(config))
         return batch, features if share.size == 1 else own_features(features, share)
 
@@ -151,6 +156,13 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             metrics.log(step, values)
         return saved
 
+    def finish_step() -> None:
+        """Ends the optimizer's step that is under way, if one is; then its sums are those of all processes."""
+        sums = optimizer.finish()
+        if sums is not None:
+            window["sums"] += sums
+            window["skipped_steps"] += sums[3, 0] == 0
+
     def hold_out_after(step: int) -> bool:
         return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
 
@@ -178,14 +190,12 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
+                # The target needs no weight of the draft: its first forward hides what the processes still send each other.
                 batch, features = capture(batch)
+                finish_step()
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
-            replicas.sum_(optimizer.grad)
-            replicas.sum_(step_sums)
-            norm = optimizer.step(step_sums[3, 0])
-            window["sums"] += step_sums
-            window["skipped_steps"] += step_sums[3, 0] == 0
+            norm = optimizer.start(step_sums)
             recent.append(Recent(step, batches, norm, step_sums))
 
             is_last = step == total_steps
@@ -194,6 +204,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             keep = step % config.checkpoint.every == 0 or is_last
             stopping = stop.agreed()
             if look or hold_out or keep or stopping:
+                finish_step()
                 refuse_nan(recent, run_dir, rank)
             if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -226,27 +237,13 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     return TrainResult(run_dir, total_steps, None)
 
 
-def make_optimizer(
-    draft: nn.Module, config: Config, total_steps: int, dtype: torch.dtype, device: torch.device
-) -> FlatAdamW:
-    """The optimizer of the draft, which is on `device` then, with this process's part of its weights."""
-    tensor, method = mesh.axis("tensor"), method_of(draft)
-    if tensor.size == 1:
-        draft.to(device)
-        return FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
-    parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
-    method.cut(draft, tensor.rank, tensor.size)
-    draft.to(device)
-    return TensorAdamW(draft.trainable(), config.optim, total_steps, dtype, parts)
-
-
 # --- going on from a checkpoint -------------------------------------------------------------------------------------------
 
 
-def run_tensors(optimizer: FlatAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_tensors(optimizer: SharedAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds besides its JSON. All but the optimizer's step count and the RNG states are the live ones."""
     shown = {f"window.{name}": numbers for name, numbers in window.items()}
-    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.master.device)
+    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.grad.device)
 
 
 def resume(
@@ -254,7 +251,7 @@ def resume(
     fresh: bool,
     fingerprint: str,
     draft: nn.Module,
-    optimizer: FlatAdamW,
+    optimizer: SharedAdamW,
     loader: Loader,
     window: dict[str, Tensor],
 ) -> tuple[int, list[str]]:  # steps done, what to tell the user
@@ -272,13 +269,17 @@ def resume(
     live = run_tensors(optimizer, draft, window)
     damaged: list[Path] = []
     for path in reversed(found):
-        tensors = {name: tensor.clone() for name, tensor in live.items()}
+        tensors, failure = {name: tensor.clone() for name, tensor in live.items()}, None
         try:
             saved = checkpoint.read_state(path)
-            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.master.device)
-            whole = checkpoint.load_tensors(saved, tensors, may_lack="rng.cuda")
+            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.grad.device)
+            whole = checkpoint.load_tensors(saved, tensors, "rng.cuda", share=(mesh.rank(), mesh.world()))
         except checkpoint.Unreadable as error:
-            told.append(f"{error}; left aside")
+            failure = str(error)
+        # What one process cannot read, none goes on from.
+        failure = next(filter(None, mesh.from_all(failure)), None)
+        if failure is not None:
+            told.append(f"{failure}; left aside")
             damaged.append(path)
             continue
         loader.load_state_dict(saved.state["loader"])

@@ -1,9 +1,8 @@
-"""The optimizer of a draft whose weights several processes share, and what it is as a whole: for clipping and checkpoints.
+"""The parts of a draft's weights that the processes of the tensor axis have, joined and taken apart.
 
-Each process of the tensor axis updates its own part. Two things concern all parts: the gradient's norm, in which a weight
-that every process has whole counts once, and a checkpoint, which holds whole weights and so goes on in any layout. Masters
-and moments are joined on the host, parameter by parameter, and every process of the axis has them there for as long as the
-checkpoint is written: 12 bytes a trainable weight.
+A process's flat buffers hold its parts one behind the other. A checkpoint holds whole weights, so that it goes on in any
+layout. They are joined on the host, parameter by parameter, and every process of the axis has all of them there for as long
+as the checkpoint is written or read: 12 bytes a trainable weight for the master and two moments.
 """
 
 from __future__ import annotations
@@ -13,13 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdraft.config import OptimConfig
 from fastdraft.dist.mesh import Axis
-from fastdraft.optim import FlatAdamW
-
-FLAT = ("master", "m", "v")  # of the optimizer's state: one number of each weight
 
 
 @dataclass(frozen=True)
@@ -74,42 +69,13 @@ class Parts:
         pieces = zip(self.shapes.items(), parts, strict=True)
         return torch.cat([x.view(shape)[places[name]].reshape(-1) for (name, shape), x in pieces])
 
-    def square_sum(
-        self,
-        flat: Tensor,  # [P] of this process
-    ) -> Tensor:  # scalar float64
-        """The sum of all whole parameters' squares, the same on each process. A collective of the axis."""
-        shared, own = flat.new_zeros(2, dtype=torch.float64).unbind()
-        for name, x in self.split(flat).items():
-            total = own if tuple(self.shapes[name]) != x.shape else shared
-            total += torch.linalg.vector_norm(x, dtype=torch.float64).square()
-        return self.axis.sum_(own + shared / self.axis.size)
-
-
-class TensorAdamW(FlatAdamW):
-    """`FlatAdamW` of one process's parts. The norm that clips is that of the whole gradient, and the state is whole."""
-
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],  # this process's parts
-        config: OptimConfig,
-        total_steps: int,
-        dtype: torch.dtype,
-        parts: Parts,
-    ):
-        super().__init__(parameters, config.model_copy(update={"clip": math.inf}), total_steps, dtype)
-        self.parts, self.clip = parts, config.clip
-
-    def step(self, num_live: Tensor) -> Tensor:  # scalar tensor: norm of G / N before clipping
-        """One step of all parts. To scale the gradient by c is to divide it by N / c rows instead of N."""
-        norm = self.parts.square_sum(self.grad).sqrt() / num_live.clamp_min(1)
-        scale = (self.clip / norm.clamp_min(1e-30)).clamp_max(1.0)
-        super().step(num_live / scale)
-        return norm
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
-        return state | {name: self.parts.whole(state[name]) for name in FLAT}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict(state | {name: self.parts.own(state[name]) for name in FLAT})
+    @property
+    def uncut(self) -> list[tuple[int, int]]:
+        """(first, one past the last) element in the flat buffer of each parameter that every process has whole."""
+        found, start = [], 0
+        for name, shape in self.local_shapes.items():
+            end = start + math.prod(shape)
+            if shape == tuple(self.shapes[name]):
+                found.append((start, end))
+            start = end
+        return found
