@@ -1,10 +1,9 @@
 """Times the head of a draft whose vocabulary processes share: python -m bench.kernels.bench_split_kl, or pytest. Rows go to
 bench/results/split_kl.jsonl.
 
-One GPU computes what one of several would: the columns of one process, and exchanges with nobody. So what is timed is what a
-process computes itself; the wire is not in it. Roofs: student and teacher logits read once, gradient written once.
-`split_kl/rows` are the passes over the logits and the numbers a row that lie between them; "linear_kl" is the row kernel of a
-process that has all columns, given as many.
+One GPU computes what one of several would: the columns of one process. It exchanges with nobody, so the wire is not in the
+time. Roof: student and teacher logits read once, gradient written once. `split_kl/rows` are the passes over the logits and
+the numbers a row between them; "linear_kl" is the row kernel that knows of no other process, given as many columns.
 """
 
 from __future__ import annotations

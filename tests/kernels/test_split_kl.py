@@ -178,8 +178,8 @@ def test_a_dead_row_is_exactly_zero_whatever_it_holds(loss, passes, device):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_teacher_of_all_columns(shape):
-    """On the CPU in float64, and in whole numbers, so that no product rounds. Of equal largest logits, which lie in parts of
-    different processes here, the lowest target id wins."""
+    """On the CPU in float64, and in whole numbers, so that no product rounds. Of equal largest logits, which here lie with
+    different processes, the lowest target id wins."""
     case = Case(shape, torch.device("cpu"), torch.float64)
     vocab, draft = len(case.head.weight), len(case.ids)
     case.ids = torch.arange(vocab - draft, vocab)
