@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -234,8 +234,8 @@ def check_layout(config: Config, draft: nn.Module) -> None:
         return
     if method.check_cut is None:
         raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
-    if config.engine == "reference":
-        raise ValueError(f"{asked}: engine=reference runs in one process; set engine=fused")
+    if config.step == "reference":
+        raise ValueError(f"{asked}: step=reference runs in one process; set step=fused")
     if config.features.mode == "cache":
         raise ValueError(
             f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
@@ -253,11 +253,6 @@ def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: b
     """With `shared`, the step that the processes of the tensor and sequence axes do together."""
     groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
     return method_of(draft).build_step(config, draft, target.head, target.device, *groups)
-
-
-def step_kind(config: Config) -> Literal["fused", "reference"]:
-    """The implementation of the step that a config asks for."""
-    return "fused" if config.engine == "auto" else config.engine
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
@@ -426,7 +421,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
-        engine=step_kind(config),
+        step=config.step,
         chunk_rows=config.chunk_rows,
         device=device.type,
         stored=reads_store(config),
@@ -446,5 +441,5 @@ def print_plan(config: Config, console: Console) -> None:
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     for line in told:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"# predicted for one {device.type} device and the {step_kind(config)} engine")
+    console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)

@@ -40,7 +40,7 @@ CASES = {  # changes of the shape, loss, chains at a time
     "kl": ({}, ("kl",), 20),
     "fc_norm, lk_alpha, other layers": ({"fc_norm": True, "layers": (0, 2, 5)}, ("lk_alpha",), 4096),
     "lk_lambda, 4 tokens beside the draft's": ({"draft_vocab_size": 28}, ("lk_lambda", 0.9, 2.0), 13),
-    "the whole vocabulary": ({"draft_vocab_size": V}, ("kl",), 4096),
+    "the whole vocabulary, EAGLE-3.1": ({"draft_vocab_size": V, "norm_output": True, "norm_before_fc": True}, ("kl",), 4096),
 }
 
 
