@@ -225,13 +225,13 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
-def check_layout(config: Config, draft: nn.Module) -> None:
+def check_layout(config: Config, shape: BaseModel) -> None:
     """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
     settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
     asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
-    method = method_of(draft)
     if not asked:
         return
+    method = method_of(shape)
     if method.check_cut is None:
         raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
     if config.step == "reference":
@@ -246,7 +246,7 @@ def check_layout(config: Config, draft: nn.Module) -> None:
             f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
             "can, and those that share a step need the same ones; set features.on_bad_shard=error"
         )
-    method.check_cut(draft.config, config.dist.tensor)
+    method.check_cut(shape, config.dist.tensor)
 
 
 def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
@@ -436,6 +436,7 @@ def print_plan(config: Config, console: Console) -> None:
     config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
+    check_layout(config, draft_shape(config))
     predicted = predict(config, device)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)

@@ -85,7 +85,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
-    check_layout(config, draft)
+    check_layout(config, draft.config)
     data = load_data(config, draft.config.vocab_size)
     train_set, eval_set = data.train, data.eval
     method = method_of(draft)

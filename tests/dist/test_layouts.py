@@ -19,7 +19,7 @@ from fastdraft import cli
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state
 from fastdraft.dist.shard import FLAT
 from fastdraft.model.precision import DTYPES
-from fastdraft.run import check_layout, draft_shape, new_draft
+from fastdraft.run import check_layout, draft_shape
 from fastdraft.train import train
 
 
@@ -115,4 +115,4 @@ def command(*arguments: str) -> None:
 def test_what_cannot_be_shared_is_refused_by_name(make_config, changes, sentence):
     config = make_config(**changes)
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        check_layout(config, new_draft(config))
+        check_layout(config, draft_shape(config))
