@@ -237,8 +237,34 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
-def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftStep:
-    return method_of(draft).build_step(config, draft, target.head, target.device)
+def check_layout(config: Config, shape: BaseModel) -> None:
+    """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
+    settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
+    asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
+    if not asked:
+        return
+    method = method_of(shape)
+    if method.check_cut is None:
+        raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
+    if config.step == "reference":
+        raise ValueError(f"{asked}: step=reference runs in one process; set step=fused")
+    if config.features.mode == "cache":
+        raise ValueError(
+            f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
+            "first (fastdraft features capture) and set features.mode=read"
+        )
+    if config.features.on_bad_shard == "skip":
+        raise ValueError(
+            f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
+            "can, and those that share a step need the same ones; set features.on_bad_shard=error"
+        )
+    method.check_cut(shape, config.dist.tensor)
+
+
+def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
+    """With `shared`, the step that the processes of the tensor and sequence axes do together."""
+    groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
+    return method_of(draft).build_step(config, draft, target.head, target.device, *groups)
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
@@ -461,6 +487,7 @@ def print_plan(config: Config, console: Console) -> None:
     config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
+    check_layout(config, draft_shape(config))
     predicted = predict(config, device)
     try:
         refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
