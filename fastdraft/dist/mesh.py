@@ -283,6 +283,11 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def machine_share() -> int:
+    """Processes of the run on this machine, which share its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def speaker() -> str:
     """How this process names itself in a message: under torchrun all of them speak."""
     return f"fastdraft, rank {rank()}" if "RANK" in os.environ else "fastdraft"
