@@ -18,6 +18,7 @@ from fastdraft.batch import Batch, Features, PackShare, TargetHead
 from fastdraft.dist import mesh
 from fastdraft.dist.tensor import Parts
 from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.eagle3.chunks import deal_chains
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.ref import ttt_ref_step
@@ -34,7 +35,7 @@ SHAPE = {
     "draft_vocab_size": 20,
 }
 # The documents of each pack. One is longer than all others together, some have a single token, and one pack trains nothing.
-PACKS = ((23, 1, 9, 2, 17, 3, 12), (5, 40, 6), (3, 3, 3, 3), (1, 2), (30,), (2, 1, 1, 9), (11,), (4, 4))
+PACKS = ((23, 1, 9, 2, 17, 3, 12), (5, 40, 6), (3, 3, 3, 3), (1, 2), (64,), (2, 1, 1, 9), (11,), (4, 4))
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (8, 1))  # sequence, tensor; of 8 processes
 FOR_ALL = ((1, 4), (4, 1), (2, 2))  # the others see the first case alone: processes that wait for each other are slow
 CASES = {  # changes of the shape, loss, chains at a time
@@ -66,6 +67,8 @@ def make_packs() -> list[tuple[Batch, Features]]:
     for k, lengths in enumerate(PACKS):
         n = sum(lengths)
         mask = (torch.rand(n, generator=generator) < (0.3, 0.9)[k % 2]).repeat_interleave(3)[:n]
+        if k == 4:
+            mask[:] = True
         packs.append(
             (Batch(torch.randint(V, (n,), generator=generator), mask, lengths), Features(normal(n, 3 * HT), normal(n, HT)))
         )
@@ -130,6 +133,29 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what) -> None:
     for name, grad in grads.items():
         theirs = grads_law[name][part(name, shapes[name], tensor.rank, tensor.size)]
         assert_close(mesh.axis("replicas").sum_(grad), theirs, (*what, name))
+
+
+def test_chains_stay_with_their_tokens_unless_that_is_uneven():
+    packs = make_packs()
+    for rank in range(2):
+        even, uneven = (deal_chains(packs[k][0], T, PackShare(sum(PACKS[k]), rank, 2, T), 0.01) for k in (4, 0))
+        assert even.h.send is even.f.send is None and len(even.pieces) == 2
+        assert uneven.h.send is not None and uneven.f.send is not None and len(uneven.pieces) == 1
+
+
+def test_the_answer_to_a_long_prompt_is_dealt_to_all():
+    batch = Batch(torch.zeros(400, dtype=torch.int64), torch.arange(400) >= 350, (400,))
+    deals = [deal_chains(batch, T, PackShare(400, rank, 4, T), 0.01) for rank in range(4)]
+    chains = [deal.pieces[0] for deal in deals]
+    assert sorted(t for mine in chains for t in mine) == list(range(350 - T - 1, 398))
+    assert all(11 <= len(mine) <= 16 for mine in chains)
+    # Rank 1 owns the first five of these tokens and rank 0 the others: they send each to whoever runs its chain.
+    sizes = [len(mine) for mine in chains]
+    assert deals[1].h.sends == (5, 0, 0, 0) and deals[0].h.sends == (sizes[0] - 5, *sizes[1:])
+    assert not any(sum(deal.h.sends) for deal in deals[2:])
+    assert all(sum(deal.h.gets) == len(mine) for deal, mine in zip(deals, chains, strict=True))
+    nothing = Batch(batch.input_ids, torch.zeros(400, dtype=torch.bool), (400,))
+    assert deal_chains(nothing, T, PackShare(400, 0, 4, T), 0.01) is None
 
 
 def test_a_layout_that_does_not_divide_the_draft_names_the_setting():
