@@ -18,12 +18,15 @@ from fastdraft.config import OptimConfig
 from fastdraft.cost import peak_flops, plan
 from fastdraft.data.loader import Ahead
 from fastdraft.dist import mesh
+from fastdraft.dist.mesh import Axis
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.precision import DTYPES
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import known_work, predict, read_draft
+from fastdraft.target.source import InProcess
 from fastdraft.train import train
 
 SHAPES = {"norm": (7,), "matrix": (5, 3), "other norm": (9,), "head": (2, 11)}  # 53 weights, which no number divides
@@ -194,6 +197,34 @@ def test_any_number_of_processes_gives_the_same_curve_and_goes_on_with_any_other
             assert ours.keys() == theirs.keys() and ours == pytest.approx(theirs, rel=1e-10, abs=1e-12), name
         for key, weight in read_draft(Path(config.run_dir), "last")[1].trainable().items():  # as evaluate and export do
             torch.testing.assert_close(weight.data, master[key].data, rtol=1e-6, atol=1e-7)  # read into fp32
+
+
+def _train_and_note_the_order(config) -> None:
+    events = []
+
+    def noted(place, name):
+        original = getattr(place, name)
+
+        def call(*args, **more):
+            events.append(name)
+            return original(*args, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in ((InProcess, "capture"), (Axis, "start_sum_scatter"), (SharedAdamW, "_update"), (TTTEngine, "step")):
+            patch.setattr(place, name, noted(place, name))
+        train(config)
+    # A step of two packs each: the next step's first target forward comes between the reduction's begin and its end.
+    first = ["capture", "step", "capture", "step"]
+    then = ["start_sum_scatter", "capture", "_update", "step", "capture", "step"]
+    assert events == first + 2 * then + ["start_sum_scatter", "_update"], events
+
+
+def test_the_target_runs_while_the_gradients_are_added_up(make_config):
+    changes = {"optim.packs_per_step": 4, "max_steps": 3, "metrics.log_every": 100, "checkpoint.every": 100}
+    config = make_config(**changes, **{"data.eval_fraction": 0.0})
+    assert by_ranks(2, _train_and_note_the_order, config) == [0, 0]
 
 
 # --- what a run of several processes says of its time -----------------------------------------------------------------------
