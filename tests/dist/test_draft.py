@@ -7,14 +7,14 @@ Everything runs over gloo on the CPU. The processes are forked with the law at h
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 from small_runs import by_ranks
 from tiny import draft_shape
 
-from fastdraft.batch import Batch, Features, PackShare, TargetHead
+from fastdraft.batch import Batch, Features, PackShare, Rows, TargetHead, own_features
 from fastdraft.dist import mesh
 from fastdraft.dist.tensor import Parts
 from fastdraft.model.buffers import flat_gradients
@@ -86,17 +86,21 @@ def decay() -> torch.Tensor:
 
 
 def assert_close(got: torch.Tensor, law: torch.Tensor, what: object) -> None:
-    assert float((got - law).abs().max()) <= 1e-10 * max(float(law.abs().max()), 1e-3), what
+    """Relative to the largest number: float64 to 1e-10, float32 to 1e-4."""
+    tolerance = 1e-10 if got.dtype == torch.float64 else 1e-4
+    assert float((got.cpu().double() - law).abs().max()) <= tolerance * max(float(law.abs().max()), 1e-3), what
+
+
+def law_of(changes: dict, loss: tuple) -> tuple[list[Rows], dict[str, torch.Tensor]]:
+    """The rows of every pack, and the gradients of all, by the reference step in float64."""
+    steps = [ttt_ref_step(make_draft(changes), *pack, make_head(), decay(), *loss) for pack in make_packs()]
+    return [rows for rows, _ in steps], {name: sum(grads[name] for _, grads in steps) for name in steps[0][1]}
 
 
 def test_every_layout_of_eight_processes_gives_the_same_losses_and_gradients():
-    law = {}
-    for name, (changes, loss, _) in CASES.items():
-        draft = make_draft(changes)
-        steps = [ttt_ref_step(draft, *pack, make_head(), decay(), *loss) for pack in make_packs()]
-        rows = [rows for rows, _ in steps]
+    law = {name: law_of(changes, loss) for name, (changes, loss, _) in CASES.items()}
+    for rows, _ in law.values():
         assert any(r.live.any(1).all() for r in rows) and not rows[3].live.any()
-        law[name] = rows, {key: sum(grads[key] for _, grads in steps) for key in steps[0][1]}
     assert by_ranks(8, _every_layout, law) == [0] * 8
 
 
@@ -108,7 +112,36 @@ def _every_layout(law) -> None:
             _one_layout(*CASES[name], *law[name], (name, sequence, tensor))
 
 
-def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what) -> None:
+ON_GPUS = {"hidden_size": 32, "head_dim": 16}  # what the kernels cover
+FEW = {2: ((2, 1), (1, 2)), 4: ((2, 2), (1, 4), (4, 1))}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_layouts_over_nccl(gpus):
+    """In float32, by the kernels, and by what a first step on a GPU does before it."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} CUDA GPUs")
+    law = {loss: law_of(ON_GPUS, loss) for loss in (("kl",), ("lk_lambda", 0.9, 2.0))}
+    assert by_ranks(gpus, _few_layouts, gpus, law, "cuda", start="spawn", seconds=280) == [0] * gpus
+
+
+def test_what_gpus_are_asked_runs_on_two_processes_of_a_cpu():
+    law = {loss: law_of(ON_GPUS, loss) for loss in (("kl",),)}
+    assert by_ranks(2, _few_layouts, 2, law, "cpu") == [0] * 2
+
+
+def _few_layouts(world, law, kind) -> None:
+    device = mesh.start_process(kind)
+    for sequence, tensor in FEW[world]:
+        mesh.lay_out(sequence, tensor)
+        for loss, (rows, grads) in law.items():
+            _one_layout(ON_GPUS, loss, 20, rows, grads, (loss, sequence, tensor), device, torch.float32)
+
+
+def _one_layout(
+    changes, loss, chunk_rows, rows_law, grads_law, what, device=torch.device("cpu"), dtype=torch.float64
+) -> None:
     tensor, sequence, data = (mesh.axis(name) for name in ("tensor", "sequence", "data"))
     draft = make_draft(changes)
     shapes = {name: p.shape for name, p in draft.trainable().items()}
@@ -117,19 +150,25 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what) -> None:
     assert parts.whole(parts.own(numbers)).equal(numbers), what
     cut_draft(draft, tensor.rank, tensor.size)
     assert {name: p.shape for name, p in draft.trainable().items()} == parts.local_shapes
-    engine = TTTEngine(draft, make_head(), decay(), *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence)
+    draft.to(device, dtype)
+    head = make_head()
+    head = replace(head, weight=head.weight.to(device, dtype), bias=head.bias.to(device, dtype))
+    weights = decay().to(device, dtype)
+    engine = TTTEngine(draft, head, weights, *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence)
     grads = flat_gradients(draft.trainable())
     for k, (batch, features) in enumerate(make_packs()):
         if k % data.size != data.rank:
             continue
+        features = Features(features.g.to(device, dtype), features.f.to(device, dtype))
         if sequence.size > 1:
             share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=T)
-            features = Features(features.g[share.rows], features.f[share.rows_and_halo])
+            features = own_features(features, share)
+            assert len(features.g) == len(share.rows) and len(features.f) == len(share.rows_and_halo)
         rows = engine.step(batch, features, grads)
         if k == 0:
             assert all(map(torch.equal, astuple(rows), astuple(engine.rows(batch, features)))), what
         for ours, theirs in zip(astuple(rows), astuple(rows_law[k]), strict=True):
-            assert_close(sequence.sum_(ours.double()), theirs.double(), what)
+            assert_close(sequence.sum_(ours.to(dtype)), theirs.double(), what)
     for name, grad in grads.items():
         theirs = grads_law[name][part(name, shapes[name], tensor.rank, tensor.size)]
         assert_close(mesh.axis("replicas").sum_(grad), theirs, (*what, name))

@@ -106,7 +106,7 @@ def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Needed:
+class Fetched:
     """The rows of h^0 or f that a process's chains read, and how it comes by them."""
 
     place: np.ndarray  # [N] int64 by token row, where the row lies among those that the process has or gets
@@ -120,8 +120,8 @@ class Deal:
     """The chains that one of several processes runs, of a pack whose rows they share."""
 
     pieces: tuple[np.ndarray, ...]  # token rows, ascending; what a chunk's rows all see is large where they lie together
-    h: Needed  # rows of h^0, and of its gradient, where the way is back
-    f: Needed
+    h: Fetched  # rows of h^0, and of its gradient, where the way is back
+    f: Fetched
 
 
 # Chains go to other processes where the one with the most would have so many times the mean's work.
@@ -152,7 +152,7 @@ def deal_chains(
     of_each = np.bincount(owner[chains], weights=cost, minlength=share.size)
     if of_each.max() <= UNEVEN * of_each.mean():
         pieces = tuple(chains[(chains >= first) & (chains < end)] for first, end in share.slices)
-        return Deal(pieces, Needed(own_place), Needed(own_f_place))
+        return Deal(pieces, Fetched(own_place), Fetched(own_f_place))
 
     worker = np.minimum((cost.cumsum() - cost / 2) / cost.sum() * share.size, share.size - 1).astype(np.int64)
     of_workers = [chains[worker == rank] for rank in range(share.size)]
@@ -162,24 +162,24 @@ def deal_chains(
         teachers.append(np.unique(mine[of] + 1 + step))
     return Deal(
         (of_workers[share.rank],),
-        _needed(of_workers, owner, own_place, share.rank),
-        _needed(teachers, owner, own_f_place, share.rank),
+        _fetched(of_workers, owner, own_place, share.rank),
+        _fetched(teachers, owner, own_f_place, share.rank),
     )
 
 
-def _needed(
+def _fetched(
     rows: list[np.ndarray],  # token rows that each process needs
     owner: np.ndarray,  # [N] who has a token row
     own_place: np.ndarray,  # [N] where it lies there, of this process's rows
     rank: int,
-) -> Needed:
+) -> Fetched:
     """What every process sends to every other, as one of them sees it. Rows come by owner, and ascend within each."""
     sent = [of_one[owner[of_one] == rank] for of_one in rows]
     got = rows[rank][np.argsort(owner[rows[rank]], kind="stable")]
     place = np.zeros(len(owner), dtype=np.int64)
     place[got] = np.arange(len(got))
     gets = np.bincount(owner[got], minlength=len(rows))
-    return Needed(place, torch.from_numpy(own_place[np.concatenate(sent)]), tuple(map(len, sent)), tuple(gets.tolist()))
+    return Fetched(place, torch.from_numpy(own_place[np.concatenate(sent)]), tuple(map(len, sent)), tuple(gets.tolist()))
 
 
 def pad_batch(batch: Batch, num_tokens: int) -> Batch:

@@ -45,7 +45,7 @@ from fastdraft.kernels.teacher import PermutedHead, TeacherRows, teacher
 from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_bytes
 from fastdraft.model.eagle3 import memory
 from fastdraft.model.eagle3.attention import ChainAttention
-from fastdraft.model.eagle3.chunks import Chunk, Needed, deal_chains, plan_chunks
+from fastdraft.model.eagle3.chunks import Chunk, Fetched, deal_chains, plan_chunks
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.shard import cut_head, local_config
 
@@ -355,21 +355,21 @@ class Step:
     def dealt(
         self,
         own: Tensor,  # [n, ...] of this process's tokens
-        needed: Needed,
+        fetched: Fetched,
     ) -> Tensor:  # [m, ...] of the tokens whose chains it runs
         """What this process's chains read, from the owners of their tokens."""
-        if needed.send is None:
+        if fetched.send is None:
             return own
-        rows = to_device([needed.send], self.device)
-        return self.engine.sequence.exchange(own[rows], needed.sends, needed.gets)
+        rows = to_device([fetched.send], self.device)
+        return self.engine.sequence.exchange(own[rows], fetched.sends, fetched.gets)
 
     def return_dealt(self) -> None:
         """The gradient of h^0 goes back to the owners of the tokens. Each has one chain, which one process has run."""
         if self.chain_dh0 is self.dh0:
             return
-        needed = self.deal.h
-        rows = to_device([needed.send], self.device)
-        self.dh0[rows] = self.engine.sequence.exchange(self.chain_dh0, needed.gets, needed.sends)
+        fetched = self.deal.h
+        rows = to_device([fetched.send], self.device)
+        self.dh0[rows] = self.engine.sequence.exchange(self.chain_dh0, fetched.gets, fetched.sends)
 
     def combine(self, rows: slice) -> None:
         """h^0 = fc(g). Where the weights are shared, a process computes its columns of it and gets the others'."""
