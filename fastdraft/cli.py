@@ -68,7 +68,8 @@ def train(
 
     loaded = load_config(config, overrides or [])
     if plan:
-        print_plan(loaded, console)
+        if mesh.rank() == 0:
+            print_plan(loaded, console)
         return
     result = run(loaded, fresh)
     mesh.end_process()
@@ -499,9 +500,12 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, StrictDataclassError):
         return "a config.json cannot be used: " + " ".join(str(error).split())
-    lost_peer = ("/gloo/transport/", "ncclRemoteError", "closed by remote peer")  # as gloo and NCCL say it
-    unreachable = isinstance(error, torch.distributed.DistNetworkError)  # of the store that ranks meet in
-    if unreachable or (isinstance(error, RuntimeError) and any(words in str(error) for words in lost_peer)):
+    from fastdraft.dist.mesh import is_lost_peer
+    from fastdraft.dist.watch import LostPeer
+
+    if isinstance(error, LostPeer):
+        return str(error)
+    if is_lost_peer(error):
         lost = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         return (
             f"another process of this run has ended, or cannot be reached ({lost}); the same command, given again, goes on"

@@ -17,13 +17,13 @@ import yaml
 from datasets import Dataset
 from pydantic import BaseModel
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.batch import Ends
 from fastdraft.config import Config, read_yaml, without_removed
-from fastdraft.cost import Plan, plan, render
+from fastdraft.cost import Plan, peak_flops, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
@@ -237,8 +237,34 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
-def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftStep:
-    return method_of(draft).build_step(config, draft, target.head, target.device)
+def check_layout(config: Config, shape: BaseModel) -> None:
+    """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
+    settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
+    asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
+    if not asked:
+        return
+    method = method_of(shape)
+    if method.check_cut is None:
+        raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
+    if config.step == "reference":
+        raise ValueError(f"{asked}: step=reference runs in one process; set step=fused")
+    if config.features.mode == "cache":
+        raise ValueError(
+            f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
+            "first (fastdraft features capture) and set features.mode=read"
+        )
+    if config.features.on_bad_shard == "skip":
+        raise ValueError(
+            f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
+            "can, and those that share a step need the same ones; set features.on_bad_shard=error"
+        )
+    method.check_cut(shape, config.dist.tensor)
+
+
+def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
+    """With `shared`, the step that the processes of the tensor and sequence axes do together."""
+    groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
+    return method_of(draft).build_step(config, draft, target.head, target.device, *groups)
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
@@ -419,7 +445,40 @@ def predict(config: Config, device: torch.device) -> Plan:
         stored=reads_store(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
+        replicas=max(1, mesh.world() // config.dist.tensor),
     )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training step computes, and what its GPU could: for the share of it that is used (MFU)."""
+
+    target_flops: int  # of a packed token
+    draft_flops: int  # of a packed token that is trained on
+    peak: float  # FLOP/s of one GPU
+
+    def flops(
+        self,
+        tokens: int,
+        sums: Tensor,  # [5, T] of `Rows.sums`
+    ) -> float:
+        """Those of `tokens`, of which the sums say how many were trained on. What the draft does for the others (fc, keys
+        and values) is not counted, nor the target's attention."""
+        return tokens * self.target_flops + float(sums[4, 0]) * self.draft_flops
+
+
+def known_work(config: Config, device: torch.device) -> Work | None:
+    """None where it is not known: on a CPU, on a GPU that is not in `PEAK_FLOPS`, and for a target with experts, of which
+    some run."""
+    peak = peak_flops(device)
+    facts = language_config(load_target_config(config.target.path, config.target.trust_remote_code))
+    if peak is None or any("expert" in name and value for name, value in facts.items()):
+        return None
+    predicted, shape = predict(config, device), draft_shape(config)
+    forward = 0 if reads_store(config) else 2 * predicted.target_params
+    # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
+    ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
+    return Work(max(0, forward - 2 * ends), predicted.flops_per_token - forward, peak)
 
 
 def print_plan(config: Config, console: Console) -> None:
@@ -428,6 +487,7 @@ def print_plan(config: Config, console: Console) -> None:
     config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
+    check_layout(config, draft_shape(config))
     predicted = predict(config, device)
     try:
         refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")

@@ -37,7 +37,7 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 # Uses of torch.distributed and of the launcher's variables outside dist/mesh.py that join, ask and divide no processes.
 OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.checkpoint"),  # the format of checkpoints
-    ("cli.py", "torch.distributed.DistNetworkError"),  # an error that becomes a sentence
+    ("checkpoint.py", "torch.distributed.tensor.DTensor"),  # a tensor of which each process holds a slice
 }
 
 # Modules of fastdraft/ beside __init__.py.
