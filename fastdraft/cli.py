@@ -69,7 +69,8 @@ def train(
 
     loaded = load_config(config, overrides or [])
     if plan:
-        print_plan(loaded, console)
+        if mesh.rank() == 0:
+            print_plan(loaded, console)
         return
     result = run(loaded, fresh)
     mesh.end_process()
@@ -113,7 +114,7 @@ def prepare(
     for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
     if report is not None:
-        from fastdraft.report import write_data_report
+        from fastdraft.data.picture import write_data_report
 
         say(str(write_data_report(report, numbers, shape.draft_vocab_size)))
 
@@ -130,13 +131,14 @@ def preview_command(
     from fastdraft.data.preview import preview
     from fastdraft.run import draft_shape
     from fastdraft.target.hf import load_tokenizer
+    from fastdraft.target.identity import stop_ids
 
     loaded = load_config(config, overrides or [])
-    tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
-    stats = Stats()
-    samples = first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size, stats)
-    preview(samples, tokenizer, n, console, stats)
-    for line in date_lines(chat_tokenizer(loaded.data, tokenizer, None).template_date):
+    target = loaded.target.path, loaded.target.trust_remote_code
+    tokenizer, stats = load_tokenizer(*target), Stats()
+    chat = chat_tokenizer(loaded.data, tokenizer, draft_shape(loaded).vocab_size, stop_ids(*target))
+    preview(first_samples(loaded.data, chat, stats), tokenizer, n, console, stats)
+    for line in date_lines(chat.template_date):
         say(line)
 
 
@@ -233,7 +235,7 @@ def capture(
     """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
     from fastdraft.config import load_config
     from fastdraft.dist import mesh
-    from fastdraft.offline import capture_features
+    from fastdraft.run import capture_features
 
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
@@ -254,7 +256,7 @@ def import_specforge_command(
 ) -> None:
     """Put existing SpecForge features into a store, checked against the config's target."""
     from fastdraft.config import load_config
-    from fastdraft.offline import import_specforge
+    from fastdraft.run import import_specforge
 
     import_specforge(load_config(config, overrides or []), dumps, out, _auto_or_fp8(dtype), say)
 
@@ -262,7 +264,7 @@ def import_specforge_command(
 @features.command("inspect")
 def inspect_store(store: StoreFolder) -> None:
     """Say whose features a store holds, and how many."""
-    from fastdraft.offline import inspect_lines
+    from fastdraft.features.store import inspect_lines
 
     for line in inspect_lines(store):
         say(line)
@@ -436,10 +438,8 @@ def check(
     checkpoint: Annotated[Path | None, typer.Option(help="Serving checkpoint to verify.")] = None,
     target: Annotated[Path | None, typer.Option(help="Its target's directory.")] = None,
     golden: Annotated[Path | None, typer.Option(help="Folder of golden cases to run.")] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="With --checkpoint: vllm or sglang, to serve it there. With --golden: reference or fused."),
-    ] = None,
+    step: Annotated[str, typer.Option(help="With --golden: reference or fused.")] = "reference",
+    engine: Annotated[str | None, typer.Option(help="With --checkpoint: vllm or sglang, to serve it there.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="With vllm or sglang: JSONL of prompts to serve.")] = None,
     max_prompts: Annotated[int, typer.Option(min=1, help="Of them, at most this many.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 64,
@@ -462,12 +462,13 @@ def check(
 
     if target is not None and checkpoint is None:
         raise ValueError("--target belongs to --checkpoint; name the checkpoint to verify against it")
-    serving = engine in ENGINES
-    if engine is not None and golden is None and not serving:
+    serving = engine is not None
+    if serving and engine not in ENGINES:
         raise ValueError(
-            f"--engine {engine}: with --checkpoint and --target it is one of {', '.join(ENGINES)}; "
-            f"{', '.join(checks.ENGINES)} belong to --golden, the folder of cases to run on it"
+            f"--engine {engine!r} is not one of {', '.join(ENGINES)}; --golden takes --step reference or fused"
         )
+    if golden is None:
+        refuse_idle(context, ("step",), "--golden")
     if not serving:
         lengths = ("prompts", "max_prompts", "max_new_tokens", "num_steps")
         engines = ("dtype", "engine_python", "engine_pythonpath", "timeout", "trust_remote_code", "engine_alone")
@@ -500,15 +501,14 @@ def check(
                 say(line)
             good &= not report.errors
     if golden is not None:
-        golden_engine = "reference" if engine is None or serving else engine
-        good &= show_errors("case", checks.check_golden(golden, golden_engine))
+        good &= show_errors("case", checks.check_golden(golden, step))
     if checkpoint is None and golden is None:
         table = Table("", "", show_header=False)
         for row in checks.environment():
             table.add_row(*row)
         console.print(table)
         if checks.kernels() == "can run":
-            say("the kernels on this GPU: a bf16 step of the fused engine against the reference in float64")
+            say("the kernels on this GPU: a bf16 fused step against the reference in float64")
             good &= show_errors("draft", checks.prove_kernels("cuda"))
     if not good:
         raise typer.Exit(1)
@@ -545,9 +545,12 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, StrictDataclassError):
         return "a config.json cannot be used: " + " ".join(str(error).split())
-    lost_peer = ("/gloo/transport/", "ncclRemoteError", "closed by remote peer")  # as gloo and NCCL say it
-    unreachable = isinstance(error, torch.distributed.DistNetworkError)  # of the store that ranks meet in
-    if unreachable or (isinstance(error, RuntimeError) and any(words in str(error) for words in lost_peer)):
+    from fastdraft.dist.mesh import is_lost_peer
+    from fastdraft.dist.watch import LostPeer
+
+    if isinstance(error, LostPeer):
+        return str(error)
+    if is_lost_peer(error):
         lost = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         return (
             f"another process of this run has ended, or cannot be reached ({lost}); the same command, given again, goes on"

@@ -19,6 +19,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # Keys that older versions had. A config that still holds one is told what to do instead.
 REMOVED = {
+    "engine": "it is called step now, and is fused (as engine: auto was) or reference",
     "features.memory_gib": (
         "take it out; to keep features in host memory, write features: {path: DIR, mode: cache, max_gib: N} "
         "with DIR on a tmpfs such as /dev/shm"
@@ -100,6 +101,17 @@ class EvalConfig(Section):
     max_packs: int = Field(64, gt=0)
 
 
+class DistConfig(Section):
+    """How the processes of torchrun share a run: world = data x sequence x tensor, and data is what is left."""
+
+    sequence: int = Field(1, ge=1)  # GPUs that share the tokens of a pack
+    tensor: int = Field(1, ge=1)  # GPUs that share the draft's weights
+    # replicated: every GPU holds the whole target; sharded: each 1/n of every layer; auto: sharded where it does not fit
+    target: Literal["auto", "replicated", "sharded"] = "auto"
+    silent_s: float = Field(40.0, ge=5)  # seconds without a sign of life of a process, after which all others end
+    timeout_s: float = Field(1800.0, gt=0)  # seconds that processes wait for one that lives and does not come
+
+
 class Config(Section):
     """Everything a run depends on. `load_config` builds it from YAML and overrides."""
 
@@ -112,12 +124,13 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
+    dist: DistConfig = DistConfig()
     run_dir: str = "runs/eagle3"
     ttt_length: int = Field(7, ge=1, le=12)
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
-    engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused
-    chunk_rows: int | None = Field(None, gt=0)  # chains the fused engine runs at a time; None: as many as 3.75 GiB hold
+    step: Literal["fused", "reference"] = "fused"  # reference: the same step in plain PyTorch, slow and easy to read
+    chunk_rows: int | None = Field(None, gt=0)  # chains the fused step runs at a time; None: as many as 3.75 GiB hold
     # of the draft's compute; auto: as target.dtype's, chosen once and recorded, so a run goes on in what it was begun in;
     # fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
@@ -125,9 +138,9 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights; data.seed is that of the order
 
     @model_validator(mode="after")
-    def _fp8_is_the_fused_engines(self) -> Config:
-        if self.precision == "fp8" and self.engine == "reference":
-            raise ValueError("precision: fp8 is the fused engine's; set engine=fused or precision=bf16")
+    def _fp8_is_the_fused_steps(self) -> Config:
+        if self.precision == "fp8" and self.step == "reference":
+            raise ValueError("precision: fp8 is the fused step's; set step=fused or precision=bf16")
         return self
 
     @model_validator(mode="after")
@@ -184,6 +197,8 @@ def parse_config(tree: dict[str, Any], model: type[M]) -> M:
 def without_removed(tree: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's config without the keys of REMOVED, so that runs of older versions are still read."""
     tree = copy.deepcopy(tree)
+    if tree.get("engine") == "reference":
+        tree["step"] = "reference"
     for key in REMOVED:
         *parents, leaf = key.split(".")
         section = tree

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.target_config import language_config, named_dtype, read_json, read_target_config
+from fastdraft.model.target_config import language_config, named_dtype, read_target_config
 from fastdraft.serving.engines import EnginePlace, Run, Served, engine_version, run_engine
 from fastdraft.serving.export import load_draft
 from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.target.hf import Target, load_target, load_tokenizer
+from fastdraft.target.identity import stop_ids
 
 PROMPTS = (
     "Explain in three sentences why the sky is blue.",
@@ -77,16 +77,16 @@ def check_engine(check: EngineCheck) -> Report:
     prompts = _prompt_ids(check, facts["max_position_embeddings"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if check.alone:
-        stop_ids = _stop_ids(check.target, facts)
+        ends_at = sorted(stop_ids(str(check.target), check.trust_remote_code))
     else:
         target = load_target(str(check.target), getattr(torch, dtype), "cpu", trust_remote_code=check.trust_remote_code)
-        stop_ids = sorted(target.eos_ids)
+        ends_at = sorted(target.eos_ids)
     run = Run(
         str(check.target.resolve()),
         str(check.checkpoint.resolve()),
         prompts,
         check.max_new_tokens,
-        stop_ids,
+        ends_at,
         dtype,
         check.num_steps,
         trust_remote_code=check.trust_remote_code,
@@ -124,14 +124,6 @@ def report_alone(served: Served, plain: Served) -> Report:
             "its training data, or the engine reads the checkpoint otherwise, which this check cannot tell apart"
         )
     return report
-
-
-def _stop_ids(target: Path, facts: dict[str, Any]) -> list[int]:
-    """The tokens that end an answer, by a target's generation_config.json or else its config.json."""
-    file = target / "generation_config.json"
-    eos = read_json(file).get("eos_token_id") if file.exists() else None
-    eos = facts.get("eos_token_id") if eos is None else eos
-    return [eos] if isinstance(eos, int) else sorted(eos or [])
 
 
 def compare(
