@@ -88,6 +88,42 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class PackShare:
+    """The rows of a pack that one of `size` processes owns when they share its tokens.
+
+    The pack is cut into 2 * size slices of equal length, the last ones shorter or empty, and a process owns slices `rank`
+    and 2 * size - 1 - rank: so every process has the same work where each token looks at all before it. Alone, a process
+    owns the whole pack.
+    """
+
+    num_tokens: int  # N
+    rank: int = 0
+    size: int = 1
+    halo: int = 0  # rows behind each slice, of the next owners, whose features this process has too
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of a slice that is full."""
+        return -(-self.num_tokens // (2 * self.size))
+
+    @cached_property
+    def slices(self) -> tuple[tuple[int, int], tuple[int, int]]:  # (first row, one past the last) of each, ascending
+        n = self.slice_rows
+        places = (self.rank, 2 * self.size - 1 - self.rank)
+        return tuple((min(s * n, self.num_tokens), min((s + 1) * n, self.num_tokens)) for s in places)
+
+    @cached_property
+    def rows(self) -> Tensor:  # [n] int64 on the host, ascending: the rows that this process owns
+        return torch.cat([torch.arange(first, end) for first, end in self.slices])
+
+    @cached_property
+    def rows_and_halo(self) -> Tensor:  # [m] int64 on the host, ascending: its own rows and those of its halos
+        (a, b), (c, d) = self.slices
+        first = min(b + self.halo, c) if a < b else b  # a halo that reaches the second slice ends where that begins
+        return torch.cat([torch.arange(a, first), torch.arange(c, min(d + self.halo, self.num_tokens))])
+
+
+@dataclass(frozen=True)
 class Features:
     """What the frozen target says about every token of a batch (docs/mathematics.md: g and f)."""
 
