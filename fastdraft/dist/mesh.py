@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 AxisName = Literal["data", "sequence", "tensor", "replicas"]
@@ -55,8 +56,29 @@ class Axis:
         dist.reduce_scatter_tensor(part, x.contiguous(), group=self.group)
         return part
 
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers. Their hosts meet here, no GPU is waited for."""
+        if self.group is None:
+            return number
+        of_all = torch.tensor(number)
+        dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
+        return int(of_all)
+
+    def every(self, thing: T) -> list[T]:
+        """What each process has, in the order of their ranks: anything that can be pickled."""
+        if self.group is None:
+            return [thing]
+        things = [thing] * self.size
+        dist.all_gather_object(things, thing, group=self.group)
+        return things
+
+    def device_mesh(self, device: torch.device) -> DeviceMesh:
+        """The same processes as PyTorch's own parallel modules want them named."""
+        return DeviceMesh.from_group(self.group, device.type)
+
 
 _axes: dict[AxisName, Axis] = {}  # of `lay_out`
+_holders: dict[int, Axis] = {}  # by their number
 
 
 def own_device(device: str) -> torch.device:
@@ -124,9 +146,28 @@ def axis(name: AxisName) -> Axis:
     return Axis()
 
 
+def host_size() -> int:
+    """Processes of this run on one host, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
+def holders(size: int) -> Axis:
+    """The `size` processes, consecutive in rank and this one among them, that hold a sharded target together. Every process
+    of the run calls it, with the same number, a divisor of `world()`; groups that were made before are kept."""
+    if size == world() and dist.is_initialized() and size > 1:
+        return Axis(rank(), size, dist.group.WORLD)
+    if size not in _holders:
+        for first in range(0, world(), size):
+            group = dist.new_group(list(range(first, first + size))) if size > 1 else None
+            if first <= rank() < first + size:
+                _holders[size] = Axis(rank() - first, size, group)
+    return _holders[size]
+
+
 def end_process() -> None:
     """Leaves the group that `start_process` joined."""
     _axes.clear()
+    _holders.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

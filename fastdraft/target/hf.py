@@ -35,9 +35,11 @@ from transformers import (
 from transformers.utils import logging
 
 from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.dist.mesh import Axis
 from fastdraft.model.graph import GraphPool
 from fastdraft.model.target_config import default_layers, first_line, refuse_strange_dtype, silent_layers
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
+from fastdraft.target.sharded import Lockstep, load_sharded, local
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
 GRAPH_TOKENS = 256  # packs are padded to multiples of it, so that few lengths are recorded
@@ -52,11 +54,17 @@ RUN_TOKENS = 16384  # of documents that run together: what the target's own acti
 class Target:
     """A causal LM from `load` or one already built. Everything it gives is without gradient."""
 
-    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: tuple[int, ...] | None = None,
+        holders: Axis | None = None,  # the processes that hold it together, of `load_sharded`; None: it is whole here
+    ):
         self.model = model.eval().requires_grad_(False)
+        self.holders = holders or Axis()
+        self.lockstep: Lockstep | None = None  # while this object is made, all processes run the same
         self.config = model.config.get_text_config()
-        self.decoder = _decoder(model)
-        blocks = _decoder_layers(model, self.decoder, getattr(self.config, "num_hidden_layers", None))
+        self.decoder, blocks = _decoder_and_layers(model)
         self.num_layers = len(blocks)
         self.layers = tuple(layers) if layers is not None else default_layers(self.num_layers)
         inside = all(0 <= layer < self.num_layers for layer in self.layers)
@@ -81,7 +89,9 @@ class Target:
         self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
         self.apart = unpackable(self.decoder.config) or self._try_packing()
         self.pool = GraphPool()
-        if self.apart is None and self.device.type == "cuda" and self._try_recording():
+        if self.holders.size > 1:  # a CUDA graph records no collective
+            self.lockstep = Lockstep(self.holders, self._idle)
+        elif self.apart is None and self.device.type == "cuda" and self._try_recording():
             self.recorded = {}
 
     @property
@@ -108,6 +118,8 @@ class Target:
         attention_mask: Tensor | None = None,  # [B, 1, L, cached + L], for tree verification
     ) -> tuple[Tensor, Tensor]:  # g [B, L, 3*Ht], f [B, L, Ht]
         """One forward of the decoder without the vocabulary projection; extends `cache` when given."""
+        if self.lockstep is not None:
+            self.lockstep.enter()
         self._capturing = True
         try:
             f = self.decoder(
@@ -122,6 +134,16 @@ class Target:
         finally:
             self._capturing = False
             self._states.clear()
+
+    def meet(self) -> None:
+        """Returns when no process that holds this target with others has a forward to run; a whole target's at once. Each
+        of them calls it before it turns to anything else that all processes do together."""
+        if self.lockstep is not None:
+            self.lockstep.wait()
+
+    @torch.no_grad()
+    def _idle(self) -> None:
+        self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
 
     def capture(self, batch: Batch) -> Features:
         """g and f of every token of a packed batch, each document on its own."""
@@ -318,28 +340,36 @@ def load_target(
     layers: tuple[int, ...] | None = None,
     trust_remote_code: bool = False,
     run_in: torch.dtype | None = None,
+    holders: Axis | None = None,
 ) -> Target:
     """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM.
 
     `run_in` computes with the weights rounded to `dtype` in another: in torch.float32 they are the same numbers, so the
-    target has the same fingerprint. Quantized weights stay as they are.
+    target has the same fingerprint. Quantized weights stay as they are. With `holders` each of these processes keeps its
+    part of every layer (`target/sharded.py`); all of them call this.
     """
+    if holders is not None and holders.size == 1:
+        holders = None
     try:
         _refuse_strange_dtype_at(path)
-        with _no_progress_bar(path):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
-            )
+        if holders is not None:
+            where = torch.device(device)
+            model, missing = load_sharded(path, dtype, where, trust_remote_code, holders, _decoder_and_layers)
+        else:
+            more = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+            with _no_progress_bar(path):
+                model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **more)
+            missing = sorted(info["missing_keys"])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of transformers, safetensors or the model's own class, which may raise anything
         raise ValueError(f"target {path!r} cannot be loaded: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"target {path!r} lacks the weights {', '.join(missing[:3])}{more}; download it again")
     if run_in is not None and not getattr(model, "is_quantized", False):
         model = model.to(run_in)
-    return Target(model, layers)
+    return Target(model, layers, holders)
 
 
 @contextmanager
@@ -410,7 +440,8 @@ def _refuse_strange_dtype_at(path: str) -> None:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Its sum is, which takes no memory; of weights in 8 bits nothing is said."""
+    """Its sum is, which takes no memory. Of weights in 8 bits nothing is said; of a sharded one the part here counts."""
+    weight = local(weight)
     return weight.element_size() == 1 or bool(weight.sum(dtype=torch.float64).isfinite())
 
 
@@ -419,7 +450,8 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return getattr(model, "model", model) if decoder is model else decoder  # Llama 4's own is not found
 
 
-def _decoder_layers(model: PreTrainedModel, decoder: nn.Module, count: int | None) -> nn.ModuleList:
+def _decoder_and_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    decoder, count = _decoder(model), getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     fitting = [m for m in lists if len(m) == count]
     if not fitting:
@@ -428,7 +460,7 @@ def _decoder_layers(model: PreTrainedModel, decoder: nn.Module, count: int | Non
             f"{type(model).__name__} has no list of num_hidden_layers = {count} layers that could be hooked (its lists of "
             f"modules: {there}); a target must be a causal LM whose decoder is one list of layers"
         )
-    return fitting[0]
+    return decoder, fitting[0]
 
 
 def _final_norm(decoder: nn.Module) -> Tensor | None:  # [Ht]

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from fastdraft.dist.mesh import Axis
 from fastdraft.features.meta import Meta
 from fastdraft.files import json_checksum
 from fastdraft.model.target_config import language_config, read_json
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
+from fastdraft.target.sharded import local, own_rows
 
 IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
 
@@ -28,10 +32,32 @@ def target_fingerprint(target: Target) -> str:
     fields = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters")
     config = target.config.to_dict()
     digest = hashlib.sha256(json.dumps({k: config.get(k) for k in fields}, sort_keys=True, default=str).encode())
-    for weight in target.model.parameters():
-        flat = weight.detach().flatten()
-        digest.update(flat[:: -(-len(flat) // 64)].float().cpu().numpy().tobytes())
+    weights = list(target.model.parameters())
+    samples = [_samples(weight.detach(), target.holders) for weight in weights]
+    if target.holders.size > 1:  # each process has some of the values, and zeros for the others
+        bits = torch.cat([values.view(torch.int32) for values in samples])
+        places = bits.new_tensor([local(weight) is not weight for weight in weights]).repeat_interleave(
+            bits.new_tensor([len(values) for values in samples])
+        )
+        summed = target.holders.sum_(bits * places)
+        samples = [(summed + bits * (1 - places)).view(torch.float32)]
+    for values in samples:
+        digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _samples(weight: Tensor, holders: Axis) -> Tensor:  # at most 64 numbers in float32
+    """Every so many-th value of a weight; of a sharded one zeros where another process has them."""
+    every = -(-weight.numel() // 64)
+    if local(weight) is weight:
+        return weight.flatten()[::every].float()
+    row = math.prod(weight.shape[1:])
+    first, end = (place * row for place in own_rows(weight.shape[0], holders))
+    places = torch.arange(0, weight.numel(), every, device=local(weight).device)
+    inside = (places >= first) & (places < end)
+    values = torch.zeros(len(places), device=places.device)
+    values[inside] = local(weight).flatten()[places[inside] - first].float()
+    return values
 
 
 def checkpoint_fingerprint(path: str) -> str:
