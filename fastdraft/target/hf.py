@@ -35,9 +35,16 @@ from transformers import (
 from transformers.utils import logging
 
 from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.dist.fleet import TargetSizes
 from fastdraft.dist.mesh import Axis
 from fastdraft.model.graph import GraphPool
-from fastdraft.model.target_config import default_layers, first_line, refuse_strange_dtype, silent_layers
+from fastdraft.model.target_config import (
+    default_layers,
+    first_line,
+    language_config,
+    refuse_strange_dtype,
+    silent_layers,
+)
 from fastdraft.target.packed import Documents, Recorded, packed, unpackable
 from fastdraft.target.sharded import Lockstep, load_sharded, local
 
@@ -48,6 +55,9 @@ PROBE_TOKENS = 8
 # by (logits_scaling: HyperCLOVA X, Granite) or ignores (logit_scale: MPT), so all are tried, and its own logits decide.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Names under which config.json keeps how many experts a layer has, and how many of them a token goes through.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 RUN_TOKENS = 16384  # of documents that run together: what the target's own activations take is bounded so
 
 
@@ -396,16 +406,49 @@ def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
 
 def count_target_parameters(config: dict) -> int:
     """Parameters of the target, counted on an empty model: no weights are read."""
+    return sum(p.numel() for p in _empty_model(config).parameters())
+
+
+def target_sizes(config: dict) -> TargetSizes:
+    """What a plan for many GPUs needs of a target's config.json, counted on an empty model."""
+    model, facts = _empty_model(config), language_config(config)
+    _, blocks = _decoder_and_layers(model)
+    experts = next((n for name in EXPERTS if isinstance(n := facts.get(name), int) and n), 1)
+    chosen = next((n for name in CHOSEN if isinstance(n := facts.get(name), int) and n), experts)
+    layers = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    idle = 0  # parameters of experts that a token does not go through
+    for block in blocks:
+        for name, p in block.named_parameters():
+            if "experts" in name.split(".") and experts > 1 and p.shape[0] == experts:
+                idle += p.numel() * (experts - chosen) // experts
+    heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
+    head_dim = facts.get("head_dim") or hidden // heads
+    mlp = facts.get("moe_intermediate_size") or facts.get("intermediate_size") or 4 * hidden
+    total = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    return TargetSizes(
+        num_layers=len(layers),
+        layers=sum(layers),
+        largest_layer=max(layers),
+        outside=total - sum(layers),
+        active=sum(layers) - idle + head,
+        hidden_size=hidden,
+        kv_width=2 * (facts.get("num_key_value_heads") or heads) * head_dim,
+        attention_width=heads * head_dim,
+        mlp_width=mlp * (chosen if experts > 1 else 1),
+    )
+
+
+def _empty_model(config: dict) -> PreTrainedModel:
     sizes = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
     except Exception as error:  # of transformers, or the model's own class, which may raise anything
         raise ValueError(
             f"transformers has no causal LM for the target's config.json ({config.get('model_type', 'no model_type')}), or "
             f"cannot build it: {first_line(error)}; a target must be a causal LM that it knows"
         ) from error
-    return sum(p.numel() for p in model.parameters())
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
