@@ -14,7 +14,7 @@ from fastdraft.dist import mesh
 from fastdraft.features.meta import DTYPES, start_store
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
-from fastdraft.run import draft_shape, load_data, name_dtypes, open_target, run_meta
+from fastdraft.run import choose_holders, draft_shape, load_data, name_dtypes, open_target, run_meta
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.identity import capture_meta, target_ends, target_fingerprint
 from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
@@ -54,7 +54,10 @@ def capture_features(
     if plan_only:
         return
     device = mesh.start_process(config.device)
-    target = open_target(config, shape.layers, device)
+    holders, told = choose_holders(config, device)
+    for line in told:
+        say(line)
+    target = open_target(config, shape.layers, device, holders)
     wanted = capture_meta(wanted, target, target_fingerprint(target), data=plan.data, shards=len(plan.shards))
     out.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(out / ".start.lock"):

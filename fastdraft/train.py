@@ -115,13 +115,17 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         state |= {"draft": draft.config.model_dump(), "config": config.model_dump()}
         checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
 
+    def add_up(sums: Tensor) -> Tensor:
+        source.meet()  # a process may have fewer packs than those that hold the target with it
+        return mesh.all_sum(sums)
+
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
         report = evaluate_tau(
             lambda batch: trainer.rows(*source.capture(batch)),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
             method.num_steps(config),
-            reduce=mesh.all_sum,
+            reduce=add_up,
         )
         return eval_values(report, config.loss.step_decay)
 
@@ -166,6 +170,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
                 batch, features = source.capture(batch)
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
+            source.meet()
             mesh.all_sum(optimizer.grad)
             mesh.all_sum(step_sums)
             norm = optimizer.step(step_sums[3, 0])

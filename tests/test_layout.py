@@ -38,6 +38,7 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.checkpoint"),  # the format of checkpoints
     ("cli.py", "torch.distributed.DistNetworkError"),  # an error that becomes a sentence
+    ("target/sharded.py", "torch.distributed.fsdp.fully_shard"),  # the storage of a target's layers
     ("data/stream.py", "LOCAL_WORLD_SIZE"),  # shares the cores of a machine
 }
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
 
 from fastdraft.files import GIB
 from fastdraft.model.method import Row
@@ -247,3 +249,43 @@ def layouts(world: int, host: int) -> Iterator[Layout]:
             if sequence * tensor <= host and world % (sequence * tensor) == 0:
                 for holders in (1, *holder_choices(world, host)):
                     yield Layout(world, sequence, tensor, holders)
+
+
+def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware, console: Console) -> None:
+    """Prints one GPU's memory and time in the chosen layout, and the fastest of the others."""
+    world = chosen.layout.world
+    console.print(
+        f"{world} GPUs of {hardware.gpu_gib:g} GiB at {hardware.tflops:g} TFLOP/s, {hardware.host} in a host; a GPU's link "
+        f"moves {hardware.link:g} GB/s within a host and {hardware.host_link:g} GB/s between hosts",
+        soft_wrap=True,
+    )
+    verdict = "fits" if chosen.fits else "does not fit"
+    table = Table(title=f"Memory of one GPU: {chosen.layout}", title_justify="left", show_footer=True)
+    table.add_column("", footer=f"total, which {verdict} in {hardware.gpu_gib:g} GiB less {UNCOUNTED:.0%} that is not counted")
+    table.add_column("GiB", f"{chosen.memory_bytes / GIB:.3f}", justify="right")
+    for row in chosen.memory:
+        table.add_row(row.name, f"{row.size / GIB:.3f}")
+    console.print(table)
+    table = Table(title="Time of an optimizer step on one GPU", title_justify="left", show_footer=True)
+    table.add_column("", footer=f"total; {chosen.exposed_share:.1%} of it waits for links")
+    table.add_column("s", f"{chosen.step_s:.3f}", justify="right")
+    table.add_column("on its link, hidden or not", justify="right")
+    table.add_row("target", f"{chosen.target_s:.3f}", "")
+    table.add_row("draft", f"{chosen.draft_s:.3f}", "")
+    for c in chosen.collectives:
+        table.add_row(c.name, f"{c.exposed:.3f}", f"{c.seconds:.3f}")
+    console.print(table)
+    fitting = sorted((p for p in others if p.fits), key=lambda p: -p.tokens_per_s)
+    if not fitting:
+        console.print(f"no layout of {world} GPUs fits; use more of them, or a smaller data.pack_tokens", soft_wrap=True)
+        return
+    table = Table(title=f"Layouts that fit, the fastest {min(len(fitting), 8)} of {len(fitting)}", title_justify="left")
+    for name in ("dist.sequence", "dist.tensor", "dist.target", "GiB", "tokens/s a GPU", "waits for links"):
+        table.add_column(name, justify="right")
+    for p in fitting[:8]:
+        kept = "replicated" if p.layout.holders == 1 else f"sharded, 1/{p.layout.holders}"
+        speed, waits = f"{p.tokens_per_s:,.0f}", f"{p.exposed_share:.1%}"
+        table.add_row(
+            str(p.layout.sequence), str(p.layout.tensor), kept, f"{p.memory_bytes / GIB:.1f}", speed, waits
+        )
+    console.print(table)

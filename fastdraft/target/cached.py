@@ -87,6 +87,9 @@ class StoreCache(StoreReader):
         self._keep(part, fresh, [i for i, d in enumerate(again) if d in set(read.absent)])
         return batch, features
 
+    def meet(self) -> None:
+        self.target.meet()
+
     def _keep(self, batch: Batch, features: Features, documents: list[int]) -> None:
         wanted, keys, row = needed(batch), document_keys(batch), self.store.meta.row_bytes
         size = sum(wanted.g_rows[d] * row["g"] + wanted.f_rows[d] * row["f"] + INDEX_BYTES for d in documents)

@@ -25,6 +25,10 @@ class Source(Protocol):
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         """The batch and its features on the device. A document whose features cannot be had loses its loss mask."""
 
+    def meet(self) -> None:
+        """Waits, once it has nothing to capture, for the processes that hold the target together with this one: every one
+        of them calls it before it turns to what all processes do together. Where no target is shared nothing is done."""
+
     def counts(self) -> dict[str, int]:
         """What was left out or done again so far, by the name of its metric; empty where nothing was."""
 
@@ -49,6 +53,9 @@ class InProcess:
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         return batch, self.target.capture(batch.to(self.target.device))
+
+    def meet(self) -> None:
+        self.target.meet()
 
     def counts(self) -> dict[str, int]:
         return {}

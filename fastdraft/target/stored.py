@@ -158,6 +158,9 @@ class StoreReader:
                 x.record_stream(current)
         return read
 
+    def meet(self) -> None:
+        pass
+
     def counts(self) -> dict[str, int]:
         if not self.skipped + self.run_again:
             return {}
