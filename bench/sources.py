@@ -22,7 +22,10 @@ CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
 STEP = [
     "fastdraft/kernels/*.py",
     "csrc/*",
-    *(f"fastdraft/model/eagle3/{name}.py" for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory")),
+    *(
+        f"fastdraft/model/eagle3/{name}.py"
+        for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory", "shard")
+    ),
     "fastdraft/model/buffers.py",
     "fastdraft/model/graph.py",
     "fastdraft/model/rope.py",
@@ -30,6 +33,7 @@ STEP = [
 ]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
+    "split_kl": [f"fastdraft/kernels/{name}.py" for name in ("linear_kl", "teacher", "matmul", "fp8")],
     "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/serving/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -131,6 +131,17 @@ class Features:
     f: Tensor  # [N, Ht] the state the target's lm_head reads (after the final norm)
 
 
+def own_features(
+    features: Features,  # of a whole pack
+    share: PackShare,
+) -> Features:
+    """What the owner of a share needs: g of its rows, f of its rows and halos."""
+    (a, b), (c, d) = share.slices
+    first = len(share.rows_and_halo) - (min(d + share.halo, share.num_tokens) - c)  # rows of f before the second slice
+    f = torch.cat([features.f[a : a + first], features.f[c : d + share.halo]])
+    return Features(torch.cat([features.g[a:b], features.g[c:d]]), f)
+
+
 @dataclass(frozen=True)
 class TargetHead:
     """The target's output distribution: logits(f) = cap(scale * (f W^T + b)), cap(z) = softcap * tanh(z / softcap)."""
@@ -188,6 +199,40 @@ class Rows:
         return torch.stack(
             [x.to(torch.float64).sum(1) for x in (self.loss, self.acceptance, self.hit, self.live, self.masked_in)]
         )
+
+
+class Group(Protocol):
+    """The processes that share a step's work, as the step is given them. `dist/mesh.py` has the groups of a run.
+
+    Each call is made by all of the group, in the same order.
+    """
+
+    rank: int
+    size: int
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """All processes' tensors added up, in place."""
+
+    def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
+        """All processes' tensors [n, ...], one under the other."""
+
+    def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
+        """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
+
+
+class Alone:
+    """A process without others: each call gives back what it was given."""
+
+    rank, size = 0, 1
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_scatter(self, x: Tensor) -> Tensor:
+        return x
 
 
 def tau_sim(acceptance: Tensor) -> float:

@@ -185,8 +185,8 @@ def evaluate_decode(
 
 def _by_all(target: Target, act: Callable[[int], R], count: int) -> list[R]:
     """[act(0), act(1), ..], of which each process makes its share."""
-    axis = mesh.axis("data")
-    own = [act(i) for i in range(axis.rank, count, axis.size)]
+    rank, world = mesh.rank(), mesh.world()
+    own = [act(i) for i in range(rank, count, world)]
     target.meet()
-    parts = axis.every(own)
-    return [parts[i % axis.size][i // axis.size] for i in range(count)]
+    parts = mesh.from_all(own)
+    return [parts[i % world][i // world] for i in range(count)]

@@ -277,8 +277,34 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
-def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftStep:
-    return method_of(draft).build_step(config, draft, target.head, target.device)
+def check_layout(config: Config, draft: nn.Module) -> None:
+    """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
+    settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
+    asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
+    method = method_of(draft)
+    if not asked:
+        return
+    if method.check_cut is None:
+        raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
+    if config.engine == "reference":
+        raise ValueError(f"{asked}: engine=reference runs in one process; set engine=fused")
+    if config.features.mode == "cache":
+        raise ValueError(
+            f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
+            "first (fastdraft features capture) and set features.mode=read"
+        )
+    if config.features.on_bad_shard == "skip":
+        raise ValueError(
+            f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
+            "can, and those that share a step need the same ones; set features.on_bad_shard=error"
+        )
+    method.check_cut(draft.config, config.dist.tensor)
+
+
+def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
+    """With `shared`, the step that the processes of the tensor and sequence axes do together."""
+    groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
+    return method_of(draft).build_step(config, draft, target.head, target.device, *groups)
 
 
 def step_kind(config: Config) -> Literal["fused", "reference"]:
@@ -397,7 +423,7 @@ def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set
 
     def reduce(sums: Tensor) -> Tensor:
         target.meet()
-        return mesh.all_sum(sums)
+        return mesh.axis("replicas").sum_(sums)
 
     return evaluate_tau(
         lambda batch: step.rows(batch, target.capture(batch.to(target.device))),

@@ -26,16 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, tau_sim
+from fastdraft.batch import Batch, Features, PackShare, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
+from fastdraft.dist.shard import SharedAdamW
+from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of
-from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
+    check_layout,
     check_precision,
     compute_dtype,
     fit_to_target,
@@ -74,7 +76,8 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 
 def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
-    rank, world = mesh.rank(), mesh.world()
+    rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
+    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
     run_dir = Path(config.run_dir)
     # every rank computes in what rank 0 chose, though their CPUs may differ
     config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
@@ -83,19 +86,30 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
+    check_layout(config, draft)
     data = load_data(config, draft.config.vocab_size)
     train_set, eval_set = data.train, data.eval
     method = method_of(draft)
     pairs = method.pair_cost(draft.config, target_parameters(config), config)
     loader = Loader(
-        data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
+        data.stream or train_set,
+        config.data.pack_tokens,
+        config.optim.packs_per_step,
+        config.data.seed,
+        data_axis.rank,
+        data_axis.size,
+        pairs,
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
     messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
+    parts = None
+    if tensor.size > 1:
+        parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
+        method.cut(draft, tensor.rank, tensor.size)
     draft.to(device)
-    optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
+    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas, parts)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
@@ -105,7 +119,13 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     messages += about_resume
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    trainer = make_step(config, draft, source.ends)
+    trainer = make_step(config, draft, source.ends, shared=tensor.size * sequence.size > 1)
+
+    def capture(batch: Batch) -> tuple[Batch, Features]:
+        """The batch and what this process needs of its features: all, where it shares its packs with no other."""
+        batch, features = source.capture(batch)
+        share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=method.num_steps(config))
+        return batch, features if share.size == 1 else own_features(features, share)
 
     def save(step: int) -> None:
         source.flush()
@@ -117,13 +137,13 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
 
     def add_up(sums: Tensor) -> Tensor:
         source.meet()  # a process may have fewer packs than those that hold the target with it
-        return mesh.all_sum(sums)
+        return replicas.sum_(sums)
 
     def held_out() -> dict[str, float]:
-        batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
+        batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
         report = evaluate_tau(
-            lambda batch: trainer.rows(*source.capture(batch)),
-            itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
+            lambda batch: trainer.rows(*capture(batch)),
+            itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
             method.num_steps(config),
             reduce=add_up,
         )
@@ -139,6 +159,15 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         if metrics:  # last: the line says that nothing of this evaluation is left to do
             metrics.log(step, values)
         return saved
+
+    def finish_step() -> None:
+        """Ends the optimizer's step that is under way, if one is; then its sums are those of all processes."""
+        if optimizer.under_way:
+            source.meet()
+        sums = optimizer.finish()
+        if sums is not None:
+            window["sums"] += sums
+            window["skipped_steps"] += sums[3, 0] == 0
 
     def hold_out_after(step: int) -> bool:
         return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
@@ -167,15 +196,13 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
-                batch, features = source.capture(batch)
+                # The target needs no weight of the draft: its first forward hides what the processes still send each other.
+                batch, features = capture(batch)
+                finish_step()
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
             source.meet()
-            mesh.all_sum(optimizer.grad)
-            mesh.all_sum(step_sums)
-            norm = optimizer.step(step_sums[3, 0])
-            window["sums"] += step_sums
-            window["skipped_steps"] += step_sums[3, 0] == 0
+            norm = optimizer.start(step_sums)
             recent.append(Recent(step, batches, norm, step_sums))
 
             is_last = step == total_steps
@@ -184,6 +211,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             keep = step % config.checkpoint.every == 0 or is_last
             stopping = stop.agreed()
             if look or hold_out or keep or stopping:
+                finish_step()
                 refuse_nan(recent, run_dir, rank)
             if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -192,7 +220,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
-                    values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    values["tokens_per_s"] = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches) / seconds
                     values["data_wait"] = (ahead.waited + source.waited) / seconds
                     metrics.log(step, values)
                 ahead.waited = source.waited = 0.0
@@ -219,10 +247,10 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
 # --- going on from a checkpoint -------------------------------------------------------------------------------------------
 
 
-def run_tensors(optimizer: FlatAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_tensors(optimizer: SharedAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds besides its JSON. All but the optimizer's step count and the RNG states are the live ones."""
     shown = {f"window.{name}": numbers for name, numbers in window.items()}
-    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.master.device)
+    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.grad.device)
 
 
 def resume(
@@ -230,7 +258,7 @@ def resume(
     fresh: bool,
     fingerprint: str,
     draft: nn.Module,
-    optimizer: FlatAdamW,
+    optimizer: SharedAdamW,
     loader: Loader,
     window: dict[str, Tensor],
 ) -> tuple[int, list[str]]:  # steps done, what to tell the user
@@ -248,13 +276,17 @@ def resume(
     live = run_tensors(optimizer, draft, window)
     damaged: list[Path] = []
     for path in reversed(found):
-        tensors = {name: tensor.clone() for name, tensor in live.items()}
+        tensors, failure = {name: tensor.clone() for name, tensor in live.items()}, None
         try:
             saved = checkpoint.read_state(path)
-            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.master.device)
-            whole = checkpoint.load_tensors(saved, tensors, may_lack="rng.cuda")
+            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.grad.device)
+            whole = checkpoint.load_tensors(saved, tensors, "rng.cuda", share=(mesh.rank(), mesh.world()))
         except checkpoint.Unreadable as error:
-            told.append(f"{error}; left aside")
+            failure = str(error)
+        # What one process cannot read, none goes on from.
+        failure = next(filter(None, mesh.from_all(failure)), None)
+        if failure is not None:
+            told.append(f"{failure}; left aside")
             damaged.append(path)
             continue
         loader.load_state_dict(saved.state["loader"])

@@ -37,6 +37,7 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 # Uses of torch.distributed and of the launcher's variables outside dist/mesh.py that join, ask and divide no processes.
 OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.checkpoint"),  # the format of checkpoints
+    ("checkpoint.py", "torch.distributed.tensor.DTensor"),  # a tensor of which each process holds a slice
     ("cli.py", "torch.distributed.DistNetworkError"),  # an error that becomes a sentence
     ("target/sharded.py", "torch.distributed.fsdp.fully_shard"),  # the storage of a target's layers
     ("data/stream.py", "LOCAL_WORLD_SIZE"),  # shares the cores of a machine

@@ -11,13 +11,16 @@ its own; along the sequence axis they share the tokens of a pack; along the tens
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 T = TypeVar("T")
 AxisName = Literal["data", "sequence", "tensor", "replicas"]
@@ -64,13 +67,35 @@ class Axis:
         dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
         return int(of_all)
 
-    def every(self, thing: T) -> list[T]:
-        """What each process has, in the order of their ranks: anything that can be pickled."""
-        if self.group is None:
-            return [thing]
-        things = [thing] * self.size
-        dist.all_gather_object(things, thing, group=self.group)
-        return things
+    def start_sum(self, x: Tensor) -> dist.Work:
+        """Begins `sum_` of several processes; `wait` of what is returned makes it true."""
+        return dist.all_reduce(x, group=self.group, async_op=True)
+
+    def start_sum_scatter(
+        self,
+        x: Tensor,  # [size * n]
+        part: Tensor,  # [n]
+    ) -> dist.Work:
+        """Begins `sum_scatter` of several processes into `part`; `wait` of what is returned makes it true."""
+        return dist.reduce_scatter_tensor(part, x, group=self.group, async_op=True)
+
+    def gather_into(
+        self,
+        whole: Tensor,  # [size * n], written
+        x: Tensor,  # [n]
+    ) -> None:
+        """`gather` of several processes into memory that is there already."""
+        dist.all_gather_into_tensor(whole, x, group=self.group)
+
+    def slice_of(
+        self,
+        x: Tensor,  # [ceil(P / size)] of which those past P are no elements
+        count: int,  # P
+    ) -> DTensor:  # [P]
+        """This process's slice as a part of the whole that lies slice by slice on all of them, as a checkpoint knows it."""
+        kept = min(max(count - self.rank * len(x), 0), len(x))
+        everyone = self.device_mesh(x.device)
+        return DTensor.from_local(x[:kept], everyone, [Shard(0)], run_check=False, shape=(count,), stride=(1,))
 
     def device_mesh(self, device: torch.device) -> DeviceMesh:
         """The same processes as PyTorch's own parallel modules want them named."""
@@ -187,6 +212,11 @@ def speaker() -> str:
     return f"fastdraft, rank {rank()}" if "RANK" in os.environ else "fastdraft"
 
 
+def host() -> str:
+    """This machine's name, as messages give it."""
+    return platform.node() or "an unnamed host"
+
+
 def is_rank_0() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -197,13 +227,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_sum(x: Tensor) -> Tensor:
-    """Adds up all ranks' tensors, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
 def largest(number: int) -> int:
     """The largest of all ranks' numbers. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():
@@ -211,6 +234,15 @@ def largest(number: int) -> int:
     of_all = torch.tensor(number)
     dist.all_reduce(of_all, dist.ReduceOp.MAX)
     return int(of_all)
+
+
+def from_all(thing: T) -> list[T]:  # by rank
+    """What each process has: anything that can be pickled. Their hosts meet here, no GPU is waited for."""
+    if not dist.is_initialized():
+        return [thing]
+    things: list[T] = [thing] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 
 def from_rank_0(thing: T) -> T:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, to_device
+from fastdraft.batch import Batch, PackShare, to_device
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Chunk:
 
     sizes: tuple[int, ...]  # M_i
     context: tuple[int, int] | None  # tokens [doc_start, first) before the chunk that all rows see; None: no such tokens
-    chain_pos: Tensor  # [M] token row t of each chain
+    chain_pos: Tensor  # [M] row of each chain among the rows of h^0: its token row t, where this process has all of them
     row_pos: Tensor  # [R] the same for each stacked row; -1 is padding
     row_start: Tensor  # [R] first token row of its document
     row_position: Tensor  # [R] RoPE position, the step's shift included
@@ -41,7 +41,7 @@ class Chunk:
     head_row: Tensor  # [K] stacked rows whose logits are trained on, ascending
     head_step: Tensor  # [K]
     head_out: Tensor  # [K] i * N + t
-    teacher_pos: Tensor  # [m'] token rows whose target distribution is needed, ascending
+    teacher_pos: Tensor  # [m'] rows of f whose target distribution is needed, ascending; token rows like those of h^0
     teacher_row: Tensor  # [K] index into teacher_pos
 
     @property
@@ -63,19 +63,17 @@ def plan_chunks(
     batch: Batch,  # on the host
     ttt_length: int,
     chunk_rows: int,
+    share: PackShare | None = None,  # the rows whose chains are planned, its halo as long as a chain; None: all
 ) -> Iterator[Chunk]:
-    """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on."""
+    """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on.
+
+    With a share no chunk has chains of both slices: all of a chunk's chains then see the keys before its first one.
+    """
     n = batch.num_tokens
-    ids, mask, start, end = (x.numpy() for x in (batch.input_ids, batch.loss_mask, batch.doc_start, batch.doc_end))
-    wanted = np.zeros((ttt_length, n), dtype=bool)  # (i, t) is trained on, as far as the mask says
-    depth = np.zeros(n, dtype=np.int64)  # steps the chain must run
-    for i in range(min(ttt_length, n - 2)):
-        rows = slice(0, n - 2 - i)
-        wanted[i, rows] = mask[2 + i :] & (np.arange(2 + i, n) < end[rows])
-        depth[wanted[i]] = i + 1
+    ids, start = batch.input_ids.numpy(), batch.doc_start.numpy()
+    wanted, depth = _wanted(batch, ttt_length)
     chains = depth.nonzero()[0]
-    for k in range(0, len(chains), chunk_rows):
-        pos = chains[k : k + chunk_rows]
+    for pos, h_shift, f_shift in _pieces(chains, chunk_rows, share):
         first, begin = int(pos[0]), int(start[pos[0]])
         context = (begin, first) if begin < first and begin == start[pos[-1]] else None
         pos = pos[np.argsort(-depth[pos], kind="stable")]
@@ -88,10 +86,45 @@ def plan_chunks(
         head_pos, head_step = row_pos[head_row], row_step[head_row]
         teacher_pos, teacher_row = _distinct(head_pos + 1 + head_step)
         planned = (
-            *(pos, row_pos, row_start, row_pos - row_start + row_step, ids[tokens], token_row),
-            *(head_row, head_step, head_step * n + head_pos, teacher_pos, teacher_row),
+            *(pos + h_shift, row_pos, row_start, row_pos - row_start + row_step, ids[tokens], token_row),
+            *(head_row, head_step, head_step * n + head_pos, teacher_pos + f_shift, teacher_row),
         )
         yield Chunk(sizes, context, *map(torch.from_numpy, planned))
+
+
+def has_chains(batch: Batch, ttt_length: int) -> bool:
+    """Whether `plan_chunks` of the whole batch gives anything."""
+    return bool(_wanted(batch, ttt_length)[1].any())
+
+
+def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether (i, t) is trained on, as far as the mask says [T, N] bool, and how many steps each chain must run [N]."""
+    n = batch.num_tokens
+    mask, end = batch.loss_mask.numpy(), batch.doc_end.numpy()
+    wanted = np.zeros((ttt_length, n), dtype=bool)
+    depth = np.zeros(n, dtype=np.int64)
+    for i in range(min(ttt_length, n - 2)):
+        rows = slice(0, n - 2 - i)
+        wanted[i, rows] = mask[2 + i :] & (np.arange(2 + i, n) < end[rows])
+        depth[wanted[i]] = i + 1
+    return wanted, depth
+
+
+def _pieces(
+    chains: np.ndarray,  # token rows, ascending
+    chunk_rows: int,
+    share: PackShare | None,
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """The chains of each chunk, and what is added to a token row for its row of h^0 and for its row of f."""
+    slices = [(chains, 0, 0)]
+    if share is not None:
+        (a, b), (c, d) = share.slices
+        low, high = (chains[(chains >= first) & (chains < end)] for first, end in share.slices)
+        before = len(share.rows_and_halo) - (min(d + share.halo, share.num_tokens) - c)  # rows of f before the high slice
+        slices = [(low, -a, -a), (high, b - a - c, before - c)]
+    for mine, h_shift, f_shift in slices:
+        for k in range(0, len(mine), chunk_rows):
+            yield mine[k : k + chunk_rows], h_shift, f_shift
 
 
 def pad_batch(batch: Batch, num_tokens: int) -> Batch:

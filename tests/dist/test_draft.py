@@ -1,0 +1,134 @@
+"""A draft whose weights, and packs whose tokens, are shared by processes: the same losses and gradients as alone, in float64.
+
+Everything runs over gloo on the CPU. The processes are forked with the law at hand, which the reference step has computed.
+
+# N packed tokens, T TTT steps, V target vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import pytest
+import torch
+from small_runs import by_ranks
+from tiny import draft_shape
+
+from fastdraft.batch import Batch, Features, PackShare, TargetHead
+from fastdraft.dist import mesh
+from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine
+from fastdraft.model.eagle3.ref import ttt_ref_step
+from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
+
+V, HT, T = 32, 12, 4
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "vocab_size": V,
+    "draft_vocab_size": 20,
+}
+# The documents of each pack. One is longer than all others together, some have a single token, and one pack trains nothing.
+PACKS = ((23, 1, 9, 2, 17, 3, 12), (5, 40, 6), (3, 3, 3, 3), (1, 2), (30,), (2, 1, 1, 9), (11,), (4, 4))
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (8, 1))  # sequence, tensor; of 8 processes
+FOR_ALL = ((1, 4), (4, 1), (2, 2))  # the others see the first case alone: processes that wait for each other are slow
+CASES = {  # changes of the shape, loss, chains at a time
+    "kl": ({}, ("kl",), 20),
+    "fc_norm, lk_alpha, other layers": ({"fc_norm": True, "layers": (0, 2, 5)}, ("lk_alpha",), 4096),
+    "lk_lambda, 4 tokens beside the draft's": ({"draft_vocab_size": 28}, ("lk_lambda", 0.9, 2.0), 13),
+    "the whole vocabulary": ({"draft_vocab_size": V}, ("kl",), 4096),
+}
+
+
+def make_draft(changes: dict) -> Draft:
+    draft = Draft(draft_shape(**SHAPE | changes)).double()
+    generator = torch.Generator().manual_seed(1)
+    for p in draft.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + (p.ndim == 1)
+    draft.set_vocab(torch.randperm(V, generator=generator)[: draft.config.draft_vocab_size].sort().values)
+    return draft
+
+
+def make_packs() -> list[tuple[Batch, Features]]:
+    """Masks with dead rows before, between and behind the trained ones."""
+    generator = torch.Generator().manual_seed(2)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    packs = []
+    for k, lengths in enumerate(PACKS):
+        n = sum(lengths)
+        mask = (torch.rand(n, generator=generator) < (0.3, 0.9)[k % 2]).repeat_interleave(3)[:n]
+        packs.append(
+            (Batch(torch.randint(V, (n,), generator=generator), mask, lengths), Features(normal(n, 3 * HT), normal(n, HT)))
+        )
+    return packs
+
+
+def make_head() -> TargetHead:
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((V, HT), (V,)))
+    return TargetHead(weight, bias, scale=0.7, softcap=5.0)
+
+
+def decay() -> torch.Tensor:
+    return 0.8 ** torch.arange(T, dtype=torch.float64)
+
+
+def assert_close(got: torch.Tensor, law: torch.Tensor, what: object) -> None:
+    assert float((got - law).abs().max()) <= 1e-10 * max(float(law.abs().max()), 1e-3), what
+
+
+def test_every_layout_of_eight_processes_gives_the_same_losses_and_gradients():
+    law = {}
+    for name, (changes, loss, _) in CASES.items():
+        draft = make_draft(changes)
+        steps = [ttt_ref_step(draft, *pack, make_head(), decay(), *loss) for pack in make_packs()]
+        rows = [rows for rows, _ in steps]
+        assert any(r.live.any(1).all() for r in rows) and not rows[3].live.any()
+        law[name] = rows, {key: sum(grads[key] for _, grads in steps) for key in steps[0][1]}
+    assert by_ranks(8, _every_layout, law) == [0] * 8
+
+
+def _every_layout(law) -> None:
+    mesh.start_process("cpu")
+    for sequence, tensor in LAYOUTS:
+        mesh.lay_out(sequence, tensor)
+        for name in CASES if (sequence, tensor) in FOR_ALL else list(CASES)[:1]:
+            _one_layout(*CASES[name], *law[name], (name, sequence, tensor))
+
+
+def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what) -> None:
+    tensor, sequence, data = (mesh.axis(name) for name in ("tensor", "sequence", "data"))
+    draft = make_draft(changes)
+    shapes = {name: p.shape for name, p in draft.trainable().items()}
+    cut_draft(draft, tensor.rank, tensor.size)
+    engine = TTTEngine(draft, make_head(), decay(), *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence)
+    grads = flat_gradients(draft.trainable())
+    for k, (batch, features) in enumerate(make_packs()):
+        if k % data.size != data.rank:
+            continue
+        if sequence.size > 1:
+            share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=T)
+            features = Features(features.g[share.rows], features.f[share.rows_and_halo])
+        rows = engine.step(batch, features, grads)
+        if k == 0:
+            assert all(map(torch.equal, astuple(rows), astuple(engine.rows(batch, features)))), what
+        for ours, theirs in zip(astuple(rows), astuple(rows_law[k]), strict=True):
+            assert_close(sequence.sum_(ours.double()), theirs.double(), what)
+    for name, grad in grads.items():
+        theirs = grads_law[name][part(name, shapes[name], tensor.rank, tensor.size)]
+        assert_close(mesh.axis("replicas").sum_(grad), theirs, (*what, name))
+
+
+def test_a_layout_that_does_not_divide_the_draft_names_the_setting():
+    with pytest.raises(
+        ValueError, match="dist.tensor=3 does not divide the draft's num_attention_heads 8, num_key_value_h"
+    ):
+        check_cut(draft_shape(**SHAPE), 3)
+    with pytest.raises(
+        ValueError, match="num_key_value_heads 4, draft_vocab_size 20; set dist.tensor to 1 or 2 or 4, or change"
+    ):
+        check_cut(draft_shape(**SHAPE), 8)
