@@ -144,9 +144,11 @@ def open_target(
     layers: tuple[int, ...],
     device: torch.device,
     holders: mesh.Axis | None = None,  # `choose_holders`; None: it is whole here
+    sequence: mesh.Axis | None = None,  # who share a pack's tokens; None: each process has packs of its own
 ) -> Target:
-    dtype = target_dtype(config, device)
-    return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code, holders=holders)
+    dtype, path = target_dtype(config, device), config.target.path
+    more = {"holders": holders, "sequence": sequence}
+    return load_target(path, dtype, device, layers, config.target.trust_remote_code, **more)
 
 
 def choose_holders(config: Config, device: torch.device) -> tuple[mesh.Axis | None, list[str]]:
@@ -203,7 +205,8 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     """
     if config.features.path is None:
         holders, told = choose_holders(config, device)
-        source = InProcess(open_target(config, layers, device, holders))
+        target = open_target(config, layers, device, holders, mesh.axis("sequence"))
+        source = InProcess(target, halo=named_method(config.draft.method).num_steps(config))
         source.notes = told + source.notes
         return source
     folder = Path(config.features.path)

@@ -125,7 +125,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         """The batch and what this process needs of its features: all, where it shares its packs with no other."""
         batch, features = source.capture(batch)
         share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=method.num_steps(config))
-        return batch, features if share.size == 1 else own_features(features, share)
+        return batch, features if share.size == 1 or source.gives_share else own_features(features, share)
 
     def save(step: int) -> None:
         source.flush()

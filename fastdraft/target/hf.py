@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,7 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.batch import Batch, Features, PackShare, TargetHead
 from fastdraft.dist.fleet import TargetSizes
 from fastdraft.dist.mesh import Axis
 from fastdraft.model.graph import GraphPool
@@ -45,7 +47,7 @@ from fastdraft.model.target_config import (
     refuse_strange_dtype,
     silent_layers,
 )
-from fastdraft.target.packed import Documents, Recorded, packed, unpackable
+from fastdraft.target.packed import Documents, Recorded, in_pack_order, own_slices, packed, unpackable
 from fastdraft.target.sharded import Lockstep, load_sharded, local
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
@@ -69,8 +71,10 @@ class Target:
         model: PreTrainedModel,
         layers: tuple[int, ...] | None = None,
         holders: Axis | None = None,  # the processes that hold it together, of `load_sharded`; None: it is whole here
+        sequence: Axis | None = None,  # the processes that share a pack's tokens; None: each has packs of its own
     ):
         self.model = model.eval().requires_grad_(False)
+        self.sequence = sequence or Axis()
         self.holders = holders or Axis()
         self.lockstep: Lockstep | None = None  # while this object is made, all processes run the same
         self.config = model.config.get_text_config()
@@ -99,9 +103,11 @@ class Target:
         self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
         self.apart = unpackable(self.decoder.config) or self._try_packing()
         self.pool = GraphPool()
+        if self.sequence.size > 1:
+            self._refuse_unshared()
         if self.holders.size > 1:  # a CUDA graph records no collective
             self.lockstep = Lockstep(self.holders, self._idle)
-        elif self.apart is None and self.device.type == "cuda" and self._try_recording():
+        elif self.sequence.size == 1 and self.apart is None and self.device.type == "cuda" and self._try_recording():
             self.recorded = {}
 
     @property
@@ -161,6 +167,39 @@ class Target:
             return self._capture_apart(batch)
         runs = [self.forward_packed(ids, lengths) for ids, lengths in self.packed_runs(batch)]
         return Features(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*runs, strict=True)))
+
+    def capture_share(
+        self,
+        batch: Batch,  # the same on all processes that share its tokens
+        halo: int,  # rows of f behind each slice
+    ) -> Features:  # g of the rows that this process owns, f of these and its halos: `PackShare`
+        """Each process runs every layer on its own rows of the pack, and all of them call this together.
+
+        Raises ValueError where they were given different packs.
+        """
+        axis, n = self.sequence, batch.num_tokens
+        share = PackShare(n, axis.rank, axis.size, halo)
+        fingerprint = zlib.crc32(batch.input_ids.cpu().numpy().tobytes() + repr(batch.lengths).encode())
+        if axis.largest(fingerprint) != -axis.largest(-fingerprint):
+            raise ValueError(
+                "processes that share a pack's tokens (dist.sequence) were given different packs; each group of them must "
+                "read the same data, in the same order"
+            )
+        # Rows past the pack's end, which make all slices equally long, are a document of their own that nobody sees.
+        c = share.slice_rows
+        ids = F.pad(batch.input_ids.to(self.device), (0, 2 * axis.size * c - n))
+        lengths = batch.lengths + ((len(ids) - n,) if len(ids) > n else ())
+        own_ids = own_slices(ids, axis.rank, axis.size)
+        g, f = self._run_packed(own_ids, Documents.shared(lengths, axis, self.device))
+
+        # A halo is the first rows of slices that others own, so all exchange as many of each slice. What is asked for is
+        # then taken out of the own rows, slice by slice, and those behind them.
+        h = min(halo, c)
+        heads = in_pack_order(axis.gather(torch.cat([f[:h], f[c : c + h]])), axis.size)
+        places = {axis.rank: 0, 2 * axis.size - 1 - axis.rank: c}
+        start = torch.tensor([places.get(s, 2 * c + s * h) - s * c for s in range(2 * axis.size)])
+        own, more = ((rows + start[rows // c]).to(self.device) for rows in (share.rows, share.rows_and_halo))
+        return Features(g[own], torch.cat([f, heads])[more])
 
     def packed_runs(self, batch: Batch) -> Iterator[tuple[Tensor, tuple[int, ...]]]:  # token ids [n], documents' lengths
         """Documents that run together: up to RUN_TOKENS, or one that is longer."""
@@ -224,6 +263,28 @@ class Target:
             if not off <= most:
                 return f"packed documents give states that are off by {off:.1%}"
         return None
+
+    def _refuse_unshared(self) -> None:
+        """ValueError where rows that are computed by several processes would not be what one computes: where attention is
+        not known, or tokens meet elsewhere (convolutions, recurrences), which a trial shows."""
+        name, why = type(self.model).__name__, self.apart
+        if why is None:
+            lengths = (9, 4, 14)
+            ids = torch.arange(sum(lengths)) * 7 % self.vocab_size
+            share = PackShare(len(ids), self.sequence.rank, self.sequence.size)
+            whole = self.forward_packed(ids.to(self.device), lengths)[1][share.rows.to(self.device)].float()
+            ours = self.capture_share(Batch(ids, torch.ones(len(ids), dtype=torch.bool), lengths), 0).f.float()
+            off = (ours - whole).norm(dim=-1) / whole.norm(dim=-1)
+            # In bf16 another kernel's rounding may lead a few rows to other experts.
+            found = float(off.max() if self.dtype.itemsize > 2 else off.median()) if len(off) else 0.0
+            found = self.sequence.largest(int(1e6 * found) if found < 1e3 else 10**9) / 1e6  # NaN is not below
+            if found > (1e-3 if self.dtype.itemsize > 2 else 0.1):
+                why = f"its states are off by {found:.1%} then"
+        if why is not None:
+            raise ValueError(
+                f"dist.sequence={self.sequence.size}: processes cannot share a pack's tokens with the target {name}, "
+                f"because {why}; set dist.sequence=1, and dist.target=sharded if the target does not fit on one GPU"
+            )
 
     def _try_recording(self) -> bool:
         """Whether a forward can be a CUDA graph. One that reads values on the host, as routing to experts may, cannot."""
@@ -351,12 +412,14 @@ def load_target(
     trust_remote_code: bool = False,
     run_in: torch.dtype | None = None,
     holders: Axis | None = None,
+    sequence: Axis | None = None,
 ) -> Target:
     """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM.
 
     `run_in` computes with the weights rounded to `dtype` in another: in torch.float32 they are the same numbers, so the
     target has the same fingerprint. Quantized weights stay as they are. With `holders` each of these processes keeps its
-    part of every layer (`target/sharded.py`); all of them call this.
+    part of every layer (`target/sharded.py`); all of them call this. Those on `sequence` share a pack's tokens
+    (`Target.capture_share`).
     """
     if holders is not None and holders.size == 1:
         holders = None
@@ -379,7 +442,7 @@ def load_target(
         raise ValueError(f"target {path!r} lacks the weights {', '.join(missing[:3])}{more}; download it again")
     if run_in is not None and not getattr(model, "is_quantized", False):
         model = model.to(run_in)
-    return Target(model, layers, holders)
+    return Target(model, layers, holders, sequence)
 
 
 @contextmanager

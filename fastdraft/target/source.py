@@ -17,6 +17,7 @@ class Source(Protocol):
 
     ends: Ends
     notes: list[str]  # what to tell the user before the first step
+    gives_share: bool  # whether `capture` gives what this process owns (`Target.capture_share`), not the whole pack's
     waited: float  # seconds that `capture` kept its caller for what had been announced; the caller sets it back
 
     def expect(self, batches: list[Batch]) -> None:
@@ -42,8 +43,13 @@ class Source(Protocol):
 class InProcess:
     """A target that runs here, whenever it is asked."""
 
-    def __init__(self, target: Target):
-        self.target = target
+    def __init__(
+        self,
+        target: Target,
+        halo: int = 0,  # rows behind those that this process owns, where processes share a pack's tokens
+    ):
+        self.target, self.halo = target, halo
+        self.gives_share = target.sequence.size > 1
         self.ends = ends_of(target)
         self.notes = runs_apart(target)
         self.waited = 0.0
@@ -52,6 +58,8 @@ class InProcess:
         pass
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
+        if self.gives_share:
+            return batch, self.target.capture_share(batch, self.halo)
         return batch, self.target.capture(batch.to(self.target.device))
 
     def meet(self) -> None:

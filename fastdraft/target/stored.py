@@ -89,6 +89,7 @@ class StoreReader:
         self.store, self.device, self.on_bad_shard = store, device, on_bad_shard
         self.dtype = dtype or DTYPES[store.meta.target_dtype]
         self.notes: list[str] = []
+        self.gives_share = False
         self.waited = 0.0  # seconds that `take` kept its caller
         self.skipped = 0  # documents left out, each as often as it was to be trained on
         self.run_again = 0  # documents that a cache has and cannot read, likewise
