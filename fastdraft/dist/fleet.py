@@ -47,6 +47,7 @@ class TargetSizes:
     kv_width: int  # keys and values of a token in one layer, 2 Hkv D
     attention_width: int  # Hq D
     mlp_width: int  # of all that one token goes through
+    apart: str | None = None  # why processes cannot share a pack's tokens, as far as config.json tells
 
     @property
     def total(self) -> int:
@@ -66,9 +67,13 @@ class Layout:
     def data(self) -> int:
         return self.world // (self.sequence * self.tensor)
 
+    @property
+    def kept(self) -> str:
+        """What a process keeps of the target's layers."""
+        return "whole" if self.holders == 1 else f"1/{self.holders}"
+
     def __str__(self) -> str:
-        target = "whole" if self.holders == 1 else f"1/{self.holders}"
-        return f"data {self.data}, sequence {self.sequence}, tensor {self.tensor}, target {target}"
+        return f"data {self.data}, sequence {self.sequence}, tensor {self.tensor}, target {self.kept}"
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,10 @@ def fleet_plan(
 ) -> FleetPlan:
     """What a layout needs. ValueError naming the setting where it does not divide what it is to divide."""
     refuse_uneven(layout, draft, packs_per_step)
+    if layout.sequence > 1 and target.apart is not None:
+        raise ValueError(
+            f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because {target.apart}"
+        )
     s, t, h = layout.sequence, layout.tensor, layout.holders
     count = draft.num_parameters()
     trainable = count["trainable"] / t
@@ -280,12 +289,9 @@ def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware,
         console.print(f"no layout of {world} GPUs fits; use more of them, or a smaller data.pack_tokens", soft_wrap=True)
         return
     table = Table(title=f"Layouts that fit, the fastest {min(len(fitting), 8)} of {len(fitting)}", title_justify="left")
-    for name in ("dist.sequence", "dist.tensor", "dist.target", "GiB", "tokens/s a GPU", "waits for links"):
-        table.add_column(name, justify="right")
+    for name in ("sequence", "tensor", "target", "GiB", "tokens/s a GPU", "waits for links"):
+        table.add_column(name, justify="right", no_wrap=True)
     for p in fitting[:8]:
-        kept = "replicated" if p.layout.holders == 1 else f"sharded, 1/{p.layout.holders}"
-        speed, waits = f"{p.tokens_per_s:,.0f}", f"{p.exposed_share:.1%}"
-        table.add_row(
-            str(p.layout.sequence), str(p.layout.tensor), kept, f"{p.memory_bytes / GIB:.1f}", speed, waits
-        )
+        axes = (str(p.layout.sequence), str(p.layout.tensor), p.layout.kept)
+        table.add_row(*axes, f"{p.memory_bytes / GIB:.1f}", f"{p.tokens_per_s:,.0f}", f"{p.exposed_share:.1%}")
     console.print(table)

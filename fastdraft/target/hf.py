@@ -499,6 +499,7 @@ def target_sizes(config: dict) -> TargetSizes:
         kv_width=2 * (facts.get("num_key_value_heads") or heads) * head_dim,
         attention_width=heads * head_dim,
         mlp_width=mlp * (chosen if experts > 1 else 1),
+        apart=unpackable(model.config.get_text_config()),
     )
 
 
