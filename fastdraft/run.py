@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -280,17 +280,17 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
-def check_layout(config: Config, draft: nn.Module) -> None:
+def check_layout(config: Config, shape: BaseModel) -> None:
     """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
     settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
     asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
-    method = method_of(draft)
     if not asked:
         return
+    method = method_of(shape)
     if method.check_cut is None:
         raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
-    if config.engine == "reference":
-        raise ValueError(f"{asked}: engine=reference runs in one process; set engine=fused")
+    if config.step == "reference":
+        raise ValueError(f"{asked}: step=reference runs in one process; set step=fused")
     if config.features.mode == "cache":
         raise ValueError(
             f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
@@ -301,18 +301,13 @@ def check_layout(config: Config, draft: nn.Module) -> None:
             f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
             "can, and those that share a step need the same ones; set features.on_bad_shard=error"
         )
-    method.check_cut(draft.config, config.dist.tensor)
+    method.check_cut(shape, config.dist.tensor)
 
 
 def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
     """With `shared`, the step that the processes of the tensor and sequence axes do together."""
     groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
     return method_of(draft).build_step(config, draft, target.head, target.device, *groups)
-
-
-def step_kind(config: Config) -> Literal["fused", "reference"]:
-    """The implementation of the step that a config asks for."""
-    return "fused" if config.engine == "auto" else config.engine
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
@@ -494,7 +489,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
-        engine=step_kind(config),
+        step=config.step,
         chunk_rows=config.chunk_rows,
         device=device.type,
         stored=reads_store(config),
@@ -566,10 +561,11 @@ def print_plan(config: Config, console: Console) -> None:
     config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
+    check_layout(config, draft_shape(config))
     predicted = predict(config, device)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     for line in told:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"# predicted for one {device.type} device and the {step_kind(config)} engine")
+    console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)

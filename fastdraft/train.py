@@ -35,7 +35,7 @@ from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
-from fastdraft.model.methods import method_of
+from fastdraft.model.methods import method_of, named_method
 from fastdraft.run import (
     check_layout,
     check_precision,
@@ -70,23 +70,22 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
     device = mesh.start_process(config.device)
     mesh.lay_out(config.dist.sequence, config.dist.tensor)
-    check_precision(config, device)
-    with checkpoint.alone_in(Path(config.run_dir)):
-        return _train(config, fresh, device)
-
-
-def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
-    rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
-    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
-    run_dir = Path(config.run_dir)
     # every rank computes in what rank 0 chose, though their CPUs may differ
     config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
     check_precision(config, device)
+    with checkpoint.alone_in(Path(config.run_dir)):
+        return _train(config, fresh, device, dtype_lines)
+
+
+def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
+    rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
+    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
+    run_dir = Path(config.run_dir)
     dtype = compute_dtype(config, device)
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
-    check_layout(config, draft)
+    check_layout(config, draft.config)
     data = load_data(config, draft.config.vocab_size)
     train_set, eval_set = data.train, data.eval
     method = method_of(draft)
@@ -102,7 +101,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
-    messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
+    messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
     parts = None
     if tensor.size > 1:
@@ -318,7 +317,9 @@ def refuse_other_run(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    then = dotted(saved_config(saved).model_dump(mode="json")) | dotted({"draft's shape": saved.state["draft"]})
+    settings = saved_config(saved)
+    draft = named_method(settings.draft.method).shape.model_validate(saved.state["draft"])  # what is new has its default
+    then = dotted(settings.model_dump(mode="json")) | dotted({"draft's shape": draft.model_dump(mode="json")})
     then |= saved_dtypes(saved.state["config"], device)
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [

@@ -106,10 +106,10 @@ def test_accumulation_does_not_change_the_result(make_config, tmp_path):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=2e-4)
 
 
-def test_both_engines_train_alike(make_config, tmp_path):
+def test_both_steps_train_alike(make_config, tmp_path):
     found = []
-    for engine in ("reference", "fused"):
-        config = make_config(engine=engine, run_dir=str(tmp_path / engine))
+    for step in ("reference", "fused"):
+        config = make_config(step=step, run_dir=str(tmp_path / step))
         train(config)
         found.append(losses(config.run_dir))
     for ours, theirs in zip(*found, strict=True):
@@ -356,19 +356,37 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
     assert same(weights(make_config().run_dir), before)
 
 
-def test_a_checkpoint_of_an_older_version_is_read_without_its_removed_keys(make_config, monkeypatch):
+@pytest.mark.parametrize(("engine", "step"), [("auto", "fused"), ("fused", "fused"), ("reference", "reference")])
+def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engine, step, make_config, monkeypatch):
     write = checkpoint.save_checkpoint
 
     def as_before(run_dir, tensors, state, keep):
         state["config"]["features"]["memory_gib"] = 1.0
+        state["config"]["engine"] = engine
+        del state["config"]["step"]
+        write(run_dir, tensors, state, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", as_before)
+        train(make_config(step=step))
+    assert train(make_config(step=step)).steps == 6
+    config, _, _ = a_run.open_run(Path(make_config().run_dir))
+    assert config == make_config(step=step)
+
+
+def test_a_run_goes_on_whose_checkpoint_was_written_before_its_draft_could_be_of_eagle_3_1(make_config, monkeypatch):
+    write = checkpoint.save_checkpoint
+
+    def as_before(run_dir, tensors, state, keep):
+        del state["draft"]["norm_before_fc"], state["draft"]["norm_output"]
         write(run_dir, tensors, state, keep)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", as_before)
         train(make_config())
     assert train(make_config()).steps == 6
-    config, _, _ = a_run.open_run(Path(make_config().run_dir))
-    assert config == make_config()
+    with pytest.raises(ValueError, match=r"draft's shape\.norm_output: False -> True"):
+        train(make_config(**{"draft.overrides": {"draft_vocab_size": 64, "norm_output": True}}))
 
 
 def test_changed_data_under_the_same_name_is_refused(make_config, tmp_path):
@@ -511,7 +529,7 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(mak
 @pytest.mark.parametrize(("module", "name", "number"), DEATHS)
 def test_a_killed_process_ends_the_other_on_two_gpus(make_config, tmp_path, module, name, number):
     """NCCL adds up the gradients there, and the other rank's GPU may wait for ever in it: the host must not."""
-    changes = {"device": "cuda", "precision": "fp32", "engine": "reference"}  # the tiny draft is too narrow for the kernels
+    changes = {"device": "cuda", "precision": "fp32", "step": "reference"}  # the tiny draft is too narrow for the kernels
     config = make_config(**changes, **{"eval.max_packs": 1, "eval.every": 5, "checkpoint.every": 3})
     kill_one_of_two(config, tmp_path, module, name, number, start="spawn", seconds=280)
     assert by_two_ranks(train, config, start="spawn", seconds=280) == [0, 0]
@@ -696,7 +714,10 @@ def test_overfit_export_and_an_independent_forward(make_config, tmp_path):
             torch.testing.assert_close(ours[i][t], theirs[i], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, NARROW])
+EAGLE_3_1 = {"draft.overrides": {"draft_vocab_size": 64, "norm_before_fc": True, "norm_output": True}}
+
+
+@pytest.mark.parametrize("changes", [{}, NARROW, EAGLE_3_1])
 def test_a_warm_start_continues_where_the_export_was(make_config, tmp_path, changes):
     config = make_config(**changes)
     train(config)
@@ -710,6 +731,19 @@ def test_a_warm_start_continues_where_the_export_was(make_config, tmp_path, chan
     assert losses(warm.run_dir)[-1]["eval/tau_sim"] == losses(config.run_dir)[-1]["eval/tau_sim"]
     for name in ("master", "d2t", "t2d"):
         assert torch.equal(weights(warm.run_dir)[name], weights(config.run_dir)[name]), name
+
+
+def test_a_warm_start_from_a_checkpoint_of_another_trainer_says_what_its_flag_may_mean(make_config, tmp_path, capsys):
+    train(make_config(**EAGLE_3_1))
+    export_run(Path(make_config().run_dir), tmp_path / "draft", "last", overwrite=False)
+    said = []
+    for name in ("ours", "theirs"):
+        capsys.readouterr()
+        train(make_config(run_dir=str(tmp_path / name), max_steps=1, draft={"init_from": str(tmp_path / "draft")}))
+        said.append("warning: draft.init_from: norm_output is true" in capsys.readouterr().out)
+        file = tmp_path / "draft" / "config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "trained_by"}))
+    assert said == [False, True]
 
 
 def test_a_run_opens_as_it_was_trained(make_config):

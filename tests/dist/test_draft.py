@@ -16,6 +16,7 @@ from tiny import draft_shape
 
 from fastdraft.batch import Batch, Features, PackShare, TargetHead
 from fastdraft.dist import mesh
+from fastdraft.dist.tensor import Parts
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
@@ -40,7 +41,11 @@ CASES = {  # changes of the shape, loss, chains at a time
     "kl": ({}, ("kl",), 20),
     "fc_norm, lk_alpha, other layers": ({"fc_norm": True, "layers": (0, 2, 5)}, ("lk_alpha",), 4096),
     "lk_lambda, 4 tokens beside the draft's": ({"draft_vocab_size": 28}, ("lk_lambda", 0.9, 2.0), 13),
-    "the whole vocabulary": ({"draft_vocab_size": V}, ("kl",), 4096),
+    "the whole vocabulary, EAGLE-3.1": (
+        {"draft_vocab_size": V, "norm_output": True, "norm_before_fc": True},
+        ("kl",),
+        4096,
+    ),
 }
 
 
@@ -104,7 +109,11 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what) -> None:
     tensor, sequence, data = (mesh.axis(name) for name in ("tensor", "sequence", "data"))
     draft = make_draft(changes)
     shapes = {name: p.shape for name, p in draft.trainable().items()}
+    parts = Parts(shapes, part, tensor)
+    numbers = torch.arange(sum(shape.numel() for shape in shapes.values()), dtype=torch.float32)
+    assert parts.whole(parts.own(numbers)).equal(numbers), what
     cut_draft(draft, tensor.rank, tensor.size)
+    assert {name: p.shape for name, p in draft.trainable().items()} == parts.local_shapes
     engine = TTTEngine(draft, make_head(), decay(), *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence)
     grads = flat_gradients(draft.trainable())
     for k, (batch, features) in enumerate(make_packs()):

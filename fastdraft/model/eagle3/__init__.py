@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastdraft.batch import Group, TargetHead
+from fastdraft.kernels.rms_norm import MAX_HIDDEN
 from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
 from fastdraft.model.eagle3.draft import Draft
@@ -30,10 +31,17 @@ def build_step(
     tensor: Group | None = None,
     sequence: Group | None = None,
 ) -> GraphEngine | ReferenceEngine:
-    """The fused engine, or the reference where a config asks for it; that one knows of no other process."""
+    """The fused engine, or the reference where a config asks for it; that one knows of no other process. ValueError: a norm
+    is too wide for its kernel."""
+    width = 3 * draft.config.target_hidden_size
+    if draft.config.norm_before_fc and width > MAX_HIDDEN and device.type == "cuda" and config.step != "reference":
+        raise ValueError(
+            f"norm_before_fc is one norm of {width} numbers, its kernel holds {MAX_HIDDEN}; take fc_norm, whose norms are "
+            "narrower, or set step=reference"
+        )
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
-    if config.engine == "reference":
+    if config.step == "reference":
         return ReferenceEngine(*args)
     return GraphEngine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
 

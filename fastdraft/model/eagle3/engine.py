@@ -58,7 +58,7 @@ class Weights:
     """The draft's tensors as the engine multiplies with them, or in the same places their gradient sums."""
 
     fc: Tensor  # [H, 3*Ht]
-    fc_norm: tuple[Tensor, ...]  # three of [Ht], or none
+    feature_norms: tuple[Tensor, ...]  # before fc: three of [Ht], with norm_before_fc one of [3*Ht], or none
     input_norm: Tensor  # [H] of the embedding
     hidden_norm: Tensor  # [H] of the hidden state
     qkv: Tensor  # [W, 2H]
@@ -85,10 +85,11 @@ class Weights:
                 )
             together.append(torch.cat(parts) if whole is None else whole)
         qkv, gate_up = together
+        feature_norms = (*(f"fc_norm.{j}.weight" for j in range(3)), "input_norm.weight")
         qkv_embedding, qkv_hidden = qkv.chunk(2, 1)
         return cls(
             fc=named["fc.weight"],
-            fc_norm=tuple(named[f"fc_norm.{j}.weight"] for j in range(3) if f"fc_norm.{j}.weight" in named),
+            feature_norms=tuple(named[name] for name in feature_norms if name in named),
             input_norm=named["midlayer.input_layernorm.weight"],
             hidden_norm=named["midlayer.hidden_norm.weight"],
             qkv=qkv,
@@ -121,7 +122,7 @@ class Stack:
     r_n2: Tensor  # [R] its 1/rms
     gate_up: Tensor  # [R, 2I]
     act: Tensor  # [R, I]
-    y: Tensor  # [R, H] the layer's output: what the head norms, and the hidden state of the next step
+    y: Tensor  # [R, H] the layer's output: what the head norms, and (normed, with norm_output) the next step reads
     embedding: Tensor  # [m, H] normed embeddings of the tokens that the rows read
     r_embedding: Tensor  # [m] their 1/rms
     embedding_qkv: Tensor  # [m, W] their half of QKV; in the backward its gradient in the compute dtype
@@ -363,15 +364,15 @@ class Step:
         if self.tensor.size == 1:
             return
         whole = self.grads = self.whole_grads
-        weights = whole.input_norm, *whole.fc_norm
+        weights = whole.input_norm, *whole.feature_norms
         self.norm_sums = torch.zeros(sum(map(len, weights)), dtype=self.stats, device=self.device)
-        input_norm, *fc_norm = self.norm_sums.split([len(x) for x in weights])
-        self.grads = replace(whole, input_norm=input_norm, fc_norm=tuple(fc_norm))
+        input_norm, *feature_norms = self.norm_sums.split([len(x) for x in weights])
+        self.grads = replace(whole, input_norm=input_norm, feature_norms=tuple(feature_norms))
 
     def finish_norm_sums(self) -> None:
         if self.tensor.size == 1:
             return
-        weights = self.whole_grads.input_norm, *self.whole_grads.fc_norm
+        weights = self.whole_grads.input_norm, *self.whole_grads.feature_norms
         sums = self.tensor.sum_(self.norm_sums).split([len(x) for x in weights])
         for weight, part in zip(weights, sums, strict=True):
             launch(weight.add_, part)
@@ -438,10 +439,11 @@ class Step:
 
     def read_features(self, rows: slice) -> Tensor:  # [b, 3*Ht] what fc reads
         g = self.features.g[rows].to(self.dtype)
-        if not self.config.fc_norm:
+        k = self.config.feature_norms
+        if not k:
             return g
-        out, r = self.take("pack.g", len(g)), self.take("pack.r_g", 3 * len(g))
-        parts = zip(g.chunk(3, 1), self.weights.fc_norm, out.chunk(3, 1), r.chunk(3), strict=True)
+        out, r = self.take("pack.g", len(g)), self.take("pack.r_g", k * len(g))
+        parts = zip(g.chunk(k, 1), self.weights.feature_norms, out.chunk(k, 1), r.chunk(k), strict=True)
         for part, weight, normed, r_part in parts:
             rms_norm(part, weight, self.eps, normed, r_part)
         return out
@@ -493,7 +495,14 @@ class Step:
             else:
                 before = chunk.steps[i - 1]
                 h, h_rows, down = stack.y[before], None, branch[: chunk.sizes[i - 1]]
-                rms_norm(stack.h_mid[before], w.hidden_norm, eps, stack.hn[rows], stack.r_hn[rows], delta=down, total=h)
+                if self.config.norm_output:
+                    # The pass that adds the branch makes the normed state, which is then the hidden state itself.
+                    fed, r_fed = self.take("fed", n), self.take("r_fed", n)
+                    rms_norm(stack.h_mid[before], w.norm, eps, fed, r_fed, delta=down, total=h)
+                    rms_norm(fed, w.hidden_norm, eps, stack.hn[rows], stack.r_hn[rows])
+                    h = fed
+                else:
+                    rms_norm(stack.h_mid[before], w.hidden_norm, eps, stack.hn[rows], stack.r_hn[rows], delta=down, total=h)
 
             # Q, K, V: the hidden state's half, plus the embedding's, rotated and written where attention reads.
             width = self.qkv_width(i)
@@ -571,7 +580,7 @@ class Step:
         chunk: Chunk,
         stack: Stack,
         attention: ChainAttention,
-        dy: Tensor,  # [R, H] the head's gradient; each step adds what the next one reads of it
+        dy: Tensor,  # [R, H] the head's gradient; each step adds what the next one reads of y, through the same norm or not
     ) -> tuple[Tensor, Tensor]:  # dQKV [R, W], and of the tokens' half [m, W] float32
         """The chains' backward, last step first; the gradients of h^0, K^0 and V^0 are collected for `finish_pack`."""
         w, grads, partial = self.weights, self.grads, self.take("partial")
@@ -599,7 +608,9 @@ class Step:
             linear_backward(dz, w.qkv_hidden[:width], dn[:n])
             self.tensor.sum_(dn[:n])
 
-            # The norm of the hidden state: into h^0's gradient at step 0, else onto the output of the step before.
+            # The norm of the hidden state: into h^0's gradient at step 0, else onto the output of the step before, with
+            # norm_output through the norm between them. What that norm gave is computed again: to keep it for all rows
+            # would cost a buffer of [R, H].
             r_hn = stack.r_hn[rows]
             if i == 0:
                 at = chunk.chain_pos
@@ -611,11 +622,18 @@ class Step:
                 )
             else:
                 before = slice(chunk.steps[i - 1].start, chunk.steps[i - 1].start + n)  # of the chains that went on
-                rms_norm_backward(
-                    *(dn[:n], stack.y[before], r_hn, w.hidden_norm, dy[before], grads.hidden_norm, partial),
-                    add_dx=True,
-                    add=(d_mid,),
-                )
+                y, dy_before = stack.y[before], dy[before]
+                if self.config.norm_output:
+                    fed, r_fed, d_fed = self.take("fed", n), self.take("r_fed", n), dn[:n]
+                    rms_norm(y, w.norm, self.eps, fed, r_fed)
+                    rms_norm_backward(d_fed, fed, r_hn, w.hidden_norm, d_fed, grads.hidden_norm, partial, add=(d_mid,))
+                    rms_norm_backward(d_fed, y, r_fed, w.norm, dy_before, grads.norm, partial, add_dx=True)
+                else:
+                    rms_norm_backward(
+                        *(dn[:n], y, r_hn, w.hidden_norm, dy_before, grads.hidden_norm, partial),
+                        add_dx=True,
+                        add=(d_mid,),
+                    )
         attention.backward_context()
         return dqkv, d_embedding_qkv
 
@@ -675,7 +693,7 @@ class Step:
             rms_norm_backward(d_e, self.embedding, r_e, w.input_norm, None, grads.input_norm, partial, x_rows=ids)
             dh0 = dh0[:, self.own_columns]
             add_outer(grads.fc, dh0, self.read_features(rows))
-            if self.config.fc_norm:
+            if self.config.feature_norms:
                 self.finish_feature_norms(rows, dh0)
         self.finish_norm_sums()
 
@@ -684,12 +702,13 @@ class Step:
         rows: slice,
         dh0: Tensor,  # [b, H], of this process's outputs of fc
     ) -> None:
-        """The weight gradients of the three norms before fc; the features themselves are the target's."""
-        dg, r_g = self.take("pack.dg", len(dh0)), self.take("pack.r_g", 3 * len(dh0)).chunk(3)
+        """The weight gradients of the norms before fc; the features themselves are the target's."""
+        k = self.config.feature_norms
+        dg, r_g = self.take("pack.dg", len(dh0)), self.take("pack.r_g", k * len(dh0)).chunk(k)
         linear_backward(dh0, self.weights.fc, dg)
-        g = self.features.g[rows].to(self.dtype).chunk(3, 1)
-        for j, d in enumerate(dg.chunk(3, 1)):
-            weight, d_weight = self.weights.fc_norm[j], self.grads.fc_norm[j]
+        g = self.features.g[rows].to(self.dtype).chunk(k, 1)
+        for j, d in enumerate(dg.chunk(k, 1)):
+            weight, d_weight = self.weights.feature_norms[j], self.grads.feature_norms[j]
             rms_norm_backward(d, g[j], r_g[j], weight, None, d_weight, self.take("pack.partial"))
 
 

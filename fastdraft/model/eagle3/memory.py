@@ -40,8 +40,11 @@ def chunk_buffers(
     table |= {name: (rows, (columns,), dtype) for name, columns in stacked.items()}
     table |= {name: (rows, (), stats) for name in ("r_n2", "r_hn")}
 
-    # One step's rows: what a branch of the layer adds to the residual stream, and the gradient of a norm's output.
+    # One step's rows: what a branch of the layer adds to the residual stream, the gradient of a norm's output, and with
+    # norm_output the normed state that the step reads.
     table |= {name: (chunk_rows, (h,), dtype) for name in ("branch", "dn")}
+    if c.norm_output:
+        table |= {"fed": (chunk_rows, (h,), dtype), "r_fed": (chunk_rows, (), stats)}
 
     # The tokens that the chunk's rows read: their normed embedding, its half of QKV, and the gradients of both.
     table |= {"e": (tokens, (h,), dtype), "r_e": (tokens, (), stats), "d_e": (tokens, (h,), dtype)}
@@ -68,10 +71,11 @@ def chunk_buffers(
     block = 2 * chunk_rows
     table |= {"pack.x": (block, (2 * h,), dtype), "pack.dx": (block, (2 * h,), dtype)}
     table |= {"pack.kv": (block, (kv_width,), dtype), "pack.r": (2 * block, (), stats)}
-    if c.fc_norm:
+    if k := c.feature_norms:
+        width = 3 * ht // k
         table |= {name: (block, (3 * ht,), dtype) for name in ("pack.g", "pack.dg")}
-        table |= {"pack.r_g": (3 * block, (), stats)}
-        table |= {"pack.partial": (rms_norm_partials(ht, torch.device(device)), (ht,), stats)}
+        table |= {"pack.r_g": (k * block, (), stats)}
+        table |= {"pack.partial": (rms_norm_partials(width, torch.device(device)), (width,), stats)}
 
     # Partial sums of a norm's weight gradient, one row for each program of the kernel.
     return table | {"partial": (rms_norm_partials(h, torch.device(device)), (h,), stats)}
