@@ -33,12 +33,13 @@ ENGINE = [
 ]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out again
     "block_attention": ["fastdraft/kernels/ttt_attention.py"],
+    "linear_ce": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py"],
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "split_kl": [f"fastdraft/kernels/{name}.py" for name in ("linear_kl", "teacher", "matmul", "fp8")],
     "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/serving/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py"],
-    "step": [KERNELS, "!fastdraft/kernels/block_attention.py", *ENGINE],
+    "step": [KERNELS, "!fastdraft/kernels/block_attention.py", "!fastdraft/kernels/linear_ce.py", *ENGINE],
     "gpu_tests": [KERNELS, *ENGINE, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
 }
 

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "fastdraft"
 ORDER = (
     ("files", "batch"),
     ("kernels", "data", "features", "metrics"),
-    ("config", "report"),
+    ("config",),
     ("model",),
     ("model.eagle3", "optim"),
     ("model.methods",),
@@ -26,7 +26,7 @@ ORDER = (
     ("decode", "answers"),
     ("evaluate", "serving"),
     ("run",),
-    ("train", "check", "offline"),
+    ("train", "check"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
@@ -40,11 +40,10 @@ OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.tensor.DTensor"),  # a tensor of which each process holds a slice
     ("cli.py", "torch.distributed.DistNetworkError"),  # an error that becomes a sentence
     ("target/sharded.py", "torch.distributed.fsdp.fully_shard"),  # the storage of a target's layers
-    ("data/stream.py", "LOCAL_WORLD_SIZE"),  # shares the cores of a machine
 }
 
-# Modules of fastdraft/ beside __init__.py; 14 is the aim.
-MOST_MODULES = 15
+# Modules of fastdraft/ beside __init__.py.
+MOST_MODULES = 13
 
 # Public names that several files define, and why that confuses nobody who reads one of the files.
 SAME_NAME = {
@@ -58,14 +57,6 @@ SAME_NAME = {
     # A server that answers prompts, and one that is measured; both rooms connect to theirs and never see the other's.
     "Server": {"answers/server.py", "serving/client.py"},
     "connect": {"answers/servers.py", "serving/client.py"},
-    # What a server refuses, and what a chat template refuses.
-    "Refused": {"answers/servers.py", "data/template.py"},
-    # Where an answer comes from, and where features come from.
-    "Source": {"answers/job.py", "target/source.py"},
-    # A place in a file of answers, and a place in a rendered chat.
-    "Place": {"answers/file.py", "data/marking.py"},
-    # A training's memory and disk, and a capture's packs.
-    "Plan": {"cost.py", "target/capture.py"},
     # The command line's, which checks a machine, and a kernel's, which checks an argument.
     "check": {"cli.py", "kernels/check.py"},
     # A method's, and what finds the method of a checkpoint and calls it.

@@ -147,6 +147,7 @@ def flex(x: tuple[Tensor, ...], dout: Tensor, rows: op.BlockRows) -> Other:
     q, k_ctx, v_ctx, k_blk, v_blk = x
     leaves = [heads_first(t).requires_grad_() for t in (q, torch.cat([k_ctx, k_blk]), torch.cat([v_ctx, v_blk]))]
     mask = create_block_mask(seen(rows, len(k_ctx)), None, None, len(q), leaves[1].shape[2], device="cuda")
+    torch.compiler.reset()  # After eight shapes of one function it would no longer compile.
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(*leaves, block_mask=mask, enable_gqa=True), leaves, heads_first(dout), len(k_ctx)
 

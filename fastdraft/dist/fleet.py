@@ -56,7 +56,7 @@ class TargetSizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """world = data x sequence x tensor; `holders` processes, consecutive in rank, hold the target together. 1: each its own."""
+    """world = data x sequence x tensor; `holders` processes of consecutive ranks hold the target together, 1: alone."""
 
     world: int = 1
     sequence: int = 1
@@ -152,7 +152,8 @@ def fleet_plan(
     refuse_uneven(layout, draft, packs_per_step)
     if layout.sequence > 1 and target.apart is not None:
         raise ValueError(
-            f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because {target.apart}"
+            f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because "
+            + target.apart
         )
     s, t, h = layout.sequence, layout.tensor, layout.holders
     count = draft.num_parameters()
@@ -268,9 +269,9 @@ def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware,
         f"moves {hardware.link:g} GB/s within a host and {hardware.host_link:g} GB/s between hosts",
         soft_wrap=True,
     )
-    verdict = "fits" if chosen.fits else "does not fit"
+    total = "total, which fits" if chosen.fits else "total, which does not fit"
     table = Table(title=f"Memory of one GPU: {chosen.layout}", title_justify="left", show_footer=True)
-    table.add_column("", footer=f"total, which {verdict} in {hardware.gpu_gib:g} GiB less {UNCOUNTED:.0%} that is not counted")
+    table.add_column("", footer=f"{total} in {hardware.gpu_gib:g} GiB less {UNCOUNTED:.0%} that is not counted")
     table.add_column("GiB", f"{chosen.memory_bytes / GIB:.3f}", justify="right")
     for row in chosen.memory:
         table.add_row(row.name, f"{row.size / GIB:.3f}")

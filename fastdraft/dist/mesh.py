@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
@@ -205,6 +204,11 @@ def rank() -> int:
 def world() -> int:
     """Processes of the run. Before `start_process`, as torchrun says."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def machine_share() -> int:
+    """Processes of the run on this machine, which share its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def speaker() -> str:

@@ -38,7 +38,7 @@ from fastdraft.features.meta import (
     refuse_other,
     write_meta,
 )
-from fastdraft.files import file_checksum, free_disk, publish
+from fastdraft.files import GIB, file_checksum, free_disk, publish
 
 SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
 INDEX_BYTES = 40  # of a document
@@ -332,6 +332,21 @@ def census(store: Store) -> Census:
     rows = sum((shard.rows.sum(0) for shard in store.shards), np.zeros(2, np.int64))
     num_bytes = sum(shard.path.stat().st_size for shard in store.shards)
     return Census(len(store.shards), sum(map(len, store.shards)), int(rows[0]), int(rows[1]), num_bytes)
+
+
+def inspect_lines(folder: Path) -> list[str]:
+    """What a store holds. Raises ValueError when it is none."""
+    store = Store(folder)
+    meta, found = store.meta, census(store)
+    of = "" if meta.shards is None else f" of {meta.shards}"
+    return [
+        f"target {meta.target} (layers {', '.join(map(str, meta.layers))}, hidden size {meta.hidden_size}), "
+        f"run in {meta.target_dtype}; tokenizer {meta.tokenizer}",
+        f"{found.documents:,} documents in {found.shards}{of} shards: {found.g_rows:,} rows of g, {found.f_rows:,} of f, "
+        f"{meta.dtype}, {found.num_bytes / GIB:.3f} GiB, {found.num_bytes / max(found.g_rows, 1):,.0f} bytes a row of g",
+        *([] if store.is_complete else ["not complete: give the capture command again, or merge the other parts"]),
+        *store.damaged.values(),
+    ]
 
 
 def verify_store(folder: Path) -> Iterator[tuple[str, str | None]]:

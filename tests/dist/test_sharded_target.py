@@ -15,8 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastdraft.batch import Batch
 from fastdraft.dist import mesh
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.offline import capture_features
-from fastdraft.run import choose_holders, evaluate_run, export_run
+from fastdraft.run import capture_features, choose_holders, evaluate_run, export_run
 from fastdraft.target.hf import load_target
 from fastdraft.target.identity import target_fingerprint
 from fastdraft.target.sharded import Piece, own_rows

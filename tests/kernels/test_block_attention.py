@@ -184,6 +184,15 @@ def test_only_live_rows_ask(causal, dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_without_a_live_row(dtype):
+    """Whole key blocks of the blocks' own keys that no row sees: their gradient is written too."""
+    ours = check([90], list(range(40, 70)), 8, dtype, live=torch.arange(64, 72))
+    unseen = torch.arange(30 * 8) // 8 != 8
+    assert all(bool((grad[unseen] == 0).all()) for grad in ours[5:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_in_any_order(dtype):
     order = torch.randperm(9 * 4, generator=torch.Generator().manual_seed(3))
     check([40, 150, 30], [219, 10, 39, 0, 91, 150, 90, 190, 189], 4, dtype, live=order)

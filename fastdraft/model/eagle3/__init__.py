@@ -31,7 +31,7 @@ def build_step(
     tensor: Group | None = None,
     sequence: Group | None = None,
 ) -> GraphEngine | ReferenceEngine:
-    """The fused engine, or the reference where a config asks for it; that one knows of no other process. ValueError: a norm
+    """The fused step, or the reference where a config asks for it; that one knows of no other process. ValueError: a norm
     is too wide for its kernel."""
     width = 3 * draft.config.target_hidden_size
     if draft.config.norm_before_fc and width > MAX_HIDDEN and device.type == "cuda" and config.step != "reference":

@@ -274,10 +274,11 @@ def fp8_case(**changes):
     return draft.bfloat16(), batch, features, head, decay(7).float()
 
 
+@pytest.mark.parametrize("norm_output", [False, True])
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
-def test_a_step_in_fp8_is_near_that_in_bf16(kind):
+def test_a_step_in_fp8_is_near_that_in_bf16(kind, norm_output):
     """Chunks of 48 chains and of all; a fresh draft: the better a draft fits, the less of its gradient is left to see."""
-    case = fp8_case()
+    case = fp8_case(norm_output=norm_output)
     rows, grads = ttt_engine_step(*case, kind)
     for chunk_rows in (48, None):
         fp8_rows, fp8_grads = ttt_engine_step(*case, kind, chunk_rows=chunk_rows, fp8=True)
