@@ -219,6 +219,9 @@ class Group(Protocol):
     def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
         """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
 
+    def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:  # [sum of gets, ...]
+        """Sends so many rows of x to each process, one after the other, and gives what each has sent to this one."""
+
 
 class Alone:
     """A process without others: each call gives back what it was given."""
@@ -232,6 +235,9 @@ class Alone:
         return x
 
     def sum_scatter(self, x: Tensor) -> Tensor:
+        return x
+
+    def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:
         return x
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastdraft.dist.mesh import barrier, from_all, host, is_rank_0, rank, world
+from fastdraft.dist.mesh import barrier, from_all, from_rank_0, host, is_rank_0, rank, world
 from fastdraft.files import file_checksum, json_checksum, write_file
 
 T = TypeVar("T")
@@ -88,12 +89,15 @@ def _everywhere(act: Callable[[], T]) -> list[T]:  # by rank
     try:
         result = act()
     except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
-        failure = _reason(error) if world() == 1 else f"rank {rank()} on {host()}: {_reason(error)}"
-    of_all = from_all((result, failure))
-    for _, failure in of_all:
+        of_dcp = isinstance(error, dcp.api.CheckpointException)
+        culprit = next(iter(error.failures)) if of_dcp else rank()  # DCP raises what one process met in all of them
+        failure = culprit, _reason(error)
+    of_all = from_all((result, failure, host()))
+    for _, failure, _ in of_all:
         if failure is not None:
-            raise _Failed(failure)
-    return [result for result, _ in of_all]
+            culprit, why = failure
+            raise _Failed(why if world() == 1 else f"rank {culprit} on {of_all[culprit][2]}: {why}")
+    return [result for result, _, _ in of_all]
 
 
 def _make_empty(folder: Path) -> None:
@@ -284,8 +288,9 @@ def set_rng_state(tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
     """Makes the run folder, and keeps other runs out of it as long as this process lives, where the file system has locks.
-    ValueError: one is in it."""
+    ValueError: one is in it, or a process does not see the folder that rank 0 sees."""
     if not is_rank_0():
+        _meet_in(run_dir)
         yield
         return
     lock = filelock.FileLock(run_dir / ".lock")
@@ -300,6 +305,26 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"run_dir {run_dir} cannot be written to ({error}); choose another run_dir") from error
     try:
+        _meet_in(run_dir)
         yield
     finally:
         lock.release()
+
+
+def _meet_in(run_dir: Path) -> None:
+    """Raises ValueError, in every process, where one does not see what rank 0 writes: all write checkpoints there."""
+    if world() == 1:
+        return
+    mark = run_dir / f".met-{from_rank_0(uuid.uuid4().hex)}"
+    if is_rank_0():
+        mark.touch()
+    barrier()
+    seen = from_all((host(), mark.exists()))
+    if is_rank_0():
+        mark.unlink(missing_ok=True)
+    for blind, (name, sees) in enumerate(seen):
+        if not sees:
+            raise ValueError(
+                f"rank {blind} on {name} does not see the run_dir {run_dir} of rank 0 on {seen[0][0]}; "
+                "put it on a file system that all hosts share"
+            )

@@ -80,6 +80,8 @@ def train(
         refuse_idle(context, ("gpu_gib", "gpus_per_host", "tflops", "link", "host_link"), "--world")
     loaded = load_config(config, overrides or [])
     if plan:
+        if mesh.rank() != 0:
+            return
         if world is None:
             print_plan(loaded, console)
         else:
@@ -521,9 +523,12 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, StrictDataclassError):
         return "a config.json cannot be used: " + " ".join(str(error).split())
-    lost_peer = ("/gloo/transport/", "ncclRemoteError", "closed by remote peer")  # as gloo and NCCL say it
-    unreachable = isinstance(error, torch.distributed.DistNetworkError)  # of the store that ranks meet in
-    if unreachable or (isinstance(error, RuntimeError) and any(words in str(error) for words in lost_peer)):
+    from fastdraft.dist.mesh import is_lost_peer
+    from fastdraft.dist.watch import LostPeer
+
+    if isinstance(error, LostPeer):
+        return str(error)
+    if is_lost_peer(error):
         lost = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         return (
             f"another process of this run has ended, or cannot be reached ({lost}); the same command, given again, goes on"

@@ -99,6 +99,8 @@ class DistConfig(Section):
     tensor: int = Field(1, ge=1)  # GPUs that share the draft's weights
     # replicated: every GPU holds the whole target; sharded: each 1/n of every layer; auto: sharded where it does not fit
     target: Literal["auto", "replicated", "sharded"] = "auto"
+    silent_s: float = Field(40.0, ge=5)  # seconds without a sign of life of a process, after which all others end
+    timeout_s: float = Field(1800.0, gt=0)  # seconds that processes wait for one that lives and does not come
 
 
 class Config(Section):

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from fastdraft import checkpoint
 from fastdraft.batch import Ends
 from fastdraft.config import Config, read_yaml, without_removed
-from fastdraft.cost import Plan, plan, render
+from fastdraft.cost import Plan, peak_flops, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
@@ -514,6 +514,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         stored=reads_store(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
+        replicas=max(1, mesh.world() // config.dist.tensor),
     )
 
 
@@ -572,6 +573,38 @@ def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, conso
         with contextlib.suppress(ValueError):  # it does not divide this run
             others.append(planned(layout))
     fleet.render_fleet(chosen, others, hardware, console)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training step computes, and what its GPU could: for the share of it that is used (MFU)."""
+
+    target_flops: int  # of a packed token
+    draft_flops: int  # of a packed token that is trained on
+    peak: float  # FLOP/s of one GPU
+
+    def flops(
+        self,
+        tokens: int,
+        sums: Tensor,  # [5, T] of `Rows.sums`
+    ) -> float:
+        """Those of `tokens`, of which the sums say how many were trained on. What the draft does for the others (fc, keys
+        and values) is not counted, nor the target's attention."""
+        return tokens * self.target_flops + float(sums[4, 0]) * self.draft_flops
+
+
+def known_work(config: Config, device: torch.device) -> Work | None:
+    """None where it is not known: on a CPU, on a GPU that is not in `PEAK_FLOPS`, and for a target with experts, of which
+    some run."""
+    peak = peak_flops(device)
+    facts = language_config(load_target_config(config.target.path, config.target.trust_remote_code))
+    if peak is None or any("expert" in name and value for name, value in facts.items()):
+        return None
+    predicted, shape = predict(config, device), draft_shape(config)
+    forward = 0 if reads_store(config) else 2 * predicted.target_params
+    # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
+    ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
+    return Work(max(0, forward - 2 * ends), predicted.flops_per_token - forward, peak)
 
 
 def print_plan(config: Config, console: Console) -> None:

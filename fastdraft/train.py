@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from pydantic import BaseModel
 from safetensors import SafetensorError
@@ -33,7 +34,7 @@ from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
-from fastdraft.files import free_disk
+from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.run import (
@@ -41,6 +42,7 @@ from fastdraft.run import (
     check_precision,
     compute_dtype,
     fit_to_target,
+    known_work,
     load_data,
     make_step,
     name_run_dtypes,
@@ -58,6 +60,9 @@ FREE_ON_RESUME = (
     *("features.on_bad_shard", "features.max_gib"),
 )
 
+# settings that may differ between the hosts of a run: where each of them keeps something, and for how long it waits
+FREE_BETWEEN_HOSTS = ("target.path", "data.cache_dir", "data.num_workers", "dist.silent_s", "dist.timeout_s")
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -68,13 +73,15 @@ class TrainResult:
 
 def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
-    device = mesh.start_process(config.device)
-    mesh.lay_out(config.dist.sequence, config.dist.tensor)
-    # every rank computes in what rank 0 chose, though their CPUs may differ
-    config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
-    check_precision(config, device)
-    with checkpoint.alone_in(Path(config.run_dir)):
-        return _train(config, fresh, device, dtype_lines)
+    device = mesh.start_process(config.device, config.dist.timeout_s)
+    with mesh.ending_together(config.dist.silent_s):
+        mesh.refuse_unlike(lambda: started_with(config, fresh))
+        mesh.lay_out(config.dist.sequence, config.dist.tensor)
+        # every rank computes in what rank 0 chose, though their CPUs may differ
+        config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
+        check_precision(config, device)
+        with checkpoint.alone_in(Path(config.run_dir)):
+            return _train(config, fresh, device, dtype_lines)
 
 
 def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
@@ -119,6 +126,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
     trainer = make_step(config, draft, source.ends, shared=tensor.size * sequence.size > 1)
+    work = known_work(config, device)
 
     def capture(batch: Batch) -> tuple[Batch, Features]:
         """The batch and what this process needs of its features: all, where it shares its packs with no other."""
@@ -208,18 +216,26 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             look = step % config.metrics.log_every == 0 or is_last
             hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
+            met = time.perf_counter()
             stopping = stop.agreed()
+            if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
+                optimizer.waited += time.perf_counter() - met
             if look or hold_out or keep or stopping:
                 finish_step()
                 refuse_nan(recent, run_dir, rank)
             if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                waited = mesh.from_all(optimizer.clock())
                 if metrics:
                     values = train_values(window["sums"], config.loss.step_decay)
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
-                    values["tokens_per_s"] = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    tokens = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches)
+                    values["tokens_per_s"] = tokens / seconds
+                    values |= of_several(tokens / seconds, [s / seconds for s in waited])
+                    if work is not None:
+                        values["mfu"] = work.flops(tokens, window["sums"]) / (seconds * mesh.world() * work.peak)
                     values["data_wait"] = (ahead.waited + source.waited) / seconds
                     metrics.log(step, values)
                 ahead.waited = source.waited = 0.0
@@ -334,6 +350,15 @@ def refuse_other_run(
         )
 
 
+def started_with(config: Config, fresh: bool) -> dict[str, Any]:
+    """What all processes of a run must have alike, by name: the settings, and the code that they run."""
+    settings = {name: x for name, x in dotted(config.model_dump(mode="json")).items() if name not in FREE_BETWEEN_HOSTS}
+    package = Path(__file__).parent
+    code = [(str(p.relative_to(package)), file_checksum(p)) for p in sorted(package.rglob("*.py"))]
+    versions = {"PyTorch": torch.__version__, "transformers": transformers.__version__}
+    return settings | versions | {"--fresh": fresh, "fastdraft's code": json_checksum(code)}
+
+
 def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree of settings as {section.key: value}."""
     flat: dict[str, Any] = {}
@@ -363,6 +388,19 @@ def train_values(sums: Tensor, step_decay: float) -> dict[str, float]:
     values = {"loss": float((loss * decay).sum() / live[0].clamp_min(1)), "tau_sim": tau_sim(alphas)}
     values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
     return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
+
+
+def of_several(tokens_per_s: float, waited: list[float]) -> dict[str, float]:
+    """What is worth saying of a run of several processes, from the share of the time that each waited for the others."""
+    if len(waited) == 1:
+        return {}
+    shortest = min(waited)  # of the slowest process: nobody kept it waiting
+    mean = sum(waited) / len(waited)
+    return {
+        "tokens_per_s_gpu": tokens_per_s / len(waited),
+        "wait_reduce": shortest,
+        "wait_slowest": mean - shortest,
+    }
 
 
 def eval_values(report: TauReport, step_decay: float) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from fastdraft.data.loader import Ahead
 from fastdraft.metrics import read_metrics
 
-CLOCKS = ("time", "tokens_per_s", "data_wait")
+CLOCKS = ("time", "tokens_per_s", "data_wait", "tokens_per_s_gpu", "wait_reduce", "wait_slowest", "mfu")
 
 
 def losses(run_dir) -> list[dict]:
@@ -41,6 +41,15 @@ def by_ranks(world: int, act, *args, start: str = "fork", seconds: float = 100) 
 
     With GPUs they must start by "spawn", since a fork of this process cannot use them.
     """
+    ranks = start_ranks(world, act, *args, start=start)
+    for process in ranks:
+        process.join(seconds)
+        process.kill()
+    return [process.exitcode for process in ranks]
+
+
+def start_ranks(world: int, act, *args, start: str = "fork") -> list[multiprocessing.Process]:
+    """The processes of `by_ranks`, running."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,10 +57,7 @@ def by_ranks(world: int, act, *args, start: str = "fork", seconds: float = 100) 
     ranks = [context.Process(target=_as_rank, args=(rank, world, port, act, *args)) for rank in range(world)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(seconds)
-        process.kill()
-    return [process.exitcode for process in ranks]
+    return ranks
 
 
 def _as_rank(rank: int, world: int, port: int, act, *args) -> None:

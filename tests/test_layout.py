@@ -38,7 +38,6 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.checkpoint"),  # the format of checkpoints
     ("checkpoint.py", "torch.distributed.tensor.DTensor"),  # a tensor of which each process holds a slice
-    ("cli.py", "torch.distributed.DistNetworkError"),  # an error that becomes a sentence
     ("target/sharded.py", "torch.distributed.fsdp.fully_shard"),  # the storage of a target's layers
 }
 

@@ -147,8 +147,8 @@ class Prepared(NamedTuple):
     train: Dataset  # of a stream, a sample
     eval: Dataset  # empty only when eval_fraction is 0 or too small for the data
     stats: Stats
-    stream: Stream | None = None
-    template_date: str | None = None  # what the chat template writes as today; None: it writes no date
+    stream: Stream | None
+    template_date: str | None  # what the chat template writes as today; None: it writes no date
 
     def lines(self) -> list[str]:
         """The statistics as sentences for people."""
@@ -177,11 +177,16 @@ def prepare(
     train_files, eval_files = expand(config.paths), expand(config.eval_paths)
     chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
     parts = [tokenized(files, config, chat) for files in (train_files, eval_files) if files]
-    return divide(parts, config)._replace(template_date=chat.template_date)
+    return divide(parts, config, chat.template_date)
 
 
-def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
-    """Train and eval sets of what became of data.paths and, if given, data.eval_paths. ValueError: nothing to train on."""
+def divide(
+    parts: list[tuple[Dataset, Stats]],  # what became of data.paths and, if given, of data.eval_paths
+    config: DataConfig,
+    template_date: str | None,
+    stream: Stream | None = None,
+) -> Prepared:
+    """Train and eval sets. ValueError: nothing to train on."""
     stats = Stats(from_cache=all(part.from_cache for _, part in parts))
     for _, part in parts:
         stats.add(part)
@@ -198,7 +203,7 @@ def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
     if config.eval_paths and not len(held_out):
         raise ValueError(f"{', '.join(config.eval_paths)}: no trained token in them; eval data needs assistant turns too")
     stats.train_samples, stats.eval_samples = len(train), len(held_out)
-    return Prepared(train, held_out, stats)
+    return Prepared(train, held_out, stats, stream, template_date)
 
 
 def first_samples(

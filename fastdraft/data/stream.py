@@ -65,7 +65,7 @@ def open_stream(
     parts = [stream.sample()]
     if config.eval_paths:
         parts.append(tokenized(expand(config.eval_paths), config, chat))
-    return divide(parts, config)._replace(stream=stream, template_date=chat.template_date)
+    return divide(parts, config, chat.template_date, stream)
 
 
 class Stream:

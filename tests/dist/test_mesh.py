@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 from small_runs import by_ranks
 
 from fastdraft.dist import mesh
@@ -48,3 +52,21 @@ def test_a_grid_that_the_processes_do_not_fill_is_refused():
         ValueError, match="dist.sequence=2 and dist.tensor=3 need a multiple of 6 processes, this run has 1"
     ):
         mesh.lay_out(sequence=2, tensor=3)
+
+
+def test_each_start_of_the_processes_has_a_name_of_its_own():
+    """torchrun keeps its store when it starts processes again: words of the dead are in it, and nobody answers to them."""
+    store, names = dist.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = [pool.submit(mesh._name_of_start, store, rank, 3) for rank in (2, 1, 0)]
+            (name,) = {future.result(60) for future in found}
+        names.append(name)
+        store.set("hello/1", "a word of one who died")
+    assert len(set(names)) == 3
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(mesh, "_timeout", timedelta(seconds=0.2))
+    with pytest.raises(ValueError, match=r"rank 1 did not come within dist.timeout_s=0.2 s of the start"):
+        mesh._name_of_start(dist.HashStore(), 0, 2)

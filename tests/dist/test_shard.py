@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from small_runs import at_step, by_ranks, losses
+from tiny import draft_shape
 from torch import Tensor, nn
 
+from fastdraft import run as a_run
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state, save_checkpoint
 from fastdraft.config import OptimConfig
+from fastdraft.cost import peak_flops, plan
+from fastdraft.data.loader import Ahead
 from fastdraft.dist import mesh
+from fastdraft.dist.mesh import Axis
 from fastdraft.dist.shard import SharedAdamW
+from fastdraft.metrics import read_metrics
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.precision import DTYPES
 from fastdraft.optim import FlatAdamW
-from fastdraft.run import read_draft
+from fastdraft.run import known_work, predict, read_draft
+from fastdraft.target.source import InProcess
 from fastdraft.train import train
 
 SHAPES = {"norm": (7,), "matrix": (5, 3), "other norm": (9,), "head": (2, 11)}  # 53 weights, which no number divides
@@ -108,6 +118,26 @@ def _together(run_dir: Path) -> None:
     assert torch.equal(shared.weights[:53], flat.weights)
     assert torch.equal(shared.state_dict()["master"].full_tensor(), flat.master)
 
+    # --plan counts each buffer, in bf16 and in fp32.
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        draft = Draft(draft_shape())
+        shared = SharedAdamW(draft.trainable(), CONFIG, 10, dtype, mesh.axis("replicas"))
+        own = shared.own
+        buffers = {x.data_ptr(): x for x in (own.master, own.m, own.v, own.grad, own.weights, shared.grad, shared.weights)}
+        planned = plan(
+            draft.config,
+            target_params=0,
+            target_dtype=torch.bfloat16,
+            pack_tokens=8,
+            ttt_length=2,
+            precision=precision,
+            replicas=mesh.world(),
+        )
+        alike = ("fp32", "slices", "draft weights")
+        rows = sum(row.size for row in planned.memory if row.name.startswith(alike))
+        frozen = draft.config.num_parameters()["embedding"] * dtype.itemsize + draft.d2t.nbytes + draft.t2d.nbytes
+        assert abs(rows - frozen - sum(x.nbytes for x in buffers.values())) < 32 * mesh.world()  # of slices filled up
+
     tensors = optimizer.state_dict() | {"rng.cpu": torch.arange(3)}
     save_checkpoint(run_dir, tensors, {"step": 6}, keep=1)
 
@@ -167,3 +197,79 @@ def test_any_number_of_processes_gives_the_same_curve_and_goes_on_with_any_other
             assert ours.keys() == theirs.keys() and ours == pytest.approx(theirs, rel=1e-10, abs=1e-12), name
         for key, weight in read_draft(Path(config.run_dir), "last")[1].trainable().items():  # as evaluate and export do
             torch.testing.assert_close(weight.data, master[key].data, rtol=1e-6, atol=1e-7)  # read into fp32
+
+
+def _train_and_note_the_order(config) -> None:
+    events = []
+
+    def noted(place, name):
+        original = getattr(place, name)
+
+        def call(*args, **more):
+            events.append(name)
+            return original(*args, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in ((InProcess, "capture"), (Axis, "start_sum_scatter"), (SharedAdamW, "_update"), (TTTEngine, "step")):
+            patch.setattr(place, name, noted(place, name))
+        train(config)
+    # A step of two packs each: the next step's first target forward comes between the reduction's begin and its end.
+    first = ["capture", "step", "capture", "step"]
+    then = ["start_sum_scatter", "capture", "_update", "step", "capture", "step"]
+    assert events == first + 2 * then + ["start_sum_scatter", "_update"], events
+
+
+def test_the_target_runs_while_the_gradients_are_added_up(make_config):
+    changes = {"optim.packs_per_step": 4, "max_steps": 3, "metrics.log_every": 100, "checkpoint.every": 100}
+    config = make_config(**changes, **{"data.eval_fraction": 0.0})
+    assert by_ranks(2, _train_and_note_the_order, config) == [0, 0]
+
+
+# --- what a run of several processes says of its time -----------------------------------------------------------------------
+
+
+def _train_with_a_slow_rank(config) -> None:
+    original = Ahead.__next__
+
+    def slow(ahead):
+        time.sleep(0.5 if mesh.rank() == 1 else 0)
+        return original(ahead)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ahead, "__next__", slow)
+        patch.setattr(a_run, "peak_flops", lambda device: 1e9)
+        train(config)
+
+
+def test_metrics_say_how_long_the_others_waited_for_the_slowest(make_config):
+    changes = {"max_steps": 8, "metrics.log_every": 4, "eval.every": 100, "checkpoint.every": 100}
+    config = make_config(**changes)
+    assert by_ranks(2, _train_with_a_slow_rank, config) == [0, 0]
+    for line in (r for r in read_metrics(config.run_dir) if "loss" in r):
+        assert line["tokens_per_s_gpu"] == pytest.approx(line["tokens_per_s"] / 2)
+        # Rank 0 waits for most of the time, which is a half of the two ranks' time; rank 1 waits for nobody.
+        assert 0.3 < line["wait_slowest"] < 0.5 and 0 <= line["wait_reduce"] < 0.2
+        assert 0 < line["mfu"] < 1
+
+
+def test_work_is_counted_by_hand(make_config, monkeypatch):
+    """Tokens times the target's weights but for its ends, and trained tokens times a draft step."""
+    config = make_config()
+    assert known_work(config, torch.device("cpu")) is None  # nobody knows a CPU's peak
+    monkeypatch.setattr(a_run, "peak_flops", lambda device: 1e12)
+    work = known_work(config, torch.device("cpu"))
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32  # q, k and v, o, MLP, two norms of the tiny target
+    assert work.target_flops == 2 * (8 * layer + 32) and work.peak == 1e12
+    sums = torch.zeros(5, 3, dtype=torch.float64)
+    sums[4, 0] = 10
+    step = predict(config, torch.device("cpu")).flops[1:]
+    assert work.flops(100, sums) == 100 * work.target_flops + 10 * sum(row.size for row in step)
+
+
+def test_the_peak_is_the_longest_name_that_fits(monkeypatch):
+    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H20": None}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None

@@ -63,17 +63,14 @@ def plan_chunks(
     batch: Batch,  # on the host
     ttt_length: int,
     chunk_rows: int,
-    share: PackShare | None = None,  # the rows whose chains are planned, its halo as long as a chain; None: all
+    deal: Deal | None = None,  # of `deal_chains`: the chains of this process; None: all
 ) -> Iterator[Chunk]:
-    """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on.
-
-    With a share no chunk has chains of both slices: all of a chunk's chains then see the keys before its first one.
-    """
+    """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on."""
     n = batch.num_tokens
     ids, start = batch.input_ids.numpy(), batch.doc_start.numpy()
     wanted, depth = _wanted(batch, ttt_length)
-    chains = depth.nonzero()[0]
-    for pos, h_shift, f_shift in _pieces(chains, chunk_rows, share):
+    pieces = [depth.nonzero()[0]] if deal is None else deal.pieces
+    for pos in (piece[k : k + chunk_rows] for piece in pieces for k in range(0, len(piece), chunk_rows)):
         first, begin = int(pos[0]), int(start[pos[0]])
         context = (begin, first) if begin < first and begin == start[pos[-1]] else None
         pos = pos[np.argsort(-depth[pos], kind="stable")]
@@ -85,16 +82,14 @@ def plan_chunks(
         head_row = wanted[row_step, row_pos].nonzero()[0]
         head_pos, head_step = row_pos[head_row], row_step[head_row]
         teacher_pos, teacher_row = _distinct(head_pos + 1 + head_step)
+        if deal is not None:
+            teacher_pos = deal.f.place[teacher_pos]
+        chain_pos = pos if deal is None else deal.h.place[pos]
         planned = (
-            *(pos + h_shift, row_pos, row_start, row_pos - row_start + row_step, ids[tokens], token_row),
-            *(head_row, head_step, head_step * n + head_pos, teacher_pos + f_shift, teacher_row),
+            *(chain_pos, row_pos, row_start, row_pos - row_start + row_step, ids[tokens], token_row),
+            *(head_row, head_step, head_step * n + head_pos, teacher_pos, teacher_row),
         )
         yield Chunk(sizes, context, *map(torch.from_numpy, planned))
-
-
-def has_chains(batch: Batch, ttt_length: int) -> bool:
-    """Whether `plan_chunks` of the whole batch gives anything."""
-    return bool(_wanted(batch, ttt_length)[1].any())
 
 
 def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,21 +105,81 @@ def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
     return wanted, depth
 
 
-def _pieces(
-    chains: np.ndarray,  # token rows, ascending
-    chunk_rows: int,
-    share: PackShare | None,
-) -> Iterator[tuple[np.ndarray, int, int]]:
-    """The chains of each chunk, and what is added to a token row for its row of h^0 and for its row of f."""
-    slices = [(chains, 0, 0)]
-    if share is not None:
-        (a, b), (c, d) = share.slices
-        low, high = (chains[(chains >= first) & (chains < end)] for first, end in share.slices)
-        before = len(share.rows_and_halo) - (min(d + share.halo, share.num_tokens) - c)  # rows of f before the high slice
-        slices = [(low, -a, -a), (high, b - a - c, before - c)]
-    for mine, h_shift, f_shift in slices:
-        for k in range(0, len(mine), chunk_rows):
-            yield mine[k : k + chunk_rows], h_shift, f_shift
+@dataclass(frozen=True)
+class Fetched:
+    """The rows of h^0 or f that a process's chains read, and how it comes by them."""
+
+    place: np.ndarray  # [N] int64 by token row, where the row lies among those that the process has or gets
+    send: Tensor | None = None  # [s] int64 rows of the process's own, by who needs them; None: nothing goes to others
+    sends: tuple[int, ...] = ()  # how many go to each process
+    gets: tuple[int, ...] = ()  # how many come from each
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The chains that one of several processes runs, of a pack whose rows they share."""
+
+    pieces: tuple[np.ndarray, ...]  # token rows, ascending; what a chunk's rows all see is large where they lie together
+    h: Fetched  # rows of h^0, and of its gradient, where the way is back
+    f: Fetched
+
+
+# Chains go to other processes where the one with the most would have so many times the mean's work.
+UNEVEN = 1.1
+
+
+def deal_chains(
+    batch: Batch,  # on the host
+    ttt_length: int,
+    share: PackShare,  # its halo as long as a chain
+    pair_cost: float,  # of a key that a row sees, where a row's other work costs 1
+) -> Deal | None:  # None: nothing is trained on
+    """Each chain to the owner of its token; or, where a mask makes that uneven, to the processes in parts of equal cost.
+
+    Every process computes the same deal. h^0 and f of a token then go from its owner to who runs its chain.
+    """
+    wanted, depth = _wanted(batch, ttt_length)
+    chains = depth.nonzero()[0]
+    if not len(chains):
+        return None
+    own_place, own_f_place = (np.zeros(batch.num_tokens, dtype=np.int64) for _ in range(2))
+    own_place[share.rows.numpy()] = np.arange(len(share.rows))
+    own_f_place[share.rows_and_halo.numpy()] = np.arange(len(share.rows_and_halo))
+
+    slice_of = np.arange(batch.num_tokens) // share.slice_rows
+    owner = np.minimum(slice_of, 2 * share.size - 1 - slice_of)
+    cost = depth[chains] * (1 + pair_cost * (chains - batch.doc_start.numpy()[chains]))
+    of_each = np.bincount(owner[chains], weights=cost, minlength=share.size)
+    if of_each.max() <= UNEVEN * of_each.mean():
+        pieces = tuple(chains[(chains >= first) & (chains < end)] for first, end in share.slices)
+        return Deal(pieces, Fetched(own_place), Fetched(own_f_place))
+
+    worker = np.minimum((cost.cumsum() - cost / 2) / cost.sum() * share.size, share.size - 1).astype(np.int64)
+    of_workers = [chains[worker == rank] for rank in range(share.size)]
+    teachers = []
+    for mine in of_workers:
+        step, of = wanted[:, mine].nonzero()
+        teachers.append(np.unique(mine[of] + 1 + step))
+    return Deal(
+        (of_workers[share.rank],),
+        _fetched(of_workers, owner, own_place, share.rank),
+        _fetched(teachers, owner, own_f_place, share.rank),
+    )
+
+
+def _fetched(
+    rows: list[np.ndarray],  # token rows that each process needs
+    owner: np.ndarray,  # [N] who has a token row
+    own_place: np.ndarray,  # [N] where it lies there, of this process's rows
+    rank: int,
+) -> Fetched:
+    """What every process sends to every other, as one of them sees it. Rows come by owner, and ascend within each."""
+    sent = [of_one[owner[of_one] == rank] for of_one in rows]
+    got = rows[rank][np.argsort(owner[rows[rank]], kind="stable")]
+    place = np.zeros(len(owner), dtype=np.int64)
+    place[got] = np.arange(len(got))
+    gets = np.bincount(owner[got], minlength=len(rows))
+    return Fetched(place, torch.from_numpy(own_place[np.concatenate(sent)]), tuple(map(len, sent)), tuple(gets.tolist()))
 
 
 def pad_batch(batch: Batch, num_tokens: int) -> Batch:

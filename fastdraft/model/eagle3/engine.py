@@ -16,8 +16,8 @@ device.
 Several processes can share a step, in two ways that go together; the groups that do are given to the engine, and one of a
 single process does nothing. Of `tensor` each has a part of the weights (`shard.py`): the states are whole on all of them,
 what o and down add to them is summed, and so is what goes back through gate, up and QKV. Of `sequence` each has some of a
-pack's rows (`PackShare`) and runs the chains that begin there: K^0 and V^0 are gathered once a pack, and their gradients
-summed and taken apart once.
+pack's rows (`PackShare`) and runs the chains that begin there, or as much work of other rows where a mask makes that uneven
+(`deal_chains`): K^0 and V^0 are gathered once a pack, and their gradients summed and taken apart once.
 
 # N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), m tokens they read, K head rows, T TTT steps
 # H hidden, Ht target hidden, Hq/Hkv heads, D head dim, E = Hq*D, W = (Hq + 2 Hkv)*D, I MLP width, Vd draft vocabulary
@@ -45,7 +45,7 @@ from fastdraft.kernels.teacher import PermutedHead, TeacherRows, teacher
 from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_bytes
 from fastdraft.model.eagle3 import memory
 from fastdraft.model.eagle3.attention import ChainAttention
-from fastdraft.model.eagle3.chunks import Chunk, has_chains, plan_chunks
+from fastdraft.model.eagle3.chunks import Chunk, Fetched, deal_chains, plan_chunks
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.shard import cut_head, local_config
 
@@ -162,6 +162,9 @@ class TTTEngine:
         self.tensor: Group = tensor or Alone()
         self.sequence: Group = sequence or Alone()
         self.config = local_config(draft.config, self.tensor.size)  # of this process's part
+        # A row's products take 6 FLOPs a weight, forward and backward, and each key it sees 14 a number of its queries.
+        heads_width = draft.config.num_attention_heads * draft.config.head_dim
+        self.pair_cost = 14 * heads_width / (6 * draft.config.num_parameters()["trainable"])
         if len(draft.lm_head.weight) != self.config.draft_vocab_size:
             raise ValueError(
                 f"lm_head has {len(draft.lm_head.weight)} rows, one of {self.tensor.size} processes has "
@@ -290,9 +293,13 @@ class Step:
         """The chunks of this process. Where processes share the pack's tokens, None comes first if any of them has one, so
         that all start and finish the pack."""
         steps = len(self.engine.step_weights)
-        if self.share is not None and has_chains(batch, steps):
+        if self.share is None:
+            yield from plan_chunks(batch, steps, self.engine.chunk_rows)
+            return
+        self.deal = deal_chains(batch, steps, self.share, self.engine.pair_cost)
+        if self.deal is not None:
             yield None
-        yield from plan_chunks(batch, steps, self.engine.chunk_rows, self.share)
+            yield from plan_chunks(batch, steps, self.engine.chunk_rows, self.deal)
 
     def index(self, batch: Batch) -> Tensor:  # [2, n] of `pack_index`, of this process's rows, on the device
         whole = pack_index(batch)
@@ -338,8 +345,31 @@ class Step:
             kv = take("pack.kv", len(x))
             linear(x, self.weights.qkv[self.q_width :], kv)
             chain_qkv(kv, None, None, self.position[rows], *self.rope, None, k0[rows], v0[rows])
+        self.chain_h0, self.chain_f = self.h0, self.features.f
         if self.share is not None:
             self.gather_keys()
+            self.chain_h0, self.chain_f = self.dealt(self.h0, self.deal.h), self.dealt(self.features.f, self.deal.f)
+        if self.grads is not None:
+            self.chain_dh0 = self.dh0 if self.chain_h0 is self.h0 else torch.zeros_like(self.chain_h0)
+
+    def dealt(
+        self,
+        own: Tensor,  # [n, ...] of this process's tokens
+        fetched: Fetched,
+    ) -> Tensor:  # [m, ...] of the tokens whose chains it runs
+        """What this process's chains read, from the owners of their tokens."""
+        if fetched.send is None:
+            return own
+        rows = to_device([fetched.send], self.device)
+        return self.engine.sequence.exchange(own[rows], fetched.sends, fetched.gets)
+
+    def return_dealt(self) -> None:
+        """The gradient of h^0 goes back to the owners of the tokens. Each has one chain, which one process has run."""
+        if self.chain_dh0 is self.dh0:
+            return
+        fetched = self.deal.h
+        rows = to_device([fetched.send], self.device)
+        self.dh0[rows] = self.engine.sequence.exchange(self.chain_dh0, fetched.gets, fetched.sends)
 
     def combine(self, rows: slice) -> None:
         """h^0 = fc(g). Where the weights are shared, a process computes its columns of it and gets the others'."""
@@ -490,7 +520,7 @@ class Step:
             # The hidden state is h^0 at step 0. Later it is the output of the step before, whose last addition, the MLP's
             # branch, is made in the same pass as the norm. Chains that end there get their output, too.
             if i == 0:
-                h, h_rows = self.h0, chunk.chain_pos
+                h, h_rows = self.chain_h0, chunk.chain_pos
                 rms_norm(h, w.hidden_norm, eps, stack.hn[rows], stack.r_hn[rows], rows=h_rows)
             else:
                 before = chunk.steps[i - 1]
@@ -544,7 +574,7 @@ class Step:
         m = len(chunk.teacher_pos)
         rows = TeacherRows(*(take(f"teacher.{name}", m) for name in TeacherRows._fields))
         scratch = take("teacher.scratch" if "teacher.scratch" in take.table else "logits")
-        rows = teacher(self.features.f[chunk.teacher_pos], self.engine.head, (rows, scratch.view(-1)))
+        rows = teacher(self.chain_f[chunk.teacher_pos], self.engine.head, (rows, scratch.view(-1)))
         first_column, shared = self.tensor.rank * self.config.draft_vocab_size, self.tensor.size > 1
         if shared:
             join_teacher_(rows, first_column, self.tensor)
@@ -615,7 +645,7 @@ class Step:
             if i == 0:
                 at = chunk.chain_pos
                 rms_norm_backward(
-                    *(dn[:n], self.h0, r_hn, w.hidden_norm, self.dh0, grads.hidden_norm, partial),
+                    *(dn[:n], self.chain_h0, r_hn, w.hidden_norm, self.chain_dh0, grads.hidden_norm, partial),
                     rows=at,
                     x_rows=at,
                     add=(d_mid,),
@@ -678,6 +708,7 @@ class Step:
         w, grads, take = self.weights, self.grads, self.take
         partial = take("partial")
         dk0, dv0 = self.scatter_key_gradients()
+        self.return_dealt()
         for rows in self.pack_blocks():
             # What `start_pack` computed on the way is computed again rather than kept for every token.
             x, r_e, r_h = self.read_pack(rows)
