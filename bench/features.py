@@ -32,7 +32,7 @@ from fastdraft.metrics import read_metrics
 from fastdraft.run import draft_shape, load_data, open_target, run_meta
 from fastdraft.target.capture import Pack, plan_capture, run_capture
 from fastdraft.target.hf import Target
-from fastdraft.target.identity import begin_store
+from fastdraft.target.identity import begin_store, target_fingerprint
 from fastdraft.target.packed import Documents, packed
 from fastdraft.target.source import InProcess
 from fastdraft.target.stored import StoreReader
@@ -73,7 +73,7 @@ def bench_capture(
         named = replace(wanted, dtype=wanted.target_dtype if dtype == "auto" else dtype)
         size = shard_tokens * sum(named.row_bytes.values())
         plan = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, named, size)
-        meta = begin_store(folder, named, target, data=plan.data, shards=len(plan.shards))
+        meta = begin_store(folder, named, target, target_fingerprint(target), data=plan.data, shards=len(plan.shards))
         packs = tuple(pack for shard in plan.shards[WARM : WARM + timed] for pack in shard)
         if not packs:
             raise ValueError(f"{len(plan.shards)} shards of {shard_tokens} tokens: more than {WARM} are needed to time one")

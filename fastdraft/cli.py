@@ -54,23 +54,39 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUBKEY=VALU
 
 @app.command()
 def train(
+    context: typer.Context,
     config: ConfigFile,
     overrides: Overrides = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the resolved config and what it will cost; train nothing.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder's checkpoints and start anew.")] = False,
+    world: Annotated[int | None, typer.Option(min=1, help="With --plan: plan for so many GPUs.")] = None,
+    gpu_gib: Annotated[float, typer.Option(min=1, help="With --world: memory of a GPU.")] = 80.0,
+    gpus_per_host: Annotated[int, typer.Option(min=1, help="With --world: GPUs that fast links join.")] = 8,
+    tflops: Annotated[float, typer.Option(min=1, help="With --world: what its products reach, not its rating.")] = 500.0,
+    link: Annotated[float, typer.Option(min=0.1, help="With --world: GB/s of one GPU's link within its host.")] = 360.0,
+    host_link: Annotated[float, typer.Option(min=0.1, help="With --world: GB/s for each GPU between hosts.")] = 45.0,
 ) -> None:
     """Train a draft; alone, or under torchrun. Goes on from the run folder's newest checkpoint."""
     from fastdraft.config import load_config
     from fastdraft.dist import mesh
-    from fastdraft.run import print_plan
+    from fastdraft.dist.fleet import Hardware
+    from fastdraft.run import print_fleet_plan, print_plan
     from fastdraft.train import train as run
 
+    if not plan:
+        refuse_idle(context, ("world",), "--plan")
+    if world is None:
+        refuse_idle(context, ("gpu_gib", "gpus_per_host", "tflops", "link", "host_link"), "--world")
     loaded = load_config(config, overrides or [])
     if plan:
-        if mesh.rank() == 0:
+        if mesh.rank() != 0:
+            return
+        if world is None:
             print_plan(loaded, console)
+        else:
+            print_fleet_plan(loaded, world, Hardware(gpu_gib, tflops, gpus_per_host, link, host_link), console)
         return
     result = run(loaded, fresh)
     mesh.end_process()
@@ -347,7 +363,9 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:
-    """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding."""
+    """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding; alone, or under
+    torchrun where one GPU cannot hold the target."""
+    from fastdraft.dist import mesh
     from fastdraft.files import write_file
     from fastdraft.model.proposal import DecodeSettings
     from fastdraft.run import evaluate_run
@@ -361,10 +379,12 @@ def evaluate(
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
     report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or ())
-    text = json.dumps(asdict(report), indent=1)
-    console.print_json(text)
-    if out is not None:
-        write_file(out, text.encode())
+    if mesh.is_rank_0():
+        text = json.dumps(asdict(report), indent=1)
+        console.print_json(text)
+        if out is not None:
+            write_file(out, text.encode())
+    mesh.end_process()
 
 
 @app.command()
@@ -374,11 +394,14 @@ def export(
     which: Annotated[str, typer.Option(help="Checkpoint: best, last or a step.")] = "best",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
-    """Write a checkpoint that SGLang and vLLM load unmodified, and verify it."""
+    """Write a checkpoint that SGLang and vLLM load unmodified, and verify it; alone, or under torchrun where one GPU cannot
+    hold the target."""
+    from fastdraft.dist import mesh
     from fastdraft.run import export_run
 
     for line in export_run(run, out, which, overwrite):
         say(line)
+    mesh.end_process()
 
 
 @bench.command()

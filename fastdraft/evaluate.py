@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Rows, tau_sim
 from fastdraft.decode import DecodeResult, Difference, first_difference, generate, generate_plain
+from fastdraft.dist import mesh
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.target.hf import Target
 
+R = TypeVar("R")
 POSITION_EDGES = (0, 128, 512, 2048, 8192, 32768, 131072)
 
 
@@ -139,6 +142,8 @@ def evaluate_decode(
 ) -> DecodeReport:
     """Decodes every prompt with and without the draft. `plain`: `generate_plain` of the same prompts and limit, if made.
 
+    Several processes share the prompts, and each has the report of all; speeds are those of one process.
+
     Raises ValueError when there is no prompt, none needs a second token, or prompt and draft do not fit the target.
     """
     if not prompts:
@@ -146,19 +151,21 @@ def evaluate_decode(
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"{len(plain)} plain results were given for {len(prompts)} prompts")
     generate(target, draft, prompts[0], 2, settings)  # warm: neither side's clock pays for first calls
-    plain = plain or [generate_plain(target, prompt, max_new_tokens, settings) for prompt in prompts]
-    results = [generate(target, draft, prompt, max_new_tokens, settings) for prompt in prompts]
+    target.meet()
+    plain = plain or _by_all(target, lambda i: generate_plain(target, prompts[i], max_new_tokens, settings), len(prompts))
+    results = _by_all(target, lambda i: generate(target, draft, prompts[i], max_new_tokens, settings), len(prompts))
     rounds = sum(r.num_rounds for r in results)
     if not rounds:
         raise ValueError("the target ends every output at its first token: no draft was ever verified; use other prompts")
     num_tokens = sum(len(r.tokens) for r in results)
     drafted, accepted = (torch.tensor([getattr(r, name) for r in results]).sum(0) for name in ("drafted", "accepted"))
 
-    different = {}
+    different: dict[int, Difference] = {}
     if settings.temperature == 0:
-        for index, (prompt, ours, own) in enumerate(zip(prompts, results, plain, strict=True)):
-            if found := first_difference(target, prompt, ours.tokens, own.tokens):
-                different[index] = found
+        found = _by_all(
+            target, lambda i: first_difference(target, prompts[i], results[i].tokens, plain[i].tokens), len(prompts)
+        )
+        different = {index: difference for index, difference in enumerate(found) if difference}
     return DecodeReport(
         settings=settings,
         num_prompts=len(prompts),
@@ -174,3 +181,12 @@ def evaluate_decode(
         first_difference_prompt=next(iter(different), None),
         largest_logit_gap=max((abs(d.logit_gap) for d in different.values()), default=None),
     )
+
+
+def _by_all(target: Target, act: Callable[[int], R], count: int) -> list[R]:
+    """[act(0), act(1), ..], of which each process makes its share."""
+    rank, world = mesh.rank(), mesh.world()
+    own = [act(i) for i in range(rank, count, world)]
+    target.meet()
+    parts = mesh.from_all(own)
+    return [parts[i % world][i // world] for i in range(count)]

@@ -3,6 +3,7 @@ its evaluation and export, from the run's folder; and feature stores filled for 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,12 +31,12 @@ from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.data.samples import longest_sample
 from fastdraft.data.stream import open_stream
 from fastdraft.data.vocab import token_counts
-from fastdraft.dist import mesh
+from fastdraft.dist import fleet, mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
-from fastdraft.model.method import DraftStep
+from fastdraft.model.method import DraftStep, Row
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.model.proposal import DecodeSettings
@@ -44,16 +45,18 @@ from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.cached import StoreCache
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.hf import (
+    RUN_TOKENS,
     Target,
     count_target_parameters,
     load_target,
     load_target_config,
     load_tokenizer,
+    target_sizes,
 )
 from fastdraft.target.identity import begin_store, expected_meta, stop_ids, target_fingerprint
 from fastdraft.target.served.ends import FILES, load_ends
 from fastdraft.target.served.source import ServedSource, Wanted, served_dtype
-from fastdraft.target.source import InProcess, Source
+from fastdraft.target.source import InProcess, Source, ends_of
 from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
 from fastdraft.target.stored import StoreReader, check_documents
 
@@ -151,9 +154,54 @@ def check_precision(config: Config, device: torch.device) -> None:
         raise ValueError(f"precision: fp8 needs a GPU of compute capability 8.9 or newer, not {name}; set precision=bf16")
 
 
-def open_target(config: Config, layers: tuple[int, ...], device: torch.device) -> Target:
-    dtype = target_dtype(config, device)
-    return load_target(config.target.path, dtype, device, layers, config.target.trust_remote_code)
+def open_target(
+    config: Config,
+    layers: tuple[int, ...],
+    device: torch.device,
+    holders: mesh.Axis | None = None,  # `choose_holders`; None: it is whole here
+    sequence: mesh.Axis | None = None,  # who share a pack's tokens; None: each process has packs of its own
+) -> Target:
+    dtype, path = target_dtype(config, device), config.target.path
+    more = {"holders": holders, "sequence": sequence}
+    return load_target(path, dtype, device, layers, config.target.trust_remote_code, **more)
+
+
+def choose_holders(config: Config, device: torch.device) -> tuple[mesh.Axis | None, list[str]]:
+    """The processes that hold the target together with this one (None: it holds it alone), and what to tell the user.
+
+    All processes call it, and rank 0 chooses.
+    `auto` shards a target that does not fit on a GPU beside the draft's training, as far as `fleet_plan` tells. A host's
+    GPUs share it if they can hold it, because their links are fast; otherwise those of several hosts do.
+    """
+    if mesh.world() == 1 or config.dist.target == "replicated" or (config.dist.target == "auto" and device.type == "cpu"):
+        return None, []
+    size, told = mesh.from_rank_0(_choose_holders(config, device) if mesh.is_rank_0() else None)
+    return mesh.holders(size) if size > 1 else None, told
+
+
+def _choose_holders(config: Config, device: torch.device) -> tuple[int, list[str]]:
+    host, auto = mesh.host_size(), config.dist.target == "auto"
+    choices = list(fleet.holder_choices(mesh.world(), host))
+    if device.type == "cpu":  # of its memory nothing is known; processes of one host share it anyway
+        return choices[0], [_sharded_line(choices[0])]
+    gpu_gib = torch.cuda.get_device_properties(device).total_memory / GIB
+    planned = fleet_planner(config, fleet.Hardware(gpu_gib=gpu_gib, host=host))
+    axes = (mesh.world(), config.dist.sequence, config.dist.tensor)
+    whole = planned(fleet.Layout(*axes, 1))
+    if auto and whole.fits:
+        return 1, []
+    fitting = [n for n in choices if planned(fleet.Layout(*axes, n)).fits]
+    told = [_sharded_line((fitting or choices[-1:])[0])]
+    if auto:
+        told[0] += f"; whole it would need {whole.memory_bytes / GIB:.0f} of the {gpu_gib:.0f} GiB of a GPU"
+    if not fitting:
+        need = planned(fleet.Layout(*axes, choices[-1])).memory_bytes / GIB
+        told.append(f"by prediction it does not fit even so, with {need:.0f} GiB a GPU: see --plan --world {mesh.world()}")
+    return (fitting or choices[-1:])[0], told
+
+
+def _sharded_line(holders: int) -> str:
+    return f"the target is sharded: each of {holders} processes holds 1/{holders} of every layer"
 
 
 def reads_store(config: Config) -> bool:
@@ -178,15 +226,22 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     if asks_servers(config):
         return open_served(config, layers, device)
     if config.features.path is None:
-        return InProcess(open_target(config, layers, device))
+        holders, told = choose_holders(config, device)
+        target = open_target(config, layers, device, holders, mesh.axis("sequence"))
+        source = InProcess(target, halo=named_method(config.draft.method).num_steps(config))
+        source.notes = told + source.notes
+        return source
     folder = Path(config.features.path)
     wanted = run_meta(config, layers)
     if config.features.mode == "cache":
-        target = open_target(config, layers, device)
+        holders, told = choose_holders(config, device)
+        target = open_target(config, layers, device, holders)
+        fingerprint = target_fingerprint(target) if target.holders.size > 1 else None  # they take it together
         if mesh.is_rank_0():
-            begin_store(folder, wanted, target)
+            begin_store(folder, wanted, ends_of(target, fingerprint))
         mesh.barrier()
         cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), mesh.rank(), mesh.world())
+        cache.notes = told + cache.notes
         mesh.barrier()  # nobody writes before all have counted
         return cache
     store = Store(folder)
@@ -320,6 +375,7 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     config = saved_config(saved)
     device = mesh.start_process(config.device)
     config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    holders, _ = choose_holders(config, device)
     target = load_target(
         config.target.path,
         target_dtype(config, device),
@@ -327,6 +383,7 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
         draft.config.layers,
         config.target.trust_remote_code,
         run_in=torch.float32 if bf16_is_slow(device) else None,
+        holders=holders,
     )
     refuse_other_target(saved, target_fingerprint(target), config)
     draft.take_from_target(target.embedding)
@@ -427,11 +484,20 @@ def evaluate_run(
 
 
 def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set: Dataset) -> TauReport:
-    """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype."""
-    batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
+    """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype. Processes share the packs."""
+    rank, world = mesh.rank(), mesh.world()
+    batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
     step = make_step(config, draft, target)
+
+    def reduce(sums: Tensor) -> Tensor:
+        target.meet()
+        return mesh.axis("replicas").sum_(sums)
+
     return evaluate_tau(
-        lambda batch: step.rows(batch, target.capture(batch.to(target.device))), batches, method_of(draft).num_steps(config)
+        lambda batch: step.rows(batch, target.capture(batch.to(target.device))),
+        itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
+        method_of(draft).num_steps(config),
+        reduce=reduce,
     )
 
 
@@ -485,6 +551,8 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
         draft.take_from_target(target.embedding)
     else:
         config, target, draft = open_run(run_dir, which)
+    if not mesh.is_rank_0():  # it holds a part of the target, of which the draft takes what every process has
+        return []
     target_dir = Path(cached_file(config.target.path, "config.json")).parent
     dtype = own_dtype(read_target_config(target_dir)) or target.dtype
     export_draft(draft, out, dtype, overwrite)
@@ -549,6 +617,63 @@ def predict(config: Config, device: torch.device) -> Plan:
         cache_bytes=int((config.features.max_gib or 0) * GIB),
         replicas=max(1, mesh.world() // config.dist.tensor),
     )
+
+
+def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.Layout], fleet.FleetPlan]:
+    """`fleet_plan` of a config as a function of the layout; GPUs are planned for, whatever this machine has."""
+    device = torch.device("cuda")
+    shape, method = draft_shape(config), named_method(config.draft.method)
+    target = target_sizes(load_target_config(config.target.path, config.target.trust_remote_code))
+    precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
+
+    def step_cost(part: BaseModel, tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+        return method.step_cost(
+            part,
+            pack_tokens=tokens,
+            document_tokens=min(config.data.max_length, tokens),
+            ttt_length=config.ttt_length,
+            precision=precision,
+            target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
+            loss=config.loss.kind,
+            step=config.step,
+            chunk_rows=config.chunk_rows,
+            device=device.type,
+        )
+
+    return lambda layout: fleet.fleet_plan(
+        layout,
+        hardware,
+        target,
+        shape,
+        step_cost,
+        pack_tokens=config.data.pack_tokens,
+        document_tokens=config.data.max_length,
+        run_tokens=RUN_TOKENS,
+        packs_per_step=config.optim.packs_per_step,
+        sums=4 * method.num_steps(config),  # after o and after down, forward and backward
+        target_bytes=4 if config.target.dtype == "fp32" else 2,
+        draft_bytes=4 if precision == "fp32" else 2,
+    )
+
+
+def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, console: Console) -> None:
+    """What one GPU of `world` needs in the config's layout, and in every other one. ValueError where that layout divides
+    processes, packs or heads unevenly."""
+    check_target(config)
+    planned = fleet_planner(config, hardware)
+    axes = (world, config.dist.sequence, config.dist.tensor)
+    choices = {
+        "replicated": [1],
+        "sharded": list(fleet.holder_choices(world, hardware.host)) or [1],
+        "auto": [1, *fleet.holder_choices(world, hardware.host)],
+    }
+    plans = [planned(fleet.Layout(*axes, n)) for n in choices[config.dist.target]]
+    chosen = next((p for p in plans if p.fits), plans[-1])
+    others = []
+    for layout in fleet.layouts(world, hardware.host):
+        with contextlib.suppress(ValueError):  # it does not divide this run
+            others.append(planned(layout))
+    fleet.render_fleet(chosen, others, hardware, console)
 
 
 @dataclass(frozen=True)
@@ -642,17 +767,20 @@ def capture_features(
     if plan_only:
         return
     device = mesh.start_process(config.device)
+    holders = None
     if served:
         source = open_served(config, shape.layers, device, widened=False)
     else:
-        source = InProcess(open_target(config, shape.layers, device))
+        holders, told = choose_holders(config, device)
+        source = InProcess(open_target(config, shape.layers, device, holders))
+        source.notes = told + source.notes
     try:
         for line in source.notes:
             say(line)
         out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out / ".start.lock"):
             meta = begin_store(out, wanted, source.ends, data=capture.data, shards=len(capture.shards))
-        run_capture(source, capture, out, meta, part, say)
+        run_capture(source, capture, out, meta, part, say, holders)
     finally:
         source.close()
     (out / ".start.lock").unlink(missing_ok=True)
@@ -681,4 +809,4 @@ def import_specforge(
     target = open_target(config, shape.layers, mesh.start_process(config.device))
     out.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(out / ".start.lock"):  # one import at a time
-        import_dumps(dumps, target, out, begin_store(out, wanted, target), say)
+        import_dumps(dumps, target, out, begin_store(out, wanted, ends_of(target)), say)

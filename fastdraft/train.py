@@ -133,7 +133,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         """The batch and what this process needs of its features: all, where it shares its packs with no other."""
         batch, features = source.capture(batch)
         share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=method.num_steps(config))
-        return batch, features if share.size == 1 else own_features(features, share)
+        return batch, features if share.size == 1 or source.gives_share else own_features(features, share)
 
     def save(step: int) -> None:
         source.flush()
@@ -143,13 +143,17 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         state |= {"draft": draft.config.model_dump(), "config": config.model_dump()}
         checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
 
+    def add_up(sums: Tensor) -> Tensor:
+        source.meet()  # a process may have fewer packs than those that hold the target with it
+        return replicas.sum_(sums)
+
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
         report = evaluate_tau(
             lambda batch: trainer.rows(*capture(batch)),
             itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
             method.num_steps(config),
-            reduce=replicas.sum_,
+            reduce=add_up,
         )
         return eval_values(report, config.loss.step_decay)
 
@@ -166,6 +170,8 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
 
     def finish_step() -> None:
         """Ends the optimizer's step that is under way, if one is; then its sums are those of all processes."""
+        if optimizer.under_way:
+            source.meet()
         sums = optimizer.finish()
         if sums is not None:
             window["sums"] += sums
@@ -203,6 +209,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
                 finish_step()
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
+            source.meet()
             norm = optimizer.start(step_sums)
             recent.append(Recent(step, batches, norm, step_sums))
 

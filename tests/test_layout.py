@@ -38,6 +38,7 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.checkpoint"),  # the format of checkpoints
     ("checkpoint.py", "torch.distributed.tensor.DTensor"),  # a tensor of which each process holds a slice
+    ("target/sharded.py", "torch.distributed.fsdp.fully_shard"),  # the storage of a target's layers
 }
 
 # Modules of fastdraft/ beside __init__.py.

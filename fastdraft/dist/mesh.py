@@ -75,6 +75,15 @@ class Axis:
         _reduce_scatter(part, x.contiguous(), group=self.group)
         return part
 
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers. Their hosts meet here, no GPU is waited for."""
+        if self.group is None:
+            return number
+        _meet()
+        of_all = torch.tensor(number)
+        dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
+        return int(of_all)
+
     def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:  # [sum of gets, ...]
         """Sends so many rows of x [sum of sends, ...] to each process, in the order of their ranks, and gives what each has
         sent to this one."""
@@ -124,6 +133,7 @@ class Axis:
 
 
 _axes: dict[AxisName, Axis] = {}  # of `lay_out`
+_holders: dict[int, Axis] = {}  # by their number
 _meetings = 0  # collectives that this process has taken part in
 _timeout = timedelta(minutes=30)  # of `start_process`
 
@@ -226,9 +236,28 @@ def axis(name: AxisName) -> Axis:
     return Axis()
 
 
+def host_size() -> int:
+    """Processes of this run on one host, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
+def holders(size: int) -> Axis:
+    """The `size` processes, consecutive in rank and this one among them, that hold a sharded target together. Every process
+    of the run calls it, with the same number, a divisor of `world()`; groups that were made before are kept."""
+    if size == world() and dist.is_initialized() and size > 1:
+        return Axis(rank(), size, dist.group.WORLD)
+    if size not in _holders:
+        for first in range(0, world(), size):
+            group = dist.new_group(list(range(first, first + size)), timeout=_timeout) if size > 1 else None
+            if first <= rank() < first + size:
+                _holders[size] = Axis(rank() - first, size, group)
+    return _holders[size]
+
+
 def end_process() -> None:
     """Leaves the group that `start_process` joined."""
     _axes.clear()
+    _holders.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

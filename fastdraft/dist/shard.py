@@ -88,6 +88,11 @@ class SharedAdamW:
     def lr(self, step: int) -> float:
         return self.own.lr(step)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a step was begun and not finished."""
+        return self._sums is not None
+
     def start(self, sums: Tensor) -> Tensor:  # scalar: norm of G / N before clipping, once `finish` was called
         """Begins a step: `sums` [5, T] of this process's rows (`Rows.sums`) and the gradients are added up over all
         processes, `sums` in place. Until `finish` neither they nor the weights and gradients may be touched."""

@@ -42,8 +42,8 @@ class StoreCache(StoreReader):
     ):
         super().__init__(store, target.device)
         # The live target's ends, not the store's copies of them. Rank 0 has just started or checked the store with its
-        # target's fingerprint, which takes values of every weight; the others' targets are their own.
-        self.ends = ends_of(target, store.meta.target if rank == 0 else None)
+        # target's fingerprint, which takes values of every weight; the others' targets are their own, or parts of one.
+        self.ends = ends_of(target, store.meta.target if rank == 0 or target.holders.size > 1 else None)
         self.notes = [f"{reason}; its documents are run again" for reason in store.damaged.values()] + runs_apart(target)
         ends = (store.folder / "target.safetensors").stat().st_size
         if max_bytes <= ends:
@@ -87,6 +87,9 @@ class StoreCache(StoreReader):
             features = Features(read.features.g.index_copy(0, rows, fresh.g), read.features.f.index_copy(0, rows, fresh.f))
         self._keep(part, fresh, [i for i, d in enumerate(again) if d in set(read.absent)])
         return batch, features
+
+    def meet(self) -> None:
+        self.target.meet()
 
     def _keep(self, batch: Batch, features: Features, documents: list[int]) -> None:
         wanted, keys, row = needed(batch), document_keys(batch), self.store.meta.row_bytes

@@ -11,6 +11,7 @@ take shards that nobody holds. A lock dies with its process.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 import time
@@ -133,6 +134,7 @@ def run_capture(
     meta: Meta,  # of the started store
     part: tuple[int, int] = (0, 1),  # (i, n): only shards i, i+n, ...; for machines that share no folder, to be merged
     say: Callable[[str], None] = lambda line: None,
+    holders: mesh.Axis | None = None,  # the processes that hold the source's target together; None: each holds its own
 ) -> None:
     """Fills the store; returns when every shard of the part is there, whoever wrote it. Goes on where it was killed.
 
@@ -145,10 +147,20 @@ def run_capture(
     first = mesh.rank() * len(mine) // mesh.world()
     order = [*mine[first:], *mine[:first]]  # ranks begin far apart
     progress = _Progress(mine, folder, say)
-    for wait in (False, True):  # take what is free; then what others left behind when they died
+    alone = holders is None or holders.size == 1
+    # Take what is free; then wait for what others left behind when they died. Processes that hold the target together wait
+    # for no lock, which would keep the others from a forward: they look again together until all is there.
+    passes = (False, True) if alone else itertools.repeat(False)
+    for again, wait in enumerate(passes):
         with ShardWriter(folder, meta) as writer:
             for number in order:
                 _capture_shard(source, plan.shards[number], number, writer, wait, progress)
+            source.meet()
+        if not alone:
+            if not holders.largest(missing_bytes(plan, folder, part)):
+                break
+            if again:
+                time.sleep(1)
     if not missing_bytes(plan, folder):  # complete: nobody writes any more
         shutil.rmtree(locks, ignore_errors=True)
 

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,10 +36,19 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.batch import Batch, Features, PackShare, TargetHead
+from fastdraft.dist.fleet import TargetSizes
+from fastdraft.dist.mesh import Axis
 from fastdraft.model.graph import GraphPool
-from fastdraft.model.target_config import default_layers, first_line, refuse_strange_dtype, silent_layers
-from fastdraft.target.packed import Documents, Recorded, packed, unpackable
+from fastdraft.model.target_config import (
+    default_layers,
+    first_line,
+    language_config,
+    refuse_strange_dtype,
+    silent_layers,
+)
+from fastdraft.target.packed import Documents, Recorded, in_pack_order, own_slices, packed, unpackable
+from fastdraft.target.sharded import Lockstep, load_sharded, local
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
 GRAPH_TOKENS = 256  # packs are padded to multiples of it, so that few lengths are recorded
@@ -46,17 +57,28 @@ PROBE_TOKENS = 8
 # by (logits_scaling: HyperCLOVA X, Granite) or ignores (logit_scale: MPT), so all are tried, and its own logits decide.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Names under which config.json keeps how many experts a layer has, and how many of them a token goes through.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 RUN_TOKENS = 16384  # of documents that run together: what the target's own activations take is bounded so
 
 
 class Target:
     """A causal LM from `load` or one already built. Everything it gives is without gradient."""
 
-    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: tuple[int, ...] | None = None,
+        holders: Axis | None = None,  # the processes that hold it together, of `load_sharded`; None: it is whole here
+        sequence: Axis | None = None,  # the processes that share a pack's tokens; None: each has packs of its own
+    ):
         self.model = model.eval().requires_grad_(False)
+        self.sequence = sequence or Axis()
+        self.holders = holders or Axis()
+        self.lockstep: Lockstep | None = None  # while this object is made, all processes run the same
         self.config = model.config.get_text_config()
-        self.decoder = _decoder(model)
-        blocks = _decoder_layers(model, self.decoder, getattr(self.config, "num_hidden_layers", None))
+        self.decoder, blocks = _decoder_and_layers(model)
         self.num_layers = len(blocks)
         self.layers = tuple(layers) if layers is not None else default_layers(self.num_layers)
         inside = all(0 <= layer < self.num_layers for layer in self.layers)
@@ -81,7 +103,11 @@ class Target:
         self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
         self.apart = unpackable(self.decoder.config) or self._try_packing()
         self.pool = GraphPool()
-        if self.apart is None and self.device.type == "cuda" and self._try_recording():
+        if self.sequence.size > 1:
+            self._refuse_unshared()
+        if self.holders.size > 1:  # a CUDA graph records no collective
+            self.lockstep = Lockstep(self.holders, self._idle)
+        elif self.sequence.size == 1 and self.apart is None and self.device.type == "cuda" and self._try_recording():
             self.recorded = {}
 
     @property
@@ -108,6 +134,8 @@ class Target:
         attention_mask: Tensor | None = None,  # [B, 1, L, cached + L], for tree verification
     ) -> tuple[Tensor, Tensor]:  # g [B, L, 3*Ht], f [B, L, Ht]
         """One forward of the decoder without the vocabulary projection; extends `cache` when given."""
+        if self.lockstep is not None:
+            self.lockstep.enter()
         self._capturing = True
         try:
             f = self.decoder(
@@ -123,12 +151,55 @@ class Target:
             self._capturing = False
             self._states.clear()
 
+    def meet(self) -> None:
+        """Returns when no process that holds this target with others has a forward to run; a whole target's at once. Each
+        of them calls it before it turns to anything else that all processes do together."""
+        if self.lockstep is not None:
+            self.lockstep.wait()
+
+    @torch.no_grad()
+    def _idle(self) -> None:
+        self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
+
     def capture(self, batch: Batch) -> Features:
         """g and f of every token of a packed batch, each document on its own."""
         if self.apart is not None:
             return self._capture_apart(batch)
         runs = [self.forward_packed(ids, lengths) for ids, lengths in self.packed_runs(batch)]
         return Features(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*runs, strict=True)))
+
+    def capture_share(
+        self,
+        batch: Batch,  # the same on all processes that share its tokens
+        halo: int,  # rows of f behind each slice
+    ) -> Features:  # g of the rows that this process owns, f of these and its halos: `PackShare`
+        """Each process runs every layer on its own rows of the pack, and all of them call this together.
+
+        Raises ValueError where they were given different packs.
+        """
+        axis, n = self.sequence, batch.num_tokens
+        share = PackShare(n, axis.rank, axis.size, halo)
+        fingerprint = zlib.crc32(batch.input_ids.cpu().numpy().tobytes() + repr(batch.lengths).encode())
+        if axis.largest(fingerprint) != -axis.largest(-fingerprint):
+            raise ValueError(
+                "processes that share a pack's tokens (dist.sequence) were given different packs; each group of them must "
+                "read the same data, in the same order"
+            )
+        # Rows past the pack's end, which make all slices equally long, are a document of their own that nobody sees.
+        c = share.slice_rows
+        ids = F.pad(batch.input_ids.to(self.device), (0, 2 * axis.size * c - n))
+        lengths = batch.lengths + ((len(ids) - n,) if len(ids) > n else ())
+        own_ids = own_slices(ids, axis.rank, axis.size)
+        g, f = self._run_packed(own_ids, Documents.shared(lengths, axis, self.device))
+
+        # A halo is the first rows of slices that others own, so all exchange as many of each slice. What is asked for is
+        # then taken out of the own rows, slice by slice, and those behind them.
+        h = min(halo, c)
+        heads = in_pack_order(axis.gather(torch.cat([f[:h], f[c : c + h]])), axis.size)
+        places = {axis.rank: 0, 2 * axis.size - 1 - axis.rank: c}
+        start = torch.tensor([places.get(s, 2 * c + s * h) - s * c for s in range(2 * axis.size)])
+        own, more = ((rows + start[rows // c]).to(self.device) for rows in (share.rows, share.rows_and_halo))
+        return Features(g[own], torch.cat([f, heads])[more])
 
     def packed_runs(self, batch: Batch) -> Iterator[tuple[Tensor, tuple[int, ...]]]:  # token ids [n], documents' lengths
         """Documents that run together: up to RUN_TOKENS, or one that is longer."""
@@ -192,6 +263,28 @@ class Target:
             if not off <= most:
                 return f"packed documents give states that are off by {off:.1%}"
         return None
+
+    def _refuse_unshared(self) -> None:
+        """ValueError where rows that are computed by several processes would not be what one computes: where attention is
+        not known, or tokens meet elsewhere (convolutions, recurrences), which a trial shows."""
+        name, why = type(self.model).__name__, self.apart
+        if why is None:
+            lengths = (9, 4, 14)
+            ids = torch.arange(sum(lengths)) * 7 % self.vocab_size
+            share = PackShare(len(ids), self.sequence.rank, self.sequence.size)
+            whole = self.forward_packed(ids.to(self.device), lengths)[1][share.rows.to(self.device)].float()
+            ours = self.capture_share(Batch(ids, torch.ones(len(ids), dtype=torch.bool), lengths), 0).f.float()
+            off = (ours - whole).norm(dim=-1) / whole.norm(dim=-1)
+            # In bf16 another kernel's rounding may lead a few rows to other experts.
+            found = float(off.max() if self.dtype.itemsize > 2 else off.median()) if len(off) else 0.0
+            found = self.sequence.largest(int(1e6 * found) if found < 1e3 else 10**9) / 1e6  # NaN is not below
+            if found > (1e-3 if self.dtype.itemsize > 2 else 0.1):
+                why = f"its states are off by {found:.1%} then"
+        if why is not None:
+            raise ValueError(
+                f"dist.sequence={self.sequence.size}: processes cannot share a pack's tokens with the target {name}, "
+                f"because {why}; set dist.sequence=1, and dist.target=sharded if the target does not fit on one GPU"
+            )
 
     def _try_recording(self) -> bool:
         """Whether a forward can be a CUDA graph. One that reads values on the host, as routing to experts may, cannot."""
@@ -318,28 +411,38 @@ def load_target(
     layers: tuple[int, ...] | None = None,
     trust_remote_code: bool = False,
     run_in: torch.dtype | None = None,
+    holders: Axis | None = None,
+    sequence: Axis | None = None,
 ) -> Target:
     """Loads a local directory or hub name. Raises ValueError saying what is missing when it is not a whole causal LM.
 
     `run_in` computes with the weights rounded to `dtype` in another: in torch.float32 they are the same numbers, so the
-    target has the same fingerprint. Quantized weights stay as they are.
+    target has the same fingerprint. Quantized weights stay as they are. With `holders` each of these processes keeps its
+    part of every layer (`target/sharded.py`); all of them call this. Those on `sequence` share a pack's tokens
+    (`Target.capture_share`).
     """
+    if holders is not None and holders.size == 1:
+        holders = None
     try:
         _refuse_strange_dtype_at(path)
-        with _no_progress_bar(path):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map={"": device}, trust_remote_code=trust_remote_code, output_loading_info=True
-            )
+        if holders is not None:
+            where = torch.device(device)
+            model, missing = load_sharded(path, dtype, where, trust_remote_code, holders, _decoder_and_layers)
+        else:
+            more = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+            with _no_progress_bar(path):
+                model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}, **more)
+            missing = sorted(info["missing_keys"])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of transformers, safetensors or the model's own class, which may raise anything
         raise ValueError(f"target {path!r} cannot be loaded: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
+    if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"target {path!r} lacks the weights {', '.join(missing[:3])}{more}; download it again")
     if run_in is not None and not getattr(model, "is_quantized", False):
         model = model.to(run_in)
-    return Target(model, layers)
+    return Target(model, layers, holders, sequence)
 
 
 @contextmanager
@@ -366,16 +469,50 @@ def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
 
 def count_target_parameters(config: dict) -> int:
     """Parameters of the target, counted on an empty model: no weights are read."""
+    return sum(p.numel() for p in _empty_model(config).parameters())
+
+
+def target_sizes(config: dict) -> TargetSizes:
+    """What a plan for many GPUs needs of a target's config.json, counted on an empty model."""
+    model, facts = _empty_model(config), language_config(config)
+    _, blocks = _decoder_and_layers(model)
+    experts = next((n for name in EXPERTS if isinstance(n := facts.get(name), int) and n), 1)
+    chosen = next((n for name in CHOSEN if isinstance(n := facts.get(name), int) and n), experts)
+    layers = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    idle = 0  # parameters of experts that a token does not go through
+    for block in blocks:
+        for name, p in block.named_parameters():
+            if "experts" in name.split(".") and experts > 1 and p.shape[0] == experts:
+                idle += p.numel() * (experts - chosen) // experts
+    heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
+    head_dim = facts.get("head_dim") or hidden // heads
+    mlp = facts.get("moe_intermediate_size") or facts.get("intermediate_size") or 4 * hidden
+    total = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()
+    return TargetSizes(
+        num_layers=len(layers),
+        layers=sum(layers),
+        largest_layer=max(layers),
+        outside=total - sum(layers),
+        active=sum(layers) - idle + head,
+        hidden_size=hidden,
+        kv_width=2 * (facts.get("num_key_value_heads") or heads) * head_dim,
+        attention_width=heads * head_dim,
+        mlp_width=mlp * (chosen if experts > 1 else 1),
+        apart=unpackable(model.config.get_text_config()),
+    )
+
+
+def _empty_model(config: dict) -> PreTrainedModel:
     sizes = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
     except Exception as error:  # of transformers, or the model's own class, which may raise anything
         raise ValueError(
             f"transformers has no causal LM for the target's config.json ({config.get('model_type', 'no model_type')}), or "
             f"cannot build it: {first_line(error)}; a target must be a causal LM that it knows"
         ) from error
-    return sum(p.numel() for p in model.parameters())
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -410,7 +547,8 @@ def _refuse_strange_dtype_at(path: str) -> None:
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Its sum is, which takes no memory; of weights in 8 bits nothing is said."""
+    """Its sum is, which takes no memory. Of weights in 8 bits nothing is said; of a sharded one the part here counts."""
+    weight = local(weight)
     return weight.element_size() == 1 or bool(weight.sum(dtype=torch.float64).isfinite())
 
 
@@ -419,7 +557,8 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return getattr(model, "model", model) if decoder is model else decoder  # Llama 4's own is not found
 
 
-def _decoder_layers(model: PreTrainedModel, decoder: nn.Module, count: int | None) -> nn.ModuleList:
+def _decoder_and_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    decoder, count = _decoder(model), getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList)]
     fitting = [m for m in lists if len(m) == count]
     if not fitting:
@@ -428,7 +567,7 @@ def _decoder_layers(model: PreTrainedModel, decoder: nn.Module, count: int | Non
             f"{type(model).__name__} has no list of num_hidden_layers = {count} layers that could be hooked (its lists of "
             f"modules: {there}); a target must be a causal LM whose decoder is one list of layers"
         )
-    return fitting[0]
+    return decoder, fitting[0]
 
 
 def _final_norm(decoder: nn.Module) -> Tensor | None:  # [Ht]

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from fastdraft.batch import Ends
+from fastdraft.dist.mesh import Axis
 from fastdraft.features.meta import Meta, start_store
 from fastdraft.files import json_checksum
 from fastdraft.model.target_config import first_line, language_config, read_json
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
+from fastdraft.target.sharded import local, own_rows
 
 IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
 
@@ -30,10 +34,32 @@ def target_fingerprint(target: Target) -> str:
     fields = ("model_type", "hidden_size", "vocab_size", "num_hidden_layers", "rope_parameters")
     config = target.config.to_dict()
     digest = hashlib.sha256(json.dumps({k: config.get(k) for k in fields}, sort_keys=True, default=str).encode())
-    for weight in target.model.parameters():
-        flat = weight.detach().flatten()
-        digest.update(flat[:: -(-len(flat) // 64)].float().cpu().numpy().tobytes())
+    weights = list(target.model.parameters())
+    samples = [_samples(weight.detach(), target.holders) for weight in weights]
+    if target.holders.size > 1:  # each process has some of the values, and zeros for the others
+        bits = torch.cat([values.view(torch.int32) for values in samples])
+        places = bits.new_tensor([local(weight) is not weight for weight in weights]).repeat_interleave(
+            bits.new_tensor([len(values) for values in samples])
+        )
+        summed = target.holders.sum_(bits * places)
+        samples = [(summed + bits * (1 - places)).view(torch.float32)]
+    for values in samples:
+        digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _samples(weight: Tensor, holders: Axis) -> Tensor:  # at most 64 numbers in float32
+    """Every so many-th value of a weight; of a sharded one zeros where another process has them."""
+    every = -(-weight.numel() // 64)
+    if local(weight) is weight:
+        return weight.flatten()[::every].float()
+    row = math.prod(weight.shape[1:])
+    first, end = (place * row for place in own_rows(weight.shape[0], holders))
+    places = torch.arange(0, weight.numel(), every, device=local(weight).device)
+    inside = (places >= first) & (places < end)
+    values = torch.zeros(len(places), device=places.device)
+    values[inside] = local(weight).flatten()[places[inside] - first].float()
+    return values
 
 
 def checkpoint_fingerprint(path: str) -> str:
@@ -91,21 +117,20 @@ def expected_meta(
     )
 
 
-def begin_store(folder: Path, wanted: Meta, target: Target | Ends, **changes: Any) -> Meta:
+def begin_store(folder: Path, wanted: Meta, ends: Ends, **changes: Any) -> Meta:
     """`start_store` of a target's features: a run's `expected_meta`, and what only the target tells. `changes` win."""
-    head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
-    fingerprint = target.fingerprint if isinstance(target, Ends) else target_fingerprint(target)
-    meta = replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
-    return start_store(folder, meta, _ends(target))
+    head = {"head_scale": ends.head.scale, "head_softcap": ends.head.softcap}
+    meta = replace(wanted, target=ends.fingerprint, hidden_size=ends.hidden_size, **head | changes)
+    return start_store(folder, meta, _tensors(ends))
 
 
-def _ends(target: Target | Ends) -> dict[str, Tensor]:
+def _tensors(ends: Ends) -> dict[str, Tensor]:
     """What training needs of a target besides its features: embedding, lm_head, final norm."""
-    ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
-    ends["final_norm"] = target.final_norm
-    if target.head.weight.data_ptr() == target.embedding.data_ptr():
-        del ends["head.weight"]
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in ends.items() if tensor is not None}
+    named = {"embedding": ends.embedding, "head.weight": ends.head.weight, "head.bias": ends.head.bias}
+    named["final_norm"] = ends.final_norm
+    if ends.head.weight.data_ptr() == ends.embedding.data_ptr():
+        del named["head.weight"]
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

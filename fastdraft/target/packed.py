@@ -7,11 +7,16 @@ the kernel that the draft trains with (`ttt_attention`, without diagonal terms),
 Models that do anything else with other tokens cannot run so; `unpackable` and `_attend` name what they see of that, and
 `Target` compares a packed forward with one of each document.
 
-# n tokens of all documents, Hq/Hkv heads, D head dim
+Several processes may share the tokens (`shared`): each runs all layers on its own rows of the pack, and before it attends
+it gathers the keys and values of all of them, which are small beside what a layer computes for a row. Its rows then see
+what they see in one process: the tokens of their document up to themselves.
+
+# n tokens of all documents, m rows of this process, c rows of a slice, S processes, Hq/Hkv heads, D head dim
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
 from fastdraft.batch import document_starts, to_device
+from fastdraft.dist.mesh import Axis
 from fastdraft.kernels.ttt_attention import ttt_attention
 from fastdraft.model.graph import GraphPool
 
@@ -33,16 +39,41 @@ HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", 
 @dataclass(frozen=True)
 class Documents:
     lengths: tuple[int, ...]
-    row: Tensor  # [n] int64, 0 .. n-1
-    start: Tensor  # [n] int64, row of the first token of its document
+    row: Tensor  # [m] int64, of a token in the pack; 0 .. n-1 where this process has them all
+    start: Tensor  # [m] int64, row of the first token of its document
+    axis: Axis | None = None  # the processes that share the tokens; None: this process has them all
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device) -> Documents:
         return Documents(lengths, *_index(lengths, device))
 
+    @staticmethod
+    def shared(lengths: tuple[int, ...], axis: Axis, device: torch.device) -> Documents:
+        """Rows `own_slices` of this process. The lengths fill 2 S slices."""
+        own = own_slices(torch.arange(sum(lengths)), axis.rank, axis.size)
+        return Documents(lengths, *to_device([own, document_starts(lengths)[own]], device).view(2, -1), axis)
+
     @property
-    def position(self) -> Tensor:  # [n] int64, of each token in its document
+    def position(self) -> Tensor:  # [m] int64, of each token in its document
         return self.row - self.start
+
+
+def own_slices(
+    x: Tensor,  # [n, ...], n a multiple of 2 S
+    rank: int,
+    size: int,  # S
+) -> Tensor:  # [n / S, ...]
+    """The rows of one process, slices rank and 2 S - 1 - rank: see `PackShare`."""
+    slices = x.view(2 * size, -1, *x.shape[1:])
+    return torch.cat([slices[rank], slices[2 * size - 1 - rank]])
+
+
+def in_pack_order(
+    gathered: Tensor,  # [S * m, ...], the rows `own_slices` of all processes
+    size: int,  # S
+) -> Tensor:  # [n, ...]
+    slices = gathered.view(size, 2, -1, *gathered.shape[1:])
+    return torch.cat([slices[:, 0].flatten(0, 1), slices[:, 1].flip(0).flatten(0, 1)])
 
 
 def _index(lengths: tuple[int, ...], device: torch.device) -> Tensor:  # [2, n] int64, rows and starts of `Documents`
@@ -82,29 +113,66 @@ def unpackable(config: PretrainedConfig) -> str | None:
 
 def _attend(
     module: nn.Module,
-    query: Tensor,  # [1, Hq, n, D]
-    key: Tensor,  # [1, Hkv, n, D]
-    value: Tensor,  # [1, Hkv, n, D]
+    query: Tensor,  # [1, Hq, m, D]
+    key: Tensor,  # [1, Hkv, m, D]
+    value: Tensor,  # [1, Hkv, m, D]
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **more: object,
-) -> tuple[Tensor, None]:  # [1, n, Hq, D]
+) -> tuple[Tensor, None]:  # [1, m, Hq, D]
     unknown = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
     if attention_mask is not None or dropout:
         unknown.append("a mask" if attention_mask is not None else "dropout")
     if unknown or value.shape[-1] != query.shape[-1] or not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} attends with {', '.join(unknown) or 'other shapes or no causal mask'}")
     documents, scale = _documents.get(), query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda:
+    if query.is_cuda or documents.axis is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return ttt_attention(q, k, v, None, None, documents.row, documents.start, scale)[None], None
+        if documents.axis is not None:
+            k, v = _of_all(k, v, documents.axis)
+        attend = ttt_attention if query.is_cuda else _attend_rows
+        return attend(q, k, v, None, None, documents.row, documents.start, scale)[None], None
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     parts = (x.split(documents.lengths, 2) for x in (query, key, value))
     for place, q, k, v in zip(out.split(documents.lengths, 1), *parts, strict=True):
         part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         place.copy_(part.transpose(1, 2))
     return out, None
+
+
+def _of_all(
+    k: Tensor,  # [m, Hkv, D]
+    v: Tensor,  # [m, Hkv, D]
+    axis: Axis,
+) -> tuple[Tensor, Tensor]:  # [n, Hkv, D] each, in the order of the pack
+    """The keys and values of all processes, in one message."""
+    both = in_pack_order(axis.gather(torch.stack([k, v], 1)), axis.size)
+    return both[:, 0], both[:, 1]
+
+
+def _attend_rows(
+    q: Tensor,  # [m, Hq, D]
+    k: Tensor,  # [n, Hkv, D]
+    v: Tensor,  # [n, Hkv, D]
+    _k_diag: None,
+    _v_diag: None,
+    row: Tensor,  # [m]
+    start: Tensor,  # [m]
+    scale: float,
+) -> Tensor:  # [m, Hq, D]
+    """`ttt_attention` on a CPU: rows of one document and one slice together, over the keys from the document's start to the
+    last of them, without scores that are kept."""
+    out = torch.empty_like(q)
+    breaks = ((row.diff() != 1) | (start.diff() != 0)).nonzero()[:, 0] + 1
+    ends = [0, *breaks.tolist(), len(row)]
+    for a, b in itertools.pairwise(ends):
+        first, last = int(start[a]), int(row[b - 1]) + 1
+        sees = torch.arange(first, last) <= row[a:b, None]
+        heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[first:last], v[first:last]))
+        part = F.scaled_dot_product_attention(*heads, attn_mask=sees, scale=scale, enable_gqa=True)
+        out[a:b] = part[0].transpose(0, 1)
+    return out
 
 
 AttentionInterface.register(NAME, _attend)

@@ -17,6 +17,7 @@ class Source(Protocol):
 
     ends: Ends
     notes: list[str]  # what to tell the user before the first step
+    gives_share: bool  # whether `capture` gives what this process owns (`Target.capture_share`), not the whole pack's
     waited: float  # seconds that `capture` kept its caller for what had been announced; the caller sets it back
 
     def expect(self, batches: list[Batch]) -> None:
@@ -24,6 +25,10 @@ class Source(Protocol):
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         """The batch and its features on the device. A document whose features cannot be had loses its loss mask."""
+
+    def meet(self) -> None:
+        """Waits, once it has nothing to capture, for the processes that hold the target together with this one: every one
+        of them calls it before it turns to what all processes do together. Where no target is shared nothing is done."""
 
     def counts(self) -> dict[str, int]:
         """What was left out or done again so far, by the name of its metric; empty where nothing was."""
@@ -38,8 +43,13 @@ class Source(Protocol):
 class InProcess:
     """A target that runs here, whenever it is asked."""
 
-    def __init__(self, target: Target):
-        self.target = target
+    def __init__(
+        self,
+        target: Target,
+        halo: int = 0,  # rows behind those that this process owns, where processes share a pack's tokens
+    ):
+        self.target, self.halo = target, halo
+        self.gives_share = target.sequence.size > 1
         self.ends = ends_of(target)
         self.notes = runs_apart(target)
         self.waited = 0.0
@@ -48,7 +58,12 @@ class InProcess:
         pass
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
+        if self.gives_share:
+            return batch, self.target.capture_share(batch, self.halo)
         return batch, self.target.capture(batch.to(self.target.device))
+
+    def meet(self) -> None:
+        self.target.meet()
 
     def counts(self) -> dict[str, int]:
         return {}

@@ -89,6 +89,7 @@ class StoreReader:
         self.store, self.device, self.on_bad_shard = store, device, on_bad_shard
         self.dtype = dtype or DTYPES[store.meta.target_dtype]
         self.notes: list[str] = []
+        self.gives_share = False
         self.waited = 0.0  # seconds that `take` kept its caller
         self.skipped = 0  # documents left out, each as often as it was to be trained on
         self.run_again = 0  # documents that a cache has and cannot read, likewise
@@ -157,6 +158,9 @@ class StoreReader:
             for x in (read.features.g, read.features.f):
                 x.record_stream(current)
         return read
+
+    def meet(self) -> None:
+        pass
 
     def counts(self) -> dict[str, int]:
         if not self.skipped + self.run_again:

@@ -203,6 +203,7 @@ class ServedSource:
         self.ends, self.norm = file_ends.ends, file_ends.norm
         self.device, self.dtype = self.ends.device, self.ends.dtype
         self.notes: list[str] = []
+        self.gives_share = False
         self.waited = 0.0
         self.repeated = 0  # requests that were sent again
         self.servers: list[FeatureServer] = []
@@ -227,6 +228,9 @@ class ServedSource:
     def expect(self, batches: list[Batch]) -> None:
         for batch in batches:
             self._coming[id(batch)] = asyncio.run_coroutine_threadsafe(self._read_when_room(batch), self._loop)
+
+    def meet(self) -> None:
+        pass
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         start = time.perf_counter()

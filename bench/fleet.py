@@ -1,0 +1,292 @@
+"""What more GPUs bring: python -m bench.fleet [--worlds 1 2 4] [--parts data target ...] [--tiny]
+
+Every part does the same work with one GPU and with several of one host, in one call, and a row of
+bench/results/fleet.jsonl says how often as fast several are. Models are random and of an 8B's or 70B's shape; nothing is
+read from the disk. Parts:
+
+  data      an online training step of 16 packs of 4096 tokens: target, draft, sharded optimizer; goal 1.97 and 3.9 times
+  target    a 70B-shaped target, of which each GPU holds its share, over 16384 tokens a GPU; the ratio is to what one GPU's
+            rate on 8 of its layers predicts for all of them; goal 0.85
+  capture   the 8B target over one document of 131072 tokens, whose tokens the GPUs share; goal 3.4 of 4
+  sequence  the draft's step over one document of 131072 tokens, all trained on, whose tokens the GPUs share; goal 3.6 of 4
+  tensor    the draft's step over 8192 tokens, whose weights the GPUs share; goal 1.8 and 3.3
+
+`--tiny` runs the same code with tiny shapes on CPUs over gloo, to see that it runs; its rows are no measurement and go
+where --out says. After --seconds no further part begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bench.timing import RESULTS, append
+from bench.work import SHAPES, live_batch, make_draft, make_head, make_work
+from fastdraft.batch import Batch, PackShare, own_features
+from fastdraft.config import Config, parse_config
+from fastdraft.dist import mesh
+from fastdraft.dist.shard import SharedAdamW
+from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.methods import method_of
+from fastdraft.target.hf import Target
+from fastdraft.target.sharded import shard_layers
+
+GIB = 2**30
+
+
+class Sizes(NamedTuple):
+    draft: str  # of bench.work.SHAPES
+    large: dict[str, int]  # a target's shape, of the part `target`
+    layers: int  # of an 8B's target
+    packs: int
+    pack_tokens: int
+    target_tokens: int  # a GPU, of the part `target`
+    one_layers: int  # of the large target, those that one GPU runs
+    document: int
+    tensor_tokens: int
+    rounds: int
+
+
+FULL = Sizes(
+    "llama-3.1-8b",
+    {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    *(32, 16, 4096, 16384, 8, 131072, 8192, 5),
+)
+TINY = Sizes(
+    "tiny",
+    {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 10, "num_attention_heads": 4},
+    *(8, 4, 48, 32, 8, 96, 48, 2),
+)
+
+
+class Found(NamedTuple):
+    seconds: float  # median over rounds, of the slowest process
+    tokens: int  # over all processes
+    scale: float = 1.0  # of the work that `seconds` is of, the part that was measured
+
+
+# --- models --------------------------------------------------------------------------------------------------------------
+
+
+def random_target(sizes: Sizes, device: torch.device, sequence: mesh.Axis | None = None) -> Target:
+    """The 8B target, or the tiny one."""
+    shape = SHAPES[sizes.draft]
+    config = LlamaConfig(
+        hidden_size=shape.target_hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=1 << 20,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)  # all processes have the same
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(device))
+    return Target(model, sequence=sequence)
+
+
+def random_large(sizes: Sizes, device: torch.device, layers: int, holders: mesh.Axis) -> Target:
+    """The large target with so many layers, of which each of `holders` gets its rows."""
+    shape = SHAPES[sizes.draft]
+    config = LlamaConfig(
+        **sizes.large | {"num_hidden_layers": layers},
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=1 << 20,
+        tie_word_embeddings=False,
+    )
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(device)).eval().requires_grad_(False)
+    if holders.size > 1:
+        shard_layers(model.model, model.model.layers, holders, device)
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            own: Tensor = p.to_local() if hasattr(p, "to_local") else p
+            own.fill_(1.0) if p.ndim == 1 else own.normal_(0.0, 0.02, generator=generator)
+    return Target(model, holders=holders)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def run_config(device: torch.device) -> Config:
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    return parse_config({"target": {"path": "random"}, "data": {"paths": ["random"]}, "precision": precision}, Config)
+
+
+# --- parts ---------------------------------------------------------------------------------------------------------------
+
+
+def part_data(sizes: Sizes, device: torch.device) -> Found:
+    mesh.lay_out()
+    config, target, replicas = run_config(device), random_target(sizes, device), mesh.axis("replicas")
+    draft = make_draft(SHAPES[sizes.draft], torch.float32, device)
+    optimizer = SharedAdamW(draft.trainable(), config.optim, 1000, compute_dtype(device), replicas)
+    draft.to(compute_dtype(device))
+    engine = method_of(draft).build_step(config, draft, target.head, device)
+    batches = [live_batch(draft.config, sizes.pack_tokens) for _ in range(sizes.packs // mesh.world())]
+
+    def step() -> None:
+        sums: Any = 0
+        for batch in batches:
+            features = target.capture(batch.to(device))
+            optimizer.finish()
+            sums = sums + engine.step(batch, features, optimizer.grads).sums()
+        optimizer.start(sums)
+
+    seconds = timed(step, sizes.rounds, device)
+    optimizer.finish()
+    return Found(seconds, sizes.packs * sizes.pack_tokens)
+
+
+def part_target(sizes: Sizes, device: torch.device) -> Found:
+    mesh.lay_out()
+    whole = sizes.large["num_hidden_layers"]
+    layers = whole if mesh.world() > 1 else sizes.one_layers
+    target = random_large(sizes, device, layers, mesh.holders(mesh.world()))
+    batch = live_batch(SHAPES[sizes.draft], sizes.target_tokens).to(device)
+    seconds = timed(lambda: target.capture(batch), sizes.rounds, device)
+    target.meet()
+    return Found(seconds, sizes.target_tokens * mesh.world(), layers / whole)
+
+
+def part_capture(sizes: Sizes, device: torch.device) -> Found:
+    mesh.lay_out(sequence=mesh.world())
+    target = random_target(sizes, device, mesh.axis("sequence"))
+    batch = live_batch(SHAPES[sizes.draft], sizes.document)
+    run = (lambda: target.capture_share(batch, 7)) if mesh.world() > 1 else (lambda: target.capture(batch.to(device)))
+    return Found(timed(run, sizes.rounds, device), sizes.document)
+
+
+def part_sequence(sizes: Sizes, device: torch.device) -> Found:
+    mesh.lay_out(sequence=mesh.world())
+    return draft_step(sizes, device, sizes.document)
+
+
+def part_tensor(sizes: Sizes, device: torch.device) -> Found:
+    mesh.lay_out(tensor=mesh.world())
+    return draft_step(sizes, device, sizes.tensor_tokens)
+
+
+def draft_step(sizes: Sizes, device: torch.device, tokens: int) -> Found:
+    """One pack through the draft's step, forward and backward, by all processes together."""
+    dtype, config = compute_dtype(device), run_config(device)
+    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
+    shape = SHAPES[sizes.draft]
+    draft: nn.Module = make_draft(shape, dtype, device)
+    method = method_of(draft)
+    if tensor.size > 1:
+        method.cut(draft, tensor.rank, tensor.size)
+    groups = (tensor, sequence) if mesh.world() > 1 else ()
+    engine = method.build_step(config, draft, make_head(shape, dtype, device), device, *groups)
+    grads = flat_gradients(draft.trainable())
+    work = make_work(shape, [live_batch(shape, tokens)], config.ttt_length, dtype, device)
+    batch: Batch = work.batches[0]
+    features = work.features.pop()
+    if sequence.size > 1:
+        features = own_features(features, PackShare(tokens, sequence.rank, sequence.size, config.ttt_length))
+    return Found(timed(lambda: engine.step(batch, features, grads), sizes.rounds, device), tokens)
+
+
+PARTS: dict[str, Callable[[Sizes, torch.device], Found]] = {
+    "data": part_data,
+    "target": part_target,
+    "capture": part_capture,
+    "sequence": part_sequence,
+    "tensor": part_tensor,
+}
+
+
+def timed(run: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """Seconds of the slowest process, median over the rounds after two that warm up."""
+    found = []
+    for _ in range(rounds + 2):
+        mesh.barrier()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(mesh.largest(int(1e6 * (time.perf_counter() - start))) / 1e6)
+    return statistics.median(found[2:])
+
+
+# --- processes -----------------------------------------------------------------------------------------------------------
+
+
+def child(args: argparse.Namespace) -> None:
+    """One of the processes of a world: all parts, one after the other, and on rank 0 their rows."""
+    device = mesh.start_process("cpu" if args.tiny else "cuda")
+    sizes, notes = TINY if args.tiny else FULL, Path(args.notes)
+    for name in args.parts:
+        if mesh.from_rank_0(time.time()) > args.until:
+            break
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        found = PARTS[name](sizes, device)
+        peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
+        peak = mesh.largest(int(1000 * peak)) / 1000
+        if not mesh.is_rank_0():
+            continue
+        rates = json.loads(notes.read_text()) if notes.exists() else {}
+        rate = found.tokens / found.seconds * found.scale  # tokens a second through the whole model
+        row = {"part": name, "gpus": mesh.world(), "seconds": round(found.seconds, 6), "tokens_per_s": round(rate, 1)}
+        row["peak_gib"] = peak
+        if mesh.world() == 1:
+            notes.write_text(json.dumps(rates | {name: rate}))
+        elif name in rates:
+            share = mesh.world() if name == "target" else 1  # of what so many GPUs would do by themselves
+            row["ratio_to_one"] = round(rate / rates[name] / share, 4)
+        append("fleet", row, args.commit, Path(args.out))
+        print(json.dumps(row), flush=True)
+    mesh.end_process()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of GPUs, one first")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPUs")
+    parser.add_argument("--seconds", type=float, default=500, help="after so long no further part begins")
+    parser.add_argument("--commit", help="what to write in the rows where there is no git")
+    parser.add_argument("--out", default=str(RESULTS), help="folder of fleet.jsonl")
+    parser.add_argument("--notes", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.notes:
+        child(args)
+        return
+    if args.tiny and args.out == str(RESULTS):
+        raise SystemExit("--tiny measures nothing: name a folder with --out")
+    until = time.time() + args.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        more = ["--notes", f"{folder}/rates.json", "--until", str(until), "--out", args.out, "--parts", *args.parts]
+        more += ["--tiny"] * args.tiny + (["--commit", args.commit] if args.commit else [])
+        for world in args.worlds:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+            subprocess.run([*launch, "-m", "bench.fleet", *more], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    main()

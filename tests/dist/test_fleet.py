@@ -1,0 +1,185 @@
+"""The arithmetic of a plan for many GPUs, by hand for published shapes, and against what processes really hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_runs import by_ranks
+from tiny import LLAMA_8B, refusal
+
+from fastdraft.config import Config, parse_config
+from fastdraft.dist import fleet, mesh
+from fastdraft.dist.fleet import Hardware, Layout
+from fastdraft.files import GIB
+from fastdraft.run import fleet_planner, target_sizes
+from fastdraft.target.hf import load_target
+from fastdraft.target.sharded import local
+
+LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80}
+QWEN3_235B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+}
+GPT_OSS_120B = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+}
+
+
+def make_config(folder: Path, facts: dict, **changes) -> Config:
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"} | facts))
+    tree = {
+        "target": {"path": str(folder)},
+        "data": {"paths": ["chats.jsonl"], "max_length": 4096, "pack_tokens": 16384},
+        "optim": {"packs_per_step": 32},
+        "run_dir": str(folder / "run"),
+    }
+    return parse_config(tree | changes, Config)
+
+
+@pytest.mark.parametrize(
+    "facts, total, active, width",
+    [(LLAMA_70B, 70.55, 70.55, 28672), (QWEN3_235B, 235.09, 22.19, 8 * 1536), (GPT_OSS_120B, 116.83, 5.71, 4 * 2880)],
+)
+def test_published_sizes(facts, total, active, width):
+    """As their makers count them, in units of 1e9; a token also reads one row of the embedding, which we leave out."""
+    sizes = target_sizes(facts)
+    assert round(sizes.total / 1e9, 2) == total
+    embedding = facts["vocab_size"] * facts["hidden_size"]
+    assert round((sizes.active + embedding) / 1e9, 2) == pytest.approx(active, abs=0.011)
+    assert sizes.mlp_width == width
+
+
+def test_a_70b_target_on_eight_gpus(tmp_path):
+    planned = fleet_planner(make_config(tmp_path, LLAMA_70B), Hardware())
+    whole, sharded = planned(Layout(8)), planned(Layout(8, holders=8))
+    assert not whole.fits and sharded.fits
+
+    # Of a layer: q and o 8192 x 8192, k and v 8192 x 1024, three products of the MLP, two norms. bf16 has two bytes.
+    layer = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
+    rows = {row.name: row.size for row in sharded.memory}
+    assert rows["target's layers, 1/8"] == 80 * layer * 2 // 8
+    assert rows["3 layers of the target whole"] == 3 * layer * 2
+    assert rows["target's embedding, head and norms"] == (2 * 128256 * 8192 + 8192) * 2
+    trainable = 3 * 8192**2 + 2 * 8192 * (8192 + 2 * 1024) + 8192**2 + 3 * 8192 * 28672 + 4 * 8192 + 32000 * 8192
+    assert rows["fp32 masters and moments, 1/8"] == 12 * trainable // 8
+    assert rows["fp32 gradient"] == 4 * trainable
+    assert rows["features g and f"] == 4 * 8192 * 16384 * 2
+
+    # 4 packs a GPU, all of a GPU's links at 360 GB/s, products at 500 TFLOP/s; attention over half of 4096 tokens a token.
+    tokens, active = 4 * 16384, 80 * layer + 128256 * 8192
+    assert sharded.target_s == pytest.approx(tokens * (2 * active + 2 * 8192 * 4096 * 80) / 500e12)
+    seconds = {c.name: c for c in sharded.collectives}
+    assert seconds["target's layers gathered"].seconds == pytest.approx(4 * 80 * layer * 2 * 7 / 8 / 360e9)
+    assert seconds["target's layers gathered"].exposed == 0  # 1.3 s under 19
+    assert seconds["gradient summed"].exposed == pytest.approx(4 * trainable * 7 / 8 / 360e9)
+    assert seconds["draft's weights gathered"].exposed == pytest.approx(2 * trainable * 7 / 8 / 360e9)
+    assert sharded.step_s == pytest.approx(sharded.target_s + sharded.draft_s + 6 * trainable * 7 / 8 / 360e9)
+    assert sharded.tokens_per_s == pytest.approx(4 * 16384 / sharded.step_s)
+
+    # Over two hosts the slow link counts, and what it does not hide under the target's work is waited for.
+    slow = fleet_planner(make_config(tmp_path, LLAMA_70B), Hardware(host_link=3.0))
+    gathered = next(c for c in slow(Layout(16, holders=16)).collectives if "layers" in c.name)
+    assert gathered.seconds == pytest.approx(2 * 80 * layer * 2 * 15 / 16 / 3e9)
+    assert gathered.exposed == pytest.approx(gathered.seconds - sharded.target_s / 2)
+
+
+def test_what_divides_on_the_other_axes(tmp_path):
+    config = make_config(tmp_path, LLAMA_8B)
+    planned = fleet_planner(config, Hardware())
+    alone, sequence, tensor = planned(Layout(8)), planned(Layout(8, sequence=4)), planned(Layout(8, tensor=4))
+    memory = [{row.name: row.size for row in p.memory} for p in (alone, sequence, tensor)]
+    assert memory[1]["features g and f"] * 4 == memory[0]["features g and f"]
+    assert memory[2]["fp32 gradient"] * 4 == memory[0]["fp32 gradient"]
+    assert memory[2]["fp32 masters and moments, 1/2"] * 4 == memory[0]["fp32 masters and moments, 1/8"] * 4
+    n, kv, packs = 16384, 2 * 8 * 128, 32 / 2
+    seconds = [{c.name: c.seconds for c in p.collectives} for p in (alone, sequence, tensor)]
+    assert seconds[1]["target's keys and values gathered"] == pytest.approx(packs * 32 * kv * n * 2 * 3 / 4 / 360e9)
+    assert seconds[1]["draft's keys, values and their gradients"] == pytest.approx(packs * kv * n * 6 * 3 / 4 / 360e9)
+    assert seconds[2]["sums over the tensor axis"] == pytest.approx(packs * n * 4 * 7 * 4096 * 2 * 2 * 3 / 4 / 360e9)
+    assert {name for s in seconds for name in s} - seconds[0].keys() == {
+        "target's keys and values gathered",
+        "draft's keys, values and their gradients",
+        "sums over the tensor axis",
+    }
+
+
+@pytest.mark.parametrize(
+    "layout, sentence",
+    [
+        (Layout(6, sequence=4), "dist.sequence=4 and dist.tensor=1 need a multiple of 4 processes, not 6"),
+        (
+            Layout(64),
+            "optim.packs_per_step=32 is not a multiple of the 64 groups of processes that have packs",
+        ),
+        (Layout(16, tensor=16), "dist.tensor=16 does not divide the draft's num_key_value_heads, 8"),
+        (Layout(2, sequence=2), "because it has layers of sliding_attention"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused(tmp_path, layout, sentence):
+    facts = GPT_OSS_120B if layout.world == 2 else LLAMA_8B
+    with pytest.raises(ValueError, match=sentence.replace(".", r"\.")):
+        fleet_planner(make_config(tmp_path, facts), Hardware())(layout)
+
+
+def test_who_may_hold_a_target():
+    assert [list(fleet.holder_choices(*x)) for x in ((32, 8), (4, 8), (12, 8), (1, 8), (24, 8))] == [
+        [8, 16, 32],
+        [4],
+        [12],
+        [],
+        [8, 24],
+    ]
+
+
+def test_the_command_says_which_layout_fits(tmp_path, fastdraft):
+    for facts, world, fits in ((LLAMA_70B, 8, True), (QWEN3_235B, 8, False), (GPT_OSS_120B, 8, True)):
+        config = make_config(tmp_path, facts)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        code, out, _ = fastdraft("train", tmp_path / "run.yaml", "--plan", "--world", world)
+        assert code == 0 and ("Layouts that fit" in out) == fits == ("no layout of 8 GPUs fits" not in out)
+    assert "waits for links" in out and "1/8" in out
+    code, out, _ = fastdraft("train", tmp_path / "run.yaml", "--plan", "--world", 8, "--link", 1, "--gpu-gib", 141)
+    assert code == 0 and "8 GPUs of 141 GiB" in out and "moves 1 GB/s within" in out
+    said = refusal(fastdraft("train", tmp_path / "run.yaml", "--world", 8))
+    assert "--world belongs to --plan" in said
+    assert "--link belongs to --world" in refusal(fastdraft("train", tmp_path / "run.yaml", "--plan", "--link", 9))
+    said = refusal(fastdraft("train", tmp_path / "run.yaml", "dist.tensor=3", "--plan", "--world", 8))
+    assert "dist.tensor=3 need a multiple of 3 processes, not 8" in said
+
+
+def test_a_process_holds_what_is_predicted(target_dir):
+    assert by_ranks(2, _hold, target_dir) == [0] * 2
+
+
+def _hold(folder: Path) -> None:
+    device = mesh.start_process("cpu")
+    target = load_target(str(folder), torch.bfloat16, device, holders=mesh.holders(2))
+    held = sum(local(p).nbytes for p in target.model.parameters())
+    sizes = target_sizes(target.model.config.to_dict())
+    assert held == (sizes.outside + sizes.layers // 2) * 2 and sizes.total * 2 < 2 * held < GIB
