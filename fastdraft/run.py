@@ -218,8 +218,7 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     if config.features.mode == "cache":
         holders, told = choose_holders(config, device)
         target = open_target(config, layers, device, holders)
-        mine = mesh.is_rank_0() or target.holders.size > 1  # they take it together
-        fingerprint = target_fingerprint(target) if mine else ""
+        fingerprint = target_fingerprint(target) if target.holders.size > 1 else None
         if mesh.is_rank_0():
             begin_store(folder, wanted, target, fingerprint)
         mesh.barrier()

@@ -120,12 +120,12 @@ def begin_store(
     folder: Path,
     wanted: Meta,
     target: Target,
-    fingerprint: str,  # the target's: processes that hold it together take it together, and only one begins the store
+    fingerprint: str | None = None,  # the target's, where processes that hold it together have taken it together
     **changes: Any,
 ) -> Meta:
     """`start_store` of a target's features: a run's `expected_meta`, and what only the target tells. `changes` win."""
     head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
-    meta = replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
+    meta = replace(wanted, target=fingerprint or target_fingerprint(target), hidden_size=target.hidden_size, **head | changes)
     return start_store(folder, meta, _ends(target))
 
 
