@@ -125,7 +125,9 @@ def begin_store(
 ) -> Meta:
     """`start_store` of a target's features: a run's `expected_meta`, and what only the target tells. `changes` win."""
     head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
-    meta = replace(wanted, target=fingerprint or target_fingerprint(target), hidden_size=target.hidden_size, **head | changes)
+    meta = replace(
+        wanted, target=fingerprint or target_fingerprint(target), hidden_size=target.hidden_size, **head | changes
+    )
     return start_store(folder, meta, _ends(target))
 
 
