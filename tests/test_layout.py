@@ -11,15 +11,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fastdraft"
 
-# From low to high. A room is a folder of fastdraft/ or a module beside them; model/eagle3 and the list of methods are rooms
-# of their own. A room may import itself and rooms of the lines above its own; rooms of one line do not know each other. A
+# From low to high. A room is a folder of fastdraft/ or a module beside them; a method's folder and the list of methods are
+# rooms of their own. A room may import itself and rooms of the lines above its own; rooms of one line do not know each other. A
 # module that is not in the middle of the way stands as low as its imports allow.
 ORDER = (
     ("files", "batch"),
     ("kernels", "data", "features", "metrics"),
     ("config", "report"),
     ("model",),
-    ("model.eagle3", "optim"),
+    ("model.eagle3", "model.dflash", "optim"),
     ("model.methods",),
     ("dist", "cost"),
     ("target", "checkpoint"),
@@ -69,6 +69,10 @@ SAME_NAME = {
     # A method's, and what finds the method of a checkpoint and calls it.
     "load_draft": {"model/eagle3/serving.py", "serving/export.py"},
     "verify": {"model/eagle3/serving.py", "serving/export.py"},
+    # Each method's settings as YAML, and what its fused step takes of memory.
+    "init_config": {"model/dflash/config.py", "model/eagle3/config.py"},
+    "chunk_buffers": {"model/dflash/memory.py", "model/eagle3/memory.py"},
+    "pack_buffers": {"model/dflash/memory.py", "model/eagle3/memory.py"},
     # Our drafter's, and the one of vLLM that its child listens to.
     "propose": {"model/eagle3/propose.py", "serving/vllm_child.py"},
     # Features read from a store in float8, and a product's operands.
@@ -89,7 +93,7 @@ def module_of(file: str) -> str:
 
 def room_of(module: str) -> str:
     """The room that a module, named within the package, belongs to."""
-    for part in ("model.eagle3", "model.methods"):
+    for part in ("model.eagle3", "model.dflash", "model.methods"):
         if f"{module}.".startswith(f"{part}."):
             return part
     return module.split(".")[0]
