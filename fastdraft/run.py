@@ -33,7 +33,7 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other, start_store
 from fastdraft.features.store import Store
 from fastdraft.files import GIB
-from fastdraft.model.method import DraftStep
+from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.model.proposal import DecodeSettings
@@ -196,9 +196,20 @@ def draft_shape(config: Config) -> BaseModel:
     """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
     if config.draft.init_from is not None:
         return _init_from(config).config
+    method = checked_method(config)
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
     changes = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
-    return named_method(config.draft.method).shape.from_target(facts, **changes)
+    if method.from_tokenizer is not None:
+        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        changes = method.from_tokenizer(tokenizer, language_config(facts).get("vocab_size") or 0) | changes
+    return method.shape.from_target(facts, **changes)
+
+
+def checked_method(config: Config) -> Method:
+    """The config's method. Raises ValueError for a name that is none, and for settings that it does not have."""
+    method = named_method(config.draft.method)
+    method.check_config(config)
+    return method
 
 
 def _init_from(config: Config) -> nn.Module:
@@ -208,7 +219,7 @@ def _init_from(config: Config) -> nn.Module:
             "draft.vocab_map"
         )
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    return named_method(config.draft.method).load(config.draft.init_from, facts)
+    return checked_method(config).load(config.draft.init_from, facts)
 
 
 def new_draft(config: Config) -> nn.Module:
@@ -340,7 +351,9 @@ def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set
     batches = itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs)
     step = make_step(config, draft, target)
     return evaluate_tau(
-        lambda batch: step.rows(batch, target.capture(batch.to(target.device))), batches, method_of(draft).num_steps(config)
+        lambda batch: step.rows(batch, target.capture(batch.to(target.device))),
+        batches,
+        method_of(draft).num_steps(config, draft.config),
     )
 
 
@@ -406,6 +419,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         stored=reads_store(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
+        options=named_method(config.draft.method).cost_options(config),
     )
 
 

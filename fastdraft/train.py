@@ -33,6 +33,7 @@ from fastdraft.dist import mesh
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import free_disk
 from fastdraft.metrics import Metrics, read_metrics
+from fastdraft.model.method import StepWeights
 from fastdraft.model.methods import method_of
 from fastdraft.optim import FlatAdamW
 from fastdraft.run import (
@@ -96,8 +97,9 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
+    weights = method.step_weights(config, draft.config)
     window = {  # since the last line of metrics
-        "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
+        "sums": torch.zeros(5, len(weights.weight), dtype=torch.float64, device=device),
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
     }
     first_step, about_resume = resume(config, fresh, source.ends.fingerprint, draft, optimizer, loader, window)
@@ -119,10 +121,10 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         report = evaluate_tau(
             lambda batch: trainer.rows(*source.capture(batch)),
             itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
-            method.num_steps(config),
+            len(weights.weight),
             reduce=mesh.all_sum,
         )
-        return eval_values(report, config.loss.step_decay)
+        return eval_values(report, weights)
 
     def evaluate(step: int, saved: int) -> int:  # the step of the newest checkpoint
         values = held_out()
@@ -161,15 +163,17 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
         for step in range(first_step + 1, total_steps + 1):
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
+            trainer.begin(step)
             for batch in batches:
                 batch, features = source.capture(batch)
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
             mesh.all_sum(optimizer.grad)
             mesh.all_sum(step_sums)
-            norm = optimizer.step(step_sums[3, 0])
+            count = weights.count(step_sums[3])
+            norm = optimizer.step(count)
             window["sums"] += step_sums
-            window["skipped_steps"] += step_sums[3, 0] == 0
+            window["skipped_steps"] += count == 0
             recent.append(Recent(step, batches, norm, step_sums))
 
             is_last = step == total_steps
@@ -182,7 +186,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
             if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 if metrics:
-                    values = train_values(window["sums"], config.loss.step_decay)
+                    values = train_values(window["sums"], weights)
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
@@ -316,20 +320,22 @@ class Recent:
     sums: Tensor  # [5, T], all ranks'
 
 
-def train_values(sums: Tensor, step_decay: float) -> dict[str, float]:
-    """Loss per live step-0 row, per-step acceptance and tau_sim from summed rows [5, T]."""
+def train_values(sums: Tensor, weights: StepWeights) -> dict[str, float]:
+    """The weighted loss divided as the optimizer divides it, per-step acceptance and tau_sim from summed rows [5, T]."""
     loss, acceptance, hits, live, masked_in = sums.cpu()
     alphas = acceptance / live.clamp_min(1)
-    decay = step_decay ** torch.arange(len(loss), dtype=torch.float64)
-    values = {"loss": float((loss * decay).sum() / live[0].clamp_min(1)), "tau_sim": tau_sim(alphas)}
+    count = weights.count(live)
+    mean = float((loss * weights.weight).sum() / count) if count else 0.0
+    values = {"loss": mean, "tau_sim": tau_sim(alphas)}
     values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
     return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
 
 
-def eval_values(report: TauReport, step_decay: float) -> dict[str, float]:
+def eval_values(report: TauReport, weights: StepWeights) -> dict[str, float]:
     means = report.overall
     known = [(i, loss, n) for i, (loss, n) in enumerate(zip(means.loss, means.num_live, strict=True)) if loss is not None]
-    total = sum(step_decay**i * loss * n for i, loss, n in known) / means.num_live[0]
+    count = float(weights.count(torch.tensor(means.num_live, dtype=torch.float64)))
+    total = sum(float(weights.weight[i]) * loss * n for i, loss, n in known) / count
     alphas = {f"eval/a{i}": a for i, a in enumerate(means.acceptance) if a is not None}
     return {"eval/loss": total, "eval/tau_sim": means.tau_sim, **alphas}
 
@@ -358,7 +364,8 @@ def refuse_nan(recent: list[Recent], run_dir: Path, rank: int) -> None:
 
 def all_finite(features: Features) -> Tensor:  # scalar bool
     """A teacher of NaN has no argmax, so its row would pass for one that is not live."""
-    return features.g.isfinite().all() & features.f.isfinite().all()
+    finite = features.g.isfinite().all()
+    return finite if features.f is None else finite & features.f.isfinite().all()
 
 
 class StopSignal:

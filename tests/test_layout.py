@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastdraft"
 
 # From low to high. A room is a folder of fastdraft/ or a module beside them; a method's folder and the list of methods are
-# rooms of their own. A room may import itself and rooms of the lines above its own; rooms of one line do not know each other. A
-# module that is not in the middle of the way stands as low as its imports allow.
+# rooms of their own. A room may import itself and rooms of the lines above its own; rooms of one line do not know each
+# other. A module that is not in the middle of the way stands as low as its imports allow.
 ORDER = (
     ("files", "batch"),
     ("kernels", "data", "features", "metrics"),
@@ -67,16 +67,27 @@ SAME_NAME = {
     # The command line's, which checks a machine, and a kernel's, which checks an argument.
     "check": {"cli.py", "kernels/check.py"},
     # A method's, and what finds the method of a checkpoint and calls it.
-    "load_draft": {"model/eagle3/serving.py", "serving/export.py"},
-    "verify": {"model/eagle3/serving.py", "serving/export.py"},
-    # Each method's settings as YAML, and what its fused step takes of memory.
-    "init_config": {"model/dflash/config.py", "model/eagle3/config.py"},
-    "chunk_buffers": {"model/dflash/memory.py", "model/eagle3/memory.py"},
-    "pack_buffers": {"model/dflash/memory.py", "model/eagle3/memory.py"},
+    "load_draft": {"model/dflash/serving.py", "model/eagle3/serving.py", "serving/export.py"},
+    "verify": {"model/dflash/serving.py", "model/eagle3/serving.py", "serving/export.py"},
     # Our drafter's, and the one of vLLM that its child listens to.
     "propose": {"model/eagle3/propose.py", "serving/vllm_child.py"},
     # Features read from a store in float8, and a product's operands.
     "dequantize": {"features/fp8.py", "kernels/fp8.py"},
+}
+
+# What each method fills a `Method` with, or its fused step is made of, has one name in one file of each method's folder.
+OF_A_METHOD = {
+    "__init__.py": ("build_step", "check_config", "step_weights"),
+    "config.py": ("init_config",),
+    "cost.py": ("pair_cost", "step_cost"),
+    "memory.py": ("chunk_buffers", "pack_buffers"),
+    "serving.py": ("serving_shapes", "serving_tensors"),
+    "start.py": ("fit",),
+}
+SAME_NAME |= {
+    name: {f"model/{method}/{file}" for method in ("dflash", "eagle3")}
+    for file, names in OF_A_METHOD.items()
+    for name in names
 }
 
 

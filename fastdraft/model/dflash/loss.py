@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,14 +51,8 @@ class BlockLoss:
 
 
 def default_gamma(block_size: int) -> float:
-    """The paper's by block size: 7 for 16, 5 for 10, 4 for 8; between them the line through these."""
-    return (
-        4.0
-        if block_size <= 8
-        else min(7.0, 4.0 + (block_size - 8) * 0.5)
-        if block_size <= 10
-        else 5.0 + min(2.0, (block_size - 10) / 3)
-    )
+    """The paper's by block size, 4, 5 and 7 for blocks of 8, 10 and 16, and what lies between them."""
+    return float(np.interp(block_size, (8, 10, 16), (4, 5, 7)))
 
 
 def dpace_weights(
