@@ -110,6 +110,7 @@ class Method(NamedTuple):
     init_config: Callable[[Path | str], str]  # the commented YAML of `fastdraft init`
     step_weights: Callable[[Config, BaseModel], StepWeights]  # of a draft's shape
     check_config: Callable[[Config], None]  # ValueError for settings that are another method's, or that it cannot have
+    engine_names: dict[str, str]  # what each engine calls the method: vllm, sglang
     # Fields of the shape that the target's tokenizer decides, from it and the size of the vocabulary.
     from_tokenizer: Callable[[PreTrainedTokenizerBase, int], dict[str, Any]] | None = None
     refuse_settings: Callable[[BaseModel, DecodeSettings], None] = lambda shape, settings: None  # ValueError where it must

@@ -80,6 +80,7 @@ METHOD = Method(
     init_config=init_config,
     step_weights=step_weights,
     check_config=check_config,
+    engine_names={"vllm": "dflash", "sglang": "DFLASH"},
     from_tokenizer=choose_mask_token,
     refuse_settings=refuse_settings,
     cost_options=lambda config: {

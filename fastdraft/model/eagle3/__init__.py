@@ -57,4 +57,5 @@ METHOD = Method(
     init_config=init_config,
     step_weights=step_weights,
     check_config=check_config,
+    engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},
 )
