@@ -1,8 +1,8 @@
 """Which source a benchmark row depends on, and its hash: a row is fresh while the hash is today's.
 
 An op depends on its own file in fastdraft/kernels (and csrc), on what it computes with from there (`jit.py` computes
-nothing), and `step`, the whole draft step, on the engine, everything it computes with, and the optimizer. `gpu_tests` is
-what only a GPU can test: the same and the target's forward.
+nothing), and `step`, the whole step of an EAGLE-3 draft, on the engine, everything it computes with, and the optimizer.
+`gpu_tests` is what only a GPU can test: the same, the kernels of other methods and the target's forward.
 
 The hash is of what runs, not of how it reads. Python counts as the set of its top-level statements, as syntax trees:
 comments, docstrings, layout, the order and the files of statements, and imports from fastdraft itself change nothing.
@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
-STEP = [
-    "fastdraft/kernels/*.py",
+KERNELS = "fastdraft/kernels/*.py"
+ENGINE = [
     "csrc/*",
     *(f"fastdraft/model/eagle3/{name}.py" for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory")),
     "fastdraft/model/buffers.py",
@@ -28,13 +28,15 @@ STEP = [
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
-ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*
+ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out again
+    "block_attention": ["fastdraft/kernels/ttt_attention.py"],
+    "linear_ce": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py"],
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/serving/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py"],
-    "step": STEP,
-    "gpu_tests": [*STEP, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
+    "step": [KERNELS, "!fastdraft/kernels/block_attention.py", "!fastdraft/kernels/linear_ce.py", *ENGINE],
+    "gpu_tests": [KERNELS, *ENGINE, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
 }
 
 
@@ -42,7 +44,8 @@ def files(op: str, root: Path = ROOT) -> list[Path]:
     """The files of an op (`ttt_attention`, or `ttt_attention/fwd`). Raises ValueError when there is none."""
     op = op.split("/")[0]
     patterns = [f"fastdraft/kernels/{op}.py", f"csrc/{op}*", *ALSO.get(op, [])]
-    found = sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()})
+    left_out = {root / pattern[1:] for pattern in patterns if pattern.startswith("!")}
+    found = sorted({path for pattern in patterns for path in root.glob(pattern) if path.is_file()} - left_out)
     if not found:
         raise ValueError(f"no source file for op {op!r}: none of {', '.join(patterns)} exists in {root}")
     return found

@@ -23,26 +23,26 @@ from fastdraft.model.eagle3.golden import Golden, RunStep, load_golden, worst_er
 from fastdraft.model.eagle3.ref import ttt_ref_step
 from fastdraft.model.precision import pick_dtype, speed
 
-ENGINES: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
+STEPS: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
 TOLERANCE = 1e-5  # relative, in float64 and float32; the cases' own norms round through float32
 DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 VERSIONS = ("fastdraft", "torch", "triton", "flash-attn-4", "transformers", "safetensors", "datasets")
 VERSIONS += ("gguf", "wandb", "trackio", "mlflow")
 
 
-def check_golden(folder: Path, engine: str) -> list[tuple[str, str, float, float]]:  # case, quantity, its error, allowed
-    """Every golden case of a folder on an engine: step losses, acceptance, counts, and the worst of all gradients.
+def check_golden(folder: Path, step: str) -> list[tuple[str, str, float, float]]:  # case, quantity, its error, allowed
+    """Every golden case of a folder on a kind of step: step losses, acceptance, counts, and the worst of all gradients.
 
-    In float64 on the CPU; the fused engine in float32 too, and where a GPU is, there in float32 and in bfloat16. Raises
-    ValueError when there is no case or no such engine.
+    In float64 on the CPU; the fused one in float32 too, and where a GPU is, there in float32 and in bfloat16. Raises
+    ValueError when there is no case or no such step.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine {engine!r} is not one of {', '.join(ENGINES)}")
+    if step not in STEPS:
+        raise ValueError(f"step {step!r} is not one of {', '.join(STEPS)}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no golden cases (*.safetensors)")
     places = [("cpu", torch.float64)]
-    if engine == "fused":
+    if step == "fused":
         places += [("cpu", torch.float32)]
         if torch.cuda.is_available():
             places += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
@@ -54,9 +54,9 @@ def check_golden(folder: Path, engine: str) -> list[tuple[str, str, float, float
             raise ValueError(f"{file} is not a golden case: it has no {error}") from error
         for device, dtype in places:
             if dtype == torch.bfloat16:
-                errors, allowed = bf16_errors(case, device, ENGINES[engine])
+                errors, allowed = bf16_errors(case, device, STEPS[step])
             else:
-                errors = worst_errors(case.inputs(device, dtype), ENGINES[engine])
+                errors = worst_errors(case.inputs(device, dtype), STEPS[step])
                 allowed = dict.fromkeys(errors, TOLERANCE)
             worst = max((name for name in errors if name.startswith("grad ")), key=lambda n: errors[n] / allowed[n])
             shown = [name for name in errors if not name.startswith("grad ")] + [worst]
@@ -164,7 +164,7 @@ def environment() -> list[tuple[str, str]]:
     rows += [("Triton kernels", kernels()), ("CUDA kernels", cuda_kernels())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows.append(("dtype auto on the CPU", f"{pick_dtype('auto', torch.device('cpu'))}: {speed(torch.device('cpu'))}"))
-    return [*rows, ("training engine", f"fused on {device} (engine: auto)")]
+    return [*rows, ("training step", f"fused on {device}")]
 
 
 def kernels() -> str:

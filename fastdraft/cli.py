@@ -396,10 +396,8 @@ def check(
     checkpoint: Annotated[Path | None, typer.Option(help="Serving checkpoint to verify.")] = None,
     target: Annotated[Path | None, typer.Option(help="Its target's directory.")] = None,
     golden: Annotated[Path | None, typer.Option(help="Folder of golden cases to run.")] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="With --checkpoint: vllm or sglang, to serve it there. With --golden: reference or fused."),
-    ] = None,
+    step: Annotated[str, typer.Option(help="With --golden: reference or fused.")] = "reference",
+    engine: Annotated[str | None, typer.Option(help="With --checkpoint: vllm or sglang, to serve it there.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="With vllm or sglang: JSONL of prompts to serve.")] = None,
     max_prompts: Annotated[int, typer.Option(min=1, help="Of them, at most this many.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 64,
@@ -419,12 +417,13 @@ def check(
 
     if target is not None and checkpoint is None:
         raise ValueError("--target belongs to --checkpoint; name the checkpoint to verify against it")
-    serving = engine in ENGINES
-    if engine is not None and golden is None and not serving:
+    serving = engine is not None
+    if serving and engine not in ENGINES:
         raise ValueError(
-            f"--engine {engine}: with --checkpoint and --target it is one of {', '.join(ENGINES)}; "
-            f"{', '.join(checks.ENGINES)} belong to --golden, the folder of cases to run on it"
+            f"--engine {engine!r} is not one of {', '.join(ENGINES)}; --golden takes --step reference or fused"
         )
+    if golden is None:
+        refuse_idle(context, ("step",), "--golden")
     if not serving:
         lengths = ("prompts", "max_prompts", "max_new_tokens", "num_steps")
         engines = ("dtype", "engine_python", "engine_pythonpath", "timeout", "trust_remote_code")
@@ -455,15 +454,14 @@ def check(
                 say(line)
             good &= not report.errors
     if golden is not None:
-        golden_engine = "reference" if engine is None or serving else engine
-        good &= show_errors("case", checks.check_golden(golden, golden_engine))
+        good &= show_errors("case", checks.check_golden(golden, step))
     if checkpoint is None and golden is None:
         table = Table("", "", show_header=False)
         for row in checks.environment():
             table.add_row(*row)
         console.print(table)
         if checks.kernels() == "can run":
-            say("the kernels on this GPU: a bf16 step of the fused engine against the reference in float64")
+            say("the kernels on this GPU: a bf16 fused step against the reference in float64")
             good &= show_errors("draft", checks.prove_kernels("cuda"))
     if not good:
         raise typer.Exit(1)

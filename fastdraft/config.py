@@ -19,6 +19,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # Keys that older versions had. A config that still holds one is told what to do instead.
 REMOVED = {
+    "engine": "it is called step now, and is fused (as engine: auto was) or reference",
     "features.memory_gib": (
         "take it out; to keep features in host memory, write features: {path: DIR, mode: cache, max_gib: N} "
         "with DIR on a tmpfs such as /dev/shm"
@@ -120,8 +121,8 @@ class Config(Section):
     ttt_length: int = Field(7, ge=1, le=12)
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
-    engine: Literal["auto", "fused", "reference"] = "auto"  # auto: fused
-    # chains (blocks of a method that drafts blocks) the fused engine runs at a time; None: as many as 3.75 GiB hold
+    step: Literal["fused", "reference"] = "fused"  # reference: the same step in plain PyTorch, slow and easy to read
+    # chains (blocks of a method that drafts blocks) the fused step runs at a time; None: as many as 3.75 GiB hold
     chunk_rows: int | None = Field(None, gt=0)
     # of the draft's compute; auto: as target.dtype's, chosen once and recorded, so a run goes on in what it was begun in;
     # fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
@@ -130,9 +131,9 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights; data.seed is that of the order
 
     @model_validator(mode="after")
-    def _fp8_is_the_fused_engines(self) -> Config:
-        if self.precision == "fp8" and self.engine == "reference":
-            raise ValueError("precision: fp8 is the fused engine's; set engine=fused or precision=bf16")
+    def _fp8_is_the_fused_steps(self) -> Config:
+        if self.precision == "fp8" and self.step == "reference":
+            raise ValueError("precision: fp8 is the fused step's; set step=fused or precision=bf16")
         return self
 
     @model_validator(mode="after")
@@ -180,6 +181,8 @@ def parse_config(tree: dict[str, Any], model: type[M]) -> M:
 def without_removed(tree: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's config without the keys of REMOVED, so that runs of older versions are still read."""
     tree = copy.deepcopy(tree)
+    if tree.get("engine") == "reference":
+        tree["step"] = "reference"
     for key in REMOVED:
         *parents, leaf = key.split(".")
         section = tree

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from fastdraft.batch import LossKind
 from fastdraft.files import GIB
-from fastdraft.model.method import Engine, Precision, Row
+from fastdraft.model.method import Precision, Row, StepKind
 from fastdraft.model.methods import method_of
 
 
@@ -61,9 +61,9 @@ def plan(
     document_tokens: int | None = None,  # longest document L; a pack is one document when left out
     keep: int = 2,  # latest checkpoints kept, besides the best one
     loss: LossKind = "kl",
-    engine: Engine = "reference",
-    device: Literal["cuda", "cpu"] = "cuda",  # the fused engine's attention: kernels, or the reference that keeps scores
-    chunk_rows: int | None = None,  # M of the fused engine; None: its own choice
+    step: StepKind = "reference",
+    device: Literal["cuda", "cpu"] = "cuda",  # the fused step's attention: kernels, or the reference that keeps scores
+    chunk_rows: int | None = None,  # M of the fused step; None: its own choice
     stored: bool = False,  # features are read from a store: of the target, only embedding and head are loaded
     export_dtype: torch.dtype | None = None,  # None: target_dtype
     cache_bytes: int = 0,  # of disk that a cache of features may fill
@@ -80,7 +80,7 @@ def plan(
     trainable, frozen = count["trainable"], count["embedding"]
     method = method_of(draft)
     maps = 8 * draft.draft_vocab_size + draft.vocab_size if method.has_vocabulary_map else 0  # d2t int64, t2d bool
-    step, work = method.step_cost(
+    draft_step, work = method.step_cost(
         draft,
         pack_tokens=pack_tokens,
         document_tokens=length,
@@ -88,7 +88,7 @@ def plan(
         precision=precision,
         target_dtype=target_dtype,
         loss=loss,
-        engine=engine,
+        step=step,
         device=device,
         chunk_rows=chunk_rows,
         **(options or {}),
@@ -96,7 +96,7 @@ def plan(
     checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
     if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
         checkpoint += frozen * b
-    between = _between_steps(trainable, checkpoint, step) if device == "cpu" else ()
+    between = _between_steps(trainable, checkpoint, draft_step) if device == "cpu" else ()
     weights = trainable + frozen if b < 4 else frozen  # in fp32 the masters are the weights
     states = len(draft.layers) + 1  # of a token: the layers', and the last
     memory = (
@@ -109,7 +109,7 @@ def plan(
         Row("fp32 gradient", 4 * trainable),
         *between,
         Row("features g and f of a pack", states * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
-        *step,
+        *draft_step,
     )
     served = (export_dtype or target_dtype).itemsize
     export = trainable * served + maps

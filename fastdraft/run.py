@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -240,11 +240,6 @@ def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftS
     return method_of(draft).build_step(config, draft, target.head, target.device)
 
 
-def step_kind(config: Config) -> Literal["fused", "reference"]:
-    """The implementation of the step that a config asks for."""
-    return "fused" if config.engine == "auto" else config.engine
-
-
 # --- a finished run ------------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +408,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
-        engine=step_kind(config),
+        step=config.step,
         chunk_rows=config.chunk_rows,
         device=device.type,
         stored=reads_store(config),
@@ -434,5 +429,5 @@ def print_plan(config: Config, console: Console) -> None:
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     for line in told:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"# predicted for one {device.type} device and the {step_kind(config)} engine")
+    console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)

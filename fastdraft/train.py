@@ -68,17 +68,16 @@ class TrainResult:
 def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
     device = mesh.start_process(config.device)
-    check_precision(config, device)
-    with checkpoint.alone_in(Path(config.run_dir)):
-        return _train(config, fresh, device)
-
-
-def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
-    rank, world = mesh.rank(), mesh.world()
-    run_dir = Path(config.run_dir)
     # every rank computes in what rank 0 chose, though their CPUs may differ
     config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
     check_precision(config, device)
+    with checkpoint.alone_in(Path(config.run_dir)):
+        return _train(config, fresh, device, dtype_lines)
+
+
+def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
+    rank, world = mesh.rank(), mesh.world()
+    run_dir = Path(config.run_dir)
     dtype = compute_dtype(config, device)
     torch.manual_seed(config.seed)
 
@@ -92,7 +91,7 @@ def _train(config: Config, fresh: bool, device: torch.device) -> TrainResult:
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
-    messages = [*dtype_lines, *data.lines(), *loader.lines(), *source.notes]
+    messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
     draft.to(device)
     optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)

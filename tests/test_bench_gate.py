@@ -181,6 +181,27 @@ def test_rows_are_missing(repo):
     assert the_problem(repo).startswith("norm: no row of fastdraft")
 
 
+def test_a_new_kernel_may_wait_for_its_first_row(repo):
+    (repo / "fastdraft/kernels/attention.py").write_text("tl.program_id(0)")
+    (repo / "bench/kernels/bench_attention.py").write_text("")
+    write(repo, op="step", us_per_token=30.0)
+    write(repo, op="gpu_tests", passed=9, failed=0, skipped=1)
+    assert the_problem(repo).startswith("attention: no row of fastdraft")
+    line = {"op": "attention", "source": source("attention", repo), "why": "there was no GPU"}
+    (repo / "bench/results/waiting.jsonl").write_text(json.dumps(line) + "\n")
+    assert problems(repo) == []
+    (repo / "fastdraft/kernels/attention.py").write_text("tl.program_id(1)")
+    assert "attention: no row of fastdraft" in problems(repo)[0]
+
+
+@pytest.mark.parametrize("kernel", ["block_attention", "linear_ce"])
+def test_the_kernel_of_another_method_leaves_the_step_fresh(repo, kernel):
+    (repo / f"fastdraft/kernels/{kernel}.py").write_text("blocks = 'here'")
+    assert the_problem(repo).startswith("gpu_tests: the source changed")
+    (repo / "fastdraft/kernels/ttt_attention.py").write_text("chains = 'here'")
+    assert problems(repo)[0].startswith("step: the source changed")
+
+
 def test_a_kernel_in_csrc_is_judged_beside_tritons(repo):
     (repo / "csrc").mkdir()
     (repo / "csrc/norm.cu").write_text("__global__")

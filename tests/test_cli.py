@@ -111,8 +111,8 @@ def test_out_of_memory_says_what_to_do_and_our_faults_keep_their_traceback(fastd
 
 def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
     code, out, err = fastdraft("train", config_file, "--plan", "device=cuda")
-    assert code == 0 and "predicted for one cuda device and the fused engine" in out, err
-    assert "one cpu device and the fused engine" in fastdraft("train", config_file, "--plan", "device=cpu")[1]
+    assert code == 0 and "predicted for one cuda device and the fused step" in out, err
+    assert "one cpu device and the fused step" in fastdraft("train", config_file, "--plan", "device=cpu")[1]
     said = refusal(fastdraft("train", config_file, "--plan", "device=cpu", "precision=fp8"))
     assert said.startswith("fastdraft: precision: fp8 needs a GPU")
     assert fastdraft("train", config_file, "--plan", "device=cuda", "precision=fp8")[0] == 0
@@ -354,10 +354,10 @@ def test_export_of_a_run_whose_target_changed(fastdraft, trained, target_dir, co
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("engine", ["reference", "fused"])
-def test_check_golden(fastdraft, engine):
-    code, out, err = fastdraft("check", "--golden", GOLDEN, "--engine", engine)
-    places = 1 if engine == "reference" else 4 if torch.cuda.is_available() else 2
+@pytest.mark.parametrize("step", ["reference", "fused"])
+def test_check_golden(fastdraft, step):
+    code, out, err = fastdraft("check", "--golden", GOLDEN, "--step", step)
+    places = 1 if step == "reference" else 4 if torch.cuda.is_available() else 2
     assert code == 0 and out.count(" ok ") == 3 * 5 * places and "WRONG" not in out, err
     assert all(name in out for name in ("gqa_full", "lk_alpha", "padded_t7"))
 
@@ -377,8 +377,9 @@ def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):
     assert "other.safetensors is not a golden case: it has no 'hidden_size'" in refusal(
         fastdraft("check", "--golden", tmp_path)
     )
-    assert "'slow' is not one of" in refusal(fastdraft("check", "--golden", tmp_path, "--engine", "slow"))
-    assert "belong to --golden" in refusal(fastdraft("check", "--engine", "fused"))
+    assert "'slow' is not one of" in refusal(fastdraft("check", "--golden", tmp_path, "--step", "slow"))
+    assert "--step belongs to --golden" in refusal(fastdraft("check", "--step", "fused"))
+    assert "--golden takes --step" in refusal(fastdraft("check", "--golden", GOLDEN, "--engine", "fused"))
 
 
 def test_check_says_what_is_here(fastdraft):

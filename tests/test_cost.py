@@ -179,7 +179,7 @@ def all_trained(*lengths):
 
 def fused_plan(c, n, steps, chunk_rows, dtype, target_dtype, **options):
     precision = "bf16" if dtype == BF16 else "fp32"
-    options = dict(target_params=0, target_dtype=target_dtype, precision=precision, engine="fused") | options
+    options = dict(target_params=0, target_dtype=target_dtype, precision=precision, step="fused") | options
     return plan(c, pack_tokens=n, ttt_length=steps, chunk_rows=chunk_rows, **options)
 
 
@@ -347,14 +347,14 @@ def peaks_of_a_run(small, large, pipe) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part of a run")
-@pytest.mark.parametrize(("engine", "rel"), [("fused", 0.1), ("reference", 0.15)])
-def test_the_peak_of_a_run_on_the_cpu_is_predicted(engine, rel, make_config, tmp_path):
+@pytest.mark.parametrize(("step", "rel"), [("fused", 0.1), ("reference", 0.15)])
+def test_the_peak_of_a_run_on_the_cpu_is_predicted(step, rel, make_config, tmp_path):
     """Tiny chunks and a long MLP: AdamW's temporaries, then a checkpoint's copies are the most that a run takes."""
 
     def config(name: str, width: int):
         changes = {"run_dir": str(tmp_path / name), "draft.overrides": {"draft_vocab_size": 64, "intermediate_size": width}}
         return make_config(
-            engine=engine, chunk_rows=1, max_steps=2, **changes, **{"eval.every": 100, "optim.packs_per_step": 1}
+            step=step, chunk_rows=1, max_steps=2, **changes, **{"eval.every": 100, "optim.packs_per_step": 1}
         )
 
     small, large = config("small", 64), config("large", 120_000)

@@ -102,7 +102,7 @@ def test_two_ranks_train_what_one_does(tree, run_yaml, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["engine=reference", "precision=bf16", "block.loss=dpace", "block.loss=kl", "chunk_rows=3"]
+    "change", ["step=reference", "precision=bf16", "block.loss=dpace", "block.loss=kl", "chunk_rows=3"]
 )
 def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
     runs("train", run_yaml, change, "max_steps=3")
@@ -112,7 +112,7 @@ def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
 
 def test_the_engines_train_alike(run_yaml, runs, tmp_path):
     for engine in ("fused", "reference"):
-        runs("train", run_yaml, f"engine={engine}", f"run_dir={tmp_path / engine}", "optim.lr=1e-3")
+        runs("train", run_yaml, f"step={engine}", f"run_dir={tmp_path / engine}", "optim.lr=1e-3")
     one, other = ([r["loss"] for r in losses(tmp_path / name) if "loss" in r] for name in ("fused", "reference"))
     assert one == pytest.approx(other, rel=1e-4)
 

@@ -134,7 +134,7 @@ def assert_trained(run_dir: Path, steps: int) -> None:
 WAYS = {
     "defaults": (),
     "fp8": ("precision=fp8",),
-    "reference step": ("engine=reference", "data.pack_tokens=2048", "data.max_length=2048"),
+    "reference step": ("step=reference", "data.pack_tokens=2048", "data.max_length=2048"),
     "packs of 32768": ("data.pack_tokens=32768", "optim.packs_per_step=1"),
     "chunks of 512": ("chunk_rows=512",),
     "an lk loss, T 3": ("loss.kind=lk_lambda", "ttt_length=3"),

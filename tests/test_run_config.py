@@ -104,6 +104,8 @@ def test_a_removed_key_says_what_to_use_instead(file):
     for given in ("features.memory_gib=0", "features.memory_gib=2.5"):
         with pytest.raises(ValueError, match=said):
             load_config(file, [given])
+    with pytest.raises(ValueError, match="key 'engine' is no longer a setting; it is called step now"):
+        load_config(file, ["engine=reference"])
 
 
 def test_every_fault_has_its_line(file):
@@ -115,8 +117,8 @@ def test_every_fault_has_its_line(file):
 
 
 def test_fp8_is_the_fused_engines_on_new_gpus(file, monkeypatch):
-    with pytest.raises(ValueError, match=r"precision: fp8 is the fused engine's; set engine=fused or precision=bf16"):
-        load_config(file, ["precision=fp8", "engine=reference"])
+    with pytest.raises(ValueError, match=r"precision: fp8 is the fused step's; set step=fused or precision=bf16"):
+        load_config(file, ["precision=fp8", "step=reference"])
     config = load_config(file, ["precision=fp8"])
     with pytest.raises(ValueError, match=r"compute capability 8\.9 or newer, not the CPU; set precision=bf16"):
         check_precision(config, torch.device("cpu"))

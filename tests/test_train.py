@@ -103,10 +103,10 @@ def test_accumulation_does_not_change_the_result(make_config, tmp_path):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=2e-4)
 
 
-def test_both_engines_train_alike(make_config, tmp_path):
+def test_both_steps_train_alike(make_config, tmp_path):
     found = []
-    for engine in ("reference", "fused"):
-        config = make_config(engine=engine, run_dir=str(tmp_path / engine))
+    for step in ("reference", "fused"):
+        config = make_config(step=step, run_dir=str(tmp_path / step))
         train(config)
         found.append(losses(config.run_dir))
     for ours, theirs in zip(*found, strict=True):
@@ -353,19 +353,22 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
     assert same(weights(make_config().run_dir), before)
 
 
-def test_a_checkpoint_of_an_older_version_is_read_without_its_removed_keys(make_config, monkeypatch):
+@pytest.mark.parametrize(("engine", "step"), [("auto", "fused"), ("fused", "fused"), ("reference", "reference")])
+def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engine, step, make_config, monkeypatch):
     write = checkpoint.save_checkpoint
 
     def as_before(run_dir, tensors, state, keep):
         state["config"]["features"]["memory_gib"] = 1.0
+        state["config"]["engine"] = engine
+        del state["config"]["step"]
         write(run_dir, tensors, state, keep)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", as_before)
-        train(make_config())
-    assert train(make_config()).steps == 6
+        train(make_config(step=step))
+    assert train(make_config(step=step)).steps == 6
     config, _, _ = a_run.open_run(Path(make_config().run_dir))
-    assert config == make_config()
+    assert config == make_config(step=step)
 
 
 def test_changed_data_under_the_same_name_is_refused(make_config, tmp_path):
@@ -508,7 +511,7 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(mak
 @pytest.mark.parametrize(("module", "name", "number"), DEATHS)
 def test_a_killed_process_ends_the_other_on_two_gpus(make_config, tmp_path, module, name, number):
     """NCCL adds up the gradients there, and the other rank's GPU may wait for ever in it: the host must not."""
-    changes = {"device": "cuda", "precision": "fp32", "engine": "reference"}  # the tiny draft is too narrow for the kernels
+    changes = {"device": "cuda", "precision": "fp32", "step": "reference"}  # the tiny draft is too narrow for the kernels
     config = make_config(**changes, **{"eval.max_packs": 1, "eval.every": 5, "checkpoint.every": 3})
     kill_one_of_two(config, tmp_path, module, name, number, start="spawn", seconds=280)
     assert by_two_ranks(train, config, start="spawn", seconds=280) == [0, 0]

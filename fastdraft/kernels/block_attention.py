@@ -28,22 +28,40 @@ left, and the forward and dq go on from what that kernel gave.
 Precision: operands are bf16; accumulation, softmax and lse are fp32. fp32 inputs multiply in fp32 (ieee). P and dS round to
 the input dtype before their products. On a CPU everything is computed in the input dtype or float32, the wider of the two.
 FLOPs per visible (row, key): 4 * D * Hq forward and 14 * D * Hq backward. Those are 7 products, because both kernels
-compute S and dP; rates are quoted on the 5 that are needed. HBM: q and out are read once, K and V once per query tile, mostly
-from L2.
+compute S and dP; rates are quoted on the 5 that are needed. HBM: q and out are read once, K and V once per query tile,
+mostly from L2.
 Source: FlashAttention-2 (arXiv 2307.08691); DFlash (arXiv 2602.06036).
 
 # R query rows, C blocks, B rows of a block, S = C * B, N packed tokens, Hq/Hkv heads, G = Hq/Hkv, D head dim
+# BM tile rows, BR tile positions (rows of the list), BN tile keys
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from fastdraft.kernels.check import check, check_covered
+from fastdraft.kernels.jit import jit, tl, triton
+from fastdraft.kernels.ttt_attention import (
+    HEAD_DIMS,
+    LOG2E,
+    Tile,
+    _add_rows,
+    _add_tile,
+    _attend,
+    _constants,
+    _described,
+    _key_blocks,
+    _p_ds,
+    _rows,
+    _rows_fit,
+    _strides,
+    _tile,
+)
 
 MAX_BLOCK = 32
 
@@ -73,15 +91,15 @@ def block_rows(
 
     The context ends before the anchor, whose own features a server does not have yet. The window is counted from the row,
     as engines do, and bounds the context. It must reach over the block: engines and trainers differ in what a narrower
-    window cuts inside a block, so that is refused. Raises ValueError for it, for shapes and dtypes that do not fit, and on a
-    CPU for anchors before their document and live rows out of range.
+    window cuts inside a block, so that is refused. Raises ValueError for it, for shapes and dtypes that do not fit, and on
+    a CPU for anchors before their document and live rows out of range.
     """
     if not 1 <= block <= MAX_BLOCK:
         raise ValueError(f"a block has 1 to {MAX_BLOCK} rows, got {block}")
     if window is not None and window < block:
         raise ValueError(
-            f"a window of {window} is narrower than the block of {block} rows, which engines and trainers mask differently; "
-            "take a window of at least the block"
+            f"a window of {window} is narrower than the block of {block} rows; engines and trainers mask that differently, "
+            "so take a window of at least the block"
         )
     integers = (torch.int32, torch.int64)
     check("anchors", anchors, ("C",), integers)
@@ -135,6 +153,599 @@ def block_attention_ref(
 def _inside(start: Tensor, end: Tensor, num_keys: int) -> Tensor:  # [R], [R] -> [R, num_keys] bool
     key = torch.arange(num_keys, device=start.device)
     return (key >= start[:, None]) & (key < end[:, None])
+
+
+@dataclass(frozen=True)
+class BlockAttentionConfig:
+    fwd: Tile
+    bwd_q: Tile
+    bwd_kv: Tile
+
+
+def block_attention_config(
+    head_dim: int,
+    group: int,  # Hq / Hkv
+    dtype: torch.dtype,
+    arch: tuple[int, int] | None,  # CUDA compute capability; None for Triton's CPU interpreter
+) -> BlockAttentionConfig:
+    """Tile sizes. They are those that a sweep on an H100 found for `ttt_attention`, whose loops these kernels share; these
+    kernels themselves have not been swept. Raises ValueError, naming it, for what no kernel covers."""
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"block_attention covers head dims {HEAD_DIMS}, got {head_dim}")
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"block_attention covers bfloat16 and float32, got {dtype}; cast the inputs")
+    if arch is not None and arch < (8, 0):
+        raise ValueError(f"block_attention needs compute capability 8.0 or newer, this GPU has {arch[0]}.{arch[1]}")
+    if group > 32:
+        raise ValueError(f"block_attention covers up to 32 query heads per key/value head, got {group}")
+    hopper = arch is None or arch >= (9, 0)
+    large = arch is None or arch[0] in (9, 10)  # Others have 99 KB of shared memory a block, or little more.
+    # Tests and tiny drafts have such heads.
+    if head_dim < 64:
+        tile = Tile(32, 32, 4, 1)
+        return BlockAttentionConfig(tile, tile, tile)
+    # float32 is there for exactness, and not for speed: it takes no tensor cores.
+    if dtype == torch.float32:
+        if head_dim == 256 and not large and arch != (8, 0):
+            raise ValueError(
+                "block_attention in float32 with head dim 256 needs 132 KB of shared memory a block; use bfloat16"
+            )
+        tile = Tile(32, 32, 4, 1, hopper)
+        return BlockAttentionConfig(tile, tile, tile)
+    if not large:
+        narrow = 32 if head_dim == 256 else 64
+        return BlockAttentionConfig(Tile(64, 32, 4, 1), Tile(narrow, 32, 4, 1), Tile(32, narrow, 4, 1))
+    if head_dim == 256:
+        return BlockAttentionConfig(Tile(128, 64, 8, 2, True), Tile(64, 32, 8, 2, True), Tile(64, 64, 8, 2, True))
+    if head_dim == 64:
+        return BlockAttentionConfig(Tile(64, 128, 4, 3, True), Tile(64, 64, 4, 3, True), Tile(64, 64, 4, 2, True))
+    return BlockAttentionConfig(Tile(128, 64, 8, 3, True), Tile(128, 64, 8, 3, True), Tile(64, 64, 4, 2, True))
+
+
+@jit
+def _interval(start_ptr, end_ptr, row, exists):
+    start = tl.load(start_ptr + row, mask=exists, other=0)
+    end = tl.load(end_ptr + row, mask=exists, other=0)
+    return start, end
+
+
+@jit
+def _bounds(start, end, ok):
+    """What a tile of intervals sees: some row [lo, hi), every ok row [full_lo, full_hi), and no row [gap_lo, gap_hi).
+
+    Where the rows that begin first all end before others begin, as at a document's border, the gap lies between. There may
+    be more gaps; only the first is found. A tile with a gap has no key that every row sees.
+    """
+    far: tl.constexpr = 2**31 - 1
+    some = ok & (start < end)
+    lo = tl.min(tl.where(some, start, far), 0)
+    hi = tl.max(tl.where(some, end, 0), 0)
+    full_lo = tl.max(tl.where(some, start, 0), 0)
+    full_hi = tl.min(tl.where(some, end, tl.where(ok, 0, far)), 0)
+    reach = tl.max(tl.where(some & (start == lo), end, 0), 0)
+    gap_hi = tl.min(tl.where(some & (start >= reach), start, far), 0)
+    gap_lo = tl.max(tl.where(some & (start < gap_hi), end, 0), 0)
+    return lo, hi, full_lo, full_hi, gap_lo, tl.where(gap_hi == far, 0, gap_hi)
+
+
+@jit
+def _own_keys(start, end):
+    """The first and the last key, exclusive, of a tile's own blocks; first is not below last where there is none."""
+    some = start < end
+    return tl.min(tl.where(some, start, 2**31 - 1), 0), tl.max(tl.where(some, end, 0), 0)
+
+
+@jit
+def _context_blocks(start, end, ok, BN: tl.constexpr):
+    """Bounds of the context's key blocks. Of [first, end) those in [skip, skip_end) need no mask: either every row sees
+    them, and full_end is skip_end, or no row does, and full_end is skip, so that they are left out."""
+    lo, hi, full_lo, full_hi, gap_lo, gap_hi = _bounds(start, end, ok)
+    first, full_first, full_end, end_block = _key_blocks(lo, hi, full_lo, full_hi, BN)
+    gap_first = tl.cdiv(gap_lo, BN)
+    gap_end = gap_hi // BN
+    gap = gap_end > gap_first
+    skip = tl.where(gap, gap_first, full_first)
+    skip_end = tl.where(gap, gap_end, full_end)
+    return first, end_block, skip, skip_end, tl.where(gap, gap_first, full_end)
+
+
+@jit(
+    do_not_specialize=["R", "N", "S", "lse_stride"],
+    do_not_specialize_on_alignment=["ctx_start_ptr", "ctx_end_ptr", "blk_start_ptr", "blk_end_ptr", "lse_ptr"],  # slices
+)
+def _block_attention_fwd_kernel(
+    q_ptr,  # [R, Hq, D]
+    k_ctx,  # [N, Hkv, D]
+    v_ctx,
+    k_blk,  # [S, Hkv, D]
+    v_blk,
+    ctx_start_ptr,  # [R] (all four)
+    ctx_end_ptr,
+    blk_start_ptr,
+    blk_end_ptr,
+    out_ptr,  # [R, Hq, D]
+    lse_ptr,  # [Hq, R] fp32
+    scale_log2,
+    R,
+    N,
+    S,
+    q_stride,
+    k_ctx_stride,
+    v_ctx_stride,
+    k_blk_stride,
+    v_blk_stride,
+    out_stride,
+    lse_stride,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    TMA: tl.constexpr,
+    STARTED: tl.constexpr,  # out and lse hold the attention to other keys, and the kernel goes on from there
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    head = kv_head.to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # Late anchors see most keys, so they start first.
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    d = tl.arange(0, DP)
+    row = tile * BR + m // G
+    exists = (m < BR * G) & (row < R)
+    start, end = _interval(ctx_start_ptr, ctx_end_ptr, row, exists)
+    own_start, own_end = _interval(blk_start_ptr, blk_end_ptr, row, exists)
+    ok = exists & ((start < end) | (own_start < own_end))
+    q_head = head * G + m % G
+    q = _rows(q_ptr + (q_head * D)[:, None], row, q_stride, ok, D, DP)
+
+    # The softmax starts from other keys or from nothing, and takes the keys of the tile's own blocks first.
+    if STARTED:
+        acc = _rows(out_ptr + (q_head * D)[:, None], row, out_stride, ok, D, DP).to(tl.float32)
+        top = tl.load(lse_ptr + q_head * lse_stride + row, mask=ok, other=float("-inf")) * 1.4426950408889634
+        total = tl.full([BM], 1.0, tl.float32)
+    else:
+        acc = tl.zeros([BM, DP], tl.float32)
+        top = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+    own_first, own_last = _own_keys(own_start, own_end)
+    for first_key in range(own_first, own_last, BN):
+        key = first_key + n
+        k = _tile(k_blk, first_key, kv_head, k_blk_stride, S, False, TMA, D, DP, BN)
+        v = _tile(v_blk, first_key, kv_head, v_blk_stride, S, False, TMA, D, DP, BN)
+        seen = (key[None, :] >= own_start[:, None]) & (key[None, :] < own_end[:, None])
+        acc, top, total = _attend(acc, top, total, q, k, v, seen, scale_log2, True, PRECISION)
+
+    # One loop takes the key blocks on both sides that need the mask, the other those between, which do not.
+    first, end_block, skip, skip_end, full_end = _context_blocks(start, end, ok, BN)
+    skipped = skip_end - skip
+    for b in range(first, end_block - skipped):
+        first_key = tl.where(b < skip, b, b + skipped) * BN
+        key = first_key + n
+        k = _tile(k_ctx, first_key, kv_head, k_ctx_stride, N, False, TMA, D, DP, BN)
+        v = _tile(v_ctx, first_key, kv_head, v_ctx_stride, N, False, TMA, D, DP, BN)
+        seen = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+        acc, top, total = _attend(acc, top, total, q, k, v, seen, scale_log2, True, PRECISION)
+    for b in range(skip, full_end):
+        k = _tile(k_ctx, b * BN, kv_head, k_ctx_stride, N, True, TMA, D, DP, BN)
+        v = _tile(v_ctx, b * BN, kv_head, v_ctx_stride, N, True, TMA, D, DP, BN)
+        acc, top, total = _attend(acc, top, total, q, k, v, True, scale_log2, False, PRECISION)
+
+    acc = tl.where(ok[:, None], acc / total[:, None], 0.0)
+    lse = tl.where(ok, (top + tl.math.log2(total)) * 0.6931471805599453, float("-inf"))
+    row = row.to(tl.int64)
+    at = out_ptr + (row * out_stride + q_head * D)[:, None] + d[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
+    tl.store(lse_ptr + q_head * lse_stride + row, lse, mask=exists)
+
+
+@jit(
+    do_not_specialize=["R", "N", "S", "lse_stride", "delta_stride"],
+    do_not_specialize_on_alignment=[
+        "ctx_start_ptr",
+        "ctx_end_ptr",
+        "blk_start_ptr",
+        "blk_end_ptr",
+        "lse_ptr",
+        "delta_ptr",
+    ],  # slices
+)
+def _block_attention_bwd_q_kernel(
+    dout_ptr,  # [R, Hq, D]
+    q_ptr,  # [R, Hq, D]
+    k_ctx,  # [N, Hkv, D]
+    v_ctx,
+    k_blk,  # [S, Hkv, D]
+    v_blk,
+    ctx_start_ptr,  # [R] (all four)
+    ctx_end_ptr,
+    blk_start_ptr,
+    blk_end_ptr,
+    out_ptr,  # [R, Hq, D]
+    lse_ptr,  # [Hq, R] fp32
+    dq_ptr,  # [R, Hq, D] written
+    dq_start_ptr,  # [R, Hq, D] read where STARTED: the part of dq that comes from other keys
+    delta_ptr,  # [Hq, R] fp32, written
+    scale,
+    scale_log2,
+    R,
+    N,
+    S,
+    dout_stride,
+    q_stride,
+    k_ctx_stride,
+    v_ctx_stride,
+    k_blk_stride,
+    v_blk_stride,
+    out_stride,
+    dq_stride,
+    dq_start_stride,
+    lse_stride,
+    delta_stride,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    TMA: tl.constexpr,
+    STARTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    head = kv_head.to(tl.int64)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    d = tl.arange(0, DP)
+    row = tile * BR + m // G
+    exists = (m < BR * G) & (row < R)
+    start, end = _interval(ctx_start_ptr, ctx_end_ptr, row, exists)
+    own_start, own_end = _interval(blk_start_ptr, blk_end_ptr, row, exists)
+    ok = exists & ((start < end) | (own_start < own_end))
+    q_head = head * G + m % G
+    q = _rows(q_ptr + (q_head * D)[:, None], row, q_stride, ok, D, DP)
+    dout = _rows(dout_ptr + (q_head * D)[:, None], row, dout_stride, ok, D, DP)
+    out = _rows(out_ptr + (q_head * D)[:, None], row, out_stride, ok, D, DP)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + q_head * delta_stride + row, delta, mask=exists)
+    lse2 = tl.load(lse_ptr + q_head * lse_stride + row, mask=ok, other=float("inf")) * 1.4426950408889634
+
+    # dq starts from other keys or from nothing, and takes the keys of the tile's own blocks first.
+    if STARTED:
+        dq = _rows(dq_start_ptr + (q_head * D)[:, None], row, dq_start_stride, ok, D, DP).to(tl.float32) / scale
+    else:
+        dq = tl.zeros([BM, DP], tl.float32)
+    own_first, own_last = _own_keys(own_start, own_end)
+    for first_key in range(own_first, own_last, BN):
+        key = first_key + n
+        k = _tile(k_blk, first_key, kv_head, k_blk_stride, S, False, TMA, D, DP, BN)
+        v = _tile(v_blk, first_key, kv_head, v_blk_stride, S, False, TMA, D, DP, BN)
+        seen = (key[None, :] >= own_start[:, None]) & (key[None, :] < own_end[:, None])
+        _, ds = _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, True, PRECISION)
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
+
+    # One loop takes the key blocks on both sides that need the mask, the other those between, which do not.
+    first, end_block, skip, skip_end, full_end = _context_blocks(start, end, ok, BN)
+    skipped = skip_end - skip
+    for b in range(first, end_block - skipped):
+        first_key = tl.where(b < skip, b, b + skipped) * BN
+        key = first_key + n
+        k = _tile(k_ctx, first_key, kv_head, k_ctx_stride, N, False, TMA, D, DP, BN)
+        v = _tile(v_ctx, first_key, kv_head, v_ctx_stride, N, False, TMA, D, DP, BN)
+        seen = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+        _, ds = _p_ds(q, k, v, dout, lse2, delta, seen, scale_log2, True, PRECISION)
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
+    for b in range(skip, full_end):
+        k = _tile(k_ctx, b * BN, kv_head, k_ctx_stride, N, True, TMA, D, DP, BN)
+        v = _tile(v_ctx, b * BN, kv_head, v_ctx_stride, N, True, TMA, D, DP, BN)
+        _, ds = _p_ds(q, k, v, dout, lse2, delta, True, scale_log2, False, PRECISION)
+        dq = tl.dot(ds.to(q.dtype), k, dq, input_precision=PRECISION)
+
+    at = dq_ptr + (row.to(tl.int64) * dq_stride + q_head * D)[:, None] + d[None, :]
+    tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=exists[:, None] & (d < D)[None, :])
+
+
+@jit(do_not_specialize=["R", "num_tiles"], do_not_specialize_on_alignment=["start_ptr", "end_ptr"])
+def _interval_bounds_kernel(
+    start_ptr,  # [R]
+    end_ptr,  # [R]
+    bounds_ptr,  # [6, num_tiles] int32, what `_bounds` gives
+    R,
+    num_tiles,
+    BM: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    row = tile.to(tl.int64) * BM + tl.arange(0, BM)
+    start, end = _interval(start_ptr, end_ptr, row, row < R)
+    # Every row of the tile counts, there or not, so that a tile with padding sees nothing in full.
+    lo, hi, full_lo, full_hi, gap_lo, gap_hi = _bounds(start, end, row >= 0)
+    bounds_ptr += tile
+    tl.store(bounds_ptr, lo)
+    tl.store(bounds_ptr + num_tiles, hi)
+    tl.store(bounds_ptr + 2 * num_tiles, full_lo)
+    tl.store(bounds_ptr + 3 * num_tiles, full_hi)
+    tl.store(bounds_ptr + 4 * num_tiles, gap_lo)
+    tl.store(bounds_ptr + 5 * num_tiles, gap_hi)
+
+
+@jit(do_not_specialize=["N", "num_tiles"])
+def _interval_index_kernel(
+    bounds_ptr,  # [6, num_tiles] int32
+    tiles_ptr,  # [key blocks, num_tiles] int32: tiles that see all of the block from the left, part of it from the right
+    counts_ptr,  # [key blocks, 2] int32: how many of each
+    N,
+    num_tiles,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    start = (block * BN).to(tl.int32)
+    tiles_ptr += block * num_tiles
+    num_whole = 0
+    num_part = 0
+    for t0 in range(0, num_tiles, CHUNK):
+        t = t0 + tl.arange(0, CHUNK)
+        exists = t < num_tiles
+        lo, hi = _interval(bounds_ptr, bounds_ptr + num_tiles, t, exists)
+        full_lo, full_hi = _interval(bounds_ptr + 2 * num_tiles, bounds_ptr + 3 * num_tiles, t, exists)
+        gap_lo, gap_hi = _interval(bounds_ptr + 4 * num_tiles, bounds_ptr + 5 * num_tiles, t, exists)
+        end = tl.minimum(start + BN, N)
+        sees = exists & (lo < end) & (hi > start) & ((start < gap_lo) | (end > gap_hi))
+        whole = sees & (full_lo <= start) & (full_hi >= start + BN)
+        part = sees & ~whole
+        whole_rank = tl.cumsum(whole.to(tl.int32), 0)
+        part_rank = tl.cumsum(part.to(tl.int32), 0)
+        tl.store(tiles_ptr + num_whole + whole_rank - 1, t, mask=whole)
+        tl.store(tiles_ptr + num_tiles - num_part - part_rank, t, mask=part)
+        num_whole += tl.sum(whole.to(tl.int32), 0)
+        num_part += tl.sum(part.to(tl.int32), 0)
+    tl.store(counts_ptr + 2 * block, num_whole)
+    tl.store(counts_ptr + 2 * block + 1, num_part)
+
+
+@jit
+def _write_rows(ptr, row, stride, ok, x, D: tl.constexpr, DP: tl.constexpr):
+    d = tl.arange(0, DP)
+    at = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
+
+@jit(
+    do_not_specialize=["R", "N", "num_tiles", "lse_stride", "delta_stride"],
+    do_not_specialize_on_alignment=["start_ptr", "end_ptr", "lse_ptr", "delta_ptr"],  # slices of stacked rows
+)
+def _block_attention_bwd_kv_kernel(
+    dout_ptr,  # [R, Hq, D]
+    q_ptr,  # [R, Hq, D]
+    k_ptr,  # [N, Hkv, D], of the context or of the blocks
+    v_ptr,
+    start_ptr,  # [R], of the same keys
+    end_ptr,  # [R]
+    lse_ptr,  # [Hq, R] fp32
+    delta_ptr,  # [Hq, R] fp32
+    tiles_ptr,  # [key blocks, num_tiles] int32
+    counts_ptr,  # [key blocks, 2] int32
+    dk_ptr,  # [N, Hkv, D], fp32 where ADD
+    dv_ptr,
+    scale,
+    scale_log2,
+    R,
+    N,
+    num_tiles,
+    dout_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    dk_stride,
+    dv_stride,
+    lse_stride,
+    delta_stride,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    TMA: tl.constexpr,
+    ADD: tl.constexpr,  # whether the gradients are added to what dk and dv hold, or written
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    head = kv_head.to(tl.int64)
+    block = tl.program_id(1).to(tl.int64)
+    num_whole = tl.load(counts_ptr + 2 * block)
+    num_part = tl.load(counts_ptr + 2 * block + 1)
+    nothing_to_add = (num_whole + num_part == 0) & ADD
+    if nothing_to_add:
+        return
+    tiles_ptr += block * num_tiles
+    first_key = (block * BN).to(tl.int32)
+    key = first_key + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    k = _tile(k_ptr, first_key, kv_head, k_stride, N, False, TMA, D, DP, BN)
+    v = _tile(v_ptr, first_key, kv_head, v_stride, N, False, TMA, D, DP, BN)
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DP], tl.float32)
+    # Tiles that see part of the block come first. If this loop were pipelined, its buffers would make the next one spill.
+    for it in tl.range(0, num_part * G, num_stages=1):
+        first_row = tl.load(tiles_ptr + num_tiles - 1 - it // G) * BM
+        q_head = kv_head * G + it % G
+        row = first_row + m
+        start, end = _interval(start_ptr, end_ptr, row, row < R)
+        ok = start < end
+        q = tl.where(ok[:, None], _tile(q_ptr, first_row, q_head, q_stride, R, False, TMA, D, DP, BM), 0.0)
+        dout = tl.where(ok[:, None], _tile(dout_ptr, first_row, q_head, dout_stride, R, False, TMA, D, DP, BM), 0.0)
+        lse = tl.load(lse_ptr + q_head.to(tl.int64) * lse_stride + row, mask=ok, other=float("inf"))
+        delta = tl.load(delta_ptr + q_head.to(tl.int64) * delta_stride + row, mask=ok, other=0.0)
+        seen = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
+        dk, dv = _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, True, PRECISION)
+    for it in range(num_whole * G):
+        first_row = tl.load(tiles_ptr + it // G) * BM
+        q_head = kv_head * G + it % G
+        q = _tile(q_ptr, first_row, q_head, q_stride, R, True, TMA, D, DP, BM)
+        dout = _tile(dout_ptr, first_row, q_head, dout_stride, R, True, TMA, D, DP, BM)
+        lse = tl.load(lse_ptr + q_head.to(tl.int64) * lse_stride + first_row + m)
+        delta = tl.load(delta_ptr + q_head.to(tl.int64) * delta_stride + first_row + m)
+        dk, dv = _add_tile(dk, dv, k, v, q, dout, lse, delta, True, scale_log2, False, PRECISION)
+
+    if ADD:
+        _add_rows(dk_ptr + head * D, key, dk_stride, key < N, dk * scale, D, DP)
+        _add_rows(dv_ptr + head * D, key, dv_stride, key < N, dv, D, DP)
+    else:
+        _write_rows(dk_ptr + head * D, key, dk_stride, key < N, dk * scale, D, DP)
+        _write_rows(dv_ptr + head * D, key, dv_stride, key < N, dv, D, DP)
+
+
+def _config(q: Tensor, k_ctx: Tensor) -> BlockAttentionConfig:
+    arch = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    return block_attention_config(q.shape[2], q.shape[1] // k_ctx.shape[1], q.dtype, arch)
+
+
+def _intervals(rows: BlockRows) -> list[Tensor]:
+    return [getattr(rows, field.name) for field in fields(rows)]
+
+
+def _block_attention_fwd(
+    q: Tensor,  # [R, Hq, D]
+    k_ctx: Tensor,  # [N, Hkv, D]
+    v_ctx: Tensor,  # [N, Hkv, D]
+    k_blk: Tensor,  # [S, Hkv, D]
+    v_blk: Tensor,  # [S, Hkv, D]
+    rows: BlockRows,
+    scale: float,
+    out: Tensor,  # [R, Hq, D] written
+    lse: Tensor,  # [Hq, R] fp32, written
+    started: bool = False,
+) -> None:
+    """Launches the forward kernel."""
+    if len(q) == 0:
+        return
+    tile = _config(q, k_ctx).fwd
+    constants = _constants(q, k_ctx, tile)
+    positions = tile.rows // constants["G"]
+    _block_attention_fwd_kernel[(k_ctx.shape[1], triton.cdiv(len(q), positions))](
+        q,
+        *(_described(x, tile.keys, tile) for x in (k_ctx, v_ctx, k_blk, v_blk)),
+        *_intervals(rows),
+        out,
+        lse,
+        scale * LOG2E,
+        len(q),
+        len(k_ctx),
+        len(k_blk),
+        *_strides(q, k_ctx, v_ctx, k_blk, v_blk, out, lse),
+        BR=positions,
+        STARTED=started,
+        **constants,
+    )
+
+
+def _block_attention_bwd_q(
+    dout: Tensor,  # [R, Hq, D]
+    q: Tensor,  # [R, Hq, D]
+    k_ctx: Tensor,  # [N, Hkv, D]
+    v_ctx: Tensor,  # [N, Hkv, D]
+    k_blk: Tensor,  # [S, Hkv, D]
+    v_blk: Tensor,  # [S, Hkv, D]
+    rows: BlockRows,
+    out: Tensor,  # [R, Hq, D]
+    lse: Tensor,  # [Hq, R] fp32
+    scale: float,
+    dk_blk: Tensor,  # [S, Hkv, D] written
+    dv_blk: Tensor,  # [S, Hkv, D] written
+    dq: Tensor,  # [R, Hq, D] written
+    delta: Tensor,  # [Hq, R] fp32, written
+    dq_start: Tensor | None = None,  # [R, Hq, D] fp32
+) -> None:
+    """Launches the kernel of the queries, then that of the keys on the blocks' own keys."""
+    if len(q) > 0:
+        tile = _config(q, k_ctx).bwd_q
+        constants = _constants(q, k_ctx, tile)
+        positions = tile.rows // constants["G"]
+        before = dq if dq_start is None else dq_start
+        _block_attention_bwd_q_kernel[(k_ctx.shape[1], triton.cdiv(len(q), positions))](
+            dout,
+            q,
+            *(_described(x, tile.keys, tile) for x in (k_ctx, v_ctx, k_blk, v_blk)),
+            *_intervals(rows),
+            out,
+            lse,
+            dq,
+            before,
+            delta,
+            scale,
+            scale * LOG2E,
+            len(q),
+            len(k_ctx),
+            len(k_blk),
+            *_strides(dout, q, k_ctx, v_ctx, k_blk, v_blk, out, dq, before, lse, delta),
+            BR=positions,
+            STARTED=dq_start is not None,
+            **constants,
+        )
+    _bwd_keys(dout, q, k_blk, v_blk, rows.blk_start, rows.blk_end, lse, delta, scale, dk_blk, dv_blk, add=False)
+
+
+def _index(
+    start: Tensor,  # [R] int32
+    end: Tensor,  # [R] int32
+    num_keys: int,
+    tile: Tile,  # config.bwd_kv
+) -> tuple[Tensor, Tensor]:  # tiles [key blocks, tiles] int32, counts [key blocks, 2] int32
+    """Which query tiles see each key block. It is built on the device, and the host does not wait."""
+    num_tiles = triton.cdiv(len(start), tile.rows)
+    blocks = triton.cdiv(num_keys, tile.keys)
+    bounds = torch.empty((6, num_tiles), dtype=torch.int32, device=start.device)
+    tiles = torch.empty((blocks, num_tiles), dtype=torch.int32, device=start.device)
+    counts = torch.empty((blocks, 2), dtype=torch.int32, device=start.device)
+    _interval_bounds_kernel[(num_tiles,)](start, end, bounds, len(start), num_tiles, BM=tile.rows)
+    _interval_index_kernel[(blocks,)](bounds, tiles, counts, num_keys, num_tiles, BN=tile.keys, CHUNK=1024)
+    return tiles, counts
+
+
+def _bwd_keys(
+    dout: Tensor,  # [R, Hq, D]
+    q: Tensor,  # [R, Hq, D]
+    k: Tensor,  # [N, Hkv, D], of the context or of the blocks
+    v: Tensor,  # [N, Hkv, D]
+    start: Tensor,  # [R] int32, of the same keys
+    end: Tensor,  # [R] int32
+    lse: Tensor,  # [Hq, R] fp32
+    delta: Tensor,  # [Hq, R] fp32
+    scale: float,
+    dk: Tensor,  # [N, Hkv, D]
+    dv: Tensor,  # [N, Hkv, D]
+    add: bool,  # to dk and dv, which are fp32 then; else they are written
+) -> None:
+    """Launches the kernel of the keys."""
+    if len(q) == 0 or len(k) == 0:
+        if not add:
+            dk.zero_()
+            dv.zero_()
+        return
+    tile = _config(q, k).bwd_kv
+    tiles, counts = _index(start, end, len(k), tile)
+    _block_attention_bwd_kv_kernel[(k.shape[1], len(tiles))](
+        *(_described(x, tile.rows, tile) for x in (dout, q)),
+        *(_described(x, tile.keys, tile) for x in (k, v)),
+        start,
+        end,
+        lse,
+        delta,
+        tiles,
+        counts,
+        dk,
+        dv,
+        scale,
+        scale * LOG2E,
+        len(q),
+        len(k),
+        tiles.shape[1],
+        *_strides(dout, q, k, v, dk, dv, lse, delta),
+        ADD=add,
+        **_constants(q, k, tile),
+    )
 
 
 @dataclass(frozen=True)
@@ -270,9 +881,10 @@ def block_attention_fwd(
         raise ValueError("started goes on from out and lse; give both")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((q.shape[1], len(q)), dtype=stats, device=q.device) if lse is None else lse
-    check("out", out, q.shape, q.dtype, q.device, "rows")
+    _check_rows("out", out, q.shape, q)
     check("lse", lse, (q.shape[1], len(q)), stats, q.device, "rows")
-    _block_attention_fwd_cpu(q, k_ctx, v_ctx, k_blk, v_blk, rows, scale, out, lse, started)
+    run = _block_attention_fwd if q.is_cuda else _block_attention_fwd_cpu
+    run(q, k_ctx, v_ctx, k_blk, v_blk, rows, scale, out, lse, started)
     return out, lse
 
 
@@ -302,15 +914,14 @@ def block_attention_bwd_q(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
     delta = torch.empty((q.shape[1], len(q)), dtype=stats, device=q.device) if delta is None else delta
     for name, x in {"dout": dout, "out": out, "dq": dq}.items():
-        check(name, x, q.shape, q.dtype, q.device, "rows")
+        _check_rows(name, x, q.shape, q)
     for name, x in {"lse": lse, "delta": delta}.items():
         check(name, x, (q.shape[1], len(q)), stats, q.device, "rows")
     check("dk_blk", dk_blk, k_blk.shape, None, q.device, "rows")
     check("dv_blk", dv_blk, k_blk.shape, dk_blk.dtype, q.device, "rows")
     check("dq_start", dq_start, q.shape, stats, q.device, "rows")
-    _block_attention_bwd_q_cpu(
-        dout, q, k_ctx, v_ctx, k_blk, v_blk, rows, out, lse, scale, dk_blk, dv_blk, dq, delta, dq_start
-    )
+    run = _block_attention_bwd_q if q.is_cuda else _block_attention_bwd_q_cpu
+    run(dout, q, k_ctx, v_ctx, k_blk, v_blk, rows, out, lse, scale, dk_blk, dv_blk, dq, delta, dq_start)
     return dq, delta
 
 
@@ -329,24 +940,39 @@ def block_attention_bwd_kv(
     """Adds the gradients of the context's keys and values. Raises ValueError as `block_attention_fwd` does."""
     _check(q, k_ctx, v_ctx, k_ctx, v_ctx, rows, scale)
     stats = torch.promote_types(q.dtype, torch.float32)
-    check("dout", dout, q.shape, q.dtype, q.device, "rows")
+    _check_rows("dout", dout, q.shape, q)
     for name, x in {"lse": lse, "delta": delta}.items():
         check(name, x, (q.shape[1], len(q)), stats, q.device, "rows")
     for name, x in {"dk_ctx": dk_ctx, "dv_ctx": dv_ctx}.items():
         check(name, x, k_ctx.shape, stats, q.device, "rows")
-    _block_attention_bwd_kv_cpu(dout, q, k_ctx, v_ctx, rows, lse, delta, scale, dk_ctx, dv_ctx)
+    if q.is_cuda:
+        start, end = rows.ctx_start, rows.ctx_end
+        _bwd_keys(dout, q, k_ctx, v_ctx, start, end, lse, delta, scale, dk_ctx, dv_ctx, add=True)
+    else:
+        _block_attention_bwd_kv_cpu(dout, q, k_ctx, v_ctx, rows, lse, delta, scale, dk_ctx, dv_ctx)
 
 
 def _check(q, k_ctx, v_ctx, k_blk, v_blk, rows, scale) -> None:
-    check("q", q, ("R", "Hq", "D"), layout="rows")
-    check("k_ctx", k_ctx, ("N", "Hkv", q.shape[2]), q.dtype, q.device, "rows")
-    check("v_ctx", v_ctx, k_ctx.shape, q.dtype, q.device, "rows")
+    check("q", q, ("R", "Hq", "D"))
+    _check_rows("q", q, q.shape, q)
+    _check_rows("k_ctx", k_ctx, ("N", "Hkv", q.shape[2]), q)
+    _check_rows("v_ctx", v_ctx, k_ctx.shape, q)
     if q.shape[1] % k_ctx.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads and k_ctx {k_ctx.shape[1]}; Hq must be a multiple of Hkv")
-    check("k_blk", k_blk, ("S", *k_ctx.shape[1:]), q.dtype, q.device, "rows")
-    check("v_blk", v_blk, k_blk.shape, q.dtype, q.device, "rows")
+    _check_rows("k_blk", k_blk, ("S", *k_ctx.shape[1:]), q)
+    _check_rows("v_blk", v_blk, k_blk.shape, q)
     for field in fields(rows):
         check(field.name, getattr(rows, field.name), (len(q),), torch.int32, q.device)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     check_covered("block_attention", q=q)
+
+
+def _check_rows(name: str, x: Tensor, shape: Sequence[int | str], like: Tensor) -> None:
+    """As `check`, with rows that the copy engine can read where they lie."""
+    check(name, x, shape, like.dtype, like.device, "rows")
+    if x.is_cuda and not _rows_fit(x):
+        raise ValueError(
+            f"{name} begins at {x.data_ptr():#x} and has strides {x.stride()} of {x.element_size()} bytes; "
+            "it must begin, and its rows must lie, at multiples of 16 bytes"
+        )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # the files of a draft in serving format
 Precision = Literal["fp32", "bf16", "fp8"]
-Engine = Literal["reference", "fused"]
+StepKind = Literal["reference", "fused"]
 
 
 @dataclass(frozen=True)

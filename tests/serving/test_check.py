@@ -352,11 +352,9 @@ def test_the_command_says_what_is_missing(fastdraft, target_dir, tmp_path):
     ):
         for given in (there, ("check",)):
             assert f"{idle[0]} belongs to --engine vllm or sglang, which was not given" in refusal(fastdraft(*given, *idle))
-    two = refusal(fastdraft("check", "--golden", tmp_path, "--timeout", 5, "--engine", "fused", "--num-steps", 3))
+    two = refusal(fastdraft("check", "--golden", tmp_path, "--timeout", 5, "--step", "fused", "--num-steps", 3))
     assert "--num-steps, --timeout belong to --engine vllm or sglang" in two
-    assert "--engine slow: with --checkpoint and --target it is one of vllm, sglang" in refusal(
-        fastdraft(*there, "--engine", "slow")
-    )
+    assert "--engine 'slow' is not one of vllm, sglang" in refusal(fastdraft(*there, "--engine", "slow"))
     said = refusal(fastdraft(*there, "--engine", "sglang"))
     assert "sglang is not installed" in said and "--engine-python" in said
     assert "--dtype int8 is none that engines serve" in refusal(

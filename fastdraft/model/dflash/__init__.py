@@ -42,7 +42,7 @@ def build_step(
     """The fused engine, or the reference where a config asks for it."""
     refuse_head(head)
     loss, draw = block_loss(config, draft.config), partial(_draw, config.block.anchors, config.seed)
-    if config.engine == "reference":
+    if config.step == "reference":
         return BlockReferenceEngine(draft, head, loss, draw)
     return BlockEngine(draft, head, loss, draw, config.chunk_rows)
 

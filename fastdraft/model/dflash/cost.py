@@ -14,7 +14,7 @@ import torch
 from fastdraft.model.buffers import table_bytes
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.memory import chunk_buffers, pack_buffers, pick_chunk_blocks, room_for
-from fastdraft.model.method import Engine, Precision, Row
+from fastdraft.model.method import Precision, Row, StepKind
 
 
 def num_blocks(pack_tokens: int, document_tokens: int, anchors: int) -> int:
@@ -30,7 +30,7 @@ def step_cost(
     document_tokens: int,  # longest document L
     precision: Precision,
     target_dtype: torch.dtype,
-    engine: Engine,
+    step: StepKind,
     device: str,  # cuda or cpu
     chunk_rows: int | None,  # blocks at a time of the fused engine; None: its own choice
     anchors: int,  # N
@@ -41,7 +41,7 @@ def step_cost(
     n, blocks = pack_tokens, num_blocks(pack_tokens, document_tokens, anchors)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     flops = _flops(c, n, document_tokens, blocks, needs_teacher)
-    if engine == "reference":
+    if step == "reference":
         return _reference_step(c, n, blocks, dtype), flops
     at_once = pick_chunk_blocks(chunk_rows, c, dtype, target_dtype, device, needs_teacher)
     stats = torch.promote_types(dtype, torch.float32).itemsize

@@ -25,7 +25,7 @@ def build_step(config: Config, draft: Draft, head: TargetHead, device: torch.dev
     """The fused engine, or the reference where a config asks for it."""
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
-    if config.engine == "reference":
+    if config.step == "reference":
         return ReferenceEngine(*args)
     return GraphEngine(*args, config.chunk_rows, config.precision == "fp8")
 

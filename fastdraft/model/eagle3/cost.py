@@ -22,7 +22,7 @@ from fastdraft.batch import LossKind
 from fastdraft.model.buffers import table_bytes
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.memory import buffer_rows, chunk_buffers, fp8_buffers, pack_buffers, pick_chunk_rows
-from fastdraft.model.method import Engine, Precision, Row
+from fastdraft.model.method import Precision, Row, StepKind
 
 ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of log Q, Q, P, P~, those the backward reads
 
@@ -141,17 +141,17 @@ def step_cost(
     precision: Precision,
     target_dtype: torch.dtype,
     loss: LossKind,
-    engine: Engine,
+    step: StepKind,
     device: str,  # cuda or cpu
-    chunk_rows: int | None,  # M of the fused engine; None: its own choice
+    chunk_rows: int | None,  # M of the fused step; None: its own choice
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a step, FLOPs per packed token
     """What a draft step takes beside weights, optimizer, target and features."""
     n, length, steps = pack_tokens, document_tokens, ttt_length
-    if engine == "fused":
+    if step == "fused":
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        step = _fused_step(c, n, steps, chunk_rows, dtype, target_dtype, device, precision == "fp8")
-        return step, _fused_flops(c, n, length, steps, device == "cpu")
+        memory = _fused_step(c, n, steps, chunk_rows, dtype, target_dtype, device, precision == "fp8")
+        return memory, _fused_flops(c, n, length, steps, device == "cpu")
     b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
-    step = _reference_step(c, n, length, steps, b, ROWS_KEPT[loss])
-    step = (Row(f"gradient of one pack ({compute})", b * c.num_parameters()["trainable"], True), *step)
-    return step, (Row("draft step, forward and backward", _reference_flops(c, length, steps)),)
+    memory = _reference_step(c, n, length, steps, b, ROWS_KEPT[loss])
+    memory = (Row(f"gradient of one pack ({compute})", b * c.num_parameters()["trainable"], True), *memory)
+    return memory, (Row("draft step, forward and backward", _reference_flops(c, length, steps)),)
