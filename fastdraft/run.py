@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,7 @@ def evaluate_run(
     max_new_tokens: int,
     settings: DecodeSettings,
     say: Callable[[str], None] = lambda line: None,
+    own_steps: bool = False,  # draft as many steps as the draft's method serves, and not settings.num_steps
 ) -> Evaluation:
     """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
 
@@ -318,6 +319,8 @@ def evaluate_run(
     fp32, and `say` is told.
     """
     config, target, draft = open_run(run_dir, which)
+    if own_steps:
+        settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
     draft.to(compute_dtype(config, target.device))
     in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
     if in_bf16 and bf16_is_slow(target.device):

@@ -88,6 +88,20 @@ class Drafter(Protocol):
         """What the target is to verify next."""
 
 
+class Readings(NamedTuple):
+    """How a checkpoint could be read, as documented or with one fault, and what is drafted so (`serving/parity.py`).
+
+    A reading says its `fault` in a word, what it `says`, and the `layers` of the target that it reads, None for the
+    draft's own.
+    """
+
+    every: Callable[[nn.Module, int], list[Any]]  # of a draft and the number of its target's layers; documented first
+    read_as: Callable[[nn.Module, Any], nn.Module]  # a copy of the draft, read so
+    # Of the draft read so, the reading, the target's head, ids [L], g [L, ...] and tokens [L-1, S]: the draft's choice of
+    # every place and step, and how far the token is below it as a share of the largest logit [L-1, S] each.
+    run: Callable[[nn.Module, Any, TargetHead, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class Method(NamedTuple):
     """A draft method. `shape` and `draft` are classes; what they must offer is said beside them."""
 
@@ -114,5 +128,8 @@ class Method(NamedTuple):
     # Fields of the shape that the target's tokenizer decides, from it and the size of the vocabulary.
     from_tokenizer: Callable[[PreTrainedTokenizerBase, int], dict[str, Any]] | None = None
     refuse_settings: Callable[[BaseModel, DecodeSettings], None] = lambda shape, settings: None  # ValueError where it must
+    # The steps that an engine is asked for, of a draft's shape and what the user asked for; ValueError where it must.
+    served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
+    readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d

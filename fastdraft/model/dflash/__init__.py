@@ -14,11 +14,12 @@ from fastdraft.model.dflash.cost import pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, refuse_head
 from fastdraft.model.dflash.loss import BlockLoss, default_gamma
+from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
 from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
-from fastdraft.model.method import Method, StepWeights
+from fastdraft.model.method import Method, Readings, StepWeights
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -83,6 +84,8 @@ METHOD = Method(
     engine_names={"vllm": "dflash", "sglang": "DFLASH"},
     from_tokenizer=choose_mask_token,
     refuse_settings=refuse_settings,
+    served_steps=served_steps,
+    readings=Readings(block_readings, read_block_as, run_blocks),
     cost_options=lambda config: {
         "anchors": config.block.anchors,
         "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
