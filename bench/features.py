@@ -27,13 +27,12 @@ from bench.timing import RESULTS, append
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
 from fastdraft.dist.mesh import start_process
-from fastdraft.features.meta import start_store
 from fastdraft.features.store import Store, list_shards
 from fastdraft.metrics import read_metrics
 from fastdraft.run import draft_shape, load_data, open_target, run_meta
 from fastdraft.target.capture import Pack, plan_capture, run_capture
 from fastdraft.target.hf import Target
-from fastdraft.target.identity import capture_meta, target_ends, target_fingerprint
+from fastdraft.target.identity import begin_store
 from fastdraft.target.packed import Documents, packed
 from fastdraft.target.stored import StoreReader
 from fastdraft.train import train
@@ -68,13 +67,12 @@ def bench_capture(
     if target.apart is not None:
         raise ValueError(f"only targets whose documents run packed are timed: {target.apart}")
     data = load_data(config, target.vocab_size)
-    wanted, fingerprint = run_meta(config, target.layers), target_fingerprint(target)
+    wanted = run_meta(config, target.layers)
     for dtype, folder in folders.items():
         named = replace(wanted, dtype=wanted.target_dtype if dtype == "auto" else dtype)
         size = shard_tokens * sum(named.row_bytes.values())
         plan = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, named, size)
-        meta = capture_meta(named, target, fingerprint, data=plan.data, shards=len(plan.shards))
-        meta = start_store(folder, meta, target_ends(target))
+        meta = begin_store(folder, named, target, data=plan.data, shards=len(plan.shards))
         packs = tuple(pack for shard in plan.shards[WARM : WARM + timed] for pack in shard)
         if not packs:
             raise ValueError(f"{len(plan.shards)} shards of {shard_tokens} tokens: more than {WARM} are needed to time one")

@@ -176,7 +176,7 @@ def flop_parts(config: DraftConfig, batch: Batch, ttt_length: int) -> tuple[int,
     positions whose target distribution is read, E = Hq*D, K = Hkv*D, and a factor 3 for forward, input gradient and
     weight gradient:
 
-        fc         2 * 3Ht*H * N * 2 (3 with fc_norm)     K^0, V^0    2 * 2H*2K * N * 3
+        fc         2 * 3Ht*H * N * 2 (3 with norms)     K^0, V^0    2 * 2H*2K * N * 3
         q of 0     2 * 2H*E * r_0 * 3                       q, k, v     2 * 2H*(E + 2K) * r_i * 3     for i > 0
         o, MLP     2 * (E*H + 3*H*I) * r_i * 3              head        2 * H*Vd * k_i * 3
         teacher    2 * Ht*V * m                             attention   4 * E * sum over rows of (keys seen) * 3.5
@@ -194,7 +194,7 @@ def flop_parts(config: DraftConfig, batch: Batch, ttt_length: int) -> tuple[int,
     trained = rows_needed(batch, ttt_length)
     needed = trained.flip(0).cumsum(0).flip(0) > 0  # some step of the chain from here on is trained on
     read = torch.zeros(n + ttt_length + 1, dtype=torch.bool)
-    products = n * (3 * ht * h * (3 if c.fc_norm else 2) + 3 * 2 * h * 2 * kv)
+    products = n * (3 * ht * h * (3 if c.feature_norms else 2) + 3 * 2 * h * 2 * kv)
     attention = 0
     for i in range(ttt_length):
         rows = int(needed[i].sum())

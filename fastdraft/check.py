@@ -80,7 +80,9 @@ def bf16_errors(
 
 
 PROVED = {  # shapes whose kernels are taken differently: head dims, groups, norms
-    "head dim 64, group 3, fc_norm": dict(num_attention_heads=9, num_key_value_heads=3, head_dim=64, fc_norm=True),
+    "head dim 64, group 3, EAGLE-3.1": dict(
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, fc_norm=True, norm_output=True
+    ),
     "head dim 128, group 4": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=128),
 }
 

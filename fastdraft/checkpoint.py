@@ -1,11 +1,13 @@
 """Training checkpoints: torch.distributed.checkpoint in safetensors, written aside, renamed; the last K and the best stay.
 
-    run_dir/checkpoints/step-00000500/*.safetensors   flat fp32 master and moments, RNG states, the vocabulary map
+    run_dir/checkpoints/step-00000500/*.safetensors   flat fp32 master and moments, RNG states, the vocabulary map; each of
+                                                      several processes writes its slice of the first three to its own file
     run_dir/checkpoints/step-00000500/state.json      step, data position, draft shape, target fingerprint; checksums of the
                                                       other files and, last, of itself
     run_dir/checkpoints/best.json                     the step with the best held-out tau_sim
 
-Nothing is unpickled: tensors are safetensors, the rest is JSON.
+Nothing is unpickled: tensors are safetensors, the rest is JSON. What was written by some number of processes is read by any
+other: a file says which elements it holds. Processes of several hosts need a file system that all of them see.
 """
 
 from __future__ import annotations
@@ -13,22 +15,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from fastdraft.dist.mesh import barrier, from_rank_0, is_rank_0
+from fastdraft.dist.mesh import barrier, from_all, from_rank_0, host, is_rank_0, rank, world
 from fastdraft.files import file_checksum, json_checksum, write_file
 
+T = TypeVar("T")
 FORMAT = 2
 
 
@@ -49,41 +54,84 @@ class Saved:
 
 
 def save_checkpoint(run_dir: Path, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Writes `tensors` and `state` (JSON) as the checkpoint of state["step"]; every rank calls it.
+    """Writes `tensors` and `state` (JSON) as the checkpoint of state["step"]; every process calls it.
 
-    Every rank holds all of them, so rank 0 writes alone. Raises ValueError on every rank when it cannot.
+    Of a DTensor each process writes its slice; the rest is the same everywhere, and rank 0 writes it. The checkpoint gets
+    its name once all of it is on the disk. Raises ValueError on every process when it cannot be written.
     """
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state['step']:08d}"
-    failure = None
-    if is_rank_0():
-        try:
-            _write(folder / f".writing-{final.name}", final, tensors, state)
-            _delete_old(folder, keep)
-        except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
-            failure = _reason(error)
-    failure = from_rank_0(failure)
-    if failure is not None:
+    aside = folder / f".writing-{final.name}"
+    try:
+        # A process that cannot write must say so before the others wait for it in `dcp.save`.
+        _everywhere(lambda: _make_empty(aside) if is_rank_0() else None)
+        _everywhere(lambda: _refuse_unseen(aside))
+        files = _everywhere(lambda: _write(aside, tensors))
+        _everywhere(lambda: _publish(aside, final, state, files, keep) if is_rank_0() else None)
+    except _Failed as failure:
         raise ValueError(
             f"checkpoint {final} could not be written ({failure}); the previous ones are untouched. "
             f"Free space under {folder} and run the same command again to go on from the last checkpoint"
-        )
+        ) from failure
+    finally:
+        if is_rank_0():
+            shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
-def _write(aside: Path, final: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    aside.mkdir(parents=True)
+class _Failed(Exception):
+    """Something that every process does has failed in one of them; all of them raise it."""
+
+
+def _everywhere(act: Callable[[], T]) -> list[T]:  # by rank
+    """What `act` returns in each process. _Failed in all of them, once all are done with it, where one could not."""
+    result, failure = None, None
     try:
+        result = act()
+    except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
+        of_dcp = isinstance(error, dcp.api.CheckpointException)
+        culprit = next(iter(error.failures)) if of_dcp else rank()  # DCP raises what one process met in all of them
+        failure = culprit, _reason(error)
+    of_all = from_all((result, failure, host()))
+    for _, failure, _ in of_all:
+        if failure is not None:
+            culprit, why = failure
+            raise _Failed(why if world() == 1 else f"rank {culprit} on {of_all[culprit][2]}: {why}")
+    return [result for result, _, _ in of_all]
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+
+
+def _refuse_unseen(folder: Path) -> None:
+    """OSError for a folder that rank 0 has made and this process does not see."""
+    if not folder.is_dir():
+        raise OSError("it does not see rank 0's run_dir, which must lie on a file system that all hosts share")
+
+
+def _write(folder: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """This process's file, or files, in the folder: their checksums by name."""
+    if world() == 1:
         with _alone():
-            dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(aside)), no_dist=True)
-        files = {path.name: file_checksum(path) for path in sorted(aside.iterdir())}
-        whole = json.loads(json.dumps({"format": FORMAT, **state, "files": files}))  # as it will be read
-        write_file(aside / "state.json", json.dumps(whole | {"checksum": _state_checksum(whole)}, indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder)), no_dist=True)
+        mine = "*"
+    else:
+        own = {name: x for name, x in tensors.items() if is_rank_0() or isinstance(x, DTensor)}
+        dcp.save(own, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        mine = f"shard-{rank() + 1:05d}-*"  # DCP's name for it
+    return {path.name: file_checksum(path) for path in sorted(folder.glob(mine))}
+
+
+def _publish(aside: Path, final: Path, state: dict[str, Any], files: list[dict[str, str]], keep: int) -> None:
+    """Adds the JSON to a folder that has all tensors, gives it its name, and deletes old checkpoints."""
+    names = {name: checksum for of_one in files for name, checksum in of_one.items()}
+    whole = json.loads(json.dumps({"format": FORMAT, **state, "files": names}))  # as it will be read
+    write_file(aside / "state.json", json.dumps(whole | {"checksum": _state_checksum(whole)}, indent=1).encode())
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    _delete_old(final.parent, keep)
 
 
 def _reason(error: BaseException) -> str:
@@ -129,11 +177,16 @@ def read_state(path: Path) -> Saved:
     return Saved(path, state)
 
 
-def load_tensors(saved: Saved, into: dict[str, Tensor], may_lack: str | None = None) -> bool:
-    """Fills `into` in place; False: all but `may_lack`, which the checkpoint has not. Raises Unreadable naming the
-    checkpoint when a file is missing, damaged or of other shapes."""
+def load_tensors(
+    saved: Saved,
+    into: dict[str, Tensor],
+    may_lack: str | None = None,
+    share: tuple[int, int] = (0, 1),  # which of how many processes this is, that look at all files together
+) -> bool:
+    """Fills `into` in place, of a DTensor this process's slice. False: all but `may_lack`, which the checkpoint has not.
+    Raises Unreadable naming the checkpoint when a file is missing, damaged or of other shapes."""
     try:
-        for name, checksum in saved.state["files"].items():
+        for name, checksum in sorted(saved.state["files"].items())[share[0] :: share[1]]:
             if file_checksum(saved.path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")
         reader = dcp.HuggingFaceStorageReader(str(saved.path))
@@ -235,8 +288,9 @@ def set_rng_state(tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
     """Makes the run folder, and keeps other runs out of it as long as this process lives, where the file system has locks.
-    ValueError: one is in it."""
+    ValueError: one is in it, or a process does not see the folder that rank 0 sees."""
     if not is_rank_0():
+        _meet_in(run_dir)
         yield
         return
     lock = filelock.FileLock(run_dir / ".lock")
@@ -251,6 +305,26 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"run_dir {run_dir} cannot be written to ({error}); choose another run_dir") from error
     try:
+        _meet_in(run_dir)
         yield
     finally:
         lock.release()
+
+
+def _meet_in(run_dir: Path) -> None:
+    """Raises ValueError, in every process, where one does not see what rank 0 writes: all write checkpoints there."""
+    if world() == 1:
+        return
+    mark = run_dir / f".met-{from_rank_0(uuid.uuid4().hex)}"
+    if is_rank_0():
+        mark.touch()
+    barrier()
+    seen = from_all((host(), mark.exists()))
+    if is_rank_0():
+        mark.unlink(missing_ok=True)
+    for blind, (name, sees) in enumerate(seen):
+        if not sees:
+            raise ValueError(
+                f"rank {blind} on {name} does not see the run_dir {run_dir} of rank 0 on {seen[0][0]}; "
+                "put it on a file system that all hosts share"
+            )

@@ -68,7 +68,8 @@ def train(
 
     loaded = load_config(config, overrides or [])
     if plan:
-        print_plan(loaded, console)
+        if mesh.rank() == 0:
+            print_plan(loaded, console)
         return
     result = run(loaded, fresh)
     mesh.end_process()
@@ -112,7 +113,7 @@ def prepare(
     for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
     if report is not None:
-        from fastdraft.report import write_data_report
+        from fastdraft.data.picture import write_data_report
 
         say(str(write_data_report(report, numbers, shape.draft_vocab_size)))
 
@@ -129,13 +130,14 @@ def preview_command(
     from fastdraft.data.preview import preview
     from fastdraft.run import draft_shape
     from fastdraft.target.hf import load_tokenizer
+    from fastdraft.target.identity import stop_ids
 
     loaded = load_config(config, overrides or [])
-    tokenizer = load_tokenizer(loaded.target.path, loaded.target.trust_remote_code)
-    stats = Stats()
-    samples = first_samples(loaded.data, tokenizer, draft_shape(loaded).vocab_size, stats)
-    preview(samples, tokenizer, n, console, stats)
-    for line in date_lines(chat_tokenizer(loaded.data, tokenizer, None).template_date):
+    target = loaded.target.path, loaded.target.trust_remote_code
+    tokenizer, stats = load_tokenizer(*target), Stats()
+    chat = chat_tokenizer(loaded.data, tokenizer, draft_shape(loaded).vocab_size, stop_ids(*target))
+    preview(first_samples(loaded.data, chat, stats), tokenizer, n, console, stats)
+    for line in date_lines(chat.template_date):
         say(line)
 
 
@@ -229,7 +231,7 @@ def capture(
     """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
     from fastdraft.config import load_config
     from fastdraft.dist import mesh
-    from fastdraft.offline import capture_features
+    from fastdraft.run import capture_features
 
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
@@ -249,7 +251,7 @@ def import_specforge_command(
 ) -> None:
     """Put existing SpecForge features into a store, checked against the config's target."""
     from fastdraft.config import load_config
-    from fastdraft.offline import import_specforge
+    from fastdraft.run import import_specforge
 
     import_specforge(load_config(config, overrides or []), dumps, out, _auto_or_fp8(dtype), say)
 
@@ -257,7 +259,7 @@ def import_specforge_command(
 @features.command("inspect")
 def inspect_store(store: StoreFolder) -> None:
     """Say whose features a store holds, and how many."""
-    from fastdraft.offline import inspect_lines
+    from fastdraft.features.store import inspect_lines
 
     for line in inspect_lines(store):
         say(line)
@@ -506,9 +508,12 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, StrictDataclassError):
         return "a config.json cannot be used: " + " ".join(str(error).split())
-    lost_peer = ("/gloo/transport/", "ncclRemoteError", "closed by remote peer")  # as gloo and NCCL say it
-    unreachable = isinstance(error, torch.distributed.DistNetworkError)  # of the store that ranks meet in
-    if unreachable or (isinstance(error, RuntimeError) and any(words in str(error) for words in lost_peer)):
+    from fastdraft.dist.mesh import is_lost_peer
+    from fastdraft.dist.watch import LostPeer
+
+    if isinstance(error, LostPeer):
+        return str(error)
+    if is_lost_peer(error):
         lost = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
         return (
             f"another process of this run has ended, or cannot be reached ({lost}); the same command, given again, goes on"

@@ -104,6 +104,17 @@ class EvalConfig(Section):
     max_packs: int = Field(64, gt=0)
 
 
+class DistConfig(Section):
+    """How the processes of torchrun share a run: world = data x sequence x tensor, and data is what is left."""
+
+    sequence: int = Field(1, ge=1)  # GPUs that share the tokens of a pack
+    tensor: int = Field(1, ge=1)  # GPUs that share the draft's weights
+    # replicated: every GPU holds the whole target; sharded: each 1/n of every layer; auto: sharded where it does not fit
+    target: Literal["auto", "replicated", "sharded"] = "auto"
+    silent_s: float = Field(40.0, ge=5)  # seconds without a sign of life of a process, after which all others end
+    timeout_s: float = Field(1800.0, gt=0)  # seconds that processes wait for one that lives and does not come
+
+
 class Config(Section):
     """Everything a run depends on. `load_config` builds it from YAML and overrides."""
 
@@ -117,6 +128,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
+    dist: DistConfig = DistConfig()
     run_dir: str = "runs/eagle3"
     ttt_length: int = Field(7, ge=1, le=12)
     epochs: int = Field(1, gt=0)

@@ -27,6 +27,25 @@ from fastdraft.files import GIB
 from fastdraft.model.method import Precision, Row, StepKind
 from fastdraft.model.methods import method_of
 
+# Dense bf16 FLOP/s by what a GPU's name contains, from the maker's data sheets; the first that fits counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """None on a CPU, and for a GPU whose peak is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -68,6 +87,7 @@ def plan(
     export_dtype: torch.dtype | None = None,  # None: target_dtype
     cache_bytes: int = 0,  # of disk that a cache of features may fill
     options: dict[str, Any] | None = None,  # more that the method's `step_cost` reads
+    replicas: int = 1,  # processes that divide masters and moments among themselves (dist/shard.py)
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows. ValueError for fp8 on a CPU, where no run is."""
     if precision == "fp8" and device == "cpu":
@@ -96,17 +116,23 @@ def plan(
     checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
     if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
         checkpoint += frozen * b
-    between = _between_steps(trainable, checkpoint, draft_step) if device == "cpu" else ()
-    weights = trainable + frozen if b < 4 else frozen  # in fp32 the masters are the weights
+    share = -(-trainable // replicas)
+    between = _between_steps(share, -(-checkpoint // replicas), draft_step) if device == "cpu" else ()
+    shares_masters = replicas > 1
+    weights = trainable + frozen if b < 4 or shares_masters else frozen  # alone, fp32 masters are the weights
+    # What a process sends and gets is its slice of the gradient and, where they are no masters, of the weights.
+    slices = (4 + (b if b < 4 else 0)) * share if shares_masters else 0
+    of_several = f", 1/{replicas}" if shares_masters else ""
     states = len(draft.layers) + 1  # of a token: the layers', and the last
     memory = (
         Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_dtype.itemsize)
         if stored
         else Row("target weights", target_params * target_dtype.itemsize),
-        Row(f"draft weights ({compute})" if b < 4 else "draft's frozen embedding", weights * b + maps),
-        Row("fp32 master weights", 4 * trainable),
-        Row("fp32 moments (two)", 8 * trainable),
+        Row("draft's frozen embedding" if weights == frozen else f"draft weights ({compute})", weights * b + maps),
+        Row(f"fp32 master weights{of_several}", 4 * share),
+        Row(f"fp32 moments (two){of_several}", 8 * share),
         Row("fp32 gradient", 4 * trainable),
+        *([Row("slices of gradient and weights, on their way", slices)] if slices else []),
         *between,
         Row("features g and f of a pack", states * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
         *draft_step,

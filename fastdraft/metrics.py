@@ -9,6 +9,14 @@ the progress line and the report know, each also with "eval/" before it for held
     tokens_per_s   packed training tokens per second
     data_wait      share of the time that training waited for its packs, 0..1
     lr, grad_norm  learning rate; gradient norm before clipping
+    mfu            share of the GPUs' dense bf16 FLOP/s that the target's weights and the trained tokens' draft steps use,
+                   by the arithmetic of `--plan`; only where `cost.py` PEAK_FLOPS has the GPU and the target has no experts
+
+Of several processes also
+
+    tokens_per_s_gpu  the same for each process
+    wait_reduce       share of the time that even the slowest process waits for sums and weights of the others, 0..1
+    wait_slowest      mean share of the time that a process waits beyond that, for slower ones, 0..1
 
 Any other name is written and tracked too. NaN and infinity have no JSON spelling and become null there.
 """

@@ -1,5 +1,5 @@
-"""What a run is made of, from its config: process, data, target or feature store, draft, engine; and a finished run's
-draft, its evaluation and export, from the run's folder."""
+"""What a run is made of, from its config: process, data, target or feature store, draft, engine; a finished run's draft,
+its evaluation and export, from the run's folder; and feature stores filled for runs to come."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import filelock
 import torch
 import yaml
 from datasets import Dataset
 from pydantic import BaseModel
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.batch import Ends
 from fastdraft.config import Config, read_yaml, without_removed
-from fastdraft.cost import Plan, plan, render
+from fastdraft.cost import Plan, peak_flops, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.data.samples import longest_sample
 from fastdraft.data.stream import open_stream
 from fastdraft.data.vocab import token_counts
 from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
-from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other, start_store
-from fastdraft.features.store import Store
-from fastdraft.files import GIB
+from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other
+from fastdraft.features.store import SHARD_BYTES, Store, census
+from fastdraft.files import GIB, free_disk
 from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
@@ -40,6 +42,7 @@ from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.target_config import language_config, longest_context, named_dtype, read_target_config
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.cached import StoreCache
+from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.hf import (
     Target,
     count_target_parameters,
@@ -47,8 +50,9 @@ from fastdraft.target.hf import (
     load_target_config,
     load_tokenizer,
 )
-from fastdraft.target.identity import capture_meta, expected_meta, target_ends, target_fingerprint
+from fastdraft.target.identity import begin_store, expected_meta, stop_ids, target_fingerprint
 from fastdraft.target.source import InProcess, Source
+from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
 from fastdraft.target.stored import StoreReader, check_documents
 
 
@@ -162,7 +166,7 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     if config.features.mode == "cache":
         target = open_target(config, layers, device)
         if mesh.is_rank_0():
-            start_store(folder, capture_meta(wanted, target, target_fingerprint(target)), target_ends(target))
+            begin_store(folder, wanted, target)
         mesh.barrier()
         cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), mesh.rank(), mesh.world())
         mesh.barrier()  # nobody writes before all have counted
@@ -176,20 +180,28 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     return reader
 
 
-def run_meta(config: Config, layers: tuple[int, ...]) -> Meta:
-    """What a store for this run says of the target, as far as files and a config of `name_dtypes` tell."""
+def run_meta(config: Config, layers: tuple[int, ...], dtype: Literal["auto", "fp8"] = "auto") -> Meta:
+    """What a store for this run says of the target, as far as files and a config of `name_dtypes` tell. `dtype` is that of
+    its rows, auto what the target runs in."""
     assert config.target.dtype != "auto"
-    return expected_meta(config.target.path, config.target.trust_remote_code, layers, config.target.dtype)
+    meta = expected_meta(config.target.path, config.target.trust_remote_code, layers, config.target.dtype)
+    return replace(meta, dtype="fp8") if dtype == "fp8" else meta
 
 
 def load_data(config: Config, vocab_size: int) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
 
-    With data.streaming, the stream and sets made of a sample of it.
+    With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions.
     """
     check_target(config)
-    tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-    return (open_stream if config.data.streaming else prepare)(config.data, tokenizer, vocab_size)
+    target = config.target.path, config.target.trust_remote_code
+    tokenizer, stops = load_tokenizer(*target), stop_ids(*target)
+    if config.data.streaming:
+        return open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share())
+    data = prepare(config.data, tokenizer, vocab_size, stops)
+    longest = max(map(longest_sample, (data.train, data.eval)))
+    refuse_too_long(config, longest, f"a document has {longest} tokens")
+    return data
 
 
 def draft_shape(config: Config) -> BaseModel:
@@ -236,8 +248,34 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
-def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftStep:
-    return method_of(draft).build_step(config, draft, target.head, target.device)
+def check_layout(config: Config, shape: BaseModel) -> None:
+    """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
+    settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
+    asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
+    if not asked:
+        return
+    method = method_of(shape)
+    if method.check_cut is None:
+        raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
+    if config.step == "reference":
+        raise ValueError(f"{asked}: step=reference runs in one process; set step=fused")
+    if config.features.mode == "cache":
+        raise ValueError(
+            f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
+            "first (fastdraft features capture) and set features.mode=read"
+        )
+    if config.features.on_bad_shard == "skip":
+        raise ValueError(
+            f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
+            "can, and those that share a step need the same ones; set features.on_bad_shard=error"
+        )
+    method.check_cut(shape, config.dist.tensor)
+
+
+def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
+    """With `shared`, the step that the processes of the tensor and sequence axes do together."""
+    groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
+    return method_of(draft).build_step(config, draft, target.head, target.device, *groups)
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
@@ -383,16 +421,22 @@ def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
 
 
 def check_target(config: Config) -> None:
-    """Raises ValueError, from the target's config.json alone, where its draft could not be exported, or where documents may
-    be longer than it has positions: learned ones end there, and RoPE goes on into angles that the target never saw."""
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    own_dtype(facts)
-    most = longest_context(language_config(facts))
-    if most is not None and config.data.max_length > most:
+    """Raises ValueError, from the target's config.json alone, where its draft could not be exported, or where a stream may
+    bring documents that are longer than it has positions."""
+    own_dtype(load_target_config(config.target.path, config.target.trust_remote_code))
+    if config.data.streaming:
+        refuse_too_long(config, config.data.max_length, "a stream may bring documents as long as that")
+
+
+def refuse_too_long(config: Config, longest: int, documents: str) -> None:
+    """ValueError where the target has fewer positions than `longest`: learned ones end there, and RoPE goes on into angles
+    that the target never saw."""
+    most = longest_context(language_config(load_target_config(config.target.path, config.target.trust_remote_code)))
+    if most is not None and longest > most:
         raise ValueError(
             f"data.max_length is {config.data.max_length}, and the target has {most} positions (max_position_embeddings in "
-            f"its config.json): set data.max_length={most} or less, which cuts longer documents, or, if the target was "
-            "extended, raise max_position_embeddings to what it was extended to"
+            f"its config.json), while {documents}: set data.max_length={most} or less, which cuts longer documents, or, if "
+            "the target was extended, raise max_position_embeddings to what it was extended to"
         )
 
 
@@ -418,19 +462,126 @@ def predict(config: Config, device: torch.device) -> Plan:
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
         options=named_method(config.draft.method).cost_options(config),
+        replicas=max(1, mesh.world() // config.dist.tensor),
     )
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a training step computes, and what its GPU could: for the share of it that is used (MFU)."""
+
+    target_flops: int  # of a packed token
+    draft_flops: int  # of a packed token that is trained on
+    peak: float  # FLOP/s of one GPU
+
+    def flops(
+        self,
+        tokens: int,
+        sums: Tensor,  # [5, T] of `Rows.sums`
+    ) -> float:
+        """Those of `tokens`, of which the sums say how many were trained on. What the draft does for the others (fc, keys
+        and values) is not counted, nor the target's attention."""
+        return tokens * self.target_flops + float(sums[4, 0]) * self.draft_flops
+
+
+def known_work(config: Config, device: torch.device) -> Work | None:
+    """None where it is not known: on a CPU, on a GPU that is not in `PEAK_FLOPS`, and for a target with experts, of which
+    some run."""
+    peak = peak_flops(device)
+    facts = language_config(load_target_config(config.target.path, config.target.trust_remote_code))
+    if peak is None or any("expert" in name and value for name, value in facts.items()):
+        return None
+    predicted, shape = predict(config, device), draft_shape(config)
+    forward = 0 if reads_store(config) else 2 * predicted.target_params
+    # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
+    ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
+    return Work(max(0, forward - 2 * ends), predicted.flops_per_token - forward, peak)
+
+
 def print_plan(config: Config, console: Console) -> None:
-    """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too."""
+    """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too. No document is read."""
     device = mesh.planned_device(config.device)
     config, told = name_run_dtypes(config, device)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
+    check_layout(config, draft_shape(config))
     predicted = predict(config, device)
+    try:
+        refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
+    except ValueError as warning:
+        told.append(str(warning))
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     for line in told:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)
+
+
+# --- features on the disk -------------------------------------------------------------------------------------------------
+
+
+def capture_features(
+    config: Config,
+    out: Path,
+    dtype: Literal["auto", "fp8"] = "auto",  # auto: what the target runs in
+    part: tuple[int, int] = (0, 1),  # (i, n): every n-th shard from i on
+    plan_only: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Fills the store `out` with the features of a run's documents, going on where an earlier call was stopped.
+
+    ValueError when the disk is too small, `out` is another capture's, or features are not finite.
+    """
+    shape = draft_shape(config)
+    config, told = name_dtypes(config, mesh.planned_device(config.device), store=out, trains=False)
+    for line in told:
+        say(line)
+    wanted = run_meta(config, shape.layers, dtype)
+    if config.data.streaming:
+        raise ValueError(
+            "features capture needs the data whole; set data.streaming=false, or fill a cache: features.mode=cache"
+        )
+    data = load_data(config, shape.vocab_size)
+    capture = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, wanted, shard_bytes)
+    ends_bytes = 2 * shape.vocab_size * wanted.hidden_size * DTYPES[wanted.target_dtype].itemsize  # at most
+    needed_bytes = missing_bytes(capture, out, part) + ends_bytes
+    for line in capture.lines(wanted):
+        say(line)
+    free = free_disk(out, needed_bytes, "the feature store")
+    say(f"at most {needed_bytes / GIB:.3f} GiB to write, target.safetensors with it; {free / GIB:.3f} GiB free at {out}")
+    if plan_only:
+        return
+    target = open_target(config, shape.layers, mesh.start_process(config.device))
+    out.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(out / ".start.lock"):
+        meta = begin_store(out, wanted, target, data=capture.data, shards=len(capture.shards))
+    run_capture(target, capture, out, meta, part, say)
+    (out / ".start.lock").unlink(missing_ok=True)
+    found = census(Store(out))
+    say(f"{out}: {found.documents:,} documents in {found.shards} of {meta.shards} shards, {found.num_bytes / GIB:.3f} GiB")
+
+
+def import_specforge(
+    config: Config,
+    folder: Path,
+    out: Path,
+    dtype: Literal["auto", "fp8"] = "auto",  # auto: target.dtype
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Makes a store of the dumps of SpecForge's prepare_hidden_states in `folder`, after running the target over the first
+    of them to see that they are its. ValueError names the file and the fault, or the fields in which `out` is another's.
+
+    A dump is of a target that ran in bf16, unless target.dtype says fp32; what this machine is fast at does not matter.
+    """
+    shape = draft_shape(config)
+    if config.target.dtype == "auto":
+        config = config.model_copy(update={"target": config.target.model_copy(update={"dtype": "bf16"})})
+    wanted = run_meta(config, shape.layers, dtype)
+    dumps = list_dumps(folder)
+    free_disk(out, import_bytes(dumps, wanted), "the feature store")
+    target = open_target(config, shape.layers, mesh.start_process(config.device))
+    out.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(out / ".start.lock"):  # one import at a time
+        import_dumps(dumps, target, out, begin_store(out, wanted, target), say)

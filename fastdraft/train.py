@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from pydantic import BaseModel
 from safetensors import SafetensorError
@@ -26,20 +27,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, tau_sim
+from fastdraft.batch import Batch, Features, PackShare, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
+from fastdraft.dist.shard import SharedAdamW
+from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
-from fastdraft.files import free_disk
+from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.method import StepWeights
-from fastdraft.model.methods import method_of
-from fastdraft.optim import FlatAdamW
+from fastdraft.model.methods import method_of, named_method
 from fastdraft.run import (
+    check_layout,
     check_precision,
     compute_dtype,
     fit_to_target,
+    known_work,
     load_data,
     make_step,
     name_run_dtypes,
@@ -53,9 +57,12 @@ from fastdraft.run import (
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself
 FREE_ON_RESUME = (
-    *("checkpoint", "metrics", "eval", "device", "run_dir", "target.path", "data.cache_dir", "data.num_workers"),
+    *("checkpoint", "metrics", "eval", "device", "run_dir", "dist", "target.path", "data.cache_dir", "data.num_workers"),
     *("features.on_bad_shard", "features.max_gib"),
 )
+
+# settings that may differ between the hosts of a run: where each of them keeps something, and for how long it waits
+FREE_BETWEEN_HOSTS = ("target.path", "data.cache_dir", "data.num_workers", "dist.silent_s", "dist.timeout_s")
 
 
 @dataclass(frozen=True)
@@ -67,36 +74,51 @@ class TrainResult:
 
 def train(config: Config, fresh: bool = False) -> TrainResult:
     """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
-    device = mesh.start_process(config.device)
-    # every rank computes in what rank 0 chose, though their CPUs may differ
-    config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
-    check_precision(config, device)
-    with checkpoint.alone_in(Path(config.run_dir)):
-        return _train(config, fresh, device, dtype_lines)
+    device = mesh.start_process(config.device, config.dist.timeout_s)
+    with mesh.ending_together(config.dist.silent_s):
+        mesh.refuse_unlike(lambda: started_with(config, fresh))
+        mesh.lay_out(config.dist.sequence, config.dist.tensor)
+        # every rank computes in what rank 0 chose, though their CPUs may differ
+        config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
+        check_precision(config, device)
+        with checkpoint.alone_in(Path(config.run_dir)):
+            return _train(config, fresh, device, dtype_lines)
 
 
 def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
-    rank, world = mesh.rank(), mesh.world()
+    rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
+    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
     run_dir = Path(config.run_dir)
     dtype = compute_dtype(config, device)
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
+    check_layout(config, draft.config)
     data = load_data(config, draft.config.vocab_size)
     train_set, eval_set = data.train, data.eval
     method = method_of(draft)
     pairs = method.pair_cost(draft.config, target_parameters(config), config)
     loader = Loader(
-        data.stream or train_set, config.data.pack_tokens, config.optim.packs_per_step, config.data.seed, rank, world, pairs
+        data.stream or train_set,
+        config.data.pack_tokens,
+        config.optim.packs_per_step,
+        config.data.seed,
+        data_axis.rank,
+        data_axis.size,
+        pairs,
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
     messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
+    parts = None
+    if tensor.size > 1:
+        parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
+        method.cut(draft, tensor.rank, tensor.size)
     draft.to(device)
-    optimizer = FlatAdamW(draft.trainable(), config.optim, total_steps, dtype)
-    draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     weights = method.step_weights(config, draft.config)
+    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas, parts, weights.count)
+    draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, len(weights.weight), dtype=torch.float64, device=device),
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
@@ -105,7 +127,14 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     messages += about_resume
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    trainer = make_step(config, draft, source.ends)
+    trainer = make_step(config, draft, source.ends, shared=tensor.size * sequence.size > 1)
+    work = known_work(config, device)
+
+    def capture(batch: Batch) -> tuple[Batch, Features]:
+        """The batch and what this process needs of its features: all, where it shares its packs with no other."""
+        batch, features = source.capture(batch)
+        share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=len(weights.weight))
+        return batch, features if share.size == 1 else own_features(features, share)
 
     def save(step: int) -> None:
         source.flush()
@@ -116,12 +145,12 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
 
     def held_out() -> dict[str, float]:
-        batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
+        batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
         report = evaluate_tau(
-            lambda batch: trainer.rows(*source.capture(batch)),
-            itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
+            lambda batch: trainer.rows(*capture(batch)),
+            itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
             len(weights.weight),
-            reduce=mesh.all_sum,
+            reduce=replicas.sum_,
         )
         return eval_values(report, weights)
 
@@ -135,6 +164,13 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         if metrics:  # last: the line says that nothing of this evaluation is left to do
             metrics.log(step, values)
         return saved
+
+    def finish_step() -> None:
+        """Ends the optimizer's step that is under way, if one is; then its sums are those of all processes."""
+        sums = optimizer.finish()
+        if sums is not None:
+            window["sums"] += sums
+            window["skipped_steps"] += weights.count(sums[3]) == 0
 
     def hold_out_after(step: int) -> bool:
         return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
@@ -164,32 +200,38 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             step_sums = torch.zeros_like(window["sums"])
             trainer.begin(step)
             for batch in batches:
-                batch, features = source.capture(batch)
+                # The target needs no weight of the draft: its first forward hides what the processes still send each other.
+                batch, features = capture(batch)
+                finish_step()
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
-            mesh.all_sum(optimizer.grad)
-            mesh.all_sum(step_sums)
-            count = weights.count(step_sums[3])
-            norm = optimizer.step(count)
-            window["sums"] += step_sums
-            window["skipped_steps"] += count == 0
+            norm = optimizer.start(step_sums)
             recent.append(Recent(step, batches, norm, step_sums))
 
             is_last = step == total_steps
             look = step % config.metrics.log_every == 0 or is_last
             hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
+            met = time.perf_counter()
             stopping = stop.agreed()
+            if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
+                optimizer.waited += time.perf_counter() - met
             if look or hold_out or keep or stopping:
+                finish_step()
                 refuse_nan(recent, run_dir, rank)
             if look:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                waited = mesh.from_all(optimizer.clock())
                 if metrics:
                     values = train_values(window["sums"], weights)
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
-                    values["tokens_per_s"] = world * sum(b.num_tokens for r in recent for b in r.batches) / seconds
+                    tokens = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches)
+                    values["tokens_per_s"] = tokens / seconds
+                    values |= of_several(tokens / seconds, [s / seconds for s in waited])
+                    if work is not None:
+                        values["mfu"] = work.flops(tokens, window["sums"]) / (seconds * mesh.world() * work.peak)
                     values["data_wait"] = (ahead.waited + source.waited) / seconds
                     metrics.log(step, values)
                 ahead.waited = source.waited = 0.0
@@ -216,10 +258,10 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
 # --- going on from a checkpoint -------------------------------------------------------------------------------------------
 
 
-def run_tensors(optimizer: FlatAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_tensors(optimizer: SharedAdamW, draft: nn.Module, window: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds besides its JSON. All but the optimizer's step count and the RNG states are the live ones."""
     shown = {f"window.{name}": numbers for name, numbers in window.items()}
-    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.master.device)
+    return optimizer.state_dict() | draft.frozen() | shown | checkpoint.rng_state(optimizer.grad.device)
 
 
 def resume(
@@ -227,7 +269,7 @@ def resume(
     fresh: bool,
     fingerprint: str,
     draft: nn.Module,
-    optimizer: FlatAdamW,
+    optimizer: SharedAdamW,
     loader: Loader,
     window: dict[str, Tensor],
 ) -> tuple[int, list[str]]:  # steps done, what to tell the user
@@ -245,13 +287,17 @@ def resume(
     live = run_tensors(optimizer, draft, window)
     damaged: list[Path] = []
     for path in reversed(found):
-        tensors = {name: tensor.clone() for name, tensor in live.items()}
+        tensors, failure = {name: tensor.clone() for name, tensor in live.items()}, None
         try:
             saved = checkpoint.read_state(path)
-            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.master.device)
-            whole = checkpoint.load_tensors(saved, tensors, may_lack="rng.cuda")
+            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.grad.device)
+            whole = checkpoint.load_tensors(saved, tensors, "rng.cuda", share=(mesh.rank(), mesh.world()))
         except checkpoint.Unreadable as error:
-            told.append(f"{error}; left aside")
+            failure = str(error)
+        # What one process cannot read, none goes on from.
+        failure = next(filter(None, mesh.from_all(failure)), None)
+        if failure is not None:
+            told.append(f"{failure}; left aside")
             damaged.append(path)
             continue
         loader.load_state_dict(saved.state["loader"])
@@ -283,7 +329,9 @@ def refuse_other_run(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
-    then = dotted(saved_config(saved).model_dump(mode="json")) | dotted({"draft's shape": saved.state["draft"]})
+    settings = saved_config(saved)
+    draft = named_method(settings.draft.method).shape.model_validate(saved.state["draft"])  # what is new has its default
+    then = dotted(settings.model_dump(mode="json")) | dotted({"draft's shape": draft.model_dump(mode="json")})
     then |= saved_dtypes(saved.state["config"], device)
     now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
@@ -296,6 +344,15 @@ def refuse_other_run(
             f"checkpoint {saved.path} was made with other settings, so going on would not give its result; take them back, "
             "choose another run_dir, or start anew with --fresh. Changed: " + "; ".join(changed)
         )
+
+
+def started_with(config: Config, fresh: bool) -> dict[str, Any]:
+    """What all processes of a run must have alike, by name: the settings, and the code that they run."""
+    settings = {name: x for name, x in dotted(config.model_dump(mode="json")).items() if name not in FREE_BETWEEN_HOSTS}
+    package = Path(__file__).parent
+    code = [(str(p.relative_to(package)), file_checksum(p)) for p in sorted(package.rglob("*.py"))]
+    versions = {"PyTorch": torch.__version__, "transformers": transformers.__version__}
+    return settings | versions | {"--fresh": fresh, "fastdraft's code": json_checksum(code)}
 
 
 def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -328,6 +385,19 @@ def train_values(sums: Tensor, weights: StepWeights) -> dict[str, float]:
     values = {"loss": mean, "tau_sim": tau_sim(alphas)}
     values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
     return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
+
+
+def of_several(tokens_per_s: float, waited: list[float]) -> dict[str, float]:
+    """What is worth saying of a run of several processes, from the share of the time that each waited for the others."""
+    if len(waited) == 1:
+        return {}
+    shortest = min(waited)  # of the slowest process: nobody kept it waiting
+    mean = sum(waited) / len(waited)
+    return {
+        "tokens_per_s_gpu": tokens_per_s / len(waited),
+        "wait_reduce": shortest,
+        "wait_slowest": mean - shortest,
+    }
 
 
 def eval_values(report: TauReport, weights: StepWeights) -> dict[str, float]:

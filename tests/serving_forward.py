@@ -3,7 +3,7 @@
 Written from the engines' documented reading of a checkpoint; it shares no code with fastdraft, so that agreement says
 something. A prompt x_0 .. x_n with target states g_0 .. g_{n-1} is prefilled as rows t = 0 .. n-1, each reading token
 x_{t+1} and fc(g_t) at position t; row n-1 proposes x_{n+1}. Every further step reads the token proposed and the state
-before the final norm, one position later, and attends to all rows so far.
+before the final norm (with norm_output the one after it), one position later, and attends to all rows so far.
 
 # n rows, H draft hidden, Ht target hidden, V target vocabulary, Vd draft vocabulary, D head dim
 """
@@ -55,6 +55,8 @@ class ServedDraft:
         g = g.to(self.dtype)
         if self.config.get("fc_norm"):
             g = torch.cat([self._norm(f"fc_norm.{i}.weight", part) for i, part in enumerate(g.chunk(3, -1))], -1)
+        if self.config.get("norm_before_fc"):
+            g = self._norm("input_norm.weight", g)
         return self._forward(next_tokens, g @ self.w["fc.weight"].T)
 
     def step(self, token: int) -> Tensor:  # [Vd] logits
@@ -109,8 +111,9 @@ class ServedDraft:
         x = self._norm("midlayer.post_attention_layernorm.weight", hidden)
         gate, up = (x @ self.w[f"midlayer.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
         hidden = hidden + (gate * gate.sigmoid() * up) @ self.w["midlayer.mlp.down_proj.weight"].T
-        self.state = hidden[-1:]  # before the final norm
-        return self._norm("norm.weight", hidden) @ self.w["lm_head.weight"].T
+        normed = self._norm("norm.weight", hidden)
+        self.state = (normed if self.config.get("norm_output") else hidden)[-1:]
+        return normed @ self.w["lm_head.weight"].T
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt() * self.w[name]

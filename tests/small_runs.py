@@ -12,7 +12,7 @@ import torch
 from fastdraft.data.loader import Ahead
 from fastdraft.metrics import read_metrics
 
-CLOCKS = ("time", "tokens_per_s", "data_wait")
+CLOCKS = ("time", "tokens_per_s", "data_wait", "tokens_per_s_gpu", "wait_reduce", "wait_slowest", "mfu")
 
 
 def losses(run_dir) -> list[dict]:
@@ -32,25 +32,36 @@ def at_step(monkeypatch, step: int, act) -> None:
 
 
 def by_two_ranks(act, *args, start: str = "fork", seconds: float = 100) -> list[int]:
-    """Calls act(*args) in two processes, as torchrun would start them. Their exit codes, after at most `seconds` each.
+    """`by_ranks` of two."""
+    return by_ranks(2, act, *args, start=start, seconds=seconds)
+
+
+def by_ranks(world: int, act, *args, start: str = "fork", seconds: float = 100) -> list[int]:
+    """Calls act(*args) in `world` processes, as torchrun would start them. Their exit codes, after at most `seconds` each.
 
     With GPUs they must start by "spawn", since a fork of this process cannot use them.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context(start)
-    ranks = [context.Process(target=_as_rank, args=(rank, port, act, *args)) for rank in range(2)]
-    for process in ranks:
-        process.start()
+    ranks = start_ranks(world, act, *args, start=start)
     for process in ranks:
         process.join(seconds)
         process.kill()
     return [process.exitcode for process in ranks]
 
 
-def _as_rank(rank: int, port: int, act, *args) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def start_ranks(world: int, act, *args, start: str = "fork") -> list[multiprocessing.Process]:
+    """The processes of `by_ranks`, running."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context(start)
+    ranks = [context.Process(target=_as_rank, args=(rank, world, port, act, *args)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def _as_rank(rank: int, world: int, port: int, act, *args) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     act(*args)
     torch.distributed.destroy_process_group()

@@ -79,7 +79,12 @@ def kept_bytes(held, forward):
     return sum(size for pointer, size in storages.items() if pointer not in inputs)
 
 
-@pytest.mark.parametrize("changes", [{}, {"fc_norm": True, "target_hidden_size": 64}, {"draft_vocab_size": 320}])
+NORM_BEFORE_FC = {"norm_before_fc": True, "norm_output": True, "target_hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"fc_norm": True, "target_hidden_size": 64}, {"draft_vocab_size": 320}, NORM_BEFORE_FC]
+)
 def test_parameter_and_optimizer_bytes_are_exact(changes):
     c = config(**changes)
     draft = Draft(c).to(torch.bfloat16)
@@ -121,6 +126,8 @@ def test_parameter_and_optimizer_bytes_are_exact(changes):
         (torch.bfloat16, 1, (128,), "lk_lambda", {"draft_vocab_size": 320}),
         (torch.float32, 7, (32, 32, 16), "lk_alpha", {"hidden_size": 96, "intermediate_size": 64}),
         (torch.bfloat16, 3, (96,), "kl", {"num_attention_heads": 2, "head_dim": 64, "vocab_size": 2000}),
+        (torch.float32, 5, (64, 64), "kl", {"norm_output": True, "hidden_size": 128}),
+        (torch.bfloat16, 5, (64, 64), "kl", {"norm_output": True, "hidden_size": 128}),
     ],
 )
 def test_activations_match_what_autograd_keeps(dtype, steps, lengths, loss, changes):
@@ -154,7 +161,9 @@ def test_fp32_weights_are_the_masters():
     assert memory["fp32 master weights"] == sum(t.nbytes for t in draft.trainable().values())
 
 
-@pytest.mark.parametrize("changes", [{}, {"fc_norm": True, "target_hidden_size": 64, "num_key_value_heads": 4}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"fc_norm": True, "target_hidden_size": 64, "num_key_value_heads": 4}, NORM_BEFORE_FC]
+)
 def test_flops_match_a_counted_step(changes):
     c = config(**changes)
     _, _, forward = tiny_step(c, torch.float32, 3, (48, 48))
@@ -198,6 +207,8 @@ def engine_bytes(p):
         (2048, 512, 7, FP32, FP32, {}),
         (2048, 512, 1, BF16, BF16, {"draft_vocab_size": 320}),
         (2048, 256, 2, BF16, BF16, {"fc_norm": True, "target_hidden_size": 96}),
+        (2048, 256, 3, BF16, BF16, NORM_BEFORE_FC),
+        (8192, None, 7, BF16, BF16, LLAMA_8B | {"norm_output": True, "fc_norm": True}),
         (2048, 512, 2, BF16, BF16, {"vocab_size": 40000}),
         (2048, 512, 2, BF16, FP32, {"vocab_size": 8000, "draft_vocab_size": 8000}),
     ],
@@ -242,7 +253,11 @@ def test_fused_memory_on_the_cpu_matches_a_real_step(lengths, chunk_rows, steps,
 
 @pytest.mark.parametrize(
     ("lengths", "changes"),
-    [((2000, 2000), LLAMA_8B), ((300, 300, 120), {"fc_norm": True, "target_hidden_size": 64, "num_key_value_heads": 4})],
+    [
+        ((2000, 2000), LLAMA_8B),
+        ((300, 300, 120), {"fc_norm": True, "target_hidden_size": 64, "num_key_value_heads": 4}),
+        ((300, 120), NORM_BEFORE_FC),
+    ],
 )
 def test_fused_flops_match_a_counted_step(lengths, changes):
     """All but attention; one chunk, so that no teacher row is computed for two chunks."""

@@ -30,11 +30,11 @@ def tiny_target(dtype=torch.float64, context=256) -> Target:
     return Target(tiny_llama(**shape, initializer_range=0.3, eos_token_id=None, pad_token_id=None).to(dtype))
 
 
-def tiny_draft(target, num_draft_tokens=60, fc_norm=False, seed=0) -> Draft:
+def tiny_draft(target, num_draft_tokens=60, seed=0, **changes) -> Draft:
     width = dict(hidden_size=32, target_hidden_size=target.hidden_size, intermediate_size=40, head_dim=12)
     heads = dict(num_attention_heads=4, rope_parameters={"rope_theta": 10000.0}, max_position_embeddings=256)
     of_target = dict(vocab_size=target.vocab_size, num_target_layers=7, layers=target.layers)
-    config = draft_shape(**width, **heads, **of_target, draft_vocab_size=num_draft_tokens, fc_norm=fc_norm)
+    config = draft_shape(**width, **heads, **of_target, draft_vocab_size=num_draft_tokens, **changes)
     return random_draft(config, target.embedding, 0.2, seed)
 
 
@@ -89,9 +89,12 @@ def reference_logits(draft, target, ids, num_steps):
     return torch.stack(seen), features.g
 
 
-@pytest.mark.parametrize("fc_norm", [False, True])
-def test_incremental_draft_equals_the_training_steps(target, fc_norm):
-    draft, num_steps = tiny_draft(target, fc_norm=fc_norm), 5
+NORMS = [{}, {"fc_norm": True}, {"norm_output": True, "fc_norm": True}, {"norm_output": True, "norm_before_fc": True}]
+
+
+@pytest.mark.parametrize("norms", NORMS, ids=lambda norms: ", ".join(norms) or "none")
+def test_incremental_draft_equals_the_training_steps(target, norms):
+    draft, num_steps = tiny_draft(target, **norms), 5
     ids = prompts((40,))[0]
     want, g = reference_logits(draft, target, ids, num_steps)
     x, state, compared = torch.tensor(ids), DraftState(draft, 64), 0

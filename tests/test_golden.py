@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fastdraft import check
 from fastdraft.check import check_golden, prove_kernels
+from fastdraft.kernels import chain_qkv
 from fastdraft.kernels.teacher import teacher_ref
 from fastdraft.model.eagle3 import engine as ttt
 from fastdraft.model.eagle3 import ref as reference
@@ -24,8 +26,25 @@ CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 TOLERANCE = 1e-5
 
 
-def test_three_cases_are_here():
-    assert CASES == ["gqa_full", "lk_alpha", "padded_t7"]
+def test_four_cases_are_here():
+    assert CASES == ["gqa_full", "lk_alpha", "norm_output", "padded_t7"]
+
+
+def exact_case():
+    """The case that was computed in float64 throughout, frequencies too; ours are float32's."""
+    case = load_golden(FOLDER / "norm_output.safetensors")
+    rope, dim = case.draft.config.rope_parameters, case.draft.config.head_dim
+    case.draft.rope.freqs = rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return case
+
+
+def test_the_fed_back_norm_is_exact(monkeypatch):
+    # The fused engine's check of the frequencies' dtype is set aside.
+    check = chain_qkv.check
+    monkeypatch.setattr(chain_qkv, "check", lambda name, *args, **more: name == "freqs" or check(name, *args, **more))
+    for run_step in (ttt_ref_step, lambda *args: ttt.ttt_engine_step(*args, chunk_rows=3), ttt.ttt_engine_step):
+        errors = worst_errors(exact_case(), run_step)
+        assert max(errors.values()) < 1e-12, errors
 
 
 def test_check_names_the_worst():
@@ -76,6 +95,12 @@ def recurrence_is_normed(case, *args):
     finish = Draft.finish
     with patched(Draft, "finish", lambda self, h, a: self.norm(finish(self, h, a))):
         return ttt_ref_step(*case, *args)
+
+
+def recurrence_is_the_other(case, *args):
+    draft = copy.deepcopy(case[0])
+    draft.config = draft.config.model_copy(update={"norm_output": not draft.config.norm_output})
+    return ttt_ref_step(draft, *case[1:], *args)
 
 
 def mask_is_shifted(case, *args):
@@ -132,6 +157,7 @@ FAULTS = [
     positions_stay,
     positions_from_one,
     recurrence_is_normed,
+    recurrence_is_the_other,
     mask_is_shifted,
     teacher_is_shifted,
     tokens_are_shifted,

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "fastdraft"
 ORDER = (
     ("files", "batch"),
     ("kernels", "data", "features", "metrics"),
-    ("config", "report"),
+    ("config",),
     ("model",),
     ("model.eagle3", "model.dflash", "optim"),
     ("model.methods",),
@@ -26,7 +26,7 @@ ORDER = (
     ("decode", "answers"),
     ("evaluate", "serving"),
     ("run",),
-    ("train", "check", "offline"),
+    ("train", "check"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
@@ -37,12 +37,11 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 # Uses of torch.distributed and of the launcher's variables outside dist/mesh.py that join, ask and divide no processes.
 OUTSIDE_MESH = {
     ("checkpoint.py", "torch.distributed.checkpoint"),  # the format of checkpoints
-    ("cli.py", "torch.distributed.DistNetworkError"),  # an error that becomes a sentence
-    ("data/stream.py", "LOCAL_WORLD_SIZE"),  # shares the cores of a machine
+    ("checkpoint.py", "torch.distributed.tensor.DTensor"),  # a tensor of which each process holds a slice
 }
 
-# Modules of fastdraft/ beside __init__.py; 14 is the aim.
-MOST_MODULES = 15
+# Modules of fastdraft/ beside __init__.py.
+MOST_MODULES = 13
 
 # Public names that several files define, and why that confuses nobody who reads one of the files.
 SAME_NAME = {
@@ -56,14 +55,6 @@ SAME_NAME = {
     # A server that answers prompts, and one that is measured; both rooms connect to theirs and never see the other's.
     "Server": {"answers/server.py", "serving/client.py"},
     "connect": {"answers/servers.py", "serving/client.py"},
-    # What a server refuses, and what a chat template refuses.
-    "Refused": {"answers/servers.py", "data/template.py"},
-    # Where an answer comes from, and where features come from.
-    "Source": {"answers/job.py", "target/source.py"},
-    # A place in a file of answers, and a place in a rendered chat.
-    "Place": {"answers/file.py", "data/marking.py"},
-    # A training's memory and disk, and a capture's packs.
-    "Plan": {"cost.py", "target/capture.py"},
     # The command line's, which checks a machine, and a kernel's, which checks an argument.
     "check": {"cli.py", "kernels/check.py"},
     # A method's, and what finds the method of a checkpoint and calls it.

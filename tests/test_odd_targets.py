@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import TINY, make_tokenizer, refusal, save_target, write_chats
+from rich.console import Console
+from tiny import TINY, WORDS, make_tokenizer, refusal, save_target, write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.models.mllama.configuration_mllama import MllamaConfig, MllamaTextConfig
 
@@ -17,8 +19,7 @@ from fastdraft.data.prepare import prepare
 from fastdraft.features.store import Store
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.target_config import language_config, longest_context
-from fastdraft.offline import capture_features
-from fastdraft.run import load_data, new_draft, open_target, own_dtype, predict
+from fastdraft.run import capture_features, load_data, new_draft, open_target, own_dtype, predict, print_plan
 from fastdraft.target.hf import load_target, load_tokenizer
 from fastdraft.train import train
 
@@ -124,23 +125,50 @@ def test_sizes_under_other_names_are_read(gpt2, make_config):
 
 def test_documents_longer_than_the_targets_positions_are_refused(gpt2, target_dir, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr("fastdraft.run.open_target", None)  # nothing is loaded before
-    tokens = tmp_path / "tokens.jsonl"
+    tokens, chats = tmp_path / "tokens.jsonl", tmp_path / "chats.jsonl"
     tokens.write_text((json.dumps({"input_ids": [7] * 60, "loss_mask": [1] * 60}) + "\n") * 8)
+    long = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": " ".join(WORDS[:42])}]
+    chats.write_text((json.dumps({"messages": long}) + "\n") * 8)
     short = edit(target_dir, tmp_path / "short", max_position_embeddings=48)
-    for name, changes in {
-        "learned": GPT2 | {"target.path": str(gpt2)},
-        "rope": {"target.path": str(short)},
-        "pre-tokenised": {"target.path": str(short), "data.paths": [str(tokens)]},
-        "streaming": {"target.path": str(short), "data.streaming": True},
+    few = "a stream may bring documents as long as that"
+    for name, (reason, changes) in {
+        "learned": (r"a document has \d+ tokens", GPT2 | {"target.path": str(gpt2), "data.paths": [str(chats)]}),
+        "rope": (r"a document has \d+ tokens", {"target.path": str(short), "data.paths": [str(chats)]}),
+        "pre-tokenised": ("a document has 60 tokens", {"target.path": str(short), "data.paths": [str(tokens)]}),
+        "streaming": (few, {"target.path": str(short), "data.streaming": True}),
     }.items():
         config = make_config(**changes, run_dir=str(tmp_path / name))
-        for act in (train, lambda c: predict(c, torch.device("cpu")), lambda c: capture_features(c, tmp_path / "s")):
-            if act is train or not config.data.streaming:
-                with pytest.raises(
-                    ValueError, match=r"data\.max_length is 64, and the target has 48 positions \(max_position"
-                ):
-                    act(config)
+        acts = [train, lambda c: capture_features(c, tmp_path / "s")]
+        for act in (train, lambda c: predict(c, torch.device("cpu"))) if config.data.streaming else acts:
+            with pytest.raises(
+                ValueError,
+                match=rf"data\.max_length is 64, and the target has 48 positions \(max_position.* while {reason}",
+            ):
+                act(config)
         assert not (tmp_path / name / "checkpoints").exists()
+
+
+def test_short_documents_train_whatever_max_length_allows(target_dir, make_config, tmp_path, told_by_plan):
+    """max_length is what may come, and the documents here are no longer than the target's positions."""
+    tokens = tmp_path / "tokens.jsonl"
+    tokens.write_text("".join(json.dumps({"input_ids": [3 + i] * 48, "loss_mask": [1] * 48}) + "\n" for i in range(8)))
+    short = edit(target_dir, tmp_path / "short", max_position_embeddings=48)
+    config = make_config(**{"target.path": str(short), "data.paths": [str(tokens)], "max_steps": 1})
+    assert train(config).steps == 1
+    said = " ".join(told_by_plan(config).split())
+    assert "# data.max_length is 64, and the target has 48 positions" in said and "training refuses documents" in said
+    config.data.max_length = 48
+    assert "positions" not in told_by_plan(config)
+
+
+@pytest.fixture
+def told_by_plan():
+    def told(config):
+        out = io.StringIO()
+        print_plan(config, Console(file=out, width=100))
+        return out.getvalue()
+
+    return told
 
 
 def test_as_many_tokens_as_positions_train(gpt2, make_config, tmp_path):

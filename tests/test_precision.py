@@ -22,8 +22,8 @@ from fastdraft.checkpoint import _state_checksum, list_checkpoints, read_state
 from fastdraft.features.meta import read_meta
 from fastdraft.model import precision
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.offline import capture_features
 from fastdraft.run import (
+    capture_features,
     compute_dtype,
     evaluate_run,
     export_run,

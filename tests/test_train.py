@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -37,8 +37,11 @@ from fastdraft.train import StopSignal, train
 
 
 def weights(run_dir) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint."""
-    return load_file(next(list_checkpoints(Path(run_dir))[-1].glob("*.safetensors")))
+    """All tensors of the newest checkpoint. Slices that several processes wrote are named after their files."""
+    files = sorted(list_checkpoints(Path(run_dir))[-1].glob("*.safetensors"))
+    if len(files) == 1:
+        return load_file(files[0])
+    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def steps_kept(run_dir) -> list[int]:
@@ -371,6 +374,21 @@ def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engin
     assert config == make_config(step=step)
 
 
+def test_a_run_goes_on_whose_checkpoint_was_written_before_its_draft_could_be_of_eagle_3_1(make_config, monkeypatch):
+    write = checkpoint.save_checkpoint
+
+    def as_before(run_dir, tensors, state, keep):
+        del state["draft"]["norm_before_fc"], state["draft"]["norm_output"]
+        write(run_dir, tensors, state, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", as_before)
+        train(make_config())
+    assert train(make_config()).steps == 6
+    with pytest.raises(ValueError, match=r"draft's shape\.norm_output: False -> True"):
+        train(make_config(**{"draft.overrides": {"draft_vocab_size": 64, "norm_output": True}}))
+
+
 def test_changed_data_under_the_same_name_is_refused(make_config, tmp_path):
     path = write_chats(tmp_path / "mine.jsonl", 12)
     config = make_config(**{"data.paths": [str(path)]})
@@ -469,7 +487,7 @@ def train_until_a_kill(file: Path, module: str, name: str, number: int) -> None:
     def die(*_args, **_more) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    place = importlib.import_module(module)
+    place = pkgutil.resolve_name(module)
     at_step(pytest.MonkeyPatch(), 4, lambda _: os.environ["RANK"] == str(number) and setattr(place, name, die))
     sys.argv = ["fastdraft", "train", str(file)]
     with (file.parent / f"said by rank {os.environ['RANK']}").open("w") as sys.stderr:
@@ -490,7 +508,7 @@ def kill_one_of_two(config, folder: Path, module: str, name: str, number: int, *
 DEATHS = [
     ("fastdraft.train", "evaluate_tau", 0),
     ("fastdraft.checkpoint", "_write", 0),
-    ("fastdraft.dist.mesh", "all_sum", 1),
+    ("fastdraft.dist.shard:SharedAdamW", "start", 1),
 ]
 
 
@@ -696,7 +714,10 @@ def test_overfit_export_and_an_independent_forward(make_config, tmp_path):
             torch.testing.assert_close(ours[i][t], theirs[i], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, NARROW])
+EAGLE_3_1 = {"draft.overrides": {"draft_vocab_size": 64, "norm_before_fc": True, "norm_output": True}}
+
+
+@pytest.mark.parametrize("changes", [{}, NARROW, EAGLE_3_1])
 def test_a_warm_start_continues_where_the_export_was(make_config, tmp_path, changes):
     config = make_config(**changes)
     train(config)
@@ -710,6 +731,19 @@ def test_a_warm_start_continues_where_the_export_was(make_config, tmp_path, chan
     assert losses(warm.run_dir)[-1]["eval/tau_sim"] == losses(config.run_dir)[-1]["eval/tau_sim"]
     for name in ("master", "d2t", "t2d"):
         assert torch.equal(weights(warm.run_dir)[name], weights(config.run_dir)[name]), name
+
+
+def test_a_warm_start_from_a_checkpoint_of_another_trainer_says_what_its_flag_may_mean(make_config, tmp_path, capsys):
+    train(make_config(**EAGLE_3_1))
+    export_run(Path(make_config().run_dir), tmp_path / "draft", "last", overwrite=False)
+    said = []
+    for name in ("ours", "theirs"):
+        capsys.readouterr()
+        train(make_config(run_dir=str(tmp_path / name), max_steps=1, draft={"init_from": str(tmp_path / "draft")}))
+        said.append("warning: draft.init_from: norm_output is true" in capsys.readouterr().out)
+        file = tmp_path / "draft" / "config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "trained_by"}))
+    assert said == [False, True]
 
 
 def test_a_run_opens_as_it_was_trained(make_config):

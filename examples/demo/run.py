@@ -27,6 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import torch
 import transformers
+from demo_report import render_summary, write_report, write_summary
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -44,7 +45,6 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.precision import speed
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.optim import FlatAdamW
-from fastdraft.report import render_summary, write_report, write_summary
 from fastdraft.run import (
     compute_dtype,
     evaluate_held_out,

@@ -11,21 +11,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 
 from fastdraft.files import write_file
-
-
-class Place(NamedTuple):
-    """Where a finished row lies."""
-
-    file: Path
-    offset: int  # bytes
-    length: int  # bytes, without the newline
 
 
 def recorded_settings(out: Path) -> dict[str, Any]:
@@ -55,7 +48,7 @@ class AnswerFile:
         self.meta = _meta_file(out)
         self.failures = out.with_name(out.name.removesuffix(".jsonl") + ".failures.jsonl")
         self.settings, self._about = settings, about
-        self.rows: dict[int, Place] = {}
+        self.rows: dict[int, tuple[Path, int]] = {}  # the file of each, and its first byte there
         self.tally = {"conversations": 0, "completion_tokens": 0, "length_cut": 0, "stopped": 0}  # of the rows
         self.damaged = 0  # lines of the part that are not rows; they are answered again
         self._fresh = fresh
@@ -95,30 +88,29 @@ class AnswerFile:
         if not there:
             self._write_meta({})
         for file in there:
-            for place, content in _rows(file):
+            for offset, content in _rows(file):
                 row = _row(content)
                 if row is None:
                     self.damaged += 1
                 else:
-                    self._add(row, place)
+                    self._add(row, file, offset)
         self._file = self.part.open("ab")
 
     def append(self, row: dict[str, Any]) -> None:
         """One finished row. From here on it survives the death of this process."""
-        line = _line(row)
-        place = Place(self.part, self._file.tell(), len(line) - 1)
-        self._file.write(line)
+        offset = self._file.tell()
+        self._file.write(_line(row))
         self._file.flush()
-        self._add(row, place)
+        self._add(row, self.part, offset)
 
-    def _add(self, row: dict[str, Any], place: Place) -> None:
+    def _add(self, row: dict[str, Any], file: Path, offset: int) -> None:
         index = _index(row)
         if index not in self.rows:
             self.tally["conversations"] += 1
             self.tally["completion_tokens"] += row["completion_tokens"]
             self.tally["length_cut"] += row["length_cut"]
             self.tally["stopped"] += "stopped" in row
-        self.rows[index] = place
+        self.rows[index] = file, offset
 
     def write_failures(self, failures: dict[str, dict[str, Any]]) -> int:
         """Lists these, by id, with those of earlier runs that were not tried again; how many that is."""
@@ -134,7 +126,7 @@ class AnswerFile:
 
     def finish(self, result: dict[str, Any]) -> None:
         """OUT in the order of the input, whole or not at all; the part is no longer needed then."""
-        if not self.out.exists() or any(place.file == self.part for place in self.rows.values()):
+        if not self.out.exists() or any(file == self.part for file, _ in self.rows.values()):
             write_file(self.out, self._in_order())
         self._write_meta({"result": self.tally | result})
         self.part.unlink()
@@ -144,15 +136,12 @@ class AnswerFile:
         write_file(self.meta, [(json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode("utf-8")])
 
     def _in_order(self) -> Iterator[bytes]:
-        files = {file: file.open("rb") for file in {place.file for place in self.rows.values()}}
-        try:
+        with ExitStack() as stack:
+            opened = {file: stack.enter_context(file.open("rb")) for file in {file for file, _ in self.rows.values()}}
             for index in sorted(self.rows):
-                place = self.rows[index]
-                files[place.file].seek(place.offset)
-                yield files[place.file].read(place.length) + b"\n"
-        finally:
-            for file in files.values():
-                file.close()
+                file, offset = self.rows[index]
+                opened[file].seek(offset)
+                yield opened[file].readline()
 
 
 def _read_meta(path: Path) -> dict[str, Any] | None:
@@ -166,14 +155,15 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
     return meta
 
 
-def _rows(path: Path) -> Iterator[tuple[Place, bytes]]:
-    """Whole lines; what a kill left of a last one is cut off, so that the next begins a line of its own."""
+def _rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, each with its first byte's place. What a kill left of a last one is cut off, so that the next begins a
+    line of its own."""
     offset = 0
     with path.open("rb") as file:
         for content in file:
             if not content.endswith(b"\n"):
                 break
-            yield Place(path, offset, len(content) - 1), content
+            yield offset, content
             offset += len(content)
     if offset < path.stat().st_size:
         os.truncate(path, offset)

@@ -47,7 +47,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Source:
+class PromptFiles:
     """The files of prompts. Lines are looked through once before anything is asked."""
 
     files: list[str]
@@ -85,7 +85,7 @@ class Job:
     ValueError after HOPELESS failures in a row, unless failures are allowed.
     """
 
-    def __init__(self, source: Source, file: AnswerFile, console: Console, allow_failures: bool) -> None:
+    def __init__(self, source: PromptFiles, file: AnswerFile, console: Console, allow_failures: bool) -> None:
         self._source, self._file, self._console, self._allow = source, file, console, allow_failures
         self.failures: dict[str, dict] = {}  # by id
         self.tokens = 0  # of this run, as the next two

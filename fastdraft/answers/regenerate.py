@@ -1,7 +1,7 @@
 """`fastdraft data regenerate`: the target answers prompts itself. A draft learns best from what its target would say.
 
-`answer_job.py` reads prompts and shows progress, `dialogue.py` goes through a conversation's turns, `answer_server.py` or
-`answer_local.py` answers, `answer_file.py` keeps what is finished.
+`job.py` reads prompts and shows progress, `dialogue.py` goes through a conversation's turns, `server.py` or `local.py`
+answers, and `file.py` keeps what is finished.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fastdraft
 from fastdraft.answers.file import AnswerFile
-from fastdraft.answers.job import Job, Source, Stopped
+from fastdraft.answers.job import Job, PromptFiles, Stopped
 from fastdraft.answers.server import Servers
 from fastdraft.data.conversations import expand
 
@@ -50,7 +50,7 @@ def regenerate(
 
     if out.suffix != ".jsonl":
         raise ValueError(f"--out {out} must end in .jsonl")
-    source = Source(expand(paths))
+    source = PromptFiles(expand(paths))
     if out.exists() and any(out.samefile(file) for file in source.files):
         raise ValueError(f"--out {out} is one of the files of prompts; name another")
     source.survey(skip_bad_lines)

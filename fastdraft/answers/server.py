@@ -22,7 +22,7 @@ from fastdraft.answers.job import Job, Sampling, Stopped
 from fastdraft.answers.servers import (
     CONNECT_S,
     Again,
-    Refused,
+    RefusedRequest,
     backed_off,
     check_status,
     connect,
@@ -129,7 +129,7 @@ class Servers:
                     message, finish_reason, tokens = await self._turn(client, servers, home, dialogue)
                     dialogue.take(message, finish_reason, tokens)
                     job.turn(tokens)
-            except Refused as error:
+            except RefusedRequest as error:
                 if error.status in (401, 403, 404):  # was right at the start, and will be wrong for every other request too
                     raise
                 job.failed(dialogue, str(error))

@@ -31,7 +31,7 @@ class Again(Exception):
         self.server_rests, self.rest_s = server_rests, rest_s
 
 
-class Refused(ValueError):
+class RefusedRequest(ValueError):
     """No answer, and no use in asking again."""
 
     def __init__(self, reason: str, status: int) -> None:
@@ -106,14 +106,14 @@ def lost(error: httpx.RequestError) -> Again:
 
 
 def check_status(response: httpx.Response) -> None:
-    """Raises Again or Refused unless the response, read to its end, is an answer."""
+    """Raises Again or RefusedRequest unless the response, read to its end, is an answer."""
     status = response.status_code
     if status == 200:
         return
     reason = f"{response.url}: HTTP {status}: {error_text(response)}"
     if status in PASSING or status >= 500:
         raise Again(reason, status in BUSY, _retry_after_s(response))
-    raise Refused(reason, status)
+    raise RefusedRequest(reason, status)
 
 
 def error_text(response: httpx.Response) -> str:

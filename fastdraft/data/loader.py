@@ -10,11 +10,11 @@ a pack's documents. Ranks that share a sequence are one rank here and get the sa
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Full, Queue
 from typing import Any
 
 import numpy as np
@@ -175,53 +175,38 @@ class Ahead:
         loader: Loader,
         pin: bool = False,
         depth: int = 2,
-        announce: Callable[[list[Batch]], None] | None = None,  # gets the very batches that `next` will give
+        announce: Callable[[list[Batch]], None] = lambda batches: None,  # gets the very batches that `next` will give
     ) -> None:
         self.waited = 0.0
-        self._loader, self._pin, self._announce = loader, pin, announce
+        self._loader, self._pin, self._depth, self._announce = loader, pin, depth, announce
         self._state = loader.state_dict()
-        self._made: Queue[tuple[list[Batch], dict[str, Any]] | Exception] = Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="fastdraft-loader", daemon=True)
+        self._pool = ThreadPoolExecutor(1, "fastdraft-loader")
+        self._coming: deque[Future[tuple[list[Batch], dict[str, Any]]]] = deque()
 
     def __enter__(self) -> Ahead:
-        self._thread.start()
+        for _ in range(self._depth):
+            self._coming.append(self._pool.submit(self._make))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)
 
     def __next__(self) -> list[Batch]:
         start = time.perf_counter()
-        made = self._made.get()
+        batches, self._state = self._coming.popleft().result()
         self.waited += time.perf_counter() - start
-        if isinstance(made, Exception):
-            raise made
-        batches, self._state = made
+        self._coming.append(self._pool.submit(self._make))
         return batches
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's state after the step last taken, whatever has been made ahead."""
         return self._state
 
-    def _work(self) -> None:
-        made = None
-        while not self._stop.is_set() and not isinstance(made, Exception):
-            try:
-                batches = next(self._loader)
-                batches = [batch.pin_memory() for batch in batches] if self._pin else batches
-                if self._announce:
-                    self._announce(batches)
-                made = batches, self._loader.state_dict()
-            except Exception as error:
-                made = error
-            while not self._stop.is_set():
-                try:
-                    self._made.put(made, timeout=0.1)
-                    break
-                except Full:
-                    pass
+    def _make(self) -> tuple[list[Batch], dict[str, Any]]:
+        batches = next(self._loader)
+        batches = [batch.pin_memory() for batch in batches] if self._pin else batches
+        self._announce(batches)
+        return batches, self._loader.state_dict()
 
 
 def eval_batches(dataset: Dataset, pack_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

@@ -29,7 +29,7 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Place:
+class Occurrence:
     start: int  # in the rendering without marks, end exclusive
     end: int
     leaf: Leaf
@@ -116,7 +116,7 @@ class Marks:
         """The texts of a message that have marks."""
         return {pair: leaf for mark, (leaf, pair, _) in self._of.items() if mark == pair and leaf.message == message}
 
-    def find(self, rendered: str) -> tuple[str, list[Place]]:
+    def find(self, rendered: str) -> tuple[str, list[Occurrence]]:
         """The rendering without marks, and the texts whose both marks are in it, in order."""
         places, opened, kept, at, removed = [], {}, [], 0, 0
         inset = int(self._how.inside)
@@ -130,7 +130,7 @@ class Marks:
             if not ends:
                 opened[pair] = here - inset
             elif pair in opened:
-                places.append(Place(opened.pop(pair), here + inset, leaf, pair))
+                places.append(Occurrence(opened.pop(pair), here + inset, leaf, pair))
         kept.append(rendered[at:])
         return "".join(kept), sorted(places, key=lambda place: (place.start, place.end))
 

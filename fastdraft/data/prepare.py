@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 4  # raised when the same input makes other samples than before
+FORMAT = 5  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
@@ -147,8 +147,8 @@ class Prepared(NamedTuple):
     train: Dataset  # of a stream, a sample
     eval: Dataset  # empty only when eval_fraction is 0 or too small for the data
     stats: Stats
-    stream: Stream | None = None
-    template_date: str | None = None  # what the chat template writes as today; None: it writes no date
+    stream: Stream | None
+    template_date: str | None  # what the chat template writes as today; None: it writes no date
 
     def lines(self) -> list[str]:
         """The statistics as sentences for people."""
@@ -162,22 +162,31 @@ def date_lines(template_date: str | None) -> list[str]:
     return [f"the chat template writes today's date: it is told {template_date}, which data.template_date sets"]
 
 
-def prepare(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
+def prepare(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,  # the target's: token ids are checked against it
+    stop_ids: Collection[int] = (),  # of the target, as `ChatTokenizer` takes them
+) -> Prepared:
     """Train and eval samples of the configured files, from the cache if they are there.
 
-    vocab_size is the target's: token ids are checked against it. Every process of a job may call this: one works,
-    the others wait for it. ValueError: a missing, unreadable or empty file; a bad line (unless on_bad_line is skip); a
-    tokenizer or template that cannot make a mask; nothing to train on; a damaged cache. OSError when the cache cannot be
-    written.
+    Every process of a job may call this: one works, the others wait for it. ValueError: a missing, unreadable or empty
+    file; a bad line (unless on_bad_line is skip); a tokenizer or template that cannot make a mask; nothing to train on; a
+    damaged cache. OSError when the cache cannot be written.
     """
     train_files, eval_files = expand(config.paths), expand(config.eval_paths)
-    chat = chat_tokenizer(config, tokenizer, vocab_size)
+    chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
     parts = [tokenized(files, config, chat) for files in (train_files, eval_files) if files]
-    return divide(parts, config)._replace(template_date=chat.template_date)
+    return divide(parts, config, chat.template_date)
 
 
-def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
-    """Train and eval sets of what became of data.paths and, if given, data.eval_paths. ValueError: nothing to train on."""
+def divide(
+    parts: list[tuple[Dataset, Stats]],  # what became of data.paths and, if given, of data.eval_paths
+    config: DataConfig,
+    template_date: str | None,
+    stream: Stream | None = None,
+) -> Prepared:
+    """Train and eval sets. ValueError: nothing to train on."""
     stats = Stats(from_cache=all(part.from_cache for _, part in parts))
     for _, part in parts:
         stats.add(part)
@@ -194,27 +203,29 @@ def divide(parts: list[tuple[Dataset, Stats]], config: DataConfig) -> Prepared:
     if config.eval_paths and not len(held_out):
         raise ValueError(f"{', '.join(config.eval_paths)}: no trained token in them; eval data needs assistant turns too")
     stats.train_samples, stats.eval_samples = len(train), len(held_out)
-    return Prepared(train, held_out, stats)
+    return Prepared(train, held_out, stats, stream, template_date)
 
 
 def first_samples(
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int | None = None,
-    stats: Stats | None = None,  # counts what is read
+    chat: ChatTokenizer,
+    stats: Stats,  # counts what is read
 ) -> Iterator[Sample]:
     """The samples of data.paths one by one as they are read, with no cache: for a preview. Errors as `prepare`'s."""
-    stats = Stats() if stats is None else stats
-    chat = chat_tokenizer(config, tokenizer, vocab_size)
-    for path in expand(config.paths, config.streaming):
-        for line in read_lines(path):
-            try:
-                done = chat(parse(line))
-            except BadLine as error:
-                if config.on_bad_line == "error":
-                    raise
-                stats.skip(error)
-                continue
+    lines = (line for path in expand(config.paths, config.streaming) for line in read_lines(path))
+    return samples_of(lines, chat, config.on_bad_line == "skip", stats)
+
+
+def samples_of(lines: Iterable[Line], chat: ChatTokenizer, skip: bool, stats: Stats) -> Iterator[Sample]:
+    """Counts what it reads in `stats`. A bad line is counted where it is to be skipped, and raised otherwise."""
+    for line in lines:
+        try:
+            done = chat(parse(line))
+        except BadLine as error:
+            if not skip:
+                raise
+            stats.skip(error)
+        else:
             stats.count(done)
             yield from done.samples
 
@@ -229,7 +240,9 @@ def read_template(config: DataConfig) -> str | None:
         raise ValueError(f"data.chat_template {config.chat_template}: cannot be read: {error}") from error
 
 
-def chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> ChatTokenizer:
+def chat_tokenizer(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None, stop_ids: Collection[int] = ()
+) -> ChatTokenizer:
     return ChatTokenizer(
         tokenizer,
         max_length=config.max_length,
@@ -239,6 +252,7 @@ def chat_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab
         chat_template_kwargs=config.chat_template_kwargs,
         template_date=config.template_date,
         vocab_size=vocab_size,
+        stop_ids=stop_ids,
     )
 
 
@@ -330,6 +344,7 @@ def settings_key(config: DataConfig, chat: ChatTokenizer) -> hashlib.blake2b:
         "templates": chat.templates,
         "template_kwargs": chat.kwargs,
         "vocab_size": chat.vocab_size,
+        "stops": sorted(chat.stops),
         "settings": config.model_dump(include={"max_length", "on_too_long", "on_bad_line", "train_on"}),
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"), digest_size=16)
@@ -369,17 +384,8 @@ Mapped = Callable[[Iterator[list[Line]]], Iterator[Done]]
 
 
 def _tokenize_chunk(chat: ChatTokenizer, skip: bool, chunk: list[Line]) -> Done:
-    stats, samples = Stats(), []
-    for line in chunk:
-        try:
-            done = chat(parse(line))
-        except BadLine as error:
-            if not skip:
-                raise
-            stats.skip(error)
-            continue
-        samples += done.samples
-        stats.count(done)
+    stats = Stats()
+    samples = list(samples_of(chunk, chat, skip, stats))
     batch = record_batch(samples)
     ids, mask, _ = flat(pa.Table.from_batches([batch]))
     stats.samples, stats.tokens, stats.trained_tokens = len(samples), len(ids), int(mask.sum())

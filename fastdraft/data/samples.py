@@ -56,6 +56,11 @@ def flat(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, mask.astype(bool, copy=False), lengths.astype(np.int64)
 
 
+def longest_sample(dataset: Dataset) -> int:
+    """Tokens of the longest sample, 0 where there is none."""
+    return max((int(lengths.max(initial=0)) for _, _, lengths in scan(dataset)), default=0)
+
+
 def scan(dataset: Dataset, rows: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The whole data set in order as `flat` pieces of `rows` samples."""
     for table in dataset.with_format("arrow").iter(batch_size=rows):

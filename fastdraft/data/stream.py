@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -48,18 +48,24 @@ from fastdraft.data.tokenize import ChatTokenizer
 Place = tuple[int, ...]  # epoch, file of its order, lines and bytes of that file that are read
 
 
-def open_stream(config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> Prepared:
+def open_stream(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,  # as for `prepare`
+    stop_ids: Collection[int] = (),  # as for `prepare`
+    machine_share: int = 1,  # processes that share this machine's cores, each with a stream of its own
+) -> Prepared:
     """The stream of data.paths, and as train and eval sets a sample of it (`Stream.sample`).
 
     Held out is what `prepare` would hold out, as far as it is in the sample; the stream leaves all of it out. ValueError as
     `prepare`'s.
     """
-    chat = chat_tokenizer(config, tokenizer, vocab_size)
-    stream = Stream(config, chat)
+    chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
+    stream = Stream(config, chat, machine_share)
     parts = [stream.sample()]
     if config.eval_paths:
         parts.append(tokenized(expand(config.eval_paths), config, chat))
-    return divide(parts, config)._replace(stream=stream, template_date=chat.template_date)
+    return divide(parts, config, chat.template_date, stream)
 
 
 class Stream:
@@ -67,9 +73,11 @@ class Stream:
 
     first: Place = (0, 0, 0, 0)
 
-    def __init__(self, config: DataConfig, chat: ChatTokenizer) -> None:
+    def __init__(self, config: DataConfig, chat: ChatTokenizer, machine_share: int = 1) -> None:
         self.files = expand(config.paths, urls=True)
         self._config, self._chat, self._lowest_key = config, chat, held_out_below(config)
+        workers = max((os.cpu_count() or 1) // machine_share, 1)
+        self._num_workers = workers if config.num_workers is None else config.num_workers
         key = settings_key(config, chat)
         marks = [fsspec.core.url_to_fs(file)[0].ukey(file) for file in self.files]  # changes with a file's size or time
         key.update(json.dumps([marks, config.seed, config.block_conversations, self._lowest_key]).encode())
@@ -156,8 +164,6 @@ class Stream:
 
     def _tokenise(self) -> Mapped:
         if self._mapped is None:
-            workers = self._config.num_workers
-            if workers is None:
-                workers = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-            self._mapped = self._workers.enter_context(mapper(self._chat, self._config.on_bad_line == "skip", workers))
+            made = mapper(self._chat, self._config.on_bad_line == "skip", self._num_workers)
+            self._mapped = self._workers.enter_context(made)
         return self._mapped

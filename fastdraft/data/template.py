@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +21,12 @@ from fastdraft.data.config import DATE_MACRO
 Span = tuple[int, int]  # character positions in a rendered text, end exclusive
 
 QUESTION, ANSWER = "fastdraft-question", "fastdraft-answer"
+EXCHANGE = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
 _FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}}
 PROBE_TOOLS = [{"type": "function", "function": _FUNCTION}]
+_CALL = {"id": "fastdraft", "type": "function", "function": {"name": "f", "arguments": {"x": ANSWER}}}
+CALLED = (EXCHANGE[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]})
+TOOL_RESULT = {"role": "tool", "name": "f", "tool_call_id": "fastdraft", "content": QUESTION}
 
 
 class Refused(Exception):
@@ -31,8 +36,14 @@ class Refused(Exception):
 class ChatTemplate:
     """One Jinja text with what is always passed to it. Picklable."""
 
-    def __init__(self, jinja: str, kwargs: dict[str, Any], backend: Tokenizer) -> None:
-        self.jinja, self.kwargs, self.backend = jinja, kwargs, backend
+    def __init__(
+        self,
+        jinja: str,
+        kwargs: dict[str, Any],
+        backend: Tokenizer,
+        stops: frozenset[int] = frozenset(),  # tokens at which a served answer ends
+    ) -> None:
+        self.jinja, self.kwargs, self.backend, self.stops = jinja, kwargs, backend, stops
         self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", jinja) is not None
 
     def render(self, messages: Sequence[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False) -> str:
@@ -65,24 +76,22 @@ class ChatTemplate:
             raise Refused(f"the chat template refuses it: {type(error).__name__}: {error}") from error
         return texts[0][0], [tuple(span) for span in texts[1][0]] if spans else []
 
-    def _probe(self, messages: list[dict], add_generation_prompt: bool = False, parts: bool | None = None) -> str:
-        """A rendering that is only looked at to learn the template; with a tool where it wants one (Hermes)."""
+    def _probe(
+        self, messages: Sequence[dict], add_generation_prompt: bool = False, parts: bool | None = None
+    ) -> str | None:
+        """A rendering that is only looked at to learn the template; with a tool if it wants one (Hermes). None: refused."""
         parts = self._wants_parts if parts is None else parts
-        try:
-            return self._render(messages, None, add_generation_prompt, parts, False)[0]
-        except Refused:
-            return self._render(messages, PROBE_TOOLS, add_generation_prompt, parts, False)[0]
+        for tools in (None, PROBE_TOOLS):
+            with suppress(Refused):
+                return self._render(messages, tools, add_generation_prompt, parts, False)[0]
+        return None
 
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether content must be a list of parts: the text of a string does not show, that of a part does."""
-        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
         shown = []
         for parts in (False, True):
-            try:
-                text = self._probe(chat, parts=parts)
-            except Refused:
-                text = ""
+            text = self._probe(EXCHANGE, parts=parts) or ""
             shown.append(QUESTION in text and ANSWER in text)
         return shown == [False, True]
 
@@ -95,10 +104,8 @@ class ChatTemplate:
     @cached_property
     def header(self) -> str:
         """The generation prompt alone; empty where the template has none or it cannot be told."""
-        user = [{"role": "user", "content": QUESTION}]
-        try:
-            before, prompt = self._probe(user), self._probe(user, add_generation_prompt=True)
-        except Refused:
+        before, prompt = self._probe(EXCHANGE[:1]), self._probe(EXCHANGE[:1], add_generation_prompt=True)
+        if before is None or prompt is None:
             return ""
         before = before.removesuffix(self.closing)
         return prompt[len(before) :] if prompt.startswith(before) else ""
@@ -106,10 +113,8 @@ class ChatTemplate:
     @cached_property
     def lead(self) -> str:
         """Words that an answer begins with behind the generation prompt (gpt-oss: the name of a channel), without tags."""
-        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-        try:
-            prompt, text = self._probe(chat[:1], add_generation_prompt=True), self._probe(chat)
-        except Refused:
+        prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)
+        if prompt is None or text is None:
             return ""
         before = text.partition(ANSWER)[0]
         within = before.removeprefix(prompt) if self.header and before.startswith(prompt) else ""
@@ -131,10 +136,8 @@ class ChatTemplate:
         turn, what the former has beyond that closes the conversation, if it begins with a special token. Empty when they
         begin with nothing common: then the closing IS the end of the turn.
         """
-        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-        try:
-            last, followed = self._probe(chat), self._probe([*chat, {"role": "user", "content": QUESTION}])
-        except Refused:
+        last, followed = self._probe(EXCHANGE), self._probe([*EXCHANGE, EXCHANGE[0]])
+        if last is None or followed is None:
             return ""
         last, followed = (text.partition(ANSWER)[2] for text in (last, followed))
         encodings = [self.encode(text) for text in (last, followed)]
@@ -150,10 +153,8 @@ class ChatTemplate:
     def openers(self) -> set[int]:
         """Added tokens that begin a turn: those of the generation prompt, and the last one before a user's text. Not one
         that also stands between the generation prompt and an answer (gpt-oss: <|message|>)."""
-        chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-        try:
-            prompt, text = self._probe(chat[:1], add_generation_prompt=True), self._probe(chat)
-        except Refused:
+        prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)
+        if prompt is None or text is None:
             return set()
         within = text.partition(ANSWER)[0].removeprefix(prompt) if text.startswith(prompt) else ""
         header, before, within = (
@@ -192,14 +193,52 @@ class ChatTemplate:
         text: str,
         said: int,  # where the answer's own text ends
     ) -> int:
-        """End of the last turn of a rendering: after its end-of-turn token, before what the template sets after that."""
+        """End of the last turn of a rendering: after the token that stops the model, or where the template writes none
+        after its end-of-turn token; before what the template sets after that."""
         end = max(len(text.rstrip().removesuffix(self.closing).rstrip()), said)
         tail = text[said:end]
         encoding = self.encode(tail)
+        if (stop := self._first_stop(tail, encoding)) is not None:
+            return said + stop
         added = [i for i, token in enumerate(encoding.ids) if token in self.added]
         opener = next((i for i in added[1:] if encoding.ids[i] in self.openers), None)
         ending = [i for i in added if opener is None or i < opener]
         return said + self._token_end(tail, encoding, ending[-1]) if ending else end
+
+    def stop_after(self, calls: bool) -> str:
+        """What a turn that nothing follows lacks at its end: white space and the token that stops the model, where that
+        token is the beginning of the next turn (GLM: <|user|> after an answer, <|observation|> after calls). Empty where
+        the template itself ends turns with a token that stops the model, or no such token begins the next turn."""
+        return self._stop_after_calls if calls else self._stop_after_text
+
+    @cached_property
+    def _stop_after_text(self) -> str:
+        return self._stop_before(EXCHANGE, EXCHANGE[0])
+
+    @cached_property
+    def _stop_after_calls(self) -> str:
+        return self._stop_before(CALLED, TOOL_RESULT)
+
+    def _stop_before(self, messages: Sequence[dict], following: dict) -> str:
+        """`stop_after` of these messages: what the rendering with a following turn has at once behind their rendering."""
+        if not self.stops:
+            return ""
+        last, followed = self._probe(messages), self._probe([*messages, following])
+        if last is None or followed is None:
+            return ""
+        last, followed = (text.rpartition(ANSWER)[2] for text in (last, followed))
+        stop = self._first_stop(followed, self.encode(followed))
+        if stop is None or self._first_stop(last, self.encode(last)) is not None:
+            return ""
+        turn = last.rstrip()
+        lacking = followed[len(turn) : stop]
+        at_once = followed.startswith(turn) and len(self.encode(lacking.lstrip()).ids) == 1
+        return lacking if at_once else ""
+
+    def _first_stop(self, text: str, encoding: Encoding) -> int | None:
+        """Where the first token that stops the model ends in a text."""
+        stop = next((i for i, token in enumerate(encoding.ids) if token in self.stops), None)
+        return None if stop is None else self._token_end(text, encoding, stop)
 
 
 def _in_parts(message: dict) -> dict:

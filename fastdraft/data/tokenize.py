@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -62,8 +63,10 @@ class ChatTokenizer:
         chat_template_kwargs: dict[str, Any] | None = None,
         template_date: str = TEMPLATE_DATE,
         vocab_size: int | None = None,  # the target's; every token id must be below it
+        stop_ids: Collection[int] = (),  # at which the served target stops, besides the tokenizer's own eos token
     ) -> None:
         self.max_length, self.on_too_long, self.train_on, self.vocab_size = max_length, on_too_long, train_on, vocab_size
+        self.stops = frozenset(stop_ids) | ({tokenizer.eos_token_id} - {None})
         self.kwargs = {**tokenizer.special_tokens_map, **(chat_template_kwargs or {})}
         self.templates: list[str | None] = [chat_template] * 2  # without tools, with them
         if chat_template is None:
@@ -215,7 +218,7 @@ class ChatTokenizer:
                     f"{self.name} is a slow tokenizer: it gives no character offsets, which the loss mask "
                     f"needs; use the fast one (a tokenizer.json), or give pre-tokenised input_ids and loss_mask"
                 )
-            turns = self._turns[tools is not None] = Turns(ChatTemplate(template, self.kwargs, self.backend))
+            turns = self._turns[tools is not None] = Turns(ChatTemplate(template, self.kwargs, self.backend, self.stops))
         return turns
 
     @cached_property

@@ -17,9 +17,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fastdraft.data.marking import HOWS, How, Leaf, Marks, Place, mark_all, own_leaves, strings
+from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, strings
 from fastdraft.data.template import ChatTemplate, Refused, Span
 
 NOT_SHOWN = (
@@ -107,7 +107,12 @@ class Turns:
         full = self.template.render(messages, tools) if full is None else full
         prompt = self._prompt(messages[:-1], tools) if prompt is None else prompt
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
-        return _as_served(message, full, prompt, located, self.template.lead)
+        turn = _as_served(message, full, prompt, located, self.template.lead)
+        start, end = turn.span
+        stop = self.template.stop_after(bool(message.get("tool_calls")))
+        if not stop or turn.text[end:].strip():
+            return turn
+        return replace(turn, text=turn.text[:end] + stop, span=(start, end + len(stop)))
 
     def _prompt(self, before: Sequence[dict], tools: list[dict] | None) -> str | None:
         """What is served before the turn. None where nothing asks for it yet: templates refuse to render that."""
@@ -169,7 +174,7 @@ class Turns:
 
     def _marked(
         self, messages: Sequence[dict], tools: list[dict] | None, full: str
-    ) -> tuple[How | None, Marks | None, list[Place]]:
+    ) -> tuple[How | None, Marks | None, list[Occurrence]]:
         """Where all texts lie, by the first way of marking that changes nothing in the rendering."""
         for how in HOWS:
             marks, marked, marked_tools = mark_all(messages, tools, how, self.template.tags)
@@ -215,7 +220,7 @@ class Turns:
         messages: Sequence[dict],
         tools: list[dict] | None,
         how: How,
-        given: list[Place],
+        given: list[Occurrence],
         full: str,
         prompt: str | None,
         first: int,  # where the turn's first word is
@@ -247,7 +252,7 @@ class Turns:
         raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
 
     def _marked_start(
-        self, messages: Sequence[dict], tools: list[dict] | None, given: list[Place], full: str, first: int
+        self, messages: Sequence[dict], tools: list[dict] | None, given: list[Occurrence], full: str, first: int
     ) -> int | None:
         """Where the {% generation %} marks around the turn's first word begin, if they hold no other message's."""
         for start, end in self.template.spans(messages, tools):
@@ -255,7 +260,7 @@ class Turns:
                 return start
         return None
 
-    def _remember(self, leaves: list[Leaf], own: list[Place], full: str, located: _Located) -> None:
+    def _remember(self, leaves: list[Leaf], own: list[Occurrence], full: str, located: _Located) -> None:
         """The text around these words, unless white space at their edges leaves open whose it is."""
         if len(set(leaves)) < len(leaves) or any(leaf.text != leaf.whole for leaf in leaves):
             return
@@ -270,7 +275,7 @@ class Turns:
 def _refuse_cut(
     message: dict,
     full: str,
-    own: list[Place],
+    own: list[Occurrence],
     pairs: dict[str, Leaf],
     how: How,
     start: int,  # where the turn begins, or a place in it

@@ -2,18 +2,130 @@
 
 This is the only file that knows of ranks and process groups. A process that was started alone is rank 0 of 1, and every
 function here then does nothing but return what it was given.
+
+The processes of a run form a grid of three axes, world = data x sequence x tensor, and neighbours in rank are neighbours on
+the tensor axis, then on the sequence axis, so that both stay within a host. Along the data axis each process has packs of
+its own; along the sequence axis they share the tokens of a pack; along the tensor axis they share the draft's weights.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+import platform
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Shard
+
+from fastdraft.dist.watch import BEAT_S, Member, Watch
+from fastdraft.files import json_checksum
 
 T = TypeVar("T")
+# PyTorch 2.13 has other names for these, and warns of the older ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+AxisName = Literal["data", "sequence", "tensor", "replicas"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The processes that share one kind of work: this one's place among them, and what they do together.
+
+    Each call is a collective: all of the axis make it, in the same order. Alone, each returns what it was given.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # None: this process is alone
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Adds up all processes' tensors, in place."""
+        if self.group is not None:
+            _meet()
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
+        """All processes' tensors [n, ...] of the same shape, one under the other, in the order of their ranks."""
+        if self.group is None:
+            return x
+        _meet()
+        whole = x.new_empty(self.size * len(x), *x.shape[1:])
+        _all_gather(whole, x.contiguous(), group=self.group)
+        return whole
+
+    def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
+        """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
+        if self.group is None:
+            return x
+        _meet()
+        part = x.new_empty(len(x) // self.size, *x.shape[1:])
+        _reduce_scatter(part, x.contiguous(), group=self.group)
+        return part
+
+    def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:  # [sum of gets, ...]
+        """Sends so many rows of x [sum of sends, ...] to each process, in the order of their ranks, and gives what each has
+        sent to this one."""
+        if self.group is None:
+            return x
+        _meet()
+        got = x.new_empty(sum(gets), *x.shape[1:])
+        dist.all_to_all_single(got, x.contiguous(), list(gets), list(sends), group=self.group)
+        return got
+
+    def start_sum(self, x: Tensor) -> dist.Work:
+        """Begins `sum_` of several processes; `wait` of what is returned makes it true."""
+        _meet()
+        return dist.all_reduce(x, group=self.group, async_op=True)
+
+    def start_sum_scatter(
+        self,
+        x: Tensor,  # [size * n]
+        part: Tensor,  # [n]
+    ) -> dist.Work:
+        """Begins `sum_scatter` of several processes into `part`; `wait` of what is returned makes it true."""
+        _meet()
+        return _reduce_scatter(part, x, group=self.group, async_op=True)
+
+    def gather_into(
+        self,
+        whole: Tensor,  # [size * n], written
+        x: Tensor,  # [n]
+    ) -> None:
+        """`gather` of several processes into memory that is there already."""
+        _meet()
+        _all_gather(whole, x, group=self.group)
+
+    def slice_of(
+        self,
+        x: Tensor,  # [ceil(P / size)] of which those past P are no elements
+        count: int,  # P
+    ) -> DTensor:  # [P]
+        """This process's slice as a part of the whole that lies slice by slice on all of them, as a checkpoint knows it."""
+        kept = min(max(count - self.rank * len(x), 0), len(x))
+        everyone = self.device_mesh(x.device)
+        return DTensor.from_local(x[:kept], everyone, [Shard(0)], run_check=False, shape=(count,), stride=(1,))
+
+    def device_mesh(self, device: torch.device) -> DeviceMesh:
+        """The same processes as PyTorch's own parallel modules want them named."""
+        return DeviceMesh.from_group(self.group, device.type)
+
+
+_axes: dict[AxisName, Axis] = {}  # of `lay_out`
+_meetings = 0  # collectives that this process has taken part in
+_timeout = timedelta(minutes=30)  # of `start_process`
 
 
 def own_device(device: str) -> torch.device:
@@ -33,22 +145,142 @@ def planned_device(device: str) -> torch.device:
     return torch.device("cuda") if device == "cuda" else own_device(device)
 
 
-def start_process(device: str) -> torch.device:
-    """`own_device`; and joins the other processes when torchrun started this one."""
+def start_process(device: str, timeout_s: float = 1800.0) -> torch.device:
+    """`own_device`; and joins the other processes when torchrun started this one. They wait for each other for at most
+    `timeout_s` seconds, here and later."""
+    global _timeout
     mine = own_device(device)
     on_gpu = mine.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(mine)
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo also where there are GPUs: the ranks agree on a stop without waiting for what their GPUs are doing
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=mine if on_gpu else None)
+        _timeout = timedelta(seconds=timeout_s)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        store, me, size = next(rendezvous("env://", timeout=_timeout))
+        store = dist.PrefixStore(_name_of_start(store, me, size), store)
+        on = mine if on_gpu else None
+        dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=_timeout, device_id=on)
     return mine
+
+
+def _name_of_start(store: dist.Store, me: int, size: int) -> str:
+    """A name that no earlier start of these processes had, the same for all of them.
+
+    When torchrun starts processes again it keeps the store, and with it the addresses of those that have died: under a
+    new name nobody finds them. Rank 0 makes it, and answers each process under a word that this one has made up. Raises
+    ValueError, on rank 0, where one does not come.
+    """
+    word = uuid.uuid4().hex
+    if me > 0:
+        store.set(f"hello/{me}", word)
+        name = store.get(f"welcome/{word}").decode()
+        store.set(f"here/{name}/{me}", "")
+        return name
+    name, welcomed, end = word, set(), time.monotonic() + _timeout.total_seconds()
+    while missing := [other for other in range(1, size) if not store.check([f"here/{name}/{other}"])]:
+        for other in missing:
+            said = store.get(f"hello/{other}") if store.check([f"hello/{other}"]) else None
+            if said is not None and said not in welcomed:
+                store.set(f"welcome/{said.decode()}", name)
+                welcomed.add(said)
+        if time.monotonic() > end:
+            raise ValueError(f"rank {missing[0]} did not come within dist.timeout_s={_timeout.total_seconds():g} s of the start")
+        time.sleep(0.02)
+    return name
+
+
+def lay_out(sequence: int = 1, tensor: int = 1) -> None:
+    """Arranges the processes in the grid; every process calls it once, after `start_process`.
+
+    Raises ValueError when they are not a multiple of sequence x tensor.
+    """
+    if world() % (sequence * tensor):
+        raise ValueError(
+            f"dist.sequence={sequence} and dist.tensor={tensor} need a multiple of {sequence * tensor} processes, "
+            f"this run has {world()}; change them, or --nproc-per-node"
+        )
+    data = world() // (sequence * tensor)
+    grid = torch.arange(world()).view(data, sequence, tensor)
+    # Every process takes part in making every group. The rows of each of these are the groups of an axis.
+    axes: dict[AxisName, Tensor] = {
+        "data": grid.permute(1, 2, 0).reshape(-1, data),
+        "sequence": grid.permute(0, 2, 1).reshape(-1, sequence),
+        "tensor": grid.reshape(-1, tensor),
+        "replicas": grid.permute(2, 0, 1).reshape(tensor, -1),
+    }
+    for name, groups in axes.items():
+        for ranks in groups.tolist():
+            group = dist.new_group(ranks, timeout=_timeout) if len(ranks) > 1 else None
+            if rank() in ranks:
+                _axes[name] = Axis(ranks.index(rank()), len(ranks), group)
+
+
+def axis(name: AxisName) -> Axis:
+    """This process's neighbours on an axis. Replicas are those who have the same part of the weights, data x sequence of
+    them: gradients are added up over them. Before `lay_out` all processes are along the data axis."""
+    if name in _axes:
+        return _axes[name]
+    if name in ("data", "replicas") and dist.is_initialized() and world() > 1:
+        return Axis(rank(), world(), dist.group.WORLD)
+    return Axis()
 
 
 def end_process() -> None:
     """Leaves the group that `start_process` joined."""
+    _axes.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def ending_together(silent_s: float) -> Iterator[None]:
+    """Within it, what ends one process ends all of them, within a minute and with a sentence (dist/watch.py).
+
+    `silent_s`: seconds without a sign of life after which a process counts as lost. Raises LostPeer where a library says
+    that another process does not answer. Alone it does nothing.
+    """
+    if world() == 1:
+        yield
+        return
+    # A connection of its own: those of the process group are taken while they wait. A name of its own: torchrun keeps the
+    # store when it starts the processes again.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    store = dist.PrefixStore(from_rank_0(f"fastdraft-{uuid.uuid4().hex}"), store)
+    watch = Watch(store, rank(), from_all(Member.here(host())), silent_s, lambda: _meetings, speaker())
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        # torchrun, which has seen a process die, asks the others to end; they are about to, and first say why.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_lost_peer(error):
+            watch.lost_peer(error, _timeout.total_seconds())
+        _tell_why(watch, error)
+        raise
+    finally:
+        watch.stop()
+    from_all(None)  # The first to leave may be the one that holds the store: it waits until nobody looks at it any more.
+
+
+def _tell_why(watch: Watch, error: BaseException) -> None:
+    """Tells the others why this process ends, and leaves them the time to hear it."""
+    text = str(error).strip().splitlines()
+    why = text[0] if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {''.join(text[:1])}"
+    try:
+        watch.tell(f"another process of this run has ended: {watch.named(rank())}, which said: {why}")
+    except RuntimeError:  # The store is gone, and with it those who would hear.
+        return
+    time.sleep(2 * BEAT_S)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error is how a library says that another process has ended, or cannot be reached."""
+    words = ("/gloo/transport/", "ncclRemoteError", "closed by remote peer")  # as gloo and NCCL say it
+    unreachable = isinstance(error, dist.DistNetworkError)  # of the store that ranks meet in
+    return unreachable or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def rank() -> int:
@@ -61,9 +293,43 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def machine_share() -> int:
+    """Processes of the run on this machine, which share its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def speaker() -> str:
     """How this process names itself in a message: under torchrun all of them speak."""
     return f"fastdraft, rank {rank()}" if "RANK" in os.environ else "fastdraft"
+
+
+def refuse_unlike(mine: Callable[[], dict[str, Any]]) -> None:
+    """Raises ValueError, on every process, where one was started with other things (`mine`, by name) than rank 0."""
+    if world() == 1:
+        return
+    things = mine()
+    if len(set(from_all(json_checksum(things)))) == 1:
+        return
+    where = from_all(host())
+    first, *others = from_all(things)
+    for other, theirs in enumerate(others, 1):
+        for name in sorted(theirs.keys() | first.keys()):
+            if theirs.get(name) != first.get(name):
+                raise ValueError(
+                    f"the processes of this run were started differently: {name} is {first.get(name)!r} on rank 0 "
+                    f"({where[0]}) and {theirs.get(name)!r} on rank {other} ({where[other]}); start all of them with the "
+                    "same command, config and versions"
+                )
+
+
+def _meet() -> None:
+    global _meetings
+    _meetings += 1
+
+
+def host() -> str:
+    """This machine's name, as messages give it."""
+    return platform.node() or "an unnamed host"
 
 
 def is_rank_0() -> bool:
@@ -73,12 +339,14 @@ def is_rank_0() -> bool:
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
+        _meet()
         dist.barrier()
 
 
 def all_sum(x: Tensor) -> Tensor:
     """Adds up all ranks' tensors, in place."""
     if dist.is_initialized():
+        _meet()
         dist.all_reduce(x)
     return x
 
@@ -87,15 +355,27 @@ def largest(number: int) -> int:
     """The largest of all ranks' numbers. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():
         return number
+    _meet()
     of_all = torch.tensor(number)
     dist.all_reduce(of_all, dist.ReduceOp.MAX)
     return int(of_all)
+
+
+def from_all(thing: T) -> list[T]:  # by rank
+    """What each process has: anything that can be pickled. Their hosts meet here, no GPU is waited for."""
+    if not dist.is_initialized():
+        return [thing]
+    _meet()
+    things: list[T] = [thing] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
 
 
 def from_rank_0(thing: T) -> T:
     """What rank 0 has: anything that can be pickled. The others' argument is not looked at."""
     if not dist.is_initialized():
         return thing
+    _meet()
     things = [thing]
     dist.broadcast_object_list(things, src=0)
     return things[0]

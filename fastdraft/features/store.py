@@ -38,7 +38,7 @@ from fastdraft.features.meta import (
     refuse_other,
     write_meta,
 )
-from fastdraft.files import file_checksum, free_disk, publish
+from fastdraft.files import GIB, file_checksum, free_disk, publish
 
 SHARD_BYTES = 512 * 2**20  # features of a shard, but for its last pack
 INDEX_BYTES = 40  # of a document
@@ -61,7 +61,7 @@ class BadShard(ValueError):
 
 
 @dataclass(frozen=True)
-class Needed:
+class NeededRows:
     """The rows of a batch that a loss can reach, documents in order."""
 
     g_rows: tuple[int, ...]  # D rows of g of each document: its first ones
@@ -70,7 +70,7 @@ class Needed:
     f_index: Tensor  # [F] int64
 
 
-def needed(batch: Batch) -> Needed:
+def needed(batch: Batch) -> NeededRows:
     """By docs/mathematics.md, f_u is read where x_{u+1} is trained on, u >= 1; g_s by every chain t >= s, and the last
     chain starts two tokens before the last trained one. Nothing else of g and f can change a loss, whatever T is."""
     lengths = np.array(batch.lengths, dtype=np.int64)
@@ -83,7 +83,7 @@ def needed(batch: Batch) -> Needed:
     g_rows = (last - 1).clip(0)
     g_index = (place < g_rows[owner]).nonzero()[0]
     index = (torch.from_numpy(x) for x in (g_index, trained - 1))
-    return Needed(tuple(g_rows.tolist()), tuple(f_rows.tolist()), *index)
+    return NeededRows(tuple(g_rows.tolist()), tuple(f_rows.tolist()), *index)
 
 
 def document_keys(batch: Batch) -> list[bytes]:
@@ -332,6 +332,21 @@ def census(store: Store) -> Census:
     rows = sum((shard.rows.sum(0) for shard in store.shards), np.zeros(2, np.int64))
     num_bytes = sum(shard.path.stat().st_size for shard in store.shards)
     return Census(len(store.shards), sum(map(len, store.shards)), int(rows[0]), int(rows[1]), num_bytes)
+
+
+def inspect_lines(folder: Path) -> list[str]:
+    """What a store holds. Raises ValueError when it is none."""
+    store = Store(folder)
+    meta, found = store.meta, census(store)
+    of = "" if meta.shards is None else f" of {meta.shards}"
+    return [
+        f"target {meta.target} (layers {', '.join(map(str, meta.layers))}, hidden size {meta.hidden_size}), "
+        f"run in {meta.target_dtype}; tokenizer {meta.tokenizer}",
+        f"{found.documents:,} documents in {found.shards}{of} shards: {found.g_rows:,} rows of g, {found.f_rows:,} of f, "
+        f"{meta.dtype}, {found.num_bytes / GIB:.3f} GiB, {found.num_bytes / max(found.g_rows, 1):,.0f} bytes a row of g",
+        *([] if store.is_complete else ["not complete: give the capture command again, or merge the other parts"]),
+        *store.damaged.values(),
+    ]
 
 
 def verify_store(folder: Path) -> Iterator[tuple[str, str | None]]:

@@ -55,7 +55,7 @@ class ShardWriter:
         documents: Sequence[int],  # those of the batch to keep
     ) -> None:
         """Takes the rows of some documents; does not wait for the device."""
-        self._wait(most=2)
+        self.wait(most=2)
         wanted, keys = needed(batch), document_keys(batch)
         keep = torch.zeros(len(batch.lengths), dtype=torch.bool)
         keep[list(documents)] = True
@@ -99,18 +99,14 @@ class ShardWriter:
 
     def finish(self, number: int, then: Callable[[Path], None] = lambda path: None) -> None:
         """Hands what was added to a thread as shard `number`; `then` is called there once it is on the disk."""
-        self._wait(most=1)
+        self.wait(most=1)
         self._writing.append(self._pool.submit(self._write, number, self._open, then))
         self._open = _Open()
-
-    def drain(self) -> None:
-        """Waits until all finished shards are written."""
-        self._wait(most=0)
 
     def close(self) -> None:
         """Waits until everything is written."""
         self._pool.shutdown()
-        self._wait(most=0)
+        self.wait()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -118,9 +114,9 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown()
         if kind is None:
-            self._wait(most=0)
+            self.wait()
 
-    def _wait(self, most: int) -> None:
+    def wait(self, most: int = 0) -> None:
         """Until no more than `most` finished shards are unwritten. Raises what went wrong with those that are done."""
         while len(self._writing) > most or (self._writing and self._writing[0].done()):
             try:

@@ -6,7 +6,7 @@ which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -113,7 +113,7 @@ class Method(NamedTuple):
     draft: type[nn.Module]
     architecture: str  # in the engines' config.json
     num_steps: Callable[[Config, BaseModel], int]  # T, the steps that `Rows` has of every token, for a draft's shape
-    build_step: Callable[[Config, nn.Module, TargetHead, torch.device], DraftStep]
+    build_step: Callable[..., DraftStep]  # of config, draft, head, device; where processes share a step: tensor, sequence
     fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data
     step_cost: Callable[..., tuple[tuple[Row, ...], tuple[Row, ...]]]  # bytes of a step, FLOPs a token: for --plan
     pair_cost: Callable[[BaseModel, int, Config], float]  # attention's share of a document's cost, for dealing packs
@@ -133,3 +133,9 @@ class Method(NamedTuple):
     readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
+    # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
+    # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the
+    # check that a shape divides, a ValueError where not.
+    part: Callable[[str, Sequence[int], int, int], tuple[slice, ...]] | None = None
+    cut: Callable[[nn.Module, int, int], None] | None = None
+    check_cut: Callable[[BaseModel, int], None] | None = None

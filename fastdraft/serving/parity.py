@@ -51,8 +51,8 @@ class Reading:
     shift: int = 1  # step 0 at t reads x_{t+shift}
     rope: tuple[tuple[str, object], ...] | None = None  # rope_parameters
     vocabulary: str = "offset"  # d2t is an offset, "absolute" ids, or "ignored"
-    normed_state: bool = False  # the next step reads the state after the final norm
-    fc_norm: bool = True  # where the draft has it
+    norm_output: bool | None = None  # the next step reads the state after the final norm; None: as the checkpoint says
+    feature_norms: bool = True  # the norms before fc, where the draft has them
     rms_norm_eps: float | None = None
     dtype: torch.dtype | None = None  # that the draft runs in
 
@@ -73,9 +73,12 @@ def readings(draft: Draft, num_layers: int) -> list[Reading]:
         if int(draft.d2t.min()) >= 0 and int(draft.d2t.max()) < c.vocab_size:
             found.append(Reading("vocabulary map", "d2t read as target ids, not as offsets", vocabulary="absolute"))
         found.append(Reading("vocabulary map", "d2t ignored, draft ids taken for target ids", vocabulary="ignored"))
-    found.append(Reading("norm", "the state after the final norm goes to the next step (norm_output)", normed_state=True))
-    if c.fc_norm:
-        found.append(Reading("norm", "fc_norm left out", fc_norm=False))
+    fed = "before the final norm goes to the next step (no norm_output)"
+    if not c.norm_output:
+        fed = "after the final norm goes to the next step (norm_output)"
+    found.append(Reading("norm", f"the state {fed}", norm_output=not c.norm_output))
+    if c.feature_norms:
+        found.append(Reading("norm", f"{'fc_norm' if c.fc_norm else 'norm_before_fc'} left out", feature_norms=False))
     plain = {"rope_theta": c.rope_parameters["rope_theta"], "rope_type": "default"}
     ropes = {"RoPE without its scaling": plain, "rope_theta 10000": dict(c.rope_parameters) | {"rope_theta": 10000.0}}
     for says, rope in ropes.items():
@@ -98,8 +101,10 @@ def read_as(draft: Draft, reading: Reading) -> Draft:
         draft.to(reading.dtype)
     if reading.rope is not None:
         draft.rope = Rope(dict(reading.rope), c.head_dim, c.max_position_embeddings).to(draft.fc.weight.device)
-    if not reading.fc_norm:
-        draft.config = c.model_copy(update={"fc_norm": False})
+    changes = {} if reading.feature_norms else {"fc_norm": False, "norm_before_fc": False}
+    if reading.norm_output is not None:
+        changes["norm_output"] = reading.norm_output
+    draft.config = c.model_copy(update=changes)
     if reading.vocabulary != "offset":
         # draft_ids adds arange back
         arange = torch.arange(c.draft_vocab_size, device=draft.d2t.device)
@@ -149,7 +154,7 @@ def run_chains(
         gap = (best - theirs) / logits.abs().amax(-1)
         gaps.append(gap.where(draft_id >= 0, torch.inf))
         choices.append(draft.draft_ids[top])
-        h = draft.norm(y) if reading.normed_state else y
+        h = draft.fed_back(y)
     return Chains(torch.stack(choices, 1), torch.stack(gaps, 1))
 
 

@@ -39,10 +39,11 @@ class StoreCache(StoreReader):
         max_bytes: int,
         rank: int = 0,
         world_size: int = 1,
-        shard_bytes: int = SHARD_BYTES,
     ):
         super().__init__(store, target.device)
-        self.ends = ends_of(target)  # and not the store's copies of them
+        # The live target's ends, not the store's copies of them. Rank 0 has just started or checked the store with its
+        # target's fingerprint, which takes values of every weight; the others' targets are their own.
+        self.ends = ends_of(target, store.meta.target if rank == 0 else None)
         self.notes = [f"{reason}; its documents are run again" for reason in store.damaged.values()] + runs_apart(target)
         ends = (store.folder / "target.safetensors").stat().st_size
         if max_bytes <= ends:
@@ -56,7 +57,7 @@ class StoreCache(StoreReader):
                 self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise ValueError(f"another run is filling {store.folder}; give this one a features.path of its own") from None
-        self.target, self.shard_bytes = target, shard_bytes
+        self.target = target
         self.room = (max_bytes - store.num_bytes) // world_size
         self._writer = ShardWriter(store.folder, store.meta)
         taken = [shard_number(path) for path in list_shards(store.folder)]
@@ -96,7 +97,7 @@ class StoreCache(StoreReader):
         self.room -= size
         self._writer.add(batch, features, documents)
         self._pending.update(keys[d] for d in documents)
-        if self._writer.open_bytes >= self.shard_bytes:
+        if self._writer.open_bytes >= SHARD_BYTES:
             self._finish()
 
     def _finish(self) -> None:
@@ -107,7 +108,7 @@ class StoreCache(StoreReader):
         """Writes out what is pending, and makes it readable. Raises ValueError when the disk is full."""
         if self._writer.open_bytes:
             self._finish()
-        self._writer.drain()
+        self._writer.wait()
         self.store.refresh()
         self._pending.clear()
 

@@ -47,7 +47,7 @@ class Pack:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapturePlan:
     """What a capture will write, known from tokens and masks alone."""
 
     shards: tuple[tuple[Pack, ...], ...]
@@ -77,7 +77,7 @@ def plan_capture(
     seed: int,  # data.seed
     meta: Meta,
     shard_bytes: int = SHARD_BYTES,
-) -> Plan:
+) -> CapturePlan:
     """Reads all tokens once. ValueError as for `Loader`."""
     seen: set[bytes] = set()
     shards, sizes, filling, size = [], [], [], 0
@@ -107,7 +107,7 @@ def plan_capture(
         sizes.append(size)
     index = [INDEX_BYTES * sum(len(pack.documents) for pack in packs) for packs in shards]
     sizes = map(sum, zip(sizes, index, strict=True))
-    return Plan(tuple(shards), tuple(sizes), tokens, len(seen), trained, data.hexdigest())
+    return CapturePlan(tuple(shards), tuple(sizes), tokens, len(seen), trained, data.hexdigest())
 
 
 def _packs(train_set: Dataset, eval_set: Dataset, pack_tokens: int, seed: int) -> Iterator[tuple[Dataset, np.ndarray]]:
@@ -120,7 +120,7 @@ def _packs(train_set: Dataset, eval_set: Dataset, pack_tokens: int, seed: int) -
             yield table, rows
 
 
-def missing_bytes(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> int:
+def missing_bytes(plan: CapturePlan, folder: Path, part: tuple[int, int] = (0, 1)) -> int:
     """What is still to be written of a part."""
     here = {shard_number(path) for path in list_shards(folder)}
     return sum(plan.shard_bytes[n] for n in range(part[0], len(plan.shards), part[1]) if n not in here)
@@ -128,7 +128,7 @@ def missing_bytes(plan: Plan, folder: Path, part: tuple[int, int] = (0, 1)) -> i
 
 def run_capture(
     target: Target,
-    plan: Plan,
+    plan: CapturePlan,
     folder: Path,
     meta: Meta,  # of the started store
     part: tuple[int, int] = (0, 1),  # (i, n): only shards i, i+n, ...; for machines that share no folder, to be merged

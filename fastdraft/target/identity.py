@@ -9,15 +9,16 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from fastdraft.features.meta import Meta
+from fastdraft.features.meta import Meta, start_store
 from fastdraft.files import json_checksum
-from fastdraft.model.target_config import language_config, read_json
+from fastdraft.model.target_config import first_line, language_config, read_json
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 
 IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
@@ -51,13 +52,21 @@ def checkpoint_fingerprint(path: str) -> str:
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
 
 
-def target_ends(target: Target) -> dict[str, Tensor]:
-    """What training needs of a target besides its features: embedding, lm_head, final norm."""
-    ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
-    ends["final_norm"] = target.final_norm
-    if target.head.weight.data_ptr() == target.embedding.data_ptr():
-        del ends["head.weight"]
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in ends.items() if tensor is not None}
+def stop_ids(path: str, trust_remote_code: bool = False) -> frozenset[int]:
+    """Tokens at which an engine that serves this target ends an answer; as `Target.eos_ids`, without its weights.
+
+    They are the eos ids of generation_config.json, or where it names none those of config.json. ValueError: it cannot be
+    read.
+    """
+    named = None
+    try:
+        named = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, TypeError, ValueError) as error:
+        if (Path(path) / "generation_config.json").exists():
+            raise ValueError(f"target {path!r} has no readable generation_config.json: {first_line(error)}") from error
+    if named is None:
+        named = language_config(load_target_config(path, trust_remote_code)).get("eos_token_id")
+    return frozenset([named] if isinstance(named, int) else named or [])
 
 
 def expected_meta(
@@ -81,10 +90,20 @@ def expected_meta(
     )
 
 
-def capture_meta(wanted: Meta, target: Target, fingerprint: str, **changes) -> Meta:
-    """A run's `expected_meta` with what only its loaded target tells; `changes` win."""
+def begin_store(folder: Path, wanted: Meta, target: Target, **changes: Any) -> Meta:
+    """`start_store` of a target's features: a run's `expected_meta`, and what only the target tells. `changes` win."""
     head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
-    return replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
+    meta = replace(wanted, target=target_fingerprint(target), hidden_size=target.hidden_size, **head | changes)
+    return start_store(folder, meta, _ends(target))
+
+
+def _ends(target: Target) -> dict[str, Tensor]:
+    """What training needs of a target besides its features: embedding, lm_head, final norm."""
+    ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
+    ends["final_norm"] = target.final_norm
+    if target.head.weight.data_ptr() == target.embedding.data_ptr():
+        del ends["head.weight"]
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in ends.items() if tensor is not None}
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

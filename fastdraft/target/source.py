@@ -60,8 +60,9 @@ class InProcess:
         pass
 
 
-def ends_of(target: Target) -> Ends:
-    return Ends(target.embedding, target.head, target.final_norm, target_fingerprint(target))
+def ends_of(target: Target, fingerprint: str | None = None) -> Ends:
+    """A live target's ends; its fingerprint is taken unless it is at hand."""
+    return Ends(target.embedding, target.head, target.final_norm, fingerprint or target_fingerprint(target))
 
 
 def runs_apart(target: Target) -> list[str]:

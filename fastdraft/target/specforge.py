@@ -101,7 +101,6 @@ def import_dumps(
     out: Path,
     meta: Meta,  # of the started store
     say: Callable[[str], None] = lambda line: None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Puts the dumps' documents into a started store, and their tokens into documents.parquet, to train on. Killed, it
     goes on. Raises ValueError as `read_dump` and `refuse_other_states` do."""
@@ -136,7 +135,7 @@ def import_dumps(
             if key in taken:
                 continue
             writer.add(batch, features, [0])
-            if writer.open_bytes >= shard_bytes:
+            if writer.open_bytes >= SHARD_BYTES:
                 writer.finish(number)
                 number += 1
         tokens.write_batch(record_batch(samples).select(columns.names))

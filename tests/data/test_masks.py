@@ -239,6 +239,61 @@ def test_a_template_without_a_prompt_but_with_marks():
     assert runs(tokenizer, sample) == ["b</s>", "d</s>"]
 
 
+def glm_tokenizer():
+    tokenizer = make_tokenizer(TEMPLATES["glm"])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in ("<|user|>", *ADDED)])
+    stops = tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
+    return tokenizer, ChatTokenizer(tokenizer, stop_ids=stops)
+
+
+def test_the_next_turns_first_token_is_trained_where_it_stops_the_model():
+    """GLM's answers end with the header of the turn to come, which generation_config.json names as an eos id."""
+    tokenizer, chats = glm_tokenizer()
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    messages = [*chat("a", "b", "c", "look"), {"role": "tool", "content": "dry"}, {"role": "assistant", "content": "d"}]
+    messages[3]["tool_calls"] = [call]
+    done = chats(Conversation("f:1", 0, tuple(messages)))
+    called = "look\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"
+    expected = ["b<|user|>", called + "<|observation|>", "d<|user|>"]
+    assert [runs(tokenizer, sample) for sample in done.samples] == [expected] and not done.left_out
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(done.samples[0].input_ids) == rendered + "<|user|>"
+    # Behind an answer to which the data gives another answer the model would have stopped, so each is a text of its own.
+    done = chats(Conversation("f:1", 0, (*chat("a", "b"), {"role": "assistant", "content": "c"})))
+    assert [runs(tokenizer, sample) for sample in done.samples] == [["b<|user|>"], ["c<|user|>"]]
+
+
+@given(made=conversations())
+@settings(max_examples=60, deadline=None)
+def test_a_stop_that_is_the_next_turns_first_token_ends_every_turn(made):
+    messages, tools = made
+    tokenizer, chats = _glm
+    try:
+        done = chats(parse(Line("f:1", json.dumps({"messages": messages, "tools": tools}).encode())))
+    except BadLine as error:
+        assert str(error).startswith("f:1: up to message ")
+        return
+    left_out = {int(place.rpartition(" ")[2]) for place, _ in done.left_out}
+    calls = [bool(m.get("tool_calls")) for i, m in enumerate(messages, 1) if m["role"] == "assistant" and i not in left_out]
+    trained = [run for sample in done.samples for run in runs(tokenizer, sample)]
+    assert [run.endswith("<|observation|>") for run in trained] == calls
+    for run in trained:
+        said = run.removesuffix("<|observation|>").removesuffix("<|user|>")
+        assert said != run and not re.search(r"<\|(user|observation|assistant|system)\|>|[0-9]", said), (run, messages)
+
+
+_glm = glm_tokenizer()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_ends_its_turns_itself_gets_nothing_more(name):
+    """The target's eos ids change no sample where the template writes them, and none where no turn begins with one."""
+    tokenizer = _tokenizers[name]
+    stops = tokenizer.convert_tokens_to_ids([ENDS[name] or "<|im_end|>", "<|call|>"])
+    messages = chat("a", "b", "c", "d \n")
+    assert outcome(ChatTokenizer(tokenizer, stop_ids=stops), messages) == outcome(_chats[name], messages)
+
+
 def test_weight_zero_and_empty_turns_are_not_trained():
     messages = chat("a", "b", "c", "d", "e", " \n", "f", "g")
     messages[1]["weight"] = 0

@@ -13,7 +13,7 @@ from chats import chat, make_tokenizer
 from fastdraft.data import prepare as room
 from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import BadLine, Line
-from fastdraft.data.prepare import first_samples, mapper, prepare
+from fastdraft.data.prepare import Stats, chat_tokenizer, first_samples, mapper, prepare
 
 CHATS = [{"messages": chat(f"Question {i}?", f"Answer {i}.")} for i in range(40)]
 
@@ -170,17 +170,21 @@ def test_a_cache_that_cannot_be_is_said(config, tokenizer, tmp_path):
         prepare(config(*CHATS, cache_dir=str(tmp_path / "file")), tokenizer)
 
 
+def read_first(config, tokenizer):
+    return list(first_samples(config, chat_tokenizer(config, tokenizer, None), Stats()))
+
+
 def test_bad_lines(config, tokenizer):
     rows = [CHATS[0], "{oops", CHATS[1], {"messages": [{"role": "user", "content": 5}]}, CHATS[2]]
     with pytest.raises(BadLine, match=r"data.jsonl:2: not JSON"):
         prepare(config(*rows), tokenizer)
     with pytest.raises(BadLine, match=r"data.jsonl:2: not JSON"):
-        list(first_samples(config(*rows), tokenizer))
+        read_first(config(*rows), tokenizer)
     done = prepare(config(*rows, on_bad_line="skip"), tokenizer)
     assert (done.stats.conversations, done.stats.skipped_lines) == (3, 2)
     assert [reason.rpartition("data.jsonl:")[2][:9] for reason in done.stats.skipped] == ["2: not JS", "4: messag"]
     assert "2 malformed lines were skipped" in done.stats.lines()
-    assert len(list(first_samples(config(*rows, on_bad_line="skip"), tokenizer))) == 3
+    assert len(read_first(config(*rows, on_bad_line="skip"), tokenizer)) == 3
 
 
 def test_what_was_done_to_the_data_is_said(config, tokenizer):

@@ -11,7 +11,9 @@ from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import Line, parse
 from fastdraft.data.loader import Ahead, Loader
 from fastdraft.data.prepare import prepare
-from fastdraft.data.stream import open_stream
+from fastdraft.data.stream import Stream, open_stream
+from fastdraft.data.tokenize import ChatTokenizer
+from fastdraft.dist import mesh
 
 CHATS = [{"messages": chat(f"Question {i}?", f"Answer {i} " + "and two " * (i % 9))} for i in range(50)]
 
@@ -37,6 +39,17 @@ def loader(settings, tmp_path):
     yield loader
     for prepared in opened:
         prepared.stream.close()
+
+
+def test_processes_of_one_machine_share_its_cores(settings, monkeypatch):
+    monkeypatch.setattr("fastdraft.data.stream.os.cpu_count", lambda: 16)
+    chat = ChatTokenizer(make_tokenizer())
+    for machine_share, asked, workers in ((1, None, 16), (4, None, 4), (32, None, 1), (4, 0, 0), (4, 7, 7)):
+        stream = Stream(DataConfig(**settings | {"num_workers": asked}), chat, machine_share)
+        assert stream._num_workers == workers
+        stream.close()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert mesh.machine_share() == 4
 
 
 def contents(step):

@@ -24,8 +24,7 @@ from fastdraft.data.prepare import prepare
 from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.stream import open_stream
 from fastdraft.data.tokenize import ChatTokenizer
-from fastdraft.offline import capture_features
-from fastdraft.run import evaluate_run
+from fastdraft.run import capture_features, evaluate_run
 from fastdraft.train import train
 
 ROWS = [{"messages": chat(f"Hello {i}", "How are you?")} for i in range(6)]

@@ -308,7 +308,7 @@ def test_settings_that_no_line_can_mend_are_value_errors():
         assert not isinstance(caught.value, BadLine)
 
     class Slow:
-        is_fast, special_tokens_map, name_or_path = False, {}, "slow"
+        is_fast, special_tokens_map, eos_token_id, name_or_path = False, {}, None, "slow"
 
         def get_chat_template(self, tools=None):
             return CHATML

@@ -40,6 +40,8 @@ CASES: dict[str, tuple[dict, dict]] = {
     "llama3": ({"rope_parameters": LLAMA3}, {}),
     "yarn": ({"rope_parameters": YARN}, {}),
     "fc_norm": ({}, {"fc_norm": True}),
+    "norm_output": ({}, {"norm_output": True, "fc_norm": True}),
+    "norm_before_fc": ({}, {"norm_before_fc": True, "norm_output": True, "layers": (0, 2, 5)}),
 }
 
 

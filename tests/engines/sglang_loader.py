@@ -3,7 +3,8 @@
     python sglang_loader.py JOB.json
 
 JOB.json is a list of {"target": DIR, "checkpoint": DIR, "out": FILE}. FILE gets the draft's parameters under SGLang's names
-after loading, each filled with NaN before; the RoPE table; the target ids of draft tokens; the target layers captured.
+after loading, each filled with NaN before; the RoPE table; the target ids of draft tokens; the target layers captured; and
+which of fc_norm, norm_before_fc and norm_output it runs.
 SGLang has no CPU build of its kernels: sgl_kernel is stubbed, and torchvision and torchaudio, which break a CPU PyTorch.
 """
 
@@ -120,6 +121,8 @@ def main(job: str) -> None:
         found = {f"parameter.{name}": p.data.contiguous() for name, p in draft.named_parameters()}
         found["rope"] = draft.model.layers[0].self_attn.rotary_emb.cos_sin_cache.contiguous()
         found["captured"] = torch.tensor(target.model.layers_to_capture)
+        model = draft.model
+        found["norms"] = torch.tensor([model.fc_norm is not None, model.input_norm is not None, model.norm_output])
         if draft.hot_token_id is not None:
             found["draft_ids"] = draft.hot_token_id.contiguous()
         save_file(found, work["out"])

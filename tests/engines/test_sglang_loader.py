@@ -62,6 +62,13 @@ def test_every_tensor_arrives(loaded, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_norms(loaded, name):
+    case, found = loaded[name]
+    c = case.draft.config
+    assert found["norms"].tolist() == [c.fc_norm, c.norm_before_fc, c.norm_output]
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_rope_and_layers(loaded, name):
     case, found = loaded[name]
     rows = min(len(found["rope"]), 512)

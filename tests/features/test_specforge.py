@@ -18,8 +18,7 @@ from fastdraft.batch import Batch
 from fastdraft.data.loader import Loader
 from fastdraft.data.vocab import read_vocab_mapping
 from fastdraft.features.store import list_shards
-from fastdraft.offline import import_specforge
-from fastdraft.run import draft_shape, load_data, open_run
+from fastdraft.run import draft_shape, import_specforge, load_data, open_run
 from fastdraft.target.hf import Target, load_target
 from fastdraft.target.specforge import DOCUMENTS
 from fastdraft.train import train

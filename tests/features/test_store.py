@@ -28,10 +28,10 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import ttt_engine_step
 from fastdraft.model.eagle3.ref import ttt_ref_step
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.offline import capture_features
-from fastdraft.run import draft_shape, evaluate_run, load_data, open_target
+from fastdraft.run import capture_features, draft_shape, evaluate_run, load_data, open_source, open_target
 from fastdraft.target import capture as capture_module
 from fastdraft.target.hf import Target
+from fastdraft.target.identity import target_fingerprint
 from fastdraft.target.stored import StoreReader
 from fastdraft.train import train
 
@@ -317,7 +317,7 @@ def test_a_repeated_document_is_stored_once(make_config, chats, tmp_path):
 def test_the_plan_is_what_is_written(tree, tmp_path, store, capsys, monkeypatch):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.setattr(sys, "argv", ["fastdraft", "features", "capture", str(tmp_path / "run.yaml"), "new", "--plan"])
-    monkeypatch.setattr("fastdraft.offline.open_target", None)
+    monkeypatch.setattr("fastdraft.run.open_target", None)
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr().out
@@ -348,7 +348,7 @@ def test_a_part_needs_room_for_its_own_shards(make_config, store, tmp_path, monk
 @pytest.mark.parametrize("plan_only", [True, False])
 def test_a_disk_too_small_is_refused(make_config, tmp_path, monkeypatch, plan_only):
     monkeypatch.setattr("fastdraft.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
-    monkeypatch.setattr("fastdraft.offline.open_target", None)
+    monkeypatch.setattr("fastdraft.run.open_target", None)
     with pytest.raises(ValueError, match=r"the feature store needs .* GiB at .*store, which has .* GiB free"):
         capture_features(make_config(), tmp_path / "store", plan_only=plan_only)
     assert not (tmp_path / "store").exists()
@@ -485,6 +485,18 @@ def test_a_cache_runs_every_document_once(make_config, tmp_path, monkeypatch):
     tokens.clear()
     train(config.model_copy(update={"run_dir": str(tmp_path / "again")}))
     assert tokens == [] and not list((tmp_path / "cache").glob(".writing*"))
+
+
+def test_a_cache_takes_its_targets_fingerprint_once(make_config, tmp_path, monkeypatch):
+    taken = []
+    for module in ("fastdraft.target.identity", "fastdraft.target.source"):
+        monkeypatch.setattr(
+            f"{module}.target_fingerprint", lambda target: taken.append(target_fingerprint(target)) or taken[-1]
+        )
+    config = make_config(**CACHE | {"features.path": str(tmp_path / "cache")})
+    source = open_source(config, (1, 3, 4), torch.device("cpu"), [])
+    source.close()
+    assert taken == [source.ends.fingerprint] == [source.store.meta.target]
 
 
 def test_a_stopped_cache_run_resumes_bit_for_bit(make_config, tmp_path, monkeypatch):

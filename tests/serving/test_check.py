@@ -1,5 +1,6 @@
 """Each way an engine can misread a draft, or a draft's files can misstate it, is named; and engines that fail say so."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.target_config import read_target_config
 from fastdraft.serving import check as checks
 from fastdraft.serving.engines import EnginePlace, Output, Round, Run, Served, engine_version, run_engine
-from fastdraft.serving.export import export_draft
+from fastdraft.serving.export import export_draft, load_draft
 from fastdraft.serving.parity import Parity, Reading, _best_of_each_fault, _gain, diagnose, read_as, run_chains
 from fastdraft.target.hf import Target
 
@@ -88,7 +89,7 @@ FAULTS = {
     "position": Reading("position", advances=False),
     "token": Reading("token", shift=0),
     "vocabulary map": Reading("vocabulary map", vocabulary="absolute"),
-    "norm": Reading("norm", normed_state=True),
+    "norm": Reading("norm", norm_output=True),
     "config field": Reading("config field", rope=(("rope_theta", 1e4), ("rope_type", "default"))),
 }
 
@@ -152,6 +153,44 @@ def test_layer_ids_other_than_trained_are_told(target, draft):
     assert told.trained_as[0].accepted_length > told.reference.accepted_length + 0.2
     report = compare(other, wrong, served)
     assert any(line.startswith("layer ids: with outputs of layers [1, 2, 3] (the default)") for line in report.errors)
+
+
+def test_a_draft_trained_with_another_recurrence_than_its_files_say_is_told(target, tmp_path):
+    """norm_output lost on the way to the engine, or added: the files alone cannot show it, decoding does."""
+    for trained in (True, False):
+        draft = tiny_draft(target, norm_output=trained, fc_norm=True)
+        train_on_own_output(target, draft, NEW_TOKENS, steps=60)
+        folder = export_draft(draft, tmp_path / f"trained {trained}", torch.float32)
+        sound = load_with_embedding(folder, target)
+        assert not compare(target, sound, serve(target, sound)).errors
+        config = json.loads((folder / "config.json").read_text()) | {"norm_output": not trained}
+        (folder / "config.json").write_text(json.dumps(config))
+        wrong = load_with_embedding(folder, target)
+        assert wrong.config.norm_output is not trained
+        told = diagnosis(target, wrong, serve(target, wrong))
+        assert told.agrees and not told.served_as  # the engine does what the files say
+        assert told.trained_as[0].reading.norm_output is trained
+        (error,) = compare(target, wrong, serve(target, wrong)).errors
+        state = "after the final norm goes to the next step (norm_output)"
+        if not trained:
+            state = "before the final norm goes to the next step (no norm_output)"
+        assert error.startswith(f"norm: with the state {state} the accepted length would be")
+
+
+def test_an_engine_that_does_not_know_norm_output_is_told(target):
+    draft = tiny_draft(target, norm_output=True, norm_before_fc=True)
+    train_on_own_output(target, draft, NEW_TOKENS, steps=60)
+    assert not compare(target, draft, serve(target, draft)).errors
+    for fault, words in (({"norm_output": False}, "no norm_output"), ({"feature_norms": False}, "norm_before_fc left out")):
+        first = compare(target, draft, serve(target, draft, Reading("norm", **fault))).errors[0]
+        assert first.startswith("norm: vllm drafts as with") and words in first
+
+
+def load_with_embedding(folder, target) -> Draft:
+    draft = load_draft(folder, target.config)
+    if draft.config.hidden_size == target.hidden_size:
+        draft.set_embedding(target.embedding)
+    return draft
 
 
 def test_an_engine_without_proposals_is_judged_by_its_rounds(target, draft):

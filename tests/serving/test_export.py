@@ -48,6 +48,8 @@ SHAPES = {
     "partial_rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "partial_yarn": {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
     "fc_norm": {"fc_norm": True},
+    "norm_output": {"norm_output": True, "fc_norm": True},
+    "norm_before_fc": {"norm_before_fc": True, "norm_output": True, "hidden_size": 24, "layers": (0, 2, 5)},
     "other_layers": {"layers": (0, 2, 5)},
     "all_at_once": {
         "hidden_size": 24,
@@ -95,9 +97,9 @@ def chain(draft: Draft, g: torch.Tensor, next_tokens: torch.Tensor, forced: list
         values.append(v)
         k, v = (torch.cat(x).repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(0, 1) for x in (keys, values))
         seen = torch.arange(k.shape[1])[None] <= positions[:, None]
-        h = draft.finish(h, F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=seen).transpose(0, 1))
-        logits.append(draft.logits(h))
-        h, positions, tokens = h[-1:], positions[-1:] + 1, torch.tensor([token or 0])
+        y = draft.finish(h, F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=seen).transpose(0, 1))
+        logits.append(draft.logits(y))
+        h, positions, tokens = draft.fed_back(y[-1:]), positions[-1:] + 1, torch.tensor([token or 0])
     return logits
 
 
@@ -161,6 +163,7 @@ def test_left_out_and_written_twice(tmp_path):
     assert "target_hidden_size" not in config and "fc_norm" not in config and "embed_tokens.weight" not in weights
     assert weights["d2t"].dtype == torch.int64 and weights["t2d"].dtype == torch.bool
     assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.bfloat16}
+    assert not {"norm_output", "norm_before_fc", "trained_by"} & config.keys()
     full = export_draft(random_draft(draft_vocab_size=61), tmp_path / "full")
     assert "d2t" not in load_file(full / "model.safetensors")
     assert "eagle_config" not in json.loads((full / "config.json").read_text())
@@ -235,7 +238,7 @@ FAULTS = {
     "width of another target": (setting(target_hidden_size=64), ["target_hidden_size", "64", "32", "another target"]),
     "no head_dim": (without("head_dim"), ["head_dim is missing"]),
     "biased": (setting(attention_bias=True), ["attention_bias is true"]),
-    "normed state": (setting(norm_output=True), ["norm_output is true"]),
+    "residual after the norm": (setting(norm_before_residual=True), ["norm_before_residual is true"]),
     "other activation": (setting(hidden_act="gelu"), ["hidden_act", "silu"]),
     "two layers": (setting(num_hidden_layers=2), ["num_hidden_layers is 2"]),
     "other architecture": (setting(architectures=["LlamaForCausalLM"]), ["architectures", "LlamaForCausalLMEagle3"]),
@@ -260,6 +263,29 @@ FAULTS = {
     "dtype said twice": (setting(torch_dtype="float16"), ["torch_dtype is float16", "float32"]),
     "heads do not divide": (setting(num_key_value_heads=3), ["num_key_value_heads 3"]),
     "fc_norm without weights": (setting(fc_norm=True), ["fc_norm.0.weight", "missing"]),
+    "norm_before_fc without weight": (setting(norm_before_fc=True), ["missing: input_norm.weight"]),
+    "norm_before_fc nested, without weight": (
+        setting(eagle_config={"norm_before_fc": True}),
+        ["missing: input_norm.weight"],
+    ),
+    "norm_before_fc said twice": (
+        setting(eagle_config={"norm_before_fc": False}, norm_before_fc=True),
+        ["eagle_config.norm_before_fc is false and norm_before_fc true", "make them agree"],
+    ),
+    "norm_before_fc no bool": (setting(eagle_config={"norm_before_fc": "no"}), ['eagle_config.norm_before_fc is "no"']),
+    "norm_output no bool": (setting(norm_output=1), ["norm_output is 1, it must be a bool"]),
+    "both kinds of norm before fc": (setting(norm_before_fc=True, fc_norm=True), ["both true", "take one out"]),
+    "weight without norm_before_fc": (
+        tensor("input_norm.weight", lambda t: torch.ones(96)),
+        ["input_norm.weight is there, unknown"],
+    ),
+    "SGLang's old names": (
+        lambda config, tensors: (
+            config.update(use_aux_norm=True),
+            tensors.update({f"aux_norm_{part}.weight": torch.ones(32) for part in ("low", "mid", "high")}),
+        ),
+        ["use_aux_norm is true", "write fc_norm", "aux_norm_mid.weight is there", "call it fc_norm.1.weight"],
+    ),
 }
 
 
@@ -279,6 +305,58 @@ def test_verify_names_the_fault(fault, sound, tmp_path, target_dir):
     save_file(tensors, path / "model.safetensors")
     said = " ".join(verify(path, target_dir).errors)
     assert said and all(word in said for word in words), said
+
+
+def test_what_eagle_3_1_adds_is_written_and_read_back(tmp_path, target_dir):
+    draft = random_draft(norm_output=True, norm_before_fc=True)
+    out = export_draft(draft, tmp_path / "draft", torch.float32)
+    config, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert config["norm_output"] is True and config["norm_before_fc"] is True and "fc_norm" not in config
+    assert tensors["input_norm.weight"].shape == (96,)
+    findings = verify(out, target_dir)
+    assert not findings.errors and not [line for line in findings.warnings if "norm" in line]
+    loaded = load_draft(out, target_config())
+    assert loaded.config == draft.config and torch.equal(loaded.input_norm.weight, draft.input_norm.weight)
+    nested = {k: v for k, v in config.items() if k != "norm_before_fc"} | {"eagle_config": {"norm_before_fc": True}}
+    (out / "config.json").write_text(json.dumps(nested))
+    assert load_draft(out, target_config()).config == draft.config
+
+
+def test_sglangs_old_names_of_fc_norm_are_read(tmp_path):
+    draft = random_draft(fc_norm=True)
+    out = export_draft(draft, tmp_path / "draft", torch.float32)
+    config, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    config["use_aux_norm"] = config.pop("fc_norm")
+    for j, part in enumerate(("low", "mid", "high")):
+        tensors[f"aux_norm_{part}.weight"] = tensors.pop(f"fc_norm.{j}.weight")
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(tensors, out / "model.safetensors")
+    loaded = load_draft(out, target_config())
+    assert loaded.config == draft.config
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(loaded.fc_norm, draft.fc_norm, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "unit", "words"),
+    [
+        ({"norm_output": True}, False, ["trained on the state before the norm", "take norm_output out", "--engine"]),
+        ({"norm_output": True, "trained_by": "fastdraft"}, False, []),
+        ({"norm_output": False}, True, ["without the norm before it", "draft.init_from"]),
+        ({"norm_output": False}, False, []),
+        ({}, True, []),
+    ],
+)
+def test_a_recurrence_that_may_be_another_than_trained_is_warned_of(fields, unit, words, sound, tmp_path, target_dir):
+    path = tmp_path / "draft"
+    path.mkdir()
+    config, tensors = json.loads((sound / "config.json").read_text()), load_file(sound / "model.safetensors")
+    if unit:
+        tensors["norm.weight"].fill_(1.0)
+    (path / "config.json").write_text(json.dumps(config | fields))
+    save_file(tensors, path / "model.safetensors")
+    errors, warnings = verify(path, target_dir)
+    said = [line for line in warnings if line.startswith("norm_output")]
+    assert not errors and len(said) == bool(words) and all(word in said[0] for word in words)
 
 
 @pytest.mark.parametrize("junk", ["x", [], {}, -1, 0.5, True, [[1]], {"a": 1}, 10**30], ids=repr)

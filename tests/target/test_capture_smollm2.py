@@ -11,8 +11,7 @@ from small_runs import losses
 
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
-from fastdraft.offline import capture_features
-from fastdraft.run import load_data
+from fastdraft.run import capture_features, load_data
 from fastdraft.train import train
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"

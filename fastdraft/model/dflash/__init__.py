@@ -38,9 +38,10 @@ def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
 
 
 def build_step(
-    config: Config, draft: DFlashDraft, head: TargetHead, device: torch.device
+    config: Config, draft: DFlashDraft, head: TargetHead, device: torch.device, *_axes: object
 ) -> BlockEngine | BlockReferenceEngine:
-    """The fused engine, or the reference where a config asks for it."""
+    """The fused engine, or the reference where a config asks for it. Each process runs it alone: the axes of a run that
+    divides a step are of one process here, since `check_cut` is not there to let them be of more."""
     refuse_head(head)
     loss, draw = block_loss(config, draft.config), partial(_draw, config.block.anchors, config.seed)
     if config.step == "reference":

@@ -45,7 +45,7 @@ def block_readings(draft: DFlashDraft, num_target_layers: int) -> list[BlockRead
     moved = {default: "the default"}
     moved |= {tuple(x + by for x in c.layers): f"off by one, {'+' if by > 0 else '-'} 1" for by in (-1, 1)}
     for layers, why in moved.items():
-        if layers != c.layers and 0 <= layers[0] and layers[-1] < num_target_layers and len(set(layers)) == len(layers):
+        if layers != c.layers and layers[0] >= 0 and layers[-1] < num_target_layers and len(set(layers)) == len(layers):
             found.append(BlockReading("layer ids", f"outputs of layers {list(layers)} ({why})", layers=layers))
     other = {"fill_in": "shifted", "shifted": "fill_in"}[c.labels]
     says = {"shifted": "slot k drafts the token after the one at its position", "fill_in": "slot k drafts x_{a+k}"}[other]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import Group, TargetHead
+from fastdraft.kernels.rms_norm import MAX_HIDDEN
 from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
 from fastdraft.model.eagle3.draft import Draft
@@ -14,6 +15,7 @@ from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
+from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
 from fastdraft.model.method import Method, StepWeights
 
@@ -21,13 +23,27 @@ if TYPE_CHECKING:
     from fastdraft.config import Config
 
 
-def build_step(config: Config, draft: Draft, head: TargetHead, device: torch.device) -> GraphEngine | ReferenceEngine:
-    """The fused engine, or the reference where a config asks for it."""
+def build_step(
+    config: Config,
+    draft: Draft,
+    head: TargetHead,
+    device: torch.device,
+    tensor: Group | None = None,
+    sequence: Group | None = None,
+) -> GraphEngine | ReferenceEngine:
+    """The fused step, or the reference where a config asks for it; that one knows of no other process. ValueError: a norm
+    is too wide for its kernel."""
+    width = 3 * draft.config.target_hidden_size
+    if draft.config.norm_before_fc and width > MAX_HIDDEN and device.type == "cuda" and config.step != "reference":
+        raise ValueError(
+            f"norm_before_fc is one norm of {width} numbers, its kernel holds {MAX_HIDDEN}; take fc_norm, whose norms are "
+            "narrower, or set step=reference"
+        )
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
     if config.step == "reference":
         return ReferenceEngine(*args)
-    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8")
+    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
 
 
 def step_weights(config: Config, shape: DraftConfig) -> StepWeights:
@@ -58,4 +74,7 @@ METHOD = Method(
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},
+    part=part,
+    cut=cut_draft,
+    check_cut=check_cut,
 )

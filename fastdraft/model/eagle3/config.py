@@ -41,9 +41,7 @@ TRAINED_AS: dict[str, Any] = {
     "qkv_bias": False,
     "mlp_bias": False,
     "bias": False,
-    "norm_output": False,
     "norm_before_residual": False,
-    "norm_before_fc": False,
     "logit_scale": 1.0,
     "quantization_config": None,
 }
@@ -62,7 +60,7 @@ SERVING_TYPES: dict[type, tuple[str, ...]] = {
         "max_position_embeddings",
     ),
     float: ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range"),
-    bool: ("fc_norm",),
+    bool: ("fc_norm", "use_aux_norm", "norm_before_fc", "norm_output"),
     str: ("dtype", "torch_dtype"),
     dict: ("rope_parameters", "rope_scaling", "eagle_config"),
     list: (LAYER_IDS, "layer_types"),
@@ -98,6 +96,8 @@ class DraftConfig(BaseModel):
     max_position_embeddings: int = Field(gt=0)
     initializer_range: float = Field(0.02, gt=0)
     fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
@@ -114,6 +114,11 @@ class DraftConfig(BaseModel):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError(
+                "fc_norm (a norm for each of the three states) and norm_before_fc (one norm for all) are both true; "
+                "a draft has one of them: take one out"
             )
         rotary_dim = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
         if rotary_dim % 2 or rotary_dim == 0:
@@ -134,12 +139,17 @@ class DraftConfig(BaseModel):
     def uses_default_layers(self) -> bool:
         return self.layers == default_layers(self.num_target_layers)
 
+    @property
+    def feature_norms(self) -> int:
+        """How many norms share the 3 Ht numbers that fc reads."""
+        return 3 if self.fc_norm else int(self.norm_before_fc)
+
     def num_parameters(self) -> dict[str, int]:
         """How many are trained, and how many the frozen embedding has."""
         h, ht, inter = self.hidden_size, self.target_hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         layer = 2 * h * (q + 2 * kv) + q * h + 3 * h * inter  # attention, MLP
-        norms = 4 * h + (3 * ht if self.fc_norm else 0)
+        norms = 4 * h + (3 * ht if self.feature_norms else 0)
         return {"trainable": 3 * ht * h + layer + norms + self.draft_vocab_size * h, "embedding": self.vocab_size * h}
 
     @classmethod
@@ -252,8 +262,9 @@ class DraftConfig(BaseModel):
             config["partial_rotary_factor"] = rope["partial_rotary_factor"]
         if self.hidden_size != self.target_hidden_size:
             config["target_hidden_size"] = self.target_hidden_size
-        if self.fc_norm:
-            config["fc_norm"] = True
+        config |= {key: True for key in ("fc_norm", "norm_before_fc", "norm_output") if getattr(self, key)}
+        if self.norm_output:
+            config["trained_by"] = "fastdraft"  # the flag has meant two things: `recurrence_notes` in serving.py
         if not self.uses_default_layers:
             config["eagle_config"] = {LAYER_IDS: list(self.layers)}
             config[LAYER_IDS] = [layer + 1 for layer in self.layers]
@@ -298,7 +309,9 @@ class DraftConfig(BaseModel):
                 "layers": serving_layers(config, num_target_layers),
                 "rope_parameters": serving_rope(config),
                 "initializer_range": config.get("initializer_range") or 0.02,
-                "fc_norm": config.get("fc_norm") or False,
+                "fc_norm": config.get("fc_norm") or config.get("use_aux_norm") or False,
+                "norm_before_fc": serving_norm_before_fc(config),
+                "norm_output": config.get("norm_output") or False,
                 "bos_token_id": config.get("bos_token_id"),
                 "eos_token_id": config.get("eos_token_id"),
             },
@@ -344,6 +357,9 @@ def serving_malformed(config: dict[str, Any]) -> list[str]:
                 wanted = f"{kind.__name__} above 0" if kind in (int, float) else kind.__name__
                 said.append(f"{key} is {json.dumps(value)}, it must be a {wanted}.")
     if not said:
+        nested = (config.get("eagle_config") or {}).get("norm_before_fc")
+        if nested is not None and type(nested) is not bool:
+            said.append(f"eagle_config.norm_before_fc is {json.dumps(nested)}, it must be a bool.")
         nested = (config.get("eagle_config") or {}).get(LAYER_IDS)
         for key, ids in ((LAYER_IDS, config.get(LAYER_IDS)), (f"eagle_config.{LAYER_IDS}", nested)):
             if ids is not None and (type(ids) is not list or any(type(x) is not int for x in ids) or len(ids) != 3):
@@ -369,6 +385,12 @@ def serving_problems(
             said.append(f"{key} is {json.dumps(value)}, a draft this trainer neither trains nor exports; {remedy}.")
     if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
         said.append("eagle_config.use_aux_hidden_state is false, so three target layers are not read; it must be true.")
+    nested, top = (config.get("eagle_config") or {}).get("norm_before_fc"), config.get("norm_before_fc")
+    if nested is not None and top is not None and nested != top:
+        said.append(
+            f"eagle_config.norm_before_fc is {json.dumps(nested)} and norm_before_fc {json.dumps(top)}; both engines read "
+            "the first: make them agree."
+        )
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         said.append(f"layer_types is {config['layer_types']!r}; the draft attends to everything, leave it out.")
     try:
@@ -416,6 +438,12 @@ def serving_layers(config: dict[str, Any], num_target_layers: int) -> tuple[int,
     return sglang
 
 
+def serving_norm_before_fc(config: dict[str, Any]) -> bool:
+    """Both engines look into eagle_config first."""
+    nested = (config.get("eagle_config") or {}).get("norm_before_fc")
+    return bool(config.get("norm_before_fc") if nested is None else nested)
+
+
 def serving_rope(config: dict[str, Any]) -> dict[str, Any]:
     """The draft's RoPE. Raises ValueError when it is missing or its two spellings, where both are there, differ."""
     beside = ("rope_theta", "partial_rotary_factor")
@@ -455,6 +483,8 @@ def init_config(target_dir: Path | str) -> str:
         "draft_vocab_size": f"most frequent target tokens the draft can propose, at most {c.vocab_size}",
         "layers": f"target layers whose outputs the draft reads, from 0, ascending, at most {c.num_target_layers - 2}",
         "fc_norm": "normalise each of the three states before fc (EAGLE-3.1)",
+        "norm_before_fc": "normalise the three states as one before fc (gpt-oss drafts); not together with fc_norm",
+        "norm_output": "feed the state after the final norm to the next step (EAGLE-3.1)",
         "rms_norm_eps": "",
         "rope_parameters": "of the target; for several by layer type, that of full attention",
         "max_position_embeddings": "longest context served; SGLang refuses longer ones, vLLM stops drafting",

@@ -34,6 +34,8 @@ def _reference_step(c: DraftConfig, n: int, length: int, steps: int, b: int, row
     per_token = 0
     for i in range(steps):
         norms = 6 * h * b + 3 * h * w  # four norms' inputs and outputs; in fp32 the layer's output serves two of them
+        if c.norm_output and i < steps - 1:
+            norms += h * (b + w)  # the normed state that the next step reads, and what its own backward reads
         concat = 2 * h * b
         mlp = 4 * inner * b
         keys = (2 * (i + 1) + i) * e * b  # K^0..K^i and V^0..V^i for every query head, and einsum's copy of K^1..K^i
@@ -61,7 +63,7 @@ def _reference_flops(c: DraftConfig, length: int, steps: int) -> int:
     forward = sum(layer + c.hidden_size * c.draft_vocab_size + 2 * e * (length + i) for i in range(steps))
     fc = 3 * c.target_hidden_size * c.hidden_size
     teacher = c.target_hidden_size * c.vocab_size
-    fc_backward = 2 * fc if c.fc_norm else fc  # without norms before it, nothing needs the gradient of g
+    fc_backward = 2 * fc if c.feature_norms else fc  # without norms before it, nothing needs the gradient of g
     return 2 * (3 * forward + fc + fc_backward + teacher)
 
 
@@ -111,7 +113,7 @@ def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool) -> 
     qkv, mlp = h * (e + 2 * kv), 3 * h * c.intermediate_size
     products = attention = 0
     for size, count in ((length, n // length), (n % length, 1)):
-        products += count * size * (3 * ht * h * (2 + c.fc_norm) + 3 * 2 * h * 2 * kv)
+        products += count * size * (3 * ht * h * (2 + bool(c.feature_norms)) + 3 * 2 * h * 2 * kv)
         products += count * max(size - 2, 0) * (ht * c.vocab_size + 3 * qkv)
         for i in range(steps):
             rows = max(size - 2 - i, 0)  # x_{t+2+i} exists

@@ -1,7 +1,7 @@
 """The EAGLE-3 draft: one Llama decoder layer whose attention reads cat(embedding, hidden).
 
 Parameter names are the serving engines' names, so the state dict is the checkpoint. The module offers the layer's
-pieces (combine, qkv, finish, logits); the TTT reference, the engine and the decoder put attention between them.
+pieces (combine, qkv, finish, fed_back, logits); the TTT reference, the engine and the decoder put attention between them.
 
 # n rows, H draft hidden, Ht target hidden, V target vocabulary, Vd draft vocabulary, Hq/Hkv heads, D head dim, I MLP width
 """
@@ -71,6 +71,8 @@ class Draft(nn.Module):
         self.fc = nn.Linear(3 * c.target_hidden_size, c.hidden_size, bias=False)
         if c.fc_norm:
             self.fc_norm = nn.ModuleList([RMSNorm(c.target_hidden_size, c.rms_norm_eps) for _ in range(3)])
+        if c.norm_before_fc:
+            self.input_norm = RMSNorm(3 * c.target_hidden_size, c.rms_norm_eps)
         self.midlayer = MidLayer(c)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.draft_vocab_size, bias=False)
@@ -173,6 +175,8 @@ class Draft(nn.Module):
     ) -> Tensor:  # [n, H] h^0
         if self.config.fc_norm:
             g = torch.cat([norm(part) for norm, part in zip(self.fc_norm, g.chunk(3, -1), strict=True)], -1)
+        if self.config.norm_before_fc:
+            g = self.input_norm(g)
         return self.fc(g)
 
     def qkv(
@@ -194,10 +198,17 @@ class Draft(nn.Module):
         self,
         h: Tensor,  # [n, H] the hidden read
         attention: Tensor,  # [n, Hq, D]
-    ) -> Tensor:  # [n, H] the layer's output, before the final norm: the next step's hidden
+    ) -> Tensor:  # [n, H] y, the layer's output, before the final norm
         m = self.midlayer
         h = h + m.self_attn.o_proj(attention.flatten(-2))
         return h + m.mlp(m.post_attention_layernorm(h))
+
+    def fed_back(
+        self,
+        y: Tensor,  # [n, H] output of `finish`
+    ) -> Tensor:  # [n, H] what the next step reads as its hidden state
+        """y itself, or with `norm_output` (EAGLE-3.1, arXiv 2605.09992) what lm_head reads of it."""
+        return self.norm(y) if self.config.norm_output else y
 
     def logits(
         self,

@@ -30,6 +30,7 @@ GIVEN = (  # of a case's config
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
     *("draft_vocab_size", "rms_norm_eps", "rope_parameters", "fc_norm"),
 )
+OPTIONAL = ("norm_output",)  # that cases made before it do not name
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def load_golden(path: Path) -> Golden:
         raise ValueError(f"{path} is not a readable golden case: {error}") from error
     config = DraftConfig(
         **{name: c[name] for name in GIVEN},
+        **{name: c[name] for name in OPTIONAL if name in c},
         target_hidden_size=c["hidden_size"],
         num_target_layers=8,
         layers=(1, 3, 4),

@@ -40,8 +40,11 @@ def chunk_buffers(
     table |= {name: (rows, (columns,), dtype) for name, columns in stacked.items()}
     table |= {name: (rows, (), stats) for name in ("r_n2", "r_hn")}
 
-    # One step's rows: what a branch of the layer adds to the residual stream, and the gradient of a norm's output.
+    # One step's rows: what a branch of the layer adds to the residual stream, the gradient of a norm's output, and with
+    # norm_output the normed state that the step reads.
     table |= {name: (chunk_rows, (h,), dtype) for name in ("branch", "dn")}
+    if c.norm_output:
+        table |= {"fed": (chunk_rows, (h,), dtype), "r_fed": (chunk_rows, (), stats)}
 
     # The tokens that the chunk's rows read: their normed embedding, its half of QKV, and the gradients of both.
     table |= {"e": (tokens, (h,), dtype), "r_e": (tokens, (), stats), "d_e": (tokens, (h,), dtype)}
@@ -68,19 +71,28 @@ def chunk_buffers(
     block = 2 * chunk_rows
     table |= {"pack.x": (block, (2 * h,), dtype), "pack.dx": (block, (2 * h,), dtype)}
     table |= {"pack.kv": (block, (kv_width,), dtype), "pack.r": (2 * block, (), stats)}
-    if c.fc_norm:
+    if k := c.feature_norms:
+        width = 3 * ht // k
         table |= {name: (block, (3 * ht,), dtype) for name in ("pack.g", "pack.dg")}
-        table |= {"pack.r_g": (3 * block, (), stats)}
-        table |= {"pack.partial": (rms_norm_partials(ht, torch.device(device)), (ht,), stats)}
+        table |= {"pack.r_g": (k * block, (), stats)}
+        table |= {"pack.partial": (rms_norm_partials(width, torch.device(device)), (width,), stats)}
 
     # Partial sums of a norm's weight gradient, one row for each program of the kernel.
     return table | {"partial": (rms_norm_partials(h, torch.device(device)), (h,), stats)}
 
 
-def pack_buffers(c: DraftConfig, tokens: int, dtype: torch.dtype) -> Table:
-    """What a step keeps for every token besides the features."""
+def pack_buffers(
+    c: DraftConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    sequence: int = 1,  # processes that share the tokens
+) -> Table:
+    """What a step keeps for every token besides the features. Every process has all keys, values and their gradients."""
     stats, kv = torch.promote_types(dtype, torch.float32), (c.num_key_value_heads, c.head_dim)
-    table: Table = {name: (tokens, (c.hidden_size,), dtype) for name in ("h0", "dh0")}
+    own = tokens if sequence == 1 else 2 * -(-tokens // (2 * sequence))
+    table: Table = {name: (own, (c.hidden_size,), dtype) for name in ("h0", "dh0")}
+    if sequence > 1:
+        table |= {"own_kv": (own, (2 * kv[0], kv[1]), dtype)}
     table |= {name: (tokens, kv, dtype) for name in ("k0", "v0")}
     return table | {name: (tokens, kv, stats) for name in ("dk0", "dv0")}
 

@@ -4,8 +4,8 @@ With the target having run x_0 .. x_{n-1} and t = n-1, a round
 
     extends  K^0_s, V^0_s to the new positions s <= t from the target's own g_s and the token x_{s+1};
     drafts   step i = 0 .. num_steps-1, which reads the token drafted last (x_{t+1} at step 0) and h^i = y^{i-1}
-             (h^0 = fc(g_t)), has RoPE position t + i, and attends to K^0_s for s <= t and to its own branch's K^1 .. K^i
-             (docs/mathematics.md).
+             (norm(y^{i-1}) with norm_output; h^0 = fc(g_t)), has RoPE position t + i, and attends to K^0_s for s <= t
+             and to its own branch's K^1 .. K^i (docs/mathematics.md).
 
 The K^i of a round's proposals are thrown away after it. A chain takes the best token of each step or draws one. A tree
 grows as SGLang grows it: each step takes the eagle_topk best children of each of the eagle_topk best nodes of the step
@@ -50,12 +50,12 @@ class DraftState:
     def step(
         self,
         token_ids: Tensor,  # [r] int64, the tokens drafted last
-        h: Tensor,  # [r, H] their y of the step before
+        y: Tensor,  # [r, H] of the step before
         i: int,
         sees: Tensor | None = None,  # [r, proposals, these rows included] bool: its own branch; None: all (a chain)
     ) -> Tensor:  # [r, H] y^i
         """Draft step i >= 1 at position t = length - 1."""
-        positions = torch.full_like(token_ids, self.length - 1 + i)
+        h, positions = self.draft.fed_back(y), torch.full_like(token_ids, self.length - 1 + i)
         return self.draft.finish(h, self._attend(self._append(self._end, token_ids, h, positions), sees))
 
     def propose(

@@ -3,7 +3,8 @@
 Step i = 0 .. T-1 at token t of a document with tokens x_0 .. x_{L-1}:
 
     token read      x_{t+1+i}
-    hidden read     h^0_t = fc(g_t),  h^i_t = y^{i-1}_t  (the layer's output before the final norm)
+    hidden read     h^0_t = fc(g_t),  h^i_t = y^{i-1}_t  (the layer's output before the final norm),
+                    with norm_output h^i_t = norm(y^{i-1}_t)
     RoPE position   t + i
     attention       query (t, i) sees K^0_s, V^0_s for s <= t, and K^j_t, V^j_t for 1 <= j <= i
     student         Q = softmax(lm_head(norm(y^i_t)))            over the draft vocabulary
@@ -11,7 +12,7 @@ Step i = 0 .. T-1 at token t of a document with tokens x_0 .. x_{L-1}:
     live            x_{u+1} exists in the document, loss_mask[u+1] = 1, argmax P is a draft-vocabulary token
 
 Runs in any dtype; float64 is the truth. Memory is O(T * N * V): for tests and small drafts.
-Source: EAGLE-3 (arXiv 2503.01840), section 3.
+Sources: EAGLE-3 (arXiv 2503.01840), section 3; norm_output: EAGLE-3.1 (arXiv 2605.09992).
 
 # N packed tokens, H heads (Hq query, Hkv key/value), D head dim, T TTT steps
 """
@@ -50,12 +51,13 @@ def ttt_ref(
         q, k, v = draft.qkv(batch.input_ids[u.minimum(last)], h, batch.positions + i)
         keys.append(k)
         values.append(v)
-        h = draft.finish(h, attention_ref(q, keys, values, batch.lengths))
+        y = draft.finish(h, attention_ref(q, keys, values, batch.lengths))
+        h = draft.fed_back(y)
 
         masked_in = (u + 1 <= last) & batch.loss_mask[(u + 1).minimum(last)]
         rows = teacher.at(u.minimum(last))
         live = masked_in & rows.in_draft
-        loss, alpha, hit = row_losses_ref(draft.logits(h), rows, kind, lk_scale, lk_decay)
+        loss, alpha, hit = row_losses_ref(draft.logits(y), rows, kind, lk_scale, lk_decay)
         steps.append((loss.where(live, 0.0), alpha.where(live, 0.0), hit & masked_in, live, masked_in))
     return Rows(*(torch.stack(x) for x in zip(*steps, strict=True)))
 

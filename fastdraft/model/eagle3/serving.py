@@ -25,6 +25,7 @@ from fastdraft.model.eagle3.config import (
     DraftConfig,
     serving_layers,
     serving_malformed,
+    serving_norm_before_fc,
     serving_problems,
     serving_rope,
 )
@@ -70,6 +71,9 @@ MAPS = {
     "d2t": "engines would take draft ids for target ids",
     "t2d": "engines read d2t alone, but without it nothing tells whether that is the map of these weights; write it",
 }
+
+
+OLD_NAMES = {f"aux_norm_{part}.weight": f"fc_norm.{j}.weight" for j, part in enumerate(("low", "mid", "high"))}  # SGLang's
 
 
 def serving_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
@@ -146,7 +150,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> D
     config = read_json(path / CONFIG)
     try:
         c = _config_for(config, target)
-        tensors = _with_t2d(_load_weights(path), c)
+        tensors = _with_t2d({OLD_NAMES.get(name, name): t for name, t in _load_weights(path).items()}, c)
         problems = _tensor_problems(tensors, c, lenient=True)
         if problems := problems or _map_problems(tensors.get("d2t"), tensors["t2d"], c):
             raise ValueError(" ".join(problems))
@@ -256,6 +260,7 @@ def _tensor_problems(tensors: dict[str, Tensor], c: DraftConfig, lenient: bool) 
         why = {
             "d2t": "draft_vocab_size equals vocab_size, where vLLM fails on it; leave it out",
             "embed_tokens.weight": "hidden_size is the target's, whose embedding SGLang takes instead; leave it out",
+            **{old: f"SGLang's old name, which vLLM does not know; call it {new}" for old, new in OLD_NAMES.items()},
         }.get(name, "unknown: SGLang ignores it and vLLM fails on it; leave it out")
         problems.append(f"{name} is there, {why}.")
     floats: dict[torch.dtype, str] = {}
@@ -307,6 +312,7 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
     except ValueError as error:
         return Findings([*errors, f"Tensors were not compared with config.json: {str(error).rstrip('.')}."], warnings)
     errors += _tensor_problems(tensors, c, lenient=False)
+    warnings += recurrence_notes(config, tensors.get("norm.weight"))
     if _map_is_whole(tensors, c):
         errors += _map_problems(tensors["d2t"] if c.draft_vocab_size < c.vocab_size else None, tensors["t2d"], c)
     return Findings(errors + _dtype_problems(tensors, config, target), warnings)
@@ -316,6 +322,8 @@ def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """What config.json lacks, says twice in different ways, or says of another target."""
     said = [f"{key} is missing; write it, engines guess otherwise." for key in MANDATORY if config.get(key) is None]
     said += serving_problems(config, facts["num_hidden_layers"], facts["hidden_size"], facts["vocab_size"])
+    if config.get("use_aux_norm"):
+        said.append("use_aux_norm is true, SGLang's old name, which vLLM does not know; write fc_norm instead.")
     if "rope_theta" not in (config.get("rope_parameters") or {"rope_theta": None}):
         said.append("rope_parameters has no rope_theta; write it there too, it is read before the one beside it.")
     longest, needed = config.get("max_position_embeddings"), facts["max_position_embeddings"]
@@ -346,12 +354,40 @@ def _notes(config: dict[str, Any], target: dict[str, Any]) -> list[str]:
     return notes
 
 
+def recurrence_notes(
+    config: dict[str, Any],
+    norm: Tensor | None,  # [H] norm.weight
+) -> list[str]:
+    """Warnings where a draft may have been trained with another recurrence than engines will run.
+
+    SpecForge read norm_output from 2026-05-27 to 2026-09-15 (pull requests 568 and 879) as whether lm_head reads through
+    the norm. With true, its default, it fed back the state before the norm; with false it trained no norm at all.
+    """
+    if config.get("trained_by") == "fastdraft":
+        return []
+    then = "SpecForge of 2026-05-27 to 2026-09-15"
+    if config.get("norm_output") is True:
+        return [
+            f"norm_output is true, so the state after the final norm goes to the next step. {then} wrote it for drafts "
+            "that were trained on the state before the norm: if this is one of them, take norm_output out and it is served "
+            "as trained. `fastdraft check` with --engine tells which of the two it was trained for."
+        ]
+    if config.get("norm_output") is False and norm is not None and bool((norm == 1).all()):
+        return [
+            f"norm_output is false and norm.weight is all 1: {then} wrote that for drafts whose lm_head was trained "
+            "without the norm before it, which no engine serves. If this is one of them, train it on with draft.init_from."
+        ]
+    return []
+
+
 def _shape_only(config: dict[str, Any]) -> DraftConfig:
     """The sizes in config.json, whatever the rest of it says. Raises ValueError when they are missing or do not fit."""
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     fields = {key: config.get(key) for key in (*sizes, "draft_vocab_size", "rms_norm_eps", "max_position_embeddings")}
     plain = {"architectures": [ARCHITECTURE], "rope_parameters": {"rope_theta": 1e4}}
-    rest = {key: config[key] for key in ("target_hidden_size", "fc_norm") if config.get(key) is not None}
+    read = ("target_hidden_size", "fc_norm", "use_aux_norm")
+    rest = {key: config[key] for key in read if config.get(key) is not None}
+    rest["norm_before_fc"] = serving_norm_before_fc(config)
     return DraftConfig.from_serving(fields | plain | rest, num_target_layers=7)
 
 

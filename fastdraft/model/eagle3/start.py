@@ -14,6 +14,9 @@ import numpy as np
 from fastdraft.batch import Ends
 from fastdraft.data.vocab import build_vocab_map, coverage, read_vocab_mapping
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.serving import recurrence_notes
+from fastdraft.model.method import CONFIG
+from fastdraft.model.target_config import read_json
 
 if TYPE_CHECKING:
     from fastdraft.config import DraftSection
@@ -44,6 +47,9 @@ def fit(
             if target.final_norm is None:
                 raise ValueError("the target has no final RMSNorm to start from; set draft.init=random")
             draft.start_from_target(target.head.weight, target.final_norm)
+    else:
+        notes = recurrence_notes(read_json(Path(settings.init_from) / CONFIG), draft.norm.weight)
+        messages += [f"warning: draft.init_from: {note}" for note in notes]
     if settings.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
         draft.set_embedding(target.embedding.float().cpu())
     return messages

@@ -164,7 +164,7 @@ def test_serving_round_trip_and_refusals():
         ValueError, match=r"target_hidden_size .* is 4096, the target's is 5120; the draft was made for another target"
     ):
         DraftConfig.from_serving(served, 32, 5120)
-    for key in ("norm_output", "attention_bias", "tie_word_embeddings", "norm_before_residual"):
+    for key in ("attention_bias", "tie_word_embeddings", "norm_before_residual"):
         with pytest.raises(ValueError, match=f"{key} is true"):
             DraftConfig.from_serving(served | {key: True}, 32)
     with pytest.raises(ValueError, match="architectures"):
@@ -179,7 +179,14 @@ def test_older_checkpoints_with_one_rope_spelling_and_no_head_dim_are_read():
     assert DraftConfig.from_serving(old, 32) == DraftConfig.from_target(LLAMA)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"fc_norm": True, "hidden_size": 24, "draft_vocab_size": 100, "head_dim": 10}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"fc_norm": True, "hidden_size": 24, "draft_vocab_size": 100, "head_dim": 10},
+        {"norm_before_fc": True, "norm_output": True, "hidden_size": 24},
+    ],
+)
 def test_parameter_counts_are_the_modules(overrides):
     small = {
         "hidden_size": 32,

@@ -21,8 +21,10 @@ from tiny import draft_shape
 
 from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.config import Config, parse_config
 from fastdraft.kernels import matmul
 from fastdraft.model.buffers import flat_gradients, table_bytes
+from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3 import engine as ttt
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
@@ -36,6 +38,9 @@ DRAFTS = {
     "mha": {},
     "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
     "fc_norm": {"fc_norm": True, "num_key_value_heads": 1},
+    "norm_output": {"norm_output": True, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
+    "norm_output, fc_norm": {"norm_output": True, "fc_norm": True, "hidden_size": 20, "head_dim": 8},
+    "norm_output, norm_before_fc": {"norm_output": True, "norm_before_fc": True, "num_key_value_heads": 1},
     "wider": {"hidden_size": 20, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "head_dim": 8},
     "full_vocabulary": {"draft_vocab_size": V},
 }
@@ -96,6 +101,31 @@ def assert_same(ours, theirs, tolerance=1e-12):
     assert grads.keys() == law_grads.keys()
     for name, (got, law) in (pairs | {name: (grads[name], law_grads[name]) for name in grads}).items():
         assert float((got - law).abs().max()) <= tolerance * max(float(law.abs().max()), 1e-3), name
+
+
+def test_the_fed_back_norm_is_paid_for_where_it_is_trained_alone(monkeypatch):
+    """Three passes more a step from the second on: forward, again for the backward, backward. No buffer of [R, H]."""
+    passes = []
+    for name in ("rms_norm", "rms_norm_backward"):
+        kernel = getattr(ttt, name)
+        monkeypatch.setattr(ttt, name, lambda *args, k=kernel, **more: (passes.append(k), k(*args, **more)))
+    counts, sizes = [], []
+    for fed in (False, True):
+        passes.clear()
+        draft, (batch, features, head) = make_draft(norm_output=fed), make_inputs()
+        ttt_engine_step(draft, batch, features, head, decay(7), chunk_rows=4096)
+        counts.append(len(passes))
+        sizes.append(table_bytes(chunk_buffers(draft.config, 64, 7, torch.float32, torch.float32, "cuda")))
+    assert counts[1] - counts[0] == 3 * 6
+    assert sizes[1] - sizes[0] == 64 * (12 + 1) * 4
+
+
+def test_a_norm_before_fc_wider_than_its_kernel_is_refused_before_the_first_step():
+    with torch.device("meta"):
+        draft = Draft(draft_shape(norm_before_fc=True, target_hidden_size=8192))
+    config = parse_config({"target": {"path": "t"}, "data": {"paths": ["d"]}, "run_dir": "r"}, Config)
+    with pytest.raises(ValueError, match="one norm of 24576 numbers, its kernel holds 16384; take fc_norm"):
+        METHOD.build_step(config, draft, None, torch.device("cuda"))
 
 
 # --- exactness -----------------------------------------------------------------------------------------------------------
@@ -244,10 +274,11 @@ def fp8_case(**changes):
     return draft.bfloat16(), batch, features, head, decay(7).float()
 
 
+@pytest.mark.parametrize("norm_output", [False, True])
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
-def test_a_step_in_fp8_is_near_that_in_bf16(kind):
+def test_a_step_in_fp8_is_near_that_in_bf16(kind, norm_output):
     """Chunks of 48 chains and of all; a fresh draft: the better a draft fits, the less of its gradient is left to see."""
-    case = fp8_case()
+    case = fp8_case(norm_output=norm_output)
     rows, grads = ttt_engine_step(*case, kind)
     for chunk_rows in (48, None):
         fp8_rows, fp8_grads = ttt_engine_step(*case, kind, chunk_rows=chunk_rows, fp8=True)

@@ -23,6 +23,8 @@ SHAPES = {
     "plain": {},
     "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
     "fc_norm": {"fc_norm": True, "num_key_value_heads": 1},
+    "norm_output": {"norm_output": True, "fc_norm": True},
+    "norm_before_fc": {"norm_before_fc": True, "norm_output": True, "num_key_value_heads": 1},
     "wider_partial_rope": {
         "hidden_size": 20,
         "head_dim": 8,
@@ -91,6 +93,8 @@ def naive_document(draft: Draft, batch: Batch, features: Features, head: TargetH
     def combine(g: Tensor) -> Tensor:
         if c.fc_norm:
             g = torch.cat([rms(g[k * HT : (k + 1) * HT], w[f"fc_norm.{k}.weight"]) for k in range(3)])
+        if c.norm_before_fc:
+            g = rms(g, w["input_norm.weight"])
         return w["fc.weight"] @ g
 
     teacher = []
@@ -122,7 +126,7 @@ def naive_document(draft: Draft, batch: Batch, features: Features, head: TargetH
             n = rms(y, w["midlayer.post_attention_layernorm.weight"])
             gate, up = w["midlayer.mlp.gate_proj.weight"] @ n, w["midlayer.mlp.up_proj.weight"] @ n
             y = y + w["midlayer.mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
-            hidden[t] = y
+            hidden[t] = rms(y, w["norm.weight"]) if c.norm_output else y
             student = torch.softmax(w["lm_head.weight"] @ rms(y, w["norm.weight"]), 0)
             u = t + 1 + i
             masked_in = u + 1 < length and mask[u + 1]

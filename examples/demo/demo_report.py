@@ -1,4 +1,4 @@
-"""What a finished run has to show: summary.json, a closing table, report.png of its curves; and data.png of its data.
+"""What the demo has to show at its end: summary.json, a closing table, and report.png of its run's curves.
 
 The summary is one flat dict. Needed:
     accepted_length            tokens per verifying target forward in real decoding, with the trained draft
@@ -20,7 +20,6 @@ Every other number of a run is in metrics.jsonl and TensorBoard.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from datetime import timedelta
@@ -28,14 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastdraft.data.statistics import Statistics
+from fastdraft.data.picture import STYLE, panels, save
 from fastdraft.files import write_file
 from fastdraft.metrics import read_metrics
 
@@ -48,7 +45,6 @@ REQUIRED = (
     "seconds_total",
     "export_dir",
 )
-STYLE = {"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False}
 FORWARD_COLORS = ("cyan", "yellow")  # of neighbouring forwards' tokens in the decoded sample
 
 
@@ -68,30 +64,11 @@ def write_report(run_dir: Path | str, summary: dict[str, Any]) -> Path:
     _check(summary)
     records = read_metrics(run_dir)
     with matplotlib.rc_context(STYLE):
-        figure, (loss, acceptance, depth) = _panels("Loss", "Acceptance by TTT step", "The final draft, depth by depth")
+        figure, (loss, acceptance, depth) = panels("Loss", "Acceptance by TTT step", "The final draft, depth by depth")
         _draw_loss(loss, records)
         _draw_acceptance(acceptance, records)
         _draw_depths(depth, summary)
-        return _save(figure, Path(run_dir) / "report.png")
-
-
-def write_data_report(folder: Path | str, numbers: Statistics, draft_vocab_size: int) -> Path:
-    """Draws folder/data.png: lengths, trained share, and how much a draft vocabulary of each size holds."""
-    with matplotlib.rc_context(STYLE):
-        figure, (lengths, share, coverage) = _panels(
-            "Length of the samples", "Trained share of the samples", "Trained tokens in the vocabulary map"
-        )
-        lengths.hist(numbers.lengths, bins=np.geomspace(numbers.lengths.min(), numbers.lengths.max() + 1, 41))
-        lengths.set(xlabel="tokens", ylabel="samples", xscale="log")
-        share.hist(numbers.trained / numbers.lengths, bins=np.linspace(0, 1, 41))
-        share.set(xlabel="trained tokens (share)", ylabel="samples")
-        held = np.cumsum(np.sort(numbers.counts)[::-1]) / numbers.counts.sum()
-        coverage.plot(np.arange(1, len(held) + 1), held)
-        for size, covered in numbers.coverage(draft_vocab_size).items():
-            coverage.plot([size], [covered], "o", label=f"{size:,}: {covered:.2%}")
-        coverage.set(xlabel="draft vocabulary (tokens)", ylabel="coverage (share)", xscale="log", ylim=(0, 1.03))
-        coverage.legend(loc="lower right")
-        return _save(figure, Path(folder) / "data.png")
+        return save(figure, Path(run_dir) / "report.png")
 
 
 def render_summary(summary: dict[str, Any], console: Console) -> None:
@@ -159,22 +136,6 @@ def _jsonable(value: Any) -> Any:
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------
-
-
-def _panels(*titles: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6 * len(titles), 4), dpi=130, layout="constrained")
-    panels = figure.subplots(1, len(titles))
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title)
-    return figure, panels
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """The picture, whole or not at all."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    write_file(path, out.getvalue())
-    return path
 
 
 def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -1,16 +1,15 @@
-"""summary.json, report.png and the closing table."""
+"""The demo's summary.json, report.png and the closing table."""
 
 import io
 import json
 import math
 from pathlib import Path
 
+import demo_report
 import pytest
+from demo_report import REQUIRED, _kept, _smooth, render_summary, write_report, write_summary
 from matplotlib.image import imread
 from rich.console import Console
-
-from fastdraft import report
-from fastdraft.report import REQUIRED, _kept, _smooth, render_summary, write_report, write_summary
 
 NEEDED = {
     "accepted_length": 2.314,
@@ -73,14 +72,14 @@ def test_missing_keys_are_named_everywhere(tmp_path, missing):
 def axes_of(tmp_path, monkeypatch, summary):
     """Writes the report; its three panels as they were drawn."""
     kept = []
-    panels = report._panels
+    panels = demo_report.panels
 
     def keep(*titles):
         figure, axes = panels(*titles)
         kept.extend(axes)
         return figure, axes
 
-    monkeypatch.setattr(report, "_panels", keep)
+    monkeypatch.setattr(demo_report, "panels", keep)
     path = write_report(tmp_path, summary)
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".jsonl"] == ["report.png"] == [path.name]
     pixels = imread(path)
@@ -103,7 +102,7 @@ def test_a_full_report_shows_the_runs_own_numbers(tmp_path, monkeypatch):
 
 
 def test_the_sample_tells_one_forward_from_the_next():
-    text = report._sample(OPTIONAL["decode_sample"])
+    text = demo_report._sample(OPTIONAL["decode_sample"])
     assert text.plain == "Decoded text: 4 tokens in 3 target forwards\nSay <hi> & bye\nThe cat sat</div>"
     prompt, first, second, same, third = (span.style for span in text.spans)
     assert prompt == "dim" and first == third != second == same

@@ -1,0 +1,225 @@
+"""What ends one process ends all of them, in time, with a sentence; and the run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_runs import at_step, by_ranks, losses, start_ranks
+
+from fastdraft import checkpoint, cli
+from fastdraft import train as training
+from fastdraft.checkpoint import list_checkpoints
+from fastdraft.dist import mesh
+from fastdraft.model.precision import DTYPES
+from fastdraft.train import train
+
+HOST = platform.node()
+DEATHS = int(os.environ.get("FASTDRAFT_DEATHS", "4"))  # at random moments; those after the fourth are over 4 processes
+
+
+def said_by(folder: Path, rank: int) -> str:
+    """The red lines of a rank's standard error, without what ended them."""
+    return (folder / f"said by rank {rank}").read_text()
+
+
+def command(file: Path, spoil=None) -> None:
+    """`fastdraft train`, in float64, where `spoil` may have changed this process first."""
+    folder = file.parent
+    DTYPES["fp32"] = torch.float64
+    if spoil is not None:
+        spoil()
+    sys.argv = ["fastdraft", "train", str(file)]
+    with (folder / f"said by rank {os.environ['RANK']}").open("w") as sys.stderr:
+        cli.main()
+
+
+def written(config, folder: Path) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return file
+
+
+# --- at a known place ------------------------------------------------------------------------------------------------------
+
+
+def on_rank_1(act) -> None:
+    if os.environ["RANK"] == "1":
+        act()
+
+
+def out_of_memory() -> None:
+    def fail(_batches):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+
+    on_rank_1(lambda: at_step(pytest.MonkeyPatch(), 3, fail))
+
+
+def full_disk() -> None:
+    def fail(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    on_rank_1(lambda: setattr(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", fail))
+
+
+def other_settings() -> None:
+    main = cli.main
+
+    def with_it() -> None:
+        sys.argv += ["optim.lr=0.5"] if os.environ["RANK"] == "1" else []
+        main()
+
+    cli.main = with_it
+
+
+def other_code() -> None:
+    on_rank_1(lambda: setattr(training, "file_checksum", lambda path: "0123456789abcdef"))
+
+
+def stopped() -> None:
+    on_rank_1(lambda: at_step(pytest.MonkeyPatch(), 3, lambda _: os.kill(os.getpid(), signal.SIGSTOP)))
+
+
+def late() -> None:
+    on_rank_1(lambda: at_step(pytest.MonkeyPatch(), 3, lambda _: time.sleep(60)))
+
+
+def only_rank_0() -> None:
+    """A fault that rank 0 alone has: another run is in the folder."""
+    if os.environ["RANK"] == "0":
+        training.checkpoint.alone_in = no_room
+
+
+def no_room(_run_dir):
+    raise ValueError("another process is training in this folder")
+
+
+SPOILT = {
+    out_of_memory: (
+        "another process of this run has ended: rank 1 on {host}, which said: OutOfMemoryError: CUDA out of memory. "
+        "Tried to allocate 20.00 GiB.; the same command, given again, goes on",
+        "out of memory: CUDA out of memory.",
+    ),
+    full_disk: (
+        "step-00000002 could not be written (rank 1 on {host}: ",
+        "step-00000002 could not be written (rank 1 on {host}: ",
+    ),
+    other_settings: ("optim.lr is 0.01 on rank 0 ({host}) and 0.5 on rank 1 ({host}); start all",) * 2,
+    other_code: ("fastdraft's code is '",) * 2,
+    stopped: (
+        "another process of this run has ended or hangs: rank 1 on {host}, which gave no sign of life for dist.silent_s=5 s "
+        "(its process is stopped)",
+        "",
+    ),
+    late: (
+        "a process of this run did not come where the others waited for dist.timeout_s=4 s: rank 1 on {host}, which is alive",
+        "rank 1 on {host}, which is alive",
+    ),
+    only_rank_0: (
+        "another process is training in this folder",
+        "rank 0 on {host}, which said: another process is training in this folder",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
+def test_all_end_in_time_and_say_who_it_was(make_config, tmp_path, spoil):
+    config = make_config(**{"dist.silent_s": 5, "dist.timeout_s": 4 if spoil is late else 100, "eval.every": 100})
+    began = time.monotonic()
+    ranks = start_ranks(2, command, written(config, tmp_path), spoil)
+    ranks[0].join(60)
+    if spoil is not stopped:
+        ranks[1].join(max(0, 60 - (time.monotonic() - began)))
+    took = time.monotonic() - began
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert ranks[0].exitcode == 1 and ranks[1].exitcode == (-signal.SIGKILL if spoil is stopped else 1), took
+    for rank, words in enumerate(SPOILT[spoil]):
+        said = said_by(tmp_path, rank)
+        assert words.format(host=HOST) in said and "Traceback" not in said, said
+        assert spoil is stopped or said.startswith(f"fastdraft, rank {rank}: ")
+    assert not list(Path(config.run_dir).glob("checkpoints/.writing*"))
+    assert [path.name for path in list_checkpoints(Path(config.run_dir))] in ([], ["step-00000002"])
+
+
+def test_a_run_dir_that_another_host_does_not_see(tmp_path):
+    assert by_ranks(2, _meet_apart, tmp_path) == [0, 0]
+
+
+def _meet_apart(folder: Path) -> None:
+    mesh.start_process("cpu")
+    said = rf"rank 1 on {HOST} does not see the run_dir .* of rank 0 on {HOST}; put it on a file system that all hosts share"
+    with pytest.raises(ValueError, match=said), checkpoint.alone_in(folder / f"of rank {mesh.rank()}"):
+        pass
+    with checkpoint.alone_in(folder / "shared"):
+        assert not list((folder / "shared").glob(".met*")) or mesh.rank() == 1
+
+
+# --- at any moment ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, list[dict]]:
+    """The curve of the run that nothing happens to."""
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(DEATHS))
+def test_a_death_at_any_moment_costs_no_step(make_config, tmp_path, seed, uninterrupted):
+    """A process is killed or stopped somewhere between the first look at the data and the last line of metrics. The others
+    end within a minute and name it, and any number of processes goes on to the curve of a run that nothing happened to."""
+    rng = random.Random(seed)
+    changes = {"optim.packs_per_step": 4, "metrics.log_every": 1, "max_steps": 16, "eval.every": 6, "eval.max_packs": 3}
+    changes |= {"checkpoint.every": 2, "dist.silent_s": 5}
+    config = make_config(run_dir=str(tmp_path / "run"), **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DTYPES, "fp32", torch.float64)
+        if not uninterrupted:
+            whole = make_config(run_dir=str(tmp_path / "whole"), **changes)
+            began = time.monotonic()
+            train(whole)
+            uninterrupted["seconds"] = time.monotonic() - began
+            uninterrupted["curve"] = losses(whole.run_dir)
+
+        world = 2 if seed < 4 else 4
+        dies, how = rng.randrange(world), rng.choice([signal.SIGKILL, signal.SIGSTOP])
+        ranks = start_ranks(world, command, written(config, tmp_path))
+        while not (Path(config.run_dir) / ".lock").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, uninterrupted["seconds"]))
+        os.kill(ranks[dies].pid, how)
+        began = time.monotonic()
+        others = [process for rank, process in enumerate(ranks) if rank != dies]
+        for process in others:
+            process.join(max(0, 60 - (time.monotonic() - began)))
+        took = time.monotonic() - began
+        codes = [process.exitcode for process in others]
+        for process in ranks:
+            process.kill()
+            process.join()
+        words = [said_by(tmp_path, rank) for rank in range(world) if rank != dies]
+        print(f"{how.name} of rank {dies} of {world}: the others ended after {took:.1f} s, {codes}")
+        assert all(code in (0, 1) for code in codes), (took, codes)  # 0: it was done already
+        for code, said in zip(codes, words, strict=True):
+            assert code == 0 or (f"rank {dies} on {HOST}" in said and "Traceback" not in said), said
+
+        steps = [path.name for path in list_checkpoints(Path(config.run_dir))]
+        then = rng.choice([1, 2, 4])
+        print(f"going on with {then} from {steps}")
+        assert by_ranks(then, command, written(config, tmp_path)) == [0] * then
+        found = losses(config.run_dir)
+        assert len(found) == len(uninterrupted["curve"])
+        for ours, theirs in zip(found, uninterrupted["curve"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-12)

@@ -1,0 +1,275 @@
+"""The divided optimizer and its checkpoints: what one process gives, in float64, whatever the number of processes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import at_step, by_ranks, losses
+from tiny import draft_shape
+from torch import Tensor, nn
+
+from fastdraft import run as a_run
+from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state, save_checkpoint
+from fastdraft.config import OptimConfig
+from fastdraft.cost import peak_flops, plan
+from fastdraft.data.loader import Ahead
+from fastdraft.dist import mesh
+from fastdraft.dist.mesh import Axis
+from fastdraft.dist.shard import SharedAdamW
+from fastdraft.metrics import read_metrics
+from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine
+from fastdraft.model.precision import DTYPES
+from fastdraft.optim import FlatAdamW
+from fastdraft.run import known_work, predict, read_draft
+from fastdraft.target.source import InProcess
+from fastdraft.train import train
+
+SHAPES = {"norm": (7,), "matrix": (5, 3), "other norm": (9,), "head": (2, 11)}  # 53 weights, which no number divides
+CONFIG = OptimConfig(lr=0.05, weight_decay=0.3, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1)
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for name, shape in SHAPES.items()
+    }
+
+
+def gradients(step: int, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Of one of four shares of a step: small in some steps, so that only others are clipped; none in step 2."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    size = 0.0 if step == 2 else 0.01 if step % 3 else 20.0
+    grads = {n: size * torch.randn(s, generator=generator, dtype=torch.float64) for n, s in SHAPES.items()}
+    live = 0.0 if step == 2 else 1.0 + rank
+    return grads, torch.full((5, 2), live, dtype=torch.float64)
+
+
+def shares(optimizer: SharedAdamW, step: int, mine: list[int]) -> Tensor:
+    """One step over those of the four shares that are this process's: the norm."""
+    sums = torch.zeros(5, 2, dtype=torch.float64)
+    for share in mine:
+        grads, more = gradients(step, share)
+        sums += more
+        for name, grad in grads.items():
+            optimizer.grads[name] += grad
+    norm = optimizer.start(sums)
+    total = optimizer.finish()
+    assert total is sums and optimizer.finish() is None
+    assert float(total[3, 0]) == (0.0 if step == 2 else 10.0)
+    assert not optimizer.grad.any()
+    return norm
+
+
+def run_alone(steps: int) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
+    own = parameters()
+    flat = FlatAdamW(own, CONFIG, 10, torch.float64)
+    norms = []
+    for step in range(steps):
+        for share in range(4):
+            for name, grad in gradients(step, share)[0].items():
+                flat.grads[name] += grad
+        norms.append(float(flat.step(torch.tensor(0.0 if step == 2 else 10.0, dtype=torch.float64))))
+    return {name: p.data.clone() for name, p in own.items()}, norms, flat.state_dict()
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_processes_together_make_the_step_of_one(world, tmp_path):
+    """Masters, moments, weights, norms; then their checkpoint, read whole, and by another number of processes."""
+    assert by_ranks(world, _together, tmp_path) == [0] * world
+    weights, _, state = run_alone(6)
+    (path,) = list_checkpoints(tmp_path)
+    assert len(list(path.glob("*.safetensors"))) == world  # each has written its own
+    into = {name: torch.zeros_like(state[name]) for name in ("master", "m", "v", "updates", "step_count")}
+    assert load_tensors(read_state(path), into)
+    for name, tensor in into.items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-13)
+    other = 2 if world == 4 else 4
+    assert by_ranks(other, _read_back, tmp_path) == [0] * other
+
+
+def _mine() -> list[int]:
+    return list(range(mesh.rank(), 4, mesh.world()))
+
+
+def _together(run_dir: Path) -> None:
+    mesh.start_process("cpu")
+    mesh.lay_out()
+    own = parameters()
+    optimizer = SharedAdamW(own, CONFIG, 10, torch.float64, mesh.axis("replicas"))
+    assert optimizer.own.master.numel() == -(-53 // mesh.world())
+    assert optimizer.own.m.numel() == optimizer.own.v.numel() == optimizer.own.master.numel()
+    norms = [float(shares(optimizer, step, _mine())) for step in range(6)]
+    weights, expected_norms, _ = run_alone(6)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-12, atol=0)
+    for name, p in own.items():
+        torch.testing.assert_close(p.data, weights[name], rtol=1e-12, atol=1e-13)
+
+    # Under bf16 the weights are the masters of all, rounded; the masters themselves are of the parameters as they were.
+    rounded = parameters()
+    shared = SharedAdamW(rounded, CONFIG, 10, torch.bfloat16, mesh.axis("replicas"))
+    flat = FlatAdamW(parameters(), CONFIG, 10, torch.bfloat16)
+    assert shared.weights.dtype == torch.bfloat16 and shared.own.master.dtype == torch.float32
+    assert torch.equal(shared.weights[:53], flat.weights)
+    assert torch.equal(shared.state_dict()["master"].full_tensor(), flat.master)
+
+    # --plan counts each buffer, in bf16 and in fp32.
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        draft = Draft(draft_shape())
+        shared = SharedAdamW(draft.trainable(), CONFIG, 10, dtype, mesh.axis("replicas"))
+        own = shared.own
+        buffers = {x.data_ptr(): x for x in (own.master, own.m, own.v, own.grad, own.weights, shared.grad, shared.weights)}
+        planned = plan(
+            draft.config,
+            target_params=0,
+            target_dtype=torch.bfloat16,
+            pack_tokens=8,
+            ttt_length=2,
+            precision=precision,
+            replicas=mesh.world(),
+        )
+        alike = ("fp32", "slices", "draft weights")
+        rows = sum(row.size for row in planned.memory if row.name.startswith(alike))
+        frozen = draft.config.num_parameters()["embedding"] * dtype.itemsize + draft.d2t.nbytes + draft.t2d.nbytes
+        assert abs(rows - frozen - sum(x.nbytes for x in buffers.values())) < 32 * mesh.world()  # of slices filled up
+
+    tensors = optimizer.state_dict() | {"rng.cpu": torch.arange(3)}
+    save_checkpoint(run_dir, tensors, {"step": 6}, keep=1)
+
+
+def _read_back(run_dir: Path) -> None:
+    mesh.start_process("cpu")
+    mesh.lay_out()
+    own = parameters()
+    optimizer = SharedAdamW(own, CONFIG, 10, torch.float64, mesh.axis("replicas"))
+    into = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    assert load_tensors(read_state(list_checkpoints(run_dir)[0]), into, share=(mesh.rank(), mesh.world()))
+    optimizer.load_state_dict(into)
+    assert optimizer.own.step_count == 6
+    for step in range(6, 9):
+        shares(optimizer, step, _mine())
+    for name, expected in run_alone(9)[0].items():
+        torch.testing.assert_close(own[name].data, expected, rtol=1e-12, atol=1e-13)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------------
+
+
+def _train_in_float64(config, stop_after: int | None = None) -> None:
+    """Target, draft, optimizer and metrics in float64; or the first `stop_after` steps of it, ended by a signal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DTYPES, "fp32", torch.float64)
+        if stop_after is not None:
+            at_step(patch, stop_after, lambda _: signal.raise_signal(signal.SIGTERM))
+        result = train(config)
+    assert result.stopped_by == (None if stop_after is None else signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"data.streaming": True, "data.block_conversations": 5, "data.vocab_samples": 20}])
+def test_any_number_of_processes_gives_the_same_curve_and_goes_on_with_any_others_checkpoint(
+    make_config, tmp_path, changes
+):
+    """1, 2 and 4 processes, and one run that changes hands 1 -> 2 -> 4 -> 1: every number of every step to 1e-10."""
+    changes = {**changes, "optim.packs_per_step": 4, "optim.weight_decay": 0.1, "metrics.log_every": 1, "max_steps": 8}
+    changes |= {"eval.every": 4, "eval.max_packs": 3, "checkpoint.every": 5}
+    configs = {name: make_config(run_dir=str(tmp_path / name), **changes) for name in ("1", "2", "4", "handed on")}
+    _train_in_float64(configs["1"])
+    for world in (2, 4):
+        assert by_ranks(world, _train_in_float64, configs[str(world)]) == [0] * world
+    _train_in_float64(configs["handed on"], 2)
+    assert by_ranks(2, _train_in_float64, configs["handed on"], 2) == [0, 0]
+    assert by_ranks(4, _train_in_float64, configs["handed on"], 2) == [0] * 4
+    _train_in_float64(configs["handed on"])
+
+    expected = losses(configs["1"].run_dir)
+    assert [r["step"] for r in expected if "loss" in r] == list(range(1, 9))
+    master = read_draft(Path(configs["1"].run_dir), "last")[1].trainable()
+    for name, config in configs.items():
+        found = losses(config.run_dir)
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys() and ours == pytest.approx(theirs, rel=1e-10, abs=1e-12), name
+        for key, weight in read_draft(Path(config.run_dir), "last")[1].trainable().items():  # as evaluate and export do
+            torch.testing.assert_close(weight.data, master[key].data, rtol=1e-6, atol=1e-7)  # read into fp32
+
+
+def _train_and_note_the_order(config) -> None:
+    events = []
+
+    def noted(place, name):
+        original = getattr(place, name)
+
+        def call(*args, **more):
+            events.append(name)
+            return original(*args, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in ((InProcess, "capture"), (Axis, "start_sum_scatter"), (SharedAdamW, "_update"), (TTTEngine, "step")):
+            patch.setattr(place, name, noted(place, name))
+        train(config)
+    # A step of two packs each: the next step's first target forward comes between the reduction's begin and its end.
+    first = ["capture", "step", "capture", "step"]
+    then = ["start_sum_scatter", "capture", "_update", "step", "capture", "step"]
+    assert events == first + 2 * then + ["start_sum_scatter", "_update"], events
+
+
+def test_the_target_runs_while_the_gradients_are_added_up(make_config):
+    changes = {"optim.packs_per_step": 4, "max_steps": 3, "metrics.log_every": 100, "checkpoint.every": 100}
+    config = make_config(**changes, **{"data.eval_fraction": 0.0})
+    assert by_ranks(2, _train_and_note_the_order, config) == [0, 0]
+
+
+# --- what a run of several processes says of its time -----------------------------------------------------------------------
+
+
+def _train_with_a_slow_rank(config) -> None:
+    original = Ahead.__next__
+
+    def slow(ahead):
+        time.sleep(0.5 if mesh.rank() == 1 else 0)
+        return original(ahead)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ahead, "__next__", slow)
+        patch.setattr(a_run, "peak_flops", lambda device: 1e9)
+        train(config)
+
+
+def test_metrics_say_how_long_the_others_waited_for_the_slowest(make_config):
+    changes = {"max_steps": 8, "metrics.log_every": 4, "eval.every": 100, "checkpoint.every": 100}
+    config = make_config(**changes)
+    assert by_ranks(2, _train_with_a_slow_rank, config) == [0, 0]
+    for line in (r for r in read_metrics(config.run_dir) if "loss" in r):
+        assert line["tokens_per_s_gpu"] == pytest.approx(line["tokens_per_s"] / 2)
+        # Rank 0 waits for most of the time, which is a half of the two ranks' time; rank 1 waits for nobody.
+        assert 0.3 < line["wait_slowest"] < 0.5 and 0 <= line["wait_reduce"] < 0.2
+        assert 0 < line["mfu"] < 1
+
+
+def test_work_is_counted_by_hand(make_config, monkeypatch):
+    """Tokens times the target's weights but for its ends, and trained tokens times a draft step."""
+    config = make_config()
+    assert known_work(config, torch.device("cpu")) is None  # nobody knows a CPU's peak
+    monkeypatch.setattr(a_run, "peak_flops", lambda device: 1e12)
+    work = known_work(config, torch.device("cpu"))
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32  # q, k and v, o, MLP, two norms of the tiny target
+    assert work.target_flops == 2 * (8 * layer + 32) and work.peak == 1e12
+    sums = torch.zeros(5, 3, dtype=torch.float64)
+    sums[4, 0] = 10
+    step = predict(config, torch.device("cpu")).flops[1:]
+    assert work.flops(100, sums) == 100 * work.target_flops + 10 * sum(row.size for row in step)
+
+
+def test_the_peak_is_the_longest_name_that_fits(monkeypatch):
+    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H20": None}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(torch.device("cpu")) is None
