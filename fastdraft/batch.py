@@ -128,7 +128,8 @@ class Features:
     """What the frozen target says about every token of a batch (docs/mathematics.md: g and f)."""
 
     g: Tensor  # [N, K*Ht] outputs of the K target layers that the draft reads, lowest first; EAGLE-3 reads three
-    f: Tensor  # [N, Ht] the state the target's lm_head reads (after the final norm)
+    # [N, Ht] the state the target's lm_head reads (after the final norm); None where the method that is trained needs none
+    f: Tensor | None
 
 
 def own_features(

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    help="Train draft models for speculative decoding (EAGLE-3) that SGLang and vLLM load unmodified.",
+    help="Train draft models for speculative decoding (EAGLE-3, DFlash) that SGLang and vLLM load unmodified.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -98,7 +98,7 @@ def train(
 def init(
     target: Annotated[str, typer.Argument(help="Target: a local directory with its config.json.")],
     out: Annotated[Path | None, typer.Argument(help="File to write; standard output when left out.")] = None,
-    method: Annotated[str, typer.Option(help="The draft's method, draft.method of a config.")] = "eagle3",
+    method: Annotated[str, typer.Option(help="The draft's method, draft.method of a config: eagle3 or dflash.")] = "eagle3",
 ) -> None:
     """Write a draft config derived from a target, to edit and name as draft.config."""
     from fastdraft.model.methods import named_method
@@ -354,7 +354,10 @@ def evaluate(
     which: Annotated[str, typer.Option(help="Checkpoint: best, last or a step.")] = "best",
     max_prompts: Annotated[int, typer.Option(min=1, help="Prompts to decode.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
-    num_steps: Annotated[int, typer.Option(help="Draft steps, as SGLang's speculative_num_steps.")] = 3,
+    num_steps: Annotated[
+        int | None,
+        typer.Option(help="Draft steps, as SGLang's speculative_num_steps; 3, or a DFlash draft's whole block."),
+    ] = None,
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -373,12 +376,15 @@ def evaluate(
     if prompts is None:
         decoding = ("max_prompts", "max_new_tokens", "num_steps", "eagle_topk", "num_draft_tokens", "temperature")
         refuse_idle(context, decoding, "--prompts")
-    settings = DecodeSettings(num_steps, eagle_topk, num_draft_tokens, temperature)
+    if num_steps is None and num_draft_tokens is not None:
+        num_steps = DecodeSettings().num_steps
+    settings = DecodeSettings(num_steps or DecodeSettings().num_steps, eagle_topk, num_draft_tokens, temperature)
     if out is not None:  # before hours of work, not after
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
-    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or ())
+    whole = num_steps is None
+    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or (), whole)
     if mesh.is_rank_0():
         text = json.dumps(asdict(report), indent=1)
         console.print_json(text)
@@ -466,7 +472,9 @@ def check(
     prompts: Annotated[Path | None, typer.Option(help="With vllm or sglang: JSONL of prompts to serve.")] = None,
     max_prompts: Annotated[int, typer.Option(min=1, help="Of them, at most this many.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 64,
-    num_steps: Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")] = 3,
+    num_steps: Annotated[
+        int | None, typer.Option(min=1, help="Tokens drafted at a time; 3, or a whole block of a DFlash draft.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="What the engine runs in; the target's own dtype if left out.")] = None,
     engine_python: Annotated[Path | None, typer.Option(help="The Python that has the engine; else this one.")] = None,
     engine_pythonpath: Annotated[str | None, typer.Option(help="PYTHONPATH for it.")] = None,

@@ -65,6 +65,18 @@ class LossConfig(Section):
     lk_decay: float = Field(1.0, ge=0)
 
 
+class BlockSection(Section):
+    """How drafts that fill blocks are trained (docs/dflash.md)."""
+
+    # ce: the data's token; dpace: the same, weighed by what a server would accept; the others: the target's distribution
+    loss: Literal["ce", "dpace", "kl", "lk_alpha", "lk_lambda"] = "ce"
+    anchors: int = Field(512, gt=0)  # blocks of a document at most, at every step others
+    gamma: float | None = Field(None, gt=0)  # weight of step j is exp(-j / gamma); None: by block_size, 7 for 16
+    dpace_alpha: float = Field(0.5, ge=0, lt=1)  # of dpace alone
+    lk_scale: float = Field(1.0, ge=0)  # of lk_lambda alone, as lk_decay
+    lk_decay: float = Field(1.0, ge=0)
+
+
 class FeaturesConfig(Section):
     path: str | None = None  # a feature store (docs/features.md); None: the target runs in every epoch
     mode: Literal["read", "cache"] = "read"  # read: all was captured before; cache: filled as documents come
@@ -120,6 +132,7 @@ class Config(Section):
     draft: DraftSection = DraftSection()
     features: FeaturesConfig = FeaturesConfig()
     loss: LossConfig = LossConfig()
+    block: BlockSection = BlockSection()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -130,7 +143,8 @@ class Config(Section):
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
     step: Literal["fused", "reference"] = "fused"  # reference: the same step in plain PyTorch, slow and easy to read
-    chunk_rows: int | None = Field(None, gt=0)  # chains the fused step runs at a time; None: as many as 3.75 GiB hold
+    # chains (blocks of a method that drafts blocks) the fused step runs at a time; None: as many as 3.75 GiB hold
+    chunk_rows: int | None = Field(None, gt=0)
     # of the draft's compute; auto: as target.dtype's, chosen once and recorded, so a run goes on in what it was begun in;
     # fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"

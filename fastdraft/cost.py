@@ -15,7 +15,7 @@ allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch, a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel
@@ -86,6 +86,7 @@ def plan(
     stored: bool = False,  # features are read from a store or come from servers: only embedding and head are loaded
     export_dtype: torch.dtype | None = None,  # None: target_dtype
     cache_bytes: int = 0,  # of disk that a cache of features may fill
+    options: dict[str, Any] | None = None,  # more that the method's `step_cost` reads
     replicas: int = 1,  # processes that divide masters and moments among themselves (dist/shard.py)
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows. ValueError for fp8 on a CPU, where no run is."""
@@ -97,8 +98,9 @@ def plan(
     b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
     count = draft.num_parameters()
     trainable, frozen = count["trainable"], count["embedding"]
-    maps = 8 * draft.draft_vocab_size + draft.vocab_size  # d2t int64, t2d bool
-    draft_step, work = method_of(draft).step_cost(
+    method = method_of(draft)
+    maps = 8 * draft.draft_vocab_size + draft.vocab_size if method.has_vocabulary_map else 0  # d2t int64, t2d bool
+    draft_step, work = method.step_cost(
         draft,
         pack_tokens=pack_tokens,
         document_tokens=length,
@@ -109,6 +111,7 @@ def plan(
         step=step,
         device=device,
         chunk_rows=chunk_rows,
+        **(options or {}),
     )
     checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
     if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
@@ -120,6 +123,7 @@ def plan(
     # What a process sends and gets is its slice of the gradient and, where they are no masters, of the weights.
     slices = (4 + (b if b < 4 else 0)) * share if shares_masters else 0
     of_several = f", 1/{replicas}" if shares_masters else ""
+    states = len(draft.layers) + 1  # of a token: the layers', and the last
     memory = (
         Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_dtype.itemsize)
         if stored
@@ -130,14 +134,14 @@ def plan(
         Row("fp32 gradient", 4 * trainable),
         *([Row("slices of gradient and weights, on their way", slices)] if slices else []),
         *between,
-        Row("features g and f of a pack", 4 * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
+        Row("features g and f of a pack", states * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
         *draft_step,
     )
     served = (export_dtype or target_dtype).itemsize
-    export = trainable * served + draft.vocab_size + 8 * draft.draft_vocab_size
+    export = trainable * served + maps
     if draft.hidden_size != draft.target_hidden_size:
         export += frozen * served
-    if draft.draft_vocab_size == draft.vocab_size:
+    if maps and draft.draft_vocab_size == draft.vocab_size:
         export -= 8 * draft.draft_vocab_size  # the full vocabulary ships without d2t
     disk = (
         Row(f"checkpoints ({keep} latest and the best)", (keep + 1) * checkpoint),

@@ -82,7 +82,8 @@ def generate(
     g, f = target.forward(ids[None], cache)
     first = _choose(target.head.logits(f[0, -1:]), settings, generator) if follow is None else ids.new_tensor(follow[:1])
     out = first.tolist()
-    drafter = method_of(draft).drafter(draft, len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk)
+    room = len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk
+    drafter = method_of(draft).drafter(draft, target.head, room)
     known, g = torch.cat([ids[1:], first]), g[0]
     drafted, accepted, per_round = [0] * settings.num_steps, [0] * settings.num_steps, []
 
@@ -168,6 +169,7 @@ def _check_fit(target: Target, draft: nn.Module, settings: DecodeSettings) -> No
     theirs = (target.vocab_size, target.hidden_size, target.layers)
     if ours != theirs:
         raise ValueError(f"the draft is for a target with (vocab_size, hidden_size, layers) {ours}; this one has {theirs}")
+    method_of(draft).refuse_settings(c, settings)
     if settings.eagle_topk > c.draft_vocab_size:
         raise ValueError(f"eagle_topk {settings.eagle_topk} is more than the draft vocabulary of {c.draft_vocab_size}")
     window = getattr(target.config, "sliding_window", None)

@@ -36,7 +36,7 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.features.meta import COMPARED, Meta, read_meta, refuse_other
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
-from fastdraft.model.method import DraftStep, Row
+from fastdraft.model.method import DraftStep, Method, Row
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line, speed
 from fastdraft.model.proposal import DecodeSettings
@@ -218,7 +218,13 @@ def target_parameters(config: Config) -> int:
     return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
 
 
-def open_source(config: Config, layers: tuple[int, ...], device: torch.device, sets: list[Dataset]) -> Source:
+def open_source(
+    config: Config,
+    layers: tuple[int, ...],
+    device: torch.device,
+    sets: list[Dataset],
+    halo: int = 0,  # rows behind its own that a process needs of a pack whose tokens it shares
+) -> Source:
     """Where the features of a run come from. A store is checked against the run: ValueError names each field that differs.
 
     On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32, which loses nothing.
@@ -228,7 +234,7 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     if config.features.path is None:
         holders, told = choose_holders(config, device)
         target = open_target(config, layers, device, holders, mesh.axis("sequence"))
-        source = InProcess(target, halo=named_method(config.draft.method).num_steps(config))
+        source = InProcess(target, halo)
         source.notes = told + source.notes
         return source
     folder = Path(config.features.path)
@@ -301,9 +307,20 @@ def draft_shape(config: Config) -> BaseModel:
     """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
     if config.draft.init_from is not None:
         return _init_from(config).config
+    method = checked_method(config)
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
     changes = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
-    return named_method(config.draft.method).shape.from_target(facts, **changes)
+    if method.from_tokenizer is not None:
+        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        changes = method.from_tokenizer(tokenizer, language_config(facts).get("vocab_size") or 0) | changes
+    return method.shape.from_target(facts, **changes)
+
+
+def checked_method(config: Config) -> Method:
+    """The config's method. Raises ValueError for a name that is none, and for settings that it does not have."""
+    method = named_method(config.draft.method)
+    method.check_config(config)
+    return method
 
 
 def _init_from(config: Config) -> nn.Module:
@@ -313,7 +330,7 @@ def _init_from(config: Config) -> nn.Module:
             "draft.vocab_map"
         )
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    return named_method(config.draft.method).load(config.draft.init_from, facts)
+    return checked_method(config).load(config.draft.init_from, facts)
 
 
 def new_draft(config: Config) -> nn.Module:
@@ -441,6 +458,7 @@ def evaluate_run(
     settings: DecodeSettings,
     say: Callable[[str], None] = lambda line: None,
     urls: Sequence[str] = (),  # servers of the target, where they are others than the run's
+    own_steps: bool = False,  # draft as many steps as the draft's method serves, and not settings.num_steps
 ) -> Evaluation:
     """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
 
@@ -460,6 +478,8 @@ def evaluate_run(
     if urls:
         raise ValueError(f"--url names servers of the target, and {run_dir} was trained with its target in the process")
     config, target, draft = open_run(run_dir, which)
+    if own_steps:
+        settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
     draft.to(compute_dtype(config, target.device))
     in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
     if in_bf16 and bf16_is_slow(target.device):
@@ -496,7 +516,7 @@ def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set
     return evaluate_tau(
         lambda batch: step.rows(batch, target.capture(batch.to(target.device))),
         itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
-        method_of(draft).num_steps(config),
+        method_of(draft).num_steps(config, draft.config),
         reduce=reduce,
     )
 
@@ -526,7 +546,9 @@ def evaluate_served(
         step = make_step(config, draft.to(device, compute_dtype(config, device)), source.ends)
         batches = list(itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs))
         source.expect(batches)
-        return evaluate_tau(lambda batch: step.rows(*source.capture(batch)), batches, method_of(draft).num_steps(config))
+        return evaluate_tau(
+            lambda batch: step.rows(*source.capture(batch)), batches, method_of(draft).num_steps(config, draft.config)
+        )
     finally:
         source.close()
 
@@ -615,6 +637,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         stored=reads_store(config) or asks_servers(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
+        options=named_method(config.draft.method).cost_options(config),
         replicas=max(1, mesh.world() // config.dist.tensor),
     )
 
@@ -638,6 +661,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             step=config.step,
             chunk_rows=config.chunk_rows,
             device=device.type,
+            **method.cost_options(config),
         )
 
     return lambda layout: fleet.fleet_plan(
@@ -650,7 +674,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
         document_tokens=config.data.max_length,
         run_tokens=RUN_TOKENS,
         packs_per_step=config.optim.packs_per_step,
-        sums=4 * method.num_steps(config),  # after o and after down, forward and backward
+        sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
         target_bytes=4 if config.target.dtype == "fp32" else 2,
         draft_bytes=4 if precision == "fp32" else 2,
     )

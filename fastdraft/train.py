@@ -36,6 +36,7 @@ from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
+from fastdraft.model.method import StepWeights
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.run import (
     check_layout,
@@ -108,7 +109,8 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         pairs,
     )
     total_steps = config.max_steps or loader.num_steps(config.epochs)
-    source = open_source(config, draft.config.layers, device, [train_set, eval_set])
+    weights = method.step_weights(config, draft.config)
+    source = open_source(config, draft.config.layers, device, [train_set, eval_set], halo=len(weights.weight))
     messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
     parts = None
@@ -116,10 +118,10 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
         method.cut(draft, tensor.rank, tensor.size)
     draft.to(device)
-    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas, parts)
+    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas, parts, weights.count)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
-        "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
+        "sums": torch.zeros(5, len(weights.weight), dtype=torch.float64, device=device),
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
     }
     first_step, about_resume = resume(config, fresh, source.ends.fingerprint, draft, optimizer, loader, window)
@@ -132,7 +134,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     def capture(batch: Batch) -> tuple[Batch, Features]:
         """The batch and what this process needs of its features: all, where it shares its packs with no other."""
         batch, features = source.capture(batch)
-        share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=method.num_steps(config))
+        share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=len(weights.weight))
         return batch, features if share.size == 1 or source.gives_share else own_features(features, share)
 
     def save(step: int) -> None:
@@ -152,10 +154,10 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         report = evaluate_tau(
             lambda batch: trainer.rows(*capture(batch)),
             itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
-            method.num_steps(config),
+            len(weights.weight),
             reduce=add_up,
         )
-        return eval_values(report, config.loss.step_decay)
+        return eval_values(report, weights)
 
     def evaluate(step: int, saved: int) -> int:  # the step of the newest checkpoint
         values = held_out()
@@ -175,7 +177,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         sums = optimizer.finish()
         if sums is not None:
             window["sums"] += sums
-            window["skipped_steps"] += sums[3, 0] == 0
+            window["skipped_steps"] += weights.count(sums[3]) == 0
 
     def hold_out_after(step: int) -> bool:
         return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
@@ -203,6 +205,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         for step in range(first_step + 1, total_steps + 1):
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
+            trainer.begin(step)
             for batch in batches:
                 # The target needs no weight of the draft: its first forward hides what the processes still send each other.
                 batch, features = capture(batch)
@@ -228,7 +231,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 waited = mesh.from_all(optimizer.clock())
                 if metrics:
-                    values = train_values(window["sums"], config.loss.step_decay)
+                    values = train_values(window["sums"], weights)
                     values["skipped_steps"] = int(window["skipped_steps"])
                     values |= source.counts()
                     values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
@@ -389,12 +392,13 @@ class Recent:
     sums: Tensor  # [5, T], all ranks'
 
 
-def train_values(sums: Tensor, step_decay: float) -> dict[str, float]:
-    """Loss per live step-0 row, per-step acceptance and tau_sim from summed rows [5, T]."""
+def train_values(sums: Tensor, weights: StepWeights) -> dict[str, float]:
+    """The weighted loss divided as the optimizer divides it, per-step acceptance and tau_sim from summed rows [5, T]."""
     loss, acceptance, hits, live, masked_in = sums.cpu()
     alphas = acceptance / live.clamp_min(1)
-    decay = step_decay ** torch.arange(len(loss), dtype=torch.float64)
-    values = {"loss": float((loss * decay).sum() / live[0].clamp_min(1)), "tau_sim": tau_sim(alphas)}
+    count = weights.count(live)
+    mean = float((loss * weights.weight).sum() / count) if count else 0.0
+    values = {"loss": mean, "tau_sim": tau_sim(alphas)}
     values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
     return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
 
@@ -412,10 +416,11 @@ def of_several(tokens_per_s: float, waited: list[float]) -> dict[str, float]:
     }
 
 
-def eval_values(report: TauReport, step_decay: float) -> dict[str, float]:
+def eval_values(report: TauReport, weights: StepWeights) -> dict[str, float]:
     means = report.overall
     known = [(i, loss, n) for i, (loss, n) in enumerate(zip(means.loss, means.num_live, strict=True)) if loss is not None]
-    total = sum(step_decay**i * loss * n for i, loss, n in known) / means.num_live[0]
+    count = float(weights.count(torch.tensor(means.num_live, dtype=torch.float64)))
+    total = sum(float(weights.weight[i]) * loss * n for i, loss, n in known) / count
     alphas = {f"eval/a{i}": a for i, a in enumerate(means.acceptance) if a is not None}
     return {"eval/loss": total, "eval/tau_sim": means.tau_sim, **alphas}
 
@@ -444,7 +449,8 @@ def refuse_nan(recent: list[Recent], run_dir: Path, rank: int) -> None:
 
 def all_finite(features: Features) -> Tensor:  # scalar bool
     """A teacher of NaN has no argmax, so its row would pass for one that is not live."""
-    return features.g.isfinite().all() & features.f.isfinite().all()
+    finite = features.g.isfinite().all()
+    return finite if features.f is None else finite & features.f.isfinite().all()
 
 
 class StopSignal:

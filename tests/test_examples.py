@@ -6,6 +6,7 @@ import pytest
 from tiny import LLAMA_8B
 
 from fastdraft.config import load_config
+from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.eagle3.config import DraftConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -131,3 +132,25 @@ def test_examples_train_alike():
         assert config.run_dir == f"runs/{name}" and config.data.paths == [f"data/{name}/*.jsonl"]
         seen.append(config.model_dump(include={"loss", "optim", "ttt_length", "epochs", "checkpoint", "eval"}))
     assert all(settings == seen[0] for settings in seen)
+
+
+@pytest.mark.parametrize("name, target, mask", [("qwen3-8b", QWEN3_8B, 151669), ("llama-3.1-8b", LLAMA_8B, 128002)])
+def test_dflash_draft_of_example(name: str, target: dict, mask: int):
+    """Five Qwen3-shaped layers of the target's widths, which read five of its layers; the mask token is the file's, or the
+    first id behind the tokenizer's last (Qwen3's is 151668)."""
+    config = load_config(EXAMPLES / "dflash" / f"{name}.yaml")
+    draft = DFlashConfig.from_target(target, **{"mask_token_id": mask} | config.draft.overrides)
+    wide = target["intermediate_size"]
+    layers = {36: (1, 9, 17, 25, 33), 32: (1, 8, 15, 22, 29)}[target["num_hidden_layers"]]
+    assert (draft.layers, draft.block_size, draft.mask_token_id) == (layers, 16, mask)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * wide + 2 * 4096 + 2 * 128
+    assert draft.num_parameters()["trainable"] == 5 * 4096 * 4096 + 2 * 4096 + 5 * layer
+    assert config.draft.method == "dflash" and config.run_dir == f"runs/{name}-dflash"
+
+
+def test_dflash_examples_train_alike():
+    seen = [
+        load_config(path).model_dump(include={"block", "optim", "epochs", "checkpoint", "eval"})
+        for path in sorted((EXAMPLES / "dflash").glob("*.yaml"))
+    ]
+    assert len(seen) == 2 and seen[0] == seen[1]

@@ -11,15 +11,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fastdraft"
 
-# From low to high. A room is a folder of fastdraft/ or a module beside them; model/eagle3 and the list of methods are rooms
-# of their own. A room may import itself and rooms of the lines above its own; rooms of one line do not know each other. A
-# module that is not in the middle of the way stands as low as its imports allow.
+# From low to high. A room is a folder of fastdraft/ or a module beside them; a method's folder and the list of methods are
+# rooms of their own. A room may import itself and rooms of the lines above its own; rooms of one line do not know each
+# other. A module that is not in the middle of the way stands as low as its imports allow.
 ORDER = (
     ("files", "batch"),
     ("kernels", "data", "features", "metrics"),
     ("config",),
     ("model",),
-    ("model.eagle3", "optim"),
+    ("model.eagle3", "model.dflash", "optim"),
     ("model.methods",),
     ("dist", "cost"),
     ("target", "checkpoint"),
@@ -59,12 +59,27 @@ SAME_NAME = {
     # The command line's, which checks a machine, and a kernel's, which checks an argument.
     "check": {"cli.py", "kernels/check.py"},
     # A method's, and what finds the method of a checkpoint and calls it.
-    "load_draft": {"model/eagle3/serving.py", "serving/export.py"},
-    "verify": {"model/eagle3/serving.py", "serving/export.py"},
+    "load_draft": {"model/dflash/serving.py", "model/eagle3/serving.py", "serving/export.py"},
+    "verify": {"model/dflash/serving.py", "model/eagle3/serving.py", "serving/export.py"},
     # Our drafter's, and the one of vLLM that its child listens to.
     "propose": {"model/eagle3/propose.py", "serving/vllm_child.py"},
     # Features read from a store in float8, and a product's operands.
     "dequantize": {"features/fp8.py", "kernels/fp8.py"},
+}
+
+# What each method fills a `Method` with, or its fused step is made of, has one name in one file of each method's folder.
+OF_A_METHOD = {
+    "__init__.py": ("build_step", "check_config", "step_weights"),
+    "config.py": ("init_config",),
+    "cost.py": ("pair_cost", "step_cost"),
+    "memory.py": ("chunk_buffers", "pack_buffers"),
+    "serving.py": ("serving_shapes", "serving_tensors"),
+    "start.py": ("fit",),
+}
+SAME_NAME |= {
+    name: {f"model/{method}/{file}" for method in ("dflash", "eagle3")}
+    for file, names in OF_A_METHOD.items()
+    for name in names
 }
 
 
@@ -81,7 +96,7 @@ def module_of(file: str) -> str:
 
 def room_of(module: str) -> str:
     """The room that a module, named within the package, belongs to."""
-    for part in ("model.eagle3", "model.methods"):
+    for part in ("model.eagle3", "model.dflash", "model.methods"):
         if f"{module}.".startswith(f"{part}."):
             return part
     return module.split(".")[0]

@@ -21,7 +21,7 @@ from torch import nn
 
 from fastdraft.batch import Rows
 from fastdraft.model import methods
-from fastdraft.model.method import Findings, Method, Row
+from fastdraft.model.method import Findings, Method, Row, StepWeights
 from fastdraft.model.proposal import Proposal
 from fastdraft.model.target_config import language_config, read_json, read_target_config
 
@@ -75,6 +75,9 @@ class LinearStep:
     def __init__(self, config, draft, head, device):
         self.draft, self.head = draft, head
 
+    def begin(self, number):
+        pass
+
     def step(self, batch, features, grads):
         with torch.enable_grad():
             rows, total = self._rows(batch, features)
@@ -100,7 +103,7 @@ class LinearStep:
 
 
 class LinearDrafter:
-    def __init__(self, draft, capacity):
+    def __init__(self, draft, head, capacity):
         self.draft, self.draft_ids = draft, torch.arange(draft.config.vocab_size)
 
     def propose(self, token_ids, g, depth, settings, generator):
@@ -125,7 +128,7 @@ LINEAR = Method(
     shape=LinearShape,
     draft=LinearDraft,
     architecture="LinearDraft",
-    num_steps=lambda config: 1,
+    num_steps=lambda config, shape: 1,
     build_step=LinearStep,
     fit=lambda draft, settings, ends, counts: ["the linear draft takes nothing from its target"],
     step_cost=lambda shape, *, pack_tokens, **more: (
@@ -138,6 +141,9 @@ LINEAR = Method(
     load=load,
     verify=verify,
     init_config=lambda target: yaml.safe_dump(LinearShape.from_target(read_target_config(target)).model_dump(mode="json")),
+    step_weights=lambda config, shape: StepWeights(torch.ones(1), torch.ones(1)),
+    check_config=lambda config: None,
+    engine_names={},
 )
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -45,8 +46,10 @@ class SharedAdamW:
         dtype: torch.dtype,
         replicas: Axis,
         parts: Parts | None = None,  # of the draft's weights, where processes share them
+        rows_of: Callable[[Tensor], Tensor] = lambda live: live[0],  # N of the live rows [T] of all processes
     ):
         self.config, self.replicas, self.parts = config, replicas, parts
+        self.rows_of = rows_of
         self.waited = 0.0  # seconds for which the reduction kept its caller; the caller sets it back
         self._sums: Tensor | None = None  # of the step that is under way
         # `_update` clips, by the norm over all slices and parts; a slice's own must not.
@@ -98,10 +101,10 @@ class SharedAdamW:
         processes, `sums` in place. Until `finish` neither they nor the weights and gradients may be touched."""
         self._sums = sums
         if self.replicas.size == 1 and self.parts is None:
-            return self.own.step(sums[3, 0])
+            return self.own.step(self.rows_of(sums[3]))
         self._norm = torch.empty((), dtype=self.grad.dtype, device=self.grad.device)
         if self.replicas.size == 1:
-            self._update(sums[3, 0])
+            self._update(self.rows_of(sums[3]))
             return self._norm
         self._under_way = [self.replicas.start_sum(sums), self.replicas.start_sum_scatter(self.grad, self.own.grad)]
         return self._norm
@@ -118,7 +121,7 @@ class SharedAdamW:
             for work in self._under_way:
                 work.wait()
             self.grad.zero_()
-            self._update(sums[3, 0])
+            self._update(self.rows_of(sums[3]))
         if main is None:
             self.waited += time.perf_counter() - began
         else:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdraft.batch import Batch, Ends, Features, Rows
+from fastdraft.batch import Batch, Ends, Features, Rows, TargetHead
 from fastdraft.model.proposal import DecodeSettings, Proposal
 
 if TYPE_CHECKING:
     import numpy as np
     from pydantic import BaseModel
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from fastdraft.config import Config, DraftSection
 
@@ -43,13 +43,29 @@ class Findings(NamedTuple):
     warnings: list[str]
 
 
+class StepWeights(NamedTuple):
+    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i."""
+
+    weight: Tensor  # [T] float64
+    normaliser: Tensor  # [T] float64
+
+    def count(
+        self,
+        live: Tensor,  # [T] float64, live rows of each step
+    ) -> Tensor:  # scalar
+        return (live * self.normaliser.to(live.device)).sum()
+
+
 class DraftStep(Protocol):
     """Runs training steps of a draft against a target's head."""
+
+    def begin(self, number: int) -> None:
+        """The optimizer step, from 1, whose batches follow; what a step draws at random depends on it."""
 
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
         """Losses and acceptance of a batch, and the gradient of their weighted sum added to `grads`, by parameter name.
 
-        The sum is not normalised: the optimizer divides once, by the global number of live rows of the first step.
+        The sum is not normalised: the optimizer divides once, by `StepWeights.count` of the global batch.
         """
 
     def rows(self, batch: Batch, features: Features) -> Rows:
@@ -72,6 +88,20 @@ class Drafter(Protocol):
         """What the target is to verify next."""
 
 
+class Readings(NamedTuple):
+    """How a checkpoint could be read, as documented or with one fault, and what is drafted so (`serving/parity.py`).
+
+    A reading says its `fault` in a word, what it `says`, and the `layers` of the target that it reads, None for the
+    draft's own.
+    """
+
+    every: Callable[[nn.Module, int], list[Any]]  # of a draft and the number of its target's layers; documented first
+    read_as: Callable[[nn.Module, Any], nn.Module]  # a copy of the draft, read so
+    # Of the draft read so, the reading, the target's head, ids [L], g [L, ...] and tokens [L-1, S]: the draft's choice of
+    # every place and step, and how far the token is below it as a share of the largest logit [L-1, S] each.
+    run: Callable[[nn.Module, Any, TargetHead, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class Method(NamedTuple):
     """A draft method. `shape` and `draft` are classes; what they must offer is said beside them."""
 
@@ -82,16 +112,27 @@ class Method(NamedTuple):
     # trained weights), init_weights(std, generator) and take_from_target(embedding) (what a checkpoint leaves to it).
     draft: type[nn.Module]
     architecture: str  # in the engines' config.json
-    num_steps: Callable[[Config], int]  # T, the steps that `Rows` has of every token
+    num_steps: Callable[[Config, BaseModel], int]  # T, the steps that `Rows` has of every token, for a draft's shape
     build_step: Callable[..., DraftStep]  # of config, draft, head, device; where processes share a step: tensor, sequence
     fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data
     step_cost: Callable[..., tuple[tuple[Row, ...], tuple[Row, ...]]]  # bytes of a step, FLOPs a token: for --plan
     pair_cost: Callable[[BaseModel, int, Config], float]  # attention's share of a document's cost, for dealing packs
-    drafter: Callable[[nn.Module, int], Drafter]  # of a draft, with room for so many tokens
+    drafter: Callable[[nn.Module, TargetHead, int], Drafter]  # of a draft for its target, with room for so many tokens
     serving_tensors: Callable[[nn.Module, torch.dtype], dict[str, Tensor]]  # ValueError when it is not fit to export
     load: Callable[[Path, dict[str, Any] | PretrainedConfig], nn.Module]  # a checkpoint in serving format, for a target
     verify: Callable[[Path, Path], Findings]  # a checkpoint in serving format, for a target's directory
     init_config: Callable[[Path | str], str]  # the commented YAML of `fastdraft init`
+    step_weights: Callable[[Config, BaseModel], StepWeights]  # of a draft's shape
+    check_config: Callable[[Config], None]  # ValueError for settings that are another method's, or that it cannot have
+    engine_names: dict[str, str]  # what each engine calls the method: vllm, sglang
+    # Fields of the shape that the target's tokenizer decides, from it and the size of the vocabulary.
+    from_tokenizer: Callable[[PreTrainedTokenizerBase, int], dict[str, Any]] | None = None
+    refuse_settings: Callable[[BaseModel, DecodeSettings], None] = lambda shape, settings: None  # ValueError where it must
+    # The steps that an engine is asked for, of a draft's shape and what the user asked for; ValueError where it must.
+    served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
+    readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
+    cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
+    has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the
     # check that a shape divides, a ValueError where not.

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
-from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.methods import method_of
 from fastdraft.model.target_config import language_config, named_dtype, read_target_config
 from fastdraft.serving.engines import EnginePlace, Run, Served, engine_version, run_engine
 from fastdraft.serving.export import load_draft
@@ -40,7 +41,7 @@ class EngineCheck:
     prompts: Path | None = None
     max_prompts: int = 16
     max_new_tokens: int = 64
-    num_steps: int = 3
+    num_steps: int | None = None  # None: the method's own
     dtype: str | None = None  # None: the one the target's config.json names
     timeout_s: float = 1800
     trust_remote_code: bool = False
@@ -74,7 +75,9 @@ def check_engine(check: EngineCheck) -> Report:
         raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
     engine_version(check.place)
     draft = load_draft(check.checkpoint, facts)
-    prompts = _prompt_ids(check, facts["max_position_embeddings"])
+    method = method_of(draft)
+    num_steps = method.served_steps(draft.config, check.num_steps)
+    prompts = _prompt_ids(check, facts["max_position_embeddings"], num_steps)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if check.alone:
         ends_at = sorted(stop_ids(str(check.target), check.trust_remote_code))
@@ -88,15 +91,16 @@ def check_engine(check: EngineCheck) -> Report:
         check.max_new_tokens,
         ends_at,
         dtype,
-        check.num_steps,
+        num_steps,
         trust_remote_code=check.trust_remote_code,
+        algorithm=method.engine_names[check.place.name],
     )
     # a process each, before the target takes the GPU
     (served,), (plain,) = (run_engine(check.place, [r], check.timeout_s) for r in (run, replace(run, checkpoint=None)))
     if check.alone:
         return report_alone(served, plain)
     target = Target(target.model.to(device), draft.config.layers)
-    return compare(target, draft, prompts, served, plain, check.num_steps)
+    return compare(target, draft, prompts, served, plain, num_steps)
 
 
 def report_alone(served: Served, plain: Served) -> Report:
@@ -127,14 +131,13 @@ def report_alone(served: Served, plain: Served) -> Report:
 
 
 def compare(
-    target: Target, draft: Draft, prompts: list[list[int]], served: Served, plain: Served, num_steps: int
+    target: Target, draft: nn.Module, prompts: list[list[int]], served: Served, plain: Served, num_steps: int
 ) -> Report:
     """`draft` as `load_draft` gave it, in the checkpoint's dtype; the target in the dtype the engine ran in. `plain` is the
     same engine without a draft."""
     checkpoint_dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
     draft = draft.to(target.device, target.dtype)
-    if draft.config.hidden_size == draft.config.target_hidden_size:
-        draft.set_embedding(target.embedding)
+    draft.take_from_target(target.embedding)
     parity = Parity(target, draft, prompts, served.outputs, num_steps)
     tokens = sum(len(o.tokens) for o in served.outputs)
     report = Report([f"{served.engine} {served.version}, {served.dtype}: {len(prompts)} prompts, {tokens} tokens"], [], [])
@@ -154,7 +157,7 @@ def compare(
     return report
 
 
-def _prompt_ids(check: EngineCheck, context: int) -> list[list[int]]:
+def _prompt_ids(check: EngineCheck, context: int, num_steps: int) -> list[list[int]]:
     tokenizer = load_tokenizer(str(check.target), check.trust_remote_code)
     if check.prompts is None:
         asked = [Prompt([{"role": "user", "content": text}]) for text in PROMPTS]
@@ -166,10 +169,10 @@ def _prompt_ids(check: EngineCheck, context: int) -> list[list[int]]:
         prompts = prompt_ids(asked[: check.max_prompts], tokenizer)
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([]) + 1} has no token; give it some text")
-    room = context - check.max_new_tokens - check.num_steps - 1
+    room = context - check.max_new_tokens - num_steps - 1
     if (longest := max(map(len, prompts))) > room:
         raise ValueError(
-            f"a prompt has {longest} tokens; with {check.max_new_tokens} new and {check.num_steps} drafted ones it does "
+            f"a prompt has {longest} tokens; with {check.max_new_tokens} new and {num_steps} drafted ones it does "
             f"not fit the target's context of {context}: shorten it, or lower --max-new-tokens"
         )
     return prompts

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.ref import attention_ref
+from fastdraft.model.method import Readings
+from fastdraft.model.methods import method_of
 from fastdraft.model.rope import Rope
 from fastdraft.model.target_config import default_layers
 from fastdraft.serving.engines import Output
@@ -55,9 +57,9 @@ class Reading:
     dtype: torch.dtype | None = None  # that the draft runs in
 
 
-def readings(draft: Draft, target: Target) -> list[Reading]:
+def readings(draft: Draft, num_layers: int) -> list[Reading]:
     """The documented reading first, then every single fault that would be another reading of this draft."""
-    c, n = draft.config, target.num_layers
+    c, n = draft.config, num_layers
     found = [Reading()]
     moved = [default_layers(n)] + [tuple(layer + by for layer in c.layers) for by in (-1, 1)]
     for layers in dict.fromkeys(moved):
@@ -195,12 +197,21 @@ class TargetEvidence:
         return (self.num_equal + self.num_near) / max(self.num_tokens, 1)
 
 
+def _run_chains(draft, reading, _head, ids, g, chain) -> tuple[Tensor, Tensor]:
+    found = run_chains(draft, reading, ids, g, chain)
+    return found.choice, found.gap
+
+
+CHAINS = Readings(readings, read_as, _run_chains)
+
+
 class Parity:
     """The target's states of every prompt with its output, captured once per choice of layers."""
 
     def __init__(
         self, target: Target, draft: Draft, prompts: Sequence[list[int]], outputs: Sequence[Output], num_steps: int
     ):
+        self.readings = method_of(draft).readings or CHAINS
         self.target, self.draft, self.outputs, self.num_steps = target, draft, outputs, num_steps
         self.prompts = [len(p) for p in prompts]
         self.ids = [torch.tensor(p + o.tokens, device=target.device) for p, o in zip(prompts, outputs, strict=True)]
@@ -225,7 +236,7 @@ class Parity:
         return TargetEvidence(total, equal, near)
 
     def evidence(self, reading: Reading) -> Evidence:
-        draft = read_as(self.draft, reading)
+        draft = self.readings.read_as(self.draft, reading)
         tie = NEAR_TIE[draft.fc.weight.dtype]
         states = self.states(reading.layers or self.draft.config.layers)
         proposed = equal = near = tokens = 0
@@ -244,9 +255,9 @@ class Parity:
                 theirs = torch.tensor([r.drafted for r in output.rounds], device=ids.device)  # [rounds, S]
                 chain = torch.zeros_like(ids[:-1])[:, None].repeat(1, theirs.shape[1])
                 chain[roots - 1] = theirs
-                found = run_chains(draft, reading, ids, g, chain)
-                gap = found.gap[roots - 1]
-                same = found.choice[roots - 1] == theirs
+                choice, gap = self.readings.run(draft, reading, self.target.head, ids, g, chain)
+                gap = gap[roots - 1]
+                same = choice[roots - 1] == theirs
                 proposed, equal = proposed + theirs.numel(), equal + int(same.sum())
                 near += int((~same & (gap <= tie)).sum())
         return Evidence(reading, proposed, equal, near, tokens, tuple(rounds), torch.cat(lengths))
@@ -258,7 +269,8 @@ class Parity:
         )
         inside = wanted < len(ids)
         chain = ids[wanted.clamp_max(len(ids) - 1)]
-        return (run_chains(draft, reading, ids, g, chain).choice == chain) & inside
+        choice, _ = self.readings.run(draft, reading, self.target.head, ids, g, chain)
+        return (choice == chain) & inside
 
 
 # --- diagnosis -----------------------------------------------------------------------------------------------------------
@@ -274,7 +286,9 @@ class Diagnosis:
 
 def diagnose(parity: Parity) -> Diagnosis:
     """Tries every reading. `served_as` and `trained_as` hold the best reading of each fault, best first."""
-    reference, *others = (parity.evidence(reading) for reading in readings(parity.draft, parity.target))
+    reference, *others = (
+        parity.evidence(reading) for reading in parity.readings.every(parity.draft, parity.target.num_layers)
+    )
     if reference.num_proposed:
         agrees = reference.agreement == 1 and reference.num_near <= 0.1 * reference.num_proposed
         better = [e for e in others if e.num_missed <= 0.5 * reference.num_missed and e.agreement >= 0.8]

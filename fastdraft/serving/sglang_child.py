@@ -26,7 +26,7 @@ def serve(run: dict) -> dict:
     checkpoint, options = run["checkpoint"], {}
     if checkpoint is not None:
         options = {
-            "speculative_algorithm": "EAGLE3",
+            "speculative_algorithm": run["algorithm"],
             "speculative_draft_model_path": checkpoint,
             "speculative_num_steps": run["num_steps"],
             "speculative_eagle_topk": run["eagle_topk"],

@@ -49,7 +49,7 @@ def serve(run: dict) -> dict:
     options = {}
     if run["checkpoint"] is not None:
         options["speculative_config"] = {
-            "method": "eagle3",
+            "method": run["algorithm"],
             "model": run["checkpoint"],
             "num_speculative_tokens": run["num_steps"],
         }

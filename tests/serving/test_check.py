@@ -308,7 +308,7 @@ def test_a_prompt_without_a_token_is_named(target_dir, tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"prompt": "ba"}\n{"prompt": ""}\n')
     check = checks.EngineCheck(EnginePlace("vllm"), tmp_path, target_dir, tmp_path / "p.jsonl")
     with pytest.raises(ValueError, match="prompt 2 has no token"):
-        checks._prompt_ids(check, 512)
+        checks._prompt_ids(check, 512, 3)
 
 
 @pytest.mark.parametrize("rounds", [4, 0])

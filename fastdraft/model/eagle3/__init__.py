@@ -17,7 +17,7 @@ from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
-from fastdraft.model.method import Method
+from fastdraft.model.method import Method, StepWeights
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -46,20 +46,34 @@ def build_step(
     return GraphEngine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
 
 
+def step_weights(config: Config, shape: DraftConfig) -> StepWeights:
+    """Step i weighs step_decay ** i; the sum is divided by the live rows of step 0."""
+    steps = torch.arange(config.ttt_length, dtype=torch.float64)
+    return StepWeights(config.loss.step_decay**steps, (steps == 0).double())
+
+
+def check_config(config: Config) -> None:
+    if config.block != type(config).model_fields["block"].default:
+        raise ValueError("the section block is for methods that draft blocks, not for eagle3; take it out")
+
+
 METHOD = Method(
     shape=DraftConfig,
     draft=Draft,
     architecture=ARCHITECTURE,
-    num_steps=lambda config: config.ttt_length,
+    num_steps=lambda config, shape: config.ttt_length,
     build_step=build_step,
     fit=fit,
     step_cost=step_cost,
     pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.ttt_length),
-    drafter=DraftState,
+    drafter=lambda draft, head, capacity: DraftState(draft, capacity),  # it has a head of its own
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,
     init_config=init_config,
+    step_weights=step_weights,
+    check_config=check_config,
+    engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},
     part=part,
     cut=cut_draft,
     check_cut=check_cut,

@@ -185,6 +185,9 @@ class TTTEngine:
         self.take = Buffers(device)
         self.compiled: set[bool] = set()  # kernels: True, those of `step`; False, those of `rows`
 
+    def begin(self, number: int) -> None:
+        """Nothing is drawn at random here."""
+
     def reserve(self, tokens: int) -> None:
         """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
         room, chains = memory.buffer_rows(max(self.take.table.get("k0", (0,))[0], tokens), self.chunk_rows)

@@ -94,6 +94,9 @@ class ReferenceEngine:
     ):
         self.draft, self.head, self.step_weights, self.loss = draft, head, step_weights, (kind, lk_scale, lk_decay)
 
+    def begin(self, number: int) -> None:
+        """Nothing is drawn at random here."""
+
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
         batch = batch.to(features.f.device)
         rows, found = ttt_ref_step(self.draft, batch, features, self.head, self.step_weights, *self.loss)

@@ -1,0 +1,95 @@
+"""DFlash (arXiv 2602.06036): a draft of a few layers that fills a block of tokens at once from the target's states."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdraft.batch import TargetHead
+from fastdraft.model.dflash.blocks import draw_anchors
+from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
+from fastdraft.model.dflash.cost import pair_cost, step_cost
+from fastdraft.model.dflash.draft import DFlashDraft
+from fastdraft.model.dflash.engine import BlockEngine, refuse_head
+from fastdraft.model.dflash.loss import BlockLoss, default_gamma
+from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
+from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
+from fastdraft.model.dflash.ref import BlockReferenceEngine
+from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
+from fastdraft.model.dflash.start import fit
+from fastdraft.model.method import Method, Readings, StepWeights
+
+if TYPE_CHECKING:
+    from fastdraft.config import Config
+
+
+def block_loss(config: Config, shape: DFlashConfig) -> BlockLoss:
+    b = config.block
+    gamma = default_gamma(shape.block_size) if b.gamma is None else b.gamma
+    return BlockLoss(b.loss, gamma, b.dpace_alpha, b.lk_scale, b.lk_decay)
+
+
+def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
+    loss = block_loss(config, shape)
+    weights, normaliser = loss.weights(shape.num_drafted), loss.normaliser(shape.num_drafted)
+    return StepWeights(*(torch.tensor(x, dtype=torch.float64) for x in (weights, normaliser)))
+
+
+def build_step(
+    config: Config, draft: DFlashDraft, head: TargetHead, device: torch.device, *_axes: object
+) -> BlockEngine | BlockReferenceEngine:
+    """The fused engine, or the reference where a config asks for it. Each process runs it alone: the axes of a run that
+    divides a step are of one process here, since `check_cut` is not there to let them be of more."""
+    refuse_head(head)
+    loss, draw = block_loss(config, draft.config), partial(_draw, config.block.anchors, config.seed)
+    if config.step == "reference":
+        return BlockReferenceEngine(draft, head, loss, draw)
+    return BlockEngine(draft, head, loss, draw, config.chunk_rows)
+
+
+def _draw(limit, seed, batch, step):
+    return draw_anchors(batch, limit, seed, step)
+
+
+def check_config(config: Config) -> None:
+    """Raises ValueError for settings that a DFlash draft does not read, or cannot have."""
+    fields = type(config).model_fields
+    if config.ttt_length != fields["ttt_length"].default:
+        raise ValueError(
+            f"ttt_length {config.ttt_length} is EAGLE-3's; a DFlash draft has draft.overrides.block_size: take it out"
+        )
+    if config.loss != fields["loss"].default:
+        raise ValueError("the section loss is EAGLE-3's; a DFlash draft's loss is in the section block: take loss out")
+    if config.precision == "fp8":
+        raise ValueError("precision: fp8 is not made for DFlash drafts; set precision=bf16")
+
+
+METHOD = Method(
+    shape=DFlashConfig,
+    draft=DFlashDraft,
+    architecture=ARCHITECTURE,
+    num_steps=lambda config, shape: shape.num_drafted,
+    build_step=build_step,
+    fit=fit,
+    step_cost=step_cost,
+    pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.block.anchors),
+    drafter=BlockDrafter,
+    serving_tensors=serving_tensors,
+    load=load_draft,
+    verify=verify,
+    init_config=init_config,
+    step_weights=step_weights,
+    check_config=check_config,
+    engine_names={"vllm": "dflash", "sglang": "DFLASH"},
+    from_tokenizer=choose_mask_token,
+    refuse_settings=refuse_settings,
+    served_steps=served_steps,
+    readings=Readings(block_readings, read_block_as, run_blocks),
+    cost_options=lambda config: {
+        "anchors": config.block.anchors,
+        "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
+    },
+    has_vocabulary_map=False,
+)

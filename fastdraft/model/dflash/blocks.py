@@ -1,0 +1,123 @@
+"""Where blocks begin, and which of their rows the engine computes: planned on the host, from tokens and masks alone.
+
+An anchor is a token x_a, a >= 1, that is itself trained on and whose next token is: the last token that a server has
+verified, where an answer is written. A document has as many as its loss mask has room for, up to a limit, drawn anew at
+every optimizer step. The draw depends on the run's seed, the step and the document's own tokens and mask, so it is the same
+whatever packs, chunks and processes the document meets, and a resumed run draws what the whole one drew.
+
+A chunk takes some blocks in ascending order of their anchors. Its rows are block after block, B rows each. A slot is live
+where its label exists (`loss.py`); blocks that run past their document's end keep all rows, because a server would have
+them too. The head takes a part of the live rows at a time, with the teacher rows that the part needs.
+
+# N packed tokens, A anchors, C blocks of a chunk, B rows of a block, R = C * B, K live rows, T steps of a block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from fastdraft.batch import Batch, to_device
+from fastdraft.model.dflash.config import DFlashConfig
+
+
+def draw_anchors(
+    batch: Batch,  # on the host
+    limit: int,  # of anchors in a document
+    seed: int,  # of the run
+    step: int,  # of the optimizer, from 1; 0 for measuring
+) -> Tensor:  # [A] int64 rows of the pack, ascending
+    """Anchors of every document, uniform and without repeats among its places; as many as there are where they are few."""
+    ids, mask = batch.input_ids.numpy(), batch.loss_mask.numpy()
+    found, begin = [], 0
+    for length in batch.lengths:
+        part = slice(begin, begin + length)
+        inside = mask[part]
+        places = 1 + (inside[1:-1] & inside[2:]).nonzero()[0]
+        if len(places) > limit:
+            digest = xxhash.xxh3_64(f"{seed} {step}".encode())
+            digest.update(np.ascontiguousarray(ids[part]))
+            digest.update(np.ascontiguousarray(inside))
+            chosen = np.random.Generator(np.random.PCG64(digest.intdigest()))
+            places = np.sort(chosen.choice(places, limit, replace=False, shuffle=False))
+        found.append(begin + places)
+        begin += length
+    return torch.from_numpy(np.concatenate(found).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Live rows that go through the head together, and the teacher rows that they are compared with."""
+
+    rows: slice  # of K
+    teacher: slice  # of m
+
+
+@dataclass(frozen=True)
+class BlockChunk:
+    """Blocks to run together. Every tensor is int64; row k of block c is row c * B + k."""
+
+    parts: tuple[Part, ...]
+    anchor: Tensor  # [C] row of the pack
+    start: Tensor  # [C] first row of its document
+    row_position: Tensor  # [R] RoPE position
+    read_id: Tensor  # [C + 1] tokens that rows read: each block's own, and last the mask token
+    head_row: Tensor  # [K] live rows, ascending
+    head_position: Tensor  # [K] their RoPE positions
+    head_step: Tensor  # [K]
+    head_block: Tensor  # [K] block of the row
+    head_out: Tensor  # [K] step * N + anchor
+    label: Tensor  # [K] token
+    teacher_pos: Tensor  # [m] rows of the pack whose target distribution is needed, ascending in each part
+    teacher_row: Tensor  # [K] index into the part's teacher rows
+
+    def to(self, device: torch.device) -> BlockChunk:
+        """One copy, from pinned memory to a GPU, so that the host does not wait."""
+        if device.type != "cuda":
+            return self
+        names = [field.name for field in fields(self) if field.name != "parts"]
+        tensors = [getattr(self, name) for name in names]
+        moved = to_device(tensors, device).split([len(x) for x in tensors])
+        return BlockChunk(self.parts, **dict(zip(names, moved, strict=True)))
+
+
+def plan_blocks(
+    batch: Batch,  # on the host
+    anchors: Tensor,  # [A] int64 ascending, on the host
+    config: DFlashConfig,
+    chunk_blocks: int,
+    room: int,  # live rows that the head takes at a time
+) -> Iterator[BlockChunk]:
+    """The blocks at these anchors, `chunk_blocks` at a time, without chunks that have no live row."""
+    n, rows, steps = batch.num_tokens, config.block_size, config.num_drafted
+    ids, mask, start, end = (x.numpy() for x in (batch.input_ids, batch.loss_mask, batch.doc_start, batch.doc_end))
+    for first in range(0, len(anchors), chunk_blocks):
+        anchor = anchors[first : first + chunk_blocks].numpy()
+        label_at = anchor[:, None] + 1 + np.arange(steps)  # [C, T]
+        inside = label_at < end[anchor][:, None]
+        live = inside & mask[np.where(inside, label_at, 0)]
+        block, step = live.nonzero()
+        if not len(block):
+            continue
+        position = anchor - start[anchor]
+        row_position = (position[:, None] + np.arange(rows)).ravel()
+        head_row = block * rows + step + config.first_slot
+        parts, teacher_pos, teacher_row, taken = [], [], [], 0
+        for begin in range(0, len(block), room):
+            part = slice(begin, min(begin + room, len(block)))
+            distinct, index = np.unique(label_at[block[part], step[part]] - 1, return_inverse=True)
+            parts.append(Part(part, slice(taken, taken + len(distinct))))
+            teacher_pos.append(distinct)
+            teacher_row.append(index)
+            taken += len(distinct)
+        planned = (
+            *(anchor, start[anchor], row_position, np.append(ids[anchor], config.mask_token_id)),
+            *(head_row, row_position[head_row], step, block, step * n + anchor[block], ids[label_at[block, step]]),
+            *(np.concatenate(teacher_pos), np.concatenate(teacher_row)),
+        )
+        yield BlockChunk(tuple(parts), *(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned))

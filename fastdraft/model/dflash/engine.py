@@ -1,0 +1,678 @@
+"""The block engine: DFlash's training step with explicit forward and backward, exact, in memory that N and V do not set.
+
+Computes what `block_ref_step` computes (the specification) by five facts (docs/dflash.md):
+
+1 The context's keys and values depend on the target's states alone, so blocks are independent of each other once they
+  exist: chunks of blocks run through all layers, their losses and the backward at once. Kept for every token are fc's
+  output and the context's K, V of each layer with their gradients; one product makes K and V of all layers.
+2 Full-attention rows are read by all rows of their block, so every row runs the layers; but behind the keys and values of
+  the last layer only live rows go on: its queries, its MLP and the head run for them alone.
+3 All rows but a block's first read the mask token, so layer 0 normalises and multiplies C + 1 rows instead of C * B, and
+  the gradients of the masked rows are summed before they go back through that product.
+4 The head is the target's and frozen. Losses and their gradient with respect to the states are made for as many rows as
+  one buffer of logits holds; nothing has N * B * V numbers, and no logits are computed twice.
+5 A loss against the data's tokens needs no teacher; another computes the teacher once for each token that some live rows of
+  a part of a chunk are compared with.
+
+Read `BlockStep.run` first: it is the table of contents. All memory is listed in `memory.py` and taken once. The host reads
+nothing back from the device.
+
+# N packed tokens, C blocks of a chunk, B rows of a block, R = C * B, K live rows, Q rows that a layer's queries have
+# U = C + 1 distinct rows of layer 0, L layers, H hidden, Hq/Hkv heads, D head dim, E = Hq*D, kv = Hkv*D, W = E + 2 kv
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdraft.batch import Batch, Features, Rows, TargetHead, to_device
+from fastdraft.kernels.block_attention import (
+    BlockRows,
+    block_attention_bwd_kv,
+    block_attention_bwd_q,
+    block_attention_fwd,
+    block_rows,
+)
+from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
+from fastdraft.kernels.jit import compile_together
+from fastdraft.kernels.linear_ce import ce_rows_
+from fastdraft.kernels.linear_kl import kl_rows_
+from fastdraft.kernels.matmul import add_outer, linear, linear_backward
+from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward
+from fastdraft.kernels.swiglu import swiglu, swiglu_backward_
+from fastdraft.kernels.teacher import PermutedHead, TeacherRows, teacher
+from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_bytes
+from fastdraft.model.dflash import memory
+from fastdraft.model.dflash.blocks import BlockChunk, Part, plan_blocks
+from fastdraft.model.dflash.draft import DFlashDraft
+from fastdraft.model.dflash.loss import BlockLoss, dpace_weights
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's tensors as the engine multiplies with them, or in the same places their gradient sums."""
+
+    input_norm: Tensor  # [H]
+    qkv: Tensor  # [W, H]
+    q_norm: Tensor  # [D]
+    k_norm: Tensor  # [D]
+    out: Tensor  # [H, E]
+    post_norm: Tensor  # [H]
+    gate_up: Tensor  # [2I, H]
+    down: Tensor  # [H, I]
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    fc: Tensor  # [H, K*H]
+    hidden_norm: Tensor  # [H]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [H]
+
+    @classmethod
+    def of(cls, named: dict[str, Tensor], num_layers: int, *, may_copy: bool) -> BlockWeights:
+        """From tensors by parameter name. Q, K, V, and gate and up, become one tensor each: a view where they lie end to
+        end, else a copy if `may_copy`; else ValueError."""
+
+        def together(names: list[str]) -> Tensor:
+            parts = [named[name] for name in names]
+            whole = end_to_end(parts)
+            if whole is None and not may_copy:
+                raise ValueError(
+                    "grads must lie end to end in one buffer: use FlatAdamW.grads or flat_gradients(parameters)"
+                )
+            return torch.cat(parts) if whole is None else whole
+
+        def layer(at: str) -> LayerWeights:
+            return LayerWeights(
+                input_norm=named[f"{at}.input_layernorm.weight"],
+                qkv=together([f"{at}.self_attn.{x}_proj.weight" for x in "qkv"]),
+                q_norm=named[f"{at}.self_attn.q_norm.weight"],
+                k_norm=named[f"{at}.self_attn.k_norm.weight"],
+                out=named[f"{at}.self_attn.o_proj.weight"],
+                post_norm=named[f"{at}.post_attention_layernorm.weight"],
+                gate_up=together([f"{at}.mlp.{x}_proj.weight" for x in ("gate", "up")]),
+                down=named[f"{at}.mlp.down_proj.weight"],
+            )
+
+        layers = tuple(layer(f"layers.{number}") for number in range(num_layers))
+        return cls(named["fc.weight"], named["hidden_norm.weight"], layers, named["norm.weight"])
+
+
+class BlockEngine:
+    """Runs training steps of a DFlash draft against its target's head. Build it when the draft has its embedding."""
+
+    def __init__(
+        self,
+        draft: DFlashDraft,
+        head: TargetHead,
+        loss: BlockLoss,
+        draw: Callable[[Batch, int], Tensor],  # anchors [A] of a batch on the host, at a step
+        chunk_blocks: int | None = None,  # blocks at a time; None: as many as memory.CHUNK_BYTES hold
+    ):
+        if chunk_blocks is not None and chunk_blocks < 1:
+            raise ValueError(f"chunk_rows is {chunk_blocks}; at least 1 block is needed")
+        refuse_head(head)
+        self.draft = draft
+        self.config = c = draft.config
+        self.loss = loss
+        self.draw = draw
+        self.number = 0
+        device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
+        self.head_weight = head.weight.to(dtype)  # [V, H]
+        everything = torch.arange(c.vocab_size, device=head.weight.device)
+        self.teacher_head = PermutedHead(head.weight, None, 1.0, None, everything, c.vocab_size)
+        weights = torch.tensor(loss.weights(c.num_drafted), dtype=torch.promote_types(dtype, torch.float32))
+        self.step_weights = weights.to(device)  # [T]
+        self.sizes = dtype, head.weight.dtype, device.type
+        self.chunk_blocks = memory.pick_chunk_blocks(chunk_blocks, c, *self.sizes, loss.needs_teacher)
+        self.take = Buffers(device)
+        self.compiled: set[tuple[bool, bool]] = set()  # kernels: with gradients or without, with a teacher or without
+
+    def begin(self, number: int) -> None:
+        """The optimizer step that follows, which anchors are drawn for."""
+        self.number = number
+
+    def reserve(self, tokens: int, with_teacher: bool) -> None:
+        """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
+        room = memory.room_for(max(self.take.table.get("c0", (0,))[0], tokens))
+        with_teacher |= "teacher.logits" in self.take.table
+        pack = memory.pack_buffers(self.config, room, self.sizes[0])
+        table = memory.chunk_buffers(self.config, self.chunk_blocks, *self.sizes, with_teacher) | pack
+        if table == self.take.table:
+            return
+        device = self.take.device
+        if device.type == "cuda":
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + cached + table_bytes(self.take.held_table)
+            if table_bytes(table) > free:
+                need, of_it, have = (f"{x / 2**30:.1f} GiB" for x in (table_bytes(table), table_bytes(pack), free))
+                raise ValueError(
+                    f"{self.chunk_blocks} blocks of a pack of {tokens} tokens need {need} ({of_it} of it not the "
+                    f"chunk's), {have} of {device} are free; set chunk_rows={max(self.chunk_blocks // 2, 1)} or less, or "
+                    "lower data.pack_tokens"
+                )
+        self.take.resize(table)
+
+    def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
+        """Rows of a batch, and the gradient of the weighted sum of losses added to `grads` (float32, by parameter name).
+
+        `batch` lies on the host, `features` on the draft's device, `grads` end to end in one buffer (`FlatAdamW.grads` or
+        `flat_gradients`). Row (j, a) of the result is step j of the block at token a. Raises ValueError for token ids that
+        do not fit, or memory that does not suffice.
+        """
+        return self.run(batch, features, self.draw(batch, self.number), grads)
+
+    def rows(self, batch: Batch, features: Features) -> Rows:
+        """The same without any gradient, of blocks that are the same at every call. Where the features have the target's
+        last state, acceptance and hits are against its distribution; else hits alone count, against the text."""
+        return self.run(batch, features, self.draw(batch, 0), None)
+
+    def run(
+        self,
+        batch: Batch,
+        features: Features,
+        anchors: Tensor,  # [A] int64 ascending, on the host
+        grads: dict[str, Tensor] | None,
+    ) -> Rows:
+        self.check_ids(batch)
+        with_teacher = self.loss.needs_teacher or (grads is None and features.f is not None)
+        if with_teacher and features.f is None:
+            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
+        kind = grads is not None, with_teacher
+        if self.take.device.type == "cuda" and kind not in self.compiled and len(anchors):
+            rehearsed = BlockStep(self, batch.num_tokens, features, grads, with_teacher)
+            compile_together(lambda: rehearsed.run(batch, anchors, rehearsal=True), self.take.device)
+            self.compiled.add(kind)
+        return BlockStep(self, batch.num_tokens, features, grads, with_teacher).run(batch, anchors)
+
+    def check_ids(self, batch: Batch) -> None:
+        ids, c = batch.input_ids.numpy(), self.config
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= c.vocab_size:
+            raise ValueError(f"token ids {low}..{high} do not fit the draft's vocabulary of {c.vocab_size}")
+        if bool((ids == c.mask_token_id).any()):
+            raise ValueError(
+                f"a document has token {c.mask_token_id}, which is the draft's mask_token_id; choose an id that no text of "
+                "yours has with draft.overrides.mask_token_id"
+            )
+
+
+def refuse_head(head: TargetHead) -> None:
+    """Raises ValueError for a head that the engines do not give a DFlash draft as it is."""
+    odd = {"a bias": head.bias is not None, f"a scale of {head.scale}": head.scale != 1.0}
+    odd[f"a soft-cap of {head.softcap}"] = head.softcap is not None
+    if found := [name for name, there in odd.items() if there]:
+        raise ValueError(
+            f"the target's lm_head has {' and '.join(found)}, and the engines multiply a DFlash draft's states with "
+            "the bare weight; DFlash drafts are for targets whose head is a plain product"
+        )
+
+
+class BlockStep:
+    """A batch through the engine: `run`, read from top to bottom."""
+
+    def __init__(
+        self,
+        engine: BlockEngine,
+        num_tokens: int,
+        features: Features,
+        grads: dict[str, Tensor] | None,
+        with_teacher: bool,
+    ):
+        c = engine.config
+        self.engine, self.config, self.take = engine, c, engine.take
+        self.features, self.num_tokens, self.with_teacher = features, num_tokens, with_teacher
+        self.embedding = engine.draft.embedding  # [V, H], frozen
+        named = {name: p.detach() for name, p in engine.draft.named_parameters()}
+        self.weights = BlockWeights.of(named, c.num_hidden_layers, may_copy=True)
+        self.grads = None if grads is None else BlockWeights.of(grads, c.num_hidden_layers, may_copy=False)
+        self.device, self.dtype = self.weights.fc.device, self.weights.fc.dtype
+        self.stats = torch.promote_types(self.dtype, torch.float32)
+        self.heads, self.kv_heads, self.dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_width, self.kv_width = self.heads * self.dim, self.kv_heads * self.dim
+        self.rope = engine.draft.rope.freqs, engine.draft.rope.factor
+        self.scale = self.dim**-0.5
+
+        # What `run` returns, one row for each step of each token.
+        size = c.num_drafted * num_tokens
+        self.loss, self.acceptance = (torch.zeros(size, dtype=self.stats, device=self.device) for _ in range(2))
+        self.hit, self.live = (torch.zeros(size, dtype=torch.bool, device=self.device) for _ in range(2))
+
+    @torch.no_grad()
+    def run(
+        self,
+        batch: Batch,
+        anchors: Tensor,  # [A] int64 ascending, on the host
+        rehearsal: bool = False,  # launch every kernel, for `compile_together`, in which none writes: two chunks have all
+    ) -> Rows:
+        """The whole step. The context's keys and values come first, then chunk after chunk of blocks, forward and backward;
+        last the backward of the context."""
+        room = memory.head_room(self.config, self.dtype)
+        chunks: Iterator[BlockChunk] = plan_blocks(batch, anchors, self.config, self.engine.chunk_blocks, room)
+        if rehearsal:
+            planned = list(chunks)
+            chunks = iter(planned[:1] + planned[1:][-1:])
+        started = False
+        for chunk in chunks:
+            if not started:
+                self.start_pack(to_device([batch.positions], self.device))
+                started = True
+            self.run_chunk(chunk.to(self.device))
+        if started and self.grads is not None:
+            self.finish_pack()
+        shape = self.config.num_drafted, self.num_tokens
+        return Rows(*(x.view(shape) for x in (self.loss, self.acceptance, self.hit, self.live, self.live.clone())))
+
+    # --- the context: what every block reads, of the whole pack ---------------------------------------------------------
+
+    def start_pack(
+        self,
+        position: Tensor,  # [N] int64
+    ) -> None:
+        """c, K and V of every token and layer, and zeros where their gradients will be collected."""
+        n, take, w = self.num_tokens, self.take, self.weights
+        self.engine.reserve(n, self.with_teacher)
+        self.position = position
+        self.c0 = take("c0", n)
+        self.context = [
+            {name: take(f"context.{layer}.{name}", n) for name in ("k_raw", "k", "v")} for layer in range(len(w.layers))
+        ]
+        if self.grads is not None:
+            for layer, kept in enumerate(self.context):
+                kept |= {name: take(f"context.{layer}.{name}", n).zero_() for name in ("dk", "dv")}
+        kv_weight = take("kv_weight")
+        torch.cat([layer.qkv[self.q_width :] for layer in w.layers], out=kv_weight)
+        for rows in self.pack_blocks():
+            g = self.features.g[rows].to(self.dtype)
+            linear(g, w.fc, self.c0[rows])
+            c, _ = self.read_context(rows)
+            kv = take("pack.kv", len(c))
+            linear(c, kv_weight, kv)
+            parts = kv.unflatten(1, (-1, 2, self.kv_heads, self.dim))
+            for layer, kept in enumerate(self.context):
+                kept["v"][rows] = parts[:, layer, 1]
+                kept["k_raw"][rows] = parts[:, layer, 0]
+                normed = take("pack.k", len(c))
+                self.norm_heads(kept["k_raw"][rows], w.layers[layer].k_norm, normed, self.context_r_k(layer, rows))
+                chain_qkv(normed, None, None, self.position[rows], *self.rope, kept["k"][rows], None, None)
+
+    def pack_blocks(self) -> list[slice]:
+        """The pack's tokens, as many at a time as the pack's buffers have rows."""
+        block = self.take.rows("pack.c")
+        return [slice(first, min(first + block, self.num_tokens)) for first in range(0, self.num_tokens, block)]
+
+    def read_context(self, rows: slice) -> tuple[Tensor, Tensor]:  # c [b, H], 1/rms [b]
+        c0 = self.c0[rows]
+        c, r = self.take("pack.c", len(c0)), self.take("pack.r", len(c0))
+        rms_norm(c0, self.weights.hidden_norm, self.config.rms_norm_eps, c, r)
+        return c, r
+
+    def context_r_k(self, layer: int, rows: slice) -> Tensor:  # [b * Hkv] 1/rms of raw keys
+        r = self.take(f"context.{layer}.r_k", self.num_tokens * self.kv_heads)
+        return r[rows.start * self.kv_heads : rows.stop * self.kv_heads]
+
+    def norm_heads(
+        self,
+        raw: Tensor,  # [n, heads, D] or [n, heads * D], contiguous
+        weight: Tensor,  # [D]
+        out: Tensor,  # [n, heads * D]
+        r: Tensor,  # [n * heads]
+    ) -> None:
+        """The RMSNorm over each head."""
+        rms_norm(raw.view(-1, self.dim), weight, self.config.rms_norm_eps, out.view(-1, self.dim), r)
+
+    def finish_pack(self) -> None:
+        """From the collected gradients of the context's keys and values to those of K, V, the norms and fc."""
+        w, grads, take = self.weights, self.grads, self.take
+        kv_weight, partial, partial_head = take("kv_weight"), take("partial"), take("partial_head")
+        for rows in self.pack_blocks():
+            c, r = self.read_context(rows)
+            dkv, dk = take("pack.kv", len(c)), take("pack.k", len(c))
+            parts = dkv.unflatten(1, (-1, 2, self.kv_heads, self.dim))
+            for layer, kept in enumerate(self.context):
+                chain_qkv_backward(kept["dk"][rows], None, None, None, self.position[rows], *self.rope, dk, None)
+                rms_norm_backward(
+                    dk.view(-1, self.dim),
+                    kept["k_raw"][rows].view(-1, self.dim),
+                    self.context_r_k(layer, rows),
+                    w.layers[layer].k_norm,
+                    dk.view(-1, self.dim),
+                    grads.layers[layer].k_norm,
+                    partial_head,
+                )
+                parts[:, layer, 0] = dk.view(-1, self.kv_heads, self.dim)
+                parts[:, layer, 1] = kept["dv"][rows].to(self.dtype)
+                add_outer(grads.layers[layer].qkv[self.q_width :], parts[:, layer].flatten(1), c)
+            dc = take("pack.dc", len(c))
+            linear_backward(dkv, kv_weight, dc)
+            rms_norm_backward(dc, self.c0[rows], r, w.hidden_norm, dc, grads.hidden_norm, partial)
+            add_outer(grads.fc, dc, self.features.g[rows].to(self.dtype))
+
+    # --- a chunk of blocks ----------------------------------------------------------------------------------------------
+
+    def run_chunk(self, chunk: BlockChunk) -> None:
+        """The chunk's blocks through all layers, their losses, and the backward of both."""
+        intervals = self.intervals(chunk)
+        states = self.forward_blocks(chunk, intervals)
+        dy = self.run_head(chunk, states)
+        if self.grads is not None:
+            self.backward_blocks(chunk, intervals, dy)
+
+    def is_last(self, layer: int) -> bool:
+        return layer == len(self.weights.layers) - 1
+
+    def asking(self, chunk: BlockChunk, layer: int) -> tuple[Tensor | None, Tensor]:
+        """The rows that have queries in a layer, None for all, and their RoPE positions [Q]."""
+        if self.is_last(layer):
+            return chunk.head_row, chunk.head_position
+        return None, chunk.row_position
+
+    def intervals(self, chunk: BlockChunk) -> list[BlockRows]:
+        """The keys that each layer's rows see."""
+        found = []
+        for layer, kind in enumerate(self.config.layer_types):
+            sliding = kind == "sliding_attention"
+            found.append(
+                block_rows(
+                    chunk.anchor,
+                    chunk.start,
+                    self.config.block_size,
+                    self.asking(chunk, layer)[0],
+                    self.config.sliding_window if sliding else None,
+                    causal=sliding,
+                )
+            )
+        return found
+
+    def forward_blocks(self, chunk: BlockChunk, intervals: list[BlockRows]) -> Tensor:  # [K, H] before the final norm
+        """All layers; the buffers named by layer keep what the backward reads."""
+        take, eps = self.take, self.config.rms_norm_eps
+        rows, blocks = len(chunk.row_position), len(chunk.anchor)
+        h = take("0.h", rows).view(blocks, -1, self.config.hidden_size)
+        h[:, :1] = self.embedding[chunk.read_id[:-1], None]
+        h[:, 1:] = self.embedding[chunk.read_id[-1:]]
+        h, before, branch = h.flatten(0, 1), None, None
+        for layer, w in enumerate(self.weights.layers):
+            kept = lambda name, n=None, layer=layer: take(f"{layer}.{name}", n)  # noqa: E731
+            ask, position = self.asking(chunk, layer)
+            q, k, v = kept("q", len(position)), kept("k", rows), kept("v", rows)
+            zq, zk = take("zq", len(position)), take("zk", rows)
+            if layer == 0:
+                self.project_distinct(chunk, w, ask, zq, zk, v)
+            else:
+                # The layer before leaves its MLP's branch to be added in the same pass as this norm.
+                h, n1, r1 = kept("h", rows), kept("n1", rows), kept("r1", rows)
+                rms_norm(before, w.input_norm, eps, n1, r1, delta=branch, total=h)
+                x = n1 if ask is None else torch.index_select(n1, 0, ask, out=take("x_live", len(ask)))
+                q_raw, k_raw = kept("q_raw", len(x)), kept("k_raw", rows)
+                linear(x, w.qkv[: self.q_width], q_raw)
+                linear(n1, w.qkv[self.q_width : self.q_width + self.kv_width], k_raw)
+                linear(n1, w.qkv[self.q_width + self.kv_width :], v.flatten(1))
+                self.norm_heads(q_raw, w.q_norm, zq, kept("r_q", len(x) * self.heads))
+                self.norm_heads(k_raw, w.k_norm, zk, kept("r_k", rows * self.kv_heads))
+            chain_qkv(zq, None, None, position, *self.rope, q, None, None)
+            chain_qkv(zk, None, None, chunk.row_position, *self.rope, k, None, None)
+
+            context, out, lse = self.context[layer], kept("out", len(q)), kept("lse")[:, : len(q)]
+            block_attention_fwd(q, context["k"], context["v"], k, v, intervals[layer], self.scale, out, lse)
+            branch = take("branch", len(q))
+            linear(out.flatten(1), w.out, branch)
+            before, n2, r2 = kept("h_mid", len(q)), kept("n2", len(q)), kept("r2", len(q))
+            rms_norm(h, w.post_norm, eps, n2, r2, rows=ask, delta=branch, total=before)
+            gate_up, act = kept("gate_up", len(q)), kept("act", len(q))
+            linear(n2, w.gate_up, gate_up)
+            swiglu(gate_up, act)
+            linear(act, w.down, branch)
+        y, x, r = take("y", len(branch)), take("x", len(branch)), take("r_x", len(branch))
+        rms_norm(before, self.weights.norm, eps, x, r, delta=branch, total=y)
+        return x
+
+    def project_distinct(
+        self,
+        chunk: BlockChunk,
+        w: LayerWeights,
+        ask: Tensor | None,  # [Q] rows with queries; None: all
+        zq: Tensor,  # [Q, E] written: normed queries, not rotated
+        zk: Tensor,  # [R, kv] written: normed keys, not rotated
+        v: Tensor,  # [R, Hkv, D] written
+    ) -> None:
+        """Layer 0's projections of the C + 1 rows that differ, laid out for all rows: before the rotation masked rows are
+        all alike."""
+        take, few = self.take, len(chunk.read_id)
+        n1, r1, q_raw, k_raw = (take(f"0.{name}", few) for name in ("n1", "r1", "q_raw", "k_raw"))
+        rms_norm(self.embedding, w.input_norm, self.config.rms_norm_eps, n1, r1, rows=chunk.read_id)
+        linear(n1, w.qkv[: self.q_width], q_raw)
+        linear(n1, w.qkv[self.q_width : self.q_width + self.kv_width], k_raw)
+        q_normed, k_normed = torch.empty_like(q_raw), torch.empty_like(k_raw)
+        self.norm_heads(q_raw, w.q_norm, q_normed, take("0.r_q", few * self.heads))
+        self.norm_heads(k_raw, w.k_norm, k_normed, take("0.r_k", few * self.kv_heads))
+        values = n1 @ w.qkv[self.q_width + self.kv_width :].T
+        self.lay_out(k_normed, zk)
+        self.lay_out(values, v.flatten(1))
+        if ask is None:
+            self.lay_out(q_normed, zq)
+        else:
+            block, slot = ask // self.config.block_size, ask % self.config.block_size
+            torch.index_select(q_normed, 0, torch.where(slot == 0, block, few - 1), out=zq)
+
+    def lay_out(
+        self,
+        distinct: Tensor,  # [C + 1, width]
+        rows: Tensor,  # [R, width] written
+    ) -> None:
+        blocks = rows.view(len(distinct) - 1, -1, rows.shape[1])
+        blocks[:, :1] = distinct[:-1, None]
+        blocks[:, 1:] = distinct[-1]
+
+    def sum_distinct(
+        self,
+        rows: Tensor,  # [R, width]
+    ) -> Tensor:  # [C + 1, width] summed in at least float32, in the compute dtype
+        blocks = rows.view(-1, self.config.block_size, rows.shape[1])
+        masked = blocks[:, 1:].sum((0, 1), dtype=self.stats)
+        return torch.cat([blocks[:, 0], masked[None].to(rows.dtype)])
+
+    def run_head(
+        self,
+        chunk: BlockChunk,
+        x: Tensor,  # [K, H] normed states of the live rows
+    ) -> Tensor | None:  # [K, H] gradient of the states before the norm
+        """Losses of the chunk's live rows into the results; their gradient."""
+        loss, out = self.engine.loss, chunk.head_out
+        weight = self.engine.step_weights[chunk.head_step]  # [K]
+        if loss.kind == "dpace":
+            weight = torch.ones_like(weight)  # known only when all probabilities are
+        dx = None if self.grads is None else self.take("dx", len(x))
+        for part in chunk.parts:
+            self.run_part(chunk, part, x, weight, dx)
+        self.live[out] = torch.ones_like(out, dtype=torch.bool)
+        if dx is None:
+            return None
+        if loss.kind == "dpace":
+            dx *= self.dpace(chunk)[:, None].to(dx.dtype)
+        r, y, dy = self.take("r_x", len(x)), self.take("y", len(x)), self.take("dh", len(x))
+        rms_norm_backward(dx, y, r, self.weights.norm, dy, self.grads.norm, self.take("partial"))
+        return dy
+
+    def run_part(
+        self,
+        chunk: BlockChunk,
+        part: Part,
+        x: Tensor,  # [K, H]
+        weight: Tensor,  # [K]
+        dx: Tensor | None,  # [K, H] written at the part's rows
+    ) -> None:
+        """The head, the losses and their gradient, of as many live rows as one buffer of logits holds."""
+        loss, rows, label = self.engine.loss, part.rows, chunk.label[part.rows]
+        out, w = chunk.head_out[rows], weight[rows]
+        logits = self.take("logits", len(label))
+        linear(x[rows], self.engine.head_weight, logits)
+        soft = None
+        if self.with_teacher:
+            known, index = self.teacher_rows(chunk.teacher_pos[part.teacher]), chunk.teacher_row[rows]
+            kind = loss.kind if loss.needs_teacher else "kl"
+            grad = loss.needs_teacher and dx is not None
+            soft = kl_rows_(logits, known, index, w, kind, loss.lk_scale, loss.lk_decay, grad)
+        if loss.needs_teacher:
+            value, hit, acceptance = soft.loss, soft.hit, soft.acceptance
+        else:
+            hard = ce_rows_(logits, label, w, dx is not None)
+            value = hard.loss
+            hit, acceptance = (hard.hit, hard.hit) if soft is None else (soft.hit, soft.acceptance)
+        if dx is not None:
+            linear_backward(logits, self.engine.head_weight, dx[rows])
+        self.loss[out], self.acceptance[out], self.hit[out] = value.to(self.stats), acceptance.to(self.stats), hit
+
+    def teacher_rows(
+        self,
+        position: Tensor,  # [m] int64 rows of the pack
+    ) -> TeacherRows:
+        m = len(position)
+        buffers = TeacherRows(*(self.take(f"teacher.{name}", m) for name in TeacherRows._fields))
+        f = self.features.f[position]
+        return teacher(f, self.engine.teacher_head, (buffers, f.new_empty(0)))
+
+    def dpace(self, chunk: BlockChunk) -> Tensor:  # [K]
+        """D-PACE's weights of the live rows, from the probabilities of their labels."""
+        shape = len(chunk.anchor), self.config.num_drafted
+        at = chunk.head_block * shape[1] + chunk.head_step
+        q = self.loss.new_zeros(shape[0] * shape[1]).index_copy_(0, at, self.loss[chunk.head_out].neg().exp())
+        live = torch.zeros_like(q, dtype=torch.bool).index_fill_(0, at, True)
+        return dpace_weights(q.view(shape), live.view(shape), self.engine.loss.dpace_alpha).flatten()[at]
+
+    def backward_blocks(
+        self,
+        chunk: BlockChunk,
+        intervals: list[BlockRows],
+        d_after: Tensor,  # [K, H] gradient of the last layer's output
+    ) -> None:
+        """The layers' backward, last first; gradients of the context's keys and values are collected for `finish_pack`."""
+        take, partial = self.take, self.take("partial")
+        rows, kv_first = len(chunk.row_position), self.q_width
+        for layer in reversed(range(len(self.weights.layers))):
+            w, grads = self.weights.layers[layer], self.grads.layers[layer]
+            kept = lambda name, n=None, layer=layer: take(f"{layer}.{name}", n)  # noqa: E731
+            ask, position = self.asking(chunk, layer)
+            n = len(position)
+            h_mid, n2, gate_up, act, out = (kept(name, n) for name in ("h_mid", "n2", "gate_up", "act", "out"))
+
+            # The MLP's branch. act becomes its gradient and then itself again, gate_up and h_mid become their gradients.
+            dn = take("dn", n)
+            linear_backward(d_after, w.down, act)
+            swiglu_backward_(gate_up, act)
+            add_outer(grads.down, d_after, act)
+            add_outer(grads.gate_up, gate_up, n2)
+            linear_backward(gate_up, w.gate_up, dn)
+            rms_norm_backward(dn, h_mid, kept("r2", n), w.post_norm, h_mid, grads.post_norm, partial, add=(d_after,))
+            d_mid = h_mid
+
+            # Attention's branch, to what the projections gave.
+            add_outer(grads.out, d_mid, out.flatten(1))
+            dout = take("dout", n)
+            linear_backward(d_mid, w.out, dout.flatten(1))
+            dzq, dzk, dv = self.backward_attention(chunk, layer, intervals[layer], dout)
+            if layer == 0:
+                self.backward_distinct(chunk, ask, dzq, dzk, dv)
+                return
+            self.backward_head_norm(dzq, kept("q_raw", n), kept("r_q", n * self.heads), w.q_norm, grads.q_norm)
+            self.backward_head_norm(dzk, kept("k_raw", rows), kept("r_k", rows * self.kv_heads), w.k_norm, grads.k_norm)
+
+            # The projections, into the gradient of the normed input. Rows without queries have only keys and values.
+            n1, dn, dz = kept("n1", rows), take("dn", rows), take("dz", rows)
+            dz[:, kv_first : kv_first + self.kv_width] = dzk
+            dz[:, kv_first + self.kv_width :] = dv.flatten(1)
+            d_before = take("dh", rows)
+            if ask is None:
+                dz[:, :kv_first] = dzq
+                add_outer(grads.qkv, dz, n1)
+                linear_backward(dz, w.qkv, dn)
+                rms_norm_backward(
+                    dn, kept("h", rows), kept("r1", rows), w.input_norm, d_before, grads.input_norm, partial, add=(d_mid,)
+                )
+            else:
+                add_outer(grads.qkv[:kv_first], dzq, take("x_live", n))
+                add_outer(grads.qkv[kv_first:], dz[:, kv_first:], n1)
+                linear_backward(dz[:, kv_first:], w.qkv[kv_first:], dn)
+                dx = take("dx", n)
+                linear_backward(dzq, w.qkv[:kv_first], dx)
+                dn.index_add_(0, ask, dx)  # a row asks once, so nothing is added twice
+                d_before.zero_().index_copy_(0, ask, d_mid)
+                rms_norm_backward(
+                    dn, kept("h", rows), kept("r1", rows), w.input_norm, d_before, grads.input_norm, partial, add_dx=True
+                )
+            d_after = d_before
+
+    def backward_attention(
+        self,
+        chunk: BlockChunk,
+        layer: int,
+        intervals: BlockRows,
+        dout: Tensor,  # [Q, Hq, D]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # of the normed queries [Q, E] and keys [R, kv], and of the values [R, Hkv, D]
+        """Attention's backward and the rotation's; the context's share is added to its sums."""
+        take, context, n = self.take, self.context[layer], len(dout)
+        rows = len(chunk.row_position)
+        q, out, lse = take(f"{layer}.q", n), take(f"{layer}.out", n), take(f"{layer}.lse")[:, :n]
+        k, v, dk, dv = take(f"{layer}.k", rows), take(f"{layer}.v", rows), take("dk", rows), take("dv", rows)
+        dq, delta = take("dq", n), take("delta")[:, :n]
+        keys = context["k"], context["v"]
+        block_attention_bwd_q(dout, q, *keys, k, v, intervals, out, lse, self.scale, dk, dv, dq, delta)
+        block_attention_bwd_kv(dout, q, *keys, intervals, lse, delta, self.scale, context["dk"], context["dv"])
+        dzq, dzk = take("dzq", n), take("dzk", rows)
+        chain_qkv_backward(dq, None, None, None, self.asking(chunk, layer)[1], *self.rope, dzq, None)
+        chain_qkv_backward(dk, None, None, None, chunk.row_position, *self.rope, dzk, None)
+        return dzq, dzk, dv
+
+    def backward_head_norm(
+        self,
+        dz: Tensor,  # [n, heads * D] of the normed; becomes that of the raw
+        raw: Tensor,  # [n, heads * D]
+        r: Tensor,  # [n * heads]
+        weight: Tensor,  # [D]
+        dweight: Tensor,  # [D]
+    ) -> None:
+        dz, raw = dz.view(-1, self.dim), raw.view(-1, self.dim)
+        rms_norm_backward(dz, raw, r, weight, dz, dweight, self.take("partial_head"))
+
+    def backward_distinct(
+        self,
+        chunk: BlockChunk,
+        ask: Tensor | None,  # [Q] rows with queries; None: all
+        dzq: Tensor,  # [Q, E]
+        dzk: Tensor,  # [R, kv]
+        dv: Tensor,  # [R, Hkv, D]
+    ) -> None:
+        """Layer 0's projections: the rows that read the same token are added up first. The embedding is frozen."""
+        take, w, grads = self.take, self.weights.layers[0], self.grads.layers[0]
+        few, rows = len(chunk.read_id), len(dzk)
+        if ask is not None:
+            dzq = dzq.new_zeros(rows, self.q_width).index_copy_(0, ask, dzq)
+        dq, dk, dvalue = self.sum_distinct(dzq), self.sum_distinct(dzk), self.sum_distinct(dv.flatten(1))
+        self.backward_head_norm(dq, take("0.q_raw", few), take("0.r_q", few * self.heads), w.q_norm, grads.q_norm)
+        self.backward_head_norm(dk, take("0.k_raw", few), take("0.r_k", few * self.kv_heads), w.k_norm, grads.k_norm)
+        dz, n1 = torch.cat([dq, dk, dvalue], 1), take("0.n1", few)
+        add_outer(grads.qkv, dz, n1)
+        dn = torch.empty_like(n1)
+        linear_backward(dz, w.qkv, dn)
+        ids, partial = chunk.read_id, take("partial")
+        rms_norm_backward(dn, self.embedding, take("0.r1", few), w.input_norm, None, grads.input_norm, partial, x_rows=ids)
+
+
+def block_engine_step(
+    draft: DFlashDraft,
+    batch: Batch,
+    features: Features,
+    head: TargetHead,
+    anchors: Tensor,  # [A] int64 ascending, on the host
+    loss: BlockLoss,
+    chunk_blocks: int | None = None,
+) -> tuple[Rows, dict[str, Tensor]]:
+    """One step with an engine of its own and fresh gradients: `block_ref_step`'s signature, for checks."""
+    engine = BlockEngine(draft, head, loss, lambda batch, number: anchors, chunk_blocks)
+    grads = flat_gradients(draft.trainable())
+    return engine.step(batch, features, grads), grads

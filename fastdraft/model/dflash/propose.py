@@ -1,0 +1,106 @@
+"""Drafting with DFlash: the context's keys and values of one sequence, and the block of tokens it proposes.
+
+With the target having run x_0 .. x_{n-1} and x_n chosen, a round
+
+    extends  K_u, V_u of every layer to the new positions u < n from the target's own g_u;
+    drafts   one block of B rows at positions n .. n + B - 1: the first reads x_n, the others the mask token. Slot k drafts
+             x_{n+k} (fill-in labels) or x_{n+k+1} (shifted).
+
+All B rows run whatever depth is asked for, because a draft was trained on whole blocks. The slots are independent of each
+other given the context, so a sampled chain draws each token from its own distribution. The block's keys and values are
+thrown away after the round.
+
+# r tokens, m drafted tokens, B rows of a block, H hidden, Hq/Hkv heads, D head dim, V vocabulary
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdraft.batch import TargetHead
+from fastdraft.model.dflash.config import DFlashConfig
+from fastdraft.model.dflash.draft import DFlashDraft
+from fastdraft.model.proposal import DecodeSettings, Proposal, probabilities
+
+
+def refuse_settings(config: DFlashConfig, settings: DecodeSettings) -> None:
+    """Raises ValueError for a way to decode that a block does not have."""
+    if settings.eagle_topk > 1:
+        raise ValueError(
+            f"a DFlash draft proposes a chain, not a tree of eagle_topk {settings.eagle_topk}; set eagle_topk 1"
+        )
+    if settings.num_steps > config.num_drafted:
+        raise ValueError(
+            f"num_steps {settings.num_steps} is more than the {config.num_drafted} tokens that a block of "
+            f"{config.block_size} rows drafts; lower it"
+        )
+
+
+class BlockDrafter:
+    """The draft's context of one sequence: K, V of `length` positions in each layer."""
+
+    def __init__(self, draft: DFlashDraft, head: TargetHead, capacity: int):
+        c, like = draft.config, draft.fc.weight
+        self.draft, self.head = draft, head
+        self.draft_ids = torch.arange(c.vocab_size, device=like.device)
+        shape = c.num_hidden_layers, c.num_key_value_heads, capacity, c.head_dim
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def extend(
+        self,
+        g: Tensor,  # [r, K*H] the target's states at positions length .. length + r - 1
+    ) -> None:
+        context, end = self.draft.context(g), self.length + len(g)
+        positions = torch.arange(self.length, end, device=g.device)
+        for layer in range(self.draft.config.num_hidden_layers):
+            k, v = self.draft.keys_values(layer, context, positions)
+            self.keys[layer, :, self.length : end] = k.transpose(0, 1)
+            self.values[layer, :, self.length : end] = v.transpose(0, 1)
+        self.length = end
+
+    def block(
+        self,
+        root: Tensor,  # [1] int64, the token at position `length`
+    ) -> Tensor:  # [B, H] states after the final norm
+        draft, c = self.draft, self.draft.config
+        slots = torch.arange(c.block_size, device=root.device)
+        h = draft.embedding[torch.where(slots == 0, root, c.mask_token_id)]
+        for number, layer in enumerate(draft.layers):
+            x, positions = layer.input_layernorm(h), self.length + slots
+            q = draft.queries(number, x, positions).transpose(0, 1)
+            k, v = (own.transpose(0, 1) for own in draft.keys_values(number, x, positions))
+            keys = torch.cat([self.keys[number, :, : self.length], k], 1)
+            values = torch.cat([self.values[number, :, : self.length], v], 1)
+            out = F.scaled_dot_product_attention(q[None], keys[None], values[None], self._sees(number), enable_gqa=True)
+            h = draft.finish(number, h, out[0].transpose(0, 1))
+        return draft.norm(h)
+
+    def _sees(self, layer: int) -> Tensor | None:  # [B, length + B] bool; None: everything
+        c = self.draft.config
+        if c.layer_types[layer] == "full_attention":
+            return None
+        row = self.length + torch.arange(c.block_size, device=self.keys.device)[:, None]
+        u = torch.arange(self.length + c.block_size, device=self.keys.device)
+        return (u <= row) & (u >= row - (c.sliding_window - 1))
+
+    def propose(
+        self,
+        token_ids: Tensor,  # [r] int64, the tokens after the positions of g; the last is the root
+        g: Tensor,  # [r, K*H]
+        depth: int,
+        settings: DecodeSettings,
+        generator: torch.Generator,
+    ) -> Proposal:
+        """What to verify next, after the positions that the target has run since the last time."""
+        self.extend(g)
+        first = self.draft.config.first_slot
+        states = self.block(token_ids[-1:])[first : first + depth]
+        logits = self.head.logits(states.to(self.head.weight.dtype))
+        parents = list(range(depth))
+        if settings.temperature > 0 and settings.sample_draft:
+            q = probabilities(logits, settings)
+            return Proposal(torch.multinomial(q, 1, generator=generator)[:, 0], parents, q)
+        return Proposal(logits.argmax(-1), parents)

@@ -1,0 +1,384 @@
+"""DFlash drafts in the serving engines' format: tensors and config.json, read back for a warm start, verified.
+
+Tensors carry the module's own names, without a prefix, and the target's dtype. Embedding and lm_head are left out: both
+engines take the target's. What an engine reads otherwise than it was trained is an error here, because engines are silent
+about it: layer ids, the mask token, a block that is causal, labels that are shifted, RoPE.
+
+# H hidden, V vocabulary
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig
+
+from fastdraft.model.dflash.config import ARCHITECTURE, MASK_TOKEN, DFlashConfig, reserved_tokens, shape_of
+from fastdraft.model.dflash.draft import DFlashDraft
+from fastdraft.model.method import CONFIG, WEIGHTS, Findings
+from fastdraft.model.target_config import (
+    canonical_rope,
+    language_config,
+    named_dtype,
+    read_json,
+    read_target_config,
+    target_rope,
+)
+
+# Serving fields that change an engine's forward, and the only value that the draft here is trained for.
+TRAINED_AS: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "quantization_config": None,
+    "d2t": None,
+}
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "max_position_embeddings"),
+)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def serving_shapes(config: DFlashConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a serving checkpoint."""
+    any_rope = {"rope_type": "default", "rope_theta": 1e4}  # no shape depends on it
+    with torch.device("meta"):
+        draft = DFlashDraft(config.model_copy(update={"rope_parameters": any_rope}))
+    return {name: tuple(t.shape) for name, t in draft.state_dict().items()}
+
+
+def serving_tensors(draft: DFlashDraft, dtype: torch.dtype) -> dict[str, Tensor]:
+    draft.config.to_serving(dtype)  # refuses what no engine serves
+    tensors = {}
+    for name, t in draft.state_dict().items():
+        t = t.detach().cpu().to(dtype)
+        if not bool(t.isfinite().all()):
+            raise ValueError(f"{name} has NaN or infinite values in {dtype}; export an earlier checkpoint")
+        tensors[name] = t.contiguous()
+    return tensors
+
+
+def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> DFlashDraft:
+    """Reads a serving-format checkpoint in its own dtype, for a warm start or to decode with.
+
+    `target` is the target's config, checked against the draft's; the embedding is NaN until `take_from_target`. Raises
+    ValueError naming what config.json says otherwise than a DFlash draft here is trained, and every missing, unknown or
+    misshaped tensor.
+    """
+    path = Path(path)
+    config, facts = read_json(path / CONFIG), language_config(target)
+    try:
+        if problems := config_problems(config, facts):
+            raise ValueError(" ".join(problems))
+        c = _shape(config, facts)
+        tensors = _read(path)
+        if problems := _tensor_problems(tensors, c):
+            raise ValueError(" ".join(problems))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a draft to start from: {error}") from error
+    draft = DFlashDraft(c).to(tensors["fc.weight"].dtype)
+    draft.load_state_dict(tensors)
+    return draft
+
+
+def verify(path: Path | str, target_dir: Path | str) -> Findings:
+    """Everything that would make SGLang or vLLM fail, or draft wrongly without a word, for this checkpoint and target.
+
+    Reads every weight once. Raises ValueError only when the target's own config.json cannot be used.
+    """
+    path = Path(path)
+    facts = language_config(read_target_config(target_dir))
+    try:
+        config = read_json(path / CONFIG)
+    except ValueError as error:
+        return Findings([f"{error}."], [])
+    errors = config_problems(config, facts)
+    token_errors, warnings = _token_problems(config, target_dir, facts)
+    errors += token_errors
+    warnings += _notes(config, facts)
+    try:
+        tensors = _read(path)
+        c = _shape(config, facts)
+    except ValueError as error:
+        return Findings([*errors, f"Tensors were not compared with config.json: {str(error).rstrip('.')}."], warnings)
+    errors += _tensor_problems(tensors, c) + _dtype_problems(tensors, config, facts)
+    return Findings(list(dict.fromkeys(errors)), warnings)
+
+
+def config_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """What config.json lacks, says twice in different ways, or says of another draft or target; a sentence each."""
+    said = [
+        f"{key} is {config.get(key)!r}; it must be a whole number above 0."
+        for key in COUNTS
+        if type(config.get(key)) is not int or config[key] < 1
+    ]
+    if ARCHITECTURE not in (config.get("architectures") or []):
+        said.append(f"architectures is {config.get('architectures')!r}; it must be [{ARCHITECTURE!r}].")
+    for key, law in TRAINED_AS.items():
+        if config.get(key, law) != law:
+            said.append(f"{key} is {config[key]!r}; a DFlash draft here is trained with {law!r}.")
+    eps = config.get("rms_norm_eps")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0:
+        said.append(f"rms_norm_eps is {eps!r}; it must be a number above 0.")
+    nested = config.get("dflash_config")
+    if not isinstance(nested, dict):
+        return [*said, f"dflash_config is {nested!r}; it must hold target_layer_ids and mask_token_id."]
+    for key, law in (("hidden_size", facts.get("hidden_size")), ("vocab_size", facts.get("vocab_size"))):
+        if law is not None and config.get(key) is not None and config[key] != law:
+            said.append(f"{key} is {config[key]}, the target's is {law}; the draft was made for another target.")
+    if config.get("draft_vocab_size", config.get("vocab_size")) != config.get("vocab_size"):
+        said.append(
+            f"draft_vocab_size is {config['draft_vocab_size']} of a vocabulary of {config.get('vocab_size')}; SGLang "
+            "serves a DFlash draft with the target's whole vocabulary only."
+        )
+    return said + _layer_problems(config, nested, facts) + _block_problems(config, nested, facts) + _rope_problems(config)
+
+
+def _layer_problems(config: dict[str, Any], nested: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    said, ids, n = [], nested.get("target_layer_ids"), facts.get("num_hidden_layers")
+    if not isinstance(ids, list) or not ids or not all(type(x) is int for x in ids):
+        said.append(f"dflash_config.target_layer_ids is {ids!r}; it must list layers of the target, outputs from 0.")
+    elif n is not None and (ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] > n - 2):
+        said.append(
+            f"dflash_config.target_layer_ids {ids} must ascend and lie in 0..{n - 2}, the outputs SGLang can capture of "
+            f"{n} layers."
+        )
+    for key in ("eagle_aux_hidden_state_layer_ids", "target_layer_ids"):
+        if key in config and config[key] != ids:
+            said.append(
+                f"{key} is {config[key]!r} beside dflash_config.target_layer_ids {ids!r}; engines differ, leave it out."
+            )
+    if "eagle_aux_hidden_state_layer_ids" in config and config["eagle_aux_hidden_state_layer_ids"] == ids:
+        said.append(
+            "eagle_aux_hidden_state_layer_ids is there, which vLLM takes as boundaries, one layer off; leave it out."
+        )
+    if config.get("num_target_layers", n) != n:
+        said.append(
+            f"num_target_layers is {config['num_target_layers']}, the target has {n}; it is another target's draft."
+        )
+    return said
+
+
+def _block_problems(config: dict[str, Any], nested: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    said = []
+    sizes = {x for x in (config.get("block_size"), nested.get("block_size")) if x is not None}
+    if len(sizes) != 1 or not all(type(x) is int and 2 <= x <= 32 for x in sizes):
+        said.append(
+            f"block_size is {config.get('block_size')!r} and dflash_config.block_size {nested.get('block_size')!r}; SGLang "
+            "reads the second first and guesses 16 without both: write the same number, 2 to 32, in both."
+        )
+    mask, beside = nested.get("mask_token_id"), config.get("mask_token_id")
+    if type(mask) is not int or not 0 <= mask < (facts.get("vocab_size") or 2**31):
+        said.append(
+            f"dflash_config.mask_token_id is {mask!r}; it must be an id of the target's vocabulary of "
+            f"{facts.get('vocab_size')}, which engines embed."
+        )
+    elif beside is not None and beside != mask:
+        said.append(f"mask_token_id is {beside} and dflash_config.mask_token_id {mask}; write the second alone.")
+    for where, flag in (("is_causal", config.get("is_causal")), ("dflash_config.causal", nested.get("causal"))):
+        if flag:
+            said.append(
+                f"{where} is true, with which engines make the block causal; it is trained so that each row sees all: "
+                "leave it out."
+            )
+    for where, flag in (
+        ("sample_from_anchor", config.get("sample_from_anchor")),
+        ("dflash_config.sample_from_anchor", nested.get("sample_from_anchor")),
+    ):
+        if flag:
+            said.append(
+                f"{where} is true: its labels are shifted by one slot, which DFlash in the engines is not; leave it out."
+            )
+    kinds, count = config.get("layer_types"), config.get("num_hidden_layers")
+    if kinds is not None and (
+        not isinstance(kinds, list)
+        or len(kinds) != count
+        or not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}
+    ):
+        said.append(
+            f"layer_types is {kinds!r}; it must name full_attention or sliding_attention for each of {count} layers."
+        )
+    elif kinds and "sliding_attention" in kinds and type(config.get("sliding_window")) is not int:
+        said.append(f"sliding_window is {config.get('sliding_window')!r}; a sliding layer needs a whole number.")
+    window = nested.get("swa_window_size")
+    if window is not None and window != config.get("sliding_window"):
+        said.append(
+            f"dflash_config.swa_window_size is {window}, sliding_window {config.get('sliding_window')}; vLLM reads the "
+            "first, SGLang the second: leave the first out."
+        )
+    return said
+
+
+def _rope_problems(config: dict[str, Any]) -> list[str]:
+    try:
+        _rope(config)
+    except ValueError as error:
+        return [f"{error}."]
+    return []
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The draft's RoPE. Raises ValueError when it is missing or its two spellings, where both are there, differ."""
+    beside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    new = {**beside, **config["rope_parameters"]} if config.get("rope_parameters") else None
+    old = {**beside, **(config.get("rope_scaling") or {})} if config.get("rope_theta") is not None else None
+    if new is None and old is None:
+        raise ValueError("RoPE is missing: write rope_parameters, and rope_theta with rope_scaling for older engines")
+    spelled = [canonical_rope(rope) for rope in (new, old) if rope is not None]
+    if spelled[0] != spelled[-1]:
+        raise ValueError(
+            f"rope_parameters says {spelled[0]}, rope_theta with rope_scaling says {spelled[1]}; engines read one or the "
+            "other, so they must agree"
+        )
+    return spelled[0]
+
+
+def _token_problems(
+    config: dict[str, Any], target_dir: Path | str, facts: dict[str, Any]
+) -> tuple[list[str], list[str]]:  # errors, warnings
+    """The mask token against what the target's tokenizer and config.json use."""
+    mask = (config.get("dflash_config") or {}).get("mask_token_id")
+    if type(mask) is not int:
+        return [], []
+    errors = []
+    for name in ("eos", "bos", "pad"):
+        ids = facts.get(f"{name}_token_id")
+        if mask in (ids if isinstance(ids, list) else [ids]):
+            errors.append(
+                f"mask_token_id {mask} is the target's {name} token, which texts have: the draft cannot tell a masked row "
+                "from it; train with a token that no text has."
+            )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(target_dir), local_files_only=True)
+    except Exception:  # of a tokenizer's own code, which may raise anything
+        return errors, ["The target's tokenizer could not be read, so the mask token was not looked up in it."]
+    vocabulary = tokenizer.get_vocab()
+    if vocabulary.get(MASK_TOKEN, mask) != mask:
+        errors.append(
+            f"the target's tokenizer has {MASK_TOKEN} as {vocabulary[MASK_TOKEN]}; SGLang refuses mask_token_id {mask}."
+        )
+    if mask == tokenizer.pad_token_id and not errors:
+        errors.append(
+            f"mask_token_id {mask} is the tokenizer's pad token ({tokenizer.pad_token}); train with one that no text has."
+        )
+    named = [name for name, id in vocabulary.items() if id == mask]
+    if named and named[0] != MASK_TOKEN and mask not in reserved_tokens(vocabulary, len(vocabulary)) and not errors:
+        return errors, [f"mask_token_id {mask} is {named[0]!r} in the target's tokenizer; right only if no text has it."]
+    return errors, []
+
+
+def _notes(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """Legal, and worth a look."""
+    notes = []
+    if named_dtype(facts) is None:
+        notes.append("The target's config.json does not say its dtype, so the weights' dtype was not compared with it.")
+    kinds = set(config.get("layer_types") or ())
+    if len(kinds) > 1:
+        notes.append("layer_types mixes full and sliding attention: vLLM serves that with its second model runner only.")
+    with suppress(ValueError, TypeError):
+        rope = _rope(config)
+        theirs: dict[str, Any] | str
+        try:
+            theirs = canonical_rope(target_rope(facts) or {})
+        except ValueError as error:
+            theirs = f"is not one a draft can have ({error})"
+        if rope != theirs:
+            notes.append(f"The draft's RoPE is {rope}, the target's {theirs}; right only if the draft was trained so.")
+    longest, needed = config.get("max_position_embeddings"), facts.get("max_position_embeddings")
+    if type(longest) is int and type(needed) is int and longest < needed:
+        notes.append(
+            f"max_position_embeddings is {longest}, the target's {needed}; engines stop drafting or refuse beyond it."
+        )
+    return notes
+
+
+def _shape(config: dict[str, Any], facts: dict[str, Any]) -> DFlashConfig:
+    """The shape that a config.json without problems describes. Raises ValueError where its fields do not fit together."""
+    nested = config.get("dflash_config") or {}
+    count = config.get("num_hidden_layers")
+    given = {key: config.get(key) for key in (*COUNTS, "rms_norm_eps")}
+    own = ("bos_token_id", "eos_token_id", "pad_token_id")
+    kinds = config.get("layer_types") or ["full_attention"] * (count if isinstance(count, int) else 0)
+    return shape_of(
+        given
+        | {key: config.get(key) for key in own}
+        | {
+            "num_target_layers": facts.get("num_hidden_layers"),
+            "layers": nested.get("target_layer_ids") or (),
+            "block_size": nested.get("block_size") or config.get("block_size"),
+            "mask_token_id": nested.get("mask_token_id"),
+            "layer_types": kinds,
+            "sliding_window": config.get("sliding_window") if "sliding_attention" in kinds else None,
+            "rope_parameters": _rope(config),
+            "initializer_range": config.get("initializer_range") or 0.02,
+        }
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's safetensors files; a leading `model.` is taken off, as engines do."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} has no {WEIGHTS}; give a checkpoint directory.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file.name} is truncated or damaged ({error}); copy or export it again.") from error
+        for name, tensor in found.items():
+            tensors[name.removeprefix("model.")] = tensor
+    return tensors
+
+
+def _tensor_problems(tensors: dict[str, Tensor], c: DFlashConfig) -> list[str]:
+    """Missing, unknown and misshaped tensors, dtypes and NaN."""
+    shapes, problems = serving_shapes(c), []
+    if missing := [name for name in shapes if name not in tensors]:
+        problems.append(f"missing: {', '.join(missing)}; engines would leave them untrained.")
+    for name in tensors.keys() - shapes.keys():
+        why = {
+            "embed_tokens.weight": "both engines take the target's embedding",
+            "lm_head.weight": "both engines take the target's head",
+            "d2t": "SGLang knows no vocabulary map for DFlash",
+        }.get(name, "no DFlash draft has it")
+        problems.append(f"{name} is there: {why}; leave it out.")
+    dtypes: dict[torch.dtype, str] = {}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            continue
+        t = tensors[name]
+        if tuple(t.shape) != shape:
+            problems.append(f"{name} is {list(t.shape)}, config.json makes it {list(shape)}.")
+        if t.dtype not in FLOATS:
+            problems.append(f"{name} is {t.dtype}; weights must be bfloat16, float16 or float32.")
+            continue
+        dtypes.setdefault(t.dtype, name)
+        if not bool(t.isfinite().all()):
+            problems.append(f"{name} has {int((~t.isfinite()).sum())} NaN or infinite values; export a sound checkpoint.")
+    if len(dtypes) > 1:
+        mixed = ", ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
+        problems.append(f"weights are of several dtypes ({mixed}); all must be the target's.")
+    return problems
+
+
+def _dtype_problems(tensors: dict[str, Tensor], config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """The weights' dtype against both spellings in config.json and against the target's."""
+    weights = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
+    theirs = named_dtype(facts)
+    said = [
+        f"{key} is {config[key]}, the weights are {', '.join(sorted(weights))}; they must be the same."
+        for key in ("dtype", "torch_dtype")
+        if config.get(key) is not None and {config[key]} != weights
+    ]
+    if theirs is not None and {theirs} != weights:
+        said.append(f"Weights are {', '.join(sorted(weights))}, the target's are {theirs}; export with the target's dtype.")
+    return said

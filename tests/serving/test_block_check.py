@@ -1,0 +1,154 @@
+"""A DFlash draft beside an engine: seeded faults, of the engine and of the checkpoint, are found and named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_decode import prompts
+from tiny import tiny_llama
+
+from fastdraft.batch import Batch
+from fastdraft.decode import generate_plain
+from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.dflash.blocks import draw_anchors
+from fastdraft.model.dflash.config import DFlashConfig
+from fastdraft.model.dflash.draft import DFlashDraft
+from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.loss import BlockLoss
+from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
+from fastdraft.serving.engines import Output, Round
+from fastdraft.serving.parity import Parity, diagnose
+from fastdraft.target.hf import Target
+
+STEPS = 5  # a block of six
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A target, a draft that gets about half of its text right, the prompts and the target's outputs."""
+    model = tiny_llama(0, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, initializer_range=0.15)
+    changes = {"mask_token_id": 190, "block_size": STEPS + 1, "num_hidden_layers": 2, "layers": (2, 4)}
+    c = DFlashConfig.from_target(model.config.to_dict() | {"bos_token_id": 1}, **changes)
+    target, draft = Target(model, c.layers), DFlashDraft(c)
+    draft.init_weights(0.1, torch.Generator().manual_seed(0))
+    draft.take_from_target(target.embedding)
+    asked = prompts()
+    texts = [generate_plain(target, prompt, 40).tokens for prompt in asked]
+    ids = torch.cat([torch.tensor(prompt + text) for prompt, text in zip(asked, texts, strict=True)])
+    lengths = tuple(len(prompt) + len(text) for prompt, text in zip(asked, texts, strict=True))
+    mask = torch.cat([torch.arange(n) >= len(prompt) for n, prompt in zip(lengths, asked, strict=True)])
+    batch = Batch(ids.where(ids != 190, 189), mask, lengths)
+    features, loss = target.capture(batch), BlockLoss(gamma=4.0)
+    engine = BlockEngine(draft, target.head, loss, lambda batch, step: draw_anchors(batch, 64, 0, step))
+    optimizer = torch.optim.AdamW(draft.trainable().values(), lr=5e-3)
+    for _ in range(30):
+        grads = flat_gradients(draft.trainable())
+        rows = engine.step(batch, features, grads)
+        for name, p in draft.trainable().items():
+            p.grad = grads[name] / rows.live.sum()
+        optimizer.step()
+    return target, draft.requires_grad_(False), asked, texts
+
+
+def served(trained, reading) -> list[Output]:
+    """What an engine does that reads the draft so: its rounds on the target's text."""
+    target, draft, asked, texts = trained
+    wrong = read_block_as(draft, reading)
+    states = Target(target.model, reading.layers or draft.config.layers)
+    outputs = []
+    for prompt, text in zip(asked, texts, strict=True):
+        ids = torch.tensor(prompt + text)
+        chain = torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)
+        choice, _ = run_blocks(wrong, reading, target.head, ids, states.forward(ids[None])[0][0], chain)
+        rounds, after = [], 1
+        while after < len(text) - STEPS:
+            drafted = choice[len(prompt) + after - 2].tolist()
+            rounds.append(Round(after, drafted))
+            right = [a == b for a, b in zip(drafted, text[after:], strict=False)]
+            after += 1 + (right.index(False) if False in right else len(right))
+        outputs.append(Output(text, rounds))
+    return outputs
+
+
+def readings_of(trained):
+    return block_readings(trained[1], trained[0].num_layers)
+
+
+def reading(trained, fault: str, words: str):
+    (found,) = [r for r in readings_of(trained) if r.fault == fault and words in r.says]
+    return found
+
+
+FAULTS = [
+    ("labels", "labels shifted by one"),
+    ("layer ids", "off by one, + 1"),
+    ("layer ids", "off by one, - 1"),
+    ("block", "a causal block"),
+    ("mask token", "pad token"),
+    ("norm", "hidden_norm left out"),
+    ("norm", "the final norm left out"),
+    ("norm", "queries and keys"),
+]
+
+
+def test_an_engine_that_reads_as_documented_agrees(trained):
+    target, draft, asked, _ = trained
+    told = diagnose(Parity(target, draft, asked, served(trained, readings_of(trained)[0]), STEPS))
+    assert told.agrees and not told.served_as and not told.trained_as
+    assert told.reference.num_equal == told.reference.num_proposed > 20
+    assert 1.2 < told.reference.accepted_length < 5.5
+
+
+@pytest.mark.parametrize("fault, words", FAULTS)
+def test_what_an_engine_reads_otherwise_is_named(fault, words, trained):
+    target, draft, asked, _ = trained
+    told = diagnose(Parity(target, draft, asked, served(trained, reading(trained, fault, words)), STEPS))
+    assert not told.agrees and told.served_as[0].reading.fault == fault, told
+    assert words in told.served_as[0].reading.says
+
+
+@pytest.mark.parametrize("fault, words", [f for f in FAULTS if f[0] in ("labels", "layer ids", "mask token")])
+def test_a_checkpoint_that_was_trained_otherwise_is_named(fault, words, trained):
+    """The config says one thing and the weights were trained with another: the other would be accepted more often."""
+    target, draft, asked, texts = trained
+    c = draft.config
+    wrong = {
+        "labels": {"labels": "shifted"},
+        "layer ids": {"layers": tuple(x + (1 if "+" in words else -1) for x in c.layers)},
+        "mask token": {"mask_token_id": c.pad_token_id, "pad_token_id": c.mask_token_id},
+    }[fault]
+    mistaken = read_block_as(draft, readings_of(trained)[0])
+    mistaken.config = c.model_copy(update=wrong)
+    outputs = [Output(text) for text in texts]
+    told = diagnose(Parity(target, mistaken, asked, outputs, STEPS))
+    named = [evidence.reading for evidence in told.trained_as]
+    assert named and named[0].fault == fault, named
+
+
+def test_a_reading_leaves_the_draft_as_it_was(trained):
+    target, draft, asked, texts = trained
+    before, ids = draft.state_dict(), torch.tensor(asked[0] + texts[0])
+    g, chain = target.forward(ids[None])[0][0], torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)
+    documented = readings_of(trained)[0]
+    want, _ = run_blocks(draft, documented, target.head, ids, g, chain)
+    for other in readings_of(trained):
+        read_block_as(draft, other)
+    assert torch.equal(run_blocks(draft, documented, target.head, ids, g, chain)[0], want)
+    assert all(torch.equal(x, before[name]) for name, x in draft.state_dict().items())
+
+
+def test_sliding_drafts_have_readings_of_their_window():
+    shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    shape |= dict(head_dim=8, vocab_size=20, num_target_layers=8, layers=(1, 4), block_size=4, mask_token_id=19)
+    shape |= dict(rms_norm_eps=1e-5, rope_parameters={"rope_theta": 1e4}, max_position_embeddings=64)
+    kinds = dict(layer_types=("full_attention", "sliding_attention"), sliding_window=8)
+    draft = DFlashDraft(DFlashConfig(**shape, **kinds))
+    says = [r.says for r in block_readings(draft, 8) if r.fault == "window"]
+    assert says == ["every layer in full attention", "a window of 7", "a window of 9"]
+
+
+def test_part_of_a_block_is_not_served():
+    c = DFlashConfig.from_target(tiny_llama().config.to_dict(), mask_token_id=190)
+    assert served_steps(c, None) == served_steps(c, 15) == 15
+    with pytest.raises(ValueError, match="num_steps is 3, and a block of 16 rows drafts 15 tokens"):
+        served_steps(c, 3)

@@ -1,0 +1,271 @@
+"""A DFlash draft through the commands a user types: init, plan, train, resume, evaluate, export, check; bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from small_runs import by_two_ranks, losses
+from tiny import refusal, save_target, write_chats
+
+from fastdraft.config import Config, parse_config
+from fastdraft.model.dflash.blocks import draw_anchors
+
+BLOCKS = {"block_size": 5, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def run_yaml(tree, tmp_path):
+    """The tree as a DFlash run: blocks of 5 by two layers."""
+    del tree["ttt_length"]
+    tree["draft"] = {"method": "dflash", "overrides": BLOCKS}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "run.yaml"
+
+
+@pytest.fixture
+def runs(fastdraft):
+    """Calls a command that must succeed; what it printed."""
+
+    def run(*arguments) -> str:
+        code, out, err = fastdraft(*arguments)
+        assert code == 0, out + err
+        return out
+
+    return run
+
+
+def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path):
+    run, prompts = tmp_path / "run", write_chats(tmp_path / "prompts.jsonl", 4, turns=1)
+    init = runs("init", target_dir, "--method", "dflash")
+    assert "mask_token_id: 187" in init and yaml.safe_load(init)["layers"] == [1, 2, 3, 4, 5]
+    assert "draft's attention" in runs("train", run_yaml, "--plan")
+
+    said = runs("train", run_yaml, "max_steps=30", "checkpoint.every=15", "checkpoint.keep=9")
+    assert "blocks of 5 rows draft 4 tokens (fill_in labels) from the target's layers [1, 5]" in said
+    records = losses(run)
+    trained = [record for record in records if "loss" in record]
+    assert trained[-1]["loss"] < trained[0]["loss"] - 0.1 and "a3" in trained[0] and "a4" not in trained[0]
+
+    # A run that is stopped at half its steps goes on as if it had not been.
+    for path in (run / "checkpoints").glob("step-*30"):
+        path.rename(path.with_name("aside"))
+    assert "going on from" in runs("train", run_yaml, "max_steps=30", "checkpoint.every=15", "checkpoint.keep=9")
+    assert losses(run) == records
+
+    for temperature in (0, 1):
+        more = ("--max-prompts", 2, "--max-new-tokens", 12, "--num-steps", 4, "--temperature", temperature)
+        report = json.loads(runs("evaluate", run, "--prompts", prompts, *more))
+    assert len(report["held_out"]["overall"]["acceptance"]) == 4 and report["decode"]["num_tokens"] == 24
+    greedy = json.loads(runs("evaluate", run, "--prompts", prompts, "--max-prompts", 2, "--max-new-tokens", 12))
+    assert greedy["decode"]["num_equal"] == 2
+
+    out = tmp_path / "out"
+    runs("export", run, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"] and config["block_size"] == 5
+    assert config["dflash_config"] == {"target_layer_ids": [1, 5], "mask_token_id": 187, "block_size": 5}
+    assert not {"embed_tokens.weight", "lm_head.weight"} & load_file(out / "model.safetensors").keys()
+    assert "verified for SGLang and vLLM" in runs("check", "--checkpoint", out, "--target", target_dir)
+    runs("train", run_yaml, "draft.overrides={}", f"draft.init_from={out}", f"run_dir={tmp_path / 'warm'}")
+
+
+def test_a_resumed_run_draws_the_anchors_of_the_whole_one(run_yaml, runs, tmp_path):
+    """With fewer anchors than places every step draws others, so a resume that began its count anew would show."""
+    few = ("block.anchors=2", "checkpoint.keep=9", "max_steps=8", "metrics.log_every=1")
+    runs("train", run_yaml, *few)
+    whole = losses(tmp_path / "run")
+    for step in (8, 6):
+        for path in (tmp_path / "run" / "checkpoints").glob(f"step-*{step}"):
+            path.rename(path.with_name(f"aside-{step}"))
+    runs("train", run_yaml, *few)
+    assert losses(tmp_path / "run") == whole
+    runs("train", run_yaml, *few, "seed=1", f"run_dir={tmp_path / 'other'}")
+    assert losses(tmp_path / "other") != whole
+
+
+def _train(tree):
+    from fastdraft.train import train
+
+    train(parse_config(tree, Config))
+
+
+def test_two_ranks_train_what_one_does(tree, run_yaml, tmp_path):
+    tree |= {"max_steps": 4, "block": {"anchors": 3}, "metrics": {"log_every": 1, "tensorboard": False}}
+    _train(tree | {"run_dir": str(tmp_path / "one")})
+    assert by_two_ranks(_train, tree | {"run_dir": str(tmp_path / "two")}) == [0, 0]
+    one, two = ([r["loss"] for r in losses(tmp_path / name) if "loss" in r] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", ["step=reference", "precision=bf16", "block.loss=dpace", "block.loss=kl", "chunk_rows=3"]
+)
+def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
+    runs("train", run_yaml, change, "max_steps=3")
+    assert losses(tmp_path / "run")[-1]["step"] == 3
+    assert "a0" in losses(tmp_path / "run")[0]
+
+
+def test_the_engines_train_alike(run_yaml, runs, tmp_path):
+    for engine in ("fused", "reference"):
+        runs("train", run_yaml, f"step={engine}", f"run_dir={tmp_path / engine}", "optim.lr=1e-3")
+    one, other = ([r["loss"] for r in losses(tmp_path / name) if "loss" in r] for name in ("fused", "reference"))
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_store_feeds_it_as_the_target_does(run_yaml, runs, tmp_path):
+    store = tmp_path / "store"
+    runs("features", "capture", run_yaml, store)
+    runs("train", run_yaml)
+    runs("train", run_yaml, f"features.path={store}", f"run_dir={tmp_path / 'stored'}")
+    online, stored = (losses(tmp_path / name) for name in ("run", "stored"))
+    assert [r["loss"] for r in stored if "loss" in r] == pytest.approx([r["loss"] for r in online if "loss" in r], rel=1e-5)
+
+
+REFUSED = {
+    "draft.overrides.mask_token_id=500": "mask_token_id 500 lies outside the target's vocabulary of 192",
+    "draft.overrides.mask_token_id=2": "mask_token_id 2 is the target's eos and pad token",
+    "draft.overrides.mask_token_id=30": "a document has token 30, which is the draft's mask_token_id",
+    "draft.overrides.draft_vocab_size=64": "a DFlash draft has no draft_vocab_size",
+    "draft.overrides.hidden_size=64": "hidden_size is 32 in the target's config.json and cannot be set to 64",
+    "draft.overrides.target_hidden_size=64": "a DFlash draft has no target_hidden_size",
+    "draft.overrides.layers=[1, 7]": "must ascend and lie in 0..6",
+    "draft.overrides.layers=[]": "layers: ",
+    "draft.overrides.block_size=1": "block_size: ",
+    "draft.overrides.blok_size=4": "draft setting 'blok_size' does not exist; the nearest is 'block_size'",
+    "draft.overrides.labels=left": "labels: ",
+    "draft.overrides.sliding_window=64": "a window needs a sliding_attention layer",
+    "ttt_length=3": "ttt_length 3 is EAGLE-3's",
+    "loss.kind=lk_alpha": "the section loss is EAGLE-3's",
+    "draft.vocab_map=x.pt": "a DFlash draft has the target's",
+    "block.anchors=0": "block.anchors",
+    "block.anchor=7": "did you mean 'anchors'?",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
+    assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
+
+
+def test_a_section_of_another_method_is_refused(run_yaml, fastdraft):
+    line = refusal(fastdraft("train", run_yaml, "draft={method: eagle3}", "block.anchors=3"))
+    assert "the section block is for methods that draft blocks" in line
+
+
+def test_shifted_labels_train_but_are_not_exported(run_yaml, runs, fastdraft, tmp_path):
+    assert "can be measured, not exported" in runs("train", run_yaml, "draft.overrides.labels=shifted", "max_steps=2")
+    assert len(json.loads(runs("evaluate", tmp_path / "run"))["held_out"]["overall"]["loss"]) == 5
+    assert "labels: shifted is a training of slot k" in refusal(fastdraft("export", tmp_path / "run", tmp_path / "out"))
+
+
+def test_a_tree_and_too_many_steps_are_refused(run_yaml, runs, fastdraft, tmp_path):
+    prompts = write_chats(tmp_path / "prompts.jsonl", 1, turns=1)
+    runs("train", run_yaml, "max_steps=1")
+    ask = ("evaluate", tmp_path / "run", "--prompts", prompts)
+    assert "proposes a chain, not a tree" in refusal(fastdraft(*ask, "--eagle-topk", 2))
+    assert "num_steps 5 is more than the 4 tokens" in refusal(fastdraft(*ask, "--num-steps", 5))
+
+
+def test_a_tokenizer_that_fills_the_vocabulary_is_named(tmp_path, fastdraft):
+    target = save_target(tmp_path / "full", vocab_size=187)
+    line = refusal(fastdraft("init", target, "--method", "dflash"))
+    assert "has a token for each of the 187 ids" in line and "none of its tokens is reserved by its name" in line
+
+
+# --- verification: a fault of an export is named -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(target_dir, tmp_path_factory):
+    from fastdraft.model.dflash.config import DFlashConfig
+    from fastdraft.model.dflash.draft import DFlashDraft
+    from fastdraft.model.target_config import read_target_config
+    from fastdraft.serving.export import export_draft
+
+    draft = DFlashDraft(DFlashConfig.from_target(read_target_config(target_dir), mask_token_id=190, **BLOCKS))
+    draft.init_weights(0.1, torch.Generator().manual_seed(0))
+    return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
+
+
+FAULTS = {
+    "pad": (lambda c: c["dflash_config"].update(mask_token_id=2), "mask_token_id 2 is the target's eos token"),
+    "mask outside": (
+        lambda c: c["dflash_config"].update(mask_token_id=192),
+        "must be an id of the target's vocabulary of 192",
+    ),
+    "two masks": (lambda c: c.update(mask_token_id=189), "mask_token_id is 189 and dflash_config.mask_token_id 190"),
+    "causal": (lambda c: c.update(is_causal=True), "is_causal is true, with which engines make the block causal"),
+    "causal inside": (lambda c: c["dflash_config"].update(causal=True), "dflash_config.causal is true"),
+    "shifted": (lambda c: c.update(sample_from_anchor=True), "its labels are shifted by one slot"),
+    "layers": (lambda c: c["dflash_config"].update(target_layer_ids=[1, 7]), "must ascend and lie in 0..6"),
+    "boundaries": (lambda c: c.update(eagle_aux_hidden_state_layer_ids=[2, 6]), "engines differ, leave it out"),
+    "blocks": (lambda c: c.update(block_size=16), "block_size is 16 and dflash_config.block_size 5"),
+    "width": (lambda c: c.update(hidden_size=64), "hidden_size is 64, the target's is 32"),
+    "vocabulary": (lambda c: c.update(draft_vocab_size=64), "SGLang serves a DFlash draft with the target's whole"),
+    "rope": (lambda c: c.update(rope_theta=5.0), "so they must agree"),
+    "layer types": (lambda c: c.update(layer_types=["full_attention"]), "for each of 2 layers"),
+    "no window": (lambda c: c.update(layer_types=["sliding_attention"] * 2), "a sliding layer needs a whole number"),
+    "bias": (lambda c: c.update(attention_bias=True), "attention_bias is True; a DFlash draft here is trained with False"),
+    "nothing nested": (lambda c: c.pop("dflash_config"), "dflash_config is None"),
+    "dtype": (lambda c: c.update(dtype="bfloat16"), "dtype is bfloat16, the weights are float32"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_config_is_named(fault, exported, target_dir, tmp_path, fastdraft):
+    break_it, words = FAULTS[fault]
+    config = json.loads((exported / "config.json").read_text())
+    break_it(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 1 and words in " ".join(out.split()), out
+
+
+TENSORS = {
+    "missing": (lambda t: t.pop("norm.weight"), "missing: norm.weight"),
+    "head": (lambda t: t.update({"lm_head.weight": torch.zeros(192, 32)}), "both engines take the target's head"),
+    "shape": (
+        lambda t: t.update({"fc.weight": torch.zeros(32, 96)}),
+        "fc.weight is [32, 96], config.json makes it [32, 64]",
+    ),
+    "nan": (lambda t: t["norm.weight"].fill_(torch.nan), "norm.weight has 32 NaN or infinite values"),
+    "mixed": (lambda t: t.update({"norm.weight": t["norm.weight"].half()}), "weights are of several dtypes"),
+}
+
+
+@pytest.mark.parametrize("fault", TENSORS)
+def test_a_fault_in_the_tensors_is_named(fault, exported, target_dir, tmp_path, fastdraft):
+    break_it, words = TENSORS[fault]
+    tensors = load_file(exported / "model.safetensors")
+    break_it(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 1 and words in " ".join(out.split()), out
+
+
+def test_a_word_as_mask_is_a_warning(exported, target_dir, tmp_path, fastdraft):
+    config = json.loads((exported / "config.json").read_text())
+    config["dflash_config"]["mask_token_id"] = 40
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 0 and "mask_token_id 40 is" in " ".join(out.split())
+
+
+def test_anchors_reach_the_engine(run_yaml, runs, monkeypatch):
+    """Every optimizer step draws for itself, and every evaluation draws the same."""
+    from fastdraft.model import dflash
+
+    drawn = []
+    monkeypatch.setattr(
+        dflash, "draw_anchors", lambda b, n, seed, step: drawn.append(step) or draw_anchors(b, n, seed, step)
+    )
+    runs("train", run_yaml, "max_steps=3", "optim.packs_per_step=1")
+    assert [step for step in drawn if step] == [1, 2, 3] and drawn[-1] == 0
