@@ -34,6 +34,7 @@ from fastdraft.target.capture import Pack, plan_capture, run_capture
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import begin_store
 from fastdraft.target.packed import Documents, packed
+from fastdraft.target.source import InProcess
 from fastdraft.target.stored import StoreReader
 from fastdraft.train import train
 
@@ -76,13 +77,14 @@ def bench_capture(
         packs = tuple(pack for shard in plan.shards[WARM : WARM + timed] for pack in shard)
         if not packs:
             raise ValueError(f"{len(plan.shards)} shards of {shard_tokens} tokens: more than {WARM} are needed to time one")
-        run_capture(target, replace(plan, shards=plan.shards[:WARM]), folder, meta)
+        source = InProcess(target)
+        run_capture(source, replace(plan, shards=plan.shards[:WARM]), folder, meta)
         bare = [bare_forward(target, packs)]
         start = settle(target.device)
-        run_capture(target, replace(plan, shards=plan.shards[: WARM + timed]), folder, meta)
+        run_capture(source, replace(plan, shards=plan.shards[: WARM + timed]), folder, meta)
         mine = settle(target.device) - start
         bare.append(bare_forward(target, packs))
-        run_capture(target, plan, folder, meta)
+        run_capture(source, plan, folder, meta)
         tokens = sum(pack.num_tokens for pack in packs)
         written = sum(plan.shard_bytes[WARM : WARM + timed])
         row = {

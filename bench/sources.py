@@ -22,7 +22,10 @@ CUDA = ["fastdraft/kernels/cuda.py", "csrc/stable.h"]
 KERNELS = "fastdraft/kernels/*.py"
 ENGINE = [
     "csrc/*",
-    *(f"fastdraft/model/eagle3/{name}.py" for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory")),
+    *(
+        f"fastdraft/model/eagle3/{name}.py"
+        for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory", "shard")
+    ),
     "fastdraft/model/buffers.py",
     "fastdraft/model/graph.py",
     "fastdraft/model/rope.py",
@@ -32,6 +35,7 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out ag
     "block_attention": ["fastdraft/kernels/ttt_attention.py"],
     "linear_ce": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py"],
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
+    "split_kl": [f"fastdraft/kernels/{name}.py" for name in ("linear_kl", "teacher", "matmul", "fp8")],
     "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/serving/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py"],

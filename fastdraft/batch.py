@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -88,11 +88,58 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class PackShare:
+    """The rows of a pack that one of `size` processes owns when they share its tokens.
+
+    The pack is cut into 2 * size slices of equal length, the last ones shorter or empty, and a process owns slices `rank`
+    and 2 * size - 1 - rank: so every process has the same work where each token looks at all before it. Alone, a process
+    owns the whole pack.
+    """
+
+    num_tokens: int  # N
+    rank: int = 0
+    size: int = 1
+    halo: int = 0  # rows behind each slice, of the next owners, whose features this process has too
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of a slice that is full."""
+        return -(-self.num_tokens // (2 * self.size))
+
+    @cached_property
+    def slices(self) -> tuple[tuple[int, int], tuple[int, int]]:  # (first row, one past the last) of each, ascending
+        n = self.slice_rows
+        places = (self.rank, 2 * self.size - 1 - self.rank)
+        return tuple((min(s * n, self.num_tokens), min((s + 1) * n, self.num_tokens)) for s in places)
+
+    @cached_property
+    def rows(self) -> Tensor:  # [n] int64 on the host, ascending: the rows that this process owns
+        return torch.cat([torch.arange(first, end) for first, end in self.slices])
+
+    @cached_property
+    def rows_and_halo(self) -> Tensor:  # [m] int64 on the host, ascending: its own rows and those of its halos
+        (a, b), (c, d) = self.slices
+        first = min(b + self.halo, c) if a < b else b  # a halo that reaches the second slice ends where that begins
+        return torch.cat([torch.arange(a, first), torch.arange(c, min(d + self.halo, self.num_tokens))])
+
+
+@dataclass(frozen=True)
 class Features:
     """What the frozen target says about every token of a batch (docs/mathematics.md: g and f)."""
 
     g: Tensor  # [N, K*Ht] outputs of the K target layers that the draft reads, lowest first; EAGLE-3 reads three
     f: Tensor  # [N, Ht] the state the target's lm_head reads (after the final norm)
+
+
+def own_features(
+    features: Features,  # of a whole pack
+    share: PackShare,
+) -> Features:
+    """What the owner of a share needs: g of its rows, f of its rows and halos."""
+    (a, b), (c, d) = share.slices
+    first = len(share.rows_and_halo) - (min(d + share.halo, share.num_tokens) - c)  # rows of f before the second slice
+    f = torch.cat([features.f[a : a + first], features.f[c : d + share.halo]])
+    return Features(torch.cat([features.g[a:b], features.g[c:d]]), f)
 
 
 @dataclass(frozen=True)
@@ -152,6 +199,46 @@ class Rows:
         return torch.stack(
             [x.to(torch.float64).sum(1) for x in (self.loss, self.acceptance, self.hit, self.live, self.masked_in)]
         )
+
+
+class Group(Protocol):
+    """The processes that share a step's work, as the step is given them. `dist/mesh.py` has the groups of a run.
+
+    Each call is made by all of the group, in the same order.
+    """
+
+    rank: int
+    size: int
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """All processes' tensors added up, in place."""
+
+    def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
+        """All processes' tensors [n, ...], one under the other."""
+
+    def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
+        """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
+
+    def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:  # [sum of gets, ...]
+        """Sends so many rows of x to each process, one after the other, and gives what each has sent to this one."""
+
+
+class Alone:
+    """A process without others: each call gives back what it was given."""
+
+    rank, size = 0, 1
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_scatter(self, x: Tensor) -> Tensor:
+        return x
+
+    def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:
+        return x
 
 
 def tau_sim(acceptance: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -227,6 +228,9 @@ def capture(
     part: Annotated[
         str, typer.Option(metavar="I/N", help="Only every N-th shard from the I-th (0 ..); `merge` the parts.")
     ] = "0/1",
+    url: Annotated[
+        list[str] | None, typer.Option(help="As target.url: servers of `serve-target` that run the target; repeatable.")
+    ] = None,
 ) -> None:
     """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
     from fastdraft.config import load_config
@@ -236,7 +240,8 @@ def capture(
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"--part {part} is not I/N with 0 <= I < N")
-    loaded = load_config(config, overrides or [])
+    servers = [f"target.url={json.dumps(url)}"] if url else []
+    loaded = load_config(config, [*(overrides or []), *servers])
     capture_features(loaded, out, _auto_or_fp8(dtype), (int(i), int(n)), plan, say)
     mesh.end_process()
 
@@ -293,6 +298,38 @@ def merge_features(
     say(f"{out}: {found.documents:,} documents in {found.shards} shards")
 
 
+@app.command("serve-target", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve_target(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A local directory or hub name.")],
+    layers: Annotated[
+        str | None, typer.Option(help="Layers that the draft reads, from 0: 1,15,28. Default: those of an EAGLE-3 draft.")
+    ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="Where states are handed over; default: in /dev/shm, by user and port.")
+    ] = None,
+    engine_python: Annotated[Path | None, typer.Option(help="The Python that has vLLM; else this one.")] = None,
+    engine_pythonpath: Annotated[str | None, typer.Option(help="PYTHONPATH for it.")] = None,
+    show: Annotated[bool, typer.Option("--print", help="Print vLLM's command; start nothing.")] = False,
+) -> None:
+    """Start an unmodified vLLM that gives features to `train` and `features capture` (target.url). Everything else on the
+    command line is vLLM's: --port, --tensor-parallel-size, --gpu-memory-utilization, --max-model-len ..."""
+    from fastdraft.serving.engines import EnginePlace, engine_version
+    from fastdraft.target.served.connector.fastdraft_handover import open_folder
+    from fastdraft.target.served.server import parse_layers, refuse_other_version, serve_command
+
+    place = EnginePlace("vllm", str(engine_python or sys.executable), engine_pythonpath)
+    refuse_other_version(engine_version(place))
+    command = serve_command(place.python, target, context.args, parse_layers(layers), folder, engine_pythonpath)
+    if show:
+        say(shlex.join(["env", *(f"{name}={value}" for name, value in command.environment.items()), *command.arguments]))
+        return
+    open_folder(command.folder)
+    say(f"target.url: {command.url} once vLLM has started; states of the layers {list(command.layers)} in {command.folder}")
+    sys.stdout.flush()
+    os.execvpe(command.arguments[0], command.arguments, os.environ | command.environment)
+
+
 @app.command()
 def evaluate(
     context: typer.Context,
@@ -305,6 +342,9 @@ def evaluate(
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    url: Annotated[
+        list[str] | None, typer.Option(help="Of a run with target.url: servers that run its target now; repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the report as JSON.")] = None,
 ) -> None:
     """Simulated acceptance on the run's held-out data, and with --prompts real speculative decoding."""
@@ -320,7 +360,7 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
-    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside)
+    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or ())
     text = json.dumps(asdict(report), indent=1)
     console.print_json(text)
     if out is not None:
@@ -411,6 +451,9 @@ def check(
         float, typer.Option(min=1, help="Seconds that the engine may take, with and without the draft each.")
     ] = 1800,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the target's own code.")] = False,
+    engine_alone: Annotated[
+        bool, typer.Option("--engine-alone", help="With vllm or sglang: do not load the target here to compare with.")
+    ] = False,
 ) -> None:
     """Verify a checkpoint, also in a real engine; run golden cases; or with no option say what this machine can do, and
     prove its kernels."""
@@ -428,7 +471,7 @@ def check(
         refuse_idle(context, ("step",), "--golden")
     if not serving:
         lengths = ("prompts", "max_prompts", "max_new_tokens", "num_steps")
-        engines = ("dtype", "engine_python", "engine_pythonpath", "timeout", "trust_remote_code")
+        engines = ("dtype", "engine_python", "engine_pythonpath", "timeout", "trust_remote_code", "engine_alone")
         refuse_idle(context, lengths + engines, f"--engine {' or '.join(ENGINES)}")
     if serving and checkpoint is None:
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
@@ -450,7 +493,9 @@ def check(
 
             place = EnginePlace(engine, str(engine_python or sys.executable), engine_pythonpath)
             lengths = (max_prompts, max_new_tokens, num_steps)
-            what = EngineCheck(place, checkpoint, target, prompts, *lengths, dtype, timeout, trust_remote_code)
+            what = EngineCheck(
+                place, checkpoint, target, prompts, *lengths, dtype, timeout, trust_remote_code, engine_alone
+            )
             report = check_engine(what)
             for line in report.lines():
                 say(line)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastdraft.batch import LossKind
 from fastdraft.data.config import DataConfig
@@ -36,6 +36,15 @@ class TargetConfig(Section):
     # to run it in; auto: bf16, but fp32 on a CPU that is slower in bf16. An export has its config.json's own dtype
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     trust_remote_code: bool = False
+    # servers of `fastdraft serve-target` on this host that run the target instead of this process (docs/served.md); with
+    # them dtype: auto is theirs, and `path` gives config, tokenizer, embedding and head
+    url: list[str] = []
+    timeout_s: float = Field(600.0, gt=0)  # with url: how long no server may give states before the run ends
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _one_or_several(cls, url: Any) -> Any:
+        return [url] if isinstance(url, str) else url
 
 
 class DraftSection(Section):
@@ -132,6 +141,15 @@ class Config(Section):
     def _fp8_is_the_fused_steps(self) -> Config:
         if self.precision == "fp8" and self.step == "reference":
             raise ValueError("precision: fp8 is the fused step's; set step=fused or precision=bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _a_cache_is_of_a_target_here(self) -> Config:
+        if self.target.url and self.features.mode == "cache":
+            raise ValueError(
+                "features.mode: cache keeps what a target in this process gives, and target.url names servers; fill a "
+                "store with `fastdraft features capture`, or leave out features"
+            )
         return self
 
     @model_validator(mode="after")

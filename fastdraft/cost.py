@@ -83,7 +83,7 @@ def plan(
     step: StepKind = "reference",
     device: Literal["cuda", "cpu"] = "cuda",  # the fused step's attention: kernels, or the reference that keeps scores
     chunk_rows: int | None = None,  # M of the fused step; None: its own choice
-    stored: bool = False,  # features are read from a store: of the target, only embedding and head are loaded
+    stored: bool = False,  # features are read from a store or come from servers: only embedding and head are loaded
     export_dtype: torch.dtype | None = None,  # None: target_dtype
     cache_bytes: int = 0,  # of disk that a cache of features may fill
     replicas: int = 1,  # processes that divide masters and moments among themselves (dist/shard.py)

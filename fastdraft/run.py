@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.batch import Ends
-from fastdraft.config import Config, read_yaml, without_removed
+from fastdraft.config import Config, FeaturesConfig, read_yaml, without_removed
 from fastdraft.cost import Plan, peak_flops, plan, render
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared, prepare, read_template
@@ -51,6 +51,8 @@ from fastdraft.target.hf import (
     load_tokenizer,
 )
 from fastdraft.target.identity import begin_store, expected_meta, stop_ids, target_fingerprint
+from fastdraft.target.served.ends import FILES, load_ends
+from fastdraft.target.served.source import ServedSource, Wanted, served_dtype
 from fastdraft.target.source import InProcess, Source
 from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
 from fastdraft.target.stored import StoreReader, check_documents
@@ -72,14 +74,18 @@ def name_dtypes(
     store: Path | None = None,  # the feature store that is read or filled
     runs_target: bool = True,  # False: its features are all stored
     trains: bool = True,  # False: nothing is computed in `precision`, which stays as it is
+    plans: bool = False,  # True: no server is asked, and one that would be counts as running in bf16
 ) -> tuple[Config, list[str]]:  # the config, what to tell the user
     """The config with target.dtype and precision named where they say auto.
 
-    A run goes on in the dtypes it was begun in, and with a feature store the target's dtype is the store's: only what is
-    new is chosen by this machine. Raises ValueError when the store is damaged.
+    A run goes on in the dtypes it was begun in, with a feature store the target's dtype is the store's, and with servers
+    theirs: only what is new is chosen by this machine. Raises ValueError when the store is damaged, or no server answers.
     """
     asked = {"target.dtype": config.target.dtype} | ({"precision": config.precision} if trains else {})
     settled: dict[str, tuple[str, str]] = {}  # the dtype, and who has settled it
+    if asks_servers(config) and config.target.dtype == "auto" and "target.dtype" not in (begun or {}):
+        known = "bf16" if plans else served_dtype(config.target.url[0], config.target.timeout_s)
+        settled["target.dtype"] = known, "its servers run it so"
     if store is not None and (store / "meta.json").exists():
         settled["target.dtype"] = read_meta(store).target_dtype, f"the feature store {store} has it so"
     for name, dtype in (begun or {}).items():
@@ -87,7 +93,9 @@ def name_dtypes(
     here, named, told = pick_dtype("auto", device), {}, []
     for name, value in asked.items():
         named[name] = value if value != "auto" else settled[name][0] if name in settled else here
-        if value == "auto" and named[name] != here:
+        if value == "auto" and name == "target.dtype" and plans and asks_servers(config) and name not in (begun or {}):
+            told.append("target.dtype: auto is what the servers run, which a plan does not ask; planned for bf16")
+        elif value == "auto" and named[name] != here:
             told.append(f"{name}: auto is {named[name]}, because {settled[name][1]}")
     chosen = [name for name, value in asked.items() if value == "auto" and name not in settled]
     if chosen and device.type == "cpu":
@@ -102,11 +110,14 @@ def name_dtypes(
     return config.model_copy(update={"target": target, "precision": named.get("precision", config.precision)}), told
 
 
-def name_run_dtypes(config: Config, device: torch.device, fresh: bool = False) -> tuple[Config, list[str]]:
+def name_run_dtypes(
+    config: Config, device: torch.device, fresh: bool = False, plans: bool = False
+) -> tuple[Config, list[str]]:
     """`name_dtypes` of a training in config.run_dir, which goes on there unless `fresh`."""
     begun = {} if fresh else begun_dtypes(Path(config.run_dir), device)
     store = None if config.features.path is None else Path(config.features.path)
-    return name_dtypes(config, device, begun, store, runs_target=not reads_store(config))
+    runs_target = not (reads_store(config) or asks_servers(config))
+    return name_dtypes(config, device, begun, store, runs_target, plans=plans)
 
 
 def saved_dtypes(settings: dict[str, Any], device: torch.device) -> dict[str, str]:
@@ -150,6 +161,11 @@ def reads_store(config: Config) -> bool:
     return config.features.path is not None and config.features.mode == "read"
 
 
+def asks_servers(config: Config) -> bool:
+    """Whether servers run the target, so that of it only embedding, head and final norm are loaded here."""
+    return bool(config.target.url) and not reads_store(config)
+
+
 def target_parameters(config: Config) -> int:
     return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
 
@@ -159,6 +175,8 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
 
     On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32, which loses nothing.
     """
+    if asks_servers(config):
+        return open_served(config, layers, device)
     if config.features.path is None:
         return InProcess(open_target(config, layers, device))
     folder = Path(config.features.path)
@@ -178,6 +196,26 @@ def open_source(config: Config, layers: tuple[int, ...], device: torch.device, s
     reader = StoreReader(store, device, config.features.on_bad_shard, dtype)
     reader.notes += notes
     return reader
+
+
+def open_served(config: Config, layers: tuple[int, ...], device: torch.device, widened: bool = True) -> ServedSource:
+    """The servers of target.url, compared with the files of target.path and proven. ValueError where one cannot be used.
+
+    Where bf16 is slow on this CPU, features are `widened` to fp32, in which training computes faster.
+    """
+    dtype = torch.float32 if widened and bf16_is_slow(device) else target_dtype(config, device)
+    meta = run_meta(config, layers)
+    ends = load_ends(config.target.path, dtype, device, config.target.trust_remote_code)
+    wanted = Wanted(
+        weights=meta.weights,
+        config=meta.config,
+        layers=layers,
+        num_layers=ends.num_layers,
+        hidden_size=ends.ends.hidden_size,
+        dtype=config.target.dtype,
+        max_length=config.data.max_length,
+    )
+    return ServedSource(config.target.url, ends, wanted, first=mesh.rank(), timeout_s=config.target.timeout_s)
 
 
 def run_meta(config: Config, layers: tuple[int, ...], dtype: Literal["auto", "fp8"] = "auto") -> Meta:
@@ -237,8 +275,34 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
 
 
-def make_step(config: Config, draft: nn.Module, target: Target | Ends) -> DraftStep:
-    return method_of(draft).build_step(config, draft, target.head, target.device)
+def check_layout(config: Config, shape: BaseModel) -> None:
+    """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
+    settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
+    asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
+    if not asked:
+        return
+    method = method_of(shape)
+    if method.check_cut is None:
+        raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
+    if config.step == "reference":
+        raise ValueError(f"{asked}: step=reference runs in one process; set step=fused")
+    if config.features.mode == "cache":
+        raise ValueError(
+            f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
+            "first (fastdraft features capture) and set features.mode=read"
+        )
+    if config.features.on_bad_shard == "skip":
+        raise ValueError(
+            f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
+            "can, and those that share a step need the same ones; set features.on_bad_shard=error"
+        )
+    method.check_cut(shape, config.dist.tensor)
+
+
+def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
+    """With `shared`, the step that the processes of the tensor and sequence axes do together."""
+    groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
+    return method_of(draft).build_step(config, draft, target.head, target.device, *groups)
 
 
 # --- a finished run ------------------------------------------------------------------------------------------------------
@@ -248,8 +312,11 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode.
 
     A target that was run in bf16 has the same weights here. On a CPU where bf16 is slow they are computed with in fp32.
+    ValueError when servers ran the target: then it may not fit here, or be another in its last bits.
     """
     saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        raise ValueError(f"{saved.path} was trained on what servers gave, and their target is not loaded into this process")
     config = saved_config(saved)
     device = mesh.start_process(config.device)
     config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
@@ -261,10 +328,14 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
         config.target.trust_remote_code,
         run_in=torch.float32 if bf16_is_slow(device) else None,
     )
-    if target_fingerprint(target) != saved.state["target"]:
-        raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
+    refuse_other_target(saved, target_fingerprint(target), config)
     draft.take_from_target(target.embedding)
     return config, target, draft.to(device)
+
+
+def was_served(saved: checkpoint.Saved) -> bool:
+    """Whether servers ran the target of a checkpoint's features, those of a store included."""
+    return saved.state["target"].startswith(FILES)
 
 
 def saved_config(saved: checkpoint.Saved) -> Config:
@@ -312,12 +383,25 @@ def evaluate_run(
     max_new_tokens: int,
     settings: DecodeSettings,
     say: Callable[[str], None] = lambda line: None,
+    urls: Sequence[str] = (),  # servers of the target, where they are others than the run's
 ) -> Evaluation:
     """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
 
     Target and draft are computed in the run's dtypes. On a CPU where bf16 is slow their bf16 weights are computed with in
-    fp32, and `say` is told.
+    fp32, and `say` is told. Where servers ran the target, they or the run's store give the held-out features, and
+    decoding is the engine's: ValueError for `prompts`.
     """
+    saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        if prompts is not None:
+            raise ValueError(
+                f"{run_dir} was trained on what servers gave, and their target is not loaded into this process to decode "
+                "with; export the draft and let the engine decode: `fastdraft check --checkpoint OUT --target DIR --engine "
+                "vllm --engine-alone --prompts FILE`, or `fastdraft bench serve` against a server that has the draft"
+            )
+        return Evaluation(f"{run_dir} ({which})", evaluate_served(saved, draft, say, urls), None)
+    if urls:
+        raise ValueError(f"--url names servers of the target, and {run_dir} was trained with its target in the process")
     config, target, draft = open_run(run_dir, which)
     draft.to(compute_dtype(config, target.device))
     in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
@@ -351,12 +435,56 @@ def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set
     )
 
 
+def evaluate_served(
+    saved: checkpoint.Saved, draft: nn.Module, say: Callable[[str], None], urls: Sequence[str] = ()
+) -> TauReport:
+    """`evaluate_held_out` of a run whose target servers run: features come from them, or from the run's store."""
+    config = saved_config(saved)
+    device = mesh.start_process(config.device)
+    config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    if urls:
+        target = config.target.model_copy(update={"url": list(urls)})
+        config = config.model_copy(update={"target": target, "features": FeaturesConfig()})
+    if compute_dtype(config, device) == torch.bfloat16 and bf16_is_slow(device):
+        say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(device)}")
+        config = config.model_copy(update={"precision": "fp32"})
+    eval_set = load_data(config, draft.config.vocab_size).eval
+    if not len(eval_set):
+        raise ValueError(f"{saved.path} is of a run without held-out data; give the run an eval_fraction above 0")
+    source = open_source(config, draft.config.layers, device, [eval_set])
+    try:
+        for line in source.notes:
+            say(line)
+        refuse_other_target(saved, source.ends.fingerprint, config)
+        draft.take_from_target(source.ends.embedding)
+        step = make_step(config, draft.to(device, compute_dtype(config, device)), source.ends)
+        batches = list(itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs))
+        source.expect(batches)
+        return evaluate_tau(lambda batch: step.rows(*source.capture(batch)), batches, method_of(draft).num_steps(config))
+    finally:
+        source.close()
+
+
+def refuse_other_target(saved: checkpoint.Saved, fingerprint: str, config: Config) -> None:
+    if fingerprint != saved.state["target"]:
+        raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
+
+
 def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
     """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done.
 
     The dtype is the one that the target's config.json names, whatever training ran the target in.
     """
-    config, target, draft = open_run(run_dir, which)
+    saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        config = saved_config(saved)
+        device = mesh.start_process(config.device)
+        config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+        target = load_ends(config.target.path, target_dtype(config, device), device, config.target.trust_remote_code).ends
+        refuse_other_target(saved, target.fingerprint, config)
+        draft.take_from_target(target.embedding)
+    else:
+        config, target, draft = open_run(run_dir, which)
     target_dir = Path(cached_file(config.target.path, "config.json")).parent
     dtype = own_dtype(read_target_config(target_dir)) or target.dtype
     export_draft(draft, out, dtype, overwrite)
@@ -402,7 +530,7 @@ def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
     check_target(config)
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    widened = reads_store(config) and bf16_is_slow(device)
+    widened = (reads_store(config) or asks_servers(config)) and bf16_is_slow(device)
     return plan(
         draft_shape(config),
         target_params=count_target_parameters(facts),
@@ -416,7 +544,7 @@ def predict(config: Config, device: torch.device) -> Plan:
         step=config.step,
         chunk_rows=config.chunk_rows,
         device=device.type,
-        stored=reads_store(config),
+        stored=reads_store(config) or asks_servers(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
         replicas=max(1, mesh.world() // config.dist.tensor),
@@ -449,7 +577,7 @@ def known_work(config: Config, device: torch.device) -> Work | None:
     if peak is None or any("expert" in name and value for name, value in facts.items()):
         return None
     predicted, shape = predict(config, device), draft_shape(config)
-    forward = 0 if reads_store(config) else 2 * predicted.target_params
+    forward = 0 if reads_store(config) or asks_servers(config) else 2 * predicted.target_params
     # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
     ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
     return Work(max(0, forward - 2 * ends), predicted.flops_per_token - forward, peak)
@@ -458,9 +586,10 @@ def known_work(config: Config, device: torch.device) -> Work | None:
 def print_plan(config: Config, console: Console) -> None:
     """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too. No document is read."""
     device = mesh.planned_device(config.device)
-    config, told = name_run_dtypes(config, device)
+    config, told = name_run_dtypes(config, device, plans=True)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
+    check_layout(config, draft_shape(config))
     predicted = predict(config, device)
     try:
         refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
@@ -488,10 +617,13 @@ def capture_features(
 ) -> None:
     """Fills the store `out` with the features of a run's documents, going on where an earlier call was stopped.
 
-    ValueError when the disk is too small, `out` is another capture's, or features are not finite.
+    ValueError when the disk is too small, `out` is another capture's, a server of target.url cannot be used, or features
+    are not finite.
     """
-    shape = draft_shape(config)
-    config, told = name_dtypes(config, mesh.planned_device(config.device), store=out, trains=False)
+    config = config.model_copy(update={"features": FeaturesConfig()})  # what training will read is what is made here
+    shape, served = draft_shape(config), bool(config.target.url)
+    device = mesh.planned_device(config.device)
+    config, told = name_dtypes(config, device, store=out, runs_target=not served, trains=False, plans=plan_only)
     for line in told:
         say(line)
     wanted = run_meta(config, shape.layers, dtype)
@@ -509,11 +641,20 @@ def capture_features(
     say(f"at most {needed_bytes / GIB:.3f} GiB to write, target.safetensors with it; {free / GIB:.3f} GiB free at {out}")
     if plan_only:
         return
-    target = open_target(config, shape.layers, mesh.start_process(config.device))
-    out.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(out / ".start.lock"):
-        meta = begin_store(out, wanted, target, data=capture.data, shards=len(capture.shards))
-    run_capture(target, capture, out, meta, part, say)
+    device = mesh.start_process(config.device)
+    if served:
+        source = open_served(config, shape.layers, device, widened=False)
+    else:
+        source = InProcess(open_target(config, shape.layers, device))
+    try:
+        for line in source.notes:
+            say(line)
+        out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out / ".start.lock"):
+            meta = begin_store(out, wanted, source.ends, data=capture.data, shards=len(capture.shards))
+        run_capture(source, capture, out, meta, part, say)
+    finally:
+        source.close()
     (out / ".start.lock").unlink(missing_ok=True)
     found = census(Store(out))
     say(f"{out}: {found.documents:,} documents in {found.shards} of {meta.shards} shards, {found.num_bytes / GIB:.3f} GiB")

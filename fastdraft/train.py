@@ -27,16 +27,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, tau_sim
+from fastdraft.batch import Batch, Features, PackShare, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
+from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.run import (
+    check_layout,
     check_precision,
     compute_dtype,
     fit_to_target,
@@ -50,12 +52,13 @@ from fastdraft.run import (
     saved_dtypes,
     target_parameters,
 )
+from fastdraft.target.served.ends import FILES
 
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself
 FREE_ON_RESUME = (
     *("checkpoint", "metrics", "eval", "device", "run_dir", "dist", "target.path", "data.cache_dir", "data.num_workers"),
-    *("features.on_bad_shard", "features.max_gib"),
+    *("features.on_bad_shard", "features.max_gib", "target.url", "target.timeout_s"),
 )
 
 # settings that may differ between the hosts of a run: where each of them keeps something, and for how long it waits
@@ -84,11 +87,13 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
     rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
+    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
     run_dir = Path(config.run_dir)
     dtype = compute_dtype(config, device)
     torch.manual_seed(config.seed)
 
     draft = new_draft(config)
+    check_layout(config, draft.config)
     data = load_data(config, draft.config.vocab_size)
     train_set, eval_set = data.train, data.eval
     method = method_of(draft)
@@ -106,8 +111,12 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     source = open_source(config, draft.config.layers, device, [train_set, eval_set])
     messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
     messages += fit_to_target(draft, config, source.ends, train_set)
+    parts = None
+    if tensor.size > 1:
+        parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
+        method.cut(draft, tensor.rank, tensor.size)
     draft.to(device)
-    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas)
+    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas, parts)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, method.num_steps(config), dtype=torch.float64, device=device),
@@ -117,8 +126,14 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     messages += about_resume
     if first_step >= total_steps:
         messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    trainer = make_step(config, draft, source.ends)
+    trainer = make_step(config, draft, source.ends, shared=tensor.size * sequence.size > 1)
     work = known_work(config, device)
+
+    def capture(batch: Batch) -> tuple[Batch, Features]:
+        """The batch and what this process needs of its features: all, where it shares its packs with no other."""
+        batch, features = source.capture(batch)
+        share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=method.num_steps(config))
+        return batch, features if share.size == 1 else own_features(features, share)
 
     def save(step: int) -> None:
         source.flush()
@@ -131,7 +146,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
         report = evaluate_tau(
-            lambda batch: trainer.rows(*source.capture(batch)),
+            lambda batch: trainer.rows(*capture(batch)),
             itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
             method.num_steps(config),
             reduce=replicas.sum_,
@@ -184,7 +199,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             step_sums = torch.zeros_like(window["sums"])
             for batch in batches:
                 # The target needs no weight of the draft: its first forward hides what the processes still send each other.
-                batch, features = source.capture(batch)
+                batch, features = capture(batch)
                 finish_step()
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
@@ -307,6 +322,14 @@ def was_evaluated(run_dir: Path, step: int) -> bool:
 def refuse_other_run(
     saved: checkpoint.Saved, config: Config, fingerprint: str, shape: BaseModel, device: torch.device
 ) -> None:
+    served, was_served = (name.startswith(FILES) for name in (fingerprint, saved.state["target"]))
+    if served != was_served:
+        then, now = ("a server's" if x else "those of a target in the process" for x in (was_served, served))
+        raise ValueError(
+            f"checkpoint {saved.path} was trained on features that were {then}, and now they would be {now}, whose last "
+            f"bits differ; {'give' if was_served else 'leave out'} target.url, choose another run_dir, or start anew with "
+            "--fresh"
+        )
     if saved.state["target"] != fingerprint:
         raise ValueError(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "

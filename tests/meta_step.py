@@ -19,7 +19,7 @@ from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.kernels import linear_kl, matmul, teacher
 from fastdraft.kernels.teacher import PermutedHead
 from fastdraft.model.buffers import flat_gradients
-from fastdraft.model.eagle3 import attention, memory
+from fastdraft.model.eagle3 import attention, memory, shard
 from fastdraft.model.eagle3 import engine as ttt
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
@@ -112,7 +112,7 @@ def _kernels_replaced():
         for owner, name, value in (
             (ttt, "ChainAttention", _KernelAttention),
             (memory, "chunk_buffers", buffers),
-            (ttt, "permute_head", permuted),
+            (shard, "permute_head", permuted),
             *((ttt, name, nothing) for name in ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward_")),
             *((ttt, name, nothing) for name in ("chain_qkv", "chain_qkv_backward")),
             (ttt, "add_outer", product),

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -74,6 +74,16 @@ class Axis:
         part = x.new_empty(len(x) // self.size, *x.shape[1:])
         _reduce_scatter(part, x.contiguous(), group=self.group)
         return part
+
+    def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:  # [sum of gets, ...]
+        """Sends so many rows of x [sum of sends, ...] to each process, in the order of their ranks, and gives what each has
+        sent to this one."""
+        if self.group is None:
+            return x
+        _meet()
+        got = x.new_empty(sum(gets), *x.shape[1:])
+        dist.all_to_all_single(got, x.contiguous(), list(gets), list(sends), group=self.group)
+        return got
 
     def start_sum(self, x: Tensor) -> dist.Work:
         """Begins `sum_` of several processes; `wait` of what is returned makes it true."""

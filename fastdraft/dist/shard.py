@@ -11,6 +11,8 @@ communication. On a GPU `finish` runs on a stream of its own, so that this also 
 Slices have ceil(P / n) elements, as `torch.chunk` and DTensor cut; the last is filled up with zeros, which stay zeros. Each
 lies in buffers of its own, so that it is aligned wherever it is cut. Clipping is exact over all slices without a pass of its
 own: to scale the gradient by c is to divide it by N / c rows instead of N.
+Where processes share the draft's weights, all of this is done by the replicas of each part. Only the norm is that of all
+parts, in which a weight that every process has whole counts once; and a checkpoint holds whole weights, which rank 0 writes.
 Bytes on the wire, a process: 4 P (n - 1) / n out, and b P (n - 1) / n back for weights of b bytes.
 Source: ZeRO (arXiv 1910.02054), stage 1.
 """
@@ -26,7 +28,10 @@ from torch import Tensor, nn
 
 from fastdraft.config import OptimConfig
 from fastdraft.dist.mesh import Axis
+from fastdraft.dist.tensor import Parts
 from fastdraft.optim import FlatAdamW
+
+FLAT = ("master", "m", "v")  # of the optimizer's state: a number of each weight
 
 
 class SharedAdamW:
@@ -39,12 +44,16 @@ class SharedAdamW:
         total_steps: int,
         dtype: torch.dtype,
         replicas: Axis,
+        parts: Parts | None = None,  # of the draft's weights, where processes share them
     ):
-        self.config, self.replicas = config, replicas
+        self.config, self.replicas, self.parts = config, replicas, parts
         self.waited = 0.0  # seconds for which the reduction kept its caller; the caller sets it back
         self._sums: Tensor | None = None  # of the step that is under way
+        # `_update` clips, by the norm over all slices and parts; a slice's own must not.
+        unclipped = config.model_copy(update={"clip": math.inf})
+        self.uncut = [] if parts is None else parts.uncut  # elements of the own slice that other parts have, too
         if replicas.size == 1:
-            self.own = FlatAdamW(parameters, config, total_steps, dtype)
+            self.own = FlatAdamW(parameters, config if parts is None else unclipped, total_steps, dtype)
             self.grad, self.grads = self.own.grad, self.own.grads
             return
         first = next(iter(parameters.values()))
@@ -68,8 +77,8 @@ class SharedAdamW:
             p.data = self.weights[start:end].view(p.shape)
             self.grads[name] = self.grad[start:end].view(p.shape)
             start = end
-        # `finish` clips, by the norm over all slices; a slice's own must not.
-        unclipped = config.model_copy(update={"clip": math.inf})
+        inside = ((max(lo, mine[0]) - mine[0], min(hi, mine[1]) - mine[0]) for lo, hi in self.uncut)
+        self.uncut = [(lo, hi) for lo, hi in inside if lo < hi]
         self.own = FlatAdamW({"slice": nn.Parameter(master)}, unclipped, total_steps, dtype)
         self.own.not_decayed = torch.tensor(norms, dtype=torch.int64, device=first.device).view(-1, 2)
         self.stream = torch.cuda.Stream(first.device) if first.is_cuda else None
@@ -83,9 +92,12 @@ class SharedAdamW:
         """Begins a step: `sums` [5, T] of this process's rows (`Rows.sums`) and the gradients are added up over all
         processes, `sums` in place. Until `finish` neither they nor the weights and gradients may be touched."""
         self._sums = sums
-        if self.replicas.size == 1:
+        if self.replicas.size == 1 and self.parts is None:
             return self.own.step(sums[3, 0])
         self._norm = torch.empty((), dtype=self.grad.dtype, device=self.grad.device)
+        if self.replicas.size == 1:
+            self._update(sums[3, 0])
+            return self._norm
         self._under_way = [self.replicas.start_sum(sums), self.replicas.start_sum_scatter(self.grad, self.own.grad)]
         return self._norm
 
@@ -113,14 +125,21 @@ class SharedAdamW:
         """AdamW on the own slice of the summed gradient, then everyone's weights."""
         rows = num_live.clamp_min(1)
         total = torch.linalg.vector_norm(self.own.grad, dtype=torch.float64).square()
-        norm = self.replicas.sum_(total).sqrt() / rows
+        for lo, hi in self.uncut:
+            everywhere = torch.linalg.vector_norm(self.own.grad[lo:hi], dtype=torch.float64).square()
+            total -= everywhere * (1 - 1 / self.parts.axis.size)
+        total = self.replicas.sum_(total)
+        if self.parts is not None:
+            total = self.parts.axis.sum_(total)
+        norm = total.sqrt() / rows
         self._norm.copy_(norm)
         scale = (self.config.clip / norm.clamp_min(1e-30)).clamp_max(1.0)
         self.own.step(num_live / scale)
         self._share_weights()
 
     def _share_weights(self) -> None:
-        self.replicas.gather_into(self.weights, self.own.weights)
+        if self.replicas.size > 1:
+            self.replicas.gather_into(self.weights, self.own.weights)
 
     def clock(self) -> float:
         """Seconds since the last call for which the reduction kept this process from its work. The device's are read here,
@@ -132,20 +151,33 @@ class SharedAdamW:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The live buffers, and the step count in a tensor of its own. Masters and moments are [P], of which this process
-        holds its slice (DTensor)."""
+        holds its slice (DTensor); with `parts` they are those of the whole draft, joined on the host."""
         state = self.own.state_dict()
+        if self.parts is not None:
+            return state | {name: self._joined(state[name]) for name in FLAT}
         if self.replicas.size == 1:
             return state
-        whole = {name: self.replicas.slice_of(state[name], self.count) for name in ("master", "m", "v")}
+        whole = {name: self.replicas.slice_of(state[name], self.count) for name in FLAT}
         return state | whole
+
+    def _joined(
+        self,
+        own: Tensor,  # this process's slice of its part
+    ) -> Tensor:  # [the whole draft's weights] on the host
+        if self.replicas.size > 1:
+            own = self.replicas.gather(own)[: self.count]
+        return self.parts.whole(own)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if self.parts is not None:
+            state = state | {name: self.parts.own(state[name]) for name in FLAT}
         if self.replicas.size == 1:
             self.own.load_state_dict(state)
             return
         size = self.own.master.numel()
-        own = {name: x.to_local() for name, x in state.items() if name in ("master", "m", "v")}
+        first = self.replicas.rank * size
+        own = {name: x[first : first + size] if self.parts else x.to_local() for name, x in state.items() if name in FLAT}
         padded = {name: torch.nn.functional.pad(x, (0, size - x.numel())) for name, x in own.items()}
         self.own.load_state_dict(state | padded)
         self._share_weights()

@@ -6,7 +6,7 @@ which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdraft.batch import Batch, Ends, Features, Rows, TargetHead
+from fastdraft.batch import Batch, Ends, Features, Rows
 from fastdraft.model.proposal import DecodeSettings, Proposal
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Method(NamedTuple):
     draft: type[nn.Module]
     architecture: str  # in the engines' config.json
     num_steps: Callable[[Config], int]  # T, the steps that `Rows` has of every token
-    build_step: Callable[[Config, nn.Module, TargetHead, torch.device], DraftStep]
+    build_step: Callable[..., DraftStep]  # of config, draft, head, device; where processes share a step: tensor, sequence
     fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data
     step_cost: Callable[..., tuple[tuple[Row, ...], tuple[Row, ...]]]  # bytes of a step, FLOPs a token: for --plan
     pair_cost: Callable[[BaseModel, int, Config], float]  # attention's share of a document's cost, for dealing packs
@@ -92,3 +92,9 @@ class Method(NamedTuple):
     load: Callable[[Path, dict[str, Any] | PretrainedConfig], nn.Module]  # a checkpoint in serving format, for a target
     verify: Callable[[Path, Path], Findings]  # a checkpoint in serving format, for a target's directory
     init_config: Callable[[Path | str], str]  # the commented YAML of `fastdraft init`
+    # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
+    # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the
+    # check that a shape divides, a ValueError where not.
+    part: Callable[[str, Sequence[int], int, int], tuple[slice, ...]] | None = None
+    cut: Callable[[nn.Module, int, int], None] | None = None
+    check_cut: Callable[[BaseModel, int], None] | None = None

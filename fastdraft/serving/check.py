@@ -14,6 +14,7 @@ from fastdraft.serving.engines import EnginePlace, Run, Served, engine_version, 
 from fastdraft.serving.export import load_draft
 from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.target.hf import Target, load_target, load_tokenizer
+from fastdraft.target.identity import stop_ids
 
 PROMPTS = (
     "Explain in three sentences why the sky is blue.",
@@ -43,6 +44,7 @@ class EngineCheck:
     dtype: str | None = None  # None: the one the target's config.json names
     timeout_s: float = 1800
     trust_remote_code: bool = False
+    alone: bool = False  # the target is not loaded here, so nothing is compared but the engine with itself
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class Report:
     facts: list[str]
     warnings: list[str]
     errors: list[str]
+    compared: bool = True  # with fastdraft's own reading
 
     def lines(self) -> list[str]:
-        good = [] if self.errors else ["what the engine drafts is what fastdraft drafts"]
+        good = ["what the engine drafts is what fastdraft drafts"] if self.compared and not self.errors else []
         return [*self.facts, *(f"warning: {x}" for x in self.warnings), *(f"error: {x}" for x in self.errors), *good]
 
 
@@ -73,22 +76,54 @@ def check_engine(check: EngineCheck) -> Report:
     draft = load_draft(check.checkpoint, facts)
     prompts = _prompt_ids(check, facts["max_position_embeddings"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(str(check.target), getattr(torch, dtype), "cpu", trust_remote_code=check.trust_remote_code)
-    stop_ids = sorted(target.eos_ids)
+    if check.alone:
+        ends_at = sorted(stop_ids(str(check.target), check.trust_remote_code))
+    else:
+        target = load_target(str(check.target), getattr(torch, dtype), "cpu", trust_remote_code=check.trust_remote_code)
+        ends_at = sorted(target.eos_ids)
     run = Run(
         str(check.target.resolve()),
         str(check.checkpoint.resolve()),
         prompts,
         check.max_new_tokens,
-        stop_ids,
+        ends_at,
         dtype,
         check.num_steps,
         trust_remote_code=check.trust_remote_code,
     )
     # a process each, before the target takes the GPU
     (served,), (plain,) = (run_engine(check.place, [r], check.timeout_s) for r in (run, replace(run, checkpoint=None)))
+    if check.alone:
+        return report_alone(served, plain)
     target = Target(target.model.to(device), draft.config.layers)
     return compare(target, draft, prompts, served, plain, check.num_steps)
+
+
+def report_alone(served: Served, plain: Served) -> Report:
+    """What an engine says by itself, with a draft and without: for a target that only an engine can hold."""
+    prompts, tokens = len(served.outputs), sum(len(o.tokens) for o in served.outputs)
+    same = sum(o.tokens == p.tokens for o, p in zip(served.outputs, plain.outputs, strict=True))
+    report = Report(
+        [
+            f"{served.engine} {served.version}, {served.dtype}: {prompts} prompts, {tokens} tokens",
+            f"greedy output with and without the draft: equal for {same} of {prompts} prompts",
+        ],
+        ["the target was not loaded here, so neither its tokens nor the drafted ones were compared with fastdraft's"],
+        [],
+        compared=False,
+    )
+    if not served.num_rounds:
+        report.errors.append(f"{served.engine} drafted nothing: every output ended at its first token; give other prompts")
+        return report
+    length = (tokens - prompts) / served.num_rounds  # a prompt's first token comes before any draft
+    own = f" (which itself says {served.accepted_length:.3f})" if served.accepted_length is not None else ""
+    report.facts.append(f"accepted length, chain: {length:.3f} in {served.engine}{own}")
+    if length < LOW:
+        report.warnings.append(
+            f"the accepted length of {length:.3f} is low: the draft is young, the prompts are unlike "
+            "its training data, or the engine reads the checkpoint otherwise, which this check cannot tell apart"
+        )
+    return report
 
 
 def compare(

@@ -30,7 +30,7 @@ from fastdraft.features.meta import Meta
 from fastdraft.features.store import INDEX_BYTES, SHARD_BYTES, document_keys, list_shards, needed, shard_number
 from fastdraft.features.writer import ShardWriter
 from fastdraft.files import GIB, free_disk
-from fastdraft.target.hf import Target
+from fastdraft.target.source import Source
 
 LOCKS = "claims"
 
@@ -127,7 +127,7 @@ def missing_bytes(plan: CapturePlan, folder: Path, part: tuple[int, int] = (0, 1
 
 
 def run_capture(
-    target: Target,
+    source: Source,
     plan: CapturePlan,
     folder: Path,
     meta: Meta,  # of the started store
@@ -148,13 +148,13 @@ def run_capture(
     for wait in (False, True):  # take what is free; then what others left behind when they died
         with ShardWriter(folder, meta) as writer:
             for number in order:
-                _capture_shard(target, plan.shards[number], number, writer, wait, progress)
+                _capture_shard(source, plan.shards[number], number, writer, wait, progress)
     if not missing_bytes(plan, folder):  # complete: nobody writes any more
         shutil.rmtree(locks, ignore_errors=True)
 
 
 def _capture_shard(
-    target: Target, packs: tuple[Pack, ...], number: int, writer: ShardWriter, wait: bool, progress: _Progress
+    source: Source, packs: tuple[Pack, ...], number: int, writer: ShardWriter, wait: bool, progress: _Progress
 ) -> None:
     if _is_there(writer.folder, number):
         return
@@ -178,9 +178,10 @@ def _capture_shard(
         progress.wrote(number, packs)
         lock.release()
 
-    for pack in packs:
-        batch = pack.read()
-        writer.add(batch, target.capture(batch.to(target.device)), pack.documents)
+    batches = [pack.read() for pack in packs]
+    source.expect(batches)
+    for pack, batch in zip(packs, batches, strict=True):
+        writer.add(*source.capture(batch), pack.documents)
     writer.finish(number, written)
 
 

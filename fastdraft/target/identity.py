@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from fastdraft.batch import Ends
 from fastdraft.features.meta import Meta, start_store
 from fastdraft.files import json_checksum
 from fastdraft.model.target_config import first_line, language_config, read_json
@@ -90,14 +91,15 @@ def expected_meta(
     )
 
 
-def begin_store(folder: Path, wanted: Meta, target: Target, **changes: Any) -> Meta:
+def begin_store(folder: Path, wanted: Meta, target: Target | Ends, **changes: Any) -> Meta:
     """`start_store` of a target's features: a run's `expected_meta`, and what only the target tells. `changes` win."""
     head = {"head_scale": target.head.scale, "head_softcap": target.head.softcap}
-    meta = replace(wanted, target=target_fingerprint(target), hidden_size=target.hidden_size, **head | changes)
+    fingerprint = target.fingerprint if isinstance(target, Ends) else target_fingerprint(target)
+    meta = replace(wanted, target=fingerprint, hidden_size=target.hidden_size, **head | changes)
     return start_store(folder, meta, _ends(target))
 
 
-def _ends(target: Target) -> dict[str, Tensor]:
+def _ends(target: Target | Ends) -> dict[str, Tensor]:
     """What training needs of a target besides its features: embedding, lm_head, final norm."""
     ends = {"embedding": target.embedding, "head.weight": target.head.weight, "head.bias": target.head.bias}
     ends["final_norm"] = target.final_norm

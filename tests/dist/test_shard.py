@@ -172,7 +172,9 @@ def _train_in_float64(config, stop_after: int | None = None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"data.streaming": True, "data.block_conversations": 5, "data.vocab_samples": 20}])
-def test_any_number_of_processes_gives_the_same_curve_and_goes_on_with_any_others_checkpoint(make_config, tmp_path, changes):
+def test_any_number_of_processes_gives_the_same_curve_and_goes_on_with_any_others_checkpoint(
+    make_config, tmp_path, changes
+):
     """1, 2 and 4 processes, and one run that changes hands 1 -> 2 -> 4 -> 1: every number of every step to 1e-10."""
     changes = {**changes, "optim.packs_per_step": 4, "optim.weight_decay": 0.1, "metrics.log_every": 1, "max_steps": 8}
     changes |= {"eval.every": 4, "eval.max_packs": 3, "checkpoint.every": 5}

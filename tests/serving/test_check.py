@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
-from tiny import make_tokenizer, refusal
+from tiny import make_tokenizer, random_draft, refusal
 
 from fastdraft.decode import generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
@@ -309,6 +309,34 @@ def test_a_prompt_without_a_token_is_named(target_dir, tmp_path, monkeypatch):
     check = checks.EngineCheck(EnginePlace("vllm"), tmp_path, target_dir, tmp_path / "p.jsonl")
     with pytest.raises(ValueError, match="prompt 2 has no token"):
         checks._prompt_ids(check, 512)
+
+
+@pytest.mark.parametrize("rounds", [4, 0])
+def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target_dir, monkeypatch, fastdraft, rounds):
+    """For a target that only an engine can hold: the engine with the draft and without, and the numbers it counted."""
+    shape = DraftConfig.from_target(read_target_config(target_dir), draft_vocab_size=64)
+    export_draft(random_draft(shape, torch.zeros(192, 32)), tmp_path / "draft", torch.float32)
+    started = []
+
+    def run(place, runs, timeout_s):
+        started.extend(runs)
+        drafts = runs[0].checkpoint is not None
+        outputs = [Output([5, 6, 7, 8], num_rounds=2)] * 2
+        return [Served("vllm", "0.32.0", "float32", outputs, 1.45 if drafts else None, rounds if drafts else None)]
+
+    monkeypatch.setattr(checks, "run_engine", run)
+    monkeypatch.setattr(checks, "engine_version", lambda place: "0.32.0")
+    monkeypatch.setattr(checks, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ba be"}\n{"prompt": "bi"}\n')
+    call = ["check", "--checkpoint", tmp_path / "draft", "--target", target_dir, "--engine", "vllm", "--engine-alone"]
+    code, out, _ = fastdraft(*call, "--prompts", tmp_path / "p.jsonl")
+    assert [run.stop_ids for run in started] == [[2], [2]]
+    assert "equal for 2 of 2 prompts" in out and "the target was not loaded here" in out
+    assert "what the engine drafts is what fastdraft drafts" not in out
+    if rounds:
+        assert code == 0 and "accepted length, chain: 1.500 in vllm (which itself says 1.450)" in out
+    else:
+        assert code == 1 and "vllm drafted nothing" in out
 
 
 def test_a_version_that_will_do(fake):

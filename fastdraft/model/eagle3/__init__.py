@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import Group, TargetHead
 from fastdraft.kernels.rms_norm import MAX_HIDDEN
 from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
@@ -15,6 +15,7 @@ from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
+from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
 from fastdraft.model.method import Method
 
@@ -22,8 +23,16 @@ if TYPE_CHECKING:
     from fastdraft.config import Config
 
 
-def build_step(config: Config, draft: Draft, head: TargetHead, device: torch.device) -> GraphEngine | ReferenceEngine:
-    """The fused step, or the reference where a config asks for it. ValueError: a norm is too wide for its kernel."""
+def build_step(
+    config: Config,
+    draft: Draft,
+    head: TargetHead,
+    device: torch.device,
+    tensor: Group | None = None,
+    sequence: Group | None = None,
+) -> GraphEngine | ReferenceEngine:
+    """The fused step, or the reference where a config asks for it; that one knows of no other process. ValueError: a norm
+    is too wide for its kernel."""
     width = 3 * draft.config.target_hidden_size
     if draft.config.norm_before_fc and width > MAX_HIDDEN and device.type == "cuda" and config.step != "reference":
         raise ValueError(
@@ -34,7 +43,7 @@ def build_step(config: Config, draft: Draft, head: TargetHead, device: torch.dev
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
     if config.step == "reference":
         return ReferenceEngine(*args)
-    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8")
+    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
 
 
 METHOD = Method(
@@ -51,4 +60,7 @@ METHOD = Method(
     load=load_draft,
     verify=verify,
     init_config=init_config,
+    part=part,
+    cut=cut_draft,
+    check_cut=check_cut,
 )

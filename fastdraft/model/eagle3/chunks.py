@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, to_device
+from fastdraft.batch import Batch, PackShare, to_device
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Chunk:
 
     sizes: tuple[int, ...]  # M_i
     context: tuple[int, int] | None  # tokens [doc_start, first) before the chunk that all rows see; None: no such tokens
-    chain_pos: Tensor  # [M] token row t of each chain
+    chain_pos: Tensor  # [M] row of each chain among the rows of h^0: its token row t, where this process has all of them
     row_pos: Tensor  # [R] the same for each stacked row; -1 is padding
     row_start: Tensor  # [R] first token row of its document
     row_position: Tensor  # [R] RoPE position, the step's shift included
@@ -41,7 +41,7 @@ class Chunk:
     head_row: Tensor  # [K] stacked rows whose logits are trained on, ascending
     head_step: Tensor  # [K]
     head_out: Tensor  # [K] i * N + t
-    teacher_pos: Tensor  # [m'] token rows whose target distribution is needed, ascending
+    teacher_pos: Tensor  # [m'] rows of f whose target distribution is needed, ascending; token rows like those of h^0
     teacher_row: Tensor  # [K] index into teacher_pos
 
     @property
@@ -63,19 +63,14 @@ def plan_chunks(
     batch: Batch,  # on the host
     ttt_length: int,
     chunk_rows: int,
+    deal: Deal | None = None,  # of `deal_chains`: the chains of this process; None: all
 ) -> Iterator[Chunk]:
     """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on."""
     n = batch.num_tokens
-    ids, mask, start, end = (x.numpy() for x in (batch.input_ids, batch.loss_mask, batch.doc_start, batch.doc_end))
-    wanted = np.zeros((ttt_length, n), dtype=bool)  # (i, t) is trained on, as far as the mask says
-    depth = np.zeros(n, dtype=np.int64)  # steps the chain must run
-    for i in range(min(ttt_length, n - 2)):
-        rows = slice(0, n - 2 - i)
-        wanted[i, rows] = mask[2 + i :] & (np.arange(2 + i, n) < end[rows])
-        depth[wanted[i]] = i + 1
-    chains = depth.nonzero()[0]
-    for k in range(0, len(chains), chunk_rows):
-        pos = chains[k : k + chunk_rows]
+    ids, start = batch.input_ids.numpy(), batch.doc_start.numpy()
+    wanted, depth = _wanted(batch, ttt_length)
+    pieces = [depth.nonzero()[0]] if deal is None else deal.pieces
+    for pos in (piece[k : k + chunk_rows] for piece in pieces for k in range(0, len(piece), chunk_rows)):
         first, begin = int(pos[0]), int(start[pos[0]])
         context = (begin, first) if begin < first and begin == start[pos[-1]] else None
         pos = pos[np.argsort(-depth[pos], kind="stable")]
@@ -87,11 +82,104 @@ def plan_chunks(
         head_row = wanted[row_step, row_pos].nonzero()[0]
         head_pos, head_step = row_pos[head_row], row_step[head_row]
         teacher_pos, teacher_row = _distinct(head_pos + 1 + head_step)
+        if deal is not None:
+            teacher_pos = deal.f.place[teacher_pos]
+        chain_pos = pos if deal is None else deal.h.place[pos]
         planned = (
-            *(pos, row_pos, row_start, row_pos - row_start + row_step, ids[tokens], token_row),
+            *(chain_pos, row_pos, row_start, row_pos - row_start + row_step, ids[tokens], token_row),
             *(head_row, head_step, head_step * n + head_pos, teacher_pos, teacher_row),
         )
         yield Chunk(sizes, context, *map(torch.from_numpy, planned))
+
+
+def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether (i, t) is trained on, as far as the mask says [T, N] bool, and how many steps each chain must run [N]."""
+    n = batch.num_tokens
+    mask, end = batch.loss_mask.numpy(), batch.doc_end.numpy()
+    wanted = np.zeros((ttt_length, n), dtype=bool)
+    depth = np.zeros(n, dtype=np.int64)
+    for i in range(min(ttt_length, n - 2)):
+        rows = slice(0, n - 2 - i)
+        wanted[i, rows] = mask[2 + i :] & (np.arange(2 + i, n) < end[rows])
+        depth[wanted[i]] = i + 1
+    return wanted, depth
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The rows of h^0 or f that a process's chains read, and how it comes by them."""
+
+    place: np.ndarray  # [N] int64 by token row, where the row lies among those that the process has or gets
+    send: Tensor | None = None  # [s] int64 rows of the process's own, by who needs them; None: nothing goes to others
+    sends: tuple[int, ...] = ()  # how many go to each process
+    gets: tuple[int, ...] = ()  # how many come from each
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The chains that one of several processes runs, of a pack whose rows they share."""
+
+    pieces: tuple[np.ndarray, ...]  # token rows, ascending; what a chunk's rows all see is large where they lie together
+    h: Fetched  # rows of h^0, and of its gradient, where the way is back
+    f: Fetched
+
+
+# Chains go to other processes where the one with the most would have so many times the mean's work.
+UNEVEN = 1.1
+
+
+def deal_chains(
+    batch: Batch,  # on the host
+    ttt_length: int,
+    share: PackShare,  # its halo as long as a chain
+    pair_cost: float,  # of a key that a row sees, where a row's other work costs 1
+) -> Deal | None:  # None: nothing is trained on
+    """Each chain to the owner of its token; or, where a mask makes that uneven, to the processes in parts of equal cost.
+
+    Every process computes the same deal. h^0 and f of a token then go from its owner to who runs its chain.
+    """
+    wanted, depth = _wanted(batch, ttt_length)
+    chains = depth.nonzero()[0]
+    if not len(chains):
+        return None
+    own_place, own_f_place = (np.zeros(batch.num_tokens, dtype=np.int64) for _ in range(2))
+    own_place[share.rows.numpy()] = np.arange(len(share.rows))
+    own_f_place[share.rows_and_halo.numpy()] = np.arange(len(share.rows_and_halo))
+
+    slice_of = np.arange(batch.num_tokens) // share.slice_rows
+    owner = np.minimum(slice_of, 2 * share.size - 1 - slice_of)
+    cost = depth[chains] * (1 + pair_cost * (chains - batch.doc_start.numpy()[chains]))
+    of_each = np.bincount(owner[chains], weights=cost, minlength=share.size)
+    if of_each.max() <= UNEVEN * of_each.mean():
+        pieces = tuple(chains[(chains >= first) & (chains < end)] for first, end in share.slices)
+        return Deal(pieces, Fetched(own_place), Fetched(own_f_place))
+
+    worker = np.minimum((cost.cumsum() - cost / 2) / cost.sum() * share.size, share.size - 1).astype(np.int64)
+    of_workers = [chains[worker == rank] for rank in range(share.size)]
+    teachers = []
+    for mine in of_workers:
+        step, of = wanted[:, mine].nonzero()
+        teachers.append(np.unique(mine[of] + 1 + step))
+    return Deal(
+        (of_workers[share.rank],),
+        _fetched(of_workers, owner, own_place, share.rank),
+        _fetched(teachers, owner, own_f_place, share.rank),
+    )
+
+
+def _fetched(
+    rows: list[np.ndarray],  # token rows that each process needs
+    owner: np.ndarray,  # [N] who has a token row
+    own_place: np.ndarray,  # [N] where it lies there, of this process's rows
+    rank: int,
+) -> Fetched:
+    """What every process sends to every other, as one of them sees it. Rows come by owner, and ascend within each."""
+    sent = [of_one[owner[of_one] == rank] for of_one in rows]
+    got = rows[rank][np.argsort(owner[rows[rank]], kind="stable")]
+    place = np.zeros(len(owner), dtype=np.int64)
+    place[got] = np.arange(len(got))
+    gets = np.bincount(owner[got], minlength=len(rows))
+    return Fetched(place, torch.from_numpy(own_place[np.concatenate(sent)]), tuple(map(len, sent)), tuple(gets.tolist()))
 
 
 def pad_batch(batch: Batch, num_tokens: int) -> Batch:

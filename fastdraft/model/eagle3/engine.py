@@ -13,32 +13,41 @@ Read `Step.run` first: it is the table of contents. All memory is listed in `mem
 cuBLAS's, all else the kernels of `kernels/`, which run as plain PyTorch on a CPU. The host reads nothing back from the
 device.
 
+Several processes can share a step, in two ways that go together; the groups that do are given to the engine, and one of a
+single process does nothing. Of `tensor` each has a part of the weights (`shard.py`): the states are whole on all of them,
+what o and down add to them is summed, and so is what goes back through gate, up and QKV. Of `sequence` each has some of a
+pack's rows (`PackShare`) and runs the chains that begin there, or as much work of other rows where a mask makes that uneven
+(`deal_chains`): K^0 and V^0 are gathered once a pack, and their gradients summed and taken apart once.
+
 # N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), m tokens they read, K head rows, T TTT steps
 # H hidden, Ht target hidden, Hq/Hkv heads, D head dim, E = Hq*D, W = (Hq + 2 Hkv)*D, I MLP width, Vd draft vocabulary
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead, to_device
+from fastdraft.batch import Alone, Batch, Features, Group, LossKind, PackShare, Rows, TargetHead, to_device
 from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
 from fastdraft.kernels.fp8 import Fp8Rows, Fp8Weight, quantize_columns, quantize_rows
-from fastdraft.kernels.jit import compile_together
+from fastdraft.kernels.jit import compile_together, launch
 from fastdraft.kernels.linear_kl import linear_kl_grad
 from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward
+from fastdraft.kernels.split_kl import join_teacher_, split_kl_grad
 from fastdraft.kernels.swiglu import swiglu, swiglu_backward_
-from fastdraft.kernels.teacher import PermutedHead, TeacherRows, permute_head, teacher
+from fastdraft.kernels.teacher import PermutedHead, TeacherRows, teacher
 from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_bytes
 from fastdraft.model.eagle3 import memory
 from fastdraft.model.eagle3.attention import ChainAttention
-from fastdraft.model.eagle3.chunks import Chunk, plan_chunks
+from fastdraft.model.eagle3.chunks import Chunk, Fetched, deal_chains, plan_chunks
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.shard import cut_head, local_config
 
 QKV = tuple(f"midlayer.self_attn.{x}_proj.weight" for x in "qkv")
 GATE_UP = tuple(f"midlayer.mlp.{x}_proj.weight" for x in ("gate", "up"))
@@ -143,18 +152,30 @@ class TTTEngine:
         lk_decay: float = 1.0,
         chunk_rows: int | None = None,  # chains at a time; None: as many as memory.CHUNK_BYTES hold
         fp8: bool = False,  # products of `step`, not of `rows`, in float8 (`fp8_shapes`); the draft's dtype is bf16 then
+        tensor: Group | None = None,  # who share the draft's weights, which `cut_draft` has cut; None: this process alone
+        sequence: Group | None = None,  # who share a pack's tokens; None: this process alone
     ):
         if not 1 <= len(step_weights) <= 12:
             raise ValueError(f"ttt_length {len(step_weights)} is not in 1..12")
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows is {chunk_rows}; at least 1 is needed")
-        odd = [n for shape in memory.fp8_shapes(draft.config).values() for n in shape if n % 16] if fp8 else []
+        self.tensor: Group = tensor or Alone()
+        self.sequence: Group = sequence or Alone()
+        self.config = local_config(draft.config, self.tensor.size)  # of this process's part
+        # A row's products take 6 FLOPs a weight, forward and backward, and each key it sees 14 a number of its queries.
+        heads_width = draft.config.num_attention_heads * draft.config.head_dim
+        self.pair_cost = 14 * heads_width / (6 * draft.config.num_parameters()["trainable"])
+        if len(draft.lm_head.weight) != self.config.draft_vocab_size:
+            raise ValueError(
+                f"lm_head has {len(draft.lm_head.weight)} rows, one of {self.tensor.size} processes has "
+                f"{self.config.draft_vocab_size}; cut the draft with cut_draft for as many processes as the engine is given"
+            )
+        odd = [n for shape in memory.fp8_shapes(self.config).values() for n in shape if n % 16] if fp8 else []
         if odd:
             raise ValueError(f"fp8 products need widths in multiples of 16, the draft has {odd[0]}; use precision=bf16")
         self.draft = draft
-        self.config = draft.config
         self.fp8 = fp8
-        self.head: PermutedHead = permute_head(head, draft.draft_ids)
+        self.head: PermutedHead = cut_head(head, draft.draft_ids, self.tensor.rank, self.tensor.size)
         self.loss = kind, lk_scale, lk_decay
         self.step_weights = step_weights
         self.head_weights = torch.cat([step_weights, step_weights.new_zeros(1)])  # [T+1]; step T is padding
@@ -166,8 +187,8 @@ class TTTEngine:
 
     def reserve(self, tokens: int) -> None:
         """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
-        room, chains = memory.buffer_rows(max(self.take.table.get("h0", (0,))[0], tokens), self.chunk_rows)
-        pack = memory.pack_buffers(self.config, room, self.sizes[1])
+        room, chains = memory.buffer_rows(max(self.take.table.get("k0", (0,))[0], tokens), self.chunk_rows)
+        pack = memory.pack_buffers(self.config, room, self.sizes[1], self.sequence.size)
         if self.fp8:
             pack |= memory.fp8_buffers(self.config, chains, self.sizes[0])
         table = memory.chunk_buffers(self.config, chains, *self.sizes) | pack
@@ -193,6 +214,10 @@ class TTTEngine:
         `batch` lies on the host, `features` on the draft's device, `grads` end to end in one buffer (`FlatAdamW.grads` or
         `flat_gradients`). The first call on a GPU compiles the kernels. Raises ValueError for token ids outside the
         vocabulary, or memory that does not suffice.
+
+        Where processes share a step, all of a group call it with the same batch. With `tensor` each gets all rows, and the
+        gradients of its part of the weights. With `sequence` g is that of `PackShare.rows` and f that of `rows_and_halo`,
+        with a halo of T; the rows of another's tokens are 0, and the gradients of all are still to be summed.
         """
         return self._run(batch, features, grads)
 
@@ -229,7 +254,12 @@ class Step:
         named = {name: p.detach() for name, p in engine.draft.named_parameters()}
         self.embedding = named["embed_tokens.weight"]  # [V, H], frozen
         self.weights = Weights.of(named, may_copy=True)
-        self.grads = None if grads is None else Weights.of(grads, may_copy=False)
+        self.grads = self.whole_grads = None if grads is None else Weights.of(grads, may_copy=False)
+        self.tensor = engine.tensor
+        sequence = engine.sequence
+        steps = len(engine.step_weights)
+        self.share = PackShare(num_tokens, sequence.rank, sequence.size, steps) if sequence.size > 1 else None
+        self.num_own = num_tokens if self.share is None else len(self.share.rows)  # n, rows of g, h^0 and its gradient
         self.device, self.dtype = self.embedding.device, self.weights.fc.dtype
         self.stats = torch.promote_types(self.dtype, torch.float32)
         self.q_width = self.config.num_attention_heads * self.config.head_dim
@@ -249,24 +279,43 @@ class Step:
         """The whole step. What all chains read comes first, then chunk after chunk of chains, forward and backward; last
         the backward of what all chains have read."""
         started = False
-        for chunk in plan_chunks(batch, len(self.engine.step_weights), self.engine.chunk_rows):
+        for chunk in self.plan(batch):
             if not started:
-                self.start_pack(to_device([pack_index(batch)], self.device).view(2, self.num_tokens))
+                self.start_pack(self.index(batch))
                 started = True
-            self.run_chunk(chunk.to(self.device))
+            if chunk is not None:
+                self.run_chunk(chunk.to(self.device))
         if started and self.grads is not None:
             self.finish_pack()
         return Rows(*(x[:-1].view(-1, self.num_tokens) for x in self.results))
+
+    def plan(self, batch: Batch) -> Iterator[Chunk | None]:
+        """The chunks of this process. Where processes share the pack's tokens, None comes first if any of them has one, so
+        that all start and finish the pack."""
+        steps = len(self.engine.step_weights)
+        if self.share is None:
+            yield from plan_chunks(batch, steps, self.engine.chunk_rows)
+            return
+        self.deal = deal_chains(batch, steps, self.share, self.engine.pair_cost)
+        if self.deal is not None:
+            yield None
+            yield from plan_chunks(batch, steps, self.engine.chunk_rows, self.deal)
+
+    def index(self, batch: Batch) -> Tensor:  # [2, n] of `pack_index`, of this process's rows, on the device
+        whole = pack_index(batch)
+        own = whole if self.share is None else whole[:, self.share.rows]
+        return to_device([own], self.device).view(2, self.num_own)
 
     @torch.no_grad()
     def rehearse(self, batch: Batch) -> None:
         """Launches every kernel that `run` would, for `compile_together`, in which nothing is written. Three chunks have
         them all: the first, the last, and the one whose rows look farthest back."""
-        chunks = list(plan_chunks(batch, len(self.engine.step_weights), self.engine.chunk_rows))
-        if not chunks:
+        planned = list(self.plan(batch))
+        if not planned:
             return
-        far = max(chunks, key=lambda chunk: chunk.context[1] - chunk.context[0] if chunk.context else 0)
-        self.start_pack(to_device([pack_index(batch)], self.device).view(2, self.num_tokens))
+        chunks = [chunk for chunk in planned if chunk is not None]
+        far = max(chunks, key=lambda chunk: chunk.context[1] - chunk.context[0] if chunk.context else 0, default=None)
+        self.start_pack(self.index(batch))
         for k, chunk in enumerate(chunks):
             if k in (0, len(chunks) - 1) or chunk is far:
                 self.run_chunk(chunk.to(self.device))
@@ -277,23 +326,118 @@ class Step:
 
     def start_pack(
         self,
-        index: Tensor,  # [2, N] of `pack_index`
+        index: Tensor,  # [2, n] of `pack_index`, of this process's rows
     ) -> None:
         """h^0, K^0 and V^0 of every token, and zeros where their gradients will be collected."""
-        n, take = self.num_tokens, self.take
+        n, own, take = self.num_tokens, self.num_own, self.take
         self.engine.reserve(n)
         if self.engine.fp8 and self.grads is not None:
             self.quantize_weights()
-        self.h0, self.k0, self.v0 = (take(name, n) for name in ("h0", "k0", "v0"))
+        self.h0, self.k0, self.v0 = take("h0", own), take("k0", n), take("v0", n)
         if self.grads is not None:
-            self.dh0, self.dk0, self.dv0 = (take(name, n).zero_() for name in ("dh0", "dk0", "dv0"))
+            self.dh0, self.dk0, self.dv0 = take("dh0", own).zero_(), take("dk0", n).zero_(), take("dv0", n).zero_()
+            self.start_norm_sums()
         self.next_id, self.position = index
+        k0, v0 = (self.k0, self.v0) if self.share is None else take("own_kv").chunk(2, 1)
         for rows in self.pack_blocks():
-            linear(self.read_features(rows), self.weights.fc, self.h0[rows])
+            self.combine(rows)
             x, _, _ = self.read_pack(rows)
             kv = take("pack.kv", len(x))
             linear(x, self.weights.qkv[self.q_width :], kv)
-            chain_qkv(kv, None, None, self.position[rows], *self.rope, None, self.k0[rows], self.v0[rows])
+            chain_qkv(kv, None, None, self.position[rows], *self.rope, None, k0[rows], v0[rows])
+        self.chain_h0, self.chain_f = self.h0, self.features.f
+        if self.share is not None:
+            self.gather_keys()
+            self.chain_h0, self.chain_f = self.dealt(self.h0, self.deal.h), self.dealt(self.features.f, self.deal.f)
+        if self.grads is not None:
+            self.chain_dh0 = self.dh0 if self.chain_h0 is self.h0 else torch.zeros_like(self.chain_h0)
+
+    def dealt(
+        self,
+        own: Tensor,  # [n, ...] of this process's tokens
+        fetched: Fetched,
+    ) -> Tensor:  # [m, ...] of the tokens whose chains it runs
+        """What this process's chains read, from the owners of their tokens."""
+        if fetched.send is None:
+            return own
+        rows = to_device([fetched.send], self.device)
+        return self.engine.sequence.exchange(own[rows], fetched.sends, fetched.gets)
+
+    def return_dealt(self) -> None:
+        """The gradient of h^0 goes back to the owners of the tokens. Each has one chain, which one process has run."""
+        if self.chain_dh0 is self.dh0:
+            return
+        fetched = self.deal.h
+        rows = to_device([fetched.send], self.device)
+        self.dh0[rows] = self.engine.sequence.exchange(self.chain_dh0, fetched.gets, fetched.sends)
+
+    def combine(self, rows: slice) -> None:
+        """h^0 = fc(g). Where the weights are shared, a process computes its columns of it and gets the others'."""
+        g, h0 = self.read_features(rows), self.h0[rows]
+        if self.tensor.size == 1:
+            linear(g, self.weights.fc, h0)
+            return
+        part = h0.new_empty(len(h0), len(self.weights.fc))
+        linear(g, self.weights.fc, part)
+        parts = self.tensor.gather(part).view(self.tensor.size, *part.shape)
+        h0.view(len(h0), self.tensor.size, -1).copy_(parts.transpose(0, 1))
+
+    @property
+    def own_columns(self) -> slice:
+        """The columns of h^0 that this process's part of fc gives."""
+        width = len(self.weights.fc)
+        return slice(self.tensor.rank * width, (self.tensor.rank + 1) * width)
+
+    def start_norm_sums(self) -> None:
+        """Where the weights are shared, the norms before QKV's embedding half and before fc get from this process only what
+        its part of those weights sends back. It is collected apart, to be summed when the pack is finished."""
+        if self.tensor.size == 1:
+            return
+        whole = self.grads = self.whole_grads
+        weights = whole.input_norm, *whole.feature_norms
+        self.norm_sums = torch.zeros(sum(map(len, weights)), dtype=self.stats, device=self.device)
+        input_norm, *feature_norms = self.norm_sums.split([len(x) for x in weights])
+        self.grads = replace(whole, input_norm=input_norm, feature_norms=tuple(feature_norms))
+
+    def finish_norm_sums(self) -> None:
+        if self.tensor.size == 1:
+            return
+        weights = self.whole_grads.input_norm, *self.whole_grads.feature_norms
+        sums = self.tensor.sum_(self.norm_sums).split([len(x) for x in weights])
+        for weight, part in zip(weights, sums, strict=True):
+            launch(weight.add_, part)
+
+    def gather_keys(self) -> None:
+        """K^0 and V^0 of all rows, from the processes that share them."""
+        own = self.take("own_kv", 2 * self.share.slice_rows)  # Where a process has fewer rows, noise is sent with them.
+        of_all = self.engine.sequence.gather(own).view(self.share.size, *own.shape)
+        for kv, rows in self.slices_in(of_all):
+            k, v = kv.chunk(2, 1)
+            self.k0[rows] = k
+            self.v0[rows] = v
+
+    def slices_in(
+        self,
+        of_all: Tensor,  # [size, room, ...] what all processes have, each its own rows in order
+    ) -> Iterator[tuple[Tensor, slice]]:
+        """Each slice of the pack as it lies there, and its rows."""
+        for rank, rows_of_one in enumerate(of_all):
+            first = 0
+            for start, end in replace(self.share, rank=rank).slices:
+                yield rows_of_one[first : first + end - start], slice(start, end)
+                first += end - start
+
+    def scatter_key_gradients(self) -> tuple[Tensor, Tensor]:  # [n, Hkv, D] each
+        """The gradients of this process's rows of K^0 and V^0, summed over what all have collected."""
+        if self.share is None:
+            return self.dk0, self.dv0
+        kv_heads, dim = self.dk0.shape[1:]
+        of_all = self.dk0.new_zeros(self.share.size, 2 * self.share.slice_rows, 2 * kv_heads, dim)
+        for d_kv, rows in self.slices_in(of_all):
+            dk, dv = d_kv.chunk(2, 1)
+            dk.copy_(self.dk0[rows])
+            dv.copy_(self.dv0[rows])
+        return self.engine.sequence.sum_scatter(of_all.flatten(0, 1)).chunk(2, 1)
 
     def quantize_weights(self) -> None:
         """The weights of `fp8_shapes` in float8, scaled by output for the forward and by input for the backward."""
@@ -321,7 +465,7 @@ class Step:
     def pack_blocks(self) -> list[slice]:
         """The pack's tokens, as many at a time as the pack's buffers have rows."""
         block = self.take.rows("pack.x")
-        return [slice(first, min(first + block, self.num_tokens)) for first in range(0, self.num_tokens, block)]
+        return [slice(first, min(first + block, self.num_own)) for first in range(0, self.num_own, block)]
 
     def read_features(self, rows: slice) -> Tensor:  # [b, 3*Ht] what fc reads
         g = self.features.g[rows].to(self.dtype)
@@ -376,7 +520,7 @@ class Step:
             # The hidden state is h^0 at step 0. Later it is the output of the step before, whose last addition, the MLP's
             # branch, is made in the same pass as the norm. Chains that end there get their output, too.
             if i == 0:
-                h, h_rows = self.h0, chunk.chain_pos
+                h, h_rows = self.chain_h0, chunk.chain_pos
                 rms_norm(h, w.hidden_norm, eps, stack.hn[rows], stack.r_hn[rows], rows=h_rows)
             else:
                 before = chunk.steps[i - 1]
@@ -399,6 +543,7 @@ class Step:
 
             # Attention's branch is added in the same pass as the norm before the MLP.
             linear(attention.forward(i).flatten(1), w.out, branch[:n])
+            self.tensor.sum_(branch[:n])
             rms_norm(
                 h,
                 w.post_norm,
@@ -412,6 +557,7 @@ class Step:
             linear(stack.n2[rows], w.gate_up, stack.gate_up[rows])
             swiglu(stack.gate_up[rows], stack.act[rows])
             linear(stack.act[rows], w.down, branch[:n])
+            self.tensor.sum_(branch[:n])
 
         # The last step's output has no norm behind it that would add its branch.
         rms_norm(stack.h_mid[rows], w.hidden_norm, eps, None, None, delta=branch[:n], total=stack.y[rows])
@@ -428,7 +574,10 @@ class Step:
         m = len(chunk.teacher_pos)
         rows = TeacherRows(*(take(f"teacher.{name}", m) for name in TeacherRows._fields))
         scratch = take("teacher.scratch" if "teacher.scratch" in take.table else "logits")
-        rows = teacher(self.features.f[chunk.teacher_pos], self.engine.head, (rows, scratch.view(-1)))
+        rows = teacher(self.chain_f[chunk.teacher_pos], self.engine.head, (rows, scratch.view(-1)))
+        first_column, shared = self.tensor.rank * self.config.draft_vocab_size, self.tensor.size > 1
+        if shared:
+            join_teacher_(rows, first_column, self.tensor)
 
         # A row is live where the target's choice is a token that the draft has; elsewhere its weight is 0.
         live = rows.in_draft[chunk.teacher_row]
@@ -445,7 +594,11 @@ class Step:
             rms_norm(y, w.norm, self.eps, x, r, rows=at)
             dx, d_head = (None, None) if grads is None else (take("dx", len(at)), grads.head)
             teacher_row = chunk.teacher_row[part]
-            losses = linear_kl_grad(x, w.head, rows, teacher_row, weight[part], dx, d_head, logits, *self.engine.loss)
+            args = x, w.head, rows, teacher_row, weight[part], dx, d_head, logits
+            if shared:
+                losses = split_kl_grad(*args, first_column, self.tensor, *self.engine.loss)
+            else:
+                losses = linear_kl_grad(*args, *self.engine.loss)
             self.loss[out], self.acceptance[out] = losses.loss.to(self.stats), losses.acceptance.to(self.stats)
             self.hit[out] = losses.hit
             if grads is not None:
@@ -471,6 +624,7 @@ class Step:
             linear_backward(dy_i, w.down, stack.act[rows])
             swiglu_backward_(stack.gate_up[rows], stack.act[rows])
             linear_backward(stack.gate_up[rows], w.gate_up, dn[:n])
+            self.tensor.sum_(dn[:n])
             rms_norm_backward(dn[:n], h_mid, stack.r_n2[rows], w.post_norm, h_mid, grads.post_norm, partial, add=(dy_i,))
             d_mid = h_mid
 
@@ -482,6 +636,7 @@ class Step:
             dz, token_row, position = dqkv[rows, :width], chunk.token_row[rows], chunk.row_position[rows]
             chain_qkv_backward(dq, dk, dv, token_row, position, *self.rope, dz, d_embedding_qkv)
             linear_backward(dz, w.qkv_hidden[:width], dn[:n])
+            self.tensor.sum_(dn[:n])
 
             # The norm of the hidden state: into h^0's gradient at step 0, else onto the output of the step before, with
             # norm_output through the norm between them. What that norm gave is computed again: to keep it for all rows
@@ -490,7 +645,7 @@ class Step:
             if i == 0:
                 at = chunk.chain_pos
                 rms_norm_backward(
-                    *(dn[:n], self.h0, r_hn, w.hidden_norm, self.dh0, grads.hidden_norm, partial),
+                    *(dn[:n], self.chain_h0, r_hn, w.hidden_norm, self.chain_dh0, grads.hidden_norm, partial),
                     rows=at,
                     x_rows=at,
                     add=(d_mid,),
@@ -552,25 +707,31 @@ class Step:
         """From the collected gradients of K^0, V^0 and h^0 to those of QKV, the norms and fc, block by block."""
         w, grads, take = self.weights, self.grads, self.take
         partial = take("partial")
+        dk0, dv0 = self.scatter_key_gradients()
+        self.return_dealt()
         for rows in self.pack_blocks():
             # What `start_pack` computed on the way is computed again rather than kept for every token.
             x, r_e, r_h = self.read_pack(rows)
             dkv, dx, dh0 = take("pack.kv", len(x)), take("pack.dx", len(x)), self.dh0[rows]
-            chain_qkv_backward(None, self.dk0[rows], self.dv0[rows], None, self.position[rows], *self.rope, dkv, None)
+            chain_qkv_backward(None, dk0[rows], dv0[rows], None, self.position[rows], *self.rope, dkv, None)
             add_outer(grads.qkv[self.q_width :], dkv, x)
             linear_backward(dkv, w.qkv[self.q_width :], dx)
             d_e, d_hn = dx.chunk(2, 1)
+            if self.tensor.size > 1:
+                d_hn = self.tensor.sum_(d_hn.contiguous())
             rms_norm_backward(d_hn, self.h0[rows], r_h, w.hidden_norm, dh0, grads.hidden_norm, partial, add_dx=True)
             ids = self.next_id[rows]
             rms_norm_backward(d_e, self.embedding, r_e, w.input_norm, None, grads.input_norm, partial, x_rows=ids)
+            dh0 = dh0[:, self.own_columns]
             add_outer(grads.fc, dh0, self.read_features(rows))
             if self.config.feature_norms:
                 self.finish_feature_norms(rows, dh0)
+        self.finish_norm_sums()
 
     def finish_feature_norms(
         self,
         rows: slice,
-        dh0: Tensor,  # [b, H]
+        dh0: Tensor,  # [b, H], of this process's outputs of fc
     ) -> None:
         """The weight gradients of the norms before fc; the features themselves are the target's."""
         k = self.config.feature_norms

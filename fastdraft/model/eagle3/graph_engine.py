@@ -41,7 +41,8 @@ class GraphEngine(TTTEngine):
         chains, w = _padded(num_tokens - 1, CHAINS), dict(self.draft.named_parameters())  # the last two tokens have none
         small = chains <= self.chunk_rows and num_tokens * self.work <= GRAPH_FLOPS
         in_place = all(end_to_end([w[name] for name in names]) is not None for names in (QKV, GATE_UP))
-        return self.take.device.type == "cuda" and small and in_place and not self.fp8
+        alone = self.tensor.size == self.sequence.size == 1  # what processes say to each other is not recorded
+        return self.take.device.type == "cuda" and small and in_place and alone and not self.fp8
 
     def _run(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
         if self.covers(batch.num_tokens):

@@ -81,10 +81,18 @@ def chunk_buffers(
     return table | {"partial": (rms_norm_partials(h, torch.device(device)), (h,), stats)}
 
 
-def pack_buffers(c: DraftConfig, tokens: int, dtype: torch.dtype) -> Table:
-    """What a step keeps for every token besides the features."""
+def pack_buffers(
+    c: DraftConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    sequence: int = 1,  # processes that share the tokens
+) -> Table:
+    """What a step keeps for every token besides the features. Every process has all keys, values and their gradients."""
     stats, kv = torch.promote_types(dtype, torch.float32), (c.num_key_value_heads, c.head_dim)
-    table: Table = {name: (tokens, (c.hidden_size,), dtype) for name in ("h0", "dh0")}
+    own = tokens if sequence == 1 else 2 * -(-tokens // (2 * sequence))
+    table: Table = {name: (own, (c.hidden_size,), dtype) for name in ("h0", "dh0")}
+    if sequence > 1:
+        table |= {"own_kv": (own, (2 * kv[0], kv[1]), dtype)}
     table |= {name: (tokens, kv, dtype) for name in ("k0", "v0")}
     return table | {name: (tokens, kv, stats) for name in ("dk0", "dv0")}
 

@@ -1,0 +1,222 @@
+"""A KV connector for an unmodified vLLM: it hands the states of every prompt token to a trainer, and does nothing else.
+
+vLLM's `extract_hidden_states` keeps the states at chosen layer boundaries in a cache layer of its own, in the same blocks
+as keys and values, so that chunked prefill, prefix caching and preemption treat both alike. A prompt's states are complete
+in the step that computes its last token. In that step, behind the forward, rank 0 of the tensor-parallel group gathers
+them from the cache; a thread then writes them into the server's folder (`fastdraft_handover`). No block is held back and
+the engine waits for nothing but, on a GPU, a free piece of the ring that the rows leave through.
+
+A request names its file in `kv_transfer_params: {"states": NAME}`, and the answer says which server gave it; with
+`{"describe": true}` it says all that a trainer compares. A request with neither costs nothing.
+
+Imports torch, vllm and the module beside it. vLLM finds it by `kv_connector_module_path`.
+
+# T tokens of a prompt, S states, Ht hidden; a cache is [blocks, S, block_size, Ht]
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Queue
+
+import torch
+import vllm
+from fastdraft_handover import hand_over, hand_over_error, is_request, open_folder, remove_dead, write_server
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+
+RING = 4  # pieces of device memory that rows pass through on their way to the host
+PIECE_BYTES = 2**26
+
+
+@dataclass
+class Extracted:
+    name: str
+    tokens: int
+    blocks: list[int]
+
+
+@dataclass
+class Complete(KVConnectorMetadata):
+    prompts: list[Extracted] = field(default_factory=list)  # whose last token is computed in this step
+
+
+class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
+    def __init__(self, vllm_config, role, kv_cache_config=None):
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        groups = kv_cache_config.kv_cache_groups
+        own = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, HiddenStateCacheSpec)]
+        if len(own) != 1 and len(groups) != 1:
+            raise ValueError(f"no single group of {len(groups)} in the KV cache holds the hidden states")
+        # Where every layer has blocks of one kind, vLLM puts the states into the only group.
+        self.group = own[0] if own else 0
+        self.block_size = groups[self.group].kv_cache_spec.block_size
+        extra = self._kv_transfer_config.kv_connector_extra_config
+        self.folder, self.instance, self.identity = extra["folder"], extra["instance"], extra["identity"]
+        self.running: dict[str, Extracted] = {}  # the scheduler's
+        self.cache: torch.Tensor | None = None  # the writing worker's
+
+    # --- in the scheduler ----------------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens):
+        return 0, False
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens):
+        pass
+
+    def build_connector_meta(self, scheduler_output) -> Complete:
+        """Follows the blocks of the prompts that run, and picks those that this step completes."""
+        computed: dict[str, int] = {}
+        for new in scheduler_output.scheduled_new_reqs:
+            asked = (new.sampling_params.extra_args or {}) if new.sampling_params else {}
+            name = (asked.get("kv_transfer_params") or {}).get("states")
+            if is_request(name) and new.prompt_token_ids:
+                blocks = list(new.block_ids[self.group])
+                self.running[new.req_id] = Extracted(name, len(new.prompt_token_ids), blocks)
+                computed[new.req_id] = new.num_computed_tokens
+        old = scheduler_output.scheduled_cached_reqs
+        for req_id, blocks, already in zip(old.req_ids, old.new_block_ids, old.num_computed_tokens, strict=True):
+            if prompt := self.running.get(req_id):
+                if req_id in old.resumed_req_ids:  # it was preempted, and has other blocks now
+                    prompt.blocks.clear()
+                prompt.blocks += blocks[self.group] if blocks else []
+                computed[req_id] = already
+        scheduled = scheduler_output.num_scheduled_tokens
+        done = [req_id for req_id, n in computed.items() if n + scheduled[req_id] >= self.running[req_id].tokens]
+        return Complete([self.running.pop(req_id) for req_id in done])
+
+    def request_finished(self, request, block_ids):
+        self.running.pop(request.request_id, None)  # a request that was given up before its last token
+        asked = request.kv_transfer_params or {}
+        if asked.get("describe"):
+            return False, self._about()
+        return False, {"instance": self.instance} if "states" in asked else None
+
+    def request_finished_all_groups(self, request, block_ids):
+        return self.request_finished(request, block_ids)
+
+    def _about(self) -> dict:
+        config = self._vllm_config
+        model, draft = config.model_config, config.speculative_config.draft_model_config.hf_config
+        return self.identity | {
+            "instance": self.instance,
+            "folder": self.folder,
+            "vllm": vllm.__version__,
+            "boundaries": sorted(set(draft.eagle_aux_hidden_state_layer_ids)),
+            "hidden_size": model.get_hidden_size(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_model_len": model.max_model_len,
+        }
+
+    # --- in a worker -----------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches):
+        layers = list(get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches)))
+        if not layers or get_tensor_model_parallel_rank() != 0:
+            return  # each rank has all states, and of pipeline stages the last alone
+        self.cache = kv_caches[layers[0]]
+        if self.cache.shape[2] != self.block_size:
+            raise ValueError(f"the states' cache is {tuple(self.cache.shape)} and its blocks have {self.block_size} tokens")
+        open_folder(self.folder)
+        remove_dead(self.folder)
+        write_server(self.folder, {"instance": self.instance})
+        self.ring = _Ring(self.cache) if self.cache.is_cuda else None
+        self.written: Queue[tuple[str, torch.Tensor, torch.cuda.Event | None]] = Queue()
+        threading.Thread(target=self._write, name="fastdraft-states", daemon=True).start()
+
+    def wait_for_save(self):
+        if self.cache is None or not self.has_connector_metadata():
+            return
+        _, states, size, hidden = self.cache.shape
+        for prompt in self._get_connector_metadata().prompts:
+            pinned = self.ring is not None
+            host = torch.empty(prompt.tokens, states, hidden, dtype=self.cache.dtype, pin_memory=pinned)
+            blocks = torch.tensor(prompt.blocks[: -(-prompt.tokens // size)], pin_memory=pinned)
+            if self.ring is None:
+                host.copy_(_rows(self.cache, blocks, prompt.tokens))
+                self.written.put((prompt.name, host, None))
+            else:
+                self.written.put((prompt.name, host, self.ring.send(blocks, host)))
+
+    def _write(self) -> None:
+        while True:
+            name, host, copied = self.written.get()
+            try:
+                if copied is not None:
+                    copied.synchronize()
+                hand_over(self.folder, name, memoryview(host.view(torch.uint8).flatten().numpy()))
+            except Exception as error:  # a full memory, or a folder that is gone, must not end the engine
+                logging.getLogger("vllm.fastdraft").warning("states %s were not handed over: %s", name, error)
+                with suppress(OSError):
+                    hand_over_error(self.folder, name, str(error))
+
+    def start_load_kv(self, forward_context, **kwargs):
+        pass
+
+    def wait_for_layer_load(self, layer_name):
+        pass
+
+    def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs):
+        pass
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config):
+        return "LBNHC"
+
+
+def _rows(
+    cache: torch.Tensor,  # [blocks, S, block_size, Ht]
+    blocks: torch.Tensor,  # [ceil(T / block_size)] int64
+    tokens: int,
+) -> torch.Tensor:  # [T, S, Ht]
+    _, states, _, hidden = cache.shape
+    return cache[blocks].transpose(1, 2).reshape(-1, states, hidden)[:tokens]
+
+
+class _Ring:
+    """Rows go to the host through pieces of device memory, gathered on the forward's stream and copied on another.
+
+    Gathering there keeps the order with the next step, which may write into blocks that this one has freed. It takes the
+    device's own bandwidth; the slower copy to the host runs beside the next forward. The forward waits only when all
+    pieces are under way.
+    """
+
+    def __init__(self, cache: torch.Tensor):
+        _, states, self.size, hidden = cache.shape
+        self.cache = cache
+        blocks = max(1, PIECE_BYTES // (self.size * states * hidden * cache.element_size()))
+        self.tokens = blocks * self.size  # of a piece
+        self.pieces = [cache.new_empty(self.tokens, states, hidden) for _ in range(RING)]
+        self.free = [torch.cuda.Event() for _ in range(RING)]
+        self.stream = torch.cuda.Stream(cache.device)
+        self.next = 0
+
+    def send(
+        self,
+        blocks: torch.Tensor,  # [ceil(T / block_size)] int64, page-locked
+        host: torch.Tensor,  # [T, S, Ht] page-locked
+    ) -> torch.cuda.Event:  # reached when `host` has all rows
+        forward = torch.cuda.current_stream(self.cache.device)
+        blocks = blocks.to(self.cache.device, non_blocking=True)
+        for begin, end in self._spans(len(host)):
+            piece, free = self.pieces[self.next], self.free[self.next]
+            self.next = (self.next + 1) % RING
+            forward.wait_event(free)
+            piece[: end - begin] = _rows(self.cache, blocks[begin // self.size : -(-end // self.size)], end - begin)
+            self.stream.wait_stream(forward)
+            with torch.cuda.stream(self.stream):
+                host[begin:end].copy_(piece[: end - begin], non_blocking=True)
+                free.record()
+        copied = torch.cuda.Event()
+        copied.record(self.stream)
+        return copied
+
+    def _spans(self, tokens: int) -> Iterator[tuple[int, int]]:
+        return ((begin, min(begin + self.tokens, tokens)) for begin in range(0, tokens, self.tokens))

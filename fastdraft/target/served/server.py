@@ -1,0 +1,123 @@
+"""The command that starts a user's own vLLM with our connector, which nothing of vLLM is changed for."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from fastdraft.model.target_config import default_layers, language_config
+from fastdraft.target.hf import load_target_config
+from fastdraft.target.identity import expected_meta
+from fastdraft.target.served.connector import fastdraft_handover
+from fastdraft.target.served.source import TESTED
+
+SHARED_MEMORY = "/dev/shm"
+# What the command sets itself, and what would make the served model another than the files say or take a check away.
+OWN_FLAGS = {
+    "--model": "the target is the first argument",
+    "--speculative-config": "it keeps the states, so this server cannot speculate",
+    "-sc": "it keeps the states, so this server cannot speculate",
+    "--kv-transfer-config": "it hands the states over",
+    "--revision": "give a folder, or a name that the cache has in one revision",
+    "--hf-overrides": "a trainer could not see that the model is another; change the folder's config.json",
+    "--hf-config-path": "a trainer could not see that the model is another; change the folder's config.json",
+    "--skip-tokenizer-init": "without a tokenizer vLLM does not check token ids, and a wrong one ends the engine",
+}
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """A process to start: its arguments, and what its environment has besides this one's."""
+
+    arguments: list[str]
+    environment: dict[str, str]
+    url: str
+    folder: str
+    layers: tuple[int, ...]
+
+
+def serve_command(
+    python: str,  # that has vLLM
+    target: str,  # local directory, or a hub name whose files are fetched if they are not in the cache
+    flags: list[str],  # vLLM's own
+    layers: tuple[int, ...] | None = None,  # whose outputs are handed over, from 0; None: those of a draft by default
+    folder: str | None = None,  # None: one in shared memory, by the port
+    pythonpath: str | None = None,
+) -> ServeCommand:
+    """The vLLM server that a trainer can use. ValueError where a flag or a layer cannot be."""
+    for flag in flags:
+        name = flag.split("=", 1)[0].replace("_", "-")
+        if name in OWN_FLAGS:
+            raise ValueError(f"serve-target does not take vLLM's {flag.split('=', 1)[0]}: {OWN_FLAGS[name]}")
+    if not Path(target).is_dir():  # as vLLM would; what is served is then known by its files
+        target = snapshot_download(
+            target, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+        )
+    trust_remote_code = "--trust-remote-code" in flags
+    facts = language_config(load_target_config(target, trust_remote_code))
+    n = facts["num_hidden_layers"]
+    layers = default_layers(n) if layers is None else layers
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < n:
+        raise ValueError(f"--layers {','.join(map(str, layers))} must ascend and lie in 0..{n - 1}, the target's layers")
+    meta = expected_meta(target, trust_remote_code, layers, "bf16")
+    port = _value(flags, "--port") or "8000"
+    folder = folder or f"{SHARED_MEMORY}/fastdraft-{os.getuid()}-{port}"
+    boundaries = sorted({layer + 1 for layer in layers} | {n})
+    speculative = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": boundaries}},
+    }
+    connector = {
+        "kv_connector": "FastdraftStates",
+        "kv_connector_module_path": "fastdraft_states",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {
+            "folder": folder,
+            "instance": secrets.token_hex(8),
+            "identity": {"weights": meta.weights, "config": meta.config},
+        },
+    }
+    arguments = [python, "-m", "vllm.entrypoints.openai.api_server"]
+    arguments += ["--model", target]
+    arguments += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector), *flags]
+    own = str(Path(fastdraft_handover.__file__).parent)
+    paths = [own, *filter(None, [pythonpath])]
+    host = _value(flags, "--host") or "localhost"
+    url = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
+    return ServeCommand(arguments, {"PYTHONPATH": os.pathsep.join(paths)}, url, folder, layers)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layers as the command line names them, such as 1,15,28. ValueError for anything else."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--layers {text} is no list of layers; write for example --layers 1,15,28") from None
+
+
+def refuse_other_version(version: str) -> None:
+    """ValueError for a vLLM outside the tested range."""
+    if version != TESTED and not version.startswith(f"{TESTED}."):
+        raise ValueError(
+            f"vLLM {version} is outside of the versions that the connector was tested with, {TESTED}.*; its interface for "
+            "connectors is experimental and changes between versions, so no other is started"
+        )
+
+
+def _value(flags: list[str], name: str) -> str | None:
+    """The value of a flag, given as `--port 1` or `--port=1`; the last one counts."""
+    value = None
+    for i, flag in enumerate(flags):
+        if flag == name and i + 1 < len(flags):
+            value = flags[i + 1]
+        elif flag.startswith(f"{name}="):
+            value = flag.split("=", 1)[1]
+    return value

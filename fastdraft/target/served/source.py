@@ -1,0 +1,507 @@
+"""Features from vLLM servers that `fastdraft serve-target` started on this host.
+
+Each document goes out as one request of one token, and its states come back as a file in shared memory. A pack's rows are
+read into one staging buffer (page-locked, where there is a GPU), sent to the device on a stream of its own, and split there
+into g and the state before the final norm, from which the target's own norm makes f. A thread with an event loop does this
+for the packs to come, at most `AHEAD` of which are under way.
+
+What a server says of itself is compared with the run before the first step and again after each restart, and a few probes
+prove that its states and this process's head give its own log-probabilities. A failed request is tried again, at another
+server if there is one, until nothing has come for `timeout_s`.
+
+# N packed tokens, S states that a server hands over, K layers that the draft reads, Ht target hidden
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+import torch
+from torch import Tensor
+
+from fastdraft.batch import Batch, Features
+from fastdraft.target.served.connector.fastdraft_handover import (
+    new_client,
+    read_server,
+    remove_client,
+    remove_dead,
+)
+from fastdraft.target.served.ends import FileEnds
+
+TESTED = "0.32"  # vLLM's versions whose connector interface and cache layout this was run with: this one and its patches
+AHEAD = 2  # packs under way or waiting to be trained on
+IN_FLIGHT = 64  # requests at a time for each server
+CONNECT_S = 10.0
+LONGEST_WAIT_S = 30.0  # between two attempts
+PROBES = 8
+TOP = 5  # log-probabilities compared of each probe
+NEAR = 0.02  # of the largest logit: what bf16 may change, as for a target in this process
+NAMES = {"bfloat16": "bf16", "float32": "fp32"}
+
+T = TypeVar("T")
+
+
+class NotYet(Exception):
+    """No states this time, and why."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a server says of itself."""
+
+    instance: str
+    folder: str
+    vllm: str
+    weights: str  # `checkpoint_fingerprint` of the files that it was started with
+    config: str  # hash of their config.json
+    boundaries: tuple[int, ...]  # b: the state that enters layer b, which is the output of layer b - 1; ascending
+    hidden_size: int
+    dtype: str  # bfloat16 or float32, PyTorch's name
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run needs its servers to be."""
+
+    weights: str
+    config: str
+    layers: tuple[int, ...]  # outputs from 0
+    num_layers: int  # of the target
+    hidden_size: int
+    dtype: str  # bf16 or fp32
+    max_length: int  # tokens of the longest document
+
+
+@dataclass
+class FeatureServer:
+    url: str  # without /v1
+    client: httpx.AsyncClient
+    model: str = ""
+    about: About | None = None  # None: it was restarted, and is compared again before its states are used
+    busy: int = 0  # requests of this process
+    failures: int = 0  # since the last answer
+    resting_until: float = 0.0  # time.monotonic()
+    comparing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))
+
+
+async def open_server(url: str, api_key: str | None, timeout_s: float) -> FeatureServer:
+    """Asks a server what it is. ValueError when it cannot be reached or was not started by `serve-target`."""
+    base = url.rstrip("/").removesuffix("/v1")
+    if not base.startswith(("http://", "https://")):
+        raise ValueError(f"target.url {url!r} is no server's address; write http://host:port")
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("OPENAI_API_KEY holds what no header may, such as the end of a line; set it again")
+    client = httpx.AsyncClient(
+        base_url=base,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT),
+        timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s)),
+        trust_env=False,  # no proxy stands between a trainer and the server beside it
+    )
+    server = FeatureServer(base, client)
+    try:
+        server.model = (await _answer(server, "/v1/models"))["data"][0]["id"]
+        server.about = await describe(server)
+    except NotYet as error:
+        raise ValueError(f"{error}; start it with `fastdraft serve-target`, and wait until it is ready") from error
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{base} does not answer as vLLM does ({error!r}); is it the right address?") from error
+    return server
+
+
+async def describe(server: FeatureServer) -> About:
+    """What a server says of itself now. NotYet when it does not answer, ValueError when it is none of `serve-target`."""
+    answer = await _complete(server, [0], {"kv_transfer_params": {"describe": True}})
+    told = answer.get("kv_transfer_params")
+    try:
+        return About(
+            **{name: told[name] for name in About.__dataclass_fields__} | {"boundaries": tuple(told["boundaries"])}
+        )
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{server.url} hands over no states: it was not started by this version of `fastdraft serve-target`"
+        ) from None
+
+
+def served_dtype(url: str, timeout_s: float) -> str:
+    """bf16 or fp32, as a server runs its target. ValueError as for `open_server`, or for another dtype."""
+
+    async def ask() -> About:
+        server = await open_server(url, os.environ.get("OPENAI_API_KEY"), timeout_s)
+        await server.client.aclose()
+        return server.about
+
+    return _named(asyncio.run(ask()).dtype, url)
+
+
+def refuse_other_server(url: str, about: About, wanted: Wanted) -> None:
+    """ValueError with one sentence on the first thing in which a server is not what the run needs."""
+    if about.vllm != TESTED and not about.vllm.startswith(f"{TESTED}."):
+        raise ValueError(
+            f"{url} runs vLLM {about.vllm}; states are read only from the versions that this was tested with, {TESTED}.*"
+        )
+    for name, ours, theirs in (("config.json", wanted.config, about.config), ("weights", wanted.weights, about.weights)):
+        if ours != theirs:
+            raise ValueError(
+                f"{url} serves another model or revision than target.path: its {name} has the fingerprint {theirs}, "
+                f"target.path's {ours}; serve the target of this run, or set target.path to the one that is served"
+            )
+    if (dtype := _named(about.dtype, url)) != wanted.dtype:
+        raise ValueError(
+            f"{url} runs the target in {dtype}, and target.dtype is {wanted.dtype}; start it with --dtype "
+            f"{next(k for k, v in NAMES.items() if v == wanted.dtype)}, or set target.dtype={dtype} for a new run"
+        )
+    needed = sorted({layer + 1 for layer in wanted.layers} | {wanted.num_layers})
+    if about.hidden_size != wanted.hidden_size or not set(needed) <= set(about.boundaries):
+        layers = ",".join(map(str, wanted.layers))
+        raise ValueError(
+            f"{url} hands over the states at the boundaries {list(about.boundaries)}, {about.hidden_size} wide, and this "
+            f"run reads those at {needed}, {wanted.hidden_size} wide; start it with --layers {layers}"
+        )
+    if about.max_model_len <= wanted.max_length:
+        raise ValueError(
+            f"{url} takes {about.max_model_len} tokens with the one it generates, and documents have up to "
+            f"{wanted.max_length}; start it with --max-model-len {wanted.max_length + 1}, or set "
+            f"data.max_length={about.max_model_len - 1} or less"
+        )
+    if read_server(about.folder).get("instance") != about.instance:
+        raise ValueError(
+            f"{url} hands states over in {about.folder}, which is not on this host or not readable: a trainer runs on its "
+            "server's host, as the same user, and containers share /dev/shm"
+        )
+
+
+def _named(dtype: str, url: str) -> str:
+    if dtype not in NAMES:
+        raise ValueError(f"{url} runs the target in {dtype}; start it with --dtype bfloat16 or float32")
+    return NAMES[dtype]
+
+
+class ServedSource:
+    """A target that servers run. ValueError when one of them is not what the run needs, or gives other numbers."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        file_ends: FileEnds,
+        wanted: Wanted,
+        first: int = 0,  # the server that this process asks first
+        timeout_s: float = 600.0,
+    ):
+        self.wanted, self.timeout_s = wanted, timeout_s
+        self.ends, self.norm = file_ends.ends, file_ends.norm
+        self.device, self.dtype = self.ends.device, self.ends.dtype
+        self.notes: list[str] = []
+        self.waited = 0.0
+        self.repeated = 0  # requests that were sent again
+        self.servers: list[FeatureServer] = []
+        self._boundaries = sorted({layer + 1 for layer in wanted.layers} | {wanted.num_layers})  # of staged rows
+        self._state_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted.dtype]
+        self._turn, self._number = first, 0
+        self._clients: dict[str, tuple[str, int]] = {}  # by folder: this process's name there, and its lock
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._coming: dict[int, Future[_Read]] = {}  # by id of the batch
+        self._room = asyncio.Semaphore(AHEAD)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="served-features", daemon=True)
+        self._thread.start()
+        try:
+            self._run(self._open(urls))
+        except BaseException:
+            self.close()
+            raise
+
+    # --- a source ------------------------------------------------------------------------------------------------------
+
+    def expect(self, batches: list[Batch]) -> None:
+        for batch in batches:
+            self._coming[id(batch)] = asyncio.run_coroutine_threadsafe(self._read_when_room(batch), self._loop)
+
+    def capture(self, batch: Batch) -> tuple[Batch, Features]:
+        start = time.perf_counter()
+        coming = self._coming.pop(id(batch), None)
+        if coming is None:
+            read = self._run(self._read(batch))
+        else:
+            try:
+                read = coming.result()
+            finally:
+                self._loop.call_soon_threadsafe(self._room.release)
+        self.waited += time.perf_counter() - start
+        if read.ready is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(read.ready)
+            read.rows.record_stream(current)
+        return batch, self._features(read.rows)
+
+    def counts(self) -> dict[str, int]:
+        return {"requests_repeated": self.repeated} if self.repeated else {}
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Gives up what is under way, and leaves no file of this process in any folder."""
+        if self._loop.is_closed():
+            return
+        self._run(self._give_up())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        for folder, (client, lock) in self._clients.items():
+            os.close(lock)  # from here on the server writes nothing for this client
+            with suppress(OSError):
+                remove_client(folder, client)
+
+    async def _give_up(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for server in self.servers:
+            await server.client.aclose()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # --- a pack --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _features(
+        self,
+        rows: Tensor,  # [N, B, Ht] at `_boundaries`
+    ) -> Features:
+        places = [self._boundaries.index(layer + 1) for layer in self.wanted.layers]
+        f = self.norm(rows[:, -1].to(self.dtype)).to(self.dtype)
+        # The layers ascend, so their states lie side by side but for the case that the last one is the last layer's.
+        return Features(rows[:, : places[-1] + 1].reshape(len(rows), -1).to(self.dtype), f)
+
+    async def _read_when_room(self, batch: Batch) -> _Read:
+        await self._room.acquire()
+        return await self._read(batch)
+
+    async def _read(self, batch: Batch) -> _Read:
+        """Asks for a pack's documents, all at once, and waits for them."""
+        if not 0 <= int(batch.input_ids.min()) <= int(batch.input_ids.max()) < len(self.ends.embedding):
+            raise ValueError(
+                f"a document holds a token outside of the target's {len(self.ends.embedding)}; is it another tokenizer's?"
+            )
+        shape = batch.num_tokens, len(self._boundaries), self.wanted.hidden_size
+        staged = torch.empty(shape, dtype=self._state_dtype, pin_memory=self._stream is not None)
+        documents = zip(batch.input_ids.split(batch.lengths), staged.split(batch.lengths), strict=True)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for ids, rows in documents:
+                    group.create_task(self._fetch(ids.tolist(), rows))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        if self._stream is None:
+            return _Read(staged, None)
+        with torch.cuda.stream(self._stream):
+            rows = staged.to(self.device, non_blocking=True)
+            return _Read(rows, self._stream.record_event())
+
+    # --- a document ----------------------------------------------------------------------------------------------------
+
+    async def _fetch(
+        self,
+        ids: list[int],
+        rows: Tensor,  # [len(ids), B, Ht] on the host, to be filled
+    ) -> None:
+        """Fills in a document's states. ValueError when a server refuses it, or none gave it for `timeout_s`."""
+        failed_at, last = None, None
+        while True:
+            server = await self._pick(last)
+            try:
+                async with server.slots:
+                    await self._ask(server, ids, rows)
+            except NotYet as error:
+                failed_at, last = failed_at or time.monotonic(), server
+                self._rest(server)
+                self.repeated += 1
+                if time.monotonic() - failed_at > self.timeout_s:
+                    others = f" nor did {len(self.servers) - 1} others" if len(self.servers) > 1 else ""
+                    raise ValueError(
+                        f"{server.url} gave no states of a document of {len(ids)} tokens for {self.timeout_s:g} s{others}; "
+                        f"the last reason: {error}. When it does again, the same command goes on from the last checkpoint"
+                    ) from error
+            else:
+                server.failures, server.resting_until = 0, 0.0
+                return
+            finally:
+                server.busy -= 1
+
+    async def _pick(self, last: FeatureServer | None) -> FeatureServer:
+        """The server with the fewest requests of this process among those that do not rest, each in turn; after a failure
+        another one if possible. Waits where all rest."""
+        while not (awake := [s for s in self.servers if s.resting_until <= time.monotonic()]):
+            await asyncio.sleep(max(0.0, min(s.resting_until for s in self.servers) - time.monotonic()))
+        turn = self._turn % len(self.servers)
+        order = self.servers[turn:] + self.servers[:turn]
+        chosen = min((s for s in order if s in awake), key=lambda s: (s is last, s.busy))
+        self._turn += 1
+        chosen.busy += 1
+        return chosen
+
+    def _rest(self, server: FeatureServer) -> None:
+        if server.resting_until <= time.monotonic():  # of many failures at once the first
+            server.resting_until = time.monotonic() + min(0.25 * 2**server.failures, LONGEST_WAIT_S)
+            server.failures += 1
+
+    async def _ask(self, server: FeatureServer, ids: list[int], rows: Tensor, **more: Any) -> dict[str, Any]:
+        """One request for a document's states, which are read into `rows`. The server's answer."""
+        async with server.comparing:
+            if server.about is None:
+                about = await describe(server)
+                self._accept(server.url, about)
+                server.about = about
+        about = server.about
+        self._number += 1
+        name = f"{self._clients[about.folder][0]}-{self._number}"
+        try:
+            answer = await _complete(server, ids, {"kv_transfer_params": {"states": name}, **more})
+            if (answer.get("kv_transfer_params") or {}).get("instance") != about.instance:
+                if server.about is about:
+                    server.about = None
+                raise NotYet(f"{server.url} was restarted")
+            if (said := answer["usage"]["prompt_tokens"]) != len(ids):
+                raise ValueError(
+                    f"{server.url} read {said} tokens of a document of {len(ids)}; it must take ids as they are"
+                )
+            await self._take(server.url, about, name, rows)
+            return answer
+        except (KeyError, TypeError) as error:
+            raise NotYet(f"{server.url} does not answer as vLLM does ({error!r})") from error
+        finally:
+            for left in (name, f"{name}.error"):
+                with suppress(OSError):
+                    os.unlink(f"{about.folder}/{left}")
+
+    async def _take(self, url: str, about: About, name: str, rows: Tensor) -> None:
+        """Reads a file of states, which may come a little after the answer, and fills in the boundaries that are read."""
+        path, states = f"{about.folder}/{name}", len(about.boundaries)
+        deadline, wait = time.monotonic() + self.timeout_s, 0.0002
+        while not os.path.exists(path):
+            with suppress(FileNotFoundError), open(f"{path}.error") as file:
+                raise NotYet(f"{url} could not hand states over in {about.folder}: {file.read()}")
+            if time.monotonic() > deadline:
+                raise NotYet(f"{url} answered, and its states did not come into {about.folder}")
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, 0.01)
+        expected = len(rows) * states * rows.shape[2] * rows.element_size()
+        if (size := os.stat(path).st_size) != expected:
+            raise ValueError(f"{url} handed over {size:,} bytes for {len(rows)} tokens, not {expected:,}")
+        # Copying runs beside the loop, which goes on answering.
+        whole = rows if states == rows.shape[1] else rows.new_empty(len(rows), states, rows.shape[2])
+        await asyncio.to_thread(_read_file, path, whole)
+        if whole is not rows:
+            rows.copy_(whole[:, [about.boundaries.index(b) for b in self._boundaries]])
+
+    # --- a server ------------------------------------------------------------------------------------------------------
+
+    async def _open(self, urls: Sequence[str]) -> None:
+        for url in urls:
+            server = await open_server(url, os.environ.get("OPENAI_API_KEY"), self.timeout_s)
+            self.servers.append(server)
+            self._accept(server.url, server.about)
+            await self._prove(server)
+        named = ", ".join(f"{server.url} (vLLM {server.about.vllm})" for server in self.servers)
+        self.notes.append(f"the target runs in {named}, in {self.wanted.dtype}")
+
+    def _accept(self, url: str, about: About) -> None:
+        """Refuses a server that is another than the run needs, and makes this process known in its folder."""
+        refuse_other_server(url, about, self.wanted)
+        if about.folder in self._clients:
+            return
+        try:
+            left = remove_dead(about.folder)
+            self._clients[about.folder] = new_client(about.folder)
+        except OSError as error:
+            raise ValueError(f"{about.folder} of {url} cannot be written ({error.strerror}); run as its user") from error
+        if left:
+            self.notes.append(f"{left} files of states that ended runs had left in {about.folder} were removed")
+
+    async def _prove(self, server: FeatureServer) -> None:
+        """ValueError unless the states of a few probes, by this process's norm and head, give the server's own
+        log-probabilities of its likeliest next tokens: then the ids, the order of the states, the final norm, and the
+        head's scale and cap are the server's."""
+        vocabulary = len(self.ends.embedding)
+        for i in range(PROBES):
+            length = min(4 + 5 * i, self.wanted.max_length)
+            ids = [(7 + 7919 * i + 104729 * k) % vocabulary for k in range(length)]
+            rows = torch.empty(length, len(self._boundaries), self.wanted.hidden_size, dtype=self._state_dtype)
+            more = {"logprobs": TOP, "return_tokens_as_token_ids": True, "return_token_ids": True}
+            try:
+                choice = (await self._ask(server, ids, rows, **more))["choices"][0]
+                top = choice["logprobs"]["top_logprobs"][0]
+                told = {int(token.removeprefix("token_id:")): value for token, value in top.items()}
+            except (NotYet, KeyError, TypeError, IndexError, ValueError) as error:
+                raise ValueError(f"{server.url} failed at a probe of {length} tokens: {error}") from error
+            if choice.get("prompt_token_ids") not in (None, ids):
+                raise ValueError(f"{server.url} changed the ids of a probe: {choice['prompt_token_ids'][:8]} for {ids[:8]}")
+            logits = self.ends.head.logits(self._features(rows.to(self.device)).f[-1:])[0].float()
+            ours, largest = logits.log_softmax(-1).cpu(), float(logits.abs().max())
+            off = max(abs(float(ours[token]) - value) for token, value in told.items())
+            if not off <= NEAR * largest:
+                raise ValueError(
+                    f"{server.url} gives log-probabilities up to {off:.3g} away from what its states and the head of "
+                    f"target.path give, where logits reach {largest:.3g}: this vLLM computes the target otherwise between "
+                    "its last layer and its logits, so every teacher would be wrong; please report the model"
+                )
+
+
+@dataclass
+class _Read:
+    rows: Tensor  # [N, B, Ht]
+    ready: torch.cuda.Event | None
+
+
+def _read_file(path: str, into: Tensor) -> None:
+    left = memoryview(into.view(torch.uint8).flatten().numpy())
+    with open(path, "rb", buffering=0) as file:
+        while left:
+            read = file.readinto(left)
+            if not read:
+                raise ValueError(f"{path} has become shorter while it was read")
+            left = left[read:]
+
+
+async def _complete(server: FeatureServer, ids: list[int], more: dict[str, Any]) -> dict[str, Any]:
+    """One request for one token after `ids`. NotYet where it may go better later, ValueError where it will not."""
+    body = {"model": server.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "detokenize": False, **more}
+    return await _answer(server, "/v1/completions", body)
+
+
+async def _answer(server: FeatureServer, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        sent = server.client.get(path) if body is None else server.client.post(path, json=body)
+        response = await sent
+    except httpx.TimeoutException as error:
+        raise NotYet(f"{server.url} did not answer in time ({type(error).__name__})") from error
+    except httpx.HTTPError as error:
+        raise NotYet(f"{server.url} cannot be reached ({type(error).__name__}: {error})") from error
+    if response.status_code == 200:
+        with suppress(ValueError):
+            if isinstance(answer := response.json(), dict):
+                return answer
+        raise NotYet(f"{response.url} does not answer with JSON, but {response.text[:100]!r}")
+    said = " ".join(response.text.split())[:300]
+    with suppress(ValueError, KeyError, TypeError):
+        said = " ".join(str(response.json()["error"]["message"]).split())[:300]
+    sentence = f"{response.url}: HTTP {response.status_code}: {said}"
+    if response.status_code in (401, 403):
+        raise ValueError(f"{sentence}; set the environment variable OPENAI_API_KEY to the server's key")
+    if response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
+        raise NotYet(sentence)
+    raise ValueError(sentence)

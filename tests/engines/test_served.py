@@ -1,0 +1,232 @@
+"""A real vLLM as the target: its states, handed over by `fastdraft serve-target`, are those of transformers to rounding and
+in the same order, through chunked prefill, a shared prefix cache and preemption, and a draft has the same losses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from cases import engine_place
+from small_runs import losses
+from test_target_families import build
+from tiny import make_tokenizer, save_target, write_chats
+
+from fastdraft.batch import Batch
+from fastdraft.config import Config, parse_config
+from fastdraft.run import draft_shape, open_source
+from fastdraft.train import train
+
+CPU = torch.device("cpu")
+START_S = 400
+WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # vLLM's CPU attention
+
+# name: how the target is made, and vLLM's further flags
+TARGETS = {
+    "dense": (lambda folder: save_target(folder, **WIDE), []),
+    "tied": (lambda folder: save_target(folder, **WIDE, tie_word_embeddings=True), []),
+    "tensor parallel": (lambda folder: save_target(folder, **WIDE | {"num_key_value_heads": 2}), ["-tp", "2"]),
+    "experts": (lambda folder: save_family(folder, "qwen3_moe", **WIDE), []),
+    "sliding windows": (lambda folder: save_family(folder, "mistral", **WIDE, sliding_window=16), []),
+    "logit scale": (lambda folder: save_family(folder, "granite", **WIDE), []),
+}
+
+
+def save_family(folder: Path, kind: str, **changes) -> Path:
+    sizes = {"vocab_size": 192, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 2}
+    build(kind, **sizes | changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Running:
+    url: str
+    process: subprocess.Popen
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^{name}{{[^}}]*}} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.M)
+        return float(found[1])
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def start(target: Path, folder: Path, flags: list[str], port: int | None = None) -> Running:
+    """A server, when it is ready."""
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    python = engine_place("vllm", os.environ).python
+    own = ["--engine-python", python, "--folder", str(folder / "shared")]
+    usual = ["--port", str(port), "--enforce-eager", "--dtype", "float32", "--max-model-len", "257"]
+    command = [sys.executable, "-m", "fastdraft.cli", "serve-target", str(target), *own, *usual, *flags]
+    machine = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    log = folder / "server.log"
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | machine, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    running = Running(f"http://127.0.0.1:{port}", process)
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{running.url}/health").status_code == 200:
+                return running
+        time.sleep(0.5)
+    running.kill()
+    pytest.fail(log.read_text()[-3000:])
+
+
+@contextmanager
+def served(target: Path, folder: Path, flags: list[str]):
+    before = set(os.listdir("/dev/shm"))
+    running = start(target, folder, flags)
+    try:
+        yield running
+    finally:
+        running.kill()
+        for name in set(os.listdir("/dev/shm")) - before:  # what vLLM leaves when it is killed
+            if name.startswith(("psm_", "sem.mp-", "vllm_dist_")) and not _is_open(name):
+                os.unlink(f"/dev/shm/{name}")
+        shutil.rmtree(folder / "shared", ignore_errors=True)
+
+
+def _is_open(name: str) -> bool:
+    """Whether any process has a file of shared memory mapped: it may be another vLLM's."""
+    maps = []
+    for file in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            maps.append(file.read_text())
+    return any(name in text for text in maps)
+
+
+def config_of(target: Path, tmp_path: Path, **changes) -> Config:
+    write_chats(tmp_path / "chats.jsonl", 40)
+    tree = {
+        "target": {"path": str(target), "dtype": "fp32", "timeout_s": 120},
+        "draft": {"overrides": {"draft_vocab_size": 64}},
+        "data": {"paths": [str(tmp_path / "chats.jsonl")], "eval_fraction": 0.2, "max_length": 256, "pack_tokens": 512}
+        | {"cache_dir": str(tmp_path / "cache"), "num_workers": 0},
+        "optim": {"lr": 1e-2, "packs_per_step": 1},
+        "eval": {"every": 4},
+        "metrics": {"log_every": 1, "tensorboard": False},
+        "run_dir": str(tmp_path / "run"),
+        "ttt_length": 3,
+        "max_steps": 4,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    for key, value in changes.items():
+        section, _, leaf = key.rpartition(".")
+        (tree[section] if section else tree)[leaf] = value
+    return parse_config(tree, Config)
+
+
+def packs() -> list[Batch]:
+    """Documents of 1 to 256 tokens. Those of the second pack begin as the longest of the first, so that their beginnings
+    are in the prefix cache; the third are the first again, of which all is."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 192, (256,), generator=g)
+    first = [ids, *(torch.randint(3, 192, (n,), generator=g) for n in (1, 2, 15, 16, 17, 63, 64, 65, 200))]
+    second = [torch.cat([ids[:n], torch.tensor([5, 9])]) for n in (1, 31, 32, 33, 100, 250)]
+    return [pack(first), pack(second), pack(first)]
+
+
+def pack(documents: list[torch.Tensor]) -> Batch:
+    ids = torch.cat(documents)
+    return Batch(ids, torch.ones(len(ids), dtype=torch.bool), tuple(map(len, documents)))
+
+
+def assert_same_states(source, target_source, batches: list[Batch]) -> None:
+    """Each row within 1e-4 of its own size, and the mean far below."""
+    source.expect(batches)
+    for batch in batches:
+        _, theirs = source.capture(batch)
+        _, ours = target_source.capture(batch)
+        for a, b in ((theirs.g, ours.g), (theirs.f, ours.f)):
+            off = (a - b).norm(dim=-1) / b.norm(dim=-1)
+            assert off.max() < 1e-4 and off.mean() < 1e-5, (off.max(), off.mean(), off.argmax())
+
+
+@contextmanager
+def generating(server: Running, answers: int):
+    """So many long answers at a time, for others than the trainer, until the block is left."""
+    done = threading.Event()
+    body = {"prompt": [5, 6, 7], "max_tokens": 180, "ignore_eos": True, "temperature": 1.0}
+
+    def ask() -> None:
+        while not done.is_set():
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=120).raise_for_status()
+
+    threads = [threading.Thread(target=ask) for _ in range(answers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_states_and_losses_are_those_of_transformers(name, tmp_path):
+    make, flags = TARGETS[name]
+    target = make(tmp_path / "target")
+    with served(target, tmp_path, ["--max-num-batched-tokens", "64", *flags]) as server:
+        config = config_of(target, tmp_path, **{"target.url": server.url, "run_dir": str(tmp_path / "served")})
+        layers = draft_shape(config).layers
+        here = config_of(target, tmp_path, **{"run_dir": str(tmp_path / "here")})
+        source = open_source(config, layers, CPU, [])
+        assert_same_states(source, open_source(here, layers, CPU, []), packs())
+        assert server.metric("vllm:prefix_cache_hits_total") > 256
+        source.close()
+        train(config)
+        train(here)
+    assert os.listdir(tmp_path).count("shared") == 0
+    for a, b in zip(losses(tmp_path / "served"), losses(tmp_path / "here"), strict=True):
+        assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
+    """A cache too small for the documents and for the answers that the server generates beside them, which take blocks from
+    half-read documents; then the server is killed under them, and comes back."""
+    target = save_target(tmp_path / "target", **WIDE)
+    flags = ["--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "13", "--block-size", "32"]
+    with served(target, tmp_path, flags) as server:
+        config = config_of(target, tmp_path, **{"target.url": server.url})
+        layers = draft_shape(config).layers
+        source = open_source(config, layers, CPU, [])
+        here = open_source(config_of(target, tmp_path), layers, CPU, [])
+        g = torch.Generator().manual_seed(1)
+        many = [pack([torch.randint(3, 192, (n,), generator=g) for n in (200, 180, 150, 220, 90, 256)]) for _ in range(6)]
+        with generating(server, 3):
+            assert_same_states(source, here, many)
+        assert server.metric("vllm:num_preemptions_total") > 0
+
+        source.expect(many)
+        server.kill()
+        server.process = start(target, tmp_path, flags, int(server.url.rsplit(":", 1)[1])).process
+        for batch in many:
+            _, theirs = source.capture(batch)
+            _, ours = here.capture(batch)
+            torch.testing.assert_close(theirs.f, ours.f, rtol=1e-3, atol=1e-4)
+        assert source.counts()["requests_repeated"] > 0
+        source.close()
+        assert os.listdir(tmp_path / "shared") == ["server.json"]

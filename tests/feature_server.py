@@ -1,0 +1,95 @@
+"""A server of states as `fastdraft serve-target` starts one, without vLLM: transformers runs the target, and the protocol
+is the connector's own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fake_http import FakeHTTP, reply
+
+from fastdraft.model.target_config import default_layers
+from fastdraft.target.hf import load_target
+from fastdraft.target.identity import expected_meta
+from fastdraft.target.served.connector.fastdraft_handover import (
+    hand_over,
+    hand_over_error,
+    open_folder,
+    remove_dead,
+    write_server,
+)
+
+
+class FeatureServer(FakeHTTP):
+    """`act(server, handler, body)` is called before each request for states; True: it has answered itself."""
+
+    def __init__(self, target_dir: Path, folder: Path, layers: tuple[int, ...] | None = None, **changes: Any) -> None:
+        model = json.loads((target_dir / "config.json").read_text())
+        n = model["num_hidden_layers"]
+        layers = default_layers(n) if layers is None else layers
+        boundaries = sorted({layer + 1 for layer in layers} | {n})
+        meta = expected_meta(str(target_dir), False, layers, "fp32")
+        self.about = {
+            "instance": "first",
+            "folder": str(folder),
+            "vllm": "0.32.0",
+            "weights": meta.weights,
+            "config": meta.config,
+            "boundaries": boundaries,
+            "hidden_size": model["hidden_size"],
+            "dtype": "float32",
+            "max_model_len": 512,
+        } | changes
+        self.target = load_target(str(target_dir), torch.float32, "cpu", tuple(b - 1 for b in boundaries))
+        self.model_lock = threading.Lock()
+        self.requests: list[dict] = []  # those for states
+        self.act: Callable[[FeatureServer, Any, dict], bool | None] = lambda *_: False
+        self.start(**{})
+        super().__init__()
+
+    def start(self, **changes: Any) -> None:
+        """What a process does at its start, a restarted one too."""
+        self.about |= changes
+        open_folder(self.about["folder"])
+        remove_dead(self.about["folder"])
+        write_server(self.about["folder"], {"instance": self.about["instance"]})
+
+    def get(self, handler) -> None:
+        reply(handler, 200, json.dumps({"data": [{"id": "target"}]}))
+
+    def post(self, handler, body: dict) -> None:
+        asked = body.get("kv_transfer_params") or {}
+        if asked.get("describe"):
+            reply(handler, 200, self.answer(body, self.about))
+            return
+        with self.lock:
+            self.requests.append(body)
+        if not self.act(self, handler, body):
+            self.states(asked["states"], body["prompt"])
+            reply(handler, 200, self.answer(body, {"instance": self.about["instance"]}))
+
+    def answer(self, body: dict, params: dict | None) -> str:
+        choice: dict[str, Any] = {"text": ""}
+        if "logprobs" in body:
+            _, f = self.run(body["prompt"])
+            top = self.target.head.logits(f[-1:])[0].log_softmax(-1).topk(body["logprobs"])
+            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            choice["logprobs"] = {"top_logprobs": [{f"token_id:{token}": value for token, value in pairs}]}
+        usage = {"prompt_tokens": len(body["prompt"])}
+        return json.dumps({"choices": [choice], "usage": usage, "kv_transfer_params": params})
+
+    def states(self, name: str, ids: list[int]) -> None:
+        rows, _ = self.run(ids)
+        hand_over(self.about["folder"], name, memoryview(rows.contiguous().view(torch.uint8).flatten().numpy()))
+
+    def full(self, name: str) -> None:
+        hand_over_error(self.about["folder"], name, "[Errno 28] No space left on device")
+
+    def run(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:  # [T, S * Ht], [T, Ht]
+        with self.model_lock:
+            g, f = self.target.forward(torch.tensor([ids]))
+        return g[0], f[0]
