@@ -291,7 +291,13 @@ def ending_together(silent_s: float) -> Iterator[None]:
         raise
     finally:
         watch.stop()
-    from_all(None)  # The first to leave may be the one that holds the store: it waits until nobody looks at it any more.
+    # The first to leave may be the one that holds the store: it waits until nobody looks at it any more. Whoever dies now has
+    # nothing left to do, and nor have the others.
+    try:
+        from_all(None)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
 
 
 def _tell_why(watch: Watch, error: BaseException) -> None:
