@@ -358,8 +358,8 @@ def test_export_of_a_run_whose_target_changed(fastdraft, trained, target_dir, co
 def test_check_golden(fastdraft, step):
     code, out, err = fastdraft("check", "--golden", GOLDEN, "--step", step)
     places = 1 if step == "reference" else 4 if torch.cuda.is_available() else 2
-    assert code == 0 and out.count(" ok ") == 3 * 5 * places and "WRONG" not in out, err
-    assert all(name in out for name in ("gqa_full", "lk_alpha", "padded_t7"))
+    assert code == 0 and out.count(" ok ") == 4 * 5 * places and "WRONG" not in out, err
+    assert all(name in out for name in ("gqa_full", "lk_alpha", "norm_output", "padded_t7"))
 
 
 def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):

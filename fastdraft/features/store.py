@@ -61,7 +61,7 @@ class BadShard(ValueError):
 
 
 @dataclass(frozen=True)
-class Needed:
+class NeededRows:
     """The rows of a batch that a loss can reach, documents in order."""
 
     g_rows: tuple[int, ...]  # D rows of g of each document: its first ones
@@ -70,7 +70,7 @@ class Needed:
     f_index: Tensor  # [F] int64
 
 
-def needed(batch: Batch) -> Needed:
+def needed(batch: Batch) -> NeededRows:
     """By docs/mathematics.md, f_u is read where x_{u+1} is trained on, u >= 1; g_s by every chain t >= s, and the last
     chain starts two tokens before the last trained one. Nothing else of g and f can change a loss, whatever T is."""
     lengths = np.array(batch.lengths, dtype=np.int64)
@@ -83,7 +83,7 @@ def needed(batch: Batch) -> Needed:
     g_rows = (last - 1).clip(0)
     g_index = (place < g_rows[owner]).nonzero()[0]
     index = (torch.from_numpy(x) for x in (g_index, trained - 1))
-    return Needed(tuple(g_rows.tolist()), tuple(f_rows.tolist()), *index)
+    return NeededRows(tuple(g_rows.tolist()), tuple(f_rows.tolist()), *index)
 
 
 def document_keys(batch: Batch) -> list[bytes]:
