@@ -17,7 +17,8 @@ Several processes can share a step, in two ways that go together; the groups tha
 single process does nothing. Of `tensor` each has a part of the weights (`shard.py`): the states are whole on all of them,
 what o and down add to them is summed, and so is what goes back through gate, up and QKV. Of `sequence` each has some of a
 pack's rows (`PackShare`) and runs the chains that begin there, or as much work of other rows where a mask makes that uneven
-(`deal_chains`): K^0 and V^0 are gathered once a pack, and their gradients summed and taken apart once.
+(`deal_chains`): K^0 and V^0 are gathered once a pack, and their gradients summed and taken apart once. What they send
+each other is allocated as it comes and is not in `memory.py`.
 
 # N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), m tokens they read, K head rows, T TTT steps
 # H hidden, Ht target hidden, Hq/Hkv heads, D head dim, E = Hq*D, W = (Hq + 2 Hkv)*D, I MLP width, Vd draft vocabulary
