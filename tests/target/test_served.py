@@ -447,6 +447,15 @@ def test_a_cache_is_refused(served):
         served(**{"features.path": "x", "features.mode": "cache", "features.max_gib": 1})
 
 
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_processes_that_share_a_pack_do_not_ask_twice(served, axis):
+    with pytest.raises(
+        ValueError, match=r"processes that share a pack \(dist.tensor, dist.sequence\) need the same features"
+    ):
+        served(**{f"dist.{axis}": 2})
+    served(**{f"dist.{axis}": 2, "features.path": "a store"})  # which is read alike by all
+
+
 def test_a_run_does_not_change_between_servers_and_its_own_target(served, make_config):
     train(served())
     with pytest.raises(ValueError, match=r"were a server's, and now they would be those of a target in the process"):
