@@ -156,8 +156,9 @@ class Config(Section):
     def _servers_give_each_pack_once(self) -> Config:
         if self.target.url and self.dist.tensor * self.dist.sequence > 1 and self.features.path is None:
             raise ValueError(
-                "processes that share a pack (dist.tensor, dist.sequence) need the same features bit for bit, and two answers "
-                "of a server may differ in their last bits; leave both at 1, or fill a store with `fastdraft features capture`"
+                "processes that share a pack (dist.tensor, dist.sequence) need the same features bit for bit, and two "
+                "answers of a server may differ in their last bits; leave both at 1, or fill a store with `fastdraft "
+                "features capture`"
             )
         return self
 
