@@ -167,6 +167,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _servers_give_each_pack_once(self) -> Config:
+        if self.target.url and self.dist.tensor * self.dist.sequence > 1 and self.features.path is None:
+            raise ValueError(
+                "processes that share a pack (dist.tensor, dist.sequence) need the same features bit for bit, and two "
+                "answers of a server may differ in their last bits; leave both at 1, or fill a store with `fastdraft "
+                "features capture`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _streams_say_where_they_end(self) -> Config:
         if self.data.streaming and self.max_steps is None:
             raise ValueError("data.streaming needs max_steps: how long a stream is, is not known before its end")

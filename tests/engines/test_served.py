@@ -119,7 +119,7 @@ def _is_open(name: str) -> bool:
 def config_of(target: Path, tmp_path: Path, **changes) -> Config:
     write_chats(tmp_path / "chats.jsonl", 40)
     tree = {
-        "target": {"path": str(target), "dtype": "fp32", "timeout_s": 120},
+        "target": {"path": str(target), "dtype": "fp32", "timeout_s": START_S},
         "draft": {"overrides": {"draft_vocab_size": 64}},
         "data": {"paths": [str(tmp_path / "chats.jsonl")], "eval_fraction": 0.2, "max_length": 256, "pack_tokens": 512}
         | {"cache_dir": str(tmp_path / "cache"), "num_workers": 0},
