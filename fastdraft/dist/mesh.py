@@ -195,7 +195,9 @@ def _name_of_start(store: dist.Store, me: int, size: int) -> str:
                 store.set(f"welcome/{said.decode()}", name)
                 welcomed.add(said)
         if time.monotonic() > end:
-            raise ValueError(f"rank {missing[0]} did not come within dist.timeout_s={_timeout.total_seconds():g} s of the start")
+            raise ValueError(
+                f"rank {missing[0]} did not come within dist.timeout_s={_timeout.total_seconds():g} s of the start"
+            )
         time.sleep(0.02)
     return name
 
@@ -291,7 +293,7 @@ def ending_together(silent_s: float) -> Iterator[None]:
         raise
     finally:
         watch.stop()
-    # The first to leave may be the one that holds the store: it waits until nobody looks at it any more. Whoever dies now has
+    # The first to leave may be the one that holds the store: it waits until nobody looks at it. Whoever dies now has
     # nothing left to do, and nor have the others.
     try:
         from_all(None)

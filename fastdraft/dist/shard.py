@@ -9,10 +9,10 @@ What lies between the two, such as the target's forward over the next pack, read
 communication. On a GPU `finish` runs on a stream of its own, so that this also holds for what it launches.
 
 Slices have ceil(P / n) elements, as `torch.chunk` and DTensor cut; the last is filled up with zeros, which stay zeros. Each
-lies in buffers of its own, so that it is aligned wherever it is cut. Clipping is exact over all slices without a pass of its
-own: to scale the gradient by c is to divide it by N / c rows instead of N.
+lies in buffers of its own, so that it is aligned wherever it is cut. Clipping is exact over all slices and needs no pass of
+its own: to scale the gradient by c is to divide it by N / c rows instead of N.
 Where processes share the draft's weights, all of this is done by the replicas of each part. Only the norm is that of all
-parts, in which a weight that every process has whole counts once; and a checkpoint holds whole weights, which rank 0 writes.
+parts, in which a weight that every process has whole counts once; a checkpoint holds whole weights, which rank 0 writes.
 Bytes on the wire, a process: 4 P (n - 1) / n out, and b P (n - 1) / n back for weights of b bytes.
 Source: ZeRO (arXiv 1910.02054), stage 1.
 """

@@ -1,4 +1,4 @@
-"""A draft whose weights, and packs whose tokens, are shared by processes: the same losses and gradients as alone, in float64.
+"""A draft whose weights, and packs whose tokens, are shared by processes: the losses and gradients are those of one, in float64.
 
 Everything runs over gloo on the CPU. The processes are forked with the law at hand, which the reference step has computed.
 
@@ -24,6 +24,7 @@ from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.ref import ttt_ref_step
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 
+CPU = torch.device("cpu")
 V, HT, T = 32, 12, 4
 SHAPE = {
     "hidden_size": 16,
@@ -139,9 +140,7 @@ def _few_layouts(world, law, kind) -> None:
             _one_layout(ON_GPUS, loss, 20, rows, grads, (loss, sequence, tensor), device, torch.float32)
 
 
-def _one_layout(
-    changes, loss, chunk_rows, rows_law, grads_law, what, device=torch.device("cpu"), dtype=torch.float64
-) -> None:
+def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU, dtype=torch.float64) -> None:
     tensor, sequence, data = (mesh.axis(name) for name in ("tensor", "sequence", "data"))
     draft = make_draft(changes)
     shapes = {name: p.shape for name, p in draft.trainable().items()}
@@ -199,10 +198,10 @@ def test_the_answer_to_a_long_prompt_is_dealt_to_all():
 
 def test_a_layout_that_does_not_divide_the_draft_names_the_setting():
     with pytest.raises(
-        ValueError, match="dist.tensor=3 does not divide the draft's num_attention_heads 8, num_key_value_h"
+        ValueError, match=r"dist\.tensor=3 does not divide the draft's num_attention_heads 8, num_key_value_h"
     ):
         check_cut(draft_shape(**SHAPE), 3)
     with pytest.raises(
-        ValueError, match="num_key_value_heads 4, draft_vocab_size 20; set dist.tensor to 1 or 2 or 4, or change"
+        ValueError, match=r"num_key_value_heads 4, draft_vocab_size 20; set dist\.tensor to 1 or 2 or 4, or change"
     ):
         check_cut(draft_shape(**SHAPE), 8)

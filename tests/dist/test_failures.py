@@ -49,7 +49,7 @@ def written(config, folder: Path) -> Path:
     return file
 
 
-# --- at a known place ------------------------------------------------------------------------------------------------------
+# --- at a known place -----------------------------------------------------------------------------------------------------
 
 
 def on_rank_1(act) -> None:
@@ -116,12 +116,13 @@ SPOILT = {
     other_settings: ("optim.lr is 0.01 on rank 0 ({host}) and 0.5 on rank 1 ({host}); start all",) * 2,
     other_code: ("fastdraft's code is '",) * 2,
     stopped: (
-        "another process of this run has ended or hangs: rank 1 on {host}, which gave no sign of life for dist.silent_s=5 s "
-        "(its process is stopped)",
+        "another process of this run has ended or hangs: rank 1 on {host}, which gave no sign of life for "
+        "dist.silent_s=5 s (its process is stopped)",
         "",
     ),
     late: (
-        "a process of this run did not come where the others waited for dist.timeout_s=4 s: rank 1 on {host}, which is alive",
+        "a process of this run did not come where the others waited for dist.timeout_s=4 s: rank 1 on {host}, which is "
+        "alive",
         "rank 1 on {host}, which is alive",
     ),
     only_rank_0: (
@@ -159,14 +160,16 @@ def test_a_run_dir_that_another_host_does_not_see(tmp_path):
 
 def _meet_apart(folder: Path) -> None:
     mesh.start_process("cpu")
-    said = rf"rank 1 on {HOST} does not see the run_dir .* of rank 0 on {HOST}; put it on a file system that all hosts share"
+    said = (
+        rf"rank 1 on {HOST} does not see the run_dir .* of rank 0 on {HOST}; put it on a file system that all hosts share"
+    )
     with pytest.raises(ValueError, match=said), checkpoint.alone_in(folder / f"of rank {mesh.rank()}"):
         pass
     with checkpoint.alone_in(folder / "shared"):
         assert not list((folder / "shared").glob(".met*")) or mesh.rank() == 1
 
 
-# --- at any moment ---------------------------------------------------------------------------------------------------------
+# --- at any moment --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

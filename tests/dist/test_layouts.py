@@ -56,7 +56,7 @@ def assert_same_run(ours, theirs, tolerance: float) -> None:
 
 
 def test_a_run_goes_on_in_other_layouts_as_if_one_process_had_run_it(make_config, tmp_path, in_float64):
-    """Two steps by four processes (2 x 2), two by two that share weights, two by four of which two share a pack's tokens."""
+    """Two steps by four processes (2 x 2), two by two that share weights, two by four of which two share the tokens."""
     changes = {"loss.kind": "lk_lambda", "optim.packs_per_step": 4, "eval.every": 2, "optim.clip": 0.05}
     changes |= {"draft.overrides": {"draft_vocab_size": 64, "fc_norm": True, "layers": [0, 2, 5]}}
     alone = make_config(run_dir=str(tmp_path / "alone"), **changes)

@@ -49,7 +49,7 @@ def test_alone_nothing_is_done():
 
 def test_a_grid_that_the_processes_do_not_fill_is_refused():
     with pytest.raises(
-        ValueError, match="dist.sequence=2 and dist.tensor=3 need a multiple of 6 processes, this run has 1"
+        ValueError, match=r"dist\.sequence=2 and dist\.tensor=3 need a multiple of 6 processes, this run has 1"
     ):
         mesh.lay_out(sequence=2, tensor=3)
 

@@ -82,7 +82,7 @@ def run_alone(steps: int) -> tuple[dict[str, Tensor], list[float], dict[str, Ten
 def test_processes_together_make_the_step_of_one(world, tmp_path):
     """Masters, moments, weights, norms; then their checkpoint, read whole, and by another number of processes."""
     assert by_ranks(world, _together, tmp_path) == [0] * world
-    weights, _, state = run_alone(6)
+    _, _, state = run_alone(6)
     (path,) = list_checkpoints(tmp_path)
     assert len(list(path.glob("*.safetensors"))) == world  # each has written its own
     into = {name: torch.zeros_like(state[name]) for name in ("master", "m", "v", "updates", "step_count")}
@@ -157,7 +157,7 @@ def _read_back(run_dir: Path) -> None:
         torch.testing.assert_close(own[name].data, expected, rtol=1e-12, atol=1e-13)
 
 
-# --- whole runs ------------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------------------------------
 
 
 def _train_in_float64(config, stop_after: int | None = None) -> None:
@@ -212,7 +212,12 @@ def _train_and_note_the_order(config) -> None:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for place, name in ((InProcess, "capture"), (Axis, "start_sum_scatter"), (SharedAdamW, "_update"), (TTTEngine, "step")):
+        for place, name in (
+            (InProcess, "capture"),
+            (Axis, "start_sum_scatter"),
+            (SharedAdamW, "_update"),
+            (TTTEngine, "step"),
+        ):
             patch.setattr(place, name, noted(place, name))
         train(config)
     # A step of two packs each: the next step's first target forward comes between the reduction's begin and its end.
@@ -227,7 +232,7 @@ def test_the_target_runs_while_the_gradients_are_added_up(make_config):
     assert by_ranks(2, _train_and_note_the_order, config) == [0, 0]
 
 
-# --- what a run of several processes says of its time -----------------------------------------------------------------------
+# --- what a run of several processes says of its time ---------------------------------------------------------------------
 
 
 def _train_with_a_slow_rank(config) -> None:
