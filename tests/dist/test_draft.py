@@ -1,4 +1,4 @@
-"""A draft whose weights, and packs whose tokens, are shared by processes: the losses and gradients are those of one, in float64.
+"""A draft whose weights, and packs whose tokens, are shared by processes: losses and gradients are those of one alone.
 
 Everything runs over gloo on the CPU. The processes are forked with the law at hand, which the reference step has computed.
 
