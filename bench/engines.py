@@ -36,6 +36,7 @@ from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
+from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, engine_version, run_engine, served_from
@@ -160,6 +161,7 @@ def main() -> None:
             s.num_steps,
             s.eagle_topk,
             s.num_draft_tokens,
+            algorithm=METHOD.engine_names[args.engine],
         )
         file = args.served and args.served / f"{args.engine}-{args.dtype}-{name}.json"
         served[name] = answers(place, run, args.timeout, file)

@@ -349,13 +349,13 @@ def peaks_of_a_run(small, large, pipe) -> None:
 
         return call
 
-    train(small)  # imports, and what else the first run leaves behind
+    train(small, fresh=True)  # imports, and what else the first run leaves behind
     before = kilobytes("VmRSS")
     FlatAdamW.step = watched("update", FlatAdamW.step)
     checkpoints.save_checkpoint = watched("save", checkpoints.save_checkpoint)
     turn("step")
     peaks.clear()
-    train(large)
+    train(large, fresh=True)
     turn("end")
     pipe.send({name: 1024 * (peak - before) for name, peak in peaks.items()})
 

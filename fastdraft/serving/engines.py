@@ -62,7 +62,7 @@ class Run:
     eagle_topk: int = 1  # vLLM: always a chain
     num_draft_tokens: int | None = None  # the root included; None: num_steps + 1
     trust_remote_code: bool = False
-    algorithm: str = "eagle3"  # the engine's name of the draft's method: `Method.engine_names`
+    algorithm: str = field(kw_only=True)  # the engine's name of the draft's method: `Method.engine_names`
 
 
 @dataclass(frozen=True)

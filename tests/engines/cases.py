@@ -55,7 +55,7 @@ class Case:
     checkpoint: Path
 
     def run(self) -> Run:
-        return Run(str(self.target_dir), str(self.checkpoint), self.prompts, NEW_TOKENS, [2], "float32")
+        return Run(str(self.target_dir), str(self.checkpoint), self.prompts, NEW_TOKENS, [2], "float32", algorithm="eagle3")
 
 
 def make_case(name: str, folder: Path, steps: int = 40) -> Case:

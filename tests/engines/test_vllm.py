@@ -115,7 +115,9 @@ def test_smollm2(vllm, tmp_path, monkeypatch):
     target = load_target(target_dir, torch.float32, "cpu")  # so that near-ties fall alike
     draft = load_draft(tmp_path / "export", target.config).float()
     draft.set_embedding(target.embedding)
-    run = Run(target_dir, str(tmp_path / "export"), prompts, SMOL_TOKENS, sorted(target.eos_ids), "float32")
+    run = Run(
+        target_dir, str(tmp_path / "export"), prompts, SMOL_TOKENS, sorted(target.eos_ids), "float32", algorithm="eagle3"
+    )
     found, alone = run_engine(vllm, with_and_without(run), 900)
     report = assert_same(target, draft, prompts, found, alone, SMOL_TOKENS, monkeypatch)
     assert report.accepted_length > 1.05

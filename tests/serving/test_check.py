@@ -243,7 +243,7 @@ def test_the_engines_dtype_is_compared_with_the_checkpoints(target, draft):
 
 # --- engines that are missing, old, slow or dying ------------------------------------------------------------------------
 
-RUN = Run("/nowhere/target", "/nowhere/draft", [[1, 2]], 4, [2], "float32")
+RUN = Run("/nowhere/target", "/nowhere/draft", [[1, 2]], 4, [2], "float32", algorithm="eagle3")
 
 
 @pytest.fixture
