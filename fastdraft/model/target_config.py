@@ -207,3 +207,9 @@ def silent_layers(silent: list[int], layers: Iterable[int], ran: Iterable[int], 
         f"the layers {silent} of {model} give no state for a text (layers that attend to pictures are left out then), so "
         f"no draft can read them; choose other layers, {use}"
     )
+
+
+def active_width(target: dict[str, Any]) -> int | None:
+    """MLP width of the experts that one token goes through; None for a target without experts."""
+    width, active = target.get("moe_intermediate_size"), target.get("num_experts_per_tok")
+    return width * active if width and active else None

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fastdraft.model.target_config import (
+    active_width,
     canonical_rope,
     language_config,
     read_target_config,
@@ -175,7 +176,7 @@ class DFlashConfig(BaseModel):
         hidden, heads = facts["hidden_size"], overrides.get("num_attention_heads", target.get("num_attention_heads"))
         num_layers = overrides.get("num_hidden_layers", cls.model_fields["num_hidden_layers"].default)
         derived = {
-            "intermediate_size": target.get("intermediate_size") or _active_width(target),
+            "intermediate_size": target.get("intermediate_size") or active_width(target),
             "num_attention_heads": heads,
             "num_key_value_heads": target.get("num_key_value_heads") or heads,
             "head_dim": target.get("head_dim") or (hidden // heads if heads and hidden % heads == 0 else None),
@@ -314,11 +315,6 @@ def _refuse_unknown(overrides: dict[str, Any], known: Iterable[str]) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, list(known), 1, 0)[0]
             raise ValueError(f"draft setting {key!r} does not exist; the nearest is {near!r}")
-
-
-def _active_width(target: dict[str, Any]) -> int | None:
-    width, active = target.get("moe_intermediate_size"), target.get("num_experts_per_tok")
-    return width * active if width and active else None
 
 
 COMMENTS = {  # of `fastdraft init`, setting by setting

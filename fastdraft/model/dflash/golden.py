@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastdraft.batch import Batch, Features, Rows, TargetHead
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.loss import BlockLoss
+from fastdraft.model.golden import relative_error
 
 # (draft, batch, features, head, anchors, loss) -> rows, gradients of the weighted sum of losses by parameter name
 RunBlocks = Callable[[DFlashDraft, Batch, Features, TargetHead, Tensor, BlockLoss], tuple[Rows, dict[str, Tensor]]]
@@ -95,16 +95,11 @@ def worst_block_errors(case: BlockGolden, run: RunBlocks) -> dict[str, float]:
     rows, grads = run(case.draft, case.batch, case.features, case.head, case.anchors, case.loss)
     loss, hit, live = (x.cpu()[:, case.anchors].T for x in (rows.loss, rows.hit, rows.live))
     found = {
-        "row_loss": _relative(loss, case.row_loss.where(case.live, 0.0)),
-        "hits": _relative(hit.sum(0), case.hits),
-        "live": _relative(live, case.live),
+        "row_loss": relative_error(loss, case.row_loss.where(case.live, 0.0)),
+        "hits": relative_error(hit.sum(0), case.hits),
+        "live": relative_error(live, case.live),
     }
     if missing := case.grads.keys() ^ grads.keys():
         raise ValueError(f"{case.name}: gradients and golden gradients differ in {sorted(missing)}")
     ours = {name: grad.cpu() / case.normaliser for name, grad in grads.items()}
-    return found | {f"grad {name}": _relative(ours[name], law) for name, law in case.grads.items()}
-
-
-def _relative(ours: Tensor, law: Tensor) -> float:
-    error = float((ours.detach().double() - law.double()).abs().max() / law.double().abs().max().clamp_min(1e-30))
-    return math.inf if math.isnan(error) else error
+    return found | {f"grad {name}": relative_error(ours[name], law) for name, law in case.grads.items()}

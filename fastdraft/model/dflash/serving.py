@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from fastdraft.model.dflash.config import ARCHITECTURE, MASK_TOKEN, DFlashConfig, reserved_tokens, shape_of
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.method import CONFIG, WEIGHTS, Findings
+from fastdraft.model.serving import dtype_problems, weight_problems
 from fastdraft.model.target_config import (
     canonical_rope,
     language_config,
@@ -108,7 +109,7 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
         c = _shape(config, facts)
     except ValueError as error:
         return Findings([*errors, f"Tensors were not compared with config.json: {str(error).rstrip('.')}."], warnings)
-    errors += _tensor_problems(tensors, c) + _dtype_problems(tensors, config, facts)
+    errors += _tensor_problems(tensors, c) + dtype_problems(tensors, config, facts)
     return Findings(list(dict.fromkeys(errors)), warnings)
 
 
@@ -351,34 +352,4 @@ def _tensor_problems(tensors: dict[str, Tensor], c: DFlashConfig) -> list[str]:
             "d2t": "SGLang knows no vocabulary map for DFlash",
         }.get(name, "no DFlash draft has it")
         problems.append(f"{name} is there: {why}; leave it out.")
-    dtypes: dict[torch.dtype, str] = {}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            continue
-        t = tensors[name]
-        if tuple(t.shape) != shape:
-            problems.append(f"{name} is {list(t.shape)}, config.json makes it {list(shape)}.")
-        if t.dtype not in FLOATS:
-            problems.append(f"{name} is {t.dtype}; weights must be bfloat16, float16 or float32.")
-            continue
-        dtypes.setdefault(t.dtype, name)
-        if not bool(t.isfinite().all()):
-            problems.append(f"{name} has {int((~t.isfinite()).sum())} NaN or infinite values; export a sound checkpoint.")
-    if len(dtypes) > 1:
-        mixed = ", ".join(f"{name} {dtype}" for dtype, name in dtypes.items())
-        problems.append(f"weights are of several dtypes ({mixed}); all must be the target's.")
-    return problems
-
-
-def _dtype_problems(tensors: dict[str, Tensor], config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """The weights' dtype against both spellings in config.json and against the target's."""
-    weights = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
-    theirs = named_dtype(facts)
-    said = [
-        f"{key} is {config[key]}, the weights are {', '.join(sorted(weights))}; they must be the same."
-        for key in ("dtype", "torch_dtype")
-        if config.get(key) is not None and {config[key]} != weights
-    ]
-    if theirs is not None and {theirs} != weights:
-        said.append(f"Weights are {', '.join(sorted(weights))}, the target's are {theirs}; export with the target's dtype.")
-    return said
+    return problems + weight_problems(tensors, shapes, FLOATS)

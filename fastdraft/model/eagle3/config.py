@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from transformers import PretrainedConfig
 
 from fastdraft.model.target_config import (
+    active_width,
     canonical_rope,
     default_layers,
     language_config,
@@ -193,7 +194,7 @@ class DraftConfig(BaseModel):
                 raise ValueError(f"{key} is {facts[key]} in the target's config.json and cannot be set to {given[key]}")
         derived = {
             "hidden_size": lambda: hidden,
-            "intermediate_size": lambda: read("intermediate_size", _active_width(target)),
+            "intermediate_size": lambda: read("intermediate_size", active_width(target)),
             "num_attention_heads": lambda: heads,
             "num_key_value_heads": lambda: heads and read("num_key_value_heads", heads),
             "head_dim": lambda: hidden and heads and read("head_dim", _even_share(hidden, heads)),
@@ -336,11 +337,6 @@ def _even_share(hidden: Any, heads: Any) -> int | None:
     if not (isinstance(hidden, int) and isinstance(heads, int) and heads > 0):
         return 1
     return hidden // heads if hidden % heads == 0 else None
-
-
-def _active_width(target: dict[str, Any]) -> int | None:
-    width, active = target.get("moe_intermediate_size"), target.get("num_experts_per_tok")
-    return width * active if width and active else None
 
 
 # --- the engines' config.json ----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.golden import relative_error
 
 # `ttt_ref_step`'s signature: (draft, batch, features, head, step_weights, kind) -> (rows, gradients by parameter name)
 RunStep = Callable[[Draft, Batch, Features, TargetHead, Tensor, LossKind], tuple[Rows, dict[str, Tensor]]]
@@ -124,16 +124,11 @@ def worst_errors(case: Golden, run_step: RunStep) -> dict[str, float]:
     rows, grads = run_step(case.draft, case.batch, case.features, case.head, case.step_weights, case.kind)
     loss, acceptance, hits, live, masked_in = rows.sums().cpu()
     found = {
-        "step_loss": _relative(loss, case.step_loss),
-        "acceptance": _relative(acceptance / live, case.acceptance),
-        "hits": _relative(hits, case.hits),
-        "masked_in": _relative(masked_in, case.masked_in),
+        "step_loss": relative_error(loss, case.step_loss),
+        "acceptance": relative_error(acceptance / live, case.acceptance),
+        "hits": relative_error(hits, case.hits),
+        "masked_in": relative_error(masked_in, case.masked_in),
     }
     if missing := case.grads.keys() ^ grads.keys():
         raise ValueError(f"{case.name}: gradients and golden gradients differ in {sorted(missing)}")
-    return found | {f"grad {name}": _relative(grads[name].cpu(), law) for name, law in case.grads.items()}
-
-
-def _relative(ours: Tensor, law: Tensor) -> float:
-    error = float((ours.detach().double() - law.double()).abs().max() / law.double().abs().max().clamp_min(1e-30))
-    return math.inf if math.isnan(error) else error
+    return found | {f"grad {name}": relative_error(grads[name].cpu(), law) for name, law in case.grads.items()}

@@ -31,6 +31,7 @@ from fastdraft.model.eagle3.config import (
 )
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.method import CONFIG, WEIGHTS, Findings
+from fastdraft.model.serving import dtype_problems, weight_problems
 from fastdraft.model.target_config import (
     canonical_rope,
     default_layers,
@@ -67,6 +68,7 @@ MANDATORY = (
 SIZES = {"hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "vocab_size"}
 
 
+MAP_DTYPES = {"d2t": torch.int64, "t2d": torch.bool}
 MAPS = {
     "d2t": "engines would take draft ids for target ids",
     "t2d": "engines read d2t alone, but without it nothing tells whether that is the map of these weights; write it",
@@ -263,28 +265,16 @@ def _tensor_problems(tensors: dict[str, Tensor], c: DraftConfig, lenient: bool) 
             **{old: f"SGLang's old name, which vLLM does not know; call it {new}" for old, new in OLD_NAMES.items()},
         }.get(name, "unknown: SGLang ignores it and vLLM fails on it; leave it out")
         problems.append(f"{name} is there, {why}.")
-    floats: dict[torch.dtype, str] = {}
-    for name, shape in allowed.items():
-        if name not in tensors:
+    for name, law in MAP_DTYPES.items():
+        if name not in tensors or name not in allowed:
             continue
-        t = tensors[name]
+        t, shape = tensors[name], allowed[name]
         if tuple(t.shape) != shape:
             problems.append(f"{name} is {list(t.shape)}, config.json makes it {list(shape)}.")
-        law = {"d2t": torch.int64, "t2d": torch.bool}.get(name)
-        if law is not None and t.dtype != law:
+        if t.dtype != law:
             problems.append(f"{name} is {t.dtype}, it must be {law}.")
-        if law is None and t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            problems.append(f"{name} is {t.dtype}; weights must be bfloat16, float16 or float32.")
-        elif law is None:
-            floats.setdefault(t.dtype, name)
-            if not bool(t.isfinite().all()):
-                problems.append(
-                    f"{name} has {int((~t.isfinite()).sum())} NaN or infinite values; export a sound checkpoint."
-                )
-    if len(floats) > 1:
-        mixed = ", ".join(f"{name} {dtype}" for dtype, name in floats.items())
-        problems.append(f"weights are of several dtypes ({mixed}); all must be the target's.")
-    return problems
+    weights = {name: shape for name, shape in allowed.items() if name not in MAP_DTYPES}
+    return problems + weight_problems(tensors, weights, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def verify(path: Path | str, target_dir: Path | str) -> Findings:
@@ -315,7 +305,7 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
     warnings += recurrence_notes(config, tensors.get("norm.weight"))
     if _map_is_whole(tensors, c):
         errors += _map_problems(tensors["d2t"] if c.draft_vocab_size < c.vocab_size else None, tensors["t2d"], c)
-    return Findings(errors + _dtype_problems(tensors, config, target), warnings)
+    return Findings(errors + dtype_problems(tensors, config, target), warnings)
 
 
 def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
@@ -392,23 +382,8 @@ def _shape_only(config: dict[str, Any]) -> DraftConfig:
 
 
 def _map_is_whole(tensors: dict[str, Tensor], c: DraftConfig) -> bool:
-    laws = {"d2t": torch.int64, "t2d": torch.bool}
     return all(
-        name in tensors and tuple(tensors[name].shape) == shape and tensors[name].dtype == laws[name]
+        name in tensors and tuple(tensors[name].shape) == shape and tensors[name].dtype == MAP_DTYPES[name]
         for name, shape in serving_shapes(c).items()
-        if name in laws
+        if name in MAP_DTYPES
     )
-
-
-def _dtype_problems(tensors: dict[str, Tensor], config: dict[str, Any], target: dict[str, Any]) -> list[str]:
-    """The weights' dtype against both spellings in config.json and against the target's."""
-    weights = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
-    theirs = named_dtype(target)
-    said = [
-        f"{key} is {config[key]}, the weights are {', '.join(sorted(weights))}; they must be the same."
-        for key in ("dtype", "torch_dtype")
-        if config.get(key) is not None and {config[key]} != weights
-    ]
-    if theirs is not None and {theirs} != weights:
-        said.append(f"Weights are {', '.join(sorted(weights))}, the target's are {theirs}; export with the target's dtype.")
-    return said
