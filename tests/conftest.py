@@ -19,6 +19,7 @@ from tiny import save_target, write_chats
 
 from fastdraft import cli
 from fastdraft.config import Config, parse_config
+from fastdraft.model import precision
 
 torch.set_num_threads(1)
 
@@ -93,3 +94,9 @@ def fastdraft(monkeypatch, capsys):
         return (exit.value.code or 0, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """cpu(factor): from now on this CPU takes so many times as long in bf16 as in fp32."""
+    return lambda factor: monkeypatch.setattr(precision, "bf16_slowdown", lambda: factor)

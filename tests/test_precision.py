@@ -43,12 +43,6 @@ AUTO = {"target.dtype": "auto", "precision": "auto"}
 AVX2_ONLY = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
-@pytest.fixture
-def cpu(monkeypatch):
-    """cpu(factor): from now on this CPU takes so many times as long in bf16 as in fp32."""
-    return lambda factor: monkeypatch.setattr(precision, "bf16_slowdown", lambda: factor)
-
-
 def rewrite_dtypes(run_dir: Path, target: str, draft: str) -> None:
     """Makes the newest checkpoint say that it was computed in other dtypes."""
     file = list_checkpoints(run_dir)[-1] / "state.json"
