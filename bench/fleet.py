@@ -1,4 +1,4 @@
-"""What more GPUs bring: python -m bench.fleet [--worlds 1 2 4] [--parts data target ...] [--tiny]
+"""What more GPUs bring: python -m bench.fleet [--worlds 1 2 4] [--parts data target ...] [--rounds 5] [--tiny]
 
 Every part does the same work with one GPU and with several of one host, in one call, and a row of
 bench/results/fleet.jsonl says how often as fast several are. Models are random and of an 8B's or 70B's shape; nothing is
@@ -58,18 +58,18 @@ class Sizes(NamedTuple):
     one_layers: int  # of the large target, those that one GPU runs
     document: int
     tensor_tokens: int
-    rounds: int
+    rounds: int = 5
 
 
 FULL = Sizes(
     "llama-3.1-8b",
     {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    *(32, 16, 4096, 16384, 8, 131072, 8192, 5),
+    *(32, 16, 4096, 16384, 8, 131072, 8192),
 )
 TINY = Sizes(
     "tiny",
     {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 10, "num_attention_heads": 4},
-    *(8, 4, 48, 32, 8, 96, 48, 2),
+    *(8, 4, 48, 32, 8, 96, 48),
 )
 
 
@@ -219,16 +219,16 @@ PARTS: dict[str, Callable[[Sizes, torch.device], Found]] = {
 
 
 def timed(run: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Seconds of the slowest process, median over the rounds after two that warm up."""
+    """Seconds of the slowest process, median over the rounds after one that warms up."""
     found = []
-    for _ in range(rounds + 2):
+    for _ in range(rounds + 1):
         mesh.barrier()
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         found.append(mesh.largest(int(1e6 * (time.perf_counter() - start))) / 1e6)
-    return statistics.median(found[2:])
+    return statistics.median(found[1:])
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------
@@ -238,6 +238,7 @@ def child(args: argparse.Namespace) -> None:
     """One of the processes of a world: all parts, one after the other, and on rank 0 their rows."""
     device = mesh.start_process("cpu" if args.tiny else "cuda")
     sizes, notes = TINY if args.tiny else FULL, Path(args.notes)
+    sizes = sizes._replace(rounds=args.rounds)
     for name in args.parts:
         if mesh.from_rank_0(time.time()) > args.until:
             break
@@ -252,6 +253,7 @@ def child(args: argparse.Namespace) -> None:
         rates = json.loads(notes.read_text()) if notes.exists() else {}
         rate = found.tokens / found.seconds * found.scale  # tokens a second through the whole model
         row = {"part": name, "gpus": mesh.world(), "seconds": round(found.seconds, 6), "tokens_per_s": round(rate, 1)}
+        row["rounds"] = sizes.rounds
         row["peak_gib"] = peak
         if mesh.world() == 1:
             notes.write_text(json.dumps(rates | {name: rate}))
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of GPUs, one first")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPUs")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each part, after one that warms up")
     parser.add_argument("--seconds", type=float, default=500, help="after so long no further part begins")
     parser.add_argument("--commit", help="what to write in the rows where there is no git")
     parser.add_argument("--out", default=str(RESULTS), help="folder of fleet.jsonl")
@@ -282,6 +285,7 @@ def main() -> None:
     until = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
         more = ["--notes", f"{folder}/rates.json", "--until", str(until), "--out", args.out, "--parts", *args.parts]
+        more += ["--rounds", str(args.rounds)]
         more += ["--tiny"] * args.tiny + (["--commit", args.commit] if args.commit else [])
         for world in args.worlds:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
