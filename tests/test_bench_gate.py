@@ -210,7 +210,7 @@ def test_the_step_of_another_method_is_judged_where_there_is_one(repo):
     assert problems(repo) == []
     write(repo, op="block_step", us_per_row=16.0)
     assert the_problem(repo).startswith('block_step {"n": 1}, fastdraft, on G: 16 us, was 15')
-    (repo / "fastdraft/model/dflash/engine.py").write_text("other blocks")
+    (repo / "fastdraft/model/dflash/engine.py").write_text("others")
     assert problems(repo)[0].startswith("block_step: the source changed")
 
 
