@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,11 @@ from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mas
 from fastdraft.model.dflash.cost import pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, refuse_head
-from fastdraft.model.dflash.loss import BlockLoss, default_gamma
+from fastdraft.model.dflash.head import BlockHead, TokenHead
+from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
 from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
-from fastdraft.model.dflash.ref import BlockReferenceEngine
+from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
 from fastdraft.model.method import Method, Readings
@@ -40,13 +42,24 @@ def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
 def build_step(
     config: Config, draft: DFlashDraft, head: TargetHead, device: torch.device, *_axes: object
 ) -> BlockEngine | BlockReferenceEngine:
+    return make_block_step(config, draft, head, block_loss(config, draft.config), token_losses_ref, TokenHead)
+
+
+def make_block_step(
+    config: Config,
+    draft: DFlashDraft,
+    head: TargetHead,
+    loss: StepLoss,
+    row_losses: RowLosses,
+    head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead],
+) -> BlockEngine | BlockReferenceEngine:
     """The fused engine, or the reference where a config asks for it. Each process runs it alone: the axes of a run that
     divides a step are of one process here, since `check_cut` is not there to let them be of more."""
-    refuse_head(head)
-    loss, draw = block_loss(config, draft.config), partial(_draw, config.block.anchors, config.seed)
+    refuse_head(head, draft.config.title)
+    draw = partial(_draw, config.block.anchors, config.seed)
     if config.step == "reference":
-        return BlockReferenceEngine(draft, head, loss, draw)
-    return BlockEngine(draft, head, loss, draw, config.chunk_rows)
+        return BlockReferenceEngine(draft, head, loss, draw, row_losses)
+    return BlockEngine(draft, head, loss, draw, config.chunk_rows, head_type)
 
 
 def _draw(limit, seed, batch, step):
@@ -55,15 +68,28 @@ def _draw(limit, seed, batch, step):
 
 def check_config(config: Config) -> None:
     """Raises ValueError for settings that a DFlash draft does not read, or cannot have."""
+    check_block_config(config, DFlashConfig.title, {"loss", "dpace_alpha", "lk_scale", "lk_decay"})
+
+
+def check_block_config(
+    config: Config,
+    title: str,
+    own: set[str],  # settings of the section block, beside those of all methods with blocks
+) -> None:
+    """Raises ValueError for settings that are another method's, or that no method with blocks can have."""
     fields = type(config).model_fields
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
-            f"ttt_length {config.ttt_length} is EAGLE-3's; a DFlash draft has draft.overrides.block_size: take it out"
+            f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"
         )
     if config.loss != fields["loss"].default:
-        raise ValueError("the section loss is EAGLE-3's; a DFlash draft's loss is in the section block: take loss out")
+        raise ValueError(f"the section loss is EAGLE-3's; a {title} draft's loss is in the section block: take loss out")
     if config.precision == "fp8":
-        raise ValueError("precision: fp8 is not made for DFlash drafts; set precision=bf16")
+        raise ValueError(f"precision: fp8 is not made for {title} drafts; set precision=bf16")
+    for name, field in type(config.block).model_fields.items():
+        value = getattr(config.block, name)
+        if name not in own | {"anchors", "gamma"} and value != field.default:
+            raise ValueError(f"block.{name} {value} is of another method, not of {title}; take it out")
 
 
 METHOD = Method(

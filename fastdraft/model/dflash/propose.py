@@ -107,8 +107,18 @@ class BlockDrafter:
         self.extend(g)
         first = self.draft.config.first_slot
         states = self.block(token_ids[-1:])[first : first + depth]
-        logits = self.head.logits(states.to(self.head.weight.dtype))
-        parents = list(range(depth))
+        return self.draw(states, token_ids[-1:], settings, generator)
+
+    def draw(
+        self,
+        states: Tensor,  # [m, H] of the slots that draft
+        root: Tensor,  # [1] int64
+        settings: DecodeSettings,
+        generator: torch.Generator,
+    ) -> Proposal:
+        """The tokens of all slots at once: they do not know of each other."""
+        parents = list(range(len(states)))
+        logits = self.draft.logits(states, root.expand(len(states)), self.head)
         if settings.temperature > 0 and settings.sample_draft:
             q = probabilities(logits, settings)
             return Proposal(torch.multinomial(q, 1, generator=generator)[:, 0], parents, q)
