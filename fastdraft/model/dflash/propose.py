@@ -18,6 +18,8 @@ own positions is written over, and nobody sees it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,7 @@ def refuse_settings(config: DFlashConfig, settings: DecodeSettings) -> None:
     """Raises ValueError for a way to decode that a block does not have."""
     if settings.eagle_topk > 1:
         raise ValueError(
-            f"a DFlash draft proposes a chain, not a tree of eagle_topk {settings.eagle_topk}; set eagle_topk 1"
+            f"a {config.title} draft proposes a chain, not a tree of eagle_topk {settings.eagle_topk}; set eagle_topk 1"
         )
     if settings.num_steps > config.num_drafted:
         raise ValueError(
@@ -71,15 +73,22 @@ class BlockDrafter:
         draft, c = self.draft, self.draft.config
         slots = torch.arange(c.block_size, device=root.device)
         h = draft.embedding[torch.where(slots == 0, root, c.mask_token_id)]
-        for number, layer in enumerate(draft.layers):
-            x, positions = layer.input_layernorm(h), self.length + slots
-            q = draft.queries(number, x, positions).transpose(0, 1)
-            k, v = (own.transpose(0, 1) for own in draft.keys_values(number, x, positions))
-            keys = torch.cat([self.keys[number, :, : self.length], k], 1)
-            values = torch.cat([self.values[number, :, : self.length], v], 1)
-            out = F.scaled_dot_product_attention(q[None], keys[None], values[None], self._sees(number), enable_gqa=True)
-            h = draft.finish(number, h, out[0].transpose(0, 1))
+        for number in range(c.num_hidden_layers):
+            h = draft.through_layer(number, h, partial(self._attend, number, self.length + slots))
         return draft.norm(h)
+
+    def _attend(
+        self,
+        layer: int,
+        positions: Tensor,  # [B] int64
+        x: Tensor,  # [B, H]
+    ) -> Tensor:  # [B, Hq, D]
+        q = self.draft.queries(layer, x, positions).transpose(0, 1)
+        k, v = (own.transpose(0, 1) for own in self.draft.keys_values(layer, x, positions))
+        keys = torch.cat([self.keys[layer, :, : self.length], k], 1)
+        values = torch.cat([self.values[layer, :, : self.length], v], 1)
+        out = F.scaled_dot_product_attention(q[None], keys[None], values[None], self._sees(layer), enable_gqa=True)
+        return out[0].transpose(0, 1)
 
     def _sees(self, layer: int) -> Tensor | None:  # [B, length + B] bool; None: everything
         c = self.draft.config
@@ -149,15 +158,23 @@ class BatchBlockDrafter:
         column = torch.arange(width, device=roots.device)
         whole = (column < self.length[:, None, None] + c.block_size).expand(*shape, width)
         near = (column <= places[:, :, None]) & (column >= places[:, :, None] - ((c.sliding_window or 0) - 1))
-        for number, layer in enumerate(draft.layers):
-            x = layer.input_layernorm(h)
-            q = draft.queries(number, x, places.flatten()).unflatten(0, shape).transpose(1, 2)
-            self._write(number, x, places)
+        for number in range(c.num_hidden_layers):
             mask = whole if c.layer_types[number] == "full_attention" else near
-            keys, values = self.keys[number, :, :, :width], self.values[number, :, :, :width]
-            out = F.scaled_dot_product_attention(q, keys, values, mask[:, None], enable_gqa=True)
-            h = draft.finish(number, h, out.transpose(1, 2).flatten(0, 1))
+            h = draft.through_layer(number, h, partial(self._attend, number, places, mask))
         return draft.norm(h).unflatten(0, shape)
+
+    def _attend(
+        self,
+        layer: int,
+        places: Tensor,  # [S, B] int64
+        mask: Tensor,  # [S, B, width] bool
+        x: Tensor,  # [S * B, H]
+    ) -> Tensor:  # [S * B, Hq, D]
+        q = self.draft.queries(layer, x, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+        self._write(layer, x, places)
+        keys, values = (own[layer, :, :, : mask.shape[2]] for own in (self.keys, self.values))
+        out = F.scaled_dot_product_attention(q, keys, values, mask[:, None], enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
 
     def propose(
         self,
