@@ -38,21 +38,11 @@ from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.method import StepWeights
 from fastdraft.model.methods import method_of, named_method
-from fastdraft.run import (
-    check_layout,
-    check_precision,
-    compute_dtype,
-    fit_to_target,
-    known_work,
-    load_data,
-    make_step,
-    name_run_dtypes,
-    new_draft,
-    open_source,
-    saved_config,
-    saved_dtypes,
-    target_parameters,
-)
+from fastdraft.run.draft import check_layout, fit_to_target, make_step, new_draft
+from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
+from fastdraft.run.finished import saved_config
+from fastdraft.run.inputs import load_data, open_source
+from fastdraft.run.plan import known_work, target_parameters
 from fastdraft.target.served.ends import FILES
 from fastdraft.target.source import InProcess
 
