@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, PackShare, Rows, own_features, tau_sim
+from fastdraft.batch import Batch, Features, PackShare, Rows, StepWeights, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
@@ -36,7 +36,6 @@ from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
-from fastdraft.model.method import StepWeights
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.run.draft import check_layout, fit_to_target, make_step, new_draft
 from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
