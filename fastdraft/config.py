@@ -121,6 +121,10 @@ class DistConfig(Section):
     # replicated: every GPU holds the whole target; sharded: each 1/n of every layer; auto: sharded where it does not fit
     target: Literal["auto", "replicated", "sharded"] = "auto"
     silent_s: float = Field(40.0, ge=5)  # seconds without a sign of life of a process, after which all others end
+    # seconds that a living process may take for a piece of work (a pack's forward, a step of the draft), or five times as
+    # long as ever before, until all end; the first two of a kind have timeout_s
+    stuck_s: float = Field(60.0, ge=5)
+    disk_s: float = Field(600.0, ge=5)  # the same for a checkpoint to be written and data or features to be read
     timeout_s: float = Field(1800.0, gt=0)  # seconds that processes wait for one that lives and does not come
 
 
