@@ -34,7 +34,8 @@ def block_loss(config: Config, shape: DFlashConfig) -> BlockLoss:
 def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
     loss = block_loss(config, shape)
     weights, normaliser = loss.weights(shape.num_drafted), loss.normaliser(shape.num_drafted)
-    return StepWeights(*(torch.tensor(x, dtype=torch.float64) for x in (weights, normaliser)))
+    every_row = [1.0] * shape.num_drafted
+    return StepWeights(*(torch.tensor(x, dtype=torch.float64) for x in (weights, normaliser, every_row)))
 
 
 def build_step(
@@ -59,6 +60,11 @@ def check_config(config: Config) -> None:
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a DFlash draft has draft.overrides.block_size: take it out"
+        )
+    if config.sampled_depth != 1:
+        raise ValueError(
+            f"sampled_depth {config.sampled_depth} is EAGLE-3's, whose chains run step after step; a DFlash draft fills "
+            "its blocks at once: take it out"
         )
     if config.loss != fields["loss"].default:
         raise ValueError("the section loss is EAGLE-3's; a DFlash draft's loss is in the section block: take loss out")
