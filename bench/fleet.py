@@ -12,7 +12,7 @@ read from the disk. Parts:
   tensor    the draft's step over 8192 tokens, whose weights the GPUs share; goal 1.8 and 3.3
 
 Of a part there are --rounds timed runs after one that warms up, or as many as --part-seconds allow, and at least one. One
-more run of it is traced, unless it is of one GPU and long, and a row `fleet/trace` of each process says where its GPU's time
+more run of it is traced, unless it is of one GPU and long: a row `fleet/trace` of each process says where its GPU's time
 went (bench/trace.py). `--no-trace` leaves that out.
 
 `--tiny` runs the same code with tiny shapes on CPUs over gloo, to see that it runs; its rows are no measurement and go

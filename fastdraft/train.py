@@ -403,14 +403,19 @@ class Recent:
 
 
 def train_values(sums: Tensor, weights: StepWeights) -> dict[str, float]:
-    """The weighted loss divided as the optimizer divides it, per-step acceptance and tau_sim from summed rows [5, T]."""
+    """The weighted loss divided as the optimizer divides it, per-step acceptance and tau_sim from summed rows [5, T].
+
+    The rows are those that were trained on. Where they are drawn, the loss is the estimate that the gradient is of, and an
+    acceptance is the mean of a step's drawn rows; a step without any is left out, and tau_sim ends before it.
+    """
     loss, acceptance, hits, live, masked_in = sums.cpu()
     alphas = acceptance / live.clamp_min(1)
+    known = int((live > 0).cumprod(0).sum())  # steps before the first of which there was no row
     count = weights.count(live)
-    mean = float((loss * weights.weight).sum() / count) if count else 0.0
-    values = {"loss": mean, "tau_sim": tau_sim(alphas)}
+    mean = float((loss * weights.weight / weights.drawn).sum() / count) if count else 0.0
+    values = {"loss": mean, "tau_sim": tau_sim(alphas[:known])}
     values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
-    return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
+    return values | {f"a{i}": float(a) for i, a in enumerate(alphas) if live[i]}
 
 
 def of_several(tokens_per_s: float, waited: list[float]) -> dict[str, float]:
