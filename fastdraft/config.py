@@ -271,3 +271,13 @@ def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str
     for name in path:
         model = model.model_fields[str(name)].annotation
     return list(model.model_fields)
+
+
+def reads_store(config: Config) -> bool:
+    """Whether training has all features from a store, so that no layer of the target is run."""
+    return config.features.path is not None and config.features.mode == "read"
+
+
+def asks_servers(config: Config) -> bool:
+    """Whether servers run the target, so that of it only embedding, head and final norm are loaded here."""
+    return bool(config.target.url) and not reads_store(config)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, PackShare, own_features, tau_sim
+from fastdraft.batch import Batch, Features, PackShare, StepWeights, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
@@ -36,23 +36,12 @@ from fastdraft.dist.tensor import Parts
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
-from fastdraft.model.method import StepWeights
 from fastdraft.model.methods import method_of, named_method
-from fastdraft.run import (
-    check_layout,
-    check_precision,
-    compute_dtype,
-    fit_to_target,
-    known_work,
-    load_data,
-    make_step,
-    name_run_dtypes,
-    new_draft,
-    open_source,
-    saved_config,
-    saved_dtypes,
-    target_parameters,
-)
+from fastdraft.run.draft import check_layout, fit_to_target, make_step, new_draft
+from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
+from fastdraft.run.finished import saved_config
+from fastdraft.run.inputs import load_data, open_source
+from fastdraft.run.plan import known_work, target_parameters
 from fastdraft.target.served.ends import FILES
 
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's

@@ -28,7 +28,8 @@ from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.memory import fp8_shapes
 from fastdraft.model.eagle3.ref import ttt_ref
 from fastdraft.optim import FlatAdamW
-from fastdraft.run import export_run, predict
+from fastdraft.run.finished import export_run
+from fastdraft.run.plan import predict
 from fastdraft.train import train
 
 

@@ -19,9 +19,9 @@ from small_runs import losses
 from tiny import refusal, write_chats
 from torch import nn
 
-from fastdraft.batch import Rows
+from fastdraft.batch import Rows, StepWeights
 from fastdraft.model import methods
-from fastdraft.model.method import Findings, Method, Row, StepWeights
+from fastdraft.model.method import Findings, Method, Row
 from fastdraft.model.proposal import Proposal
 from fastdraft.model.target_config import language_config, read_json, read_target_config
 

@@ -22,7 +22,6 @@ from small_runs import at_step, by_two_ranks, losses
 from tiny import save_target, write_chats
 
 from fastdraft import checkpoint, cli
-from fastdraft import run as a_run
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
@@ -31,7 +30,9 @@ from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3 import start
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
-from fastdraft.run import draft_shape, export_run, load_data, open_run
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.finished import export_run, open_run
+from fastdraft.run.inputs import load_data
 from fastdraft.target.hf import Target
 from fastdraft.train import StopSignal, train
 
@@ -370,7 +371,7 @@ def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engin
         patch.setattr(checkpoint, "save_checkpoint", as_before)
         train(make_config(step=step))
     assert train(make_config(step=step)).steps == 6
-    config, _, _ = a_run.open_run(Path(make_config().run_dir))
+    config, _, _ = open_run(Path(make_config().run_dir))
     assert config == make_config(step=step)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdraft.batch import Batch, Ends, Features, Rows, TargetHead
+from fastdraft.batch import Batch, Ends, Features, Rows, StepWeights, TargetHead
 from fastdraft.model.proposal import DecodeSettings, Proposal
 
 if TYPE_CHECKING:
@@ -41,19 +41,6 @@ class Findings(NamedTuple):
 
     errors: list[str]
     warnings: list[str]
-
-
-class StepWeights(NamedTuple):
-    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i."""
-
-    weight: Tensor  # [T] float64
-    normaliser: Tensor  # [T] float64
-
-    def count(
-        self,
-        live: Tensor,  # [T] float64, live rows of each step
-    ) -> Tensor:  # scalar
-        return (live * self.normaliser.to(live.device)).sum()
 
 
 class DraftStep(Protocol):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
 from fastdraft.model.dflash.cost import pair_cost, step_cost
@@ -19,7 +19,7 @@ from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
-from fastdraft.model.method import Method, Readings, StepWeights
+from fastdraft.model.method import Method, Readings
 
 if TYPE_CHECKING:
     from fastdraft.config import Config

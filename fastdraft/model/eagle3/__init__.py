@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import Group, TargetHead
+from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.kernels.rms_norm import MAX_HIDDEN
 from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
-from fastdraft.model.method import Method, StepWeights
+from fastdraft.model.method import Method
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -30,7 +31,7 @@ def build_step(
     device: torch.device,
     tensor: Group | None = None,
     sequence: Group | None = None,
-) -> GraphEngine | ReferenceEngine:
+) -> TTTEngine | ReferenceEngine:
     """The fused step, or the reference where a config asks for it; that one knows of no other process. ValueError: a norm
     is too wide for its kernel."""
     width = 3 * draft.config.target_hidden_size
@@ -43,7 +44,8 @@ def build_step(
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
     if config.step == "reference":
         return ReferenceEngine(*args)
-    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
+    engine = GraphEngine if device.type == "cuda" else TTTEngine  # only a GPU has graphs to record
+    return engine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
 
 
 def step_weights(config: Config, shape: DraftConfig) -> StepWeights:
