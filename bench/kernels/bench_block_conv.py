@@ -1,7 +1,7 @@
 """Times the convolution along a block: python -m bench.kernels.bench_block_conv, or pytest. Rows go to
 bench/results/block_conv.jsonl.
 
-`block_conv/fwd` reads rows and their coefficients and writes rows, `block_conv/bwd` gives all three gradients. "torch" is the
+`block_conv/fwd` reads rows and coefficients and writes rows, `block_conv/bwd` gives all three gradients. "torch" is the
 same in plain PyTorch and autograd, "compiled" the same under torch.compile. Blocks have 16 rows, two taps and groups of 16
 channels, as published drafts have.
 """
