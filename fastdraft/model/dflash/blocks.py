@@ -73,6 +73,7 @@ class BlockChunk:
     head_block: Tensor  # [K] block of the row
     head_out: Tensor  # [K] step * N + anchor
     label: Tensor  # [K] token
+    previous: Tensor  # [K] the token before the label
     teacher_pos: Tensor  # [m] rows of the pack whose target distribution is needed, ascending in each part
     teacher_row: Tensor  # [K] index into the part's teacher rows
 
@@ -101,6 +102,8 @@ def plan_blocks(
         label_at = anchor[:, None] + 1 + np.arange(steps)  # [C, T]
         inside = label_at < end[anchor][:, None]
         live = inside & mask[np.where(inside, label_at, 0)]
+        if config.live_prefix:
+            live = np.logical_and.accumulate(live, axis=1)
         block, step = live.nonzero()
         if not len(block):
             continue
@@ -117,7 +120,8 @@ def plan_blocks(
             taken += len(distinct)
         planned = (
             *(anchor, start[anchor], row_position, np.append(ids[anchor], config.mask_token_id)),
-            *(head_row, row_position[head_row], step, block, step * n + anchor[block], ids[label_at[block, step]]),
+            *(head_row, row_position[head_row], step, block, step * n + anchor[block]),
+            *(ids[label_at[block, step]], ids[label_at[block, step] - 1]),
             *(np.concatenate(teacher_pos), np.concatenate(teacher_row)),
         )
         yield BlockChunk(tuple(parts), *(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned))

@@ -15,6 +15,8 @@ thrown away after the round.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,7 @@ def refuse_settings(config: DFlashConfig, settings: DecodeSettings) -> None:
     """Raises ValueError for a way to decode that a block does not have."""
     if settings.eagle_topk > 1:
         raise ValueError(
-            f"a DFlash draft proposes a chain, not a tree of eagle_topk {settings.eagle_topk}; set eagle_topk 1"
+            f"a {config.title} draft proposes a chain, not a tree of eagle_topk {settings.eagle_topk}; set eagle_topk 1"
         )
     if settings.num_steps > config.num_drafted:
         raise ValueError(
@@ -68,15 +70,22 @@ class BlockDrafter:
         draft, c = self.draft, self.draft.config
         slots = torch.arange(c.block_size, device=root.device)
         h = draft.embedding[torch.where(slots == 0, root, c.mask_token_id)]
-        for number, layer in enumerate(draft.layers):
-            x, positions = layer.input_layernorm(h), self.length + slots
-            q = draft.queries(number, x, positions).transpose(0, 1)
-            k, v = (own.transpose(0, 1) for own in draft.keys_values(number, x, positions))
-            keys = torch.cat([self.keys[number, :, : self.length], k], 1)
-            values = torch.cat([self.values[number, :, : self.length], v], 1)
-            out = F.scaled_dot_product_attention(q[None], keys[None], values[None], self._sees(number), enable_gqa=True)
-            h = draft.finish(number, h, out[0].transpose(0, 1))
+        for number in range(c.num_hidden_layers):
+            h = draft.through_layer(number, h, partial(self._attend, number, self.length + slots))
         return draft.norm(h)
+
+    def _attend(
+        self,
+        layer: int,
+        positions: Tensor,  # [B] int64
+        x: Tensor,  # [B, H]
+    ) -> Tensor:  # [B, Hq, D]
+        q = self.draft.queries(layer, x, positions).transpose(0, 1)
+        k, v = (own.transpose(0, 1) for own in self.draft.keys_values(layer, x, positions))
+        keys = torch.cat([self.keys[layer, :, : self.length], k], 1)
+        values = torch.cat([self.values[layer, :, : self.length], v], 1)
+        out = F.scaled_dot_product_attention(q[None], keys[None], values[None], self._sees(layer), enable_gqa=True)
+        return out[0].transpose(0, 1)
 
     def _sees(self, layer: int) -> Tensor | None:  # [B, length + B] bool; None: everything
         c = self.draft.config
