@@ -80,8 +80,8 @@ class DFlash2Draft(DFlashDraft):
 
     @classmethod
     def of_dflash(cls, draft: DFlashDraft, **changes: int) -> Self:
-        """A draft that drafts what a DFlash draft does: its weights, convolutions that are the identity, and a selector that
-        adds nothing to a logit. `changes` are fields of the shape beside DFlash's."""
+        """A draft that drafts what a DFlash draft does: its weights, convolutions that are the identity, and a selector
+        that adds nothing to a logit. `changes` are fields of the shape beside DFlash's."""
         mine = cls(DFlash2Config.of(draft.config.model_dump() | changes))
         mine.candidate_selector.init(draft.config.initializer_range, torch.Generator().manual_seed(0))
         mine.load_state_dict(draft.state_dict(), strict=False)

@@ -28,8 +28,8 @@ PROJECTION = "candidate_selector.hidden_projection.weight"
 
 
 class SelectorHead(TokenHead):
-    """The candidates' gradient joins that of the logits, part after part. The selector's own weights get theirs once for the
-    chunk: only then are D-PACE's weights known, which are of the unary loss, and each table is added to once."""
+    """The candidates' gradient joins that of the logits, part after part. The selector's own weights get theirs once for
+    the chunk: only then are D-PACE's weights known, which are of the unary loss, and each table is added to once."""
 
     loss: SelectorLoss
 

@@ -1,10 +1,10 @@
 """DFlash2's losses in plain PyTorch: the specification of the selector's head. `model/dflash/ref.py` has the rest of the
 step, `DFlash2Draft.around` the convolutions.
 
-A slot's candidates are the K tokens with the largest logits of the target's head. What the slot drafts is the candidate with
-the largest score after the token before, and what it samples from is the softmax of the candidates' scores. In training the
-token before is the data's. Acceptance and hit are therefore those of the draft as it is served, while all before it in its
-block was accepted.
+A slot's candidates are the K tokens with the largest logits of the target's head. What the slot drafts is the candidate
+with the largest score after the token before, and what it samples from is the softmax of the candidates' scores. In
+training the token before is the data's. Acceptance and hit are therefore those of the draft as it is served, while all
+before it in its block was accepted.
 
 # n live rows, V vocabulary, K candidates, R rank
 """
