@@ -29,7 +29,8 @@ from fastdraft.data.loader import Loader
 from fastdraft.dist.mesh import start_process
 from fastdraft.features.store import Store, list_shards
 from fastdraft.metrics import read_metrics
-from fastdraft.run import draft_shape, load_data, open_target, run_meta
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.inputs import load_data, open_target, run_meta
 from fastdraft.target.capture import Pack, plan_capture, run_capture
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import begin_store, target_fingerprint

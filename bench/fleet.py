@@ -1,4 +1,4 @@
-"""What more GPUs bring: python -m bench.fleet [--worlds 1 2 4] [--parts data target ...] [--tiny]
+"""What more GPUs bring: python -m bench.fleet [--worlds 1 2 4] [--parts data target ...] [--rounds 5] [--tiny]
 
 Every part does the same work with one GPU and with several of one host, in one call, and a row of
 bench/results/fleet.jsonl says how often as fast several are. Models are random and of an 8B's or 70B's shape; nothing is
@@ -10,6 +10,9 @@ read from the disk. Parts:
   capture   the 8B target over one document of 131072 tokens, whose tokens the GPUs share; goal 3.4 of 4
   sequence  the draft's step over one document of 131072 tokens, all trained on, whose tokens the GPUs share; goal 3.6 of 4
   tensor    the draft's step over 8192 tokens, whose weights the GPUs share; goal 1.8 and 3.3
+
+Of every part one more run is traced, and a row `fleet/trace` of each process says where its GPU's time went
+(bench/trace.py). `--no-trace` leaves that out.
 
 `--tiny` runs the same code with tiny shapes on CPUs over gloo, to see that it runs; its rows are no measurement and go
 where --out says. After --seconds no further part begins.
@@ -35,6 +38,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.timing import RESULTS, append
+from bench.trace import traced
 from bench.work import SHAPES, live_batch, make_draft, make_head, make_work
 from fastdraft.batch import Batch, PackShare, own_features
 from fastdraft.config import Config, parse_config
@@ -58,25 +62,26 @@ class Sizes(NamedTuple):
     one_layers: int  # of the large target, those that one GPU runs
     document: int
     tensor_tokens: int
-    rounds: int
+    rounds: int = 5
 
 
 FULL = Sizes(
     "llama-3.1-8b",
     {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    *(32, 16, 4096, 16384, 8, 131072, 8192, 5),
+    *(32, 16, 4096, 16384, 8, 131072, 8192),
 )
 TINY = Sizes(
     "tiny",
     {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 10, "num_attention_heads": 4},
-    *(8, 4, 48, 32, 8, 96, 48, 2),
+    *(8, 4, 48, 32, 8, 96, 48),
 )
 
 
-class Found(NamedTuple):
-    seconds: float  # median over rounds, of the slowest process
+class Work(NamedTuple):
+    run: Callable[[], object]  # what is timed
     tokens: int  # over all processes
-    scale: float = 1.0  # of the work that `seconds` is of, the part that was measured
+    scale: float = 1.0  # of the whole work, the part that `run` does
+    finish: Callable[[], object] = lambda: None  # after the last run
 
 
 # --- models --------------------------------------------------------------------------------------------------------------
@@ -138,7 +143,7 @@ def run_config(device: torch.device) -> Config:
 # --- parts ---------------------------------------------------------------------------------------------------------------
 
 
-def part_data(sizes: Sizes, device: torch.device) -> Found:
+def part_data(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out()
     config, target, replicas = run_config(device), random_target(sizes, device), mesh.axis("replicas")
     draft = make_draft(SHAPES[sizes.draft], torch.float32, device)
@@ -155,41 +160,37 @@ def part_data(sizes: Sizes, device: torch.device) -> Found:
             sums = sums + engine.step(batch, features, optimizer.grads).sums()
         optimizer.start(sums)
 
-    seconds = timed(step, sizes.rounds, device)
-    optimizer.finish()
-    return Found(seconds, sizes.packs * sizes.pack_tokens)
+    return Work(step, sizes.packs * sizes.pack_tokens, finish=optimizer.finish)
 
 
-def part_target(sizes: Sizes, device: torch.device) -> Found:
+def part_target(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out()
     whole = sizes.large["num_hidden_layers"]
     layers = whole if mesh.world() > 1 else sizes.one_layers
     target = random_large(sizes, device, layers, mesh.holders(mesh.world()))
     batch = live_batch(SHAPES[sizes.draft], sizes.target_tokens).to(device)
-    seconds = timed(lambda: target.capture(batch), sizes.rounds, device)
-    target.meet()
-    return Found(seconds, sizes.target_tokens * mesh.world(), layers / whole)
+    return Work(lambda: target.capture(batch), sizes.target_tokens * mesh.world(), layers / whole, target.meet)
 
 
-def part_capture(sizes: Sizes, device: torch.device) -> Found:
+def part_capture(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out(sequence=mesh.world())
     target = random_target(sizes, device, mesh.axis("sequence"))
     batch = live_batch(SHAPES[sizes.draft], sizes.document)
     run = (lambda: target.capture_share(batch, 7)) if mesh.world() > 1 else (lambda: target.capture(batch.to(device)))
-    return Found(timed(run, sizes.rounds, device), sizes.document)
+    return Work(run, sizes.document)
 
 
-def part_sequence(sizes: Sizes, device: torch.device) -> Found:
+def part_sequence(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out(sequence=mesh.world())
     return draft_step(sizes, device, sizes.document)
 
 
-def part_tensor(sizes: Sizes, device: torch.device) -> Found:
+def part_tensor(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out(tensor=mesh.world())
     return draft_step(sizes, device, sizes.tensor_tokens)
 
 
-def draft_step(sizes: Sizes, device: torch.device, tokens: int) -> Found:
+def draft_step(sizes: Sizes, device: torch.device, tokens: int) -> Work:
     """One pack through the draft's step, forward and backward, by all processes together."""
     dtype, config = compute_dtype(device), run_config(device)
     tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
@@ -206,10 +207,10 @@ def draft_step(sizes: Sizes, device: torch.device, tokens: int) -> Found:
     features = work.features.pop()
     if sequence.size > 1:
         features = own_features(features, PackShare(tokens, sequence.rank, sequence.size, config.ttt_length))
-    return Found(timed(lambda: engine.step(batch, features, grads), sizes.rounds, device), tokens)
+    return Work(lambda: engine.step(batch, features, grads), tokens)
 
 
-PARTS: dict[str, Callable[[Sizes, torch.device], Found]] = {
+PARTS: dict[str, Callable[[Sizes, torch.device], Work]] = {
     "data": part_data,
     "target": part_target,
     "capture": part_capture,
@@ -219,16 +220,16 @@ PARTS: dict[str, Callable[[Sizes, torch.device], Found]] = {
 
 
 def timed(run: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Seconds of the slowest process, median over the rounds after two that warm up."""
-    found = []
-    for _ in range(rounds + 2):
+    """Seconds of the slowest process, median over the rounds after one that warms up."""
+    times = []
+    for _ in range(rounds + 1):
         mesh.barrier()
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found.append(mesh.largest(int(1e6 * (time.perf_counter() - start))) / 1e6)
-    return statistics.median(found[2:])
+        times.append(mesh.largest(int(1e6 * (time.perf_counter() - start))) / 1e6)
+    return statistics.median(times[1:])
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------
@@ -237,30 +238,46 @@ def timed(run: Callable[[], object], rounds: int, device: torch.device) -> float
 def child(args: argparse.Namespace) -> None:
     """One of the processes of a world: all parts, one after the other, and on rank 0 their rows."""
     device = mesh.start_process("cpu" if args.tiny else "cuda")
-    sizes, notes = TINY if args.tiny else FULL, Path(args.notes)
+    sizes = (TINY if args.tiny else FULL)._replace(rounds=args.rounds)
     for name in args.parts:
         if mesh.from_rank_0(time.time()) > args.until:
             break
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        found = PARTS[name](sizes, device)
+        work = PARTS[name](sizes, device)
+        seconds = timed(work.run, sizes.rounds, device)
         peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
         peak = mesh.largest(int(1000 * peak)) / 1000
-        if not mesh.is_rank_0():
-            continue
-        rates = json.loads(notes.read_text()) if notes.exists() else {}
-        rate = found.tokens / found.seconds * found.scale  # tokens a second through the whole model
-        row = {"part": name, "gpus": mesh.world(), "seconds": round(found.seconds, 6), "tokens_per_s": round(rate, 1)}
-        row["peak_gib"] = peak
-        if mesh.world() == 1:
-            notes.write_text(json.dumps(rates | {name: rate}))
-        elif name in rates:
-            share = mesh.world() if name == "target" else 1  # of what so many GPUs would do by themselves
-            row["ratio_to_one"] = round(rate / rates[name] / share, 4)
-        append("fleet", row, args.commit, Path(args.out))
-        print(json.dumps(row), flush=True)
+        if mesh.is_rank_0():
+            write_row(name, work, seconds, peak, args)
+        if args.trace and device.type == "cuda":
+            mesh.barrier()
+            of_all = mesh.from_all(traced(work.run).rounded())
+            for rank, summary in enumerate(of_all) if mesh.is_rank_0() else ():
+                row = {"part": name, "gpus": mesh.world(), "rank": rank} | summary
+                append("fleet/trace", row, args.commit, Path(args.out))
+                print(json.dumps(row), flush=True)
+        work.finish()
+        del work
     mesh.end_process()
+
+
+def write_row(name: str, work: Work, seconds: float, peak: float, args: argparse.Namespace) -> None:
+    """One part's row, on rank 0. `seconds` are the median over rounds of the slowest process."""
+    notes = Path(args.notes)
+    rates = json.loads(notes.read_text()) if notes.exists() else {}
+    rate = work.tokens / seconds * work.scale  # tokens a second through the whole model
+    row = {"part": name, "gpus": mesh.world(), "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)}
+    row["rounds"] = args.rounds
+    row["peak_gib"] = peak
+    if mesh.world() == 1:
+        notes.write_text(json.dumps(rates | {name: rate}))
+    elif name in rates:
+        share = mesh.world() if name == "target" else 1  # of what so many GPUs would do by themselves
+        row["ratio_to_one"] = round(rate / rates[name] / share, 4)
+    append("fleet", row, args.commit, Path(args.out))
+    print(json.dumps(row), flush=True)
 
 
 def main() -> None:
@@ -268,6 +285,8 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of GPUs, one first")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPUs")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each part, after one that warms up")
+    parser.add_argument("--no-trace", dest="trace", action="store_false", help="no run of each part is traced")
     parser.add_argument("--seconds", type=float, default=500, help="after so long no further part begins")
     parser.add_argument("--commit", help="what to write in the rows where there is no git")
     parser.add_argument("--out", default=str(RESULTS), help="folder of fleet.jsonl")
@@ -282,7 +301,10 @@ def main() -> None:
     until = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
         more = ["--notes", f"{folder}/rates.json", "--until", str(until), "--out", args.out, "--parts", *args.parts]
-        more += ["--tiny"] * args.tiny + (["--commit", args.commit] if args.commit else [])
+        more += ["--rounds", str(args.rounds)]
+        more += (
+            ["--tiny"] * args.tiny + ["--no-trace"] * (not args.trace) + (["--commit", args.commit] if args.commit else [])
+        )
         for world in args.worlds:
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
             subprocess.run([*launch, "-m", "bench.fleet", *more], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -3,8 +3,8 @@
 It fails, naming each, when
 
 - a Triton kernel has no benchmark in bench/kernels,
-- an op (each kernel's, and `step`) has no row, or none of its kernel in csrc, or its newest row is of other source than
-  today's (`bench.sources`),
+- an op (each kernel's, and the whole steps `step` and `block_step`) has no row, or none of its kernel in csrc, or its
+  newest row is of other source than today's (`bench.sources`),
 - the tests that need a GPU (`bench.gpu_tests`) have no row, or their newest is of other source or has a failed test,
 - a newest row is more than 5 % slower than the row before it of the same op, shape, dtype and GPU, or is of a run that
   failed, unless it carries a `note` that explains it.
@@ -25,6 +25,7 @@ from pathlib import Path
 from bench.sources import ROOT, source
 
 SLOWER = 1.05
+STEPS = {"step": "eagle3", "block_step": "dflash"}  # the method whose whole step an op is
 
 
 def load(path: Path) -> list[dict]:
@@ -49,7 +50,7 @@ def key(row: dict) -> tuple[str, ...]:
 
 
 def time_us(row: dict) -> float:
-    return row["us_per_token"] if "us_per_token" in row else row["us"]
+    return next(row[name] for name in ("us_per_token", "us_per_row", "us") if name in row)
 
 
 def newest(rows: list[dict]) -> dict[tuple[str, ...], list[dict]]:  # key -> its last two rows or one
@@ -67,7 +68,8 @@ def problems(root: Path = ROOT) -> list[str]:
     for path in sorted((root / "fastdraft/kernels").glob("*.py")):
         if "tl.program_id" in path.read_text() and path.stem not in benched:
             found.append(f"{path.stem}: no benchmark; add bench/kernels/bench_{path.stem}.py")
-    for op in [*sorted(benched), "step"]:
+    steps = [op for op, method in STEPS.items() if (root / f"fastdraft/model/{method}/engine.py").exists()]
+    for op in [*sorted(benched), *steps]:
         path = root / f"bench/results/{op}.jsonl"
         rows = [row for row in load(path) if row["provider"] in our_providers(op, root)] if path.exists() else []
         have = {row["provider"] for row in rows}

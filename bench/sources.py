@@ -1,7 +1,8 @@
 """Which source a benchmark row depends on, and its hash: a row is fresh while the hash is today's.
 
 An op depends on its own file in fastdraft/kernels (and csrc), on what it computes with from there (`jit.py` computes
-nothing), and `step`, the whole step of an EAGLE-3 draft, on the engine, everything it computes with, and the optimizer.
+nothing), and `step` and `block_step`, the whole steps of an EAGLE-3 and of a DFlash draft, on the engine, everything it
+computes with, and the optimizer.
 `gpu_tests` is what only a GPU can test: the same, the kernels of other methods and the target's forward.
 
 The hash is of what runs, not of how it reads. Python counts as the set of its top-level statements, as syntax trees:
@@ -24,15 +25,28 @@ ENGINE = [
     "csrc/*",
     *(
         f"fastdraft/model/eagle3/{name}.py"
-        for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory", "shard")
+        for name in ("attention", "chunks", "depth", "draft", "engine", "graph_engine", "memory", "shard")
     ),
     "fastdraft/model/buffers.py",
+    "fastdraft/model/draws.py",
     "fastdraft/model/graph.py",
+    "fastdraft/model/rope.py",
+    "fastdraft/optim.py",
+]
+BLOCK_ENGINE = [  # a DFlash draft's step
+    *(
+        f"fastdraft/kernels/{name}.py"
+        for name in ("adamw", "block_attention", "chain_qkv", "fp8", "linear_ce", "linear_kl")
+    ),
+    *(f"fastdraft/kernels/{name}.py" for name in ("matmul", "rms_norm", "swiglu", "teacher", "ttt_attention")),
+    *(f"fastdraft/model/dflash/{name}.py" for name in ("blocks", "draft", "engine", "loss", "memory")),
+    "fastdraft/model/buffers.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out again
     "block_attention": ["fastdraft/kernels/ttt_attention.py"],
+    "block_step": BLOCK_ENGINE,
     "linear_ce": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py"],
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "split_kl": [f"fastdraft/kernels/{name}.py" for name in ("linear_kl", "teacher", "matmul", "fp8")],

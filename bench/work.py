@@ -75,6 +75,22 @@ class Work:
         return sum(int(rows_needed(batch, 1)[0].sum()) for batch in self.batches)
 
     @property
+    def unit(self) -> tuple[str, int]:
+        """What times are divided by."""
+        return "token", self.num_tokens
+
+    @property
+    def flops(self) -> int:
+        return sum(model_flops(self.config, batch, len(self.step_weights)) for batch in self.batches)
+
+    def rates(self, whole_us: float, model_us: float) -> dict[str, int]:
+        """What a row says besides, of a round's time with and without the optimizer."""
+        return {
+            "tokens_per_s": round(self.num_tokens / whole_us * 1e6),
+            "useful_tokens_per_s": round(self.num_trained / whole_us * 1e6),
+        }
+
+    @property
     def input_bytes(self) -> int:
         """Of the largest pack: a training step holds one at a time."""
         return max(f.g.nbytes + f.f.nbytes + b.input_ids.nbytes for f, b in zip(self.features, self.batches, strict=True))

@@ -1,4 +1,5 @@
-"""What passes between the rooms: a batch of packed documents, the target's features, its head, and what a step gives back.
+"""What passes between the rooms: a batch of packed documents, the target's features, its head, what a step gives back and
+how a method weighs it.
 
 # N packed tokens, D documents, Ht target hidden, V target vocabulary, T TTT steps
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -200,6 +201,23 @@ class Rows:
         return torch.stack(
             [x.to(torch.float64).sum(1) for x in (self.loss, self.acceptance, self.hit, self.live, self.masked_in)]
         )
+
+
+class StepWeights(NamedTuple):
+    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i.
+
+    Where a training step draws the rows that it has, with a probability `drawn`, they weigh weight_i / drawn_i there.
+    """
+
+    weight: Tensor  # [T] float64
+    normaliser: Tensor  # [T] float64
+    drawn: Tensor  # [T] float64, in (0, 1]
+
+    def count(
+        self,
+        live: Tensor,  # [T] float64, live rows of each step
+    ) -> Tensor:  # scalar
+        return (live * self.normaliser.to(live.device)).sum()
 
 
 class Group(Protocol):

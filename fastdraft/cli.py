@@ -72,7 +72,7 @@ def train(
     from fastdraft.config import load_config
     from fastdraft.dist import mesh
     from fastdraft.dist.fleet import Hardware
-    from fastdraft.run import print_fleet_plan, print_plan
+    from fastdraft.run.plan import print_fleet_plan, print_plan
     from fastdraft.train import train as run
 
     if not plan:
@@ -121,7 +121,8 @@ def prepare(
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
     from fastdraft.data.statistics import statistics
-    from fastdraft.run import draft_shape, load_data
+    from fastdraft.run.draft import draft_shape
+    from fastdraft.run.inputs import load_data
 
     loaded = load_config(config, overrides or [])
     shape = draft_shape(loaded)
@@ -145,7 +146,7 @@ def preview_command(
     from fastdraft.config import load_config
     from fastdraft.data.prepare import Stats, chat_tokenizer, date_lines, first_samples
     from fastdraft.data.preview import preview
-    from fastdraft.run import draft_shape
+    from fastdraft.run.draft import draft_shape
     from fastdraft.target.hf import load_tokenizer
     from fastdraft.target.identity import stop_ids
 
@@ -251,7 +252,7 @@ def capture(
     """Run the target over a config's documents and keep their features; alone, under torchrun, or many at once."""
     from fastdraft.config import load_config
     from fastdraft.dist import mesh
-    from fastdraft.run import capture_features
+    from fastdraft.run.features import capture_features
 
     i, _, n = part.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
@@ -272,7 +273,7 @@ def import_specforge_command(
 ) -> None:
     """Put existing SpecForge features into a store, checked against the config's target."""
     from fastdraft.config import load_config
-    from fastdraft.run import import_specforge
+    from fastdraft.run.features import import_specforge
 
     import_specforge(load_config(config, overrides or []), dumps, out, _auto_or_fp8(dtype), say)
 
@@ -361,6 +362,9 @@ def evaluate(
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts decoded at once; 1 gives the speed of a sequence alone.")
+    ] = 64,
     url: Annotated[
         list[str] | None, typer.Option(help="Of a run with target.url: servers that run its target now; repeatable.")
     ] = None,
@@ -371,11 +375,11 @@ def evaluate(
     from fastdraft.dist import mesh
     from fastdraft.files import write_file
     from fastdraft.model.proposal import DecodeSettings
-    from fastdraft.run import evaluate_run
+    from fastdraft.run.finished import evaluate_run
 
     if prompts is None:
         decoding = ("max_prompts", "max_new_tokens", "num_steps", "eagle_topk", "num_draft_tokens", "temperature")
-        refuse_idle(context, decoding, "--prompts")
+        refuse_idle(context, (*decoding, "batch_size"), "--prompts")
     if num_steps is None and num_draft_tokens is not None:
         num_steps = DecodeSettings().num_steps
     settings = DecodeSettings(num_steps or DecodeSettings().num_steps, eagle_topk, num_draft_tokens, temperature)
@@ -384,7 +388,9 @@ def evaluate(
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
     whole = num_steps is None
-    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or (), whole)
+    report = evaluate_run(
+        run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or (), whole, batch_size
+    )
     if mesh.is_rank_0():
         text = json.dumps(asdict(report), indent=1)
         console.print_json(text)
@@ -403,7 +409,7 @@ def export(
     """Write a checkpoint that SGLang and vLLM load unmodified, and verify it; alone, or under torchrun where one GPU cannot
     hold the target."""
     from fastdraft.dist import mesh
-    from fastdraft.run import export_run
+    from fastdraft.run.finished import export_run
 
     for line in export_run(run, out, which, overwrite):
         say(line)

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from bench.trace import Kernel, shares
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,3 +28,28 @@ def test_every_part_writes_its_rows(tmp_path):
         share = 2 if row["part"] == "target" else 1
         ratio = rates[row["part"], 2] / rates[row["part"], 1] / share
         assert abs(row["ratio_to_one"] - ratio) < 0.01 * ratio + 1e-3
+
+
+def test_time_counts_once_and_is_exposed_where_only_nccl_runs():
+    kernels = [
+        Kernel("gemm", 0.0, 4.0),
+        Kernel("ncclDevKernel_AllGather_RING_LL(args)", 3.0, 6.0),  # one second under the product, two alone
+        Kernel("norm", 5.5, 7.0),  # half of a second of it under the sum
+        Kernel("gemm", 6.5, 8.0),  # another stream
+        Kernel("ncclDevKernel_AllReduce_Sum_f32(args)", 9.0, 10.0),  # a second of nothing, then alone
+        Kernel("ncclDevKernel_AllReduce_Sum_f32(args)", 9.5, 9.75),  # another group, at the same time
+    ]
+    found = shares(reversed(kernels))
+    assert (found.span, found.compute, found.nccl) == (10.0, 6.5, 4.0)
+    assert (found.exposed, found.idle, found.launches) == (2.5, 1.0, 6)
+    assert found.collectives == {
+        "ncclDevKernel_AllGather_RING_LL": (1, 3.0, 1.5),
+        "ncclDevKernel_AllReduce_Sum_f32": (2, 1.25, 1.25),
+    }
+    assert found.kernels == {"gemm": (2, 5.5), "norm": (1, 1.5)}
+    assert found.rounded()["kernels"]["gemm"] == [2, 5500.0]
+
+
+def test_a_trace_without_kernels_is_refused():
+    with pytest.raises(ValueError, match="has no kernel of a GPU"):
+        shares([])

@@ -202,6 +202,18 @@ def test_the_kernel_of_another_method_leaves_the_step_fresh(repo, kernel):
     assert problems(repo)[0].startswith("step: the source changed")
 
 
+def test_the_step_of_another_method_is_judged_where_there_is_one(repo):
+    (repo / "fastdraft/model/dflash").mkdir()
+    (repo / "fastdraft/model/dflash/engine.py").write_text("blocks")
+    assert the_problem(repo).startswith("block_step: no row of fastdraft in bench/results/block_step.jsonl")
+    write(repo, op="block_step", us_per_row=15.0)
+    assert problems(repo) == []
+    write(repo, op="block_step", us_per_row=16.0)
+    assert the_problem(repo).startswith('block_step {"n": 1}, fastdraft, on G: 16 us, was 15')
+    (repo / "fastdraft/model/dflash/engine.py").write_text("others")
+    assert problems(repo)[0].startswith("block_step: the source changed")
+
+
 def test_a_kernel_in_csrc_is_judged_beside_tritons(repo):
     (repo / "csrc").mkdir()
     (repo / "csrc/norm.cu").write_text("__global__")
@@ -263,5 +275,6 @@ def test_every_op_of_this_repository_has_source_files():
         op = path.stem.removeprefix("bench_")
         assert Path(f"fastdraft/kernels/{op}.py").resolve() in files(op)
     assert {Path("fastdraft/model/eagle3/engine.py").resolve(), Path("fastdraft/optim.py").resolve()} <= set(files("step"))
+    assert {path.stem for path in files("block_step") if path.parent.name == "dflash"} >= {"engine", "blocks", "memory"}
     with pytest.raises(ValueError, match="no source file for op 'nothing'"):
         source("nothing")

@@ -19,8 +19,8 @@ from small_runs import at_step
 from tiny import make_tokenizer, refusal, save_target
 
 from fastdraft import cli
-from fastdraft import run as a_run
 from fastdraft import train as training
+from fastdraft.run import finished
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -238,7 +238,7 @@ def test_evaluate_looks_at_prompts_and_out_before_the_long_work(fastdraft, train
     def late(*_):
         raise AssertionError("evaluated first")
 
-    monkeypatch.setattr(a_run, "evaluate_held_out", late)
+    monkeypatch.setattr(finished, "evaluate_held_out", late)
     assert "none.jsonl: cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
     assert "is a folder" in refusal(fastdraft("evaluate", trained, "--out", tmp_path))
     monkeypatch.undo()
@@ -258,8 +258,8 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
     code, _, err = fastdraft("train", config_file, *settings, f"run_dir={run_dir}", "max_steps=1")
     assert code == 0, err
     seen = []
-    decode = a_run.evaluate_decode
-    monkeypatch.setattr(a_run, "evaluate_decode", lambda t, d, ids, *a: seen.append(ids) or decode(t, d, ids, *a))
+    decode = finished.evaluate_decode
+    monkeypatch.setattr(finished, "evaluate_decode", lambda t, d, ids, *a: seen.append(ids) or decode(t, d, ids, *a))
     prompts.write_text('{"prompt": "be bi"}\n')
     code, out, err = fastdraft("evaluate", run_dir, "--prompts", prompts, "--max-new-tokens", "8")
     assert code == 0 and json.loads(out)["held_out"] is None, err
@@ -268,7 +268,15 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
 
 
 def test_options_that_would_do_nothing_are_refused(fastdraft, trained, tmp_path):
-    for idle in ("max-prompts", "max-new-tokens", "num-steps", "eagle-topk", "num-draft-tokens", "temperature"):
+    for idle in (
+        "max-prompts",
+        "max-new-tokens",
+        "num-steps",
+        "eagle-topk",
+        "num-draft-tokens",
+        "temperature",
+        "batch-size",
+    ):
         said = refusal(fastdraft("evaluate", trained, f"--{idle}", 2))
         assert f"--{idle} belongs to --prompts, which was not given" in said
     ask = ("data", "regenerate", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl")

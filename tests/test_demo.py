@@ -19,7 +19,8 @@ from rich.console import Console
 from tiny import make_tokenizer, random_draft
 
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.run import draft_shape, load_data, open_target
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.inputs import load_data, open_target
 from fastdraft.train import train
 
 FILE = Path(__file__).parents[1] / "examples" / "demo" / "run.py"

@@ -223,7 +223,7 @@ def test_a_public_name_means_one_thing(trees):
         ("data/new.py", "from ..target import hf", "data/new.py:2 imports target"),
         ("model/new.py", "import fastdraft.model.eagle3.ref as ref", "model/new.py:2 imports model.eagle3"),
         ("features/new.py", "from fastdraft import cost", "features/new.py:2 imports cost"),
-        ("run.py", "def late():\n    from fastdraft.cli import main", "run.py:3 imports cli"),
+        ("run/new.py", "def late():\n    from fastdraft.cli import main", "run/new.py:3 imports cli"),
         ("decode.py", "import fastdraft.answers.job", "decode.py:2 imports answers"),  # of the same line
         ("attic/new.py", "", "fastdraft/attic has no place in ORDER"),
     ],

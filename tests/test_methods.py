@@ -19,9 +19,9 @@ from small_runs import losses
 from tiny import refusal, write_chats
 from torch import nn
 
-from fastdraft.batch import Rows
+from fastdraft.batch import Rows, StepWeights
 from fastdraft.model import methods
-from fastdraft.model.method import Findings, Method, Row, StepWeights
+from fastdraft.model.method import Findings, Method, Row
 from fastdraft.model.proposal import Proposal
 from fastdraft.model.target_config import language_config, read_json, read_target_config
 
@@ -141,7 +141,7 @@ LINEAR = Method(
     load=load,
     verify=verify,
     init_config=lambda target: yaml.safe_dump(LinearShape.from_target(read_target_config(target)).model_dump(mode="json")),
-    step_weights=lambda config, shape: StepWeights(torch.ones(1), torch.ones(1)),
+    step_weights=lambda config, shape: StepWeights(torch.ones(1), torch.ones(1), torch.ones(1)),
     check_config=lambda config: None,
     engine_names={},
 )

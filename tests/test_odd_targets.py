@@ -19,7 +19,10 @@ from fastdraft.data.prepare import prepare
 from fastdraft.features.store import Store
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.target_config import language_config, longest_context
-from fastdraft.run import capture_features, load_data, new_draft, open_target, own_dtype, predict, print_plan
+from fastdraft.run.draft import new_draft
+from fastdraft.run.features import capture_features
+from fastdraft.run.inputs import load_data, open_target
+from fastdraft.run.plan import own_dtype, predict, print_plan
 from fastdraft.target.hf import load_target, load_tokenizer
 from fastdraft.train import train
 
@@ -124,7 +127,7 @@ def test_sizes_under_other_names_are_read(gpt2, make_config):
 
 
 def test_documents_longer_than_the_targets_positions_are_refused(gpt2, target_dir, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdraft.run.open_target", None)  # nothing is loaded before
+    monkeypatch.setattr("fastdraft.run.inputs.load_target", None)  # nothing is loaded before
     tokens, chats = tmp_path / "tokens.jsonl", tmp_path / "chats.jsonl"
     tokens.write_text((json.dumps({"input_ids": [7] * 60, "loss_mask": [1] * 60}) + "\n") * 8)
     long = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": " ".join(WORDS[:42])}]

@@ -22,18 +22,11 @@ from fastdraft.checkpoint import _state_checksum, list_checkpoints, read_state
 from fastdraft.features.meta import read_meta
 from fastdraft.model import precision
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.run import (
-    capture_features,
-    compute_dtype,
-    evaluate_run,
-    export_run,
-    name_dtypes,
-    open_run,
-    open_source,
-    predict,
-    print_plan,
-    target_dtype,
-)
+from fastdraft.run.dtypes import compute_dtype, name_dtypes, target_dtype
+from fastdraft.run.features import capture_features
+from fastdraft.run.finished import evaluate_run, export_run, open_run
+from fastdraft.run.inputs import open_source
+from fastdraft.run.plan import predict, print_plan
 from fastdraft.target.hf import load_target
 from fastdraft.target.identity import target_fingerprint
 from fastdraft.train import train

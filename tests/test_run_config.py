@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from fastdraft.config import Config, load_config, parse_config, read_yaml
-from fastdraft.run import check_precision, compute_dtype
+from fastdraft.run.dtypes import check_precision, compute_dtype
 
 LEAST = {"target": {"path": "models/t"}, "data": {"paths": ["a.jsonl"]}}
 

@@ -22,7 +22,6 @@ from small_runs import at_step, by_two_ranks, losses
 from tiny import save_target, write_chats
 
 from fastdraft import checkpoint, cli
-from fastdraft import run as a_run
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
@@ -31,7 +30,9 @@ from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3 import start
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
-from fastdraft.run import draft_shape, export_run, load_data, open_run
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.finished import export_run, open_run
+from fastdraft.run.inputs import load_data
 from fastdraft.target.hf import Target
 from fastdraft.train import StopSignal, train
 
@@ -186,6 +187,7 @@ NARROW = {"draft.overrides": {"draft_vocab_size": 64, "hidden_size": 16, "num_at
         ((3,), signal.SIGTERM, {"precision": "bf16"}),
         ((3, 2), signal.SIGINT, NARROW),
         ((2, 3), signal.SIGTERM, STREAM),
+        ((4,), signal.SIGTERM, {"sampled_depth": 0.6}),
         ((5,), signal.SIGTERM, {"metrics.log_every": 4, "checkpoint.every": 5, "eval.every": 100}),
     ],
 )
@@ -346,6 +348,7 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
     for changes, said in (
         ({"target.path": str(other)}, "was trained for another target"),
         ({"optim.lr": 1e-3}, r"other settings.*Changed: optim.lr: 0.01 -> 0.001$"),
+        ({"sampled_depth": 0.8}, r"Changed: sampled_depth: 1.0 -> 0.8$"),
         ({"max_steps": 9, "seed": 4}, r"Changed: max_steps: 6 -> 9; seed: 0 -> 4$"),
         ({"draft.overrides": {"draft_vocab_size": 80}}, r"draft's shape.draft_vocab_size: 64 -> 80"),
         ({"draft.config": str(draft)}, r"draft's shape.intermediate_size: 48 -> 40"),
@@ -370,7 +373,7 @@ def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engin
         patch.setattr(checkpoint, "save_checkpoint", as_before)
         train(make_config(step=step))
     assert train(make_config(step=step)).steps == 6
-    config, _, _ = a_run.open_run(Path(make_config().run_dir))
+    config, _, _ = open_run(Path(make_config().run_dir))
     assert config == make_config(step=step)
 
 

@@ -37,6 +37,9 @@ from fastdraft.config import OptimConfig
 class SpecForge:
     """`bench.step`'s provider: `model` runs forward and backward of a pack, `update` the optimizer."""
 
+    late_moments = True
+    per_token_bytes = None
+
     def __init__(self, work: Work, checkout: Path, attention: str, batch_size: int):
         if not (checkout / "specforge").is_dir():
             raise ValueError(f"{checkout} has no folder specforge; --specforge needs the root of a SpecForge checkout")

@@ -45,18 +45,10 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.precision import speed
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.optim import FlatAdamW
-from fastdraft.run import (
-    compute_dtype,
-    evaluate_held_out,
-    export_run,
-    fit_to_target,
-    load_data,
-    make_step,
-    name_dtypes,
-    new_draft,
-    open_run,
-    open_target,
-)
+from fastdraft.run.draft import fit_to_target, make_step, new_draft
+from fastdraft.run.dtypes import compute_dtype, name_dtypes
+from fastdraft.run.finished import evaluate_held_out, export_run, open_run
+from fastdraft.run.inputs import load_data, open_target
 from fastdraft.target.hf import Target, load_tokenizer
 from fastdraft.train import train
 

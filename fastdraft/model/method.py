@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdraft.batch import Batch, Ends, Features, Rows, TargetHead
-from fastdraft.model.proposal import DecodeSettings, Proposal
+from fastdraft.batch import Batch, Ends, Features, Rows, StepWeights, TargetHead
+from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,19 +41,6 @@ class Findings(NamedTuple):
 
     errors: list[str]
     warnings: list[str]
-
-
-class StepWeights(NamedTuple):
-    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i."""
-
-    weight: Tensor  # [T] float64
-    normaliser: Tensor  # [T] float64
-
-    def count(
-        self,
-        live: Tensor,  # [T] float64, live rows of each step
-    ) -> Tensor:  # scalar
-        return (live * self.normaliser.to(live.device)).sum()
 
 
 class DraftStep(Protocol):
@@ -86,6 +73,26 @@ class Drafter(Protocol):
         generator: torch.Generator,
     ) -> Proposal:
         """What the target is to verify next."""
+
+
+class BatchDrafter(Protocol):
+    """A draft at work on B sequences at once, each as a `Drafter` would work on it alone."""
+
+    draft_ids: Tensor  # [Vd] int64, the target id of each token that can be drafted
+
+    def propose(
+        self,
+        token_ids: Tensor,  # [B, r] int64, as for a Drafter; rows past a sequence's count are fillers
+        g: Tensor,  # [B, r, ...]
+        counts: list[int],  # B
+        depths: list[int],  # B
+        settings: DecodeSettings,
+        generators: list[torch.Generator],  # B
+    ) -> Proposals:
+        """What the target is to verify next."""
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps these sequences and forgets the others."""
 
 
 class Readings(NamedTuple):
@@ -132,6 +139,8 @@ class Method(NamedTuple):
     served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
     readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
+    # The same for so many sequences at once; None where they are decoded one at a time.
+    batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

@@ -24,7 +24,8 @@ from fastdraft.data.prepare import prepare
 from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.stream import open_stream
 from fastdraft.data.tokenize import ChatTokenizer
-from fastdraft.run import capture_features, evaluate_run
+from fastdraft.run.features import capture_features
+from fastdraft.run.finished import evaluate_run
 from fastdraft.train import train
 
 ROWS = [{"messages": chat(f"Hello {i}", "How are you?")} for i in range(6)]
@@ -123,7 +124,7 @@ def test_evaluated_and_regenerated_prompts_have_the_date(dated, tmp_path, monkey
     config = dated(**{"data.template_date": "2024-01-01", "max_steps": 2})
     train(config)
     asked = []
-    monkeypatch.setattr("fastdraft.run.evaluate_decode", lambda target, draft, ids, *rest: asked.extend(ids))
+    monkeypatch.setattr("fastdraft.run.finished.evaluate_decode", lambda target, draft, ids, *rest: asked.extend(ids))
     evaluate_run(tmp_path / "run", "last", prompts, 1, 4, None)
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%Y') + ' ' }}" + TINY_CHATML

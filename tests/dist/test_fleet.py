@@ -15,8 +15,8 @@ from fastdraft.config import Config, parse_config
 from fastdraft.dist import fleet, mesh
 from fastdraft.dist.fleet import Hardware, Layout
 from fastdraft.files import GIB
-from fastdraft.run import fleet_planner, target_sizes
-from fastdraft.target.hf import load_target
+from fastdraft.run.plan import fleet_planner
+from fastdraft.target.hf import load_target, target_sizes
 from fastdraft.target.sharded import local
 
 LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80}

@@ -19,7 +19,7 @@ from fastdraft import cli
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state
 from fastdraft.dist.shard import FLAT
 from fastdraft.model.precision import DTYPES
-from fastdraft.run import check_layout, draft_shape
+from fastdraft.run.draft import check_layout, draft_shape
 from fastdraft.train import train
 
 

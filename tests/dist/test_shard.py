@@ -12,7 +12,6 @@ from small_runs import at_step, by_ranks, losses
 from tiny import draft_shape
 from torch import Tensor, nn
 
-from fastdraft import run as a_run
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state, save_checkpoint
 from fastdraft.config import OptimConfig
 from fastdraft.cost import peak_flops, plan
@@ -25,7 +24,8 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.precision import DTYPES
 from fastdraft.optim import FlatAdamW
-from fastdraft.run import known_work, predict, read_draft
+from fastdraft.run.finished import read_draft
+from fastdraft.run.plan import known_work, predict
 from fastdraft.target.source import InProcess
 from fastdraft.train import train
 
@@ -244,7 +244,7 @@ def _train_with_a_slow_rank(config) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ahead, "__next__", slow)
-        patch.setattr(a_run, "peak_flops", lambda device: 1e9)
+        patch.setattr("fastdraft.run.plan.peak_flops", lambda device: 1e9)
         train(config)
 
 
@@ -263,7 +263,7 @@ def test_work_is_counted_by_hand(make_config, monkeypatch):
     """Tokens times the target's weights but for its ends, and trained tokens times a draft step."""
     config = make_config()
     assert known_work(config, torch.device("cpu")) is None  # nobody knows a CPU's peak
-    monkeypatch.setattr(a_run, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("fastdraft.run.plan.peak_flops", lambda device: 1e12)
     work = known_work(config, torch.device("cpu"))
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32  # q, k and v, o, MLP, two norms of the tiny target
     assert work.target_flops == 2 * (8 * layer + 32) and work.peak == 1e12

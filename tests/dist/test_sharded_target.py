@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastdraft.batch import Batch
 from fastdraft.dist import mesh
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.run import capture_features, choose_holders, evaluate_run, export_run
+from fastdraft.run.features import capture_features
+from fastdraft.run.finished import evaluate_run, export_run
+from fastdraft.run.inputs import choose_holders
 from fastdraft.target.hf import load_target
 from fastdraft.target.identity import target_fingerprint
 from fastdraft.target.sharded import Piece, own_rows

@@ -26,7 +26,8 @@ from tiny import make_tokenizer, save_target, write_chats
 
 from fastdraft.batch import Batch
 from fastdraft.config import Config, parse_config
-from fastdraft.run import draft_shape, open_source
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.inputs import open_source
 from fastdraft.train import train
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3 import propose as propose_module
-from fastdraft.run import export_run
+from fastdraft.run.finished import export_run
 from fastdraft.serving.engines import Run, run_engine
 from fastdraft.serving.export import load_draft
 from fastdraft.serving.parity import Parity, diagnose

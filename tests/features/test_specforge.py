@@ -18,7 +18,10 @@ from fastdraft.batch import Batch
 from fastdraft.data.loader import Loader
 from fastdraft.data.vocab import read_vocab_mapping
 from fastdraft.features.store import list_shards
-from fastdraft.run import draft_shape, import_specforge, load_data, open_run
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.features import import_specforge
+from fastdraft.run.finished import open_run
+from fastdraft.run.inputs import load_data
 from fastdraft.target.hf import Target, load_target
 from fastdraft.target.specforge import DOCUMENTS
 from fastdraft.train import train

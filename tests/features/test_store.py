@@ -28,7 +28,10 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import ttt_engine_step
 from fastdraft.model.eagle3.ref import ttt_ref_step
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.run import capture_features, draft_shape, evaluate_run, load_data, open_source, open_target
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.features import capture_features
+from fastdraft.run.finished import evaluate_run
+from fastdraft.run.inputs import load_data, open_source, open_target
 from fastdraft.target import capture as capture_module
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import target_fingerprint
@@ -132,7 +135,7 @@ def test_offline_equals_online(make_config, store, tmp_path, monkeypatch):
     offline = make_config(max_steps=16, run_dir=str(tmp_path / "offline"), **{"features.path": str(store)})
     train(online)
     tokens = count_target(monkeypatch)
-    monkeypatch.setattr("fastdraft.run.load_target", None)
+    monkeypatch.setattr("fastdraft.run.inputs.load_target", None)
     train(offline)
     assert tokens == []
     ours, theirs = losses(offline.run_dir), losses(online.run_dir)
@@ -318,7 +321,7 @@ def test_a_repeated_document_is_stored_once(make_config, chats, tmp_path):
 def test_the_plan_is_what_is_written(tree, tmp_path, store, capsys, monkeypatch):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.setattr(sys, "argv", ["fastdraft", "features", "capture", str(tmp_path / "run.yaml"), "new", "--plan"])
-    monkeypatch.setattr("fastdraft.run.open_target", None)
+    monkeypatch.setattr("fastdraft.run.inputs.load_target", None)
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr().out
@@ -349,7 +352,7 @@ def test_a_part_needs_room_for_its_own_shards(make_config, store, tmp_path, monk
 @pytest.mark.parametrize("plan_only", [True, False])
 def test_a_disk_too_small_is_refused(make_config, tmp_path, monkeypatch, plan_only):
     monkeypatch.setattr("fastdraft.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000})())
-    monkeypatch.setattr("fastdraft.run.open_target", None)
+    monkeypatch.setattr("fastdraft.run.inputs.load_target", None)
     with pytest.raises(ValueError, match=r"the feature store needs .* GiB at .*store, which has .* GiB free"):
         capture_features(make_config(), tmp_path / "store", plan_only=plan_only)
     assert not (tmp_path / "store").exists()

@@ -11,7 +11,8 @@ from small_runs import losses
 
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
-from fastdraft.run import capture_features, load_data
+from fastdraft.run.features import capture_features
+from fastdraft.run.inputs import load_data
 from fastdraft.train import train
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"

@@ -9,7 +9,7 @@ import torch
 from tiny import save_target
 
 from fastdraft.data.prepare import prepare
-from fastdraft.run import load_data
+from fastdraft.run.inputs import load_data
 from fastdraft.target.hf import load_target, load_tokenizer
 from fastdraft.target.identity import stop_ids
 

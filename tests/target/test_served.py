@@ -19,7 +19,10 @@ from tiny import refusal, save_target
 
 from fastdraft.batch import Batch
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.run import draft_shape, evaluate_run, export_run, name_run_dtypes, open_source
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.dtypes import name_run_dtypes
+from fastdraft.run.finished import evaluate_run, export_run
+from fastdraft.run.inputs import open_source
 from fastdraft.target.served.connector import fastdraft_handover as handover
 from fastdraft.train import train
 
@@ -164,7 +167,8 @@ def test_capture_fills_a_store_that_trains_as_the_server_does(served, server, fa
 def test_evaluate_and_export_load_no_layer_of_the_target(served, server, tmp_path, monkeypatch, fastdraft, target_dir):
     config = served()
     train(config)
-    monkeypatch.setattr("fastdraft.run.load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    for module in ("inputs", "finished"):
+        monkeypatch.setattr(f"fastdraft.run.{module}.load_target", lambda *_, **__: pytest.fail("the target was loaded"))
     run_dir = Path(config.run_dir)
     found = evaluate_run(run_dir, "last", None, 1, 8, DecodeSettings())
     assert found.held_out.overall.tau_sim == pytest.approx(losses(run_dir)[-1]["eval/tau_sim"], rel=1e-6)

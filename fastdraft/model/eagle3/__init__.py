@@ -6,18 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import Group, TargetHead
+from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.kernels.rms_norm import MAX_HIDDEN
 from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
+from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.graph_engine import GraphEngine
-from fastdraft.model.eagle3.propose import DraftState
+from fastdraft.model.eagle3.propose import BatchState, DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
-from fastdraft.model.method import Method, StepWeights
+from fastdraft.model.method import Method
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -30,7 +32,7 @@ def build_step(
     device: torch.device,
     tensor: Group | None = None,
     sequence: Group | None = None,
-) -> GraphEngine | ReferenceEngine:
+) -> TTTEngine | ReferenceEngine:
     """The fused step, or the reference where a config asks for it; that one knows of no other process. ValueError: a norm
     is too wide for its kernel."""
     width = 3 * draft.config.target_hidden_size
@@ -41,15 +43,23 @@ def build_step(
         )
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
+    depth = sampled_depth(config)
     if config.step == "reference":
-        return ReferenceEngine(*args)
-    return GraphEngine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
+        return ReferenceEngine(*args, depth)
+    engine = GraphEngine if device.type == "cuda" else TTTEngine  # only a GPU has graphs to record
+    return engine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence, depth)
+
+
+def sampled_depth(config: Config) -> SampledDepth | None:
+    return None if config.sampled_depth == 1 else SampledDepth(config.sampled_depth, config.seed)
 
 
 def step_weights(config: Config, shape: DraftConfig) -> StepWeights:
-    """Step i weighs step_decay ** i; the sum is divided by the live rows of step 0."""
+    """Step i weighs step_decay ** i; the sum is divided by the live rows of step 0, which no draw leaves out."""
     steps = torch.arange(config.ttt_length, dtype=torch.float64)
-    return StepWeights(config.loss.step_decay**steps, (steps == 0).double())
+    depth = sampled_depth(config)
+    drawn = torch.ones_like(steps) if depth is None else torch.from_numpy(depth.shares(config.ttt_length))
+    return StepWeights(config.loss.step_decay**steps, (steps == 0).double(), drawn)
 
 
 def check_config(config: Config) -> None:
@@ -65,8 +75,9 @@ METHOD = Method(
     build_step=build_step,
     fit=fit,
     step_cost=step_cost,
-    pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.ttt_length),
+    pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.ttt_length, config.sampled_depth),
     drafter=lambda draft, head, capacity: DraftState(draft, capacity),  # it has a head of its own
+    batch_drafter=lambda draft, head, batch, capacity: BatchState(draft, batch, capacity),
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,
@@ -77,4 +88,5 @@ METHOD = Method(
     part=part,
     cut=cut_draft,
     check_cut=check_cut,
+    cost_options=lambda config: {"sampled_depth": config.sampled_depth},
 )

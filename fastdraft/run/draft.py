@@ -1,0 +1,93 @@
+"""The draft that a run trains, and the step that trains it: its shape, its first weights, what it takes from the target."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from datasets import Dataset
+from pydantic import BaseModel
+from torch import nn
+
+from fastdraft.batch import Ends
+from fastdraft.config import Config, read_yaml
+from fastdraft.data.vocab import token_counts
+from fastdraft.dist import mesh
+from fastdraft.model.method import DraftStep, Method
+from fastdraft.model.methods import method_of, named_method
+from fastdraft.model.target_config import language_config
+from fastdraft.target.hf import Target, load_target_config, load_tokenizer
+
+
+def draft_shape(config: Config) -> BaseModel:
+    """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
+    if config.draft.init_from is not None:
+        return _init_from(config).config
+    method = checked_method(config)
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    changes = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
+    if method.from_tokenizer is not None:
+        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        changes = method.from_tokenizer(tokenizer, language_config(facts).get("vocab_size") or 0) | changes
+    return method.shape.from_target(facts, **changes)
+
+
+def checked_method(config: Config) -> Method:
+    """The config's method. Raises ValueError for a name that is none, and for settings that it does not have."""
+    method = named_method(config.draft.method)
+    method.check_config(config)
+    return method
+
+
+def _init_from(config: Config) -> nn.Module:
+    if config.draft.config or config.draft.overrides or config.draft.vocab_map:
+        raise ValueError(
+            "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
+            "draft.vocab_map"
+        )
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    return checked_method(config).load(config.draft.init_from, facts)
+
+
+def new_draft(config: Config) -> nn.Module:
+    """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
+    if config.draft.init_from is not None:
+        return _init_from(config).float()
+    draft = named_method(config.draft.method).draft(draft_shape(config))
+    draft.init_weights(draft.config.initializer_range, torch.Generator().manual_seed(config.seed))
+    return draft
+
+
+def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train_set: Dataset) -> list[str]:
+    """Sets what a new draft takes from the target and the data, and says what it was."""
+    return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
+
+
+def check_layout(config: Config, shape: BaseModel) -> None:
+    """Raises ValueError, naming the setting, where processes cannot share a step as `dist` asks."""
+    settings = {"dist.tensor": config.dist.tensor, "dist.sequence": config.dist.sequence}
+    asked = " and ".join(f"{name}={size}" for name, size in settings.items() if size > 1)
+    if not asked:
+        return
+    method = method_of(shape)
+    if method.check_cut is None:
+        raise ValueError(f"{asked}: the step of draft.method={config.draft.method} runs in one process; set them to 1")
+    if config.step == "reference":
+        raise ValueError(f"{asked}: step=reference runs in one process; set step=fused")
+    if config.features.mode == "cache":
+        raise ValueError(
+            f"{asked}: each of the processes that share a step would fill the cache with the same documents; capture them "
+            "first (fastdraft features capture) and set features.mode=read"
+        )
+    if config.features.on_bad_shard == "skip":
+        raise ValueError(
+            f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
+            "can, and those that share a step need the same ones; set features.on_bad_shard=error"
+        )
+    method.check_cut(shape, config.dist.tensor)
+
+
+def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:
+    """With `shared`, the step that the processes of the tensor and sequence axes do together."""
+    groups = (mesh.axis("tensor"), mesh.axis("sequence")) if shared else ()
+    return method_of(draft).build_step(config, draft, target.head, target.device, *groups)

@@ -1,0 +1,244 @@
+"""A run that was trained, read from its folder: its draft, its evaluation, its export."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from fastdraft import checkpoint
+from fastdraft.config import Config, FeaturesConfig, without_removed
+from fastdraft.data.loader import eval_batches
+from fastdraft.data.prepare import read_template
+from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.decode import BATCH_SIZE
+from fastdraft.dist import mesh
+from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
+from fastdraft.model.methods import method_of, named_method
+from fastdraft.model.precision import bf16_is_slow, speed
+from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.target_config import read_target_config
+from fastdraft.run.draft import make_step
+from fastdraft.run.dtypes import compute_dtype, name_dtypes, saved_dtypes, target_dtype
+from fastdraft.run.inputs import choose_holders, load_data, open_source
+from fastdraft.run.plan import own_dtype
+from fastdraft.serving.export import export_draft, verify
+from fastdraft.target.hf import Target, load_target, load_tokenizer
+from fastdraft.target.identity import target_fingerprint
+from fastdraft.target.served.ends import FILES, load_ends
+
+
+def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Module]:
+    """A run's config, its target, and its draft from checkpoint `which` (best, last or a step), ready to decode.
+
+    A target that was run in bf16 has the same weights here. On a CPU where bf16 is slow they are computed with in fp32.
+    ValueError when servers ran the target: then it may not fit here, or be another in its last bits.
+    """
+    saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        raise ValueError(f"{saved.path} was trained on what servers gave, and their target is not loaded into this process")
+    config = saved_config(saved)
+    device = mesh.start_process(config.device)
+    config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    holders, _ = choose_holders(config, device)
+    target = load_target(
+        config.target.path,
+        target_dtype(config, device),
+        device,
+        draft.config.layers,
+        config.target.trust_remote_code,
+        run_in=torch.float32 if bf16_is_slow(device) else None,
+        holders=holders,
+    )
+    refuse_other_target(saved, target_fingerprint(target), config)
+    draft.take_from_target(target.embedding)
+    return config, target, draft.to(device)
+
+
+def was_served(saved: checkpoint.Saved) -> bool:
+    """Whether servers ran the target of a checkpoint's features, those of a store included."""
+    return saved.state["target"].startswith(FILES)
+
+
+def saved_config(saved: checkpoint.Saved) -> Config:
+    """A checkpoint's settings. Those that are new since it was written have their defaults."""
+    return Config.model_validate(without_removed(saved.state["config"]))
+
+
+def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, nn.Module]:
+    """The draft of a run's checkpoint; where best or last is damaged, of the newest one that is not, with a warning."""
+    paths = checkpoint.checkpoints_of_run(run_dir, which)
+    for path, following in zip(paths, [*paths[1:], None], strict=True):
+        try:
+            saved = checkpoint.read_state(path)
+            method = named_method(saved_config(saved).draft.method)
+            draft = method.draft(method.shape.model_validate(saved.state["draft"]))
+            parameters = list(draft.trainable().values())
+            sizes = [p.numel() for p in parameters]
+            tensors = {"master": torch.empty(sum(sizes))} | draft.frozen()
+            checkpoint.load_tensors(saved, tensors)
+        except checkpoint.Unreadable as error:
+            if following is None:
+                raise
+            warnings.warn(f"{error}; {following.name} is used instead", stacklevel=2)
+            continue
+        for p, values in zip(parameters, tensors["master"].split(sizes), strict=True):
+            p.data.copy_(values.view_as(p))
+        return saved, draft
+    raise AssertionError("a run has a checkpoint or checkpoints_of_run raises")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`held_out` is None when the run has no held-out data, `decode` when no prompts were given."""
+
+    checkpoint: str
+    held_out: TauReport | None
+    decode: DecodeReport | None
+
+
+def evaluate_run(
+    run_dir: Path,
+    which: str,
+    prompts: Path | None,
+    max_prompts: int,
+    max_new_tokens: int,
+    settings: DecodeSettings,
+    say: Callable[[str], None] = lambda line: None,
+    urls: Sequence[str] = (),  # servers of the target, where they are others than the run's
+    own_steps: bool = False,  # draft as many steps as the draft's method serves, and not settings.num_steps
+    batch_size: int = BATCH_SIZE,  # prompts decoded at once
+) -> Evaluation:
+    """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
+
+    `say` is told why prompts are decoded one at a time, where the target or the method cannot decode several together.
+
+    Target and draft are computed in the run's dtypes. On a CPU where bf16 is slow their bf16 weights are computed with in
+    fp32, and `say` is told. Where servers ran the target, they or the run's store give the held-out features, and
+    decoding is the engine's: ValueError for `prompts`.
+    """
+    saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        if prompts is not None:
+            raise ValueError(
+                f"{run_dir} was trained on what servers gave, and their target is not loaded into this process to decode "
+                "with; export the draft and let the engine decode: `fastdraft check --checkpoint OUT --target DIR --engine "
+                "vllm --engine-alone --prompts FILE`, or `fastdraft bench serve` against a server that has the draft"
+            )
+        return Evaluation(f"{run_dir} ({which})", evaluate_served(saved, draft, say, urls), None)
+    if urls:
+        raise ValueError(f"--url names servers of the target, and {run_dir} was trained with its target in the process")
+    config, target, draft = open_run(run_dir, which)
+    if own_steps:
+        settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
+    draft.to(compute_dtype(config, target.device))
+    in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
+    if in_bf16 and bf16_is_slow(target.device):
+        say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(target.device)}")
+        draft.float()
+        config = config.model_copy(update={"precision": "fp32"})
+    ids = None
+    if prompts is not None:  # read before anything long: they may be bad
+        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
+        asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
+        ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
+    eval_set = load_data(config, draft.config.vocab_size).eval
+    held_out = decoded = None
+    if len(eval_set):
+        held_out = evaluate_held_out(config, target, draft, eval_set)
+    elif prompts is None:
+        raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
+    if ids is not None:
+        decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens, None, batch_size)
+        if decoded is not None and decoded.one_at_a_time is not None:
+            say(f"prompts were decoded one at a time: {decoded.one_at_a_time}")
+    return Evaluation(f"{run_dir} ({which})", held_out, decoded)
+
+
+def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set: Dataset) -> TauReport:
+    """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype. Processes share the packs."""
+    rank, world = mesh.rank(), mesh.world()
+    batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
+    step = make_step(config, draft, target)
+
+    def reduce(sums: Tensor) -> Tensor:
+        target.meet()
+        return mesh.axis("replicas").sum_(sums)
+
+    return evaluate_tau(
+        lambda batch: step.rows(batch, target.capture(batch.to(target.device))),
+        itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
+        method_of(draft).num_steps(config, draft.config),
+        reduce=reduce,
+    )
+
+
+def evaluate_served(
+    saved: checkpoint.Saved, draft: nn.Module, say: Callable[[str], None], urls: Sequence[str] = ()
+) -> TauReport:
+    """`evaluate_held_out` of a run whose target servers run: features come from them, or from the run's store."""
+    config = saved_config(saved)
+    device = mesh.start_process(config.device)
+    config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    if urls:
+        target = config.target.model_copy(update={"url": list(urls)})
+        config = config.model_copy(update={"target": target, "features": FeaturesConfig()})
+    if compute_dtype(config, device) == torch.bfloat16 and bf16_is_slow(device):
+        say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(device)}")
+        config = config.model_copy(update={"precision": "fp32"})
+    eval_set = load_data(config, draft.config.vocab_size).eval
+    if not len(eval_set):
+        raise ValueError(f"{saved.path} is of a run without held-out data; give the run an eval_fraction above 0")
+    source = open_source(config, draft.config.layers, device, [eval_set])
+    try:
+        for line in source.notes:
+            say(line)
+        refuse_other_target(saved, source.ends.fingerprint, config)
+        draft.take_from_target(source.ends.embedding)
+        step = make_step(config, draft.to(device, compute_dtype(config, device)), source.ends)
+        batches = list(itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs))
+        source.expect(batches)
+        return evaluate_tau(
+            lambda batch: step.rows(*source.capture(batch)), batches, method_of(draft).num_steps(config, draft.config)
+        )
+    finally:
+        source.close()
+
+
+def refuse_other_target(saved: checkpoint.Saved, fingerprint: str, config: Config) -> None:
+    if fingerprint != saved.state["target"]:
+        raise ValueError(f"checkpoint {saved.path} was trained for another target than {config.target.path} now holds")
+
+
+def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
+    """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done.
+
+    The dtype is the one that the target's config.json names, whatever training ran the target in.
+    """
+    saved, draft = read_draft(run_dir, which)
+    if was_served(saved):
+        config = saved_config(saved)
+        device = mesh.start_process(config.device)
+        config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+        target = load_ends(config.target.path, target_dtype(config, device), device, config.target.trust_remote_code).ends
+        refuse_other_target(saved, target.fingerprint, config)
+        draft.take_from_target(target.embedding)
+    else:
+        config, target, draft = open_run(run_dir, which)
+    if not mesh.is_rank_0():  # it holds a part of the target, of which the draft takes what every process has
+        return []
+    target_dir = Path(cached_file(config.target.path, "config.json")).parent
+    dtype = own_dtype(read_target_config(target_dir)) or target.dtype
+    export_draft(draft, out, dtype, overwrite)
+    findings = verify(out, target_dir)
+    if findings.errors:
+        raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
+    return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]

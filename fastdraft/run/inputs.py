@@ -1,0 +1,164 @@
+"""What a run reads: its documents, its target, and where the target's features come from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import Dataset
+
+from fastdraft.config import Config, asks_servers
+from fastdraft.data.prepare import Prepared, prepare
+from fastdraft.data.samples import longest_sample
+from fastdraft.data.stream import open_stream
+from fastdraft.dist import fleet, mesh
+from fastdraft.features.meta import COMPARED, Meta, refuse_other
+from fastdraft.features.store import Store
+from fastdraft.files import GIB
+from fastdraft.model.precision import DTYPES, bf16_is_slow
+from fastdraft.run.dtypes import target_dtype
+from fastdraft.run.plan import check_target, fleet_planner, refuse_too_long
+from fastdraft.target.cached import StoreCache
+from fastdraft.target.hf import Target, load_target, load_tokenizer
+from fastdraft.target.identity import begin_store, expected_meta, stop_ids, target_fingerprint
+from fastdraft.target.served.ends import load_ends
+from fastdraft.target.served.source import ServedSource, Wanted
+from fastdraft.target.source import InProcess, Source, ends_of
+from fastdraft.target.stored import StoreReader, check_documents
+
+
+def load_data(config: Config, vocab_size: int) -> Prepared:
+    """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
+
+    With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions.
+    """
+    check_target(config)
+    target = config.target.path, config.target.trust_remote_code
+    tokenizer, stops = load_tokenizer(*target), stop_ids(*target)
+    if config.data.streaming:
+        return open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share())
+    data = prepare(config.data, tokenizer, vocab_size, stops)
+    longest = max(map(longest_sample, (data.train, data.eval)))
+    refuse_too_long(config, longest, f"a document has {longest} tokens")
+    return data
+
+
+def open_target(
+    config: Config,
+    layers: tuple[int, ...],
+    device: torch.device,
+    holders: mesh.Axis | None = None,  # `choose_holders`; None: it is whole here
+    sequence: mesh.Axis | None = None,  # who share a pack's tokens; None: each process has packs of its own
+) -> Target:
+    dtype, path = target_dtype(config, device), config.target.path
+    more = {"holders": holders, "sequence": sequence}
+    return load_target(path, dtype, device, layers, config.target.trust_remote_code, **more)
+
+
+def choose_holders(config: Config, device: torch.device) -> tuple[mesh.Axis | None, list[str]]:
+    """The processes that hold the target together with this one (None: it holds it alone), and what to tell the user.
+
+    All processes call it, and rank 0 chooses.
+    `auto` shards a target that does not fit on a GPU beside the draft's training, as far as `fleet_plan` tells. A host's
+    GPUs share it if they can hold it, because their links are fast; otherwise those of several hosts do.
+    """
+    if mesh.world() == 1 or config.dist.target == "replicated" or (config.dist.target == "auto" and device.type == "cpu"):
+        return None, []
+    size, told = mesh.from_rank_0(_choose_holders(config, device) if mesh.is_rank_0() else None)
+    return mesh.holders(size) if size > 1 else None, told
+
+
+def _choose_holders(config: Config, device: torch.device) -> tuple[int, list[str]]:
+    host, auto = mesh.host_size(), config.dist.target == "auto"
+    choices = list(fleet.holder_choices(mesh.world(), host))
+    if device.type == "cpu":  # of its memory nothing is known; processes of one host share it anyway
+        return choices[0], [_sharded_line(choices[0])]
+    gpu_gib = torch.cuda.get_device_properties(device).total_memory / GIB
+    planned = fleet_planner(config, fleet.Hardware(gpu_gib=gpu_gib, host=host))
+    axes = (mesh.world(), config.dist.sequence, config.dist.tensor)
+    whole = planned(fleet.Layout(*axes, 1))
+    if auto and whole.fits:
+        return 1, []
+    fitting = [n for n in choices if planned(fleet.Layout(*axes, n)).fits]
+    told = [_sharded_line((fitting or choices[-1:])[0])]
+    if auto:
+        told[0] += f"; whole it would need {whole.memory_bytes / GIB:.0f} of the {gpu_gib:.0f} GiB of a GPU"
+    if not fitting:
+        need = planned(fleet.Layout(*axes, choices[-1])).memory_bytes / GIB
+        told.append(f"by prediction it does not fit even so, with {need:.0f} GiB a GPU: see --plan --world {mesh.world()}")
+    return (fitting or choices[-1:])[0], told
+
+
+def _sharded_line(holders: int) -> str:
+    return f"the target is sharded: each of {holders} processes holds 1/{holders} of every layer"
+
+
+def open_source(
+    config: Config,
+    layers: tuple[int, ...],
+    device: torch.device,
+    sets: list[Dataset],
+    halo: int = 0,  # rows behind its own that a process needs of a pack whose tokens it shares
+) -> Source:
+    """Where the features of a run come from. A store is checked against the run: ValueError names each field that differs.
+
+    On a CPU where bf16 is slow a store's bf16 numbers are widened to fp32, which loses nothing.
+    """
+    if asks_servers(config):
+        return open_served(config, layers, device)
+    if config.features.path is None:
+        holders, told = choose_holders(config, device)
+        target = open_target(config, layers, device, holders, mesh.axis("sequence"))
+        source = InProcess(target, halo)
+        source.notes = told + source.notes
+        return source
+    folder = Path(config.features.path)
+    wanted = run_meta(config, layers)
+    if config.features.mode == "cache":
+        holders, told = choose_holders(config, device)
+        target = open_target(config, layers, device, holders)
+        fingerprint = target_fingerprint(target) if target.holders.size > 1 else None  # they take it together
+        if mesh.is_rank_0():
+            begin_store(folder, wanted, ends_of(target, fingerprint))
+        mesh.barrier()
+        cache = StoreCache(target, Store(folder), int(config.features.max_gib * GIB), mesh.rank(), mesh.world())
+        cache.notes = told + cache.notes
+        mesh.barrier()  # nobody writes before all have counted
+        return cache
+    store = Store(folder)
+    refuse_other(folder, store.meta, wanted, COMPARED)
+    notes = check_documents(store, [x for x in sets if len(x)], config.features.on_bad_shard)
+    dtype = torch.float32 if bf16_is_slow(device) else DTYPES[store.meta.target_dtype]
+    reader = StoreReader(store, device, config.features.on_bad_shard, dtype)
+    reader.notes += notes
+    return reader
+
+
+def open_served(config: Config, layers: tuple[int, ...], device: torch.device, widened: bool = True) -> ServedSource:
+    """The servers of target.url, compared with the files of target.path and proven. ValueError where one cannot be used.
+
+    Where bf16 is slow on this CPU, features are `widened` to fp32, in which training computes faster.
+    """
+    dtype = torch.float32 if widened and bf16_is_slow(device) else target_dtype(config, device)
+    meta = run_meta(config, layers)
+    ends = load_ends(config.target.path, dtype, device, config.target.trust_remote_code)
+    wanted = Wanted(
+        weights=meta.weights,
+        config=meta.config,
+        layers=layers,
+        num_layers=ends.num_layers,
+        hidden_size=ends.ends.hidden_size,
+        dtype=config.target.dtype,
+        max_length=config.data.max_length,
+    )
+    return ServedSource(config.target.url, ends, wanted, first=mesh.rank(), timeout_s=config.target.timeout_s)
+
+
+def run_meta(config: Config, layers: tuple[int, ...], dtype: Literal["auto", "fp8"] = "auto") -> Meta:
+    """What a store for this run says of the target, as far as files and a config of `name_dtypes` tell. `dtype` is that of
+    its rows, auto what the target runs in."""
+    assert config.target.dtype != "auto"
+    meta = expected_meta(config.target.path, config.target.trust_remote_code, layers, config.target.dtype)
+    return replace(meta, dtype="fp8") if dtype == "fp8" else meta

@@ -1,0 +1,198 @@
+"""What a run will need, and whether its target can be trained for, as its config and the target's config.json tell."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel
+from rich.console import Console
+from torch import Tensor
+
+from fastdraft.config import Config, asks_servers, reads_store
+from fastdraft.cost import Plan, peak_flops, plan, render
+from fastdraft.dist import fleet, mesh
+from fastdraft.files import GIB
+from fastdraft.model.method import Row
+from fastdraft.model.methods import named_method
+from fastdraft.model.precision import DTYPES, bf16_is_slow, pick_dtype
+from fastdraft.model.target_config import language_config, longest_context, named_dtype
+from fastdraft.run.draft import check_layout, draft_shape
+from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
+from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, target_sizes
+
+
+def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a target's config.json names, if it does. ValueError for one that no draft is served in."""
+    named = named_dtype(language_config(facts))
+    dtype = getattr(torch, named) if named else None
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(
+            f"the target's config.json names the dtype {named}, in which no draft is served; write what its layers compute "
+            "in: bfloat16, float16 or float32"
+        )
+    return dtype
+
+
+def check_target(config: Config) -> None:
+    """Raises ValueError, from the target's config.json alone, where its draft could not be exported, or where a stream may
+    bring documents that are longer than it has positions."""
+    own_dtype(load_target_config(config.target.path, config.target.trust_remote_code))
+    if config.data.streaming:
+        refuse_too_long(config, config.data.max_length, "a stream may bring documents as long as that")
+
+
+def refuse_too_long(config: Config, longest: int, documents: str) -> None:
+    """ValueError where the target has fewer positions than `longest`: learned ones end there, and RoPE goes on into angles
+    that the target never saw."""
+    most = longest_context(language_config(load_target_config(config.target.path, config.target.trust_remote_code)))
+    if most is not None and longest > most:
+        raise ValueError(
+            f"data.max_length is {config.data.max_length}, and the target has {most} positions (max_position_embeddings in "
+            f"its config.json), while {documents}: set data.max_length={most} or less, which cuts longer documents, or, if "
+            "the target was extended, raise max_position_embeddings to what it was extended to"
+        )
+
+
+def target_parameters(config: Config) -> int:
+    return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
+
+
+def predict(config: Config, device: torch.device) -> Plan:
+    """What a run will need. Reads the target's config.json, not its weights."""
+    check_target(config)
+    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    widened = (reads_store(config) or asks_servers(config)) and bf16_is_slow(device)
+    return plan(
+        draft_shape(config),
+        target_params=count_target_parameters(facts),
+        target_dtype=torch.float32 if widened else target_dtype(config, device),
+        pack_tokens=config.data.pack_tokens,
+        ttt_length=config.ttt_length,
+        precision="fp8" if config.precision == "fp8" else pick_dtype(config.precision, device),
+        document_tokens=config.data.max_length,
+        keep=config.checkpoint.keep,
+        loss=config.loss.kind,
+        step=config.step,
+        chunk_rows=config.chunk_rows,
+        device=device.type,
+        stored=reads_store(config) or asks_servers(config),
+        export_dtype=own_dtype(facts),
+        cache_bytes=int((config.features.max_gib or 0) * GIB),
+        options=named_method(config.draft.method).cost_options(config),
+        replicas=max(1, mesh.world() // config.dist.tensor),
+    )
+
+
+def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.Layout], fleet.FleetPlan]:
+    """`fleet_plan` of a config as a function of the layout; GPUs are planned for, whatever this machine has."""
+    device = torch.device("cuda")
+    shape, method = draft_shape(config), named_method(config.draft.method)
+    target = target_sizes(load_target_config(config.target.path, config.target.trust_remote_code))
+    precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
+
+    def step_cost(part: BaseModel, tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+        return method.step_cost(
+            part,
+            pack_tokens=tokens,
+            document_tokens=min(config.data.max_length, tokens),
+            ttt_length=config.ttt_length,
+            precision=precision,
+            target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
+            loss=config.loss.kind,
+            step=config.step,
+            chunk_rows=config.chunk_rows,
+            device=device.type,
+            **method.cost_options(config),
+        )
+
+    return lambda layout: fleet.fleet_plan(
+        layout,
+        hardware,
+        target,
+        shape,
+        step_cost,
+        pack_tokens=config.data.pack_tokens,
+        document_tokens=config.data.max_length,
+        run_tokens=RUN_TOKENS,
+        packs_per_step=config.optim.packs_per_step,
+        sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
+        target_bytes=4 if config.target.dtype == "fp32" else 2,
+        draft_bytes=4 if precision == "fp32" else 2,
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training step computes, and what its GPU could: for the share of it that is used (MFU)."""
+
+    target_flops: int  # of a packed token
+    draft_flops: int  # of a packed token that is trained on
+    peak: float  # FLOP/s of one GPU
+
+    def flops(
+        self,
+        tokens: int,
+        sums: Tensor,  # [5, T] of `Rows.sums`
+    ) -> float:
+        """Those of `tokens`, of which the sums say how many were trained on. What the draft does for the others (fc, keys
+        and values) is not counted, nor the target's attention."""
+        return tokens * self.target_flops + float(sums[4, 0]) * self.draft_flops
+
+
+def known_work(config: Config, device: torch.device) -> Work | None:
+    """None where it is not known: on a CPU, on a GPU that is not in `PEAK_FLOPS`, and for a target with experts, of which
+    some run."""
+    peak = peak_flops(device)
+    facts = language_config(load_target_config(config.target.path, config.target.trust_remote_code))
+    if peak is None or any("expert" in name and value for name, value in facts.items()):
+        return None
+    predicted, shape = predict(config, device), draft_shape(config)
+    forward = 0 if reads_store(config) or asks_servers(config) else 2 * predicted.target_params
+    # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
+    ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
+    return Work(max(0, forward - 2 * ends), predicted.flops_per_token - forward, peak)
+
+
+def print_plan(config: Config, console: Console) -> None:
+    """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too. No document is read."""
+    device = mesh.planned_device(config.device)
+    config, told = name_run_dtypes(config, device, plans=True)
+    if device.type == "cpu" or torch.cuda.is_available():
+        check_precision(config, device)
+    check_layout(config, draft_shape(config))
+    predicted = predict(config, device)
+    try:
+        refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
+    except ValueError as warning:
+        told.append(str(warning))
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+    for line in told:
+        console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"# predicted for one {device.type} device and the {config.step} step")
+    render(predicted, console)
+
+
+def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, console: Console) -> None:
+    """What one GPU of `world` needs in the config's layout, and in every other one. ValueError where that layout divides
+    processes, packs or heads unevenly."""
+    check_target(config)
+    planned = fleet_planner(config, hardware)
+    axes = (world, config.dist.sequence, config.dist.tensor)
+    choices = {
+        "replicated": [1],
+        "sharded": list(fleet.holder_choices(world, hardware.host)) or [1],
+        "auto": [1, *fleet.holder_choices(world, hardware.host)],
+    }
+    plans = [planned(fleet.Layout(*axes, n)) for n in choices[config.dist.target]]
+    chosen = next((p for p in plans if p.fits), plans[-1])
+    others = []
+    for layout in fleet.layouts(world, hardware.host):
+        with contextlib.suppress(ValueError):  # it does not divide this run
+            others.append(planned(layout))
+    fleet.render_fleet(chosen, others, hardware, console)
