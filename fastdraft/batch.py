@@ -204,16 +204,27 @@ class Rows:
 
 
 class StepWeights(NamedTuple):
-    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i."""
+    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i.
+
+    Where a training step draws the rows that it has, with a probability `drawn`, they weigh weight_i / drawn_i there.
+    """
 
     weight: Tensor  # [T] float64
     normaliser: Tensor  # [T] float64
+    drawn: Tensor  # [T] float64, in (0, 1]
 
     def count(
         self,
         live: Tensor,  # [T] float64, live rows of each step
     ) -> Tensor:  # scalar
         return (live * self.normaliser.to(live.device)).sum()
+
+
+class UnderWay(Protocol):
+    """Something that processes have begun to do together."""
+
+    def wait(self) -> None:
+        """Nothing that follows, here or on a GPU's stream, runs before it is done."""
 
 
 class Group(Protocol):
@@ -228,6 +239,9 @@ class Group(Protocol):
     def sum_(self, x: Tensor) -> Tensor:
         """All processes' tensors added up, in place."""
 
+    def start_sum(self, x: Tensor) -> UnderWay:
+        """Begins `sum_`: until `wait` of what is returned x may not be touched."""
+
     def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
         """All processes' tensors [n, ...], one under the other."""
 
@@ -239,12 +253,18 @@ class Group(Protocol):
 
 
 class Alone:
-    """A process without others: each call gives back what it was given."""
+    """A process without others: each call gives back what it was given, and nothing is waited for."""
 
     rank, size = 0, 1
 
     def sum_(self, x: Tensor) -> Tensor:
         return x
+
+    def start_sum(self, x: Tensor) -> Alone:
+        return self
+
+    def wait(self) -> None:
+        pass
 
     def gather(self, x: Tensor) -> Tensor:
         return x

@@ -137,8 +137,8 @@ REFUSED = {
     "draft.overrides.markov_rnk=4": "draft setting 'markov_rnk' does not exist; the nearest is 'markov_rank'",
     "draft.overrides.draft_vocab_size=64": "a DSpark draft has no draft_vocab_size",
     "draft.overrides.mask_token_id=2": "mask_token_id 2 is the target's eos and pad token",
-    "block.loss=kl": "block.loss kl is of another method, not of DSpark",
-    "block.dpace_alpha=0.2": "block.dpace_alpha 0.2 is of another method, not of DSpark",
+    "block.loss=kl": "block.loss is DFlash and DFlash2's, and draft.method is dspark",
+    "block.dpace_alpha=0.2": "block.dpace_alpha is DFlash and DFlash2's",
     "block={ce_weight: 0, l1_weight: 0}": "block.ce_weight and block.l1_weight are both 0",
     "block.confidence_weight=0": "block.confidence_weight",
     "loss.kind=lk_alpha": "the section loss is EAGLE-3's; a DSpark draft's loss is in the section block",
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
 
 def test_dsparks_settings_are_not_dflashs(run_yaml, fastdraft):
     line = refusal(fastdraft("train", run_yaml, "draft={method: dflash}", "block.ce_weight=0.3"))
-    assert "block.ce_weight 0.3 is of another method, not of DFlash" in line
+    assert "block.ce_weight is DSpark's, and draft.method is dflash" in line
 
 
 # --- verification: a fault of an export is named -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Everything runs over gloo on the CPU. The processes are forked with the law at h
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 
 import pytest
 import torch
@@ -19,9 +19,10 @@ from fastdraft.dist import mesh
 from fastdraft.dist.tensor import Parts
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.chunks import deal_chains
+from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
-from fastdraft.model.eagle3.ref import ttt_ref_step
+from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def _few_layouts(world, law, kind) -> None:
             _one_layout(ON_GPUS, loss, 20, rows, grads, (loss, sequence, tensor), device, torch.float32)
 
 
-def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU, dtype=torch.float64) -> None:
+def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU, dtype=torch.float64, depth=None) -> None:
     tensor, sequence, data = (mesh.axis(name) for name in ("tensor", "sequence", "data"))
     draft = make_draft(changes)
     shapes = {name: p.shape for name, p in draft.trainable().items()}
@@ -153,7 +154,8 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU
     head = make_head()
     head = replace(head, weight=head.weight.to(device, dtype), bias=head.bias.to(device, dtype))
     weights = decay().to(device, dtype)
-    engine = TTTEngine(draft, head, weights, *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence)
+    engine = TTTEngine(draft, head, weights, *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence, depth=depth)
+    engine.begin(7)
     grads = flat_gradients(draft.trainable())
     for k, (batch, features) in enumerate(make_packs()):
         if k % data.size != data.rank:
@@ -164,13 +166,79 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU
             features = own_features(features, share)
             assert len(features.g) == len(share.rows) and len(features.f) == len(share.rows_and_halo)
         rows = engine.step(batch, features, grads)
-        if k == 0:
+        if k == 0 and depth is None:
             assert all(map(torch.equal, astuple(rows), astuple(engine.rows(batch, features)))), what
         for ours, theirs in zip(astuple(rows), astuple(rows_law[k]), strict=True):
             assert_close(sequence.sum_(ours.to(dtype)), theirs.double(), what)
     for name, grad in grads.items():
         theirs = grads_law[name][part(name, shapes[name], tensor.rank, tensor.size)]
         assert_close(mesh.axis("replicas").sum_(grad), theirs, (*what, name))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A group that remembers how many of its sums are under way whenever one begins."""
+
+    axis: mesh.Axis
+    under_way: list[int]
+    most: list[int]
+
+    def __getattr__(self, name: str):
+        return getattr(self.axis, name)
+
+    def start_sum(self, x: torch.Tensor):
+        self.under_way.append(0)
+        self.most.append(len(self.under_way))
+        work = self.axis.start_sum(x)
+
+        class Handle:
+            def wait(_) -> None:
+                self.under_way.pop()
+                work.wait()
+
+        return Handle()
+
+
+def test_one_chunk_computes_while_the_sum_of_another_is_on_its_way():
+    assert by_ranks(2, _in_turns) == [0] * 2
+
+
+def _in_turns() -> None:
+    mesh.start_process("cpu")
+    mesh.lay_out(tensor=2)
+    batch, features = make_packs()[0]
+    for chunk_rows, at_once in ((4, [1, 2]), (1000, [1])):
+        draft = make_draft({})
+        cut_draft(draft, mesh.rank(), 2)
+        group = Recorded(mesh.axis("tensor"), [], [])
+        engine = TTTEngine(draft.double(), make_head(), decay(), chunk_rows=chunk_rows, tensor=group)
+        engine.step(batch, features, flat_gradients(draft.trainable()))
+        assert sorted(set(group.most)) == at_once and not group.under_way
+        assert len(engine.lanes) == 2 and bool(engine.lanes[1].held) is (chunk_rows == 4)
+
+
+def test_every_layout_draws_the_depths_of_one_process():
+    """A third of the live rows and more is left out, on every process the same, and the gradients are those of one."""
+    law = law_of_drawn()
+    assert 0 < sum(rows.live.sum() for rows in law[0]) < 0.7 * sum(rows.live.sum() for rows in law_of({}, ("kl",))[0])
+    assert by_ranks(4, _drawn_layouts, law) == [0] * 4
+
+
+DEPTH = SampledDepth(0.5, seed=11)
+
+
+def law_of_drawn() -> tuple[list[Rows], dict[str, torch.Tensor]]:
+    draft = make_draft({})
+    engine, grads = ReferenceEngine(draft, make_head(), decay(), depth=DEPTH), flat_gradients(draft.trainable())
+    engine.begin(7)
+    return [engine.step(*pack, grads) for pack in make_packs()], grads
+
+
+def _drawn_layouts(law) -> None:
+    mesh.start_process("cpu")
+    for sequence, tensor in ((2, 2), (4, 1), (1, 4), (1, 1)):
+        mesh.lay_out(sequence, tensor)
+        _one_layout({}, ("kl",), 20, *law, ("drawn", sequence, tensor), depth=DEPTH)
 
 
 def test_chains_stay_with_their_tokens_unless_that_is_uneven():

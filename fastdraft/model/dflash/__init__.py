@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fastdraft.batch import StepWeights, TargetHead
+from fastdraft.batch import Batch, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
 from fastdraft.model.dflash.cost import pair_cost, step_cost
@@ -16,8 +16,9 @@ from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, refuse_head
 from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
+from fastdraft.model.dflash.mixer import Mixer
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
-from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
+from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
@@ -36,7 +37,8 @@ def block_loss(config: Config, shape: DFlashConfig) -> BlockLoss:
 def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
     loss = block_loss(config, shape)
     weights, normaliser = loss.weights(shape.num_drafted), loss.normaliser(shape.num_drafted)
-    return StepWeights(*(torch.tensor(x, dtype=torch.float64) for x in (weights, normaliser)))
+    every_row = [1.0] * shape.num_drafted
+    return StepWeights(*(torch.tensor(x, dtype=torch.float64) for x in (weights, normaliser, every_row)))
 
 
 def build_step(
@@ -52,44 +54,51 @@ def make_block_step(
     loss: StepLoss,
     row_losses: RowLosses,
     head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead],
+    mixer: Mixer | None = None,
 ) -> BlockEngine | BlockReferenceEngine:
     """The fused engine, or the reference where a config asks for it. Each process runs it alone: the axes of a run that
     divides a step are of one process here, since `check_cut` is not there to let them be of more."""
     refuse_head(head, draft.config.title)
-    draw = partial(_draw, config.block.anchors, config.seed)
+    draw = anchors_of(config)
     if config.step == "reference":
         return BlockReferenceEngine(draft, head, loss, draw, row_losses)
-    return BlockEngine(draft, head, loss, draw, config.chunk_rows, head_type)
+    return BlockEngine(draft, head, loss, draw, config.chunk_rows, head_type, mixer)
 
 
-def _draw(limit, seed, batch, step):
-    return draw_anchors(batch, limit, seed, step)
+def anchors_of(config: Config) -> Callable[[Batch, int], Tensor]:
+    """Draws a run's anchors of a batch at a step."""
+    return lambda batch, step: draw_anchors(batch, config.block.anchors, config.seed, step)
 
 
-def check_config(config: Config) -> None:
-    """Raises ValueError for settings that a DFlash draft does not read, or cannot have."""
-    check_block_config(config, DFlashConfig.title, {"loss", "dpace_alpha", "lk_scale", "lk_decay"})
+# Settings of the section block that not all methods with this backbone have, and whose they are.
+HARD_OR_SOFT = (DFlashConfig.title, "DFlash2")
+OWNERS = {
+    **dict.fromkeys(("loss", "dpace_alpha", "lk_scale", "lk_decay"), HARD_OR_SOFT),
+    **dict.fromkeys(("ce_weight", "l1_weight", "confidence_weight"), ("DSpark",)),
+    "selector_alpha": ("DFlash2",),
+}
 
 
-def check_block_config(
-    config: Config,
-    title: str,
-    own: set[str],  # settings of the section block, beside those of all methods with blocks
-) -> None:
-    """Raises ValueError for settings that are another method's, or that no method with blocks can have."""
-    fields = type(config).model_fields
+def check_config(config: Config, title: str = DFlashConfig.title) -> None:
+    """Raises ValueError for settings that a draft of the method with this title does not read, or cannot have."""
+    fields, block = type(config).model_fields, config.block
+    for name, owners in OWNERS.items():
+        if title not in owners and getattr(block, name) != type(block).model_fields[name].default:
+            whose = " and ".join(owners)
+            raise ValueError(f"block.{name} is {whose}'s, and draft.method is {config.draft.method}; take it out")
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"
+        )
+    if config.sampled_depth != 1:
+        raise ValueError(
+            f"sampled_depth {config.sampled_depth} is EAGLE-3's, whose chains run step after step; a {title} draft fills "
+            "its blocks at once: take it out"
         )
     if config.loss != fields["loss"].default:
         raise ValueError(f"the section loss is EAGLE-3's; a {title} draft's loss is in the section block: take loss out")
     if config.precision == "fp8":
         raise ValueError(f"precision: fp8 is not made for {title} drafts; set precision=bf16")
-    for name, field in type(config.block).model_fields.items():
-        value = getattr(config.block, name)
-        if name not in own | {"anchors", "gamma"} and value != field.default:
-            raise ValueError(f"block.{name} {value} is of another method, not of {title}; take it out")
 
 
 METHOD = Method(
@@ -102,6 +111,7 @@ METHOD = Method(
     step_cost=step_cost,
     pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.block.anchors),
     drafter=BlockDrafter,
+    batch_drafter=BatchBlockDrafter,
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,

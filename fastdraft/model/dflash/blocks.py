@@ -19,11 +19,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from fastdraft.batch import Batch, to_device
 from fastdraft.model.dflash.config import DFlashConfig
+from fastdraft.model.draws import document_generator
 
 
 def draw_anchors(
@@ -40,10 +40,7 @@ def draw_anchors(
         inside = mask[part]
         places = 1 + (inside[1:-1] & inside[2:]).nonzero()[0]
         if len(places) > limit:
-            digest = xxhash.xxh3_64(f"{seed} {step}".encode())
-            digest.update(np.ascontiguousarray(ids[part]))
-            digest.update(np.ascontiguousarray(inside))
-            chosen = np.random.Generator(np.random.PCG64(digest.intdigest()))
+            chosen = document_generator(ids[part], inside, seed, step)
             places = np.sort(chosen.choice(places, limit, replace=False, shuffle=False))
         found.append(begin + places)
         begin += length

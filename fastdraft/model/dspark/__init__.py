@@ -20,7 +20,7 @@ from fastdraft.model.dspark.draft import DSparkDraft
 from fastdraft.model.dspark.head import DSparkHead
 from fastdraft.model.dspark.loss import DSparkLoss
 from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
-from fastdraft.model.dspark.propose import MarkovDrafter
+from fastdraft.model.dspark.propose import BatchMarkovDrafter, MarkovDrafter
 from fastdraft.model.dspark.ref import dspark_losses_ref
 from fastdraft.model.dspark.serving import DSPARK
 from fastdraft.model.method import Readings
@@ -37,7 +37,7 @@ def dspark_loss(config: Config, shape: DSparkConfig) -> DSparkLoss:
 
 def step_weights(config: Config, shape: DSparkConfig) -> StepWeights:
     weights = torch.tensor(dspark_loss(config, shape).weights(shape.num_drafted), dtype=torch.float64)
-    return StepWeights(weights, weights)
+    return StepWeights(weights, weights, torch.ones_like(weights))
 
 
 def build_step(
@@ -48,7 +48,7 @@ def build_step(
 
 def check_config(config: Config) -> None:
     """Raises ValueError for settings that a DSpark draft does not read, or cannot have."""
-    dflash.check_block_config(config, DSparkConfig.title, {"ce_weight", "l1_weight", "confidence_weight"})
+    dflash.check_config(config, DSparkConfig.title)
     if config.block.ce_weight == config.block.l1_weight == 0:
         raise ValueError("block.ce_weight and block.l1_weight are both 0, so nothing says what to draft; give one of them")
 
@@ -60,6 +60,7 @@ METHOD = dflash.METHOD._replace(
     architecture=ARCHITECTURE,
     build_step=build_step,
     drafter=MarkovDrafter,
+    batch_drafter=BatchMarkovDrafter,
     load=partial(load_draft, written=DSPARK),
     verify=partial(verify, written=DSPARK),
     init_config=partial(init_config, shape=DSparkConfig),

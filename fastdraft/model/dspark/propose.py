@@ -4,7 +4,7 @@ Slot k draws x_{n+1+k} from softmax(head(h_k) + W2 W1[token of slot k - 1]); bef
 token's distribution is the one that it was drawn from, given the drafted tokens before it, so speculative sampling down the
 chain leaves the target's distribution as it is.
 
-# m drafted tokens, H hidden, V vocabulary
+# S sequences, m drafted tokens, H hidden, V vocabulary
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdraft.model.dflash.propose import BlockDrafter
-from fastdraft.model.proposal import DecodeSettings, Proposal, probabilities
+from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter
+from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
 
 
 class MarkovDrafter(BlockDrafter):
@@ -30,8 +30,34 @@ class MarkovDrafter(BlockDrafter):
             logits = self.draft.logits(state, previous, self.head)  # [1, V]
             if samples:
                 drawn_from.append(probabilities(logits, settings))
-                previous = torch.multinomial(drawn_from[-1], 1, generator=generator)[:, 0]
+                previous = draw(drawn_from[-1], generator)
             else:
                 previous = logits.argmax(-1)
             tokens.append(previous)
         return Proposal(torch.cat(tokens), list(range(len(states))), torch.cat(drawn_from) if samples else None)
+
+
+class BatchMarkovDrafter(BatchBlockDrafter):
+    """`MarkovDrafter` of S sequences."""
+
+    def draw(
+        self,
+        states: Tensor,  # [S, m, H] of the slots that draft
+        roots: Tensor,  # [S] int64
+        depths: list[int],
+        settings: DecodeSettings,
+        generators: list[torch.Generator],
+    ) -> Proposals:
+        tokens, drawn_from, previous = [], [], roots
+        samples = settings.temperature > 0 and settings.sample_draft
+        for slot, state in enumerate(states.unbind(1)):
+            logits = self.draft.logits(state, previous, self.head)  # [S, V]
+            if samples:
+                drawn_from.append(probabilities(logits, settings))
+                counts = [int(slot < depth) for depth in depths]
+                previous = draw_each(drawn_from[-1][:, None], generators, counts)[:, 0]
+            else:
+                previous = logits.argmax(-1)
+            tokens.append(previous)
+        parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
+        return Proposals(torch.stack(tokens, 1), parents, depths, torch.stack(drawn_from, 1) if samples else None)
