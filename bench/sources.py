@@ -25,9 +25,10 @@ ENGINE = [
     "csrc/*",
     *(
         f"fastdraft/model/eagle3/{name}.py"
-        for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory", "shard")
+        for name in ("attention", "chunks", "depth", "draft", "engine", "graph_engine", "memory", "shard")
     ),
     "fastdraft/model/buffers.py",
+    "fastdraft/model/draws.py",
     "fastdraft/model/graph.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",

@@ -204,10 +204,14 @@ class Rows:
 
 
 class StepWeights(NamedTuple):
-    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i."""
+    """How a method weighs the steps of `Rows`: sum_i loss_i * weight_i is divided by sum_i live_i * normaliser_i.
+
+    Where a training step draws the rows that it has, with a probability `drawn`, they weigh weight_i / drawn_i there.
+    """
 
     weight: Tensor  # [T] float64
     normaliser: Tensor  # [T] float64
+    drawn: Tensor  # [T] float64, in (0, 1]
 
     def count(
         self,

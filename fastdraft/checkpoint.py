@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastdraft.dist.mesh import barrier, from_all, from_rank_0, host, is_rank_0, rank, world
+from fastdraft.dist.mesh import barrier, count, from_all, from_rank_0, host, is_rank_0, rank, world
 from fastdraft.files import file_checksum, json_checksum, write_file
 
 T = TypeVar("T")
@@ -119,9 +119,18 @@ def _write(folder: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
         mine = "*"
     else:
         own = {name: x for name, x in tensors.items() if is_rank_0() or isinstance(x, DTensor)}
-        dcp.save(own, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        dcp.save(own, storage_writer=_Writer(str(folder), save_distributed=True))
         mine = f"shard-{rank() + 1:05d}-*"  # DCP's name for it
     return {path.name: file_checksum(path) for path in sorted(folder.glob(mine))}
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """DCP's processes wait for each other where this program does not see it: each says here that its part is written."""
+
+    def write_data(self, *args: Any, **more: Any) -> Any:
+        written = super().write_data(*args, **more)
+        count("parts of checkpoints written")
+        return written
 
 
 def _publish(aside: Path, final: Path, state: dict[str, Any], files: list[dict[str, str]], keep: int) -> None:

@@ -121,6 +121,10 @@ class DistConfig(Section):
     # replicated: every GPU holds the whole target; sharded: each 1/n of every layer; auto: sharded where it does not fit
     target: Literal["auto", "replicated", "sharded"] = "auto"
     silent_s: float = Field(40.0, ge=5)  # seconds without a sign of life of a process, after which all others end
+    # seconds that a living process may take for a piece of work (a pack's forward, a step of the draft), or five times as
+    # long as ever before, until all end; the first two of a kind have timeout_s
+    stuck_s: float = Field(60.0, ge=5)
+    disk_s: float = Field(600.0, ge=5)  # the same for a checkpoint to be written and data or features to be read
     timeout_s: float = Field(1800.0, gt=0)  # seconds that processes wait for one that lives and does not come
 
 
@@ -140,6 +144,9 @@ class Config(Section):
     dist: DistConfig = DistConfig()
     run_dir: str = "runs/eagle3"
     ttt_length: int = Field(7, ge=1, le=12)
+    # a chain that ran a step is trained on the next one with this probability, and that step's loss weighs as much more, so
+    # the expected gradient is that of all steps, for less work; 1: every chain runs all ttt_length steps
+    sampled_depth: float = Field(1.0, ge=0.1, le=1)
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
     step: Literal["fused", "reference"] = "fused"  # reference: the same step in plain PyTorch, slow and easy to read
@@ -149,12 +156,21 @@ class Config(Section):
     # fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights; data.seed is that of the order
+    seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights and what a step draws; data.seed is the order's
 
     @model_validator(mode="after")
     def _fp8_is_the_fused_steps(self) -> Config:
         if self.precision == "fp8" and self.step == "reference":
             raise ValueError("precision: fp8 is the fused step's; set step=fused or precision=bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _one_step_has_no_depth(self) -> Config:
+        if self.sampled_depth < 1 and self.ttt_length == 1:
+            raise ValueError(
+                f"sampled_depth {self.sampled_depth} leaves out later steps of a chain, and ttt_length 1 has none; take it "
+                "out, or raise ttt_length"
+            )
         return self
 
     @model_validator(mode="after")

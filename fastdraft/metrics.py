@@ -4,8 +4,8 @@ A line of metrics.jsonl is {"step": optimizer steps done, "time": unix seconds, 
 the progress line and the report know, each also with "eval/" before it for held-out data:
 
     loss           mean loss of step 0's live rows and, weighed by loss.step_decay^i, of the later steps'
-    a0, a1, ...    acceptance of TTT step i, 0..1
-    tau_sim        simulated accepted length, tokens per target forward
+    a0, a1, ...    acceptance of TTT step i, 0..1, over the rows trained on; left out where there was none
+    tau_sim        simulated accepted length, tokens per target forward, of the steps before the first without a row
     tokens_per_s   packed training tokens per second
     data_wait      share of the time that training waited for its packs, 0..1
     lr, grad_norm  learning rate; gradient norm before clipping

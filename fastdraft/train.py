@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdraft import checkpoint
-from fastdraft.batch import Batch, Features, PackShare, StepWeights, own_features, tau_sim
+from fastdraft.batch import Batch, Features, PackShare, Rows, StepWeights, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
@@ -43,6 +43,7 @@ from fastdraft.run.finished import saved_config
 from fastdraft.run.inputs import load_data, open_source
 from fastdraft.run.plan import known_work, target_parameters
 from fastdraft.target.served.ends import FILES
+from fastdraft.target.source import InProcess
 
 # settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
 # path) what they name is compared itself
@@ -52,7 +53,10 @@ FREE_ON_RESUME = (
 )
 
 # settings that may differ between the hosts of a run: where each of them keeps something, and for how long it waits
-FREE_BETWEEN_HOSTS = ("target.path", "data.cache_dir", "data.num_workers", "dist.silent_s", "dist.timeout_s")
+FREE_BETWEEN_HOSTS = (
+    *("target.path", "data.cache_dir", "data.num_workers"),
+    *("dist.silent_s", "dist.stuck_s", "dist.disk_s", "dist.timeout_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,18 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     trainer = make_step(config, draft, source.ends, shared=tensor.size * sequence.size > 1)
     work = known_work(config, device)
 
+    here = isinstance(source, InProcess)
+    seconds_of_capture = config.dist.stuck_s if here else max(config.dist.disk_s, config.target.timeout_s)
+
     def capture(batch: Batch) -> tuple[Batch, Features]:
         """The batch and what this process needs of its features: all, where it shares its packs with no other."""
+        mesh.begin("running the target over a pack" if here else "reading a pack's features", seconds_of_capture)
         batch, features = source.capture(batch)
         share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=len(weights.weight))
         return batch, features if share.size == 1 or source.gives_share else own_features(features, share)
 
     def save(step: int) -> None:
+        mesh.begin("writing a checkpoint", config.dist.disk_s)
         source.flush()
         tensors = run_tensors(optimizer, draft, window)
         free_disk(run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
@@ -140,8 +149,14 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
 
     def held_out() -> dict[str, float]:
         batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
+
+        def step_rows(batch: Batch) -> Rows:
+            captured = capture(batch)
+            mesh.begin("evaluating a pack", config.dist.stuck_s)
+            return trainer.rows(*captured)
+
         report = evaluate_tau(
-            lambda batch: trainer.rows(*capture(batch)),
+            step_rows,
             itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
             len(weights.weight),
             reduce=add_up,
@@ -150,6 +165,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
 
     def evaluate(step: int, saved: int) -> int:  # the step of the newest checkpoint
         values = held_out()
+        mesh.begin("writing down what an evaluation gave", config.dist.disk_s)
         if checkpoint.beats_best(run_dir, values["eval/tau_sim"]):
             if saved != step:
                 save(step)
@@ -185,6 +201,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             )
             for line in messages:
                 metrics.say(line)
+        stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
         recent: list[Recent] = []  # the steps since the last look at the device
         saved = first_step
         if first_step and hold_out_after(first_step) and not was_evaluated(run_dir, first_step):
@@ -192,12 +209,14 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         clock = time.perf_counter()
 
         for step in range(first_step + 1, total_steps + 1):
+            mesh.begin("reading data", config.dist.disk_s)
             batches = next(ahead)
             step_sums = torch.zeros_like(window["sums"])
             trainer.begin(step)
             for batch in batches:
                 # The target needs no weight of the draft: its first forward hides what the processes still send each other.
                 batch, features = capture(batch)
+                mesh.begin("taking a training step of the draft", config.dist.stuck_s)
                 finish_step()
                 step_sums += trainer.step(batch, features, optimizer.grads).sums()
                 step_sums[0].masked_fill_(~all_finite(features), torch.nan)
@@ -214,9 +233,11 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
                 optimizer.waited += time.perf_counter() - met
             if look or hold_out or keep or stopping:
+                mesh.begin("reading the numbers of its steps from its device", config.dist.stuck_s)
                 finish_step()
                 refuse_nan(recent, run_dir, rank)
             if look:
+                mesh.begin("writing metrics", config.dist.disk_s)
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 waited = mesh.from_all(optimizer.clock())
                 if metrics:
@@ -382,14 +403,19 @@ class Recent:
 
 
 def train_values(sums: Tensor, weights: StepWeights) -> dict[str, float]:
-    """The weighted loss divided as the optimizer divides it, per-step acceptance and tau_sim from summed rows [5, T]."""
+    """The weighted loss divided as the optimizer divides it, per-step acceptance and tau_sim from summed rows [5, T].
+
+    The rows are those that were trained on. Where they are drawn, the loss is the estimate that the gradient is of, and an
+    acceptance is the mean of a step's drawn rows; a step without any is left out, and tau_sim ends before it.
+    """
     loss, acceptance, hits, live, masked_in = sums.cpu()
     alphas = acceptance / live.clamp_min(1)
+    known = int((live > 0).cumprod(0).sum())  # steps before the first of which there was no row
     count = weights.count(live)
-    mean = float((loss * weights.weight).sum() / count) if count else 0.0
-    values = {"loss": mean, "tau_sim": tau_sim(alphas)}
+    mean = float((loss * weights.weight / weights.drawn).sum() / count) if count else 0.0
+    values = {"loss": mean, "tau_sim": tau_sim(alphas[:known])}
     values["top1"] = float(hits[0] / masked_in[0].clamp_min(1))
-    return values | {f"a{i}": float(a) for i, a in enumerate(alphas)}
+    return values | {f"a{i}": float(a) for i, a in enumerate(alphas) if live[i]}
 
 
 def of_several(tokens_per_s: float, waited: list[float]) -> dict[str, float]:

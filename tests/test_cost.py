@@ -390,6 +390,18 @@ def test_the_peak_of_a_run_on_the_cpu_is_predicted(step, rel, make_config, tmp_p
     assert measured == pytest.approx(expected, rel=rel)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sampled_depth_counts_the_share_of_each_step(device):
+    def work(steps: int, p: float) -> list[int]:
+        common = dict(target_params=0, target_dtype=torch.bfloat16, pack_tokens=300, step="fused", device=device)
+        predicted = plan(config(), ttt_length=steps, options={"sampled_depth": p}, **common)
+        return [row.size for row in predicted.flops[1:]]
+
+    upto = torch.tensor([work(steps, 1.0) for steps in (1, 2, 3)], dtype=torch.float64)
+    law = upto[0] + 0.5 * (upto[1] - upto[0]) + 0.25 * (upto[2] - upto[1])
+    torch.testing.assert_close(torch.tensor(work(3, 0.5), dtype=torch.float64), law, rtol=1e-3, atol=0)
+
+
 def test_fp8_is_predicted_for_no_cpu():
     with pytest.raises(ValueError, match=r"precision: fp8 is for GPUs, a run on the CPU refuses it; set precision=bf16"):
         fused_plan(config(), 64, 2, 8, BF16, BF16, precision="fp8", device="cpu")

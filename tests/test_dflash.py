@@ -140,6 +140,7 @@ REFUSED = {
     "draft.overrides.labels=left": "labels: ",
     "draft.overrides.sliding_window=64": "a window needs a sliding_attention layer",
     "ttt_length=3": "ttt_length 3 is EAGLE-3's",
+    "sampled_depth=0.8": "sampled_depth 0.8 is EAGLE-3's",
     "loss.kind=lk_alpha": "the section loss is EAGLE-3's",
     "draft.vocab_map=x.pt": "a DFlash draft has the target's",
     "block.anchors=0": "block.anchors",

@@ -141,7 +141,7 @@ LINEAR = Method(
     load=load,
     verify=verify,
     init_config=lambda target: yaml.safe_dump(LinearShape.from_target(read_target_config(target)).model_dump(mode="json")),
-    step_weights=lambda config, shape: StepWeights(torch.ones(1), torch.ones(1)),
+    step_weights=lambda config, shape: StepWeights(torch.ones(1), torch.ones(1), torch.ones(1)),
     check_config=lambda config: None,
     engine_names={},
 )

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard
 
-from fastdraft.dist.watch import BEAT_S, Member, Watch
+from fastdraft.dist.watch import BEAT_S, Member, Progress, Watch
 from fastdraft.files import json_checksum
 
 T = TypeVar("T")
@@ -37,6 +37,19 @@ T = TypeVar("T")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 AxisName = Literal["data", "sequence", "tensor", "replicas"]
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A collective that was begun."""
+
+    work: dist.Work
+    those: str  # who take part
+
+    def wait(self) -> None:
+        """A host waits here until it is done, a GPU's stream alone from here on."""
+        with _progress.meeting(self.those):
+            self.work.wait()
 
 
 @dataclass(frozen=True)
@@ -49,39 +62,40 @@ class Axis:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None  # None: this process is alone
+    name: str = "all"  # of these processes, for whoever looks at how far each has come
 
     def sum_(self, x: Tensor) -> Tensor:
         """Adds up all processes' tensors, in place."""
         if self.group is not None:
-            _meet()
-            dist.all_reduce(x, group=self.group)
+            with _progress.meeting(self.name):
+                dist.all_reduce(x, group=self.group)
         return x
 
     def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
         """All processes' tensors [n, ...] of the same shape, one under the other, in the order of their ranks."""
         if self.group is None:
             return x
-        _meet()
         whole = x.new_empty(self.size * len(x), *x.shape[1:])
-        _all_gather(whole, x.contiguous(), group=self.group)
+        with _progress.meeting(self.name):
+            _all_gather(whole, x.contiguous(), group=self.group)
         return whole
 
     def sum_scatter(self, x: Tensor) -> Tensor:  # [n / size, ...]
         """This process's part, along the first dimension, of the sum of all processes' tensors [n, ...]."""
         if self.group is None:
             return x
-        _meet()
         part = x.new_empty(len(x) // self.size, *x.shape[1:])
-        _reduce_scatter(part, x.contiguous(), group=self.group)
+        with _progress.meeting(self.name):
+            _reduce_scatter(part, x.contiguous(), group=self.group)
         return part
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers. Their hosts meet here, no GPU is waited for."""
         if self.group is None:
             return number
-        _meet()
         of_all = torch.tensor(number)
-        dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
+        with _progress.meeting(self.name):
+            dist.all_reduce(of_all, dist.ReduceOp.MAX, group=self.group)
         return int(of_all)
 
     def exchange(self, x: Tensor, sends: Sequence[int], gets: Sequence[int]) -> Tensor:  # [sum of gets, ...]
@@ -89,24 +103,22 @@ class Axis:
         sent to this one."""
         if self.group is None:
             return x
-        _meet()
         got = x.new_empty(sum(gets), *x.shape[1:])
-        dist.all_to_all_single(got, x.contiguous(), list(gets), list(sends), group=self.group)
+        with _progress.meeting(self.name):
+            dist.all_to_all_single(got, x.contiguous(), list(gets), list(sends), group=self.group)
         return got
 
-    def start_sum(self, x: Tensor) -> dist.Work:
+    def start_sum(self, x: Tensor) -> UnderWay:
         """Begins `sum_` of several processes; `wait` of what is returned makes it true."""
-        _meet()
-        return dist.all_reduce(x, group=self.group, async_op=True)
+        return UnderWay(dist.all_reduce(x, group=self.group, async_op=True), self.name)
 
     def start_sum_scatter(
         self,
         x: Tensor,  # [size * n]
         part: Tensor,  # [n]
-    ) -> dist.Work:
+    ) -> UnderWay:
         """Begins `sum_scatter` of several processes into `part`; `wait` of what is returned makes it true."""
-        _meet()
-        return _reduce_scatter(part, x, group=self.group, async_op=True)
+        return UnderWay(_reduce_scatter(part, x, group=self.group, async_op=True), self.name)
 
     def gather_into(
         self,
@@ -114,8 +126,8 @@ class Axis:
         x: Tensor,  # [n]
     ) -> None:
         """`gather` of several processes into memory that is there already."""
-        _meet()
-        _all_gather(whole, x, group=self.group)
+        with _progress.meeting(self.name):
+            _all_gather(whole, x, group=self.group)
 
     def slice_of(
         self,
@@ -134,8 +146,8 @@ class Axis:
 
 _axes: dict[AxisName, Axis] = {}  # of `lay_out`
 _holders: dict[int, Axis] = {}  # by their number
-_meetings = 0  # collectives that this process has taken part in
 _timeout = timedelta(minutes=30)  # of `start_process`
+_progress = Progress(_timeout.total_seconds())  # of this process, for `ending_together`
 
 
 def own_device(device: str) -> torch.device:
@@ -225,7 +237,7 @@ def lay_out(sequence: int = 1, tensor: int = 1) -> None:
         for ranks in groups.tolist():
             group = dist.new_group(ranks, timeout=_timeout) if len(ranks) > 1 else None
             if rank() in ranks:
-                _axes[name] = Axis(ranks.index(rank()), len(ranks), group)
+                _axes[name] = Axis(ranks.index(rank()), len(ranks), group, f"{name} of {ranks[0]}")
 
 
 def axis(name: AxisName) -> Axis:
@@ -252,7 +264,7 @@ def holders(size: int) -> Axis:
         for first in range(0, world(), size):
             group = dist.new_group(list(range(first, first + size)), timeout=_timeout) if size > 1 else None
             if first <= rank() < first + size:
-                _holders[size] = Axis(rank() - first, size, group)
+                _holders[size] = Axis(rank() - first, size, group, f"{size} holders of {first}")
     return _holders[size]
 
 
@@ -276,10 +288,12 @@ def ending_together(silent_s: float) -> Iterator[None]:
         return
     # A connection of its own: those of the process group are taken while they wait. A name of its own: torchrun keeps the
     # store when it starts the processes again.
+    global _progress
+    _progress = Progress(_timeout.total_seconds())
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     store = dist.PrefixStore(from_rank_0(f"fastdraft-{uuid.uuid4().hex}"), store)
-    watch = Watch(store, rank(), from_all(Member.here(host())), silent_s, lambda: _meetings, speaker())
+    watch = Watch(store, rank(), from_all(Member.here(host())), silent_s, _progress, speaker())
     watch.start()
     try:
         yield
@@ -300,6 +314,17 @@ def ending_together(silent_s: float) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
+
+
+def begin(work: str | None, least_s: float = 0.0) -> None:
+    """Says what this process turns to, in words that follow "has been". Within `ending_together`, work that takes much
+    longer than `least_s` and than what came before ends all processes (`Progress`). None: what follows is not timed."""
+    _progress.begin(work, least_s)
+
+
+def count(those: str) -> None:
+    """Says that this process has come further in something that others do, too, and which they do not meet in."""
+    _progress.count(those)
 
 
 def _tell_why(watch: Watch, error: BaseException) -> None:
@@ -359,11 +384,6 @@ def refuse_unlike(mine: Callable[[], dict[str, Any]]) -> None:
                 )
 
 
-def _meet() -> None:
-    global _meetings
-    _meetings += 1
-
-
 def host() -> str:
     """This machine's name, as messages give it."""
     return platform.node() or "an unnamed host"
@@ -376,15 +396,15 @@ def is_rank_0() -> bool:
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
-        _meet()
-        dist.barrier()
+        with _progress.meeting("all"):
+            dist.barrier()
 
 
 def all_sum(x: Tensor) -> Tensor:
     """Adds up all ranks' tensors, in place."""
     if dist.is_initialized():
-        _meet()
-        dist.all_reduce(x)
+        with _progress.meeting("all"):
+            dist.all_reduce(x)
     return x
 
 
@@ -392,9 +412,9 @@ def largest(number: int) -> int:
     """The largest of all ranks' numbers. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():
         return number
-    _meet()
     of_all = torch.tensor(number)
-    dist.all_reduce(of_all, dist.ReduceOp.MAX)
+    with _progress.meeting("all"):
+        dist.all_reduce(of_all, dist.ReduceOp.MAX)
     return int(of_all)
 
 
@@ -402,9 +422,9 @@ def from_all(thing: T) -> list[T]:  # by rank
     """What each process has: anything that can be pickled. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():
         return [thing]
-    _meet()
     things: list[T] = [thing] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
+    with _progress.meeting("all"):
+        dist.all_gather_object(things, thing)
     return things
 
 
@@ -412,7 +432,7 @@ def from_rank_0(thing: T) -> T:
     """What rank 0 has: anything that can be pickled. The others' argument is not looked at."""
     if not dist.is_initialized():
         return thing
-    _meet()
     things = [thing]
-    dist.broadcast_object_list(things, src=0)
+    with _progress.meeting("all"):
+        dist.broadcast_object_list(things, src=0)
     return things[0]

@@ -7,24 +7,31 @@ gives a sign of life every second to the store where the processes met, and thre
     a process of this machine that is gone      within seconds
     a process that gives no sign of life        after `silent_s`: it is stopped, or its machine is gone
     a store that does not answer                after `silent_s`
+    an own piece of work that does not end      after what `Progress` allows: it loops for ever, or its file system hangs
 
 Each process looks at the sign of the next rank only, and at one message for all, so that a store serves many thousands.
+That it does not get on is what a process says of itself, since its threads run beside a training that is stuck. While it
+waits for others its time stands still. While one of those with whom it shares work has come less far it says nothing, for
+a GPU's queue that is full of work with others keeps the host outside any call that is known to wait.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Protocol
 
 BEAT_S = 1.0  # seconds between two signs of life
 GRACE_S = 5.0  # for the training to end by itself once something was heard
+LONGER = 5  # times as long as ever before may a piece of work take
 FAILED = "failed"  # the message's key
 
 
@@ -67,6 +74,66 @@ class Member:
         return None if letter in "ZX" else letter
 
 
+@dataclass
+class Progress:
+    """What this process is at, as its main thread says. The watch's threads read it.
+
+    A piece of work may take `least_s`, or LONGER times as long as the longest before that was given the same `least_s`,
+    whichever is more: packs and machines differ. The first two of each name may take `first_s`: kernels are compiled in the
+    first, and on a GPU the second waits for what the first has queued. The first is no measure for later ones.
+    """
+
+    first_s: float
+    name: str | None = None  # of the piece of work; None: it is not timed
+    least_s: float = 0.0
+    moves: int = 0  # goes up whenever this process gets on
+    waiting: int = 0  # calls under way in which it waits for others
+    counts: dict[str, int] = field(default_factory=dict)  # how much was done with others, by the name of those who do it
+
+    def __post_init__(self) -> None:
+        self._began = self._waited = 0.0
+        self._times: dict[str, int] = {}  # how often a piece of each name was begun
+        self._longest: dict[float, float] = {}  # seconds, by `least_s`
+
+    def begin(self, name: str | None, least_s: float = 0.0) -> None:
+        """The piece of work before has ended, and the next begins."""
+        now = time.monotonic()
+        if self.name is not None and self._times[self.name] > 1:
+            took = now - self._began - self._waited
+            self._longest[self.least_s] = max(took, self._longest.get(self.least_s, 0.0))
+        if name is not None:
+            self._times[name] = self._times.get(name, 0) + 1
+        self._began, self._waited = now, 0.0
+        self.name, self.least_s = name, least_s
+        self.moves += 1
+
+    def allowed_s(self) -> float:
+        """For the piece of work that is under way."""
+        if self.name is None:
+            return math.inf
+        if self._times[self.name] <= 2:
+            return max(self.first_s, self.least_s)
+        return max(self.least_s, LONGER * self._longest.get(self.least_s, 0.0))
+
+    def count(self, those: str) -> None:
+        """Something more was done with others, or is about to be."""
+        self.counts[those] = self.counts.get(those, 0) + 1
+        self.moves += 1
+
+    @contextmanager
+    def meeting(self, those: str) -> Iterator[None]:
+        """Something is done with others here, who may be waited for."""
+        self.count(those)
+        began = time.monotonic()
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+            self._waited += time.monotonic() - began
+            self.moves += 1
+
+
 class Watch:
     """Signs of life of this process, and a look at the others', from `start` to `stop`."""
 
@@ -76,11 +143,12 @@ class Watch:
         rank: int,
         members: list[Member],  # by rank
         silent_s: float,
-        meetings: Callable[[], int],  # how often this process has met the others, for who comes last
+        progress: Progress,
         speaker: str,  # how this process names itself in a message
     ):
         self.store, self.rank, self.members, self.silent_s = store, rank, members, silent_s
-        self.meetings, self.speaker = meetings, speaker
+        self.progress, self.speaker = progress, speaker
+        self._main = threading.main_thread().ident
         self.heard: str | None = None  # the sentence of what has ended the run
         self._beats = 0
         self._stopped = threading.Event()
@@ -109,9 +177,10 @@ class Watch:
 
     def _give_signs(self) -> None:
         following, last, since = (self.rank + 1) % len(self.members), b"", 0
+        moves, got_on = -1, 0  # by beats, too: for a process that was stopped no time has passed
         while self.heard is None:
             try:
-                self.store.set(f"sign/{self.rank}", json.dumps([self._beats, self.meetings()]))
+                self.store.set(f"sign/{self.rank}", json.dumps([self._beats, dict(self.progress.counts)]))
                 if self.store.check([FAILED]):
                     self.heard = self.store.get(FAILED).decode()
                 gone = [other for other in self._near if self.members[other].state() is None]
@@ -125,6 +194,10 @@ class Watch:
                     last, since = sign, self._beats
                 elif self._beats - since > self.silent_s / BEAT_S:
                     self.heard = self.tell(self._silent(following))
+                if self.progress.waiting or self.progress.moves != moves:
+                    moves, got_on = self.progress.moves, self._beats
+                elif (self._beats - got_on) * BEAT_S > self.progress.allowed_s() and not self._waits_for_another():
+                    self.heard = self.tell(self._stuck((self._beats - got_on) * BEAT_S))
             except Exception as error:  # of whichever kind the store's library has
                 if not self._stopped.is_set():
                     self.heard = self._unreachable(str(error).splitlines()[0])
@@ -145,6 +218,12 @@ class Watch:
                 print(f"{self.speaker}: {self.sentence(self.heard)}", file=sys.stderr, flush=True)
                 os._exit(1)
 
+    def _waits_for_another(self) -> bool:
+        """Whether one of those who share work with this process has come less far in it."""
+        own = dict(self.progress.counts)
+        others = (json.loads(sign)[1] for sign in self.store.multi_get([f"sign/{r}" for r in range(len(self.members))]))
+        return any(theirs[those] < own[those] for theirs in others for those in own.keys() & theirs.keys())
+
     # --- sentences ---------------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -157,6 +236,14 @@ class Watch:
         return (
             f"another process of this run has ended or hangs: {self.named(rank)}, which gave no sign of life for "
             f"dist.silent_s={self.silent_s:g} s ({why})"
+        )
+
+    def _stuck(self, seconds: float) -> str:
+        frame = sys._current_frames().get(self._main)
+        where = f", in {frame.f_code.co_name} ({frame.f_code.co_filename}, line {frame.f_lineno})" if frame else ""
+        return (
+            f"a process of this run does not get on: {self.named(self.rank)}, which is alive and has been "
+            f"{self.progress.name} for {seconds:.0f} s{where}"
         )
 
     def _unreachable(self, error: str) -> str:
@@ -191,7 +278,7 @@ class Watch:
             return self.tell(
                 f"another process of this run has ended: {self.named(silent[0])}, which gives no sign of life any more"
             )
-        met = [json.loads(sign)[1] for sign in after]
+        met = [sum(json.loads(sign)[1].values()) for sign in after]
         last = min(range(len(met)), key=met.__getitem__)
         if "imed out" in str(error) and met[last] < max(met):
             return self.tell(

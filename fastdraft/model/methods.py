@@ -26,5 +26,5 @@ def named_method(name: str) -> Method:
 
 
 def method_of(draft: nn.Module | BaseModel) -> Method:
-    """The method of a draft or of a draft's shape."""
-    return next(method for method in METHODS.values() if isinstance(draft, (method.draft, method.shape)))
+    """The method of a draft or of a draft's shape, by their very types: those of one method may be another's with more."""
+    return next(method for method in METHODS.values() if type(draft) in (method.draft, method.shape))

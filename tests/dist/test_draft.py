@@ -19,9 +19,10 @@ from fastdraft.dist import mesh
 from fastdraft.dist.tensor import Parts
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.chunks import deal_chains
+from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
-from fastdraft.model.eagle3.ref import ttt_ref_step
+from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def _few_layouts(world, law, kind) -> None:
             _one_layout(ON_GPUS, loss, 20, rows, grads, (loss, sequence, tensor), device, torch.float32)
 
 
-def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU, dtype=torch.float64) -> None:
+def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU, dtype=torch.float64, depth=None) -> None:
     tensor, sequence, data = (mesh.axis(name) for name in ("tensor", "sequence", "data"))
     draft = make_draft(changes)
     shapes = {name: p.shape for name, p in draft.trainable().items()}
@@ -153,7 +154,8 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU
     head = make_head()
     head = replace(head, weight=head.weight.to(device, dtype), bias=head.bias.to(device, dtype))
     weights = decay().to(device, dtype)
-    engine = TTTEngine(draft, head, weights, *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence)
+    engine = TTTEngine(draft, head, weights, *loss, chunk_rows=chunk_rows, tensor=tensor, sequence=sequence, depth=depth)
+    engine.begin(7)
     grads = flat_gradients(draft.trainable())
     for k, (batch, features) in enumerate(make_packs()):
         if k % data.size != data.rank:
@@ -164,13 +166,37 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU
             features = own_features(features, share)
             assert len(features.g) == len(share.rows) and len(features.f) == len(share.rows_and_halo)
         rows = engine.step(batch, features, grads)
-        if k == 0:
+        if k == 0 and depth is None:
             assert all(map(torch.equal, astuple(rows), astuple(engine.rows(batch, features)))), what
         for ours, theirs in zip(astuple(rows), astuple(rows_law[k]), strict=True):
             assert_close(sequence.sum_(ours.to(dtype)), theirs.double(), what)
     for name, grad in grads.items():
         theirs = grads_law[name][part(name, shapes[name], tensor.rank, tensor.size)]
         assert_close(mesh.axis("replicas").sum_(grad), theirs, (*what, name))
+
+
+def test_every_layout_draws_the_depths_of_one_process():
+    """A third of the live rows and more is left out, on every process the same, and the gradients are those of one."""
+    law = law_of_drawn()
+    assert 0 < sum(rows.live.sum() for rows in law[0]) < 0.7 * sum(rows.live.sum() for rows in law_of({}, ("kl",))[0])
+    assert by_ranks(4, _drawn_layouts, law) == [0] * 4
+
+
+DEPTH = SampledDepth(0.5, seed=11)
+
+
+def law_of_drawn() -> tuple[list[Rows], dict[str, torch.Tensor]]:
+    draft = make_draft({})
+    engine, grads = ReferenceEngine(draft, make_head(), decay(), depth=DEPTH), flat_gradients(draft.trainable())
+    engine.begin(7)
+    return [engine.step(*pack, grads) for pack in make_packs()], grads
+
+
+def _drawn_layouts(law) -> None:
+    mesh.start_process("cpu")
+    for sequence, tensor in ((2, 2), (4, 1), (1, 4), (1, 1)):
+        mesh.lay_out(sequence, tensor)
+        _one_layout({}, ("kl",), 20, *law, ("drawn", sequence, tensor), depth=DEPTH)
 
 
 def test_chains_stay_with_their_tokens_unless_that_is_uneven():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import json
 import os
 import platform
 import random
@@ -19,7 +21,8 @@ from small_runs import at_step, by_ranks, losses, start_ranks
 from fastdraft import checkpoint, cli
 from fastdraft import train as training
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.dist import mesh
+from fastdraft.dist import mesh, watch
+from fastdraft.dist.watch import Member, Progress
 from fastdraft.model.precision import DTYPES
 from fastdraft.train import train
 
@@ -93,6 +96,31 @@ def late() -> None:
     on_rank_1(lambda: at_step(pytest.MonkeyPatch(), 3, lambda _: time.sleep(60)))
 
 
+def looping() -> None:
+    on_rank_1(lambda: at_call(4, loop_for_ever))
+
+
+def reading() -> None:
+    on_rank_1(lambda: at_step(pytest.MonkeyPatch(), 3, lambda _: time.sleep(60)))
+
+
+def at_call(number: int, act) -> None:
+    """Calls act() as the training loop looks at the features of so many packs, a part of its step of the draft."""
+    original, count = training.all_finite, itertools.count(1)
+
+    def looked_at(features):
+        if next(count) == number:
+            act()
+        return original(features)
+
+    training.all_finite = looked_at
+
+
+def loop_for_ever() -> None:
+    while True:
+        pass
+
+
 def only_rank_0() -> None:
     """A fault that rank 0 alone has: another run is in the folder."""
     if os.environ["RANK"] == "0":
@@ -125,6 +153,12 @@ SPOILT = {
         "alive",
         "rank 1 on {host}, which is alive",
     ),
+    looping: (
+        "a process of this run does not get on: rank 1 on {host}, which is alive and has been taking a training step of "
+        "the draft for ",
+        "in loop_for_ever (",
+    ),
+    reading: ("rank 1 on {host}, which is alive and has been reading data for ",) * 2,
     only_rank_0: (
         "another process is training in this folder",
         "rank 0 on {host}, which said: another process is training in this folder",
@@ -135,7 +169,9 @@ SPOILT = {
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
 def test_all_end_in_time_and_say_who_it_was(make_config, tmp_path, spoil):
-    config = make_config(**{"dist.silent_s": 5, "dist.timeout_s": 4 if spoil is late else 100, "eval.every": 100})
+    limits = {"dist.silent_s": 5, "dist.timeout_s": 4 if spoil is late else 100, "dist.stuck_s": 5}
+    limits["dist.disk_s"] = 5 if spoil is reading else 100
+    config = make_config(**limits, **{"eval.every": 100})
     began = time.monotonic()
     ranks = start_ranks(2, command, written(config, tmp_path), spoil)
     ranks[0].join(60)
@@ -152,6 +188,81 @@ def test_all_end_in_time_and_say_who_it_was(make_config, tmp_path, spoil):
         assert spoil is stopped or said.startswith(f"fastdraft, rank {rank}: ")
     assert not list(Path(config.run_dir).glob("checkpoints/.writing*"))
     assert [path.name for path in list_checkpoints(Path(config.run_dir))] in ([], ["step-00000002"])
+
+
+def slow_but_alive() -> None:
+    """Kernels are compiled in the first steps, and a disk is slow later on."""
+    write = checkpoint.dcp.HuggingFaceStorageWriter.write_data
+
+    def slowly(*args):
+        time.sleep(8)
+        return write(*args)
+
+    on_rank_1(lambda: at_call(1, lambda: time.sleep(8)))
+    on_rank_1(lambda: setattr(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", slowly))
+
+
+@pytest.mark.slow
+def test_a_first_step_that_compiles_and_a_slow_disk_end_nobody(make_config, tmp_path):
+    limits = {"dist.stuck_s": 5, "dist.disk_s": 100, "eval.every": 100, "checkpoint.every": 2, "max_steps": 6}
+    config = make_config(**limits)
+    assert by_ranks(2, command, written(config, tmp_path), slow_but_alive) == [0, 0], said_by(tmp_path, 1)
+
+
+class Dict(dict):
+    """The store of a Watch, in this process."""
+
+    set, check = dict.__setitem__, lambda self, keys: all(key in self for key in keys)
+
+    def get(self, key: str) -> bytes:
+        return self[key]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self[key] for key in keys]
+
+
+def test_how_long_a_piece_of_work_may_take(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    progress = Progress(first_s=1800)
+    assert progress.allowed_s() == float("inf")  # nothing was begun
+
+    def works(name: str, least_s: float, seconds: float, waits: float = 0.0) -> float:
+        progress.begin(name, least_s)
+        allowed = progress.allowed_s()
+        now[0] += seconds
+        with progress.meeting("all"):
+            now[0] += waits
+        return allowed
+
+    assert works("stepping", 60, 400) == 1800  # it compiles
+    assert works("stepping", 60, 2, waits=500) == 1800
+    assert works("stepping", 60, 30) == 60  # the first is no measure, and nor is what others kept it waiting
+    assert works("writing", 600, 300) == 1800
+    assert works("stepping", 60, 1) == 150  # five times the longest
+    assert works("writing", 600, 10) == 1800
+    assert works("writing", 600, 10) == 600
+    progress.begin(None)
+    assert progress.allowed_s() == float("inf")
+
+
+def test_who_is_behind_is_the_one_that_does_not_get_on():
+    """A process says nothing of itself while one with which it shares work has come less far."""
+    own, store = Progress(1800), Dict()
+    members = [Member("a", 1, None), Member("b", 2, None), Member("c", 3, None)]
+    judge = watch.Watch(store, 0, members, 5, own, "fastdraft")
+    for _ in range(3):
+        own.count("all")
+        own.count("tensor of 0")
+    for behind, expected in (
+        ({"all": 2}, True),
+        ({"all": 3, "tensor of 0": 2}, True),
+        ({"all": 3, "tensor of 2": 0}, False),
+    ):
+        signs = [own.counts, behind, {"all": 4}]
+        for rank, counts in enumerate(signs):
+            store.set(f"sign/{rank}", json.dumps([7, counts]))
+        assert judge._waits_for_another() is expected, behind
 
 
 def test_a_run_dir_that_another_host_does_not_see(tmp_path):

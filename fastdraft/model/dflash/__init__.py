@@ -15,7 +15,7 @@ from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, refuse_head
 from fastdraft.model.dflash.loss import BlockLoss, default_gamma
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
-from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
+from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
@@ -34,7 +34,8 @@ def block_loss(config: Config, shape: DFlashConfig) -> BlockLoss:
 def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
     loss = block_loss(config, shape)
     weights, normaliser = loss.weights(shape.num_drafted), loss.normaliser(shape.num_drafted)
-    return StepWeights(*(torch.tensor(x, dtype=torch.float64) for x in (weights, normaliser)))
+    every_row = [1.0] * shape.num_drafted
+    return StepWeights(*(torch.tensor(x, dtype=torch.float64) for x in (weights, normaliser, every_row)))
 
 
 def build_step(
@@ -60,6 +61,11 @@ def check_config(config: Config) -> None:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a DFlash draft has draft.overrides.block_size: take it out"
         )
+    if config.sampled_depth != 1:
+        raise ValueError(
+            f"sampled_depth {config.sampled_depth} is EAGLE-3's, whose chains run step after step; a DFlash draft fills "
+            "its blocks at once: take it out"
+        )
     if config.loss != fields["loss"].default:
         raise ValueError("the section loss is EAGLE-3's; a DFlash draft's loss is in the section block: take loss out")
     if config.precision == "fp8":
@@ -76,6 +82,7 @@ METHOD = Method(
     step_cost=step_cost,
     pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.block.anchors),
     drafter=BlockDrafter,
+    batch_drafter=BatchBlockDrafter,
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,

@@ -19,11 +19,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from fastdraft.batch import Batch, to_device
 from fastdraft.model.dflash.config import DFlashConfig
+from fastdraft.model.draws import document_generator
 
 
 def draw_anchors(
@@ -40,10 +40,7 @@ def draw_anchors(
         inside = mask[part]
         places = 1 + (inside[1:-1] & inside[2:]).nonzero()[0]
         if len(places) > limit:
-            digest = xxhash.xxh3_64(f"{seed} {step}".encode())
-            digest.update(np.ascontiguousarray(ids[part]))
-            digest.update(np.ascontiguousarray(inside))
-            chosen = np.random.Generator(np.random.PCG64(digest.intdigest()))
+            chosen = document_generator(ids[part], inside, seed, step)
             places = np.sort(chosen.choice(places, limit, replace=False, shuffle=False))
         found.append(begin + places)
         begin += length
@@ -73,6 +70,7 @@ class BlockChunk:
     head_block: Tensor  # [K] block of the row
     head_out: Tensor  # [K] step * N + anchor
     label: Tensor  # [K] token
+    previous: Tensor  # [K] the token before the label
     teacher_pos: Tensor  # [m] rows of the pack whose target distribution is needed, ascending in each part
     teacher_row: Tensor  # [K] index into the part's teacher rows
 
@@ -101,6 +99,8 @@ def plan_blocks(
         label_at = anchor[:, None] + 1 + np.arange(steps)  # [C, T]
         inside = label_at < end[anchor][:, None]
         live = inside & mask[np.where(inside, label_at, 0)]
+        if config.live_prefix:
+            live = np.logical_and.accumulate(live, axis=1)
         block, step = live.nonzero()
         if not len(block):
             continue
@@ -117,7 +117,8 @@ def plan_blocks(
             taken += len(distinct)
         planned = (
             *(anchor, start[anchor], row_position, np.append(ids[anchor], config.mask_token_id)),
-            *(head_row, row_position[head_row], step, block, step * n + anchor[block], ids[label_at[block, step]]),
+            *(head_row, row_position[head_row], step, block, step * n + anchor[block]),
+            *(ids[label_at[block, step]], ids[label_at[block, step] - 1]),
             *(np.concatenate(teacher_pos), np.concatenate(teacher_row)),
         )
         yield BlockChunk(tuple(parts), *(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned))

@@ -10,15 +10,15 @@ target's embedding and writes through the target's lm_head.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from fastdraft.model.buffers import Table
 from fastdraft.model.target_config import (
     active_width,
     canonical_rope,
@@ -32,6 +32,26 @@ ARCHITECTURE = "DFlashDraftModel"
 MASK_TOKEN = "<|MASK|>"  # SGLang refuses another id where a tokenizer has this token
 LayerType = Literal["full_attention", "sliding_attention"]
 Labels = Literal["fill_in", "shifted"]
+DRAFTS: dict[Labels, str] = {"fill_in": "x_{a+k}", "shifted": "x_{a+k+1}"}  # what slot k of a block at anchor a drafts
+
+
+COMMENTS = {  # of `fastdraft init`, setting by setting
+    "num_hidden_layers": "draft layers",
+    "intermediate_size": "MLP width",
+    "num_attention_heads": "",
+    "num_key_value_heads": "",
+    "head_dim": "",
+    "layers": "target layers whose outputs the draft reads, from 0, ascending; any number of them",
+    "block_size": "rows of a block, the anchor's included: it drafts one token less",
+    "mask_token_id": "stands where a token is to be drafted; no text may have it",
+    "labels": "fill_in: slot k predicts x_{a+k}, as the engines serve DFlash; shifted: x_{a+k+1}",
+    "layer_types": "full_attention or sliding_attention, one for each layer",
+    "sliding_window": "of the sliding layers, at least a block; null without any",
+    "rms_norm_eps": "",
+    "rope_parameters": "of the target; for several by layer type, that of full attention",
+    "max_position_embeddings": "longest context served",
+    "initializer_range": "standard deviation of untrained weights",
+}
 
 
 class DFlashConfig(BaseModel):
@@ -42,6 +62,14 @@ class DFlashConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # What a method with this backbone and another head says of itself.
+    title: ClassVar[str] = "DFlash"
+    architecture: ClassVar[str] = ARCHITECTURE  # in the engines' config.json
+    served_labels: ClassVar[Labels] = "fill_in"  # as the engines read a block
+    live_prefix: ClassVar[bool] = False  # whether a block's live rows end at the first that has no label
+    mixes: ClassVar[bool] = False  # whether the engine is given a mixer (`mixer.py`)
+    comments: ClassVar[dict[str, str]] = COMMENTS  # of `fastdraft init`, setting by setting
 
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
@@ -71,7 +99,7 @@ class DFlashConfig(BaseModel):
         return canonical_rope(rope)
 
     @model_validator(mode="after")
-    def _fits(self) -> DFlashConfig:
+    def _fits(self) -> Self:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -148,8 +176,18 @@ class DFlashConfig(BaseModel):
         trained = len(self.layers) * h * h + 2 * h + self.num_hidden_layers * layer
         return {"trainable": trained, "embedding": self.vocab_size * h}
 
+    def extra_buffers(
+        self,
+        rows: int,  # of a chunk
+        room: int,  # live rows that the head takes at a time
+        dtype: torch.dtype,  # of the draft
+    ) -> Table:
+        """Buffers of a chunk that a method's own head and mixer take beside those of `memory.py`."""
+        del rows, room, dtype
+        return {}
+
     @classmethod
-    def from_target(cls, target_config: dict[str, Any] | PretrainedConfig, /, **overrides: Any) -> DFlashConfig:
+    def from_target(cls, target_config: dict[str, Any] | PretrainedConfig, /, **overrides: Any) -> Self:
         """The draft's shape for a target: the target's own widths, heads, RoPE and norm epsilon unless overridden.
 
         `target_config` is a config.json as a dict (nested language model configs are found) or a transformers config.
@@ -157,7 +195,7 @@ class DFlashConfig(BaseModel):
         num_hidden_layers is 5 and block_size 16, as published drafts have them; layers are the engines' default for the
         number of draft layers. Raises ValueError naming every missing field, unknown override or misfit.
         """
-        _refuse_unknown(overrides, cls.model_fields)
+        _refuse_unknown(overrides, cls)
         target = language_config(target_config)
         facts = {
             "hidden_size": target.get("hidden_size"),
@@ -205,19 +243,34 @@ class DFlashConfig(BaseModel):
         if pictures and (silent := [layer for layer in values["layers"] if layer in pictures]):
             ran = set(range(facts["num_target_layers"] - 1)) - pictures
             raise ValueError(silent_layers(silent, values["layers"], ran, f"this target ({target.get('model_type')})"))
-        return shape_of(values)
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """A shape of these fields. Raises ValueError with a sentence for each that does not fit."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            said = [
+                (".".join(str(x) for x in e["loc"]) + ": " if e["loc"] else "")
+                + e["msg"].removeprefix("Value error, ")
+                + (f" (got {e['input']!r})" if e["loc"] and e["type"] != "value_error" else "")
+                for e in error.errors()
+            ]
+            raise ValueError("the draft's shape does not fit: " + "; ".join(said)) from error
 
     def to_serving(self, dtype: torch.dtype) -> dict[str, Any]:
         """The config.json both engines read, for weights of `dtype`. Raises ValueError for what no engine serves."""
-        if self.labels != "fill_in":
+        if self.labels != self.served_labels:
             raise ValueError(
-                "labels: shifted is a training of slot k on x_{a+k+1}; the engines read a DFlash block as fill_in (slot k "
-                "drafts x_{a+k}), so this draft cannot be exported: train with draft.overrides.labels=fill_in"
+                f"labels: {self.labels} is a training of slot k on {DRAFTS[self.labels]}; the engines read a {self.title} "
+                f"block as {self.served_labels} (slot k drafts {DRAFTS[self.served_labels]}), so this draft cannot be "
+                f"exported: train with draft.overrides.labels={self.served_labels}"
             )
         name, rope = str(dtype).removeprefix("torch."), self.rope_parameters
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
         config: dict[str, Any] = {
-            "architectures": [ARCHITECTURE],
+            "architectures": [self.architecture],
             "model_type": "qwen3",
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -257,20 +310,6 @@ class DFlashConfig(BaseModel):
         return config
 
 
-def shape_of(values: dict[str, Any]) -> DFlashConfig:
-    """A shape of these fields. Raises ValueError with a sentence for each that does not fit."""
-    try:
-        return DFlashConfig(**values)
-    except ValidationError as error:
-        said = [
-            (".".join(str(x) for x in e["loc"]) + ": " if e["loc"] else "")
-            + e["msg"].removeprefix("Value error, ")
-            + (f" (got {e['input']!r})" if e["loc"] and e["type"] != "value_error" else "")
-            for e in error.errors()
-        ]
-        raise ValueError("the draft's shape does not fit: " + "; ".join(said)) from error
-
-
 def evenly_spread_layers(num_draft_layers: int, num_target_layers: int) -> tuple[int, ...]:
     """The engines' default layers (outputs, from 0): one for each draft layer, from 1 to n - 3; n // 2 for a single one."""
     if num_draft_layers == 1:
@@ -303,40 +342,21 @@ def _layers(num_draft_layers: Any, num_target_layers: int) -> tuple[int, ...] | 
     return tuple(dict.fromkeys(evenly_spread_layers(num_draft_layers, num_target_layers)))
 
 
-def _refuse_unknown(overrides: dict[str, Any], known: Iterable[str]) -> None:
+def _refuse_unknown(overrides: dict[str, Any], shape: type[DFlashConfig]) -> None:
     for key in overrides:
         if key == "draft_vocab_size":
             raise ValueError(
-                "a DFlash draft has no draft_vocab_size: it speaks through the target's own lm_head, so its vocabulary is "
-                "the target's (SGLang serves no other); take it out"
+                f"a {shape.title} draft has no draft_vocab_size: it speaks through the target's own lm_head, so its "
+                "vocabulary is the target's (SGLang serves no other); take it out"
             )
         if key == "target_hidden_size":
-            raise ValueError("a DFlash draft has no target_hidden_size: it is as wide as its target; take it out")
-        if key not in known:
-            near = difflib.get_close_matches(key, list(known), 1, 0)[0]
+            raise ValueError(f"a {shape.title} draft has no target_hidden_size: it is as wide as its target; take it out")
+        if key not in shape.model_fields:
+            near = difflib.get_close_matches(key, list(shape.model_fields), 1, 0)[0]
             raise ValueError(f"draft setting {key!r} does not exist; the nearest is {near!r}")
 
 
-COMMENTS = {  # of `fastdraft init`, setting by setting
-    "num_hidden_layers": "draft layers",
-    "intermediate_size": "MLP width",
-    "num_attention_heads": "",
-    "num_key_value_heads": "",
-    "head_dim": "",
-    "layers": "target layers whose outputs the draft reads, from 0, ascending; any number of them",
-    "block_size": "rows of a block, the anchor's included: it drafts one token less",
-    "mask_token_id": "stands where a token is to be drafted; no text may have it",
-    "labels": "fill_in: slot k predicts x_{a+k}, as the engines serve DFlash; shifted: x_{a+k+1}",
-    "layer_types": "full_attention or sliding_attention, one for each layer",
-    "sliding_window": "of the sliding layers, at least a block; null without any",
-    "rms_norm_eps": "",
-    "rope_parameters": "of the target; for several by layer type, that of full attention",
-    "max_position_embeddings": "longest context served",
-    "initializer_range": "standard deviation of untrained weights",
-}
-
-
-def init_config(target_dir: Path | str) -> str:
+def init_config(target_dir: Path | str, shape: type[DFlashConfig] = DFlashConfig) -> str:
     """A draft's settings for a target as commented YAML, every line an override `from_target` takes. Ends in a newline."""
     from transformers import AutoTokenizer
 
@@ -346,15 +366,15 @@ def init_config(target_dir: Path | str) -> str:
     chosen = choose_mask_token(tokenizer, vocab_size)
     if not chosen:
         raise ValueError(no_mask_token(tokenizer, vocab_size))
-    c = DFlashConfig.from_target(target, **chosen)
+    c = shape.from_target(target, **chosen)
     count = c.num_parameters()
     head = (
-        f"# DFlash draft for {Path(target_dir).resolve().name} ({language_config(target).get('model_type')}): "
+        f"# {c.title} draft for {Path(target_dir).resolve().name} ({language_config(target).get('model_type')}): "
         f"{c.num_target_layers} layers of {c.hidden_size}, vocabulary {c.vocab_size}\n"
         f"# {count['trainable'] / 1e6:.1f} M trained parameters; embedding and head are the target's\n"
     )
     lines = []
-    for key, comment in COMMENTS.items():
+    for key, comment in c.comments.items():
         value = getattr(c, key)
         value = list(value) if isinstance(value, tuple) else value
         flow = None if isinstance(value, (list, dict)) else False

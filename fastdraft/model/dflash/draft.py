@@ -1,13 +1,14 @@
 """The DFlash draft: L Qwen3-shaped layers that fill a block of tokens at once, between the target's embedding and head.
 
 Parameter names are the serving engines' names, so the state dict is the checkpoint; the embedding is the target's and stays
-out of it. The module offers its pieces (context, qkv, finish); the reference, the engine and the drafter put attention
-between them.
+out of XX
 
 # n rows, H hidden, K captured target layers, V vocabulary, Hq/Hkv heads, D head dim, L draft layers
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fastdraft.kernels.chain_qkv import rotate
 from fastdraft.kernels.rms_norm import rms_norm_ref
 from fastdraft.model.dflash.config import DFlashConfig
+from fastdraft.model.dflash.mixer import Branch
 from fastdraft.model.rope import Rope
 
 
@@ -133,12 +135,24 @@ class DFlashDraft(nn.Module):
         q = m.q_norm(m.q_proj(x).unflatten(-1, (-1, self.config.head_dim)))
         return rotate(q, *self.rope(positions, x.dtype))
 
-    def finish(
+    def around(
         self,
         layer: int,
-        h: Tensor,  # [n, H] the residual stream before the layer
-        attention: Tensor,  # [n, Hq, D]
-    ) -> Tensor:  # [n, H] after it
+        branch: Branch,
+        n: Tensor,  # [n, H] normed rows, block after block
+        run: Callable[[Tensor], Tensor],  # the branch: of [n, H] to [n, H]
+    ) -> Tensor:  # [n, H] what is added to the residual stream
+        """The branch of a layer; a method that mixes rows in front of it and behind it says how (`mixer.py`)."""
+        del layer, branch
+        return run(n)
+
+    def through_layer(
+        self,
+        layer: int,
+        h: Tensor,  # [n, H] the residual stream of block rows, block after block
+        attend: Callable[[Tensor], Tensor],  # of the rows [n, H] that queries, keys and values are made of, to [n, Hq, D]
+    ) -> Tensor:  # [n, H] after the layer
         m = self.layers[layer]
-        h = h + m.self_attn.o_proj(attention.flatten(-2))
-        return h + m.mlp(m.post_attention_layernorm(h))
+        attention = lambda x: m.self_attn.o_proj(attend(x).flatten(-2))  # noqa: E731
+        h = h + self.around(layer, "attention", m.input_layernorm(h), attention)
+        return h + self.around(layer, "mlp", m.post_attention_layernorm(h), m.mlp)

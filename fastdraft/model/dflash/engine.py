@@ -9,13 +9,14 @@ Computes what `block_ref_step` computes (the specification) by five facts (docs/
   the last layer only live rows go on: its queries, its MLP and the head run for them alone.
 3 All rows but a block's first read the mask token, so layer 0 normalises and multiplies C + 1 rows instead of C * B, and
   the gradients of the masked rows are summed before they go back through that product.
-4 The head is the target's and frozen. Losses and their gradient with respect to the states are made for as many rows as
-  one buffer of logits holds; nothing has N * B * V numbers, and no logits are computed twice.
+4 The head (`head.py`) is the target's and frozen. Losses and their gradient with respect to the states are made for as
+  many rows as one buffer of logits holds; nothing has N * B * V numbers, and no logits are computed twice.
 5 A loss against the data's tokens needs no teacher; another computes the teacher once for each token that some live rows of
   a part of a chunk are compared with.
 
-Read `BlockStep.run` first: it is the table of contents. All memory is listed in `memory.py` and taken once. The host reads
-nothing back from the device.
+A method beside DFlash gives the engine another head, and may give it a mixer (`mixer.py`), with which 2 and 3 do not hold:
+all rows then run all layers. Read `BlockStep.run` first: it is the table of contents. All memory is listed in `memory.py`
+and taken once. The host reads nothing back from the device.
 
 # N packed tokens, C blocks of a chunk, B rows of a block, R = C * B, K live rows, Q rows that a layer's queries have
 # U = C + 1 distinct rows of layer 0, L layers, H hidden, Hq/Hkv heads, D head dim, E = Hq*D, kv = Hkv*D, W = E + 2 kv
@@ -39,17 +40,16 @@ from fastdraft.kernels.block_attention import (
 )
 from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
 from fastdraft.kernels.jit import compile_together
-from fastdraft.kernels.linear_ce import ce_rows_
-from fastdraft.kernels.linear_kl import kl_rows_
 from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward
 from fastdraft.kernels.swiglu import swiglu, swiglu_backward_
-from fastdraft.kernels.teacher import PermutedHead, TeacherRows, teacher
 from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_bytes
 from fastdraft.model.dflash import memory
-from fastdraft.model.dflash.blocks import BlockChunk, Part, plan_blocks
+from fastdraft.model.dflash.blocks import BlockChunk, plan_blocks
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.dflash.loss import BlockLoss, dpace_weights
+from fastdraft.model.dflash.head import BlockHead, TokenHead
+from fastdraft.model.dflash.loss import BlockLoss
+from fastdraft.model.dflash.mixer import Branch, Mixer
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class BlockEngine:
         loss: BlockLoss,
         draw: Callable[[Batch, int], Tensor],  # anchors [A] of a batch on the host, at a step
         chunk_blocks: int | None = None,  # blocks at a time; None: as many as memory.CHUNK_BYTES hold
+        head_type: Callable[[DFlashDraft, TargetHead, BlockLoss], BlockHead] = TokenHead,
+        mixer: Mixer | None = None,
     ):
         if chunk_blocks is not None and chunk_blocks < 1:
             raise ValueError(f"chunk_rows is {chunk_blocks}; at least 1 block is needed")
@@ -122,14 +124,11 @@ class BlockEngine:
         self.loss = loss
         self.draw = draw
         self.number = 0
+        self.head, self.mixer = head_type(draft, head, loss), mixer
+        assert c.mixes == (mixer is not None), "the shape says whether the method has a mixer"
         device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
-        self.head_weight = head.weight.to(dtype)  # [V, H]
-        everything = torch.arange(c.vocab_size, device=head.weight.device)
-        self.teacher_head = PermutedHead(head.weight, None, 1.0, None, everything, c.vocab_size)
-        weights = torch.tensor(loss.weights(c.num_drafted), dtype=torch.promote_types(dtype, torch.float32))
-        self.step_weights = weights.to(device)  # [T]
         self.sizes = dtype, head.weight.dtype, device.type
-        self.chunk_blocks = memory.pick_chunk_blocks(chunk_blocks, c, *self.sizes, loss.needs_teacher)
+        self.chunk_blocks = memory.pick_chunk_blocks(chunk_blocks, c, *self.sizes, self.head.needs_teacher)
         self.take = Buffers(device)
         self.compiled: set[tuple[bool, bool]] = set()  # kernels: with gradients or without, with a teacher or without
 
@@ -180,9 +179,9 @@ class BlockEngine:
         grads: dict[str, Tensor] | None,
     ) -> Rows:
         self.check_ids(batch)
-        with_teacher = self.loss.needs_teacher or (grads is None and features.f is not None)
+        with_teacher = self.head.needs_teacher or (grads is None and features.f is not None)
         if with_teacher and features.f is None:
-            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
+            raise ValueError(f"loss {self.loss.name} compares with the target's last state, which these features lack")
         kind = grads is not None, with_teacher
         if self.take.device.type == "cuda" and kind not in self.compiled and len(anchors):
             rehearsed = BlockStep(self, batch.num_tokens, features, grads, with_teacher)
@@ -228,8 +227,9 @@ class BlockStep:
         self.engine, self.config, self.take = engine, c, engine.take
         self.features, self.num_tokens, self.with_teacher = features, num_tokens, with_teacher
         self.embedding = engine.draft.embedding  # [V, H], frozen
-        named = {name: p.detach() for name, p in engine.draft.named_parameters()}
-        self.weights = BlockWeights.of(named, c.num_hidden_layers, may_copy=True)
+        self.named = {name: p.detach() for name, p in engine.draft.named_parameters()}
+        self.named_grads = grads
+        self.weights = BlockWeights.of(self.named, c.num_hidden_layers, may_copy=True)
         self.grads = None if grads is None else BlockWeights.of(grads, c.num_hidden_layers, may_copy=False)
         self.device, self.dtype = self.weights.fc.device, self.weights.fc.dtype
         self.stats = torch.promote_types(self.dtype, torch.float32)
@@ -368,7 +368,7 @@ class BlockStep:
 
     def asking(self, chunk: BlockChunk, layer: int) -> tuple[Tensor | None, Tensor]:
         """The rows that have queries in a layer, None for all, and their RoPE positions [Q]."""
-        if self.is_last(layer):
+        if self.is_last(layer) and self.engine.mixer is None:
             return chunk.head_row, chunk.head_position
         return None, chunk.row_position
 
@@ -402,17 +402,26 @@ class BlockStep:
             ask, position = self.asking(chunk, layer)
             q, k, v = kept("q", len(position)), kept("k", rows), kept("v", rows)
             zq, zk = take("zq", len(position)), take("zk", rows)
-            if layer == 0:
+            if layer == 0 and self.engine.mixer is None:
                 self.project_distinct(chunk, w, ask, zq, zk, v)
             else:
                 # The layer before leaves its MLP's branch to be added in the same pass as this norm.
                 h, n1, r1 = kept("h", rows), kept("n1", rows), kept("r1", rows)
-                rms_norm(before, w.input_norm, eps, n1, r1, delta=branch, total=h)
-                x = n1 if ask is None else torch.index_select(n1, 0, ask, out=take("x_live", len(ask)))
+                rms_norm(
+                    h if layer == 0 else before,
+                    w.input_norm,
+                    eps,
+                    n1,
+                    r1,
+                    delta=branch,
+                    total=None if branch is None else h,
+                )
+                x1 = self.mix_in(layer, "attention", n1)
+                x = x1 if ask is None else torch.index_select(x1, 0, ask, out=take("x_live", len(ask)))
                 q_raw, k_raw = kept("q_raw", len(x)), kept("k_raw", rows)
                 linear(x, w.qkv[: self.q_width], q_raw)
-                linear(n1, w.qkv[self.q_width : self.q_width + self.kv_width], k_raw)
-                linear(n1, w.qkv[self.q_width + self.kv_width :], v.flatten(1))
+                linear(x1, w.qkv[self.q_width : self.q_width + self.kv_width], k_raw)
+                linear(x1, w.qkv[self.q_width + self.kv_width :], v.flatten(1))
                 self.norm_heads(q_raw, w.q_norm, zq, kept("r_q", len(x) * self.heads))
                 self.norm_heads(k_raw, w.k_norm, zk, kept("r_k", rows * self.kv_heads))
             chain_qkv(zq, None, None, position, *self.rope, q, None, None)
@@ -420,17 +429,82 @@ class BlockStep:
 
             context, out, lse = self.context[layer], kept("out", len(q)), kept("lse")[:, : len(q)]
             block_attention_fwd(q, context["k"], context["v"], k, v, intervals[layer], self.scale, out, lse)
-            branch = take("branch", len(q))
-            linear(out.flatten(1), w.out, branch)
+            branch = self.mix_out(layer, "attention", len(q), lambda y, out=out, w=w: linear(out.flatten(1), w.out, y))
             before, n2, r2 = kept("h_mid", len(q)), kept("n2", len(q)), kept("r2", len(q))
             rms_norm(h, w.post_norm, eps, n2, r2, rows=ask, delta=branch, total=before)
             gate_up, act = kept("gate_up", len(q)), kept("act", len(q))
-            linear(n2, w.gate_up, gate_up)
+            linear(self.mix_in(layer, "mlp", n2), w.gate_up, gate_up)
             swiglu(gate_up, act)
-            linear(act, w.down, branch)
-        y, x, r = take("y", len(branch)), take("x", len(branch)), take("r_x", len(branch))
-        rms_norm(before, self.weights.norm, eps, x, r, delta=branch, total=y)
+            branch = self.mix_out(layer, "mlp", len(q), lambda y, act=act, w=w: linear(act, w.down, y))
+
+        # Only live rows have a loss. With a mixer they are chosen here, else the last layer has no others.
+        live, mixed = chunk.head_row, self.engine.mixer is not None
+        if mixed:
+            branch = torch.index_select(branch, 0, live, out=take("x_live", len(live)))
+        y, x, r = take("y", len(live)), take("x", len(live)), take("r_x", len(live))
+        rms_norm(before, self.weights.norm, eps, x, r, rows=live if mixed else None, delta=branch, total=y)
         return x
+
+    def mix_in(
+        self,
+        layer: int,
+        branch: Branch,
+        n: Tensor,  # [Q, H] normed rows
+    ) -> Tensor:  # [Q, H] what the branch's products read
+        if self.engine.mixer is None:
+            return n
+        x = self.take(f"{layer}.{branch}.x", len(n))
+        self.engine.mixer.mix_in(self, layer, branch, n, x)
+        return x
+
+    def mix_out(
+        self,
+        layer: int,
+        branch: Branch,
+        rows: int,
+        product: Callable[[Tensor], None],  # writes the branch's last product [Q, H]
+    ) -> Tensor:  # [Q, H] what is added to the residual stream
+        out = self.take("branch", rows)
+        if self.engine.mixer is None:
+            product(out)
+            return out
+        y = self.take(f"{layer}.{branch}.y", rows)
+        product(y)
+        self.engine.mixer.mix_out(self, layer, branch, self.normed(layer, branch, rows), y, out)
+        return out
+
+    def normed(self, layer: int, branch: Branch, rows: int) -> Tensor:  # [Q, H]
+        return self.take(f"{layer}.{'n1' if branch == 'attention' else 'n2'}", rows)
+
+    def mixed(self, layer: int, branch: Branch, rows: int) -> Tensor:  # [Q, H] as `mix_in` gave it
+        if self.engine.mixer is None:
+            return self.normed(layer, branch, rows)
+        return self.take(f"{layer}.{branch}.x", rows)
+
+    def mix_out_backward(
+        self,
+        layer: int,
+        branch: Branch,
+        dout: Tensor,  # [Q, H]
+    ) -> Tensor:  # [Q, H] gradient of the branch's last product
+        if self.engine.mixer is None:
+            return dout
+        rows, dy = len(dout), self.take("dmix", len(dout))
+        n, y = self.normed(layer, branch, rows), self.take(f"{layer}.{branch}.y", rows)
+        self.engine.mixer.mix_out_backward(self, layer, branch, n, y, dout, dy)
+        return dy
+
+    def mix_in_backward(
+        self,
+        layer: int,
+        branch: Branch,
+        dx: Tensor,  # [Q, H]
+    ) -> Tensor:  # [Q, H] gradient of the normed rows
+        if self.engine.mixer is None:
+            return dx
+        dn = self.take("dmix", len(dx))
+        self.engine.mixer.mix_in_backward(self, layer, branch, self.normed(layer, branch, len(dx)), dx, dn)
+        return dn
 
     def project_distinct(
         self,
@@ -483,67 +557,25 @@ class BlockStep:
         x: Tensor,  # [K, H] normed states of the live rows
     ) -> Tensor | None:  # [K, H] gradient of the states before the norm
         """Losses of the chunk's live rows into the results; their gradient."""
-        loss, out = self.engine.loss, chunk.head_out
-        weight = self.engine.step_weights[chunk.head_step]  # [K]
-        if loss.kind == "dpace":
-            weight = torch.ones_like(weight)  # known only when all probabilities are
+        out = chunk.head_out
         dx = None if self.grads is None else self.take("dx", len(x))
-        for part in chunk.parts:
-            self.run_part(chunk, part, x, weight, dx)
+        self.engine.head.run(self, chunk, x, dx)
         self.live[out] = torch.ones_like(out, dtype=torch.bool)
         if dx is None:
             return None
-        if loss.kind == "dpace":
-            dx *= self.dpace(chunk)[:, None].to(dx.dtype)
         r, y, dy = self.take("r_x", len(x)), self.take("y", len(x)), self.take("dh", len(x))
         rms_norm_backward(dx, y, r, self.weights.norm, dy, self.grads.norm, self.take("partial"))
         return dy
 
-    def run_part(
+    def report(
         self,
-        chunk: BlockChunk,
-        part: Part,
-        x: Tensor,  # [K, H]
-        weight: Tensor,  # [K]
-        dx: Tensor | None,  # [K, H] written at the part's rows
+        out: Tensor,  # [n] int64 places of some live rows in the results, of `chunk.head_out`
+        loss: Tensor,  # [n] without weights
+        acceptance: Tensor,  # [n]
+        hit: Tensor,  # [n] bool
     ) -> None:
-        """The head, the losses and their gradient, of as many live rows as one buffer of logits holds."""
-        loss, rows, label = self.engine.loss, part.rows, chunk.label[part.rows]
-        out, w = chunk.head_out[rows], weight[rows]
-        logits = self.take("logits", len(label))
-        linear(x[rows], self.engine.head_weight, logits)
-        soft = None
-        if self.with_teacher:
-            known, index = self.teacher_rows(chunk.teacher_pos[part.teacher]), chunk.teacher_row[rows]
-            kind = loss.kind if loss.needs_teacher else "kl"
-            grad = loss.needs_teacher and dx is not None
-            soft = kl_rows_(logits, known, index, w, kind, loss.lk_scale, loss.lk_decay, grad)
-        if loss.needs_teacher:
-            value, hit, acceptance = soft.loss, soft.hit, soft.acceptance
-        else:
-            hard = ce_rows_(logits, label, w, dx is not None)
-            value = hard.loss
-            hit, acceptance = (hard.hit, hard.hit) if soft is None else (soft.hit, soft.acceptance)
-        if dx is not None:
-            linear_backward(logits, self.engine.head_weight, dx[rows])
-        self.loss[out], self.acceptance[out], self.hit[out] = value.to(self.stats), acceptance.to(self.stats), hit
-
-    def teacher_rows(
-        self,
-        position: Tensor,  # [m] int64 rows of the pack
-    ) -> TeacherRows:
-        m = len(position)
-        buffers = TeacherRows(*(self.take(f"teacher.{name}", m) for name in TeacherRows._fields))
-        f = self.features.f[position]
-        return teacher(f, self.engine.teacher_head, (buffers, f.new_empty(0)))
-
-    def dpace(self, chunk: BlockChunk) -> Tensor:  # [K]
-        """D-PACE's weights of the live rows, from the probabilities of their labels."""
-        shape = len(chunk.anchor), self.config.num_drafted
-        at = chunk.head_block * shape[1] + chunk.head_step
-        q = self.loss.new_zeros(shape[0] * shape[1]).index_copy_(0, at, self.loss[chunk.head_out].neg().exp())
-        live = torch.zeros_like(q, dtype=torch.bool).index_fill_(0, at, True)
-        return dpace_weights(q.view(shape), live.view(shape), self.engine.loss.dpace_alpha).flatten()[at]
+        """Takes down what a head found of live rows."""
+        self.loss[out], self.acceptance[out], self.hit[out] = loss.to(self.stats), acceptance.to(self.stats), hit
 
     def backward_blocks(
         self,
@@ -554,49 +586,54 @@ class BlockStep:
         """The layers' backward, last first; gradients of the context's keys and values are collected for `finish_pack`."""
         take, partial = self.take, self.take("partial")
         rows, kv_first = len(chunk.row_position), self.q_width
+        if self.engine.mixer is not None:
+            d_after = take("branch", rows).zero_().index_copy_(0, chunk.head_row, d_after)
         for layer in reversed(range(len(self.weights.layers))):
             w, grads = self.weights.layers[layer], self.grads.layers[layer]
             kept = lambda name, n=None, layer=layer: take(f"{layer}.{name}", n)  # noqa: E731
             ask, position = self.asking(chunk, layer)
             n = len(position)
-            h_mid, n2, gate_up, act, out = (kept(name, n) for name in ("h_mid", "n2", "gate_up", "act", "out"))
+            h_mid, gate_up, act, out = (kept(name, n) for name in ("h_mid", "gate_up", "act", "out"))
 
             # The MLP's branch. act becomes its gradient and then itself again, gate_up and h_mid become their gradients.
-            dn = take("dn", n)
-            linear_backward(d_after, w.down, act)
+            dn, d_branch = take("dn", n), self.mix_out_backward(layer, "mlp", d_after)
+            linear_backward(d_branch, w.down, act)
             swiglu_backward_(gate_up, act)
-            add_outer(grads.down, d_after, act)
-            add_outer(grads.gate_up, gate_up, n2)
+            add_outer(grads.down, d_branch, act)
+            add_outer(grads.gate_up, gate_up, self.mixed(layer, "mlp", n))
             linear_backward(gate_up, w.gate_up, dn)
+            dn = self.mix_in_backward(layer, "mlp", dn)
             rms_norm_backward(dn, h_mid, kept("r2", n), w.post_norm, h_mid, grads.post_norm, partial, add=(d_after,))
             d_mid = h_mid
 
             # Attention's branch, to what the projections gave.
-            add_outer(grads.out, d_mid, out.flatten(1))
+            d_branch = self.mix_out_backward(layer, "attention", d_mid)
+            add_outer(grads.out, d_branch, out.flatten(1))
             dout = take("dout", n)
-            linear_backward(d_mid, w.out, dout.flatten(1))
+            linear_backward(d_branch, w.out, dout.flatten(1))
             dzq, dzk, dv = self.backward_attention(chunk, layer, intervals[layer], dout)
-            if layer == 0:
+            if layer == 0 and self.engine.mixer is None:
                 self.backward_distinct(chunk, ask, dzq, dzk, dv)
                 return
             self.backward_head_norm(dzq, kept("q_raw", n), kept("r_q", n * self.heads), w.q_norm, grads.q_norm)
             self.backward_head_norm(dzk, kept("k_raw", rows), kept("r_k", rows * self.kv_heads), w.k_norm, grads.k_norm)
 
             # The projections, into the gradient of the normed input. Rows without queries have only keys and values.
-            n1, dn, dz = kept("n1", rows), take("dn", rows), take("dz", rows)
+            x1, dn, dz = self.mixed(layer, "attention", rows), take("dn", rows), take("dz", rows)
             dz[:, kv_first : kv_first + self.kv_width] = dzk
             dz[:, kv_first + self.kv_width :] = dv.flatten(1)
             d_before = take("dh", rows)
             if ask is None:
                 dz[:, :kv_first] = dzq
-                add_outer(grads.qkv, dz, n1)
+                add_outer(grads.qkv, dz, x1)
                 linear_backward(dz, w.qkv, dn)
+                dn = self.mix_in_backward(layer, "attention", dn)
                 rms_norm_backward(
                     dn, kept("h", rows), kept("r1", rows), w.input_norm, d_before, grads.input_norm, partial, add=(d_mid,)
                 )
             else:
                 add_outer(grads.qkv[:kv_first], dzq, take("x_live", n))
-                add_outer(grads.qkv[kv_first:], dz[:, kv_first:], n1)
+                add_outer(grads.qkv[kv_first:], dz[:, kv_first:], x1)
                 linear_backward(dz[:, kv_first:], w.qkv[kv_first:], dn)
                 dx = take("dx", n)
                 linear_backward(dzq, w.qkv[:kv_first], dx)
@@ -671,8 +708,10 @@ def block_engine_step(
     anchors: Tensor,  # [A] int64 ascending, on the host
     loss: BlockLoss,
     chunk_blocks: int | None = None,
+    head_type: Callable[[DFlashDraft, TargetHead, BlockLoss], BlockHead] = TokenHead,
+    mixer: Mixer | None = None,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """One step with an engine of its own and fresh gradients: `block_ref_step`'s signature, for checks."""
-    engine = BlockEngine(draft, head, loss, lambda batch, number: anchors, chunk_blocks)
+    engine = BlockEngine(draft, head, loss, lambda batch, number: anchors, chunk_blocks, head_type, mixer)
     grads = flat_gradients(draft.trainable())
     return engine.step(batch, features, grads), grads

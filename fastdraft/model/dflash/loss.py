@@ -38,6 +38,10 @@ class BlockLoss:
     lk_decay: float = 1.0
 
     @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
     def needs_teacher(self) -> bool:
         return self.kind not in HARD
 

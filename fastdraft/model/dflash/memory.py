@@ -39,9 +39,10 @@ def chunk_buffers(
     stats = torch.promote_types(dtype, torch.float32)
     table: Table = {}
 
-    # What each layer's forward leaves for its backward. Layer 0 normalises and multiplies only its distinct rows.
+    # What each layer's forward leaves for its backward. Layer 0 normalises and multiplies only its distinct rows, where no
+    # mixer makes them differ.
     for layer in range(c.num_hidden_layers):
-        few = rows if layer else distinct
+        few = rows if layer or c.mixes else distinct
         table |= {
             f"{layer}.h": (rows, (h,), dtype),
             f"{layer}.n1": (few, (h,), dtype),
@@ -61,6 +62,9 @@ def chunk_buffers(
             f"{layer}.gate_up": (rows, (2 * inner,), dtype),
             f"{layer}.act": (rows, (inner,), dtype),
         }
+        if c.mixes:
+            sides = [f"{layer}.{branch}.{side}" for branch in ("attention", "mlp") for side in ("x", "y")]
+            table |= dict.fromkeys(sides, (rows, (h,), dtype))
 
     # One layer's rows on the way: normed projections, what a branch adds, and gradients.
     table |= {name: (rows, (e,), dtype) for name in ("zq", "dzq")}
@@ -73,6 +77,8 @@ def chunk_buffers(
     # The head takes as many rows at a time as HEAD_BYTES of logits allow, and the teacher no more positions than that.
     room = min(head_room(c, dtype), rows)
     table |= {"logits": (room, (c.vocab_size,), dtype)}
+    table |= {"dmix": (rows, (h,), dtype)} if c.mixes else {}
+    table |= c.extra_buffers(rows, room, dtype)
     if teacher:
         of_target = torch.promote_types(target_dtype, torch.float32)
         kinds = (of_target, of_target, torch.int64, torch.int64, of_target)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, Rows, TargetHead
 from fastdraft.kernels.linear_kl import row_losses_ref
 from fastdraft.kernels.teacher import teacher_ref
+from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.loss import BlockLoss, dpace_weights
 
@@ -43,18 +45,19 @@ def block_states_ref(
     ids = torch.where(slots == 0, batch.input_ids[anchors, None], c.mask_token_id).flatten()
     context = draft.context(features.g)
     h = draft.embedding[ids]
-    for number, layer in enumerate(draft.layers):
-        x = layer.input_layernorm(h)
-        window = c.sliding_window if c.layer_types[number] == "sliding_attention" else None
-        attention = attend_in_blocks(
-            draft.queries(number, x, positions),
-            *draft.keys_values(number, context, batch.positions),
-            *draft.keys_values(number, x, positions),
-            anchors,
-            batch.doc_start[anchors],
-            window,
-        )
-        h = draft.finish(number, h, attention)
+    for number in range(c.num_hidden_layers):
+
+        def attend(x: Tensor, number: int = number) -> Tensor:
+            return attend_in_blocks(
+                draft.queries(number, x, positions),
+                *draft.keys_values(number, context, batch.positions),
+                *draft.keys_values(number, x, positions),
+                anchors,
+                batch.doc_start[anchors],
+                c.sliding_window if c.layer_types[number] == "sliding_attention" else None,
+            )
+
+        h = draft.through_layer(number, h, attend)
     return draft.norm(h).unflatten(0, (len(anchors), c.block_size))
 
 
@@ -87,6 +90,48 @@ def attend_in_blocks(
     return torch.einsum("hqk,khd->qhd", p, values)
 
 
+class LiveRows(NamedTuple):
+    """The rows that have a loss, in the order of blocks and then of steps."""
+
+    states: Tensor  # [n, H] after the final norm
+    label: Tensor  # [n] int64
+    previous: Tensor  # [n] int64 the token before the label
+    f: Tensor | None  # [n, H] the target's state that predicts the label, where a teacher is wanted
+
+
+# (draft, rows, target's head, loss) -> loss with its autograd graph, acceptance and hit of each row [n]
+RowLosses = Callable[[DFlashDraft, LiveRows, TargetHead, BlockLoss], tuple[Tensor, Tensor, Tensor]]
+
+
+def token_losses_ref(
+    draft: DFlashDraft, rows: LiveRows, head: TargetHead, loss: BlockLoss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DFlash's: the loss that `BlockLoss` names, of the target's head. Without a teacher acceptance and hit are of the
+    text: whether the draft's first choice is the token that stands there."""
+    logits = head.logits(rows.states.to(head.weight.dtype))  # [n, V]
+    stats = torch.promote_types(logits.dtype, torch.float32)
+    ce = -logits.to(stats).log_softmax(-1).gather(1, rows.label[:, None])[:, 0]
+    hit = logits.argmax(-1) == rows.label
+    if rows.f is None:
+        return ce, hit.to(stats), hit
+    teacher = teacher_ref(rows.f, head, torch.arange(draft.config.vocab_size, device=logits.device))
+    kind = loss.kind if loss.needs_teacher else "kl"
+    soft, acceptance, hit = row_losses_ref(logits, teacher, kind, loss.lk_scale, loss.lk_decay)
+    return soft if loss.needs_teacher else ce, acceptance, hit
+
+
+def live_steps(
+    batch: Batch,
+    anchors: Tensor,  # [A] int64
+    config: DFlashConfig,
+) -> tuple[Tensor, Tensor]:  # rows of the pack that the steps predict [A, T], kept inside the document; live [A, T] bool
+    label_at = anchors[:, None] + 1 + torch.arange(config.num_drafted, device=anchors.device)
+    end = batch.doc_end[anchors, None]
+    at = label_at.minimum(end - 1)
+    live = (label_at < end) & batch.loss_mask[at]
+    return at, live.long().cumprod(1).bool() if config.live_prefix else live
+
+
 def block_rows_ref(
     draft: DFlashDraft,
     batch: Batch,
@@ -95,31 +140,24 @@ def block_rows_ref(
     anchors: Tensor,  # [A] int64 ascending
     loss: BlockLoss,
     measure: bool = True,  # acceptance against the target's distribution where features.f is there
+    row_losses: RowLosses = token_losses_ref,
 ) -> tuple[Rows, Tensor]:  # rows whose loss carries the autograd graph; the weighted sum of losses
-    """Row (j, a) of the result is step j of the block at token a. Without a teacher acceptance and hit are of the text:
-    whether the draft's first choice is the token that stands there."""
-    c = draft.config
-    steps, first = c.num_drafted, c.first_slot
-    label_at = anchors[:, None] + 1 + torch.arange(steps, device=anchors.device)  # [A, T]
-    inside = label_at < batch.doc_end[anchors, None]
-    at = label_at.minimum(batch.doc_end[anchors, None] - 1)
-    live = inside & batch.loss_mask[at]
+    """Row (j, a) of the result is step j of the block at token a."""
+    steps, first = draft.config.num_drafted, draft.config.first_slot
+    at, live = live_steps(batch, anchors, draft.config)
     states = block_states_ref(draft, batch, features, anchors)[:, first:]
-    logits = head.logits(states[live].to(head.weight.dtype))  # [n, V]
-    stats = torch.promote_types(logits.dtype, torch.float32)
-    label = batch.input_ids[at[live]]
-    ce = -logits.to(stats).log_softmax(-1).gather(1, label[:, None])[:, 0]
-    hit = logits.argmax(-1) == label
-    value, acceptance = ce, hit.to(stats)
-    if loss.needs_teacher or (measure and features.f is not None):
-        everything = torch.arange(c.vocab_size, device=anchors.device)
-        teacher = teacher_ref(features.f[at[live] - 1], head, everything)
-        kind = loss.kind if loss.needs_teacher else "kl"
-        soft, acceptance, hit = row_losses_ref(logits, teacher, kind, loss.lk_scale, loss.lk_decay)
-        value = soft if loss.needs_teacher else ce
-    weight = torch.tensor(loss.weights(steps), dtype=stats, device=anchors.device).expand(len(anchors), -1)
+    compares = loss.needs_teacher or (measure and features.f is not None)
+    label_at = at[live]
+    rows = LiveRows(
+        states[live],
+        batch.input_ids[label_at],
+        batch.input_ids[label_at - 1],
+        features.f[label_at - 1] if compares else None,
+    )
+    value, acceptance, hit = row_losses(draft, rows, head, loss)
+    weight = torch.tensor(loss.weights(steps), dtype=value.dtype, device=anchors.device).expand(len(anchors), -1)
     if loss.kind == "dpace":
-        q = torch.zeros(live.shape, dtype=stats, device=anchors.device).index_put((live,), ce.detach().neg().exp())
+        q = value.new_zeros(live.shape).index_put((live,), value.detach().neg().exp())
         weight = dpace_weights(q, live, loss.dpace_alpha)
     total = (value * weight[live]).sum()
 
@@ -139,13 +177,14 @@ def block_ref_step(
     head: TargetHead,
     anchors: Tensor,  # [A] int64
     loss: BlockLoss,
+    row_losses: RowLosses = token_losses_ref,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """Rows, and the gradient of the weighted sum of losses for every trainable parameter, by name."""
     names, parameters = zip(*draft.trainable().items(), strict=True)
     if not len(anchors):
         return _no_rows(draft, batch, features), {n: torch.zeros_like(p) for n, p in draft.trainable().items()}
     with torch.enable_grad():
-        rows, total = block_rows_ref(draft, batch, features, head, anchors, loss, measure=False)
+        rows, total = block_rows_ref(draft, batch, features, head, anchors, loss, False, row_losses)
         grads = torch.autograd.grad(total, parameters)
     return replace(rows, loss=rows.loss.detach()), dict(zip(names, grads, strict=True))
 
@@ -160,8 +199,15 @@ def _no_rows(draft: DFlashDraft, batch: Batch, features: Features) -> Rows:
 class BlockReferenceEngine:
     """The reference behind the fused engine's interface (`fastdraft.model.dflash.engine.BlockEngine`)."""
 
-    def __init__(self, draft: DFlashDraft, head: TargetHead, loss: BlockLoss, draw: Callable[[Batch, int], Tensor]):
-        self.draft, self.head, self.loss, self.draw = draft, head, loss, draw
+    def __init__(
+        self,
+        draft: DFlashDraft,
+        head: TargetHead,
+        loss: BlockLoss,
+        draw: Callable[[Batch, int], Tensor],
+        row_losses: RowLosses = token_losses_ref,
+    ):
+        self.draft, self.head, self.loss, self.draw, self.row_losses = draft, head, loss, draw, row_losses
         self.number = 0
 
     def begin(self, number: int) -> None:
@@ -170,7 +216,7 @@ class BlockReferenceEngine:
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
         anchors = self.draw(batch, self.number).to(features.g.device)
         batch = batch.to(features.g.device)
-        rows, found = block_ref_step(self.draft, batch, features, self.head, anchors, self.loss)
+        rows, found = block_ref_step(self.draft, batch, features, self.head, anchors, self.loss, self.row_losses)
         for name, grad in found.items():
             grads[name] += grad
         return rows
@@ -181,4 +227,5 @@ class BlockReferenceEngine:
         batch = batch.to(features.g.device)
         if not len(anchors):
             return _no_rows(self.draft, batch, features)
-        return block_rows_ref(self.draft, batch, features, self.head, anchors, self.loss)[0]
+        args = self.draft, batch, features, self.head, anchors, self.loss
+        return block_rows_ref(*args, row_losses=self.row_losses)[0]

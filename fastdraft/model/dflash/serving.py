@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
-from fastdraft.model.dflash.config import ARCHITECTURE, MASK_TOKEN, DFlashConfig, reserved_tokens, shape_of
+from fastdraft.model.dflash.config import ARCHITECTURE, MASK_TOKEN, DFlashConfig, reserved_tokens
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.method import CONFIG, WEIGHTS, Findings
 from fastdraft.model.serving import dtype_problems, weight_problems
@@ -307,7 +307,7 @@ def _shape(config: dict[str, Any], facts: dict[str, Any]) -> DFlashConfig:
     given = {key: config.get(key) for key in (*COUNTS, "rms_norm_eps")}
     own = ("bos_token_id", "eos_token_id", "pad_token_id")
     kinds = config.get("layer_types") or ["full_attention"] * (count if isinstance(count, int) else 0)
-    return shape_of(
+    return DFlashConfig.of(
         given
         | {key: config.get(key) for key in own}
         | {

@@ -10,10 +10,11 @@ from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.kernels.rms_norm import MAX_HIDDEN
 from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
+from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.graph_engine import GraphEngine
-from fastdraft.model.eagle3.propose import DraftState
+from fastdraft.model.eagle3.propose import BatchState, DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
@@ -42,16 +43,23 @@ def build_step(
         )
     weights = config.loss.step_decay ** torch.arange(config.ttt_length, dtype=torch.float32, device=device)
     args = draft, head, weights, config.loss.kind, config.loss.lk_scale, config.loss.lk_decay
+    depth = sampled_depth(config)
     if config.step == "reference":
-        return ReferenceEngine(*args)
+        return ReferenceEngine(*args, depth)
     engine = GraphEngine if device.type == "cuda" else TTTEngine  # only a GPU has graphs to record
-    return engine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence)
+    return engine(*args, config.chunk_rows, config.precision == "fp8", tensor, sequence, depth)
+
+
+def sampled_depth(config: Config) -> SampledDepth | None:
+    return None if config.sampled_depth == 1 else SampledDepth(config.sampled_depth, config.seed)
 
 
 def step_weights(config: Config, shape: DraftConfig) -> StepWeights:
-    """Step i weighs step_decay ** i; the sum is divided by the live rows of step 0."""
+    """Step i weighs step_decay ** i; the sum is divided by the live rows of step 0, which no draw leaves out."""
     steps = torch.arange(config.ttt_length, dtype=torch.float64)
-    return StepWeights(config.loss.step_decay**steps, (steps == 0).double())
+    depth = sampled_depth(config)
+    drawn = torch.ones_like(steps) if depth is None else torch.from_numpy(depth.shares(config.ttt_length))
+    return StepWeights(config.loss.step_decay**steps, (steps == 0).double(), drawn)
 
 
 def check_config(config: Config) -> None:
@@ -67,8 +75,9 @@ METHOD = Method(
     build_step=build_step,
     fit=fit,
     step_cost=step_cost,
-    pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.ttt_length),
+    pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.ttt_length, config.sampled_depth),
     drafter=lambda draft, head, capacity: DraftState(draft, capacity),  # it has a head of its own
+    batch_drafter=lambda draft, head, batch, capacity: BatchState(draft, batch, capacity),
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,
@@ -79,4 +88,5 @@ METHOD = Method(
     part=part,
     cut=cut_draft,
     check_cut=check_cut,
+    cost_options=lambda config: {"sampled_depth": config.sampled_depth},
 )

@@ -1,10 +1,11 @@
-"""Which rows of a batch the TTT engine computes: planned on the host, from the loss mask alone.
+"""Which rows of a batch the TTT engine computes: planned on the host, from the loss mask and the drawn depths alone.
 
 Row (i, t) is TTT step i of the chain at token row t. It is trained on when x_{t+2+i} exists in the document and the loss
-mask has it; it is computed when some (j, t), j >= i, is trained on. A chunk takes up to `chunk_rows` chains in order of t
-and sorts them by depth, deepest first, so that step i's rows are a prefix of step i-1's and every step is a slice of the
-stack. A chunk's rows read at most M + T - 1 tokens, and as many teacher rows: a token read by step i of one chain is read
-by step 0 of another, save at the chunk's end.
+mask has it, and, where depths are drawn (`depth.py`), the chain's is more than i; it is computed when some (j, t), j >= i,
+is trained on. A chunk takes up to `chunk_rows` chains in order of t and sorts them by depth, deepest first, so that step
+i's rows are a prefix of step i-1's and every step is a slice of the stack. A chunk's rows read at most `chunk_rows` + T - 1
+tokens, and as many teacher rows. Where all steps are run, a token read by step i of one chain is read by step 0 of another,
+save at the chunk's end. Drawn depths may leave that other chain out, so there a chunk also ends where it has read enough.
 
 Whether the target's choice is a draft-vocabulary token is known on the device only; such rows get weight 0 there.
 
@@ -64,13 +65,14 @@ def plan_chunks(
     ttt_length: int,
     chunk_rows: int,
     deal: Deal | None = None,  # of `deal_chains`: the chains of this process; None: all
+    drawn: np.ndarray | None = None,  # [N] int64, steps that each chain is to run; None: all
 ) -> Iterator[Chunk]:
     """The chains of a batch on the host, `chunk_rows` at a time. Nothing when nothing is trained on."""
     n = batch.num_tokens
     ids, start = batch.input_ids.numpy(), batch.doc_start.numpy()
-    wanted, depth = _wanted(batch, ttt_length)
+    wanted, depth = _wanted(batch, ttt_length, drawn)
     pieces = [depth.nonzero()[0]] if deal is None else deal.pieces
-    for pos in (piece[k : k + chunk_rows] for piece in pieces for k in range(0, len(piece), chunk_rows)):
+    for pos in (part for piece in pieces for part in _cut(piece, depth, chunk_rows, drawn is not None)):
         first, begin = int(pos[0]), int(start[pos[0]])
         context = (begin, first) if begin < first and begin == start[pos[-1]] else None
         pos = pos[np.argsort(-depth[pos], kind="stable")]
@@ -92,8 +94,32 @@ def plan_chunks(
         yield Chunk(sizes, context, *map(torch.from_numpy, planned))
 
 
-def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whether (i, t) is trained on, as far as the mask says [T, N] bool, and how many steps each chain must run [N]."""
+def _cut(
+    chains: np.ndarray,  # [m] token rows, ascending
+    depth: np.ndarray,  # [N] by token row
+    chunk_rows: int,
+    counts_tokens: bool,
+) -> Iterator[np.ndarray]:
+    """The chains of each chunk: `chunk_rows` of them, or, where tokens count, fewer that read `chunk_rows` tokens which no
+    chain before has read, beside up to T - 1 which one has."""
+    if not counts_tokens:
+        yield from (chains[k : k + chunk_rows] for k in range(0, len(chains), chunk_rows))
+        return
+    end = chains + depth[chains]  # the last token of each
+    read_before = np.maximum.accumulate(np.concatenate([[-1], end[:-1]]))
+    read = np.maximum(end - np.maximum(chains, read_before), 0).cumsum()
+    first = 0
+    while first < len(chains):
+        known = read[first - 1] if first else 0
+        last = min(first + chunk_rows, int(np.searchsorted(read, known + chunk_rows, side="right")))
+        last = max(last, first + 1)
+        yield chains[first:last]
+        first = last
+
+
+def _wanted(batch: Batch, ttt_length: int, drawn: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Whether (i, t) is trained on, as far as the mask and the drawn depths say [T, N] bool, and how many steps each chain
+    must run [N]."""
     n = batch.num_tokens
     mask, end = batch.loss_mask.numpy(), batch.doc_end.numpy()
     wanted = np.zeros((ttt_length, n), dtype=bool)
@@ -101,6 +127,8 @@ def _wanted(batch: Batch, ttt_length: int) -> tuple[np.ndarray, np.ndarray]:
     for i in range(min(ttt_length, n - 2)):
         rows = slice(0, n - 2 - i)
         wanted[i, rows] = mask[2 + i :] & (np.arange(2 + i, n) < end[rows])
+        if drawn is not None:
+            wanted[i] &= drawn > i
         depth[wanted[i]] = i + 1
     return wanted, depth
 
@@ -133,12 +161,13 @@ def deal_chains(
     ttt_length: int,
     share: PackShare,  # its halo as long as a chain
     pair_cost: float,  # of a key that a row sees, where a row's other work costs 1
+    drawn: np.ndarray | None = None,  # [N] int64, steps that each chain is to run; None: all
 ) -> Deal | None:  # None: nothing is trained on
     """Each chain to the owner of its token; or, where a mask makes that uneven, to the processes in parts of equal cost.
 
     Every process computes the same deal. h^0 and f of a token then go from its owner to who runs its chain.
     """
-    wanted, depth = _wanted(batch, ttt_length)
+    wanted, depth = _wanted(batch, ttt_length, drawn)
     chains = depth.nonzero()[0]
     if not len(chains):
         return None
@@ -192,18 +221,18 @@ def pad_batch(batch: Batch, num_tokens: int) -> Batch:
 def pad_chunk(
     chunk: Chunk,  # of a batch from `pad_batch`
     num_tokens: int,  # N of that batch
-    ttt_length: int,
-    chains: int,  # more than the chunk has
+    sizes: tuple[int, ...],  # rows of each of T steps: not growing, none less than the chunk has, first and last more
 ) -> Chunk:
-    """The same work in a shape that `chains` alone sets: M = chains rows at each of T steps, T * M head rows, M + T tokens
-    and teacher rows. Padding rows stand at the last token, which no chain owns, see nothing, read the last of the tokens,
-    which no row reads (its gradient has one adder a launch), have head weight 0 (step T) and their results go behind those
-    of all rows."""
-    t, m = ttt_length, chains
-    real = np.concatenate([np.arange(size) + i * m for i, size in enumerate(chunk.sizes)])
+    """The same work in a shape that `sizes` alone set: R = sum(sizes) rows, as many head rows, and M + T tokens and teacher
+    rows, where M = sizes[0]. Padding rows stand at the last token, which no chain owns, see nothing, read the last of the
+    tokens, which no row reads (its gradient has one adder a launch), have head weight 0 (step T) and their results go
+    behind those of all rows."""
+    t, m, total = len(sizes), sizes[0], sum(sizes)
+    first = np.cumsum(sizes) - sizes
+    real = np.concatenate([np.arange(size) + first[i] for i, size in enumerate(chunk.sizes)])
 
     def spread(x: Tensor, fill: int) -> Tensor:
-        wide = np.full(t * m, fill)
+        wide = np.full(total, fill)
         wide[real] = x.numpy()
         return torch.from_numpy(wide)
 
@@ -211,7 +240,7 @@ def pad_chunk(
         return torch.from_numpy(np.pad(x.numpy(), (0, size - len(x)), constant_values=fill))
 
     return Chunk(
-        sizes=(m,) * t,
+        sizes=sizes,
         context=None,
         chain_pos=lengthened(chunk.chain_pos, m, num_tokens - 1),
         row_pos=spread(chunk.row_pos, -1),
@@ -219,11 +248,11 @@ def pad_chunk(
         row_position=spread(chunk.row_position, 0),
         token_id=lengthened(chunk.token_id, m + t, 0),
         token_row=spread(chunk.token_row, m + t - 1),
-        head_row=lengthened(torch.from_numpy(real[chunk.head_row.numpy()]), t * m, t * m - 1),
-        head_step=lengthened(chunk.head_step, t * m, t),
-        head_out=lengthened(chunk.head_out, t * m, t * num_tokens),
+        head_row=lengthened(torch.from_numpy(real[chunk.head_row.numpy()]), total, total - 1),
+        head_step=lengthened(chunk.head_step, total, t),
+        head_out=lengthened(chunk.head_out, total, t * num_tokens),
         teacher_pos=lengthened(chunk.teacher_pos, m + t, 0),
-        teacher_row=lengthened(chunk.teacher_row, t * m, 0),
+        teacher_row=lengthened(chunk.teacher_row, total, 0),
     )
 
 

@@ -7,7 +7,7 @@ document's attention.
 
 The fused engine (`engine.py`) lists what it takes: a chunk's buffers, once, and what it keeps for every token of a pack. On
 the CPU its attention keeps [rows, Hq, N] probabilities too. Its FLOPs are counted with every token trained on: loss masks
-make its chunks fewer and its work less.
+make its chunks fewer and its work less. With `sampled_depth` p step i counts p^i of its rows; buffers have room for all.
 
 # N tokens of a pack, L tokens of a document, T TTT steps, M chains of a chunk, R = T*M, H draft hidden, Ht target hidden,
 # V target vocabulary, Vd draft vocabulary, Hq/Hkv heads, D head dim, E = Hq*D, K = Hkv*D, W = E + 2K, I MLP width,
@@ -102,7 +102,7 @@ def _fused_step(
     return tuple(found)
 
 
-def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool) -> tuple[Row, Row]:
+def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool, sampled_depth: float) -> tuple[Row, Row]:
     """Matrix FLOPs of the fused engine per token, every token trained on: what it executes, recomputed products too."""
     h, ht, e, kv = (
         c.hidden_size,
@@ -116,21 +116,22 @@ def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool) -> 
         products += count * size * (3 * ht * h * (2 + bool(c.feature_norms)) + 3 * 2 * h * 2 * kv)
         products += count * max(size - 2, 0) * (ht * c.vocab_size + 3 * qkv)
         for i in range(steps):
+            drawn = count * sampled_depth**i
             rows = max(size - 2 - i, 0)  # x_{t+2+i} exists
-            products += count * rows * (3 * (e * h + mlp + h * c.draft_vocab_size) + 3 * (qkv if i else h * e))
+            products += drawn * rows * (3 * (e * h + mlp + h * c.draft_vocab_size) + 3 * (qkv if i else h * e))
             if cpu:  # every key of the pack, two products forward, four back
-                attention += count * rows * 6 * e * (n + i)
+                attention += drawn * rows * 6 * e * (n + i)
             else:  # keys up to its own; two products forward, three for dq, four for dk and dv
-                attention += count * e * (9 * rows * (rows + 1) // 2 + 7 * rows * i)
-    return Row("draft step but for attention", 2 * products // n), Row("draft's attention", 2 * attention // n)
+                attention += drawn * e * (9 * rows * (rows + 1) // 2 + 7 * rows * i)
+    return Row("draft step but for attention", int(2 * products // n)), Row("draft's attention", int(2 * attention // n))
 
 
-def pair_cost(c: DraftConfig, target_params: int, steps: int) -> float:
+def pair_cost(c: DraftConfig, target_params: int, steps: int, sampled_depth: float = 1.0) -> float:
     """What attention in a document of L tokens costs per L^2, where the other work of a token (the target's forward and the
     fused draft step) costs 1. The target's attention is counted as wide as its hidden state; half the pairs are causal."""
-    rest, _ = _fused_flops(c, 4096, 4096, steps, cpu=False)
+    rest, _ = _fused_flops(c, 4096, 4096, steps, False, sampled_depth)
     target = 2 * c.target_hidden_size * c.num_target_layers
-    draft = 9 * c.num_attention_heads * c.head_dim * steps
+    draft = 9 * c.num_attention_heads * c.head_dim * sum(sampled_depth**i for i in range(steps))
     return (target + draft) / (2 * target_params + rest.size)
 
 
@@ -146,13 +147,14 @@ def step_cost(
     step: StepKind,
     device: str,  # cuda or cpu
     chunk_rows: int | None,  # M of the fused step; None: its own choice
+    sampled_depth: float = 1.0,
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a step, FLOPs per packed token
     """What a draft step takes beside weights, optimizer, target and features."""
     n, length, steps = pack_tokens, document_tokens, ttt_length
     if step == "fused":
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         memory = _fused_step(c, n, steps, chunk_rows, dtype, target_dtype, device, precision == "fp8")
-        return memory, _fused_flops(c, n, length, steps, device == "cpu")
+        return memory, _fused_flops(c, n, length, steps, device == "cpu", sampled_depth)
     b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
     memory = _reference_step(c, n, length, steps, b, ROWS_KEPT[loss])
     memory = (Row(f"gradient of one pack ({compute})", b * c.num_parameters()["trainable"], True), *memory)

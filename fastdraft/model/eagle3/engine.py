@@ -4,7 +4,8 @@ Computes what `ttt_ref_step` computes (the specification) by four facts (docs/ma
 
 1 Once K^0, V^0 of the whole pack exist, a position's chain depends on no other: steps 0..T-1, all losses and the backward
   run for `chunk_rows` chains at a time (`chunks.py`). Kept for every token are h^0, K^0, V^0 and their gradients.
-2 Row (t, i) is computed only while some step j >= i at t is trained on, its head only if (t, i) itself is.
+2 Row (t, i) is computed only while some step j >= i at t is trained on, its head only if (t, i) itself is. With drawn
+  depths (`depth.py`) a training step has fewer such rows; `rows` always has all.
 3 The embedding's half of QKV depends on the token alone: a chunk computes it once for each token its rows read, step i
   reads the row of token t+1+i, and its gradient is collected once.
 4 A chunk's weight gradients are one product per weight over the rows of all steps, added in float32.
@@ -47,6 +48,7 @@ from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_b
 from fastdraft.model.eagle3 import memory
 from fastdraft.model.eagle3.attention import ChainAttention
 from fastdraft.model.eagle3.chunks import Chunk, Fetched, deal_chains, plan_chunks
+from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.shard import cut_head, local_config
 
@@ -155,6 +157,7 @@ class TTTEngine:
         fp8: bool = False,  # products of `step`, not of `rows`, in float8 (`fp8_shapes`); the draft's dtype is bf16 then
         tensor: Group | None = None,  # who share the draft's weights, which `cut_draft` has cut; None: this process alone
         sequence: Group | None = None,  # who share a pack's tokens; None: this process alone
+        depth: SampledDepth | None = None,  # of the chains that `step` trains; None: all steps of all
     ):
         if not 1 <= len(step_weights) <= 12:
             raise ValueError(f"ttt_length {len(step_weights)} is not in 1..12")
@@ -179,7 +182,9 @@ class TTTEngine:
         self.head: PermutedHead = cut_head(head, draft.draft_ids, self.tensor.rank, self.tensor.size)
         self.loss = kind, lk_scale, lk_decay
         self.step_weights = step_weights
-        self.head_weights = torch.cat([step_weights, step_weights.new_zeros(1)])  # [T+1]; step T is padding
+        self.depth, self.number = depth, 0
+        of_rows = step_weights if depth is None else depth.weigh(step_weights)
+        self.head_weights = torch.cat([of_rows, of_rows.new_zeros(1)])  # [T+1]; step T is padding
         device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
         self.sizes = len(step_weights), dtype, head.weight.dtype, device.type  # of `memory.chunk_buffers`
         self.chunk_rows = memory.pick_chunk_rows(chunk_rows, self.config, *self.sizes)
@@ -187,7 +192,11 @@ class TTTEngine:
         self.compiled: set[bool] = set()  # kernels: True, those of `step`; False, those of `rows`
 
     def begin(self, number: int) -> None:
-        """Nothing is drawn at random here."""
+        """The optimizer step that follows, which depths are drawn for."""
+        self.number = number
+
+    def drawn(self, batch: Batch) -> np.ndarray | None:  # [N] int64, steps of each token's chain that are trained
+        return None if self.depth is None else self.depth.draw(batch, self.number, len(self.step_weights))
 
     def reserve(self, tokens: int) -> None:
         """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
@@ -214,6 +223,8 @@ class TTTEngine:
 
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
         """Rows of a batch, and d(sum_i step_weights[i] * sum_t loss)/dw added to `grads` (float32, by parameter name).
+
+        With `depth` both have only the rows that were drawn for `begin`'s step, and the gradient has this expectation.
 
         `batch` lies on the host, `features` on the draft's device, `grads` end to end in one buffer (`FlatAdamW.grads` or
         `flat_gradients`). The first call on a GPU compiles the kernels. Raises ValueError for token ids outside the
@@ -297,13 +308,14 @@ class Step:
         """The chunks of this process. Where processes share the pack's tokens, None comes first if any of them has one, so
         that all start and finish the pack."""
         steps = len(self.engine.step_weights)
+        drawn = None if self.grads is None else self.engine.drawn(batch)
         if self.share is None:
-            yield from plan_chunks(batch, steps, self.engine.chunk_rows)
+            yield from plan_chunks(batch, steps, self.engine.chunk_rows, drawn=drawn)
             return
-        self.deal = deal_chains(batch, steps, self.share, self.engine.pair_cost)
+        self.deal = deal_chains(batch, steps, self.share, self.engine.pair_cost, drawn)
         if self.deal is not None:
             yield None
-            yield from plan_chunks(batch, steps, self.engine.chunk_rows, self.deal)
+            yield from plan_chunks(batch, steps, self.engine.chunk_rows, self.deal, drawn)
 
     def index(self, batch: Batch) -> Tensor:  # [2, n] of `pack_index`, of this process's rows, on the device
         whole = pack_index(batch)

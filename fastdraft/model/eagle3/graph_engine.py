@@ -2,16 +2,20 @@
 
 SmolLM2's draft takes 220 launches for 4 ms of work on 2048 tokens. A graph replays them all at once, but has one shape, so
 a pack is padded to one of few (`pad_batch`, `pad_chunk`): tokens to a multiple of ROOM, chains to a multiple of CHAINS,
-every step as many rows. The padding changes nothing but the order of sums. A shape's first pack runs without a graph, its
-second is recorded, and from then on only what is new is copied into place: indices, g and f. What is recorded is `Step`.
+every step as many rows. Where depths are drawn, a step has room for four standard deviations more rows than are expected
+of so many chains, and a pack that has more yet takes the shape in which all steps are full. The padding changes nothing but
+the order of sums. A shape's first pack runs without a graph, its second is recorded, and from then on only what is new is
+copied into place: indices, g and f. What is recorded is `Step`.
 
 # N tokens of a padded pack, M chains, T TTT steps
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +27,7 @@ from fastdraft.model.eagle3.engine import GATE_UP, QKV, Step, TTTEngine, pack_in
 from fastdraft.model.graph import GraphPool
 
 GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host does for its launches
-ROOM, CHAINS = 256, 512
+ROOM, CHAINS, STEP_ROWS = 256, 512, 128
 
 
 class GraphEngine(TTTEngine):
@@ -53,8 +57,10 @@ class GraphEngine(TTTEngine):
     def run_padded(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
         self.check_ids(batch)
         n, t = _padded(batch.num_tokens + 1, ROOM), len(self.step_weights)
-        padded = pad_batch(batch, n)
-        chunk = next(plan_chunks(padded, t, self.chunk_rows), None)
+        padded, drawn = pad_batch(batch, n), None if grads is None else self.drawn(batch)
+        if drawn is not None:
+            drawn = np.pad(drawn, (0, n - len(drawn)))
+        chunk = next(plan_chunks(padded, t, self.chunk_rows, drawn=drawn), None)
         if chunk is None:
             return super()._run(batch, features, grads)
         self.reserve(n)
@@ -62,12 +68,25 @@ class GraphEngine(TTTEngine):
             self.packs.clear()
             self.places.clear()
             self.resized = self.take.resized
-        m = _padded(chunk.sizes[0] + 1, CHAINS)
+        sizes = self.padded_sizes(chunk, drawn is not None)
         where = [p.data_ptr() for p in self.draft.parameters()] + [g.data_ptr() for g in (grads or {}).values()]
-        pack = self.packs.setdefault((n, m, *where), _Pack(self, n, m, grads))
-        pack.fill(padded, pad_chunk(chunk, n, t, m), features)
+        pack = self.packs.setdefault((n, *sizes, *where), _Pack(self, n, grads))
+        pack.fill(padded, pad_chunk(chunk, n, sizes), features)
         pack.run()
         return pack.rows(batch.num_tokens)
+
+    def padded_sizes(self, chunk: Chunk, is_drawn: bool) -> tuple[int, ...]:  # rows of each of T steps
+        """Of the shape in which a chunk runs, one of few. Its first and last step have a row of padding."""
+        t = len(self.step_weights)
+        m = _padded(max(chunk.sizes[0], len(chunk.token_id) - t) + 1, CHAINS)
+        if is_drawn:
+            expected = m * self.depth.shares(t)
+            room = expected + 4 * np.sqrt(expected * (1 - expected / m)) + 1
+            sizes = (m, *(min(m, _padded(math.ceil(x), STEP_ROWS)) for x in room[1:]))
+            real = (*chunk.sizes, *[0] * (t - len(chunk.sizes)))
+            if all(size <= place for size, place in zip(real, sizes, strict=True)) and real[-1] < sizes[-1]:
+                return sizes
+        return (m,) * t
 
 
 def _padded(n: int, multiple: int) -> int:
@@ -77,8 +96,8 @@ def _padded(n: int, multiple: int) -> int:
 class _Pack:
     """A padded pack's inputs and results, and the graph of what lies between."""
 
-    def __init__(self, engine: GraphEngine, num_tokens: int, chains: int, grads: dict[str, Tensor] | None):
-        self.engine, self.n, self.m, self.grads = engine, num_tokens, chains, grads
+    def __init__(self, engine: GraphEngine, num_tokens: int, grads: dict[str, Tensor] | None):
+        self.engine, self.n, self.grads = engine, num_tokens, grads
         self.step: Step | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.runs = 0

@@ -9,7 +9,8 @@ Step i = 0 .. T-1 at token t of a document with tokens x_0 .. x_{L-1}:
     attention       query (t, i) sees K^0_s, V^0_s for s <= t, and K^j_t, V^j_t for 1 <= j <= i
     student         Q = softmax(lm_head(norm(y^i_t)))            over the draft vocabulary
     teacher         P = softmax(target_logits(f_u)), u = t+1+i   the distribution of x_{u+1}
-    live            x_{u+1} exists in the document, loss_mask[u+1] = 1, argmax P is a draft-vocabulary token
+    live            x_{u+1} exists in the document, loss_mask[u+1] = 1, argmax P is a draft-vocabulary token, and the
+                    chain runs so many steps where its number of steps was drawn (`depth.py`)
 
 Runs in any dtype; float64 is the truth. Memory is O(T * N * V): for tests and small drafts.
 Sources: EAGLE-3 (arXiv 2503.01840), section 3; norm_output: EAGLE-3.1 (arXiv 2605.09992).
@@ -27,6 +28,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
 from fastdraft.kernels.linear_kl import row_losses_ref
 from fastdraft.kernels.teacher import teacher_ref
+from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
 
 
@@ -39,6 +41,7 @@ def ttt_ref(
     kind: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
+    drawn: Tensor | None = None,  # [N] int64, steps of each token's chain that count (`depth.py`); None: all
 ) -> Rows:
     """All T steps over a batch; `Rows.loss` carries the autograd graph. The caller weighs the steps and sums."""
     row = torch.arange(batch.num_tokens, device=batch.input_ids.device)
@@ -55,6 +58,8 @@ def ttt_ref(
         h = draft.fed_back(y)
 
         masked_in = (u + 1 <= last) & batch.loss_mask[(u + 1).minimum(last)]
+        if drawn is not None:
+            masked_in &= drawn > i
         rows = teacher.at(u.minimum(last))
         live = masked_in & rows.in_draft
         loss, alpha, hit = row_losses_ref(draft.logits(y), rows, kind, lk_scale, lk_decay)
@@ -71,9 +76,10 @@ def ttt_ref_step(
     kind: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
+    drawn: Tensor | None = None,  # [N] int64, steps of each token's chain that count; None: all
 ) -> tuple[Rows, dict[str, Tensor]]:
     """Rows, and the gradient of sum_i step_weights[i] * sum_t loss(t, i) for every trainable parameter, by name."""
-    rows = ttt_ref(draft, batch, features, head, len(step_weights), kind, lk_scale, lk_decay)
+    rows = ttt_ref(draft, batch, features, head, len(step_weights), kind, lk_scale, lk_decay, drawn)
     names, parameters = zip(*draft.trainable().items(), strict=True)
     total = (rows.loss.sum(1) * step_weights.to(rows.loss)).sum()
     grads = torch.autograd.grad(total, parameters)
@@ -91,15 +97,22 @@ class ReferenceEngine:
         kind: LossKind = "kl",
         lk_scale: float = 1.0,
         lk_decay: float = 1.0,
+        depth: SampledDepth | None = None,  # of the chains that `step` trains; None: all steps of all
     ):
         self.draft, self.head, self.step_weights, self.loss = draft, head, step_weights, (kind, lk_scale, lk_decay)
+        self.depth, self.number = depth, 0
 
     def begin(self, number: int) -> None:
-        """Nothing is drawn at random here."""
+        """The optimizer step that follows, which depths are drawn for."""
+        self.number = number
 
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
+        weights, drawn = self.step_weights, None
+        if self.depth is not None:
+            weights = self.depth.weigh(weights)
+            drawn = torch.from_numpy(self.depth.draw(batch, self.number, len(weights))).to(features.f.device)
         batch = batch.to(features.f.device)
-        rows, found = ttt_ref_step(self.draft, batch, features, self.head, self.step_weights, *self.loss)
+        rows, found = ttt_ref_step(self.draft, batch, features, self.head, weights, *self.loss, drawn)
         for name, grad in found.items():
             grads[name] += grad
         return rows

@@ -94,7 +94,7 @@ def test_the_host_plans_without_pytorchs_threads():
         pack_index(batch)
         padded = pad_batch(batch, 40_960)
         for chunk in plan_chunks(padded, 3, 40_000):
-            pad_chunk(chunk, 40_960, 3, 40_448)
+            pad_chunk(chunk, 40_960, (40_448,) * 3)
         needed(batch)
         document_keys(batch)
     views = {"aten.detach.default", "aten.lift_fresh.default"}  # of `numpy` and `from_numpy`: nothing is computed

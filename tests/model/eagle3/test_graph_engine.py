@@ -148,7 +148,7 @@ def test_padding_keeps_every_row_and_adds_none(lengths, ttt_length, seed):
     batch = pad_batch(Batch(torch.arange(sum(lengths)), mask, tuple(lengths)), sum(lengths) + 7)
     for chunk in plan_chunks(batch, ttt_length, 10**6):
         n, m = batch.num_tokens, chunk.sizes[0] + 3
-        wide = pad_chunk(chunk, n, ttt_length, m)
+        wide = pad_chunk(chunk, n, (m,) * ttt_length)
         shapes = {len(x) for x in (wide.row_pos, wide.head_row, wide.head_out)}
         assert wide.sizes == (m,) * ttt_length and shapes == {ttt_length * m}
         assert len(wide.token_id) == len(wide.teacher_pos) == m + ttt_length and len(wide.chain_pos) == m
