@@ -95,7 +95,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     target = target_sizes(load_target_config(config.target.path, config.target.trust_remote_code))
     precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
 
-    def step_cost(part: BaseModel, tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         return method.step_cost(
             part,
             pack_tokens=tokens,
@@ -107,6 +107,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             step=config.step,
             chunk_rows=config.chunk_rows,
             device=device.type,
+            **({"tensor": tensor} if tensor > 1 else {}),
             **method.cost_options(config),
         )
 
