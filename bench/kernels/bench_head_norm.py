@@ -1,8 +1,8 @@
 """Times the norm over each head with RoPE behind it: python -m bench.kernels.bench_head_norm, or pytest. Rows go
 to results/head_norm.jsonl.
 
-"two kernels" are `rms_norm` over each head and `chain_qkv`, which do the same one after the other; "torch" is the reference,
-eager, "torch.compile" that compiled.
+"two kernels" are `rms_norm` over each head and `chain_qkv`, which do the same one after the other; "torch" is the
+reference, eager, "torch.compile" that compiled.
 """
 
 from __future__ import annotations
