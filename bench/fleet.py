@@ -11,8 +11,9 @@ read from the disk. Parts:
   sequence  the draft's step over one document of 131072 tokens, all trained on, whose tokens the GPUs share; goal 3.6 of 4
   tensor    the draft's step over 8192 tokens, whose weights the GPUs share; goal 1.8 and 3.3
 
-Of every part one more run is traced, and a row `fleet/trace` of each process says where its GPU's time went
-(bench/trace.py). `--no-trace` leaves that out.
+Of a part there are --rounds timed runs after one that warms up, or as many as --part-seconds allow, and at least one. One
+more run of it is traced, unless it is of one GPU and long: a row `fleet/trace` of each process says where its GPU's time
+went (bench/trace.py). `--no-trace` leaves that out.
 
 `--tiny` runs the same code with tiny shapes on CPUs over gloo, to see that it runs; its rows are no measurement and go
 where --out says. After --seconds no further part begins.
@@ -50,6 +51,7 @@ from fastdraft.target.hf import Target
 from fastdraft.target.sharded import shard_layers
 
 GIB = 2**30
+LONG_S = 5.0  # of a run of one GPU, which is not traced then
 
 
 class Sizes(NamedTuple):
@@ -219,17 +221,17 @@ PARTS: dict[str, Callable[[Sizes, torch.device], Work]] = {
 }
 
 
-def timed(run: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Seconds of the slowest process, median over the rounds after one that warms up."""
-    times = []
-    for _ in range(rounds + 1):
+def timed(run: Callable[[], object], rounds: int, limit: float, device: torch.device) -> list[float]:
+    """Seconds of the slowest process in each round after one that warms up. A round begins while they are below `limit`."""
+    times: list[float] = []
+    while len(times) <= rounds and (len(times) < 2 or sum(times[1:]) < limit):
         mesh.barrier()
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(mesh.largest(int(1e6 * (time.perf_counter() - start))) / 1e6)
-    return statistics.median(times[1:])
+    return times[1:]
 
 
 # --- processes -----------------------------------------------------------------------------------------------------------
@@ -246,12 +248,13 @@ def child(args: argparse.Namespace) -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         work = PARTS[name](sizes, device)
-        seconds = timed(work.run, sizes.rounds, device)
+        times = timed(work.run, sizes.rounds, args.part_seconds, device)
+        seconds = statistics.median(times)
         peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
         peak = mesh.largest(int(1000 * peak)) / 1000
         if mesh.is_rank_0():
-            write_row(name, work, seconds, peak, args)
-        if args.trace and device.type == "cuda":
+            write_row(name, work, times, peak, args)
+        if args.trace and device.type == "cuda" and (mesh.world() > 1 or seconds < LONG_S):
             mesh.barrier()
             of_all = mesh.from_all(traced(work.run).rounded())
             for rank, summary in enumerate(of_all) if mesh.is_rank_0() else ():
@@ -263,13 +266,14 @@ def child(args: argparse.Namespace) -> None:
     mesh.end_process()
 
 
-def write_row(name: str, work: Work, seconds: float, peak: float, args: argparse.Namespace) -> None:
-    """One part's row, on rank 0. `seconds` are the median over rounds of the slowest process."""
+def write_row(name: str, work: Work, times: list[float], peak: float, args: argparse.Namespace) -> None:
+    """One part's row, on rank 0."""
+    seconds = statistics.median(times)
     notes = Path(args.notes)
     rates = json.loads(notes.read_text()) if notes.exists() else {}
     rate = work.tokens / seconds * work.scale  # tokens a second through the whole model
     row = {"part": name, "gpus": mesh.world(), "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)}
-    row["rounds"] = args.rounds
+    row["rounds"] = len(times)
     row["peak_gib"] = peak
     if mesh.world() == 1:
         notes.write_text(json.dumps(rates | {name: rate}))
@@ -286,6 +290,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPUs")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each part, after one that warms up")
+    parser.add_argument("--part-seconds", type=float, default=60, help="no further round of a part begins after so long")
     parser.add_argument("--no-trace", dest="trace", action="store_false", help="no run of each part is traced")
     parser.add_argument("--seconds", type=float, default=500, help="after so long no further part begins")
     parser.add_argument("--commit", help="what to write in the rows where there is no git")
@@ -301,7 +306,7 @@ def main() -> None:
     until = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
         more = ["--notes", f"{folder}/rates.json", "--until", str(until), "--out", args.out, "--parts", *args.parts]
-        more += ["--rounds", str(args.rounds)]
+        more += ["--rounds", str(args.rounds), "--part-seconds", str(args.part_seconds)]
         more += (
             ["--tiny"] * args.tiny + ["--no-trace"] * (not args.trace) + (["--commit", args.commit] if args.commit else [])
         )

@@ -53,7 +53,11 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out ag
     "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/serving/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py"],
-    "step": [KERNELS, "!fastdraft/kernels/block_attention.py", "!fastdraft/kernels/linear_ce.py", *ENGINE],
+    "step": [
+        KERNELS,
+        *(f"!fastdraft/kernels/{name}.py" for name in ("block_attention", "block_conv", "linear_ce", "selector")),
+        *ENGINE,
+    ],
     "fleet": [f"fastdraft/{name}.py" for name in ("dist/mesh", "dist/shard", "target/packed", "target/sharded")],
     "gpu_tests": [KERNELS, *ENGINE, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
 }

@@ -220,6 +220,13 @@ class StepWeights(NamedTuple):
         return (live * self.normaliser.to(live.device)).sum()
 
 
+class UnderWay(Protocol):
+    """Something that processes have begun to do together."""
+
+    def wait(self) -> None:
+        """Nothing that follows, here or on a GPU's stream, runs before it is done."""
+
+
 class Group(Protocol):
     """The processes that share a step's work, as the step is given them. `dist/mesh.py` has the groups of a run.
 
@@ -232,6 +239,9 @@ class Group(Protocol):
     def sum_(self, x: Tensor) -> Tensor:
         """All processes' tensors added up, in place."""
 
+    def start_sum(self, x: Tensor) -> UnderWay:
+        """Begins `sum_`: until `wait` of what is returned x may not be touched."""
+
     def gather(self, x: Tensor) -> Tensor:  # [size * n, ...]
         """All processes' tensors [n, ...], one under the other."""
 
@@ -243,12 +253,18 @@ class Group(Protocol):
 
 
 class Alone:
-    """A process without others: each call gives back what it was given."""
+    """A process without others: each call gives back what it was given, and nothing is waited for."""
 
     rank, size = 0, 1
 
     def sum_(self, x: Tensor) -> Tensor:
         return x
+
+    def start_sum(self, x: Tensor) -> Alone:
+        return self
+
+    def wait(self) -> None:
+        pass
 
     def gather(self, x: Tensor) -> Tensor:
         return x

@@ -362,6 +362,9 @@ def evaluate(
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts decoded at once; 1 gives the speed of a sequence alone.")
+    ] = 64,
     url: Annotated[
         list[str] | None, typer.Option(help="Of a run with target.url: servers that run its target now; repeatable.")
     ] = None,
@@ -376,7 +379,7 @@ def evaluate(
 
     if prompts is None:
         decoding = ("max_prompts", "max_new_tokens", "num_steps", "eagle_topk", "num_draft_tokens", "temperature")
-        refuse_idle(context, decoding, "--prompts")
+        refuse_idle(context, (*decoding, "batch_size"), "--prompts")
     if num_steps is None and num_draft_tokens is not None:
         num_steps = DecodeSettings().num_steps
     settings = DecodeSettings(num_steps or DecodeSettings().num_steps, eagle_topk, num_draft_tokens, temperature)
@@ -385,7 +388,9 @@ def evaluate(
         if out.is_dir() or not os.access(out.parent, os.W_OK):
             raise ValueError(f"{out} is a folder, or in one that cannot be written; name another file with --out")
     whole = num_steps is None
-    report = evaluate_run(run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or (), whole)
+    report = evaluate_run(
+        run, which, prompts, max_prompts, max_new_tokens, settings, say_aside, url or (), whole, batch_size
+    )
     if mesh.is_rank_0():
         text = json.dumps(asdict(report), indent=1)
         console.print_json(text)

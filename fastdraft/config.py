@@ -75,6 +75,7 @@ class BlockSection(Section):
     dpace_alpha: float = Field(0.5, ge=0, lt=1)  # of dpace alone
     lk_scale: float = Field(1.0, ge=0)  # of lk_lambda alone, as lk_decay
     lk_decay: float = Field(1.0, ge=0)
+    selector_alpha: float = Field(1.0, ge=0)  # of the selector's loss beside the slots', of draft.method dflash2 alone
 
 
 class FeaturesConfig(Section):

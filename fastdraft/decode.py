@@ -1,4 +1,6 @@
-"""Speculative decoding in PyTorch, one sequence at a time: what a draft is worth when really used.
+"""Speculative decoding in PyTorch: what a draft is worth when really used.
+
+`generate` decodes one sequence, and `generate_batch` many at once: the same tokens, rounds and draws, in fewer forwards.
 
 A round starts with tokens x_0 .. x_n, of which the target has run x_0 .. x_{n-1}; x_n is the root. The draft's method
 proposes a chain or a tree of tokens behind it. The target runs the root and all of them in one forward, a tree under a mask
@@ -11,13 +13,14 @@ Which tokens are kept leaves the target's distribution P exactly as it is:
     tree, argmax chain  the candidates are no random draws, so recursive rejection has point masses for Q: it keeps a child
                         with its share of the P that is left. That is: draw from P, go down when the token is a child
 
-# r rows, m drafted tokens, Ht target hidden, V / Vd target / draft vocabulary
+# B sequences, r rows, m drafted tokens, Ht target hidden, V / Vd target / draft vocabulary
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +28,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastdraft.model.methods import method_of
-from fastdraft.model.proposal import DecodeSettings, Proposal, probabilities
-from fastdraft.target.hf import Target
+from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
+from fastdraft.target.hf import RUN_TOKENS, Target
+from fastdraft.target.ragged import RaggedCache
+
+BATCH_SIZE = 64  # prompts decoded at once
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class DecodeResult:
     drafted: tuple[int, ...]  # [num_steps] rounds that drafted to this depth
     accepted: tuple[int, ...]  # [num_steps] rounds that kept a drafted token at this depth
     per_round: tuple[int, ...]  # tokens of each round, in order; the prefill's token comes before them
-    seconds: float  # wall clock, prefill included
+    # Wall clock, prefill included. Of sequences that were decoded together each has its share, so a sum is what they took.
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,40 @@ def generate_plain(
     return DecodeResult(out, stopped_by, 0, (), (), (), time.perf_counter() - start)
 
 
+def generate_batch(
+    target: Target,
+    draft: nn.Module,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    settings: DecodeSettings | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> list[DecodeResult]:
+    """What `generate` gives for each prompt, up to `batch_size` of them at a time; fewer where they are so long that they
+    would have more than RUN_TOKENS tokens, padding included.
+
+    ValueError as in `generate`, and for a method that drafts for one sequence alone. That the target may run several
+    sequences together is for the caller to ask: `target.ragged.why_apart`.
+    """
+    settings = settings or DecodeSettings()
+    _check_fit(target, draft, settings)
+    if method_of(draft).batch_drafter is None:
+        raise ValueError(
+            f"a draft of method {method_of(draft).architecture} is decoded one prompt at a time; use `generate`"
+        )
+    return _in_groups(target, prompts, max_new_tokens, batch_size, settings, draft)
+
+
+def generate_plain_batch(
+    target: Target,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    settings: DecodeSettings | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> list[DecodeResult]:
+    """What `generate_plain` gives for each prompt, in the groups of `generate_batch`."""
+    return _in_groups(target, prompts, max_new_tokens, batch_size, settings or DecodeSettings(), None)
+
+
 @torch.no_grad()
 def first_difference(target: Target, prompt: list[int], tokens: list[int], plain: list[int]) -> Difference | None:
     """Where a greedy output leaves the target's own. In bf16 a near-tie may fall either way: the gap tells."""
@@ -195,6 +236,187 @@ def _until_stop(tokens: list[int], eos_ids: frozenset[int]) -> list[int]:
         if token in eos_ids:
             return tokens[: place + 1]
     return tokens
+
+
+# --- many sequences ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sequence:
+    """One prompt of a batch, and what became of it so far."""
+
+    place: int  # among the group's prompts
+    num_prompt: int
+    limit: int
+    context: int
+    generator: torch.Generator
+    num_steps: int
+    out: list[int] = field(default_factory=list)
+    per_round: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def root(self) -> int:
+        return self.num_prompt + len(self.out) - 1
+
+    def count_round(self, depth: int, kept: int, given: list[int]) -> None:
+        self.out += given
+        self.per_round.append(len(given))
+        for j in range(depth):
+            self.drafted[j] += 1
+            self.accepted[j] += kept > j
+
+    def result(self, stopped_by: str, rounds: bool) -> DecodeResult:
+        if not rounds:
+            return DecodeResult(self.out, stopped_by, 0, (), (), (), 0.0)
+        drafted, accepted, per_round = tuple(self.drafted), tuple(self.accepted), tuple(self.per_round)
+        return DecodeResult(self.out, stopped_by, len(per_round), drafted, accepted, per_round, 0.0)
+
+
+def _in_groups(
+    target: Target,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    settings: DecodeSettings,
+    draft: nn.Module | None,
+) -> list[DecodeResult]:
+    """Prompts of like length together, so that little is padded."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least one prompt must be decoded at a time")
+    for prompt in prompts:
+        _limits(target, prompt, max_new_tokens)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        if groups and len(groups[-1]) < batch_size and (len(groups[-1]) + 1) * len(prompts[i]) <= RUN_TOKENS:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    results: dict[int, DecodeResult] = {}
+    for group in groups:
+        start = time.perf_counter()
+        made = _decode_together(target, [prompts[i] for i in group], max_new_tokens, settings, draft)
+        seconds = (time.perf_counter() - start) / len(group)
+        results |= {i: replace(result, seconds=seconds) for i, result in zip(group, made, strict=True)}
+    return [results[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def _decode_together(
+    target: Target,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    settings: DecodeSettings,
+    draft: nn.Module | None,  # None: the target alone
+) -> list[DecodeResult]:
+    """`generate` or `generate_plain` of all prompts. A sequence that ends leaves the batch, and its place is given up."""
+    device, steps, nodes = target.device, settings.num_steps, settings.num_verified - 1 if draft is not None else 0
+    going = []
+    for place, prompt in enumerate(prompts):
+        limit, context = _limits(target, prompt, max_new_tokens)
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        counts = {"drafted": [0] * steps, "accepted": [0] * steps}
+        going.append(_Sequence(place, len(prompt), limit, context, generator, steps, **counts))
+    longest = max(s.num_prompt + s.limit for s in going)
+    cache = RaggedCache(target, longest + nodes + 1)
+    counts = [len(prompt) for prompt in prompts]
+    g, f = cache.prefill(prompts)
+    last = torch.arange(len(counts), device=device), torch.tensor(counts, device=device) - 1
+    first = _choose_each(target.head.logits(f[last])[:, None], settings, [s.generator for s in going], [1] * len(going))
+    for s, token in zip(going, first[:, 0].tolist(), strict=True):
+        s.out.append(token)
+    known = torch.tensor([p[1:] + [s.out[0]] + [0] * (g.shape[1] - len(p)) for s, p in zip(going, prompts, strict=True)])
+    drafter = None
+    if draft is not None:
+        room = longest + 2 * steps + steps * settings.eagle_topk  # fillers included
+        drafter = method_of(draft).batch_drafter(draft, target.head, len(prompts), room)
+
+    results: dict[int, DecodeResult] = {}
+    while True:
+        ended = {s.place: why for s in going if (why := _stopped(s.out, target.eos_ids, s.limit, max_new_tokens))}
+        results |= {s.place: s.result(ended[s.place], draft is not None) for s in going if s.place in ended}
+        rows = [row for row, s in enumerate(going) if s.place not in ended]
+        if not rows:
+            return [results[place] for place in range(len(prompts))]
+        if len(rows) < len(going):
+            going, counts = [going[row] for row in rows], [counts[row] for row in rows]
+            known, g = known[rows], g[rows]
+            cache.select(rows)
+            if drafter is not None:
+                drafter.select(rows)
+        generators, roots = [s.generator for s in going], [s.root for s in going]
+        depths = [min(steps, s.context - 1 - s.root) for s in going]
+        if drafter is None:
+            proposal = Proposals(
+                torch.empty(len(going), 0, dtype=torch.int64), torch.empty(len(going), 0), [0] * len(going)
+            )
+        else:
+            proposal = drafter.propose(known.to(device), g, counts, depths, settings, generators)
+        root_tokens = torch.tensor([[s.out[-1]] for s in going], device=device)
+        tokens = torch.cat([root_tokens, proposal.tokens.to(device)], 1)
+        last_position = min(s.context for s in going) - 1
+        g, f = cache.run(tokens, proposal.parents, roots, last_position)
+        draft_ids = None if drafter is None else drafter.draft_ids
+        paths, gained = _verify_each(target.head.logits(f), proposal, settings, generators, draft_ids)
+        counts, width = [len(path) for path in paths], max(map(len, paths))
+        padded = torch.tensor([path + [0] * (width - len(path)) for path in paths])
+        known = torch.tensor([given + [0] * (width - len(given)) for given in gained])
+        cache.keep(roots, padded)
+        g = g.gather(1, padded.to(device)[:, :, None].expand(-1, -1, g.shape[2]))
+        for s, depth, path, given in zip(going, depths, paths, gained, strict=True):
+            given = _until_stop(given, target.eos_ids)[: s.limit - len(s.out)]
+            s.count_round(depth if drafter is not None else 0, len(path) - 1, given)
+
+
+def _verify_each(
+    logits: Tensor,  # [B, 1+m, V] the target's, root first
+    proposal: Proposals,
+    settings: DecodeSettings,
+    generators: list[torch.Generator],
+    draft_ids: Tensor | None,  # [Vd]; None: nothing was drafted
+) -> tuple[list[list[int]], list[list[int]]]:  # of each sequence what `_verify` gives
+    if proposal.q is not None:
+        return _reject_each(logits, proposal, settings, generators, draft_ids)
+    choice = _choose_each(logits, settings, generators, [1 + count for count in proposal.counts]).tolist()
+    paths, gained = [], []
+    for parents, tokens, chosen, count in zip(
+        proposal.parents.tolist(), proposal.tokens.tolist(), choice, proposal.counts, strict=True
+    ):
+        path = [0]
+        for node in range(1, count + 1):
+            if parents[node - 1] == path[-1] and tokens[node - 1] == chosen[path[-1]]:
+                path.append(node)
+        paths.append(path)
+        gained.append([chosen[node] for node in path])
+    return paths, gained
+
+
+def _reject_each(
+    logits: Tensor,  # [B, m+1, V]
+    proposal: Proposals,
+    settings: DecodeSettings,
+    generators: list[torch.Generator],
+    draft_ids: Tensor,  # [Vd]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """`_reject` of all sequences."""
+    p = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
+    (b, m), device = proposal.tokens.shape, p.device
+    own = torch.arange(m, device=device) < torch.tensor(proposal.counts, device=device)[:, None]
+    full_q = torch.zeros_like(p)  # 0 behind a sequence's last token, as in `_reject`
+    full_q[:, :m, draft_ids] = proposal.q.to(p.dtype) * own[:, :, None]
+    at, draws = proposal.tokens[:, :, None], torch.zeros(b, m, dtype=p.dtype, device=device)
+    for row, generator, count in zip(draws, generators, proposal.counts, strict=True):
+        row[:count] = torch.rand(count, dtype=p.dtype, device=device, generator=generator)
+    below = draws * full_q[:, :m].gather(2, at)[:, :, 0] < p[:, :m].gather(2, at)[:, :, 0]
+    kept = (below & own).long().cumprod(1).sum(1)
+    rows = torch.arange(b, device=device)
+    residual = (p[rows, kept] - full_q[rows, kept]).clamp_min(0)
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[rows, kept])
+    last = draw_each(residual[:, None], generators, [1] * b)[:, 0].tolist()
+    tokens, kept = proposal.tokens.tolist(), kept.tolist()
+    gained = [[*own_tokens[:k], token] for own_tokens, k, token in zip(tokens, kept, last, strict=True)]
+    return [list(range(k + 1)) for k in kept], gained
 
 
 # --- verification --------------------------------------------------------------------------------------------------------
@@ -262,12 +484,12 @@ def _reject(
     full_q = torch.zeros_like(p)  # row m stays 0: after m kept tokens the residual is p itself
     full_q[:m, draft_ids] = q.to(p.dtype)
     at = torch.arange(m, device=p.device), tokens
-    draw = torch.rand(m, dtype=p.dtype, device=p.device, generator=generator)
-    kept = int((draw * full_q[at] < p[at]).long().cumprod(0).sum())
+    chance = torch.rand(m, dtype=p.dtype, device=p.device, generator=generator)
+    kept = int((chance * full_q[at] < p[at]).long().cumprod(0).sum())
     residual = (p[kept] - full_q[kept]).clamp_min(0)
     if not bool(residual.sum() > 0):  # P = Q to the last bit: a rejection can then only be rounding
         residual = p[kept]
-    return kept, torch.multinomial(residual, 1, generator=generator)
+    return kept, draw(residual[None], generator)
 
 
 def _keep_path(cache: DynamicCache, root: int, path: list[int], num_run: int) -> None:
@@ -288,4 +510,16 @@ def _choose(
 ) -> Tensor:  # [r] int64
     if settings.temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(probabilities(logits, settings), 1, generator=generator)[:, 0]
+    return draw(probabilities(logits, settings), generator)
+
+
+def _choose_each(
+    logits: Tensor,  # [B, r, V]
+    settings: DecodeSettings,
+    generators: list[torch.Generator],
+    counts: list[int],  # rows of each sequence that are no fillers
+) -> Tensor:  # [B, r] int64
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    p = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
+    return draw_each(p, generators, counts)

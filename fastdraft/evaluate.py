@@ -16,12 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Rows, tau_sim
-from fastdraft.decode import DecodeResult, Difference, first_difference, generate, generate_plain
+from fastdraft.decode import (
+    BATCH_SIZE,
+    DecodeResult,
+    Difference,
+    first_difference,
+    generate,
+    generate_batch,
+    generate_plain,
+    generate_plain_batch,
+)
 from fastdraft.dist import mesh
+from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.target.hf import Target
+from fastdraft.target.ragged import why_apart
 
-R = TypeVar("R")
+A, R = TypeVar("A"), TypeVar("R")
 POSITION_EDGES = (0, 128, 512, 2048, 8192, 32768, 131072)
 
 
@@ -124,8 +135,10 @@ class DecodeReport:
     accepted_length: float
     spec_accept_length: float  # SGLang's: all completion tokens / rounds, the prefill's in the numerator too
     step_acceptance: list[float]  # [num_steps] share of rounds that kept a drafted token at this depth
-    tokens_per_s: float  # prefill's time included
+    tokens_per_s: float  # prefill's time included; of all sequences that are decoded together
     plain_tokens_per_s: float  # the target alone
+    batch_size: int  # the most sequences that were decoded together
+    one_at_a_time: str | None  # why each was decoded alone, where more together were asked for
     num_equal: int | None  # prompts with exactly the target's own output; None when sampled
     first_difference: Difference | None  # in the first prompt that differs
     first_difference_prompt: int | None  # its index
@@ -139,10 +152,13 @@ def evaluate_decode(
     settings: DecodeSettings,
     max_new_tokens: int,
     plain: Sequence[DecodeResult] | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> DecodeReport:
     """Decodes every prompt with and without the draft. `plain`: `generate_plain` of the same prompts and limit, if made.
 
-    Several processes share the prompts, and each has the report of all; speeds are those of one process.
+    Up to `batch_size` prompts are decoded at once: each has the tokens and rounds that it has alone, up to rounding. A
+    target or method that cannot do so decodes them one at a time, and the report says why. Several processes share the
+    prompts, and each has the report of all; speeds are those of one process.
 
     Raises ValueError when there is no prompt, none needs a second token, or prompt and draft do not fit the target.
     """
@@ -151,9 +167,21 @@ def evaluate_decode(
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"{len(plain)} plain results were given for {len(prompts)} prompts")
     generate(target, draft, prompts[0], 2, settings)  # warm: neither side's clock pays for first calls
+    reason = why_one_at_a_time(target, draft) if batch_size > 1 else None
+    size = 1 if reason is not None else batch_size
     target.meet()
-    plain = plain or _by_all(target, lambda i: generate_plain(target, prompts[i], max_new_tokens, settings), len(prompts))
-    results = _by_all(target, lambda i: generate(target, draft, prompts[i], max_new_tokens, settings), len(prompts))
+
+    def decode(own: Sequence[list[int]], draft: nn.Module | None) -> list[DecodeResult]:
+        if size == 1 and draft is None:
+            return [generate_plain(target, prompt, max_new_tokens, settings) for prompt in own]
+        if size == 1:
+            return [generate(target, draft, prompt, max_new_tokens, settings) for prompt in own]
+        if draft is None:
+            return generate_plain_batch(target, own, max_new_tokens, settings, size)
+        return generate_batch(target, draft, own, max_new_tokens, settings, size)
+
+    plain = plain or _shared(target, lambda own: decode(own, None), prompts)
+    results = _shared(target, lambda own: decode(own, draft), prompts)
     rounds = sum(r.num_rounds for r in results)
     if not rounds:
         raise ValueError("the target ends every output at its first token: no draft was ever verified; use other prompts")
@@ -162,8 +190,10 @@ def evaluate_decode(
 
     different: dict[int, Difference] = {}
     if settings.temperature == 0:
-        found = _by_all(
-            target, lambda i: first_difference(target, prompts[i], results[i].tokens, plain[i].tokens), len(prompts)
+        found = _shared(
+            target,
+            lambda own: [first_difference(target, prompts[i], results[i].tokens, plain[i].tokens) for i in own],
+            range(len(prompts)),
         )
         different = {index: difference for index, difference in enumerate(found) if difference}
     return DecodeReport(
@@ -176,6 +206,8 @@ def evaluate_decode(
         step_acceptance=(accepted / drafted.clamp_min(1)).tolist(),
         tokens_per_s=num_tokens / sum(r.seconds for r in results),
         plain_tokens_per_s=sum(len(p.tokens) for p in plain) / sum(p.seconds for p in plain),
+        batch_size=size,
+        one_at_a_time=reason,
         num_equal=len(prompts) - len(different) if settings.temperature == 0 else None,
         first_difference=next(iter(different.values()), None),
         first_difference_prompt=next(iter(different), None),
@@ -183,10 +215,18 @@ def evaluate_decode(
     )
 
 
-def _by_all(target: Target, act: Callable[[int], R], count: int) -> list[R]:
-    """[act(0), act(1), ..], of which each process makes its share."""
+def why_one_at_a_time(target: Target, draft: nn.Module) -> str | None:
+    """Why prompts are not decoded together; None where they are."""
+    method = method_of(draft)
+    if method.batch_drafter is None:
+        return f"{method.architecture} drafts for one sequence at a time"
+    return why_apart(target)
+
+
+def _shared(target: Target, act: Callable[[Sequence[A]], list[R]], things: Sequence[A]) -> list[R]:
+    """act(things), of which each process makes its share."""
     rank, world = mesh.rank(), mesh.world()
-    own = [act(i) for i in range(rank, count, world)]
+    own = act(things[rank::world]) if len(things) > rank else []
     target.meet()
     parts = mesh.from_all(own)
-    return [parts[i % world][i // world] for i in range(count)]
+    return [parts[i % world][i // world] for i in range(len(things))]

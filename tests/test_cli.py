@@ -268,7 +268,15 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
 
 
 def test_options_that_would_do_nothing_are_refused(fastdraft, trained, tmp_path):
-    for idle in ("max-prompts", "max-new-tokens", "num-steps", "eagle-topk", "num-draft-tokens", "temperature"):
+    for idle in (
+        "max-prompts",
+        "max-new-tokens",
+        "num-steps",
+        "eagle-topk",
+        "num-draft-tokens",
+        "temperature",
+        "batch-size",
+    ):
         said = refusal(fastdraft("evaluate", trained, f"--{idle}", 2))
         assert f"--{idle} belongs to --prompts, which was not given" in said
     ask = ("data", "regenerate", tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl")

@@ -8,7 +8,14 @@ import torch
 from tiny import draft_shape, random_draft, tiny_llama
 
 from fastdraft.batch import Batch, TargetHead
-from fastdraft.decode import _reject, first_difference, generate, generate_plain
+from fastdraft.decode import (
+    _reject,
+    first_difference,
+    generate,
+    generate_batch,
+    generate_plain,
+    generate_plain_batch,
+)
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.propose import DraftState, propose
 from fastdraft.model.eagle3.ref import ttt_ref
@@ -381,6 +388,74 @@ def test_a_seed_gives_the_same_sample_again(target, trained):
     settings = DecodeSettings(temperature=0.8, seed=4)
     again, same = (generate(target, trained, prompts()[0], 12, settings).tokens for _ in range(2))
     assert again == same != generate(target, trained, prompts()[0], 12, replace(settings, seed=5)).tokens
+
+
+# --- many sequences at once are each what they are alone --------------------------------------------------------------
+
+SAMPLED = [
+    DecodeSettings(num_steps=3, temperature=1.0),
+    DecodeSettings(num_steps=2, temperature=0.7, top_k=8, top_p=0.9, seed=3),
+    DecodeSettings(num_steps=3, temperature=0.3, sample_draft=False),
+    DecodeSettings(num_steps=3, eagle_topk=2, num_draft_tokens=7, temperature=1.0),
+]
+
+
+def timeless(results):
+    return [replace(result, seconds=0.0) for result in results]
+
+
+@pytest.fixture(scope="module")
+def narrow() -> tuple[Target, Draft]:
+    """A target whose context ends some outputs, with stop tokens that end others, and a draft that it half agrees with."""
+    target = tiny_target(context=40)
+    draft = tiny_draft(target)
+    train_on_own_output(target, draft, 12, steps=25)
+    return target, draft
+
+
+@pytest.mark.parametrize("settings", [*CHAINS, *TREES, *SAMPLED])
+def test_a_batch_decodes_as_each_prompt_alone(narrow, settings):
+    target, draft = narrow
+    asked, stops = prompts((9, 1, 36, 17, 3, 39)), set()
+    free = generate_plain(target, asked[0], 20, settings).tokens
+    try:
+        target.eos_ids = frozenset([free[5], free[-2]])
+        alone = timeless(generate(target, draft, prompt, 20, settings) for prompt in asked)
+        plain = timeless(generate_plain(target, prompt, 20, settings) for prompt in asked)
+        for size in (1, 4, 64):
+            assert timeless(generate_batch(target, draft, asked, 20, settings, size)) == alone
+        assert timeless(generate_plain_batch(target, asked, 20, settings, 4)) == plain
+        stops = {result.stopped_by for result in alone}
+    finally:
+        target.eos_ids = frozenset()
+    assert stops >= {"eos", "context"}
+    kept, rounds = sum(r.accepted[0] for r in alone), sum(r.num_rounds for r in alone)
+    assert 0 < kept < rounds  # paths that keep tokens were taken, and others
+
+
+def test_a_batch_of_long_prompts_is_cut(narrow, monkeypatch):
+    """No forward has more than RUN_TOKENS tokens, and seconds are shared by those that were decoded together."""
+    target, draft = narrow
+    asked, seen = prompts((20, 20, 20, 5)), []
+    want = timeless(generate(target, draft, prompt, 6) for prompt in asked)
+    monkeypatch.setattr("fastdraft.decode.RUN_TOKENS", 45)
+    forward = target.forward
+    monkeypatch.setattr(target, "forward", lambda ids, *rest: seen.append(ids.numel()) or forward(ids, *rest))
+    results = generate_batch(target, draft, asked, 6)
+    assert timeless(results) == want
+    assert max(seen) == 40  # 5 and 20 tokens go together, padded to twice 20
+    assert results[3].seconds == results[0].seconds != results[1].seconds == results[2].seconds > 0
+
+
+def test_what_a_batch_refuses(narrow):
+    target, draft = narrow
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        generate_batch(target, draft, [[1]], 4, batch_size=0)
+    with pytest.raises(ValueError, match="this one has none"):
+        generate_batch(target, draft, [[1], []], 4)
+    with pytest.raises(ValueError, match="fills the target's context of 40"):
+        generate_plain_batch(target, [[1] * 40], 4)
+    assert generate_batch(target, draft, [], 4) == []
 
 
 # --- comparing, and what is refused -----------------------------------------------------------------------------------

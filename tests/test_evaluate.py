@@ -1,7 +1,7 @@
 """Reports: means are over what they say, packing and ranks change nothing, and lengths count what the engines count."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from fastdraft.batch import Batch, Rows
 from fastdraft.decode import DecodeResult, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode, evaluate_tau
 from fastdraft.model.eagle3.ref import ttt_ref
+from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings
 
 STEPS = 3
@@ -159,6 +160,28 @@ def test_an_output_that_is_not_the_targets_is_reported(target, draft):
     assert report.largest_logit_gap == -report.first_difference.logit_gap
     assert report.plain_tokens_per_s == pytest.approx(24 / (plain[0].seconds + 1.0 + plain[2].seconds))
     json.loads(json.dumps(asdict(report), allow_nan=False))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_changes_nothing_in_the_report_but_the_time(target, draft, temperature):
+    settings = DecodeSettings(temperature=temperature)
+    alone, together = (evaluate_decode(target, draft, prompts(), settings, 10, None, size) for size in (1, 2))
+    assert (alone.batch_size, together.batch_size) == (1, 2)
+    clocks = dict(tokens_per_s=0.0, plain_tokens_per_s=0.0, batch_size=0)
+    assert replace(alone, **clocks) == replace(together, **clocks)
+
+
+def test_a_target_that_cannot_be_batched_is_decoded_one_at_a_time(target, draft, monkeypatch):
+    want = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8)
+    assert want.one_at_a_time is None and want.batch_size == 64
+    monkeypatch.setattr("fastdraft.evaluate.why_apart", lambda target: "it has windows")
+    report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8)
+    assert (report.one_at_a_time, report.batch_size) == ("it has windows", 1)
+    assert report.accepted_length == want.accepted_length
+    method = method_of(draft)._replace(batch_drafter=None)
+    monkeypatch.setattr("fastdraft.evaluate.method_of", lambda draft: method)
+    report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8)
+    assert report.one_at_a_time == f"{method.architecture} drafts for one sequence at a time"
 
 
 def test_sampled_outputs_are_not_compared(target, draft):

@@ -20,6 +20,7 @@ ORDER = (
     ("config",),
     ("model",),
     ("model.eagle3", "model.dflash", "optim"),
+    ("model.dflash2",),  # the backbone is DFlash's
     ("model.methods",),
     ("dist", "cost"),
     ("target", "checkpoint"),
@@ -96,7 +97,7 @@ def module_of(file: str) -> str:
 
 def room_of(module: str) -> str:
     """The room that a module, named within the package, belongs to."""
-    for part in ("model.eagle3", "model.dflash", "model.methods"):
+    for part in ("model.eagle3", "model.dflash", "model.dflash2", "model.methods"):
         if f"{module}.".startswith(f"{part}."):
             return part
     return module.split(".")[0]

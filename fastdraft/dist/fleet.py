@@ -31,7 +31,7 @@ from fastdraft.model.method import Row
 GATHERED = 3  # layers of a sharded target that are whole at a time: one runs, one arrives, one is copied out of its message
 UNCOUNTED = 0.06  # share of a GPU that is left to the CUDA context, libraries' scratch and the allocator
 
-StepCost = Callable[[BaseModel, int], tuple[tuple[Row, ...], tuple[Row, ...]]]
+StepCost = Callable[[BaseModel, int, int], tuple[tuple[Row, ...], tuple[Row, ...]]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def fleet_plan(
     hardware: Hardware,
     target: TargetSizes,
     draft: BaseModel,  # the draft's shape
-    step_cost: StepCost,  # of a shape and tokens of a pack: bytes at the peak of a step, FLOPs a token
+    step_cost: StepCost,  # of a part's shape, its tokens of a pack, T: bytes at the peak of a step, FLOPs a token
     *,
     pack_tokens: int,  # N
     document_tokens: int,  # the longest document
@@ -168,7 +168,7 @@ def fleet_plan(
 
     # Memory. A target whose documents share processes runs the pack at once, another one `run_tokens` at a time.
     part = tensor_part(draft, t)
-    step, flops = step_cost(part, own_tokens)
+    step, flops = step_cost(part, own_tokens, t)
     running = own_tokens if s > 1 else min(pack_tokens, max(run_tokens, length))
     activations = running * (6 * target.hidden_size + target.attention_width + 3 * target.mlp_width) * target_bytes
     kv = 2 * getattr(part, "num_key_value_heads", 0) * getattr(part, "head_dim", 0)

@@ -40,7 +40,7 @@ AxisName = Literal["data", "sequence", "tensor", "replicas"]
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class Begun:
     """A collective that was begun."""
 
     work: dist.Work
@@ -108,17 +108,17 @@ class Axis:
             dist.all_to_all_single(got, x.contiguous(), list(gets), list(sends), group=self.group)
         return got
 
-    def start_sum(self, x: Tensor) -> UnderWay:
+    def start_sum(self, x: Tensor) -> Begun:
         """Begins `sum_` of several processes; `wait` of what is returned makes it true."""
-        return UnderWay(dist.all_reduce(x, group=self.group, async_op=True), self.name)
+        return Begun(dist.all_reduce(x, group=self.group, async_op=True), self.name)
 
     def start_sum_scatter(
         self,
         x: Tensor,  # [size * n]
         part: Tensor,  # [n]
-    ) -> UnderWay:
+    ) -> Begun:
         """Begins `sum_scatter` of several processes into `part`; `wait` of what is returned makes it true."""
-        return UnderWay(_reduce_scatter(part, x, group=self.group, async_op=True), self.name)
+        return Begun(_reduce_scatter(part, x, group=self.group, async_op=True), self.name)
 
     def gather_into(
         self,

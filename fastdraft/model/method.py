@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Ends, Features, Rows, StepWeights, TargetHead
-from fastdraft.model.proposal import DecodeSettings, Proposal
+from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +75,26 @@ class Drafter(Protocol):
         """What the target is to verify next."""
 
 
+class BatchDrafter(Protocol):
+    """A draft at work on B sequences at once, each as a `Drafter` would work on it alone."""
+
+    draft_ids: Tensor  # [Vd] int64, the target id of each token that can be drafted
+
+    def propose(
+        self,
+        token_ids: Tensor,  # [B, r] int64, as for a Drafter; rows past a sequence's count are fillers
+        g: Tensor,  # [B, r, ...]
+        counts: list[int],  # B
+        depths: list[int],  # B
+        settings: DecodeSettings,
+        generators: list[torch.Generator],  # B
+    ) -> Proposals:
+        """What the target is to verify next."""
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps these sequences and forgets the others."""
+
+
 class Readings(NamedTuple):
     """How a checkpoint could be read, as documented or with one fault, and what is drafted so (`serving/parity.py`).
 
@@ -119,6 +139,8 @@ class Method(NamedTuple):
     served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
     readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
+    # The same for so many sequences at once; None where they are decoded one at a time.
+    batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

@@ -1,6 +1,6 @@
 """What a draft is asked for and gives in a round of speculative decoding, whatever its method.
 
-# r rows, m drafted tokens, V / Vd target / draft vocabulary
+# B sequences, r rows, m drafted tokens, V / Vd target / draft vocabulary
 """
 
 from __future__ import annotations
@@ -69,6 +69,16 @@ class Proposal:
     q: Tensor | None = None  # [m, Vd] what each token was drawn from; None: not drawn at random
 
 
+@dataclass(frozen=True)
+class Proposals:
+    """A `Proposal` for each of B sequences. One that has fewer nodes than the others has fillers behind them."""
+
+    tokens: Tensor  # [B, m] int64
+    parents: Tensor  # [B, m] int64 on the host
+    counts: list[int]  # B numbers of nodes that are no fillers
+    q: Tensor | None = None  # [B, m, Vd]
+
+
 def probabilities(
     logits: Tensor,  # [r, V] or [r, Vd]
     settings: DecodeSettings,
@@ -81,3 +91,30 @@ def probabilities(
     if settings.top_p < 1:
         logits = TopPLogitsWarper(settings.top_p)(None, logits)
     return logits.softmax(-1)
+
+
+def draw(
+    p: Tensor,  # [r, V]
+    generator: torch.Generator,
+) -> Tensor:  # [r] int64
+    """A token of each row with its probability. A waiting time of mean 1 / p is the shortest with probability p, and the
+    times are drawn in one call, so that a sequence gets the same tokens alone and among others (`draw_each`)."""
+    return (p / _waiting(torch.empty_like(p), generator)).argmax(-1)
+
+
+def draw_each(
+    p: Tensor,  # [B, r, V]
+    generators: list[torch.Generator],  # B
+    counts: list[int],  # B numbers of rows to draw for; what is given for the others is no draw
+) -> Tensor:  # [B, r] int64
+    """What `draw` gives each sequence for its first rows, with its own generator."""
+    waiting = torch.ones_like(p)
+    for own, generator, count in zip(waiting, generators, counts, strict=True):
+        if count:
+            _waiting(own[:count], generator)
+    return (p / waiting).argmax(-1)
+
+
+def _waiting(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Exponential numbers, of which none is 0: what has no probability is never drawn."""
+    return out.exponential_(generator=generator).clamp_min_(torch.finfo(out.dtype).tiny)

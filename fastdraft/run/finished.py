@@ -18,6 +18,7 @@ from fastdraft.config import Config, FeaturesConfig, without_removed
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
+from fastdraft.decode import BATCH_SIZE
 from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.model.methods import method_of, named_method
@@ -113,8 +114,11 @@ def evaluate_run(
     say: Callable[[str], None] = lambda line: None,
     urls: Sequence[str] = (),  # servers of the target, where they are others than the run's
     own_steps: bool = False,  # draft as many steps as the draft's method serves, and not settings.num_steps
+    batch_size: int = BATCH_SIZE,  # prompts decoded at once
 ) -> Evaluation:
     """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
+
+    `say` is told why prompts are decoded one at a time, where the target or the method cannot decode several together.
 
     Target and draft are computed in the run's dtypes. On a CPU where bf16 is slow their bf16 weights are computed with in
     fp32, and `say` is told. Where servers ran the target, they or the run's store give the held-out features, and
@@ -153,7 +157,9 @@ def evaluate_run(
     elif prompts is None:
         raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
     if ids is not None:
-        decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens)
+        decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens, None, batch_size)
+        if decoded is not None and decoded.one_at_a_time is not None:
+            say(f"prompts were decoded one at a time: {decoded.one_at_a_time}")
     return Evaluation(f"{run_dir} ({which})", held_out, decoded)
 
 

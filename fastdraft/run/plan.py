@@ -106,7 +106,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
 
     stepped = muon_matrices(config, shape)
 
-    def step_cost(part: BaseModel, tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         return method.step_cost(
             part,
             pack_tokens=tokens,
@@ -118,6 +118,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             step=config.step,
             chunk_rows=config.chunk_rows,
             device=device.type,
+            **({"tensor": tensor} if tensor > 1 else {}),
             **method.cost_options(config),
         )
 

@@ -11,7 +11,7 @@ from torch import nn
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.model.methods import method_of
 from fastdraft.model.target_config import language_config, named_dtype, read_target_config
-from fastdraft.serving.engines import EnginePlace, Run, Served, engine_version, run_engine
+from fastdraft.serving.engines import EnginePlace, Run, Served, refuse_old_engine, run_engine
 from fastdraft.serving.export import load_draft
 from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.target.hf import Target, load_target, load_tokenizer
@@ -73,7 +73,7 @@ def check_engine(check: EngineCheck) -> Report:
     dtype = check.dtype or own
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
-    engine_version(check.place)
+    refuse_old_engine(check.place)
     draft = load_draft(check.checkpoint, facts)
     method = method_of(draft)
     num_steps = method.served_steps(draft.config, check.num_steps)

@@ -91,7 +91,7 @@ class Served:
 
 
 def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:
-    """The installed version. Raises ValueError when interpreter or engine is missing, or the engine is too old."""
+    """The installed version. Raises ValueError when interpreter or engine is missing."""
     if shutil.which(place.python) is None:
         raise ValueError(f"{place.python} is no interpreter that can run; give --engine-python the Python of {place.name}")
     where = place.python + (f" with PYTHONPATH {place.pythonpath}" if place.pythonpath else "")
@@ -106,18 +106,22 @@ def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:
     version = _last_line(said)
     if code != 0 or not re.match(r"\d+\.\d+", version):
         raise ValueError(f"{where} cannot say its version of {place.name}: {_last_error(said)}")
-    numbers = tuple(int(x) for x in re.findall(r"\d+", version)[:3])
-    oldest = OLDEST[place.name]
-    if numbers < oldest:
+    return version
+
+
+def refuse_old_engine(place: EnginePlace) -> str:
+    """The installed version. Raises ValueError as `engine_version`, and for one that reads checkpoints in an older way."""
+    version, oldest = engine_version(place), OLDEST[place.name]
+    if tuple(int(x) for x in re.findall(r"\d+", version)[:3]) < oldest:
         raise ValueError(
-            f"{place.name} {version} is too old for {where}: checkpoints are compared as {place.name} "
+            f"{place.name} {version} is too old for {place.python}: checkpoints are compared as {place.name} "
             f"{'.'.join(map(str, oldest))} and newer read them; upgrade it"
         )
     return version
 
 
 def run_engine(place: EnginePlace, runs: list[Run], timeout_s: float) -> list[Served]:
-    """Serves every run, one after the other, in one child process. Ask `engine_version` first whether it is one that can.
+    """Serves every run, one after the other, in one child process. Ask `refuse_old_engine` first whether it can.
 
     Raises ValueError when the engine fails (with its last error), or takes more than `timeout_s`.
     """

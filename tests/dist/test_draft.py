@@ -7,7 +7,7 @@ Everything runs over gloo on the CPU. The processes are forked with the law at h
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 
 import pytest
 import torch
@@ -173,6 +173,48 @@ def _one_layout(changes, loss, chunk_rows, rows_law, grads_law, what, device=CPU
     for name, grad in grads.items():
         theirs = grads_law[name][part(name, shapes[name], tensor.rank, tensor.size)]
         assert_close(mesh.axis("replicas").sum_(grad), theirs, (*what, name))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A group that remembers how many of its sums are under way whenever one begins."""
+
+    axis: mesh.Axis
+    under_way: list[int]
+    most: list[int]
+
+    def __getattr__(self, name: str):
+        return getattr(self.axis, name)
+
+    def start_sum(self, x: torch.Tensor):
+        self.under_way.append(0)
+        self.most.append(len(self.under_way))
+        work = self.axis.start_sum(x)
+
+        class Handle:
+            def wait(_) -> None:
+                self.under_way.pop()
+                work.wait()
+
+        return Handle()
+
+
+def test_one_chunk_computes_while_the_sum_of_another_is_on_its_way():
+    assert by_ranks(2, _in_turns) == [0] * 2
+
+
+def _in_turns() -> None:
+    mesh.start_process("cpu")
+    mesh.lay_out(tensor=2)
+    batch, features = make_packs()[0]
+    for chunk_rows, at_once in ((4, [1, 2]), (1000, [1])):
+        draft = make_draft({})
+        cut_draft(draft, mesh.rank(), 2)
+        group = Recorded(mesh.axis("tensor"), [], [])
+        engine = TTTEngine(draft.double(), make_head(), decay(), chunk_rows=chunk_rows, tensor=group)
+        engine.step(batch, features, flat_gradients(draft.trainable()))
+        assert sorted(set(group.most)) == at_once and not group.under_way
+        assert len(engine.lanes) == 2 and bool(engine.lanes[1].held) is (chunk_rows == 4)
 
 
 def test_every_layout_draws_the_depths_of_one_process():

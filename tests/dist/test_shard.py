@@ -174,7 +174,14 @@ def _train_in_float64(config, stop_after: int | None = None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"data.streaming": True, "data.block_conversations": 5, "data.vocab_samples": 20}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data.streaming": True, "data.block_conversations": 5, "data.vocab_samples": 20},
+        {"sampled_depth": 0.6, "optim.optimizer": "muon", "optim.schedule": "wsd", "optim.lr": 2e-3},
+    ],
+)
 def test_any_number_of_processes_gives_the_same_curve_and_goes_on_with_any_others_checkpoint(
     make_config, tmp_path, changes
 ):

@@ -19,7 +19,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.target_config import read_target_config
 from fastdraft.serving import check as checks
-from fastdraft.serving.engines import EnginePlace, Output, Round, Run, Served, engine_version, run_engine
+from fastdraft.serving.engines import EnginePlace, Output, Round, Run, Served, engine_version, refuse_old_engine, run_engine
 from fastdraft.serving.export import export_draft, load_draft
 from fastdraft.serving.parity import Parity, Reading, _best_of_each_fault, _gain, diagnose, read_as, run_chains
 from fastdraft.target.hf import Target
@@ -272,7 +272,7 @@ def test_a_missing_engine(tmp_path):
 
 def test_an_old_engine(fake):
     with pytest.raises(ValueError, match=r"vllm 0\.10\.2 is too old .* 0\.32\.0 and newer"):
-        engine_version(fake("0.10.2"))
+        refuse_old_engine(fake("0.10.2"))
 
 
 def test_an_engine_whose_version_takes_too_long(tmp_path):
@@ -325,7 +325,7 @@ def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target
         return [Served("vllm", "0.32.0", "float32", outputs, 1.45 if drafts else None, rounds if drafts else None)]
 
     monkeypatch.setattr(checks, "run_engine", run)
-    monkeypatch.setattr(checks, "engine_version", lambda place: "0.32.0")
+    monkeypatch.setattr(checks, "refuse_old_engine", lambda place: "0.32.0")
     monkeypatch.setattr(checks, "load_target", lambda *_, **__: pytest.fail("the target was loaded"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "ba be"}\n{"prompt": "bi"}\n')
     call = ["check", "--checkpoint", tmp_path / "draft", "--target", target_dir, "--engine", "vllm", "--engine-alone"]
@@ -340,7 +340,7 @@ def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target
 
 
 def test_a_version_that_will_do(fake):
-    assert engine_version(fake("0.32.0.post1")) == "0.32.0.post1"
+    assert refuse_old_engine(fake("0.32.0.post1")) == "0.32.0.post1"
 
 
 def test_an_engine_that_fails_says_why(fake):

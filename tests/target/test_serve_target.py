@@ -245,6 +245,18 @@ def test_rows_come_out_in_the_order_of_the_prompt(connector, states, tmp_path):
     os.close(lock)
 
 
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0"])
+def test_both_layouts_of_the_cache_give_the_same_rows(connector, states, version, monkeypatch):
+    monkeypatch.setattr(states.vllm, "__version__", version)
+    assert connector.get_required_kvcache_layout(None) == {"0.26.0": "NHD", "0.32.0": "LBNHC"}[version]
+    by_state = torch.randn(10, 2, 4, 3)
+    for cache in (by_state, by_state.transpose(1, 2).contiguous()):
+        rows = states._rows(connector._by_state(cache), torch.tensor([3, 1]), 6)
+        assert torch.equal(rows, torch.cat([by_state[3], by_state[1]], dim=1).transpose(0, 1)[:6])
+    with pytest.raises(ValueError, match=r"\(10, 4, 4, 3\), which does not tell 2 states from 4 tokens"):
+        connector._by_state(torch.zeros(10, 4, 4, 3))
+
+
 def test_a_full_memory_is_told_and_the_engine_goes_on(connector, states, tmp_path, monkeypatch):
     client, lock = handover.new_client(str(tmp_path / "shared"))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fastdraft.batch import StepWeights, TargetHead
+from fastdraft.batch import Batch, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
 from fastdraft.model.dflash.cost import pair_cost, step_cost
@@ -15,7 +16,7 @@ from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, refuse_head
 from fastdraft.model.dflash.loss import BlockLoss, default_gamma
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
-from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
+from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
@@ -44,22 +45,30 @@ def build_step(
     """The fused engine, or the reference where a config asks for it. Each process runs it alone: the axes of a run that
     divides a step are of one process here, since `check_cut` is not there to let them be of more."""
     refuse_head(head)
-    loss, draw = block_loss(config, draft.config), partial(_draw, config.block.anchors, config.seed)
+    loss, draw = block_loss(config, draft.config), anchors_of(config)
     if config.step == "reference":
         return BlockReferenceEngine(draft, head, loss, draw)
     return BlockEngine(draft, head, loss, draw, config.chunk_rows)
 
 
-def _draw(limit, seed, batch, step):
-    return draw_anchors(batch, limit, seed, step)
+def anchors_of(config: Config) -> Callable[[Batch, int], Tensor]:
+    """Draws a run's anchors of a batch at a step."""
+    return lambda batch, step: draw_anchors(batch, config.block.anchors, config.seed, step)
 
 
-def check_config(config: Config) -> None:
-    """Raises ValueError for settings that a DFlash draft does not read, or cannot have."""
-    fields = type(config).model_fields
+# Settings of the section block that methods with this backbone have for themselves, and whose they are.
+OF_ONE_METHOD = {"selector_alpha": "DFlash2"}
+
+
+def check_config(config: Config, title: str = DFlashConfig.title) -> None:
+    """Raises ValueError for settings that a draft of the method with this title does not read, or cannot have."""
+    fields, block = type(config).model_fields, config.block
+    for name, owner in OF_ONE_METHOD.items():
+        if owner != title and getattr(block, name) != type(block).model_fields[name].default:
+            raise ValueError(f"block.{name} is {owner}'s, and draft.method is {config.draft.method}; take it out")
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
-            f"ttt_length {config.ttt_length} is EAGLE-3's; a DFlash draft has draft.overrides.block_size: take it out"
+            f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"
         )
     if config.sampled_depth != 1:
         raise ValueError(
@@ -67,9 +76,9 @@ def check_config(config: Config) -> None:
             "its blocks at once: take it out"
         )
     if config.loss != fields["loss"].default:
-        raise ValueError("the section loss is EAGLE-3's; a DFlash draft's loss is in the section block: take loss out")
+        raise ValueError(f"the section loss is EAGLE-3's; a {title} draft's loss is in the section block: take loss out")
     if config.precision == "fp8":
-        raise ValueError("precision: fp8 is not made for DFlash drafts; set precision=bf16")
+        raise ValueError(f"precision: fp8 is not made for {title} drafts; set precision=bf16")
 
 
 METHOD = Method(
@@ -82,6 +91,7 @@ METHOD = Method(
     step_cost=step_cost,
     pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.block.anchors),
     drafter=BlockDrafter,
+    batch_drafter=BatchBlockDrafter,
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,

@@ -1,7 +1,8 @@
 """The DFlash draft: L Qwen3-shaped layers that fill a block of tokens at once, between the target's embedding and head.
 
 Parameter names are the serving engines' names, so the state dict is the checkpoint; the embedding is the target's and stays
-out of XX
+out of it. The module offers its pieces (context, queries, keys and values, a layer); the reference, the engine and the
+drafter put attention between them.
 
 # n rows, H hidden, K captured target layers, V vocabulary, Hq/Hkv heads, D head dim, L draft layers
 """

@@ -10,7 +10,10 @@ All B rows run whatever depth is asked for, because a draft was trained on whole
 other given the context, so a sampled chain draws each token from its own distribution. The block's keys and values are
 thrown away after the round.
 
-# r tokens, m drafted tokens, B rows of a block, H hidden, Hq/Hkv heads, D head dim, V vocabulary
+`BatchBlockDrafter` does the same for many sequences at once, which have lengths of their own: what lies past a sequence's
+own positions is written over, and nobody sees it.
+
+# S sequences, r tokens, m drafted tokens, B rows of a block, H hidden, Hq/Hkv heads, D head dim, V vocabulary
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from fastdraft.batch import TargetHead
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.proposal import DecodeSettings, Proposal, probabilities
+from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
 
 
 def refuse_settings(config: DFlashConfig, settings: DecodeSettings) -> None:
@@ -111,5 +114,95 @@ class BlockDrafter:
         parents = list(range(depth))
         if settings.temperature > 0 and settings.sample_draft:
             q = probabilities(logits, settings)
-            return Proposal(torch.multinomial(q, 1, generator=generator)[:, 0], parents, q)
+            return Proposal(draw(q, generator), parents, q)
         return Proposal(logits.argmax(-1), parents)
+
+
+class BatchBlockDrafter:
+    """`BlockDrafter` of S sequences."""
+
+    def __init__(self, draft: DFlashDraft, head: TargetHead, batch: int, capacity: int):
+        c, like = draft.config, draft.fc.weight
+        self.draft, self.head = draft, head
+        self.draft_ids = torch.arange(c.vocab_size, device=like.device)
+        shape = c.num_hidden_layers, batch, c.num_key_value_heads, capacity + c.block_size, c.head_dim
+        # Zeros: what is masked counts nothing, and nothing times NaN would be NaN.
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.length = torch.zeros(batch, dtype=torch.int64, device=like.device)
+
+    def select(self, rows: list[int]) -> None:
+        index = torch.tensor(rows, device=self.length.device)
+        self.keys, self.values, self.length = self.keys[:, index], self.values[:, index], self.length[index]
+
+    def extend(
+        self,
+        g: Tensor,  # [S, r, K*H]
+        counts: list[int],  # rows of each sequence that are no fillers
+    ) -> None:
+        context = self.draft.context(g.flatten(0, 1))
+        places = self.length[:, None] + torch.arange(g.shape[1], device=g.device)
+        for layer in range(self.draft.config.num_hidden_layers):
+            self._write(layer, context, places)
+        self.length = self.length + torch.tensor(counts, device=g.device)
+
+    def block(
+        self,
+        roots: Tensor,  # [S] int64, the tokens at each sequence's position `length`
+    ) -> Tensor:  # [S, B, H] states after the final norm
+        draft, c = self.draft, self.draft.config
+        slots = torch.arange(c.block_size, device=roots.device)
+        shape = len(roots), c.block_size
+        h = draft.embedding[torch.where(slots == 0, roots[:, None], c.mask_token_id)].flatten(0, 1)
+        places = self.length[:, None] + slots
+        width = int(self.length.max()) + c.block_size
+        column = torch.arange(width, device=roots.device)
+        whole = (column < self.length[:, None, None] + c.block_size).expand(*shape, width)
+        near = (column <= places[:, :, None]) & (column >= places[:, :, None] - ((c.sliding_window or 0) - 1))
+        for number in range(c.num_hidden_layers):
+            mask = whole if c.layer_types[number] == "full_attention" else near
+            h = draft.through_layer(number, h, partial(self._attend, number, places, mask))
+        return draft.norm(h).unflatten(0, shape)
+
+    def _attend(
+        self,
+        layer: int,
+        places: Tensor,  # [S, B] int64
+        mask: Tensor,  # [S, B, width] bool
+        x: Tensor,  # [S * B, H]
+    ) -> Tensor:  # [S * B, Hq, D]
+        q = self.draft.queries(layer, x, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+        self._write(layer, x, places)
+        keys, values = (own[layer, :, :, : mask.shape[2]] for own in (self.keys, self.values))
+        out = F.scaled_dot_product_attention(q, keys, values, mask[:, None], enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def propose(
+        self,
+        token_ids: Tensor,  # [S, r] int64, as for a BlockDrafter; rows past a sequence's count are fillers
+        g: Tensor,  # [S, r, K*H]
+        counts: list[int],
+        depths: list[int],
+        settings: DecodeSettings,
+        generators: list[torch.Generator],
+    ) -> Proposals:
+        self.extend(g, counts)
+        first, depth = self.draft.config.first_slot, max(depths)
+        last = torch.tensor(counts, device=g.device) - 1
+        states = self.block(token_ids.gather(1, last[:, None])[:, 0])[:, first : first + depth]
+        logits = self.head.logits(states.to(self.head.weight.dtype))
+        parents = torch.arange(depth).repeat(len(depths), 1)
+        if settings.temperature > 0 and settings.sample_draft:
+            q = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
+            return Proposals(draw_each(q, generators, depths), parents, depths, q)
+        return Proposals(logits.argmax(-1), parents, depths)
+
+    def _write(
+        self,
+        layer: int,
+        x: Tensor,  # [S * n, H]
+        places: Tensor,  # [S, n] int64
+    ) -> None:
+        k, v = (y.unflatten(0, places.shape).transpose(1, 2) for y in self.draft.keys_values(layer, x, places.flatten()))
+        place = places[:, None, :, None].expand(k.shape)
+        self.keys[layer].scatter_(2, place, k)
+        self.values[layer].scatter_(2, place, v)

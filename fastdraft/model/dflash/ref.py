@@ -99,8 +99,9 @@ class LiveRows(NamedTuple):
     f: Tensor | None  # [n, H] the target's state that predicts the label, where a teacher is wanted
 
 
-# (draft, rows, target's head, loss) -> loss with its autograd graph, acceptance and hit of each row [n]
-RowLosses = Callable[[DFlashDraft, LiveRows, TargetHead, BlockLoss], tuple[Tensor, Tensor, Tensor]]
+# (draft, rows, target's head, loss) -> loss with its autograd graph, acceptance and hit of each row [n], and where the loss
+# is more than minus the log-probability of the label, that too
+RowLosses = Callable[[DFlashDraft, LiveRows, TargetHead, BlockLoss], tuple[Tensor, ...]]
 
 
 def token_losses_ref(
@@ -154,10 +155,11 @@ def block_rows_ref(
         batch.input_ids[label_at - 1],
         features.f[label_at - 1] if compares else None,
     )
-    value, acceptance, hit = row_losses(draft, rows, head, loss)
+    value, acceptance, hit, *surprise = row_losses(draft, rows, head, loss)
     weight = torch.tensor(loss.weights(steps), dtype=value.dtype, device=anchors.device).expand(len(anchors), -1)
     if loss.kind == "dpace":
-        q = value.new_zeros(live.shape).index_put((live,), value.detach().neg().exp())
+        (surprise,) = surprise or (value,)
+        q = value.new_zeros(live.shape).index_put((live,), surprise.detach().neg().exp())
         weight = dpace_weights(q, live, loss.dpace_alpha)
     total = (value * weight[live]).sum()
 

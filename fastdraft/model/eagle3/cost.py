@@ -21,7 +21,14 @@ import torch
 from fastdraft.batch import LossKind
 from fastdraft.model.buffers import table_bytes
 from fastdraft.model.eagle3.config import DraftConfig
-from fastdraft.model.eagle3.memory import buffer_rows, chunk_buffers, fp8_buffers, pack_buffers, pick_chunk_rows
+from fastdraft.model.eagle3.memory import (
+    buffer_rows,
+    chunk_buffers,
+    fp8_buffers,
+    num_lanes,
+    pack_buffers,
+    pick_chunk_rows,
+)
 from fastdraft.model.method import Precision, Row, StepKind
 
 ROWS_KEPT: dict[LossKind, int] = {"kl": 2, "lk_alpha": 3, "lk_lambda": 4}  # of log Q, Q, P, P~, those the backward reads
@@ -76,6 +83,7 @@ def _fused_step(
     target_dtype: torch.dtype,
     device: str,
     fp8: bool,
+    lanes: int,
 ) -> tuple[Row, ...]:
     """Bytes of one step of the fused engine, every token trained on."""
     room, m = buffer_rows(n, pick_chunk_rows(chunk_rows, c, steps, dtype, target_dtype, device))
@@ -87,7 +95,10 @@ def _fused_step(
     cast = 0 if dtype == target_dtype else min(2 * m, n) * 3 * width * dtype.itemsize
     found = [
         Row("target's head, draft vocabulary first", target_dtype.itemsize * c.vocab_size * width + 8 * c.vocab_size),
-        Row("buffers of a chunk", table_bytes(chunk_buffers(c, m, steps, dtype, target_dtype, device))),
+        Row(
+            "buffers of a chunk" if lanes == 1 else f"buffers of {lanes} chunks that go on in turns",
+            lanes * table_bytes(chunk_buffers(c, m, steps, dtype, target_dtype, device)),
+        ),
         Row("kept for every token of a pack", kept),
         Row("short-lived tensors", max(index, cast), True),
     ]
@@ -147,13 +158,14 @@ def step_cost(
     step: StepKind,
     device: str,  # cuda or cpu
     chunk_rows: int | None,  # M of the fused step; None: its own choice
+    tensor: int = 1,  # processes that share the draft's weights, of whose part `c` is the shape
     sampled_depth: float = 1.0,
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a step, FLOPs per packed token
     """What a draft step takes beside weights, optimizer, target and features."""
     n, length, steps = pack_tokens, document_tokens, ttt_length
     if step == "fused":
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        memory = _fused_step(c, n, steps, chunk_rows, dtype, target_dtype, device, precision == "fp8")
+        memory = _fused_step(c, n, steps, chunk_rows, dtype, target_dtype, device, precision == "fp8", num_lanes(tensor))
         return memory, _fused_flops(c, n, length, steps, device == "cpu", sampled_depth)
     b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
     memory = _reference_step(c, n, length, steps, b, ROWS_KEPT[loss])

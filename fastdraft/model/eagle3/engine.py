@@ -16,10 +16,11 @@ device.
 
 Several processes can share a step, in two ways that go together; the groups that do are given to the engine, and one of a
 single process does nothing. Of `tensor` each has a part of the weights (`shard.py`): the states are whole on all of them,
-what o and down add to them is summed, and so is what goes back through gate, up and QKV. Of `sequence` each has some of a
-pack's rows (`PackShare`) and runs the chains that begin there, or as much work of other rows where a mask makes that uneven
-(`deal_chains`): K^0 and V^0 are gathered once a pack, and their gradients summed and taken apart once. What they send
-each other is allocated as it comes and is not in `memory.py`.
+what o and down add to them is summed, and so is what goes back through gate, up and QKV. Two chunks then go on in turns, so
+that one computes while the other's sum is on its way. Of `sequence` each has some of a pack's rows (`PackShare`) and runs
+the chains that begin there, or as much work of other rows where a mask makes that uneven (`deal_chains`): K^0 and V^0 are
+gathered once a pack, and their gradients summed and taken apart once. What they send each other is allocated as it comes
+and is not in `memory.py`.
 
 # N packed tokens, M chains of a chunk (M_i at step i, R = sum M_i), m tokens they read, K head rows, T TTT steps
 # H hidden, Ht target hidden, Hq/Hkv heads, D head dim, E = Hq*D, W = (Hq + 2 Hkv)*D, I MLP width, Vd draft vocabulary
@@ -27,7 +28,9 @@ each other is allocated as it comes and is not in `memory.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import itertools
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +57,7 @@ from fastdraft.model.eagle3.shard import cut_head, local_config
 
 QKV = tuple(f"midlayer.self_attn.{x}_proj.weight" for x in "qkv")
 GATE_UP = tuple(f"midlayer.mlp.{x}_proj.weight" for x in ("gate", "up"))
+LEAST_IN_TURNS = 1024  # chains of a chunk that takes turns with another, unless the pack or chunk_rows has fewer
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,9 @@ class TTTEngine:
         device, dtype = draft.fc.weight.device, draft.fc.weight.dtype
         self.sizes = len(step_weights), dtype, head.weight.dtype, device.type  # of `memory.chunk_buffers`
         self.chunk_rows = memory.pick_chunk_rows(chunk_rows, self.config, *self.sizes)
-        self.take = Buffers(device)
+        # A chunk's buffers, twice where one chunk computes while another waits; those of the pack lie beside the first.
+        self.lanes = [Buffers(device) for _ in range(memory.num_lanes(self.tensor.size))]
+        self.take = self.lanes[0]
         self.compiled: set[bool] = set()  # kernels: True, those of `step`; False, those of `rows`
 
     def begin(self, number: int) -> None:
@@ -204,22 +210,26 @@ class TTTEngine:
         pack = memory.pack_buffers(self.config, room, self.sizes[1], self.sequence.size)
         if self.fp8:
             pack |= memory.fp8_buffers(self.config, chains, self.sizes[0])
-        table = memory.chunk_buffers(self.config, chains, *self.sizes) | pack
+        of_chunk = memory.chunk_buffers(self.config, chains, *self.sizes)
+        table = of_chunk | pack
         if table == self.take.table:
             return
-        device = self.take.device
+        device, lanes = self.take.device, len(self.lanes)
+        needed = table_bytes(pack) + lanes * table_bytes(of_chunk)
         if device.type == "cuda":
             cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + cached + table_bytes(self.take.held_table)
-            if table_bytes(table) > free:
-                fits = memory.fitting_chunk_rows(self.config, *self.sizes, free - table_bytes(pack))
-                need, of_it, have = (f"{x / 2**30:.1f} GiB" for x in (table_bytes(table), table_bytes(pack), free))
+            free = torch.cuda.mem_get_info(device)[0] + cached + sum(table_bytes(take.held_table) for take in self.lanes)
+            if needed > free:
+                fits = memory.fitting_chunk_rows(self.config, *self.sizes, (free - table_bytes(pack)) / lanes)
+                need, of_it, have = (f"{x / 2**30:.1f} GiB" for x in (needed, table_bytes(pack), free))
                 raise ValueError(
                     f"{chains} chains of a pack of {tokens} tokens need {need} ({of_it} of it not the "
                     f"chunk's), {have} of {device} are free; "
                     + (f"set chunk_rows={fits}" if fits else "lower data.pack_tokens, or free memory on the GPU")
                 )
         self.take.resize(table)
+        for take in self.lanes[1:]:
+            take.resize(of_chunk)
 
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
         """Rows of a batch, and d(sum_i step_weights[i] * sum_t loss)/dw added to `grads` (float32, by parameter name).
@@ -293,29 +303,28 @@ class Step:
     def run(self, batch: Batch) -> Rows:
         """The whole step. What all chains read comes first, then chunk after chunk of chains, forward and backward; last
         the backward of what all chains have read."""
-        started = False
-        for chunk in self.plan(batch):
-            if not started:
-                self.start_pack(self.index(batch))
-                started = True
-            if chunk is not None:
-                self.run_chunk(chunk.to(self.device))
-        if started and self.grads is not None:
-            self.finish_pack()
+        chunks = self.plan(batch)
+        if chunks is not None:
+            self.start_pack(self.index(batch))
+            while some := list(itertools.islice(chunks, len(self.engine.lanes))):
+                self.run_in_turns([chunk.to(self.device) for chunk in some])
+            if self.grads is not None:
+                self.finish_pack()
         return Rows(*(x[:-1].view(-1, self.num_tokens) for x in self.results))
 
-    def plan(self, batch: Batch) -> Iterator[Chunk | None]:
-        """The chunks of this process. Where processes share the pack's tokens, None comes first if any of them has one, so
-        that all start and finish the pack."""
-        steps = len(self.engine.step_weights)
+    def plan(self, batch: Batch) -> Iterator[Chunk] | None:
+        """The chunks of this process. None: no process has one of this pack; otherwise all of them start and finish it."""
+        steps, chains = len(self.engine.step_weights), self.engine.chunk_rows
+        # A short pack is divided among the lanes, too, though into no chunks that a GPU is slow on.
+        if len(self.engine.lanes) > 1:
+            chains = min(chains, max(-(-self.num_own // len(self.engine.lanes)), LEAST_IN_TURNS))
         drawn = None if self.grads is None else self.engine.drawn(batch)
-        if self.share is None:
-            yield from plan_chunks(batch, steps, self.engine.chunk_rows, drawn=drawn)
-            return
-        self.deal = deal_chains(batch, steps, self.share, self.engine.pair_cost, drawn)
-        if self.deal is not None:
-            yield None
-            yield from plan_chunks(batch, steps, self.engine.chunk_rows, self.deal, drawn)
+        if self.share is not None:
+            self.deal = deal_chains(batch, steps, self.share, self.engine.pair_cost, drawn)
+            return None if self.deal is None else plan_chunks(batch, steps, chains, self.deal, drawn)
+        chunks = plan_chunks(batch, steps, chains, drawn=drawn)
+        first = next(chunks, None)
+        return None if first is None else itertools.chain([first], chunks)
 
     def index(self, batch: Batch) -> Tensor:  # [2, n] of `pack_index`, of this process's rows, on the device
         whole = pack_index(batch)
@@ -326,10 +335,10 @@ class Step:
     def rehearse(self, batch: Batch) -> None:
         """Launches every kernel that `run` would, for `compile_together`, in which nothing is written. Three chunks have
         them all: the first, the last, and the one whose rows look farthest back."""
-        planned = list(self.plan(batch))
-        if not planned:
+        planned = self.plan(batch)
+        if planned is None:
             return
-        chunks = [chunk for chunk in planned if chunk is not None]
+        chunks = list(planned)
         far = max(chunks, key=lambda chunk: chunk.context[1] - chunk.context[0] if chunk.context else 0, default=None)
         self.start_pack(self.index(batch))
         for k, chunk in enumerate(chunks):
@@ -505,24 +514,45 @@ class Step:
 
     # --- a chunk of chains ----------------------------------------------------------------------------------------------
 
+    def run_in_turns(self, chunks: list[Chunk]) -> None:
+        """Chunks of which each goes on until it has to wait for a sum over the parts of the weights, and then lets the next
+        go on. They have buffers of their own, and add to the same gradients one after the other."""
+        lanes = []
+        for take, chunk in zip(self.engine.lanes, chunks, strict=False):
+            lane = copy.copy(self)
+            lane.take = take
+            lanes.append(lane.parts_of_chunk(chunk))
+        while lanes:
+            lanes = [lane for lane in lanes if next(lane, "done") != "done"]
+
     def run_chunk(self, chunk: Chunk) -> None:
-        """All steps of the chunk's chains, their losses, and the backward of both."""
+        self.run_in_turns([chunk])
+
+    def summed(self, x: Tensor) -> Iterator[None]:
+        """Adds up what the parts of the weights gave for x, in place. Meanwhile another chunk may go on."""
+        if self.tensor.size > 1:
+            under_way = self.tensor.start_sum(x)
+            yield
+            under_way.wait()
+
+    def parts_of_chunk(self, chunk: Chunk) -> Iterator[None]:
+        """All steps of the chunk's chains, their losses, and the backward of both. It stops wherever it would wait."""
         stack = Stack.take(self.take, chunk)
         d_context = None if self.grads is None else (self.dk0, self.dv0)
         attention = ChainAttention(
             self.take, self.k0, self.v0, chunk.row_pos, chunk.row_start, chunk.sizes, chunk.context, d_context
         )
-        self.forward_chains(chunk, stack, attention)
+        yield from self.forward_chains(chunk, stack, attention)
         dy = self.run_head(chunk, stack.y)
         if self.grads is not None:
-            dqkv, d_embedding_qkv = self.backward_chains(chunk, stack, attention, dy)
+            dqkv, d_embedding_qkv = yield from self.backward_chains(chunk, stack, attention, dy)
             self.add_weight_gradients(chunk, stack, attention, dy, dqkv, d_embedding_qkv)
 
     def qkv_width(self, i: int) -> int:
         """Columns of QKV that step i computes: at step 0 only Q, since K^0 and V^0 are there already."""
         return self.weights.qkv.shape[0] if i else self.q_width
 
-    def forward_chains(self, chunk: Chunk, stack: Stack, attention: ChainAttention) -> None:
+    def forward_chains(self, chunk: Chunk, stack: Stack, attention: ChainAttention) -> Iterator[None]:
         """Steps 0..T-1 of every chain; `stack` keeps what the backward reads."""
         w, eps = self.weights, self.eps
         branch = self.take("branch", chunk.sizes[0])  # [M, H] what attention or the MLP adds to the residual stream
@@ -559,7 +589,7 @@ class Step:
 
             # Attention's branch is added in the same pass as the norm before the MLP.
             linear(attention.forward(i).flatten(1), w.out, branch[:n])
-            self.tensor.sum_(branch[:n])
+            yield from self.summed(branch[:n])
             rms_norm(
                 h,
                 w.post_norm,
@@ -573,7 +603,7 @@ class Step:
             linear(stack.n2[rows], w.gate_up, stack.gate_up[rows])
             swiglu(stack.gate_up[rows], stack.act[rows])
             linear(stack.act[rows], w.down, branch[:n])
-            self.tensor.sum_(branch[:n])
+            yield from self.summed(branch[:n])
 
         # The last step's output has no norm behind it that would add its branch.
         rms_norm(stack.h_mid[rows], w.hidden_norm, eps, None, None, delta=branch[:n], total=stack.y[rows])
@@ -627,7 +657,7 @@ class Step:
         stack: Stack,
         attention: ChainAttention,
         dy: Tensor,  # [R, H] the head's gradient; each step adds what the next one reads of y, through the same norm or not
-    ) -> tuple[Tensor, Tensor]:  # dQKV [R, W], and of the tokens' half [m, W] float32
+    ) -> Generator[None, None, tuple[Tensor, Tensor]]:  # dQKV [R, W], and of the tokens' half [m, W] float32
         """The chains' backward, last step first; the gradients of h^0, K^0 and V^0 are collected for `finish_pack`."""
         w, grads, partial = self.weights, self.grads, self.take("partial")
         dqkv, dn = stack.qkv, self.take("dn", chunk.sizes[0])
@@ -640,7 +670,7 @@ class Step:
             linear_backward(dy_i, w.down, stack.act[rows])
             swiglu_backward_(stack.gate_up[rows], stack.act[rows])
             linear_backward(stack.gate_up[rows], w.gate_up, dn[:n])
-            self.tensor.sum_(dn[:n])
+            yield from self.summed(dn[:n])
             rms_norm_backward(dn[:n], h_mid, stack.r_n2[rows], w.post_norm, h_mid, grads.post_norm, partial, add=(dy_i,))
             d_mid = h_mid
 
@@ -652,7 +682,7 @@ class Step:
             dz, token_row, position = dqkv[rows, :width], chunk.token_row[rows], chunk.row_position[rows]
             chain_qkv_backward(dq, dk, dv, token_row, position, *self.rope, dz, d_embedding_qkv)
             linear_backward(dz, w.qkv_hidden[:width], dn[:n])
-            self.tensor.sum_(dn[:n])
+            yield from self.summed(dn[:n])
 
             # The norm of the hidden state: into h^0's gradient at step 0, else onto the output of the step before, with
             # norm_output through the norm between them. What that norm gave is computed again: to keep it for all rows

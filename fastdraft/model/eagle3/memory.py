@@ -133,6 +133,11 @@ def pick_chunk_rows(
     return asked or fitting_chunk_rows(c, steps, dtype, target_dtype, device, CHUNK_BYTES) or 64
 
 
+def num_lanes(tensor: int) -> int:
+    """Chunks that go on in turns, each with buffers of its own, where so many processes share the draft's weights."""
+    return 2 if tensor > 1 else 1
+
+
 def buffer_rows(tokens: int, chunk_rows: int) -> tuple[int, int]:
     """Tokens of a pack and chains of a chunk that buffers are taken for: packs differ a little in length."""
     room = -(-tokens // 1024) * 1024

@@ -14,7 +14,7 @@ from fastdraft.model.target_config import default_layers, language_config
 from fastdraft.target.hf import load_target_config
 from fastdraft.target.identity import expected_meta
 from fastdraft.target.served.connector import fastdraft_handover
-from fastdraft.target.served.source import TESTED
+from fastdraft.target.served.source import is_tested, tested
 
 SHARED_MEMORY = "/dev/shm"
 # What the command sets itself, and what would make the served model another than the files say or take a check away.
@@ -105,9 +105,9 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
 
 def refuse_other_version(version: str) -> None:
     """ValueError for a vLLM outside the tested range."""
-    if version != TESTED and not version.startswith(f"{TESTED}."):
+    if not is_tested(version):
         raise ValueError(
-            f"vLLM {version} is outside of the versions that the connector was tested with, {TESTED}.*; its interface for "
+            f"vLLM {version} is outside of the versions that the connector was tested with, {tested()}; its interface for "
             "connectors is experimental and changes between versions, so no other is started"
         )
 

@@ -37,7 +37,7 @@ from fastdraft.target.served.connector.fastdraft_handover import (
 )
 from fastdraft.target.served.ends import FileEnds
 
-TESTED = "0.32"  # vLLM's versions whose connector interface and cache layout this was run with: this one and its patches
+TESTED = ("0.26", "0.32")  # vLLM's versions whose connector interface and cache layout this was run with, and their patches
 AHEAD = 2  # packs under way or waiting to be trained on
 IN_FLIGHT = 64  # requests at a time for each server
 CONNECT_S = 10.0
@@ -145,11 +145,19 @@ def served_dtype(url: str, timeout_s: float) -> str:
     return _named(asyncio.run(ask()).dtype, url)
 
 
+def is_tested(version: str) -> bool:
+    return any(version == minor or version.startswith(f"{minor}.") for minor in TESTED)
+
+
+def tested() -> str:
+    return " and ".join(f"{minor}.*" for minor in TESTED)
+
+
 def refuse_other_server(url: str, about: About, wanted: Wanted) -> None:
     """ValueError with one sentence on the first thing in which a server is not what the run needs."""
-    if about.vllm != TESTED and not about.vllm.startswith(f"{TESTED}."):
+    if not is_tested(about.vllm):
         raise ValueError(
-            f"{url} runs vLLM {about.vllm}; states are read only from the versions that this was tested with, {TESTED}.*"
+            f"{url} runs vLLM {about.vllm}; states are read only from the versions that this was tested with, {tested()}"
         )
     for name, ours, theirs in (("config.json", wanted.config, about.config), ("weights", wanted.weights, about.weights)):
         if ours != theirs:

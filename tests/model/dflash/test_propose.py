@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_dflash import Small, dflash_shape
 
-from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
+from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import block_states_ref
 from fastdraft.model.proposal import DecodeSettings, probabilities
 
@@ -46,6 +46,41 @@ def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
             counts[torch.arange(3), again.tokens] += 1
     assert float((counts / rounds - proposal.q).abs().max()) < 4 * (0.25 / rounds) ** 0.5
     assert bool((counts[proposal.q == 0] == 0).all())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_blocks_of_several_sequences_are_each_ones_own(shape, temperature):
+    """Sequences of other lengths, one of which ends, and depths of their own, over several rounds."""
+    case, settings = Small(dflash_shape(**shape), lengths=(23,)), DecodeSettings(num_steps=4, temperature=temperature)
+    ids, g = case.batch.input_ids, case.features.g
+    alone = [BlockDrafter(case.draft, case.head, 40) for _ in range(3)]
+    single = [torch.Generator().manual_seed(row) for row in range(3)]
+    many = [torch.Generator().manual_seed(row) for row in range(3)]
+    together, rows = BatchBlockDrafter(case.draft, case.head, 3, 40), [0, 1, 2]
+    done = [0, 0, 0]
+    with torch.no_grad():
+        for counts, depths in (((5, 1, 9), (4, 4, 4)), ((1, 3, 2), (4, 2, 3)), ((5, 1), (1, 3))):
+            if len(counts) < len(rows):
+                together.select([0, 2])
+                rows = [0, 2]
+            token_ids = torch.zeros(len(rows), max(counts), dtype=torch.int64)
+            states = torch.full((len(rows), max(counts), g.shape[1]), 9.0, dtype=g.dtype)
+            want = []
+            for place, (row, count, depth) in enumerate(zip(rows, counts, depths, strict=True)):
+                first, end = done[row], done[row] + count
+                token_ids[place, :count], states[place, :count] = ids[first + 1 : end + 1], g[first:end]
+                own = token_ids[place, :count], states[place, :count]
+                want.append(alone[row].propose(*own, depth, settings, single[row]))
+                done[row] = end
+            ours = together.propose(token_ids, states, list(counts), list(depths), settings, [many[row] for row in rows])
+            assert ours.counts == list(depths)
+            for place, proposal in enumerate(want):
+                count = ours.counts[place]
+                assert torch.equal(ours.tokens[place, :count], proposal.tokens)
+                assert ours.parents[place, :count].tolist() == proposal.parents
+                if proposal.q is not None:
+                    torch.testing.assert_close(ours.q[place, :count], proposal.q, rtol=1e-9, atol=1e-12)
 
 
 def test_what_a_block_cannot_do_is_refused():

@@ -11,7 +11,7 @@ A request names its file in `kv_transfer_params: {"states": NAME}`, and the answ
 
 Imports torch, vllm and the module beside it. vLLM finds it by `kv_connector_module_path`.
 
-# T tokens of a prompt, S states, Ht hidden; a cache is [blocks, S, block_size, Ht]
+# T tokens of a prompt, S states, Ht hidden; a cache is [blocks, S, block_size, Ht], also for a vLLM that has tokens first
 """
 
 from __future__ import annotations
@@ -103,17 +103,20 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         return self.request_finished(request, block_ids)
 
     def _about(self) -> dict:
-        config = self._vllm_config
-        model, draft = config.model_config, config.speculative_config.draft_model_config.hf_config
+        model = self._vllm_config.model_config
         return self.identity | {
             "instance": self.instance,
             "folder": self.folder,
             "vllm": vllm.__version__,
-            "boundaries": sorted(set(draft.eagle_aux_hidden_state_layer_ids)),
+            "boundaries": self._boundaries(),
             "hidden_size": model.get_hidden_size(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
         }
+
+    def _boundaries(self) -> list[int]:
+        draft = self._vllm_config.speculative_config.draft_model_config.hf_config
+        return sorted(set(draft.eagle_aux_hidden_state_layer_ids))
 
     # --- in a worker -----------------------------------------------------------------------------------------------------
 
@@ -121,15 +124,28 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         layers = list(get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches)))
         if not layers or get_tensor_model_parallel_rank() != 0:
             return  # each rank has all states, and of pipeline stages the last alone
-        self.cache = kv_caches[layers[0]]
-        if self.cache.shape[2] != self.block_size:
-            raise ValueError(f"the states' cache is {tuple(self.cache.shape)} and its blocks have {self.block_size} tokens")
+        self.cache = self._by_state(kv_caches[layers[0]])
         open_folder(self.folder)
         remove_dead(self.folder)
         write_server(self.folder, {"instance": self.instance})
         self.ring = _Ring(self.cache) if self.cache.is_cuda else None
         self.written: Queue[tuple[str, torch.Tensor, torch.cuda.Event | None]] = Queue()
         threading.Thread(target=self._write, name="fastdraft-states", daemon=True).start()
+
+    def _by_state(
+        self,
+        cache: torch.Tensor,  # as this version of vLLM lays it out
+    ) -> torch.Tensor:  # [blocks, S, block_size, Ht], a view
+        """ValueError where the shape leaves in doubt which axis is the token's."""
+        states = len(
+            set(self._vllm_config.speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
+        )
+        axes, size = tuple(cache.shape[1:3]), self.block_size
+        if cache.dim() != 4 or states == size or axes not in ((states, size), (size, states)):
+            raise ValueError(
+                f"the cache of states is {tuple(cache.shape)}, which does not tell {states} states from {size} tokens"
+            )
+        return cache if axes == (states, size) else cache.transpose(1, 2)
 
     def wait_for_save(self):
         if self.cache is None or not self.has_connector_metadata():
@@ -168,7 +184,7 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config):
-        return "LBNHC"
+        return "NHD" if vllm.__version__.startswith("0.26.") else "LBNHC"  # one layout, whose name has changed
 
 
 def _rows(

@@ -1,0 +1,165 @@
+"""Sequences of different lengths in one forward of the target, each with its own keys and values: for decoding many prompts
+at once.
+
+A sequence's tokens lie in its row of a cache from the left, without gaps. A forward gets as many new tokens of every
+sequence; they are written behind what the sequence keeps, and a mask of their own says whom they see. What they see is
+then what they see alone, so the states are the same up to the order of sums.
+
+That holds for models whose tokens meet in attention alone, take a mask as it is given and the positions as they are given.
+`why_apart` says what in a config is against it, and compares a trial with the sequences run one at a time.
+
+# B sequences, n new tokens of each, L tokens of the longest, W columns of the cache that are read, Hkv heads, D head dim
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicLayer
+
+from fastdraft.model.target_config import first_line
+from fastdraft.target.hf import Target
+from fastdraft.target.packed import unpackable
+
+TRIAL_LENGTHS = (23, 37)  # long enough that wrong positions change the states by more than bf16 rounds
+TRIAL_PARENTS = (0, 0, 2)  # two tokens behind the root, and one behind the second of them
+
+
+class _RaggedLayer(DynamicLayer):
+    """One layer's keys and values. Where they are written, and how far they are read, the cache says."""
+
+    def __init__(self, cache: RaggedCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+        # Zeros: what is masked counts nothing, and nothing times NaN would be NaN.
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], self.cache.capacity, x.shape[3]) for x in (keys, values))
+        self.device, self.is_initialized = keys.device, True
+
+    def update(
+        self,
+        key_states: Tensor,  # [B, Hkv, n, D]
+        value_states: Tensor,  # [B, Hkv, n, D]
+        *_args: object,
+        **_kwargs: object,
+    ) -> tuple[Tensor, Tensor]:  # [B, Hkv, W, D] each
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self.cache.slots[:, None, :, None]
+        self.keys.scatter_(2, place.expand(key_states.shape), key_states)
+        self.values.scatter_(2, place.expand(value_states.shape), value_states)
+        return self.keys[:, :, : self.cache.width], self.values[:, :, : self.cache.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.width
+
+
+class RaggedCache(Cache):
+    """Keys and values of B sequences of at most `capacity` tokens each, made by `prefill` and extended by `run`."""
+
+    def __init__(self, target: Target, capacity: int):
+        super().__init__(layer_class_to_replicate=lambda: _RaggedLayer(self))
+        self.target, self.capacity = target, capacity
+        self.slots = torch.empty(0, 0, dtype=torch.int64)  # [B, n] columns that the forward under way writes
+        self.width = 0
+
+    def prefill(
+        self,
+        prompts: list[list[int]],  # B of them
+    ) -> tuple[Tensor, Tensor]:  # g [B, L, 3*Ht], f [B, L, Ht]; rows past a prompt's end are fillers
+        """Runs the prompts, padded on the right: attention is causal, so no token of a prompt sees the padding, and what
+        follows the prompt is written over it."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        column = torch.arange(longest)
+        sees = (column <= column[:, None])[None]
+        return self._forward(ids, column.repeat(len(prompts), 1), column.repeat(len(prompts), 1), sees, longest)
+
+    def run(
+        self,
+        tokens: Tensor,  # [B, n] int64, the root of each sequence and the nodes of its tree, parents first
+        parents: Tensor,  # [B, n-1] int64 on the host, of node 1 .. n-1; node 0 is the root
+        roots: list[int],  # position of each root, which is how many tokens the sequence keeps
+        last_position: int,  # of the target's context; nodes past it are fillers
+    ) -> tuple[Tensor, Tensor]:  # g [B, n, 3*Ht], f [B, n, Ht]
+        """A node sees what its sequence keeps, its ancestors and itself."""
+        b, n = tokens.shape
+        rows, own = torch.arange(b), torch.eye(n, dtype=torch.bool).repeat(b, 1, 1)
+        for node in range(1, n):
+            own[:, node] |= own[rows, parents[:, node - 1]]
+        root = torch.tensor(roots)[:, None]
+        slots, width = root + torch.arange(n), max(roots) + n
+        sees = (torch.arange(width) < root)[:, None].repeat(1, n, 1).scatter(2, slots[:, None].expand(b, n, n), own)
+        positions = (root + own.sum(2) - 1).clamp_max(last_position)
+        return self._forward(tokens, positions, slots, sees, width)
+
+    def keep(
+        self,
+        roots: list[int],
+        paths: Tensor,  # [B, k] int64 on the host: nodes that follow each other, the root first; fillers may follow
+    ) -> None:
+        """Moves the nodes of a path behind each other; what lies behind them is written over later."""
+        if bool((paths == torch.arange(paths.shape[1])).all()):
+            return
+        root, device = torch.tensor(roots)[:, None], self.target.device
+        source, place = (root + paths).to(device), (root + torch.arange(paths.shape[1])).to(device)
+        for layer in self.layers:
+            for x in (layer.keys, layer.values):
+                shape = (*x.shape[:2], paths.shape[1], x.shape[3])
+                moved = x.gather(2, source[:, None, :, None].expand(shape))
+                x.scatter_(2, place[:, None, :, None].expand(shape), moved)
+
+    def select(
+        self,
+        rows: list[int],
+    ) -> None:
+        """Keeps these sequences and forgets the others."""
+        index = torch.tensor(rows, device=self.target.device)
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[index], layer.values[index]
+
+    def _forward(
+        self,
+        ids: Tensor,  # [B, n] int64
+        positions: Tensor,  # [B, n] int64
+        slots: Tensor,  # [B, n] int64
+        sees: Tensor,  # [B or 1, n, width] bool
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        device, dtype = self.target.device, self.target.dtype
+        self.slots, self.width = slots.to(device), width
+        hidden = ~sees.to(device)[:, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
+        return self.target.forward(ids.to(device), self, positions.to(device), mask.expand(len(ids), -1, -1, -1))
+
+
+@torch.no_grad()
+def why_apart(target: Target) -> str | None:
+    """Why this target decodes one sequence at a time; None where it may decode many, which a trial has shown."""
+    if reason := unpackable(target.decoder.config):
+        return reason
+    ids = torch.arange(1, 1 + sum(TRIAL_LENGTHS) + 8, device=target.device) * 7 % target.vocab_size
+    prompts = [part.tolist() for part in ids[: sum(TRIAL_LENGTHS)].split(TRIAL_LENGTHS)]
+    nodes = ids[sum(TRIAL_LENGTHS) :].view(2, 4)
+    try:
+        cache = RaggedCache(target, max(TRIAL_LENGTHS) + 4)
+        cache.prefill(prompts)
+        parents = torch.tensor([TRIAL_PARENTS] * 2)
+        _, f = cache.run(nodes, parents, list(TRIAL_LENGTHS), max(TRIAL_LENGTHS) + 4)
+    except Exception as error:  # of transformers, or the model's own code
+        return f"a forward of several sequences fails: {first_line(error)}"
+    off = []
+    for row, prompt in enumerate(prompts):
+        for path in ([0], [0, 1], [0, 2], [0, 2, 3]):
+            alone = target.forward(torch.tensor([prompt + nodes[row, path].tolist()], device=target.device))[1][0, -1]
+            off.append((f[row, path[-1]] - alone).float().norm() / alone.float().norm())
+    # In bf16 another kernel's rounding may lead a few rows to other experts.
+    whole = target.dtype.itemsize > 2
+    worst = float(torch.stack(off).max() if whole else torch.stack(off).median())
+    if not worst <= (1e-3 if whole else 0.05):
+        return f"several sequences together give states that are off by {worst:.1%}"
+    return None
