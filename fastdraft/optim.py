@@ -95,7 +95,7 @@ class FlatAdamW:
             return c.lr * (step + 1) / warmup
         if c.schedule == "wsd":
             decay = max(1, round(c.decay_share * self.total_steps))
-            progress = min(1.0, max(0, step - max(warmup, self.total_steps - decay)) / decay)
+            progress = min(1.0, max(0, step - (self.total_steps - decay) + 1) / (decay + 1))
             share = 1 - math.sqrt(progress)
         else:
             progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
