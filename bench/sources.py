@@ -59,6 +59,7 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out ag
         *ENGINE,
     ],
     "fleet": [f"fastdraft/{name}.py" for name in ("dist/mesh", "dist/shard", "target/packed", "target/sharded")],
+    "quality": ["fastdraft/train.py", "fastdraft/optim.py", "fastdraft/decode.py", "fastdraft/model/eagle3/*.py"],
     "gpu_tests": [KERNELS, *ENGINE, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
 }
 
