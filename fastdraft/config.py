@@ -97,10 +97,8 @@ class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     warmup_ratio: float = Field(0.015, ge=0, le=1)  # share of all steps
-    schedule: Literal["cosine", "wsd"] = (
-        "cosine"  # wsd: the rate stays until it falls over the last decay_ratio of all steps
-    )
-    decay_ratio: float | None = Field(None, gt=0, le=1)  # of wsd alone; None: 0.2 of all steps
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: the rate stays until it falls over the last wsd_decay of all steps
+    wsd_decay: float | None = Field(None, gt=0, le=1)  # of wsd alone; None: 0.2 of all steps
     optimizer: Literal["adamw", "muon"] = (
         "adamw"  # muon: for matrices; embeddings, heads and norms are AdamW's all the same
     )
@@ -115,14 +113,14 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _settings_are_of_what_is_used(self) -> OptimConfig:
-        if self.decay_ratio is not None and self.schedule != "wsd":
+        if self.wsd_decay is not None and self.schedule != "wsd":
             raise ValueError(
-                f"decay_ratio {self.decay_ratio} is of schedule: wsd, and schedule is {self.schedule}, which falls from "
+                f"wsd_decay {self.wsd_decay} is of schedule: wsd, and schedule is {self.schedule}, which falls from "
                 "the warm-up on; set schedule=wsd, or take it out"
             )
         if self.schedule == "wsd" and self.warmup_ratio + self.decay_share > 1:
             raise ValueError(
-                f"warmup_ratio {self.warmup_ratio} and decay_ratio {self.decay_share} are more than all steps together; "
+                f"warmup_ratio {self.warmup_ratio} and wsd_decay {self.decay_share} are more than all steps together; "
                 "lower one of them"
             )
         given = [name for name in ("muon_lr", "muon_momentum", "muon_weights") if getattr(self, name) is not None]
@@ -134,7 +132,7 @@ class OptimConfig(Section):
 
     @property
     def decay_share(self) -> float:
-        return 0.2 if self.decay_ratio is None else self.decay_ratio
+        return 0.2 if self.wsd_decay is None else self.wsd_decay
 
     @property
     def momentum(self) -> float:

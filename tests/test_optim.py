@@ -174,7 +174,7 @@ def test_nothing_to_train_is_refused():
 
 
 def test_wsd_warms_up_stays_and_falls():
-    config = OptimConfig(lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25, schedule="wsd", decay_ratio=0.4)
+    config = OptimConfig(lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25, schedule="wsd", wsd_decay=0.4)
     optimizer = FlatAdamW(make_parameters(), config, 20, torch.float32)
     lrs = [optimizer.lr(step) for step in range(20)]
     assert lrs[:4] == [0.5, 1.0, 1.5, 2.0] and lrs[4:12] == [2.0] * 8
@@ -187,8 +187,8 @@ def test_wsd_warms_up_stays_and_falls():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"decay_ratio": 0.1}, "decay_ratio 0.1 is of schedule: wsd, and schedule is cosine"),
-        ({"schedule": "wsd", "warmup_ratio": 0.9}, "warmup_ratio 0.9 and decay_ratio 0.2 are more than all steps"),
+        ({"wsd_decay": 0.1}, "wsd_decay 0.1 is of schedule: wsd, and schedule is cosine"),
+        ({"schedule": "wsd", "warmup_ratio": 0.9}, "warmup_ratio 0.9 and wsd_decay 0.2 are more than all steps"),
         ({"muon_lr": 0.1}, "muon_lr is of optimizer: muon, and optimizer is adamw; set optimizer=muon, or take it out"),
         ({"muon_weights": ["fc.weight"]}, "muon_weights is of optimizer: muon"),
         ({"optimizer": "muon", "muon_momentum": 1.0}, "less than 1"),
