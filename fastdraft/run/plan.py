@@ -96,20 +96,24 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
 
     def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        return method.step_cost(
-            part,
-            pack_tokens=tokens,
-            document_tokens=min(config.data.max_length, tokens),
-            ttt_length=config.ttt_length,
-            precision=precision,
-            target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
-            loss=config.loss.kind,
-            step=config.step,
-            chunk_rows=config.chunk_rows,
-            device=device.type,
-            **({"tensor": tensor} if tensor > 1 else {}),
-            **method.cost_options(config),
-        )
+        def cost(tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+            return method.step_cost(
+                part,
+                pack_tokens=tokens,
+                document_tokens=min(config.data.max_length, tokens),
+                ttt_length=config.ttt_length,
+                precision=precision,
+                target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
+                loss=config.loss.kind,
+                step=config.step,
+                chunk_rows=config.chunk_rows,
+                device=device.type,
+                **({"tensor": tensor} if tensor > 1 else {}),
+                **method.cost_options(config),
+            )
+
+        # A process may have some of a pack's tokens only, and each of them sees as much as in the whole pack.
+        return cost(tokens)[0], cost(config.data.pack_tokens)[1]
 
     return lambda layout: fleet.fleet_plan(
         layout,
