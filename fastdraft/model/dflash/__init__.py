@@ -58,6 +58,8 @@ def anchors_of(config: Config) -> Callable[[Batch, int], Tensor]:
 
 # Settings of the section block that methods with this backbone have for themselves, and whose they are.
 OF_ONE_METHOD = {"selector_alpha": "DFlash2"}
+# Settings that one block.loss reads, and which.
+OF_ONE_LOSS = {"dpace_alpha": "dpace", "lk_scale": "lk_lambda", "lk_decay": "lk_lambda"}
 
 
 def check_config(config: Config, title: str = DFlashConfig.title) -> None:
@@ -66,6 +68,9 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
     for name, owner in OF_ONE_METHOD.items():
         if owner != title and getattr(block, name) != type(block).model_fields[name].default:
             raise ValueError(f"block.{name} is {owner}'s, and draft.method is {config.draft.method}; take it out")
+    for name, loss in OF_ONE_LOSS.items():
+        if loss != block.loss and getattr(block, name) != type(block).model_fields[name].default:
+            raise ValueError(f"block.{name} is of block.loss {loss}, and the loss is {block.loss}; take {name} out")
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"
