@@ -162,7 +162,7 @@ def fleet_plan(
     count = draft.num_parameters()
     trainable = count["trainable"] / t
     replicas = layout.world // t
-    own_tokens = -(-pack_tokens // s)
+    own_tokens = pack_tokens if s == 1 else 2 * -(-pack_tokens // (2 * s))  # two slices, of which the last are filled up
     packs = packs_per_step / layout.data  # of one process
     length = min(document_tokens, pack_tokens)
 

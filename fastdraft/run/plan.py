@@ -108,20 +108,24 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     stepped = muon_matrices(config, shape)
 
     def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        return method.step_cost(
-            part,
-            pack_tokens=tokens,
-            document_tokens=min(config.data.max_length, tokens),
-            ttt_length=config.ttt_length,
-            precision=precision,
-            target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
-            loss=config.loss.kind,
-            step=config.step,
-            chunk_rows=config.chunk_rows,
-            device=device.type,
-            **({"tensor": tensor} if tensor > 1 else {}),
-            **method.cost_options(config),
-        )
+        def cost(tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+            return method.step_cost(
+                part,
+                pack_tokens=tokens,
+                document_tokens=min(config.data.max_length, tokens),
+                ttt_length=config.ttt_length,
+                precision=precision,
+                target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
+                loss=config.loss.kind,
+                step=config.step,
+                chunk_rows=config.chunk_rows,
+                device=device.type,
+                **({"tensor": tensor} if tensor > 1 else {}),
+                **method.cost_options(config),
+            )
+
+        # A process may have some of a pack's tokens only, and each of them sees as much as in the whole pack.
+        return cost(tokens)[0], cost(config.data.pack_tokens)[1]
 
     def of_muon(replicas: int) -> int:
         return muon_bytes(stepped, 4 if precision == "fp32" else 2, shape.num_parameters()["trainable"], replicas)
