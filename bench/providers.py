@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ BURST_S = 0.2  # steps of one sample run at least this long together
 RATE = 250e12  # FLOPs a second, to guess beforehand how long a round will take
 PROBE_S = 10.0  # above this guess kernels and synchronisations are not counted, and no round is for warming up
 AGREE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+MEMORY = "out of memory"
 ONCE_S = 60.0  # above this guess the first step is the only one, and what is timed
 
 Make = Callable[[object], object]  # of a work, a provider
@@ -211,17 +213,21 @@ def measure_work(
     shape: dict,
     about_ours: dict,  # what a row of ours says besides
 ) -> bool:
-    """Runs every provider on the work and writes a row each. Whether all computed the same losses."""
+    """Runs every provider on the work and writes a row each. Whether all that the memory sufficed for computed the same
+    losses."""
     estimate_s = work.flops / RATE
     rows, losses = {}, {}
     torch._dynamo.reset()  # a peer compiles for this length alone, as in a process of its own
     for name, make in makes.items():
         try:
             rows[name], losses[name] = alone(make, work, estimate_s, args.profile)
-        except (RuntimeError, ValueError) as error:
-            if not out_of_memory(error):
+        except Exception as error:  # a peer may raise anything, and the others' rows are worth having
+            if not out_of_memory(error) and name.startswith(("fastdraft", "reference")):
                 raise
-            rows[name] = {"failed": f"out of memory: {str(error).split('. ')[0]}"}
+            what = MEMORY if out_of_memory(error) else type(error).__name__
+            if what != MEMORY:
+                traceback.print_exc()
+            rows[name] = {"failed": f"{what}: {str(error).split('. ')[0][:300]}"}
         free()
     running = {name: make for name, make in makes.items() if name in losses}
     if estimate_s > ONCE_S:
@@ -245,7 +251,10 @@ def measure_work(
         told = {k: v for k, v in row.items() if k not in ("interleaved_with", "memory")}
         memory = {k: f"{v / 2**30:.2f} GiB" for k, v in row.get("memory", {}).items()}
         print(shape, name, told, memory, flush=True)
-    return all(row.get("loss_error", 0.0) <= AGREE[work.dtype] for row in rows.values())
+    return all(
+        row.get("loss_error", 0.0) <= AGREE[work.dtype] and row.get("failed", MEMORY).startswith(MEMORY)
+        for row in rows.values()
+    )
 
 
 def rates(model_us: Sequence[float], whole_us: Sequence[float], host_us: Sequence[float], work) -> dict:
@@ -302,7 +311,10 @@ def begin(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 def end(agree: bool) -> None:
     if not agree:
-        sys.exit("the providers' losses differ by more than rounding (loss_error): they did not do the same work")
+        sys.exit(
+            "a peer failed (its traceback is above), or the providers' losses differ by more than rounding (loss_error): "
+            "then they did not do the same work"
+        )
 
 
 def peak_flops() -> float | None:

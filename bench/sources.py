@@ -33,13 +33,20 @@ ENGINE = [
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
+BLOCK_KERNELS = (
+    "adamw",
+    "block_attention",
+    "chain_qkv",
+    "fp8",
+    "head_norm",
+    "linear_ce",
+    "linear_kl",
+    "matmul",
+    "rms_norm",
+)
 BLOCK_ENGINE = [  # a DFlash draft's step
-    *(
-        f"fastdraft/kernels/{name}.py"
-        for name in ("adamw", "block_attention", "chain_qkv", "fp8", "linear_ce", "linear_kl")
-    ),
-    *(f"fastdraft/kernels/{name}.py" for name in ("matmul", "rms_norm", "swiglu", "teacher", "ttt_attention")),
-    *(f"fastdraft/model/dflash/{name}.py" for name in ("blocks", "draft", "engine", "loss", "memory")),
+    *(f"fastdraft/kernels/{name}.py" for name in (*BLOCK_KERNELS, "swiglu", "teacher", "ttt_attention")),
+    *(f"fastdraft/model/dflash/{name}.py" for name in ("blocks", "draft", "engine", "head", "loss", "memory", "mixer")),
     "fastdraft/model/buffers.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
@@ -47,6 +54,7 @@ BLOCK_ENGINE = [  # a DFlash draft's step
 ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out again
     "block_attention": ["fastdraft/kernels/ttt_attention.py"],
     "block_step": BLOCK_ENGINE,
+    "head_norm": ["fastdraft/kernels/chain_qkv.py", "fastdraft/kernels/rms_norm.py"],
     "linear_ce": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py"],
     "linear_kl": ["fastdraft/kernels/teacher.py", "fastdraft/kernels/matmul.py", "fastdraft/kernels/fp8.py", *CUDA],
     "split_kl": [f"fastdraft/kernels/{name}.py" for name in ("linear_kl", "teacher", "matmul", "fp8")],
@@ -56,10 +64,14 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out ag
     "served": ["fastdraft/target/served/*.py", "fastdraft/target/served/connector/*.py"],
     "step": [
         KERNELS,
-        *(f"!fastdraft/kernels/{name}.py" for name in ("block_attention", "block_conv", "linear_ce", "selector")),
+        *(
+            f"!fastdraft/kernels/{name}.py"
+            for name in ("block_attention", "block_conv", "ce_l1", "head_norm", "linear_ce", "selector")
+        ),
         *ENGINE,
     ],
     "fleet": [f"fastdraft/{name}.py" for name in ("dist/mesh", "dist/shard", "target/packed", "target/sharded")],
+    "quality": ["fastdraft/train.py", "fastdraft/optim.py", "fastdraft/decode.py", "fastdraft/model/eagle3/*.py"],
     "gpu_tests": [KERNELS, *ENGINE, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
 }
 

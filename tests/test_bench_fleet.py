@@ -53,3 +53,33 @@ def test_time_counts_once_and_is_exposed_where_only_nccl_runs():
 def test_a_trace_without_kernels_is_refused():
     with pytest.raises(ValueError, match="has no kernel of a GPU"):
         shares([])
+
+
+@pytest.mark.skipif("AUTOMODEL_DIR" not in os.environ, reason="AUTOMODEL_DIR does not name a checkout of NeMo Automodel")
+def test_automodel_agrees(tmp_path):
+    """Both trainers' first losses in fp32, of packs with two documents and with masks."""
+    command = [sys.executable, "-m", "bench.peers.automodel", "--checkout", os.environ["AUTOMODEL_DIR"], "--tiny"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--rounds", "1", "--out", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, peer = (json.loads(line) for line in (tmp_path / "fleet.jsonl").read_text().splitlines())
+    assert (ours["provider"], peer["provider"]) == ("ours", "automodel")
+    assert ours["first_losses"] == pytest.approx(peer["first_losses"], abs=2e-6)
+    assert len(set(ours["first_losses"])) == 2
+
+
+def test_a_folder_without_automodel_is_refused(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "bench.peers.automodel",
+        "--checkout",
+        str(tmp_path),
+        "--tiny",
+        "--providers",
+        "automodel",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "has no folder nemo_automodel; --checkout needs" in done.stderr

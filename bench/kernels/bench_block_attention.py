@@ -58,7 +58,13 @@ def normal(*shape: int) -> Tensor:
 
 
 def bench_case(
-    num_keys: int, num_anchors: int, window: int, packed: bool, rounds: int = 15, commit: str | None = None
+    num_keys: int,
+    num_anchors: int,
+    window: int,
+    packed: bool,
+    rounds: int = 15,
+    commit: str | None = None,
+    compare: bool = True,  # with flex and sdpa
 ) -> dict[str, dict[str, list[float]]]:
     anchors, doc_start = (x[-num_anchors:] for x in blocks(num_keys, packed))
     rows = op.block_rows(anchors, doc_start, B, None, window or None, causal=window > 0)
@@ -73,6 +79,10 @@ def bench_case(
     dq, delta = torch.empty_like(douts[0]), torch.empty_like(kept[0][1])
     dk_blk, dv_blk = (torch.empty(num_rows, HKV, D, device="cuda") for _ in range(2))
     dk_ctx, dv_ctx = (torch.zeros(num_keys, HKV, D, device="cuda") for _ in range(2))
+    # The kernel over the context's keys is given those that some row sees, as in the engine.
+    seen_keys = slice(int(rows.ctx_start.min()), int(rows.ctx_end.max()))
+    shifted = op.BlockRows(rows.ctx_start - seen_keys.start, rows.ctx_end - seen_keys.start, rows.blk_start, rows.blk_end)
+    partial = torch.empty(op.block_attention_partials(D), device="cuda")
 
     def fwd(i):
         op.block_attention_fwd(*inputs[i % 2], rows, scale, *kept[i % 2])
@@ -83,8 +93,9 @@ def bench_case(
         )  # fmt: skip
 
     def bwd_kv(i):
-        q, k, v = inputs[i % 2][:3]
-        op.block_attention_bwd_kv(douts[i % 2], q, k, v, rows, kept[i % 2][1], delta, scale, dk_ctx, dv_ctx)
+        q, *keys = inputs[i % 2][:3]
+        keys, sums = ([x[seen_keys] for x in pair] for pair in (keys, (dk_ctx, dv_ctx)))
+        op.block_attention_bwd_kv(douts[i % 2], q, *keys, shifted, kept[i % 2][1], delta, scale, *sums, partial)
 
     def bwd(i):
         bwd_q(i)
@@ -100,8 +111,8 @@ def bench_case(
     result = kept[0][0], dq, *(x.bfloat16() for x in (dk_ctx, dv_ctx, dk_blk, dv_blk))
     dk_ctx.zero_()
     dv_ctx.zero_()
-    others = {"flex": flex}
-    if num_rows * (num_keys + num_rows) <= MASK:
+    others = {"flex": flex} if compare else {}
+    if compare and num_rows * (num_keys + num_rows) <= MASK:
         others["sdpa"] = sdpa
     for name, other in others.items():
         ours["fwd"][name], ours["bwd"][name] = compared(name, *other(inputs[0], douts[0], rows), result)

@@ -5,6 +5,8 @@ told our anchors where it would draw its own (`_sample_anchor_positions`), sorte
 
 - Documents. It has no packing: a batch is `batch_size` conversations padded to the longest. So a pack's conversations are
   cut into batches in the pack's order, one backward each, and one optimizer step follows. Padding is nobody's row.
+- Short batches. PyTorch 2.11's flex_attention compiles for no fewer than 128 queries where shapes vary. A batch with fewer
+  rows gets anchors that are not kept, which it has for conversations of unlike lengths anyway.
 - Normalisation. The summed loss is what is differentiated, since its trainer divides by the whole optimizer step's weights.
 
 Nothing is stubbed. On a CPU `--peer-attention sdpa` takes the place of flex_attention, and torch.compile is switched off.
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Config
@@ -27,6 +30,9 @@ from bench.peers.specforge import split
 from fastdraft.config import OptimConfig
 
 # b conversations of a batch, S tokens of the longest, A anchors of the one that has most
+
+
+FEWEST_ROWS = 128
 
 
 class SpecForgeDFlash:
@@ -119,7 +125,8 @@ class SpecForgeDFlash:
             if len(documents) > 1:
                 self.own_inputs += inputs["hidden_states"].nbytes
             kept = stack([torch.ones(len(x), dtype=torch.bool) for x in chosen])
-            made.append((inputs, (stack(chosen), kept)))
+            more = (0, max(0, -(-FEWEST_ROWS // work.config.block_size) - kept.shape[1]))
+            made.append((inputs, (F.pad(stack(chosen), more), F.pad(kept, more))))
         return made
 
     def model(self, k: int) -> None:

@@ -9,6 +9,8 @@ and pydantic. Its trainer's forward under autocast is called here; on a GPU it c
   same labels. It computes its teacher at every step, and that is in its time, as in its trainer.
 - Anchors are ours where it would draw its own (`select_anchors`), padded to as many for all packs, as its trainer has.
 - A pack is padded to one width for all packs, at least a block wider than the longest, because labels are gathered there.
+- Its fused loss is two Triton kernels with one list of tile sizes, which PyTorch 2.11's compiler refuses to trace. They run
+  as they are, between what is compiled.
 - Its loss is divided by the number of live rows; `losses` multiplies that back, and so does what is differentiated.
 - Its trainer shards weights with FSDP, computes in bf16 and steps float32 masters. Here one process has both: bf16 weights,
   and masters in a fused torch.optim.AdamW behind its clipping. Its default is Muon, which takes longer.
@@ -93,8 +95,9 @@ class SpeculatorsDFlash:
         self.clip = optim.clip
         self.optimizer = torch.optim.AdamW(self.masters, lr=optim.lr, weight_decay=optim.weight_decay, fused=on_gpu)
         self.autocast = torch.autocast(work.device.type, torch.bfloat16) if work.dtype == torch.bfloat16 else nullcontext()
+        losses = resolve_loss_config("ce", "fused" if on_gpu else "eager")
         self.options = {
-            "loss_config": resolve_loss_config("ce", "fused" if on_gpu else "eager"),
+            "loss_config": {name: (torch.compiler.disable(f), w) for name, (f, w) in losses.items()},
             "gamma": work.loss.gamma,
             "max_anchors": max(map(len, work.anchors)),
             "per_position_loss_weight": {"ce": "fixed-exp-decay", "dpace": "dpace"}[work.loss.kind],

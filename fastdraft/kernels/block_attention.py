@@ -20,8 +20,10 @@ The tile then walks the context between its first and its last key, and masks on
 holds rows of two documents, the keys between that no row sees are left out.
 One kernel over query tiles computes dq, and writes delta. Another, over key blocks, computes dK and dV. It reads a list,
 built on the device, of the query tiles that see the block. It runs twice, once over the blocks' own keys, whose gradient is
-complete and is written, and once over the context, whose gradient is added to the fp32 buffers that all chunks share. Every
-element has one writer in a launch, so two runs are bitwise equal.
+complete and is written, and once over the context, whose gradient is added to the fp32 buffers that all chunks share. A
+short context has few key blocks, and each of them many tiles: too few programs for a GPU. There several programs share the
+tiles of a key block, each writes its sum to scratch memory, and a last kernel adds the sums in order. Every element has one
+writer in a launch, so two runs are bitwise equal.
 Context keys that all rows see may be left to another kernel (`dense_attention`). ctx_start is then the first key that is
 left, and the forward and dq go on from what that kernel gave.
 
@@ -64,6 +66,11 @@ from fastdraft.kernels.ttt_attention import (
 )
 
 MAX_BLOCK = 32
+
+# The kernel over the context's keys is given about so many programs, 8 for each of an H100's SMs, so that the late key
+# blocks, which few rows see, fill up behind the early ones.
+KV_PROGRAMS = 1024
+MAX_PARTS = 8
 
 # A CPU holds the scores of so many rows at a time. Rows of nearby anchors see about the same keys.
 CPU_ROWS = 128
@@ -542,6 +549,7 @@ def _block_attention_bwd_kv_kernel(
     dv_stride,
     lse_stride,
     delta_stride,
+    part_stride,
     G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -554,6 +562,8 @@ def _block_attention_bwd_kv_kernel(
     kv_head = tl.program_id(0)
     head = kv_head.to(tl.int64)
     block = tl.program_id(1).to(tl.int64)
+    share = tl.program_id(2)  # of the tiles that see the block
+    shares = tl.num_programs(2)
     num_whole = tl.load(counts_ptr + 2 * block)
     num_part = tl.load(counts_ptr + 2 * block + 1)
     nothing_to_add = (num_whole + num_part == 0) & ADD
@@ -568,7 +578,7 @@ def _block_attention_bwd_kv_kernel(
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
     # Tiles that see part of the block come first. If this loop were pipelined, its buffers would make the next one spill.
-    for it in tl.range(0, num_part * G, num_stages=1):
+    for it in tl.range(num_part * share // shares * G, num_part * (share + 1) // shares * G, num_stages=1):
         first_row = tl.load(tiles_ptr + num_tiles - 1 - it // G) * BM
         q_head = kv_head * G + it % G
         row = first_row + m
@@ -580,7 +590,7 @@ def _block_attention_bwd_kv_kernel(
         delta = tl.load(delta_ptr + q_head.to(tl.int64) * delta_stride + row, mask=ok, other=0.0)
         seen = (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
         dk, dv = _add_tile(dk, dv, k, v, q, dout, lse, delta, seen, scale_log2, True, PRECISION)
-    for it in range(num_whole * G):
+    for it in range(num_whole * share // shares * G, num_whole * (share + 1) // shares * G):
         first_row = tl.load(tiles_ptr + it // G) * BM
         q_head = kv_head * G + it % G
         q = _tile(q_ptr, first_row, q_head, q_stride, R, True, TMA, D, DP, BM)
@@ -589,12 +599,38 @@ def _block_attention_bwd_kv_kernel(
         delta = tl.load(delta_ptr + q_head.to(tl.int64) * delta_stride + first_row + m)
         dk, dv = _add_tile(dk, dv, k, v, q, dout, lse, delta, True, scale_log2, False, PRECISION)
 
+    dk_ptr += share.to(tl.int64) * part_stride
+    dv_ptr += share.to(tl.int64) * part_stride
     if ADD:
         _add_rows(dk_ptr + head * D, key, dk_stride, key < N, dk * scale, D, DP)
         _add_rows(dv_ptr + head * D, key, dv_stride, key < N, dv, D, DP)
     else:
         _write_rows(dk_ptr + head * D, key, dk_stride, key < N, dk * scale, D, DP)
         _write_rows(dv_ptr + head * D, key, dv_stride, key < N, dv, D, DP)
+
+
+@jit(do_not_specialize=["N"])
+def _add_parts_kernel(
+    partial_ptr,  # [PARTS, 2, N, WIDTH] fp32
+    dk_ptr,  # [N, WIDTH] fp32, added to
+    dv_ptr,
+    N,
+    dk_stride,
+    dv_stride,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,  # Hkv * D
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < WIDTH
+    for which in tl.static_range(2):
+        total = tl.zeros([BLOCK], tl.float32)
+        for part in tl.static_range(PARTS):
+            at = partial_ptr + ((2 * part + which) * N + row) * WIDTH + cols
+            total += tl.load(at, mask=inside, other=0.0)
+        at = (dk_ptr + row * dk_stride if which == 0 else dv_ptr + row * dv_stride) + cols
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
 
 def _config(q: Tensor, k_ctx: Tensor) -> BlockAttentionConfig:
@@ -717,6 +753,8 @@ def _bwd_keys(
     dk: Tensor,  # [N, Hkv, D]
     dv: Tensor,  # [N, Hkv, D]
     add: bool,  # to dk and dv, which are fp32 then; else they are written
+    parts: int = 1,  # that the rows are divided into, where add
+    partial: Tensor | None = None,  # [parts, 2, N, Hkv, D] fp32 scratch, where there are several
 ) -> None:
     """Launches the kernel of the keys."""
     if len(q) == 0 or len(k) == 0:
@@ -726,7 +764,8 @@ def _bwd_keys(
         return
     tile = _config(q, k).bwd_kv
     tiles, counts = _index(start, end, len(k), tile)
-    _block_attention_bwd_kv_kernel[(k.shape[1], len(tiles))](
+    into_dk, into_dv = (dk, dv) if parts == 1 else (partial[0, 0], partial[0, 1])
+    _block_attention_bwd_kv_kernel[(k.shape[1], len(tiles), parts)](
         *(_described(x, tile.rows, tile) for x in (dout, q)),
         *(_described(x, tile.keys, tile) for x in (k, v)),
         start,
@@ -735,17 +774,50 @@ def _bwd_keys(
         delta,
         tiles,
         counts,
-        dk,
-        dv,
+        into_dk,
+        into_dv,
         scale,
         scale * LOG2E,
         len(q),
         len(k),
         tiles.shape[1],
-        *_strides(dout, q, k, v, dk, dv, lse, delta),
-        ADD=add,
+        *_strides(dout, q, k, v, into_dk, into_dv, lse, delta),
+        0 if parts == 1 else partial.stride(0),
+        ADD=add and parts == 1,
         **_constants(q, k, tile),
     )
+    if parts > 1:
+        width = dk.shape[1] * dk.shape[2]
+        _add_parts_kernel[(len(k),)](
+            partial,
+            dk,
+            dv,
+            len(k),
+            dk.stride(0),
+            dv.stride(0),
+            PARTS=parts,
+            WIDTH=width,
+            BLOCK=triton.next_power_of_2(width),
+        )
+
+
+def kv_parts(
+    num_keys: int,
+    kv_heads: int,
+    dim: int,
+    keys_per_program: int,
+    num_tiles: int,  # of query rows
+    room: int,  # float32 numbers of scratch memory
+) -> int:
+    """How many programs share the query tiles of a key block."""
+    programs = kv_heads * -(-num_keys // keys_per_program)
+    fit = room // max(2 * num_keys * kv_heads * dim, 1)
+    return max(1, min(KV_PROGRAMS // programs, MAX_PARTS, num_tiles, fit))
+
+
+def block_attention_partials(dim: int) -> int:
+    """How many float32 numbers of scratch memory `block_attention_bwd_kv` can use: two sums of 64 keys a program."""
+    return 2 * KV_PROGRAMS * 64 * dim
 
 
 @dataclass(frozen=True)
@@ -936,8 +1008,13 @@ def block_attention_bwd_kv(
     scale: float,
     dk_ctx: Tensor,  # [N, Hkv, D] fp32 (float64 where q is), added to
     dv_ctx: Tensor,  # [N, Hkv, D] like dk_ctx, added to
+    partial: Tensor | None = None,  # [M] float32 scratch, M = block_attention_partials(D); unused on a CPU
 ) -> None:
-    """Adds the gradients of the context's keys and values. Raises ValueError as `block_attention_fwd` does."""
+    """Adds the gradients of the context's keys and values. Raises ValueError as `block_attention_fwd` does.
+
+    Give only the keys that some row sees: how the work is divided among programs depends on their number, and where they
+    are few it needs `partial`. The bits of the result depend on both.
+    """
     _check(q, k_ctx, v_ctx, k_ctx, v_ctx, rows, scale)
     stats = torch.promote_types(q.dtype, torch.float32)
     _check_rows("dout", dout, q.shape, q)
@@ -947,7 +1024,14 @@ def block_attention_bwd_kv(
         check(name, x, k_ctx.shape, stats, q.device, "rows")
     if q.is_cuda:
         start, end = rows.ctx_start, rows.ctx_end
-        _bwd_keys(dout, q, k_ctx, v_ctx, start, end, lse, delta, scale, dk_ctx, dv_ctx, add=True)
+        parts = 1
+        if partial is not None:
+            check("partial", partial, ("M",), torch.float32, q.device, "whole")
+            tile, (num_keys, kv_heads, dim) = _config(q, k_ctx).bwd_kv, k_ctx.shape
+            num_tiles = triton.cdiv(len(q), tile.rows)
+            parts = kv_parts(num_keys, kv_heads, dim, tile.keys, num_tiles, len(partial))
+            partial = partial[: 2 * parts * k_ctx.numel()].view(parts, 2, *k_ctx.shape)
+        _bwd_keys(dout, q, k_ctx, v_ctx, start, end, lse, delta, scale, dk_ctx, dv_ctx, True, parts, partial)
     else:
         _block_attention_bwd_kv_cpu(dout, q, k_ctx, v_ctx, rows, lse, delta, scale, dk_ctx, dv_ctx)
 

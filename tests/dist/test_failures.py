@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -23,10 +24,12 @@ from fastdraft import train as training
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.dist import mesh, watch
 from fastdraft.dist.watch import Member, Progress
+from fastdraft.metrics import read_metrics
 from fastdraft.model.precision import DTYPES
 from fastdraft.train import train
 
 HOST = platform.node()
+GPUS = torch.cuda.device_count()
 DEATHS = int(os.environ.get("FASTDRAFT_DEATHS", "4"))  # at random moments; those after the fourth are over 4 processes
 
 
@@ -278,6 +281,68 @@ def _meet_apart(folder: Path) -> None:
         pass
     with checkpoint.alone_in(folder / "shared"):
         assert not list((folder / "shared").glob(".met*")) or mesh.rank() == 1
+
+
+# --- one after the other --------------------------------------------------------------------------------------------------
+
+
+def trained(file: Path, rank_says: str) -> None:
+    """`fastdraft train` as a user's run is, on the device that the config names."""
+    sys.argv = ["fastdraft", "train", str(file)]
+    with (file.parent / f"{rank_says} {os.environ['RANK']}").open("w") as sys.stderr:
+        cli.main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "kills"),
+    [("cpu", 2), pytest.param("cuda", 5, marks=[pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")])],
+)
+def test_a_run_goes_on_through_one_kill_after_the_other(make_config, tmp_path, device, kills):
+    """One of two processes is killed while it trains, and the same command given again, over gloo or NCCL."""
+    changes = {"device": device, "step": "reference", "metrics.log_every": 1, "max_steps": 8 * (kills + 1)}
+    changes |= {"checkpoint.every": 4, "eval.every": 12, "eval.max_packs": 1}
+    rng, rel = random.Random(0), 1e-6 if device == "cpu" else 1e-3  # of float32, and of NCCL's sums
+    context = "fork" if device == "cpu" else "forkserver"
+    multiprocessing.set_forkserver_preload(["fastdraft.cli", "fastdraft.train", "transformers.models.llama.modeling_llama"])
+    config = make_config(run_dir=str(tmp_path / "run"), **changes)
+    file = written(config, tmp_path)
+    for kill in range(kills):
+        dies = rng.randrange(2)
+        ranks = start_ranks(2, trained, file, "said by rank", start=context)
+        metrics, until = Path(config.run_dir) / "metrics.jsonl", 8 * kill + rng.randrange(5, 9)
+        deadline = time.monotonic() + 100
+        while not (metrics.exists() and any(r["step"] >= until for r in read_metrics(config.run_dir))):
+            assert time.monotonic() < deadline and all(process.is_alive() for process in ranks), said_by(tmp_path, 1 - dies)
+            time.sleep(0.02)
+        os.kill(ranks[dies].pid, signal.SIGKILL)
+        began = time.monotonic()
+        ranks[1 - dies].join(60)
+        print(
+            f"{device}: rank {dies} was killed after step {until}, the other ended after {time.monotonic() - began:.1f} s"
+        )
+        code = ranks[1 - dies].exitcode
+        for process in ranks:
+            process.kill()
+            process.join()
+        said = said_by(tmp_path, 1 - dies)
+        assert code == 1 and f"rank {dies} on {HOST}" in said and "Traceback" not in said, (code, said)
+    assert finished(start_ranks(2, trained, file, "said by rank", start=context)) == [0, 0], said_by(tmp_path, 0)
+
+    whole = make_config(run_dir=str(tmp_path / "whole"), **changes)
+    (tmp_path / "alone").mkdir()
+    assert finished(start_ranks(2, trained, written(whole, tmp_path / "alone"), "rank", start=context)) == [0, 0]
+    ours, theirs = losses(config.run_dir), losses(whole.run_dir)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=rel, abs=rel)
+
+
+def finished(ranks) -> list[int | None]:
+    for process in ranks:
+        process.join(150)
+        process.kill()
+    return [process.exitcode for process in ranks]
 
 
 # --- at any moment --------------------------------------------------------------------------------------------------------

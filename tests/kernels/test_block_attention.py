@@ -290,6 +290,34 @@ def test_chunks_add_to_the_contexts_gradient(dtype):
 
 
 @needs_kernels
+@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_programs_that_share_a_key_block(dtype, parts):
+    """Documents, a key block that no row sees, and more parts than some blocks have tiles."""
+    anchors, doc_start, num_keys = blocks([150, 90], [3, 20, 60, 140, 149, 152, 200, 239])
+    rows = block_rows(anchors, doc_start, 7)
+    *x, dout = tensors(rows, num_keys, 56, dtype, heads=(4, 2))
+    truth = reference([t.double() for t in x], dout.double(), rows)
+    x, dout, rows = [t.to(DEVICE) for t in x], dout.to(DEVICE), to(rows, DEVICE)
+    plain, ours = reference(x, dout, rows), kernels(x, dout, rows)
+    q, k, v = x[:3]
+    lse, delta = ours[1], (ours[0].float() * dout.float()).sum(-1).T.contiguous()
+    partial = torch.empty(parts, 2, *k.shape, device=DEVICE)
+    found = [torch.full(k.shape, 3.0, device=DEVICE) for _ in range(2)]
+    op._bwd_keys(dout, q, k, v, rows.ctx_start, rows.ctx_end, lse, delta, q.shape[2] ** -0.5, *found, True, parts, partial)
+    assert_close([t - 3 for t in found], plain[3:5], truth[3:5], dtype, NAMES[3:5])
+
+
+def test_how_many_programs_share_a_key_block():
+    """About 1024 programs where the scratch memory suffices; a long context has enough by itself."""
+    room = op.block_attention_partials(128)
+    counts = [op.kv_parts(keys, 8, 128, 64, 64, room) for keys in (64, 512, 2048, 4096, 4097, 8192, 1 << 17)]
+    assert counts == [8, 8, 4, 2, 1, 1, 1]
+    assert op.kv_parts(2048, 8, 128, 64, 3, room) == 3 and op.kv_parts(2048, 8, 128, 64, 64, room // 2) == 2
+    assert op.kv_parts(2048, 8, 128, 64, 64, 10) == 1
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_runs_are_bitwise_equal(dtype):
     anchors, doc_start, num_keys = blocks([50, 141], [3, 20, 49, 50, 90, 91, 92, 150, 190])

@@ -60,9 +60,12 @@ class BlockChunk:
     """Blocks to run together. Every tensor is int64; row k of block c is row c * B + k."""
 
     parts: tuple[Part, ...]
+    context: slice  # rows of the pack that some block sees
     anchor: Tensor  # [C] row of the pack
     start: Tensor  # [C] first row of its document
     row_position: Tensor  # [R] RoPE position
+    row_id: Tensor  # [R] token that the row reads
+    row_read: Tensor  # [R] index of that token in read_id
     read_id: Tensor  # [C + 1] tokens that rows read: each block's own, and last the mask token
     head_row: Tensor  # [K] live rows, ascending
     head_position: Tensor  # [K] their RoPE positions
@@ -78,10 +81,10 @@ class BlockChunk:
         """One copy, from pinned memory to a GPU, so that the host does not wait."""
         if device.type != "cuda":
             return self
-        names = [field.name for field in fields(self) if field.name != "parts"]
+        names = [field.name for field in fields(self) if field.name not in ("parts", "context")]
         tensors = [getattr(self, name) for name in names]
         moved = to_device(tensors, device).split([len(x) for x in tensors])
-        return BlockChunk(self.parts, **dict(zip(names, moved, strict=True)))
+        return BlockChunk(self.parts, self.context, **dict(zip(names, moved, strict=True)))
 
 
 def plan_blocks(
@@ -115,10 +118,17 @@ def plan_blocks(
             teacher_pos.append(distinct)
             teacher_row.append(index)
             taken += len(distinct)
+        read_id = np.append(ids[anchor], config.mask_token_id)
+        row_read = np.full((len(anchor), rows), len(anchor))
+        row_read[:, 0] = np.arange(len(anchor))
+        row_read = row_read.ravel()
+        context = slice(int(start[anchor].min()), int(anchor.max()))
         planned = (
-            *(anchor, start[anchor], row_position, np.append(ids[anchor], config.mask_token_id)),
+            *(anchor, start[anchor], row_position, read_id[row_read], row_read, read_id),
             *(head_row, row_position[head_row], step, block, step * n + anchor[block]),
             *(ids[label_at[block, step]], ids[label_at[block, step] - 1]),
             *(np.concatenate(teacher_pos), np.concatenate(teacher_row)),
         )
-        yield BlockChunk(tuple(parts), *(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned))
+        yield BlockChunk(
+            tuple(parts), context, *(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned)
+        )

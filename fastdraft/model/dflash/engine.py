@@ -38,7 +38,7 @@ from fastdraft.kernels.block_attention import (
     block_attention_fwd,
     block_rows,
 )
-from fastdraft.kernels.chain_qkv import chain_qkv, chain_qkv_backward
+from fastdraft.kernels.head_norm import head_norm, head_norm_backward
 from fastdraft.kernels.jit import compile_together
 from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward
@@ -48,7 +48,7 @@ from fastdraft.model.dflash import memory
 from fastdraft.model.dflash.blocks import BlockChunk, plan_blocks
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.head import BlockHead, TokenHead
-from fastdraft.model.dflash.loss import BlockLoss
+from fastdraft.model.dflash.loss import StepLoss
 from fastdraft.model.dflash.mixer import Branch, Mixer
 
 
@@ -110,15 +110,15 @@ class BlockEngine:
         self,
         draft: DFlashDraft,
         head: TargetHead,
-        loss: BlockLoss,
+        loss: StepLoss,
         draw: Callable[[Batch, int], Tensor],  # anchors [A] of a batch on the host, at a step
         chunk_blocks: int | None = None,  # blocks at a time; None: as many as memory.CHUNK_BYTES hold
-        head_type: Callable[[DFlashDraft, TargetHead, BlockLoss], BlockHead] = TokenHead,
+        head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead] = TokenHead,
         mixer: Mixer | None = None,
     ):
         if chunk_blocks is not None and chunk_blocks < 1:
             raise ValueError(f"chunk_rows is {chunk_blocks}; at least 1 block is needed")
-        refuse_head(head)
+        refuse_head(head, draft.config.title)
         self.draft = draft
         self.config = c = draft.config
         self.loss = loss
@@ -181,7 +181,7 @@ class BlockEngine:
         self.check_ids(batch)
         with_teacher = self.head.needs_teacher or (grads is None and features.f is not None)
         if with_teacher and features.f is None:
-            raise ValueError(f"loss {self.loss.name} compares with the target's last state, which these features lack")
+            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
         kind = grads is not None, with_teacher
         if self.take.device.type == "cuda" and kind not in self.compiled and len(anchors):
             rehearsed = BlockStep(self, batch.num_tokens, features, grads, with_teacher)
@@ -201,14 +201,14 @@ class BlockEngine:
             )
 
 
-def refuse_head(head: TargetHead) -> None:
-    """Raises ValueError for a head that the engines do not give a DFlash draft as it is."""
+def refuse_head(head: TargetHead, title: str = "DFlash") -> None:
+    """Raises ValueError for a head that the engines do not give such a draft as it is."""
     odd = {"a bias": head.bias is not None, f"a scale of {head.scale}": head.scale != 1.0}
     odd[f"a soft-cap of {head.softcap}"] = head.softcap is not None
     if found := [name for name, there in odd.items() if there]:
         raise ValueError(
-            f"the target's lm_head has {' and '.join(found)}, and the engines multiply a DFlash draft's states with "
-            "the bare weight; DFlash drafts are for targets whose head is a plain product"
+            f"the target's lm_head has {' and '.join(found)}, and the engines multiply a {title} draft's states with "
+            f"the bare weight; {title} drafts are for targets whose head is a plain product"
         )
 
 
@@ -279,8 +279,11 @@ class BlockStep:
         self.engine.reserve(n, self.with_teacher)
         self.position = position
         self.c0 = take("c0", n)
+        # Keys and values of all layers come from one product. The keys are normed and rotated into buffers of their own.
+        kv = take("context.kv", n)  # [N, L, 2, Hkv, D]
         self.context = [
-            {name: take(f"context.{layer}.{name}", n) for name in ("k_raw", "k", "v")} for layer in range(len(w.layers))
+            {"raw": kv[:, layer, 0].flatten(1), "v": kv[:, layer, 1], "k": take(f"context.{layer}.k", n)}
+            for layer in range(len(w.layers))
         ]
         if self.grads is not None:
             for layer, kept in enumerate(self.context):
@@ -288,18 +291,10 @@ class BlockStep:
         kv_weight = take("kv_weight")
         torch.cat([layer.qkv[self.q_width :] for layer in w.layers], out=kv_weight)
         for rows in self.pack_blocks():
-            g = self.features.g[rows].to(self.dtype)
-            linear(g, w.fc, self.c0[rows])
-            c, _ = self.read_context(rows)
-            kv = take("pack.kv", len(c))
-            linear(c, kv_weight, kv)
-            parts = kv.unflatten(1, (-1, 2, self.kv_heads, self.dim))
-            for layer, kept in enumerate(self.context):
-                kept["v"][rows] = parts[:, layer, 1]
-                kept["k_raw"][rows] = parts[:, layer, 0]
-                normed = take("pack.k", len(c))
-                self.norm_heads(kept["k_raw"][rows], w.layers[layer].k_norm, normed, self.context_r_k(layer, rows))
-                chain_qkv(normed, None, None, self.position[rows], *self.rope, kept["k"][rows], None, None)
+            linear(self.features.g[rows].to(self.dtype), w.fc, self.c0[rows])
+            linear(self.read_context(rows)[0], kv_weight, kv[rows].flatten(1))
+        for kept, layer in zip(self.context, w.layers, strict=True):
+            self.norm_heads(kept["raw"], layer.k_norm, position, kept["k"])
 
     def pack_blocks(self) -> list[slice]:
         """The pack's tokens, as many at a time as the pack's buffers have rows."""
@@ -312,44 +307,44 @@ class BlockStep:
         rms_norm(c0, self.weights.hidden_norm, self.config.rms_norm_eps, c, r)
         return c, r
 
-    def context_r_k(self, layer: int, rows: slice) -> Tensor:  # [b * Hkv] 1/rms of raw keys
-        r = self.take(f"context.{layer}.r_k", self.num_tokens * self.kv_heads)
-        return r[rows.start * self.kv_heads : rows.stop * self.kv_heads]
-
     def norm_heads(
         self,
-        raw: Tensor,  # [n, heads, D] or [n, heads * D], contiguous
+        raw: Tensor,  # [m, heads * D]
         weight: Tensor,  # [D]
-        out: Tensor,  # [n, heads * D]
-        r: Tensor,  # [n * heads]
+        position: Tensor,  # [n]
+        out: Tensor,  # [n, heads, D] written
+        rows: Tensor | None = None,  # [n] row of raw; None: j
     ) -> None:
-        """The RMSNorm over each head."""
-        rms_norm(raw.view(-1, self.dim), weight, self.config.rms_norm_eps, out.view(-1, self.dim), r)
+        """The RMSNorm over each head, and RoPE."""
+        head_norm(raw, weight, self.config.rms_norm_eps, position, *self.rope, out, rows)
+
+    def norm_heads_backward(
+        self,
+        dout: Tensor,  # [n, heads, D]
+        raw: Tensor,  # [m, heads * D]
+        weight: Tensor,  # [D]
+        position: Tensor,  # [n]
+        draw: Tensor,  # [n, heads * D] written, may be raw where rows is None
+        dweight: Tensor,  # [D] added to
+        rows: Tensor | None = None,
+    ) -> None:
+        eps, partial = self.config.rms_norm_eps, self.take("partial_head")
+        head_norm_backward(dout, raw, weight, eps, position, *self.rope, draw, dweight, partial, rows)
 
     def finish_pack(self) -> None:
         """From the collected gradients of the context's keys and values to those of K, V, the norms and fc."""
         w, grads, take = self.weights, self.grads, self.take
-        kv_weight, partial, partial_head = take("kv_weight"), take("partial"), take("partial_head")
+        kv, kv_weight, partial = take("context.kv", self.num_tokens), take("kv_weight"), take("partial")
+        # The gradients take the products' places.
+        for kept, layer, grad in zip(self.context, w.layers, grads.layers, strict=True):
+            self.norm_heads_backward(kept["dk"], kept["raw"], layer.k_norm, self.position, kept["raw"], grad.k_norm)
+            kept["v"].copy_(kept["dv"])
         for rows in self.pack_blocks():
             c, r = self.read_context(rows)
-            dkv, dk = take("pack.kv", len(c)), take("pack.k", len(c))
-            parts = dkv.unflatten(1, (-1, 2, self.kv_heads, self.dim))
-            for layer, kept in enumerate(self.context):
-                chain_qkv_backward(kept["dk"][rows], None, None, None, self.position[rows], *self.rope, dk, None)
-                rms_norm_backward(
-                    dk.view(-1, self.dim),
-                    kept["k_raw"][rows].view(-1, self.dim),
-                    self.context_r_k(layer, rows),
-                    w.layers[layer].k_norm,
-                    dk.view(-1, self.dim),
-                    grads.layers[layer].k_norm,
-                    partial_head,
-                )
-                parts[:, layer, 0] = dk.view(-1, self.kv_heads, self.dim)
-                parts[:, layer, 1] = kept["dv"][rows].to(self.dtype)
-                add_outer(grads.layers[layer].qkv[self.q_width :], parts[:, layer].flatten(1), c)
+            for layer, grad in enumerate(grads.layers):
+                add_outer(grad.qkv[self.q_width :], kv[rows, layer].flatten(1), c)
             dc = take("pack.dc", len(c))
-            linear_backward(dkv, kv_weight, dc)
+            linear_backward(kv[rows].flatten(1), kv_weight, dc)
             rms_norm_backward(dc, self.c0[rows], r, w.hidden_norm, dc, grads.hidden_norm, partial)
             add_outer(grads.fc, dc, self.features.g[rows].to(self.dtype))
 
@@ -373,14 +368,14 @@ class BlockStep:
         return None, chunk.row_position
 
     def intervals(self, chunk: BlockChunk) -> list[BlockRows]:
-        """The keys that each layer's rows see."""
-        found = []
+        """The keys that each layer's rows see, counted from the first that `keys` gives."""
+        found, anchor, start = [], chunk.anchor - chunk.context.start, chunk.start - chunk.context.start
         for layer, kind in enumerate(self.config.layer_types):
             sliding = kind == "sliding_attention"
             found.append(
                 block_rows(
-                    chunk.anchor,
-                    chunk.start,
+                    anchor,
+                    start,
                     self.config.block_size,
                     self.asking(chunk, layer)[0],
                     self.config.sliding_window if sliding else None,
@@ -392,47 +387,29 @@ class BlockStep:
     def forward_blocks(self, chunk: BlockChunk, intervals: list[BlockRows]) -> Tensor:  # [K, H] before the final norm
         """All layers; the buffers named by layer keep what the backward reads."""
         take, eps = self.take, self.config.rms_norm_eps
-        rows, blocks = len(chunk.row_position), len(chunk.anchor)
-        h = take("0.h", rows).view(blocks, -1, self.config.hidden_size)
-        h[:, :1] = self.embedding[chunk.read_id[:-1], None]
-        h[:, 1:] = self.embedding[chunk.read_id[-1:]]
-        h, before, branch = h.flatten(0, 1), None, None
+        rows, before, branch = len(chunk.row_position), None, None
         for layer, w in enumerate(self.weights.layers):
             kept = lambda name, n=None, layer=layer: take(f"{layer}.{name}", n)  # noqa: E731
             ask, position = self.asking(chunk, layer)
-            q, k, v = kept("q", len(position)), kept("k", rows), kept("v", rows)
-            zq, zk = take("zq", len(position)), take("zk", rows)
+            q, k = kept("q", len(position)), kept("k", rows)
             if layer == 0 and self.engine.mixer is None:
-                self.project_distinct(chunk, w, ask, zq, zk, v)
+                v = self.project_distinct(chunk, w, ask, q, k)
             else:
-                # The layer before leaves its MLP's branch to be added in the same pass as this norm.
-                h, n1, r1 = kept("h", rows), kept("n1", rows), kept("r1", rows)
-                rms_norm(
-                    h if layer == 0 else before,
-                    w.input_norm,
-                    eps,
-                    n1,
-                    r1,
-                    delta=branch,
-                    total=None if branch is None else h,
-                )
+                # Layer 0 reads the embedding. The layer before leaves its MLP's branch to be added in the same pass as
+                # this norm.
+                n1, r1, read = kept("n1", rows), kept("r1", rows), chunk.row_id if layer == 0 else None
+                source, total = (self.embedding, None) if layer == 0 else (before, kept("h", rows))
+                rms_norm(source, w.input_norm, eps, n1, r1, rows=read, delta=branch, total=total)
                 x1 = self.mix_in(layer, "attention", n1)
-                x = x1 if ask is None else torch.index_select(x1, 0, ask, out=take("x_live", len(ask)))
-                q_raw, k_raw = kept("q_raw", len(x)), kept("k_raw", rows)
-                linear(x, w.qkv[: self.q_width], q_raw)
-                linear(x1, w.qkv[self.q_width : self.q_width + self.kv_width], k_raw)
-                linear(x1, w.qkv[self.q_width + self.kv_width :], v.flatten(1))
-                self.norm_heads(q_raw, w.q_norm, zq, kept("r_q", len(x) * self.heads))
-                self.norm_heads(k_raw, w.k_norm, zk, kept("r_k", rows * self.kv_heads))
-            chain_qkv(zq, None, None, position, *self.rope, q, None, None)
-            chain_qkv(zk, None, None, chunk.row_position, *self.rope, k, None, None)
+                v = self.project(layer, w, x1, ask, position, chunk.row_position, q, k)
 
-            context, out, lse = self.context[layer], kept("out", len(q)), kept("lse")[:, : len(q)]
-            block_attention_fwd(q, context["k"], context["v"], k, v, intervals[layer], self.scale, out, lse)
+            out, lse = kept("out", len(q)), kept("lse")[:, : len(q)]
+            block_attention_fwd(q, *self.keys(chunk, layer), k, v, intervals[layer], self.scale, out, lse)
             branch = self.mix_out(layer, "attention", len(q), lambda y, out=out, w=w: linear(out.flatten(1), w.out, y))
             before, n2, r2 = kept("h_mid", len(q)), kept("n2", len(q)), kept("r2", len(q))
-            rms_norm(h, w.post_norm, eps, n2, r2, rows=ask, delta=branch, total=before)
-            gate_up, act = kept("gate_up", len(q)), kept("act", len(q))
+            h, residual = (self.embedding, self.read_by(chunk, ask)) if layer == 0 else (kept("h", rows), ask)
+            rms_norm(h, w.post_norm, eps, n2, r2, rows=residual, delta=branch, total=before)
+            gate_up, act = kept("gate_up", len(q)), take("act", len(q))
             linear(self.mix_in(layer, "mlp", n2), w.gate_up, gate_up)
             swiglu(gate_up, act)
             branch = self.mix_out(layer, "mlp", len(q), lambda y, act=act, w=w: linear(act, w.down, y))
@@ -444,6 +421,13 @@ class BlockStep:
         y, x, r = take("y", len(live)), take("x", len(live)), take("r_x", len(live))
         rms_norm(before, self.weights.norm, eps, x, r, rows=live if mixed else None, delta=branch, total=y)
         return x
+
+    def keys(self, chunk: BlockChunk, layer: int) -> tuple[Tensor, Tensor]:  # [n, Hkv, D] each
+        """The context's keys and values that the chunk's rows may see."""
+        return self.context[layer]["k"][chunk.context], self.context[layer]["v"][chunk.context]
+
+    def read_by(self, chunk: BlockChunk, ask: Tensor | None) -> Tensor:  # [Q] tokens
+        return chunk.row_id if ask is None else chunk.row_id[ask]
 
     def mix_in(
         self,
@@ -506,50 +490,59 @@ class BlockStep:
         self.engine.mixer.mix_in_backward(self, layer, branch, self.normed(layer, branch, len(dx)), dx, dn)
         return dn
 
+    def project(
+        self,
+        layer: int,
+        w: LayerWeights,
+        x: Tensor,  # [R, H] normed rows
+        ask: Tensor | None,  # [Q] rows with queries; None: all
+        ask_position: Tensor,  # [Q]
+        position: Tensor,  # [R]
+        q: Tensor,  # [Q, Hq, D] written, as k is
+        k: Tensor,  # [R, Hkv, D]
+    ) -> Tensor:  # [R, Hkv, D] values
+        """A layer's queries, keys and values."""
+        z = self.take(f"{layer}.z", len(x))
+        z_q = z[: len(q), : self.q_width]
+        if ask is None:
+            linear(x, w.qkv, z)
+        else:
+            linear(torch.index_select(x, 0, ask, out=self.take("x_live", len(ask))), w.qkv[: self.q_width], z_q)
+            linear(x, w.qkv[self.q_width :], z[:, self.q_width :])
+        _, z_k, v = self.split(z)
+        self.norm_heads(z_q, w.q_norm, ask_position, q)
+        self.norm_heads(z_k, w.k_norm, position, k)
+        return v
+
+    def split(
+        self,
+        z: Tensor,  # [n, W]
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [n, E], [n, kv], [n, Hkv, D]
+        """Queries, keys and values of a product, or their gradients, where they lie."""
+        q, k, v = z.split([self.q_width, self.kv_width, self.kv_width], 1)
+        return q, k, v.unflatten(1, (-1, self.dim))
+
     def project_distinct(
         self,
         chunk: BlockChunk,
         w: LayerWeights,
         ask: Tensor | None,  # [Q] rows with queries; None: all
-        zq: Tensor,  # [Q, E] written: normed queries, not rotated
-        zk: Tensor,  # [R, kv] written: normed keys, not rotated
-        v: Tensor,  # [R, Hkv, D] written
-    ) -> None:
-        """Layer 0's projections of the C + 1 rows that differ, laid out for all rows: before the rotation masked rows are
-        all alike."""
+        q: Tensor,  # [Q, Hq, D] written, as k is
+        k: Tensor,  # [R, Hkv, D]
+    ) -> Tensor:  # [R, Hkv, D] values
+        """Layer 0's projections of the C + 1 rows that differ, read by all rows: before the rotation masked rows are all
+        alike."""
         take, few = self.take, len(chunk.read_id)
-        n1, r1, q_raw, k_raw = (take(f"0.{name}", few) for name in ("n1", "r1", "q_raw", "k_raw"))
+        n1, r1, z = take("0.n1", few), take("0.r1", few), take("0.z", few)
         rms_norm(self.embedding, w.input_norm, self.config.rms_norm_eps, n1, r1, rows=chunk.read_id)
-        linear(n1, w.qkv[: self.q_width], q_raw)
-        linear(n1, w.qkv[self.q_width : self.q_width + self.kv_width], k_raw)
-        q_normed, k_normed = torch.empty_like(q_raw), torch.empty_like(k_raw)
-        self.norm_heads(q_raw, w.q_norm, q_normed, take("0.r_q", few * self.heads))
-        self.norm_heads(k_raw, w.k_norm, k_normed, take("0.r_k", few * self.kv_heads))
-        values = n1 @ w.qkv[self.q_width + self.kv_width :].T
-        self.lay_out(k_normed, zk)
-        self.lay_out(values, v.flatten(1))
-        if ask is None:
-            self.lay_out(q_normed, zq)
-        else:
-            block, slot = ask // self.config.block_size, ask % self.config.block_size
-            torch.index_select(q_normed, 0, torch.where(slot == 0, block, few - 1), out=zq)
-
-    def lay_out(
-        self,
-        distinct: Tensor,  # [C + 1, width]
-        rows: Tensor,  # [R, width] written
-    ) -> None:
-        blocks = rows.view(len(distinct) - 1, -1, rows.shape[1])
-        blocks[:, :1] = distinct[:-1, None]
-        blocks[:, 1:] = distinct[-1]
-
-    def sum_distinct(
-        self,
-        rows: Tensor,  # [R, width]
-    ) -> Tensor:  # [C + 1, width] summed in at least float32, in the compute dtype
-        blocks = rows.view(-1, self.config.block_size, rows.shape[1])
-        masked = blocks[:, 1:].sum((0, 1), dtype=self.stats)
-        return torch.cat([blocks[:, 0], masked[None].to(rows.dtype)])
+        linear(n1, w.qkv, z)
+        z_q, z_k, values = self.split(z)
+        ask_position, ask_read = chunk.row_position, chunk.row_read
+        if ask is not None:
+            ask_position, ask_read = chunk.head_position, ask_read[ask]
+        self.norm_heads(z_q, w.q_norm, ask_position, q, ask_read)
+        self.norm_heads(z_k, w.k_norm, chunk.row_position, k, chunk.row_read)
+        return torch.index_select(values, 0, chunk.row_read, out=take("0.v", len(k)))
 
     def run_head(
         self,
@@ -593,9 +586,9 @@ class BlockStep:
             kept = lambda name, n=None, layer=layer: take(f"{layer}.{name}", n)  # noqa: E731
             ask, position = self.asking(chunk, layer)
             n = len(position)
-            h_mid, gate_up, act, out = (kept(name, n) for name in ("h_mid", "gate_up", "act", "out"))
+            h_mid, gate_up, out, act = kept("h_mid", n), kept("gate_up", n), kept("out", n), take("act", n)
 
-            # The MLP's branch. act becomes its gradient and then itself again, gate_up and h_mid become their gradients.
+            # The MLP's branch. act holds its gradient and then itself again, gate_up and h_mid become their gradients.
             dn, d_branch = take("dn", n), self.mix_out_backward(layer, "mlp", d_after)
             linear_backward(d_branch, w.down, act)
             swiglu_backward_(gate_up, act)
@@ -611,37 +604,34 @@ class BlockStep:
             add_outer(grads.out, d_branch, out.flatten(1))
             dout = take("dout", n)
             linear_backward(d_branch, w.out, dout.flatten(1))
-            dzq, dzk, dv = self.backward_attention(chunk, layer, intervals[layer], dout)
+            dz = self.backward_attention(chunk, layer, intervals[layer], dout)
             if layer == 0 and self.engine.mixer is None:
-                self.backward_distinct(chunk, ask, dzq, dzk, dv)
+                self.backward_distinct(chunk, dz)
                 return
-            self.backward_head_norm(dzq, kept("q_raw", n), kept("r_q", n * self.heads), w.q_norm, grads.q_norm)
-            self.backward_head_norm(dzk, kept("k_raw", rows), kept("r_k", rows * self.kv_heads), w.k_norm, grads.k_norm)
 
             # The projections, into the gradient of the normed input. Rows without queries have only keys and values.
-            x1, dn, dz = self.mixed(layer, "attention", rows), take("dn", rows), take("dz", rows)
-            dz[:, kv_first : kv_first + self.kv_width] = dzk
-            dz[:, kv_first + self.kv_width :] = dv.flatten(1)
-            d_before = take("dh", rows)
+            x1, dn, d_before = self.mixed(layer, "attention", rows), take("dn", rows), take("dh", rows)
             if ask is None:
-                dz[:, :kv_first] = dzq
                 add_outer(grads.qkv, dz, x1)
                 linear_backward(dz, w.qkv, dn)
                 dn = self.mix_in_backward(layer, "attention", dn)
-                rms_norm_backward(
-                    dn, kept("h", rows), kept("r1", rows), w.input_norm, d_before, grads.input_norm, partial, add=(d_mid,)
-                )
+                adds = {"add": (d_mid,)}
             else:
-                add_outer(grads.qkv[:kv_first], dzq, take("x_live", n))
-                add_outer(grads.qkv[kv_first:], dz[:, kv_first:], x1)
-                linear_backward(dz[:, kv_first:], w.qkv[kv_first:], dn)
+                dz_q, dz_kv = dz[:n, :kv_first], dz[:, kv_first:]
+                add_outer(grads.qkv[:kv_first], dz_q, take("x_live", n))
+                add_outer(grads.qkv[kv_first:], dz_kv, x1)
+                linear_backward(dz_kv, w.qkv[kv_first:], dn)
                 dx = take("dx", n)
-                linear_backward(dzq, w.qkv[:kv_first], dx)
+                linear_backward(dz_q, w.qkv[:kv_first], dx)
                 dn.index_add_(0, ask, dx)  # a row asks once, so nothing is added twice
                 d_before.zero_().index_copy_(0, ask, d_mid)
-                rms_norm_backward(
-                    dn, kept("h", rows), kept("r1", rows), w.input_norm, d_before, grads.input_norm, partial, add_dx=True
-                )
+                adds = {"add_dx": True}
+            r1 = kept("r1", rows)
+            if layer == 0:  # The embedding, which it reads, is frozen.
+                ids = chunk.row_id
+                rms_norm_backward(dn, self.embedding, r1, w.input_norm, None, grads.input_norm, partial, x_rows=ids)
+                return
+            rms_norm_backward(dn, kept("h", rows), r1, w.input_norm, d_before, grads.input_norm, partial, **adds)
             d_after = d_before
 
     def backward_attention(
@@ -650,54 +640,53 @@ class BlockStep:
         layer: int,
         intervals: BlockRows,
         dout: Tensor,  # [Q, Hq, D]
-    ) -> tuple[Tensor, Tensor, Tensor]:  # of the normed queries [Q, E] and keys [R, kv], and of the values [R, Hkv, D]
-        """Attention's backward and the rotation's; the context's share is added to its sums."""
+    ) -> Tensor:  # [R, W] gradient of the layer's product; that of queries in its first Q rows
+        """Attention's backward, the rotation's and the heads' norms'; the context's share is added to its sums."""
         take, context, n = self.take, self.context[layer], len(dout)
-        rows = len(chunk.row_position)
-        q, out, lse = take(f"{layer}.q", n), take(f"{layer}.out", n), take(f"{layer}.lse")[:, :n]
-        k, v, dk, dv = take(f"{layer}.k", rows), take(f"{layer}.v", rows), take("dk", rows), take("dv", rows)
-        dq, delta = take("dq", n), take("delta")[:, :n]
-        keys = context["k"], context["v"]
-        block_attention_bwd_q(dout, q, *keys, k, v, intervals, out, lse, self.scale, dk, dv, dq, delta)
-        block_attention_bwd_kv(dout, q, *keys, intervals, lse, delta, self.scale, context["dk"], context["dv"])
-        dzq, dzk = take("dzq", n), take("dzk", rows)
-        chain_qkv_backward(dq, None, None, None, self.asking(chunk, layer)[1], *self.rope, dzq, None)
-        chain_qkv_backward(dk, None, None, None, chunk.row_position, *self.rope, dzk, None)
-        return dzq, dzk, dv
+        w, grads = self.weights.layers[layer], self.grads.layers[layer]
+        rows, (ask, ask_position) = len(chunk.row_position), self.asking(chunk, layer)
+        distinct = layer == 0 and self.engine.mixer is None
+        z = take(f"{layer}.z", len(chunk.read_id) if distinct else rows)
+        z_q, z_k, v = self.split(z)
+        read = ask_read = None
+        if distinct:
+            v, read = take("0.v", rows), chunk.row_read
+            ask_read = read if ask is None else read[ask]
+        dz = take("dz", rows)
+        dz_q, dz_k, dv = self.split(dz)
 
-    def backward_head_norm(
-        self,
-        dz: Tensor,  # [n, heads * D] of the normed; becomes that of the raw
-        raw: Tensor,  # [n, heads * D]
-        r: Tensor,  # [n * heads]
-        weight: Tensor,  # [D]
-        dweight: Tensor,  # [D]
-    ) -> None:
-        dz, raw = dz.view(-1, self.dim), raw.view(-1, self.dim)
-        rms_norm_backward(dz, raw, r, weight, dz, dweight, self.take("partial_head"))
+        q, out, lse = take(f"{layer}.q", n), take(f"{layer}.out", n), take(f"{layer}.lse")[:, :n]
+        k, dk, dq, delta = take(f"{layer}.k", rows), take("dk", rows), take("dq", n), take("delta")[:, :n]
+        keys = self.keys(chunk, layer)
+        sums = (context[name][chunk.context] for name in ("dk", "dv"))
+        partial = take("partial_kv") if dout.is_cuda else None
+        block_attention_bwd_q(dout, q, *keys, k, v, intervals, out, lse, self.scale, dk, dv, dq, delta)
+        block_attention_bwd_kv(dout, q, *keys, intervals, lse, delta, self.scale, *sums, partial)
+        self.norm_heads_backward(dq, z_q, w.q_norm, ask_position, dz_q[:n], grads.q_norm, ask_read)
+        self.norm_heads_backward(dk, z_k, w.k_norm, chunk.row_position, dz_k, grads.k_norm, read)
+        return dz
 
     def backward_distinct(
         self,
         chunk: BlockChunk,
-        ask: Tensor | None,  # [Q] rows with queries; None: all
-        dzq: Tensor,  # [Q, E]
-        dzk: Tensor,  # [R, kv]
-        dv: Tensor,  # [R, Hkv, D]
+        dz: Tensor,  # [R, W] gradient of the products that rows read; that of queries in its first Q rows
     ) -> None:
         """Layer 0's projections: the rows that read the same token are added up first. The embedding is frozen."""
         take, w, grads = self.take, self.weights.layers[0], self.grads.layers[0]
-        few, rows = len(chunk.read_id), len(dzk)
+        ask, _ = self.asking(chunk, 0)
         if ask is not None:
-            dzq = dzq.new_zeros(rows, self.q_width).index_copy_(0, ask, dzq)
-        dq, dk, dvalue = self.sum_distinct(dzq), self.sum_distinct(dzk), self.sum_distinct(dv.flatten(1))
-        self.backward_head_norm(dq, take("0.q_raw", few), take("0.r_q", few * self.heads), w.q_norm, grads.q_norm)
-        self.backward_head_norm(dk, take("0.k_raw", few), take("0.r_k", few * self.kv_heads), w.k_norm, grads.k_norm)
-        dz, n1 = torch.cat([dq, dk, dvalue], 1), take("0.n1", few)
+            dz_q = dz[:, : self.q_width]
+            dz_q.copy_(torch.zeros_like(dz_q).index_copy_(0, ask, dz_q[: len(ask)]))
+        blocks = dz.unflatten(0, (-1, self.config.block_size))
+        masked = blocks[:, 1:].sum((0, 1), dtype=self.stats)
+        dz, n1 = torch.cat([blocks[:, 0], masked[None].to(dz.dtype)]), take("0.n1", len(chunk.read_id))
         add_outer(grads.qkv, dz, n1)
         dn = torch.empty_like(n1)
         linear_backward(dz, w.qkv, dn)
         ids, partial = chunk.read_id, take("partial")
-        rms_norm_backward(dn, self.embedding, take("0.r1", few), w.input_norm, None, grads.input_norm, partial, x_rows=ids)
+        rms_norm_backward(
+            dn, self.embedding, take("0.r1", len(ids)), w.input_norm, None, grads.input_norm, partial, x_rows=ids
+        )
 
 
 def block_engine_step(
@@ -706,9 +695,9 @@ def block_engine_step(
     features: Features,
     head: TargetHead,
     anchors: Tensor,  # [A] int64 ascending, on the host
-    loss: BlockLoss,
+    loss: StepLoss,
     chunk_blocks: int | None = None,
-    head_type: Callable[[DFlashDraft, TargetHead, BlockLoss], BlockHead] = TokenHead,
+    head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead] = TokenHead,
     mixer: Mixer | None = None,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """One step with an engine of its own and fresh gradients: `block_ref_step`'s signature, for checks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fastdraft.kernels.block_attention import block_attention_partials
 from fastdraft.kernels.rms_norm import rms_norm_partials
 from fastdraft.kernels.teacher import TeacherRows
 from fastdraft.model.buffers import Table, table_bytes
@@ -15,7 +16,7 @@ from fastdraft.model.dflash.config import DFlashConfig
 
 CHUNK_BYTES = 3.75 * 2**30  # of a chunk's buffers, unless chunk_rows says otherwise
 HEAD_BYTES = 2**29  # of student logits at a time
-PACK_BLOCK = 2048  # tokens of the context that go through fc and the keys' and values' products at a time
+PACK_BLOCK = 4096  # tokens of the context that go through fc and the keys' and values' products at a time
 
 
 def head_room(c: DFlashConfig, dtype: torch.dtype) -> int:
@@ -44,33 +45,27 @@ def chunk_buffers(
     for layer in range(c.num_hidden_layers):
         few = rows if layer or c.mixes else distinct
         table |= {
-            f"{layer}.h": (rows, (h,), dtype),
             f"{layer}.n1": (few, (h,), dtype),
             f"{layer}.r1": (few, (), stats),
-            f"{layer}.q_raw": (few, (e,), dtype),
-            f"{layer}.r_q": (few * heads, (), stats),
-            f"{layer}.k_raw": (few, (kv,), dtype),
-            f"{layer}.r_k": (few * kv_heads, (), stats),
+            f"{layer}.z": (few, (e + 2 * kv,), dtype),
             f"{layer}.q": (rows, (heads, d), dtype),
             f"{layer}.k": (rows, (kv_heads, d), dtype),
-            f"{layer}.v": (rows, (kv_heads, d), dtype),
             f"{layer}.out": (rows, (heads, d), dtype),
             f"{layer}.lse": (heads, (rows,), stats),
             f"{layer}.h_mid": (rows, (h,), dtype),
             f"{layer}.n2": (rows, (h,), dtype),
             f"{layer}.r2": (rows, (), stats),
             f"{layer}.gate_up": (rows, (2 * inner,), dtype),
-            f"{layer}.act": (rows, (inner,), dtype),
         }
+        table |= {f"{layer}.h": (rows, (h,), dtype)} if layer else {}  # layer 0 reads the embedding
         if c.mixes:
             sides = [f"{layer}.{branch}.{side}" for branch in ("attention", "mlp") for side in ("x", "y")]
             table |= dict.fromkeys(sides, (rows, (h,), dtype))
 
-    # One layer's rows on the way: normed projections, what a branch adds, and gradients.
-    table |= {name: (rows, (e,), dtype) for name in ("zq", "dzq")}
-    table |= {name: (rows, (kv,), dtype) for name in ("zk", "dzk")}
-    table |= {name: (rows, (heads, d), dtype) for name in ("dout", "dq")}
-    table |= {name: (rows, (kv_heads, d), dtype) for name in ("dk", "dv")}
+    # Layer 0's values laid out for all rows; and one layer's rows on the way: what a branch adds, and gradients.
+    table |= {} if c.mixes else {"0.v": (rows, (kv_heads, d), dtype)}
+    table |= {"act": (rows, (inner,), dtype)} | {name: (rows, (heads, d), dtype) for name in ("dout", "dq")}
+    table |= {"dk": (rows, (kv_heads, d), dtype)}
     table |= {name: (rows, (h,), dtype) for name in ("branch", "x", "y", "dn", "dh", "dx", "x_live")}
     table |= {"dz": (rows, (e + 2 * kv,), dtype), "r_x": (rows, (), stats), "delta": (heads, (rows,), stats)}
 
@@ -86,13 +81,14 @@ def chunk_buffers(
         table |= {"teacher.logits": (room, (c.vocab_size,), target_dtype)}
 
     # What is done once for the pack, some tokens at a time: the context's keys and values and fc, forward and backward.
-    block, wide = PACK_BLOCK, c.num_hidden_layers * 2 * kv
+    block = PACK_BLOCK
     table |= {"pack.c": (block, (h,), dtype), "pack.r": (block, (), stats), "pack.dc": (block, (h,), dtype)}
-    table |= {"pack.kv": (block, (wide,), dtype), "pack.k": (block, (kv,), dtype)}
-    table |= {"kv_weight": (wide, (h,), dtype)}
+    table |= {"kv_weight": (c.num_hidden_layers * 2 * kv, (h,), dtype)}
 
-    # Partial sums of a norm's weight gradient, one row for each program of the kernel.
+    # Partial sums: of a norm's weight gradient, one row for each program of the kernel; of the context's keys and values.
     where = torch.device(device)
+    if device != "cpu":
+        table |= {"partial_kv": (block_attention_partials(d), (), stats)}
     return table | {
         "partial": (rms_norm_partials(h, where), (h,), stats),
         "partial_head": (rms_norm_partials(d, where), (d,), stats),
@@ -100,12 +96,12 @@ def chunk_buffers(
 
 
 def pack_buffers(c: DFlashConfig, tokens: int, dtype: torch.dtype) -> Table:
-    """What a step keeps for every token besides the features: fc's output, and of each layer keys, values and gradients."""
+    """What a step keeps for every token besides the features: fc's output, what the product for all keys and values gave,
+    and of each layer the normed and rotated keys and the gradients."""
     stats, kv = torch.promote_types(dtype, torch.float32), (c.num_key_value_heads, c.head_dim)
-    table: Table = {"c0": (tokens, (c.hidden_size,), dtype)}
+    table: Table = {"c0": (tokens, (c.hidden_size,), dtype), "context.kv": (tokens, (c.num_hidden_layers, 2, *kv), dtype)}
     for layer in range(c.num_hidden_layers):
-        table |= {f"context.{layer}.{name}": (tokens, kv, dtype) for name in ("k_raw", "k", "v")}
-        table |= {f"context.{layer}.r_k": (tokens * c.num_key_value_heads, (), stats)}
+        table |= {f"context.{layer}.k": (tokens, kv, dtype)}
         table |= {f"context.{layer}.{name}": (tokens, kv, stats) for name in ("dk", "dv")}
     return table
 
