@@ -222,7 +222,7 @@ def test_who_does_not_know_the_token_gets_nothing(listener, hello):
 
 
 def test_a_client_gets_its_own_alone(listener):
-    mine, theirs = (wire.connect("127.0.0.1", listener.port, "a" * 32, name) for name in (CLIENT, CLIENT[::-1]))
+    mine, theirs = (wire.say_hello("127.0.0.1", listener.port, "a" * 32, name) for name in (CLIENT, CLIENT[::-1]))
     listener.send(f"{CLIENT}-1", CLIENT, wire.STATES, memoryview(b"rows"))
     listener.send(f"{CLIENT[::-1]}-7", CLIENT[::-1], wire.ERROR, memoryview(b"full"))
     name, kind, size = wire.FRAME.unpack(wire.receive(mine, bytearray(wire.FRAME.size)))
@@ -235,7 +235,7 @@ def test_a_client_gets_its_own_alone(listener):
 
 
 def test_a_slow_reader_keeps_nobody_waiting(listener):
-    slow, fast = (wire.connect("127.0.0.1", listener.port, "a" * 32, name) for name in (CLIENT, CLIENT[::-1]))
+    slow, fast = (wire.say_hello("127.0.0.1", listener.port, "a" * 32, name) for name in (CLIENT, CLIENT[::-1]))
     much = memoryview(bytes(1 << 25))
     start = time.monotonic()
     listener.send(f"{CLIENT}-1", CLIENT, wire.STATES, much)  # more than any socket's buffer, and nobody reads it

@@ -104,7 +104,7 @@ class Connection:
 
     async def open(self) -> Connection:
         try:
-            self._peer = await asyncio.to_thread(wire.connect, *self._address, self.client)
+            self._peer = await asyncio.to_thread(wire.say_hello, *self._address, self.client)
         except OSError as error:
             raise NotYet(
                 f"{self.url} hands states over at {self.place}, which does not take a connection ({error}); the port must "

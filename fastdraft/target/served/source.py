@@ -2,9 +2,9 @@
 
 Each document goes out as one request of one token. Its states come back as a file in shared memory from a server of this
 host, and over TCP from one of another (`links.py`). A pack's rows are read into one staging buffer (page-locked where
-there is a GPU), sent to the device on a stream of its own, and split there into g and the state before the final norm. From that
-the target's own norm makes f. A thread with an event loop does this for the packs to come, at most `AHEAD` of which are
-under way.
+there is a GPU), sent to the device on a stream of its own, and split there into g and the state before the final norm. From
+that the target's own norm makes f. A thread with an event loop does this for the packs to come, at most `AHEAD` of which
+are under way.
 
 What a server says of itself is compared with the run before the first step and again after each restart, and a few probes
 prove that its states and this process's head give its own log-probabilities. A failed request is tried again, at another

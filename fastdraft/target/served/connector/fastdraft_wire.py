@@ -97,7 +97,7 @@ class Listener:
             peer.close()
 
 
-def connect(host: str, port: int, token: str, client: str) -> socket.socket:
+def say_hello(host: str, port: int, token: str, client: str) -> socket.socket:
     """The trainer's end. OSError when nobody listens there, or does not take the token."""
     peer = socket.create_connection((host, port), timeout=HELLO_S)
     try:
