@@ -109,6 +109,38 @@ def test_out_of_memory_says_what_to_do_and_our_faults_keep_their_traceback(fastd
         cli.main()
 
 
+def test_plan_says_the_recipe_and_why(fastdraft, config_file):
+    code, out, _ = fastdraft("train", config_file, "--plan")
+    said = [line for line in out.splitlines() if line.startswith("# ")]
+    assert code == 0 and "# the recipe, and why (docs/recipe.md)" in said
+    for sentence in (
+        "An optimizer step takes 2 packs of up to 96 tokens, 192 in all",
+        "AdamW steps all weights at a rate of 0.01.",
+        "rises over the first 20.0% of the steps, then falls to 0 by a cosine",
+        "Every chain runs all 3 steps",
+        "for this one, 32 wide, try optim.lr 1.8e-02, 3.6e-02 and 7.2e-02",  # 2e-3 * 576 / 32
+    ):
+        assert any(sentence in line for line in said), sentence
+    changes = (
+        "optim.optimizer=muon",
+        "optim.schedule=wsd",
+        "optim.min_lr_ratio=0.1",
+        "sampled_depth=0.5",
+        "optim.muon_lr=0.3",
+    )
+    out = fastdraft("train", config_file, "--plan", *changes)[1]
+    for sentence in (
+        # fc, q, k, v, o, gate, up and down of the tiny draft, and all but its head and norms
+        f"Muon steps 8 matrices, {1 - (64 * 32 + 4 * 32) / 14976:.0%} of the trained weights, at a rate of 0.3",
+        "AdamW steps the rest at 0.01.",
+        "stays, and falls to 0.1 of that over the last 20%",
+        "A chain runs step i of 3 with probability 0.5^i, and its loss weighs 1 / 0.5^i there: 58% of the rows",
+    ):
+        assert sentence in out, sentence
+    out = fastdraft("train", config_file, "--plan", "draft={method: dflash}", "ttt_length=7")[1]
+    assert "Up to 512 blocks of each document are trained" in out and "optim.lr 1" not in out
+
+
 def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
     code, out, err = fastdraft("train", config_file, "--plan", "device=cuda")
     assert code == 0 and "predicted for one cuda device and the fused step" in out, err

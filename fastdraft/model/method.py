@@ -139,6 +139,7 @@ class Method(NamedTuple):
     served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
     readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
+    recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
     # The same for so many sequences at once; None where they are decoded one at a time.
     batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d

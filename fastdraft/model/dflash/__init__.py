@@ -106,6 +106,17 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
         raise ValueError(f"precision: fp8 is not made for {title} drafts; set precision=bf16")
 
 
+def recipe(config: Config, shape: DFlashConfig) -> list[str]:
+    """A sentence on what a step trains and why."""
+    loss = block_loss(config, shape)
+    compared = "the target's distribution" if loss.needs_teacher else "the data's own token"
+    return [
+        f"Up to {config.block.anchors} blocks of each document are trained, at every step others, of {shape.num_drafted} "
+        f"drafted tokens each. The loss {loss.kind} compares a slot with {compared}. Slot j weighs "
+        f"exp(-j / {loss.gamma:g}), since a token counts only where all before it were accepted."
+    ]
+
+
 METHOD = Method(
     shape=DFlashConfig,
     draft=DFlashDraft,
@@ -128,6 +139,7 @@ METHOD = Method(
     refuse_settings=refuse_settings,
     served_steps=served_steps,
     readings=Readings(block_readings, read_block_as, run_blocks),
+    recipe=recipe,
     cost_options=lambda config: {
         "anchors": config.block.anchors,
         "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
