@@ -65,7 +65,7 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out ag
         KERNELS,
         *(
             f"!fastdraft/kernels/{name}.py"
-            for name in ("block_attention", "block_conv", "head_norm", "linear_ce", "selector")
+            for name in ("block_attention", "block_conv", "ce_l1", "head_norm", "linear_ce", "selector")
         ),
         *ENGINE,
     ],

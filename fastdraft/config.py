@@ -66,15 +66,19 @@ class LossConfig(Section):
 
 
 class BlockSection(Section):
-    """How drafts that fill blocks are trained (docs/dflash.md)."""
+    """How drafts that fill blocks are trained (docs/dflash.md, docs/dspark.md)."""
 
     # ce: the data's token; dpace: the same, weighed by what a server would accept; the others: the target's distribution
-    loss: Literal["ce", "dpace", "kl", "lk_alpha", "lk_lambda"] = "ce"
+    loss: Literal["ce", "dpace", "kl", "lk_alpha", "lk_lambda"] = "ce"  # of DFlash; DSpark has its own three terms
     anchors: int = Field(512, gt=0)  # blocks of a document at most, at every step others
     gamma: float | None = Field(None, gt=0)  # weight of step j is exp(-j / gamma); None: by block_size, 7 for 16
     dpace_alpha: float = Field(0.5, ge=0, lt=1)  # of dpace alone
     lk_scale: float = Field(1.0, ge=0)  # of lk_lambda alone, as lk_decay
     lk_decay: float = Field(1.0, ge=0)
+    # of DSpark alone: cross entropy with the data's token, L1 distance from the target, and the confidence head's loss
+    ce_weight: float = Field(0.1, ge=0)
+    l1_weight: float = Field(0.9, ge=0)
+    confidence_weight: float = Field(1.0, gt=0)  # above 0, because engines read the head whether it is trained or not
     selector_alpha: float = Field(1.0, ge=0)  # of the selector's loss beside the slots', of draft.method dflash2 alone
 
 

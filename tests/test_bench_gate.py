@@ -194,7 +194,7 @@ def test_a_new_kernel_may_wait_for_its_first_row(repo):
     assert "attention: no row of fastdraft" in problems(repo)[0]
 
 
-@pytest.mark.parametrize("kernel", ["block_attention", "block_conv", "head_norm", "linear_ce", "selector"])
+@pytest.mark.parametrize("kernel", ["block_attention", "block_conv", "ce_l1", "head_norm", "linear_ce", "selector"])
 def test_the_kernel_of_another_method_leaves_the_step_fresh(repo, kernel):
     (repo / f"fastdraft/kernels/{kernel}.py").write_text("blocks = 'here'")
     assert the_problem(repo).startswith("gpu_tests: the source changed")

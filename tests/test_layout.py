@@ -20,7 +20,7 @@ ORDER = (
     ("config",),
     ("model",),
     ("model.eagle3", "model.dflash", "optim"),
-    ("model.dflash2",),  # the backbone is DFlash's
+    ("model.dflash2", "model.dspark"),  # the backbone is DFlash's
     ("model.methods",),
     ("dist", "cost"),
     ("target", "checkpoint"),
@@ -79,6 +79,7 @@ OF_A_METHOD = {
 }
 SAME_NAME |= {
     name: {f"model/{method}/{file}" for method in ("dflash", "eagle3")}
+    | ({f"model/dspark/{file}"} if file == "__init__.py" else set())  # it takes DFlash's other files as they are
     for file, names in OF_A_METHOD.items()
     for name in names
 }
@@ -97,7 +98,7 @@ def module_of(file: str) -> str:
 
 def room_of(module: str) -> str:
     """The room that a module, named within the package, belongs to."""
-    for part in ("model.eagle3", "model.dflash", "model.dflash2", "model.methods"):
+    for part in ("model.eagle3", "model.dflash", "model.dflash2", "model.dspark", "model.methods"):
         if f"{module}.".startswith(f"{part}."):
             return part
     return module.split(".")[0]

@@ -14,10 +14,12 @@ from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mas
 from fastdraft.model.dflash.cost import pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, refuse_head
-from fastdraft.model.dflash.loss import BlockLoss, default_gamma
+from fastdraft.model.dflash.head import BlockHead, TokenHead
+from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
+from fastdraft.model.dflash.mixer import Mixer
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
 from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
-from fastdraft.model.dflash.ref import BlockReferenceEngine
+from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
 from fastdraft.model.method import Method, Readings
@@ -42,13 +44,25 @@ def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
 def build_step(
     config: Config, draft: DFlashDraft, head: TargetHead, device: torch.device, *_axes: object
 ) -> BlockEngine | BlockReferenceEngine:
+    return make_block_step(config, draft, head, block_loss(config, draft.config), token_losses_ref, TokenHead)
+
+
+def make_block_step(
+    config: Config,
+    draft: DFlashDraft,
+    head: TargetHead,
+    loss: StepLoss,
+    row_losses: RowLosses,
+    head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead],
+    mixer: Mixer | None = None,
+) -> BlockEngine | BlockReferenceEngine:
     """The fused engine, or the reference where a config asks for it. Each process runs it alone: the axes of a run that
     divides a step are of one process here, since `check_cut` is not there to let them be of more."""
-    refuse_head(head)
-    loss, draw = block_loss(config, draft.config), anchors_of(config)
+    refuse_head(head, draft.config.title)
+    draw = anchors_of(config)
     if config.step == "reference":
-        return BlockReferenceEngine(draft, head, loss, draw)
-    return BlockEngine(draft, head, loss, draw, config.chunk_rows)
+        return BlockReferenceEngine(draft, head, loss, draw, row_losses)
+    return BlockEngine(draft, head, loss, draw, config.chunk_rows, head_type, mixer)
 
 
 def anchors_of(config: Config) -> Callable[[Batch, int], Tensor]:
@@ -56,23 +70,29 @@ def anchors_of(config: Config) -> Callable[[Batch, int], Tensor]:
     return lambda batch, step: draw_anchors(batch, config.block.anchors, config.seed, step)
 
 
-# Settings of the section block that methods with this backbone have for themselves, and whose they are.
-OF_ONE_METHOD = {"selector_alpha": "DFlash2"}
+# Settings of the section block that not all methods with this backbone have, and whose they are.
+HARD_OR_SOFT = (DFlashConfig.title, "DFlash2")
+OWNERS = {
+    **dict.fromkeys(("loss", "dpace_alpha", "lk_scale", "lk_decay"), HARD_OR_SOFT),
+    **dict.fromkeys(("ce_weight", "l1_weight", "confidence_weight"), ("DSpark",)),
+    "selector_alpha": ("DFlash2",),
+}
 
 
 def check_config(config: Config, title: str = DFlashConfig.title) -> None:
     """Raises ValueError for settings that a draft of the method with this title does not read, or cannot have."""
     fields, block = type(config).model_fields, config.block
-    for name, owner in OF_ONE_METHOD.items():
-        if owner != title and getattr(block, name) != type(block).model_fields[name].default:
-            raise ValueError(f"block.{name} is {owner}'s, and draft.method is {config.draft.method}; take it out")
+    for name, owners in OWNERS.items():
+        if title not in owners and getattr(block, name) != type(block).model_fields[name].default:
+            whose = " and ".join(owners)
+            raise ValueError(f"block.{name} is {whose}'s, and draft.method is {config.draft.method}; take it out")
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"
         )
     if config.sampled_depth != 1:
         raise ValueError(
-            f"sampled_depth {config.sampled_depth} is EAGLE-3's, whose chains run step after step; a DFlash draft fills "
+            f"sampled_depth {config.sampled_depth} is EAGLE-3's, whose chains run step after step; a {title} draft fills "
             "its blocks at once: take it out"
         )
     if config.loss != fields["loss"].default:

@@ -159,6 +159,11 @@ class DFlashConfig(BaseModel):
         return self.vocab_size
 
     @property
+    def own_head_weights(self) -> int:
+        """Numbers of trained matrices behind the layers that each live row is multiplied with."""
+        return 0
+
+    @property
     def first_slot(self) -> int:
         """The first slot of a block that predicts a token."""
         return 1 if self.labels == "fill_in" else 0
@@ -245,6 +250,15 @@ class DFlashConfig(BaseModel):
             raise ValueError(silent_layers(silent, values["layers"], ran, f"this target ({target.get('model_type')})"))
         return cls.of(values)
 
+    def block_fields(self) -> dict[str, Any]:
+        """What the engines' config.json says of the block, where they look for it."""
+        block = {
+            "target_layer_ids": list(self.layers),
+            "mask_token_id": self.mask_token_id,
+            "block_size": self.block_size,
+        }
+        return {"dflash_config": block}
+
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         """A shape of these fields. Raises ValueError with a sentence for each that does not fit."""
@@ -290,11 +304,7 @@ class DFlashConfig(BaseModel):
             "block_size": self.block_size,
             "num_target_layers": self.num_target_layers,
             "layer_types": list(self.layer_types),
-            "dflash_config": {
-                "target_layer_ids": list(self.layers),
-                "mask_token_id": self.mask_token_id,
-                "block_size": self.block_size,
-            },
+            **self.block_fields(),
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdraft.batch import TargetHead
 from fastdraft.kernels.chain_qkv import rotate
 from fastdraft.kernels.rms_norm import rms_norm_ref
 from fastdraft.model.dflash.config import DFlashConfig
@@ -135,6 +136,16 @@ class DFlashDraft(nn.Module):
         m = self.layers[layer].self_attn
         q = m.q_norm(m.q_proj(x).unflatten(-1, (-1, self.config.head_dim)))
         return rotate(q, *self.rope(positions, x.dtype))
+
+    def logits(
+        self,
+        states: Tensor,  # [..., H] of block rows after the final norm
+        previous: Tensor,  # [...] int64 the token before the one that each row drafts
+        head: TargetHead,
+    ) -> Tensor:  # [..., V]
+        """What a row drafts from: the target's head of its state. A method whose rows know the token before says how."""
+        del previous
+        return head.logits(states.to(head.weight.dtype))
 
     def around(
         self,

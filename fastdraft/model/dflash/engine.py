@@ -48,7 +48,7 @@ from fastdraft.model.dflash import memory
 from fastdraft.model.dflash.blocks import BlockChunk, plan_blocks
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.head import BlockHead, TokenHead
-from fastdraft.model.dflash.loss import BlockLoss
+from fastdraft.model.dflash.loss import StepLoss
 from fastdraft.model.dflash.mixer import Branch, Mixer
 
 
@@ -110,15 +110,15 @@ class BlockEngine:
         self,
         draft: DFlashDraft,
         head: TargetHead,
-        loss: BlockLoss,
+        loss: StepLoss,
         draw: Callable[[Batch, int], Tensor],  # anchors [A] of a batch on the host, at a step
         chunk_blocks: int | None = None,  # blocks at a time; None: as many as memory.CHUNK_BYTES hold
-        head_type: Callable[[DFlashDraft, TargetHead, BlockLoss], BlockHead] = TokenHead,
+        head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead] = TokenHead,
         mixer: Mixer | None = None,
     ):
         if chunk_blocks is not None and chunk_blocks < 1:
             raise ValueError(f"chunk_rows is {chunk_blocks}; at least 1 block is needed")
-        refuse_head(head)
+        refuse_head(head, draft.config.title)
         self.draft = draft
         self.config = c = draft.config
         self.loss = loss
@@ -181,7 +181,7 @@ class BlockEngine:
         self.check_ids(batch)
         with_teacher = self.head.needs_teacher or (grads is None and features.f is not None)
         if with_teacher and features.f is None:
-            raise ValueError(f"loss {self.loss.name} compares with the target's last state, which these features lack")
+            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
         kind = grads is not None, with_teacher
         if self.take.device.type == "cuda" and kind not in self.compiled and len(anchors):
             rehearsed = BlockStep(self, batch.num_tokens, features, grads, with_teacher)
@@ -201,14 +201,14 @@ class BlockEngine:
             )
 
 
-def refuse_head(head: TargetHead) -> None:
-    """Raises ValueError for a head that the engines do not give a DFlash draft as it is."""
+def refuse_head(head: TargetHead, title: str = "DFlash") -> None:
+    """Raises ValueError for a head that the engines do not give such a draft as it is."""
     odd = {"a bias": head.bias is not None, f"a scale of {head.scale}": head.scale != 1.0}
     odd[f"a soft-cap of {head.softcap}"] = head.softcap is not None
     if found := [name for name, there in odd.items() if there]:
         raise ValueError(
-            f"the target's lm_head has {' and '.join(found)}, and the engines multiply a DFlash draft's states with "
-            "the bare weight; DFlash drafts are for targets whose head is a plain product"
+            f"the target's lm_head has {' and '.join(found)}, and the engines multiply a {title} draft's states with "
+            f"the bare weight; {title} drafts are for targets whose head is a plain product"
         )
 
 
@@ -695,9 +695,9 @@ def block_engine_step(
     features: Features,
     head: TargetHead,
     anchors: Tensor,  # [A] int64 ascending, on the host
-    loss: BlockLoss,
+    loss: StepLoss,
     chunk_blocks: int | None = None,
-    head_type: Callable[[DFlashDraft, TargetHead, BlockLoss], BlockHead] = TokenHead,
+    head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead] = TokenHead,
     mixer: Mixer | None = None,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """One step with an engine of its own and fresh gradients: `block_ref_step`'s signature, for checks."""

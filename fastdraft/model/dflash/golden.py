@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,11 +16,11 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, Rows, TargetHead
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.dflash.loss import BlockLoss
+from fastdraft.model.dflash.loss import BlockLoss, StepLoss
 from fastdraft.model.golden import relative_error
 
 # (draft, batch, features, head, anchors, loss) -> rows, gradients of the weighted sum of losses by parameter name
-RunBlocks = Callable[[DFlashDraft, Batch, Features, TargetHead, Tensor, BlockLoss], tuple[Rows, dict[str, Tensor]]]
+RunBlocks = Callable[[DFlashDraft, Batch, Features, TargetHead, Tensor, StepLoss], tuple[Rows, dict[str, Tensor]]]
 
 GIVEN = (  # of a case's config
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -33,7 +34,7 @@ class BlockGolden:
     """One case: what goes in, and the law for what must come out."""
 
     name: str
-    loss: BlockLoss
+    loss: StepLoss
     draft: DFlashDraft
     batch: Batch
     features: Features
@@ -42,7 +43,7 @@ class BlockGolden:
     row_loss: Tensor  # [A, T] of live rows, without weights
     row_acceptance: Tensor  # [A, T]
     live: Tensor  # [A, T] bool
-    hits: Tensor  # [T]
+    hits: Tensor | None  # [T] of the data's tokens; None: the method counts those of the teacher
     normaliser: float
     grads: dict[str, Tensor]  # of the normalised loss
 
@@ -53,41 +54,68 @@ class BlockGolden:
         return replace(self, draft=draft, features=features, head=TargetHead(self.head.weight.to(device, dtype)))
 
 
-def load_block_golden(path: Path) -> BlockGolden:
-    """Reads one case. Raises ValueError naming the file when it is not a golden case of DFlash."""
+def read_block_golden(path: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:  # config, tensors
+    """A case's file. Raises ValueError naming it when it is not a golden case of that method."""
     try:
         with safe_open(path, "pt") as file:
-            c = json.loads(file.metadata()["config"])
-            t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            config = json.loads(file.metadata()["config"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except Exception as error:
         raise ValueError(f"{path} is not a readable golden case: {error}") from error
-    shifted = c["alignment"] == "shifted"
-    config = DFlashConfig(
-        **{name: c[name] for name in GIVEN},
-        layers=c["target_layer_ids"],
-        labels="shifted" if shifted else "fill_in",
-        max_position_embeddings=4096,
-    )
-    draft = DFlashDraft(config).to(torch.float64)
-    draft.load_state_dict({key.removeprefix("weights."): value for key, value in t.items() if key.startswith("weights.")})
-    draft.take_from_target(t["inputs.embed_tokens"].double())
-    batch = Batch(t["inputs.input_ids"], t["inputs.loss_mask"].bool(), tuple(t["inputs.lengths"].tolist()))
-    drafted = slice(config.first_slot, None)
+    if config.get("method") != method:
+        raise ValueError(f"{path} is a golden case of {config.get('method')}, not of {method}")
+    return config, tensors
+
+
+def load_block_golden(path: Path) -> BlockGolden:
+    """Reads one case. Raises ValueError naming the file when it is not a golden case of DFlash."""
+    c, tensors = read_block_golden(path, "dflash")
+    loss = BlockLoss("dpace" if c["loss_type"] == "dpace" else "ce", c["gamma"], c.get("dpace_alpha", 0.5))
+    shape = {"labels": "shifted" if c["alignment"] == "shifted" else "fill_in"}
+    first = 1 if shape["labels"] == "fill_in" else 0
+    law = tensors["outputs.row_ce"][:, first:], tensors["outputs.slot_correct"][first:]
+    return block_golden(c, tensors, loss, DFlashDraft(golden_shape(c, DFlashConfig, **shape)), *law)
+
+
+def golden_shape(c: dict[str, Any], shape: type[DFlashConfig], **own: Any) -> DFlashConfig:
+    """The shape of a case's draft; `own` are the fields that only its method has."""
+    return shape(**{name: c[name] for name in GIVEN}, layers=c["target_layer_ids"], max_position_embeddings=4096, **own)
+
+
+def block_golden(
+    c: dict[str, Any],  # the case's config
+    tensors: dict[str, Tensor],
+    loss: StepLoss,
+    draft: DFlashDraft,
+    row_loss: Tensor,  # [A, T]
+    hits: Tensor | None,  # [T]
+) -> BlockGolden:
+    """What the file's tensors make of a case, whatever method it is of."""
+    draft = draft.to(torch.float64)
+    draft.load_state_dict(_named(tensors, "weights."))
+    draft.take_from_target(tensors["inputs.embed_tokens"].double())
+    drafted = slice(draft.config.first_slot, None)
     return BlockGolden(
         name=c["name"],
-        loss=BlockLoss("dpace" if c["loss_type"] == "dpace" else "ce", c["gamma"], c.get("dpace_alpha", 0.5)),
+        loss=loss,
         draft=draft,
-        batch=batch,
-        features=Features(t["inputs.aux_hidden_states"].double(), t["inputs.last_hidden"].double()),
-        head=TargetHead(t["inputs.target_head"].double()),
-        anchors=t["inputs.anchors"],
-        row_loss=t["outputs.row_ce"][:, drafted],
-        row_acceptance=t["outputs.row_acceptance"][:, drafted],
-        live=t["outputs.row_live"][:, drafted],
-        hits=t["outputs.slot_correct"][drafted],
-        normaliser=float(t["outputs.normaliser"]),
-        grads={key.removeprefix("grads."): value for key, value in t.items() if key.startswith("grads.")},
+        batch=Batch(
+            tensors["inputs.input_ids"], tensors["inputs.loss_mask"].bool(), tuple(tensors["inputs.lengths"].tolist())
+        ),
+        features=Features(tensors["inputs.aux_hidden_states"].double(), tensors["inputs.last_hidden"].double()),
+        head=TargetHead(tensors["inputs.target_head"].double()),
+        anchors=tensors["inputs.anchors"],
+        row_loss=row_loss,
+        row_acceptance=tensors["outputs.row_acceptance"][:, drafted],
+        live=tensors["outputs.row_live"][:, drafted],
+        hits=hits,
+        normaliser=float(tensors["outputs.normaliser"]),
+        grads=_named(tensors, "grads."),
     )
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def worst_block_errors(case: BlockGolden, run: RunBlocks) -> dict[str, float]:
@@ -96,9 +124,13 @@ def worst_block_errors(case: BlockGolden, run: RunBlocks) -> dict[str, float]:
     loss, hit, live = (x.cpu()[:, case.anchors].T for x in (rows.loss, rows.hit, rows.live))
     found = {
         "row_loss": relative_error(loss, case.row_loss.where(case.live, 0.0)),
-        "hits": relative_error(hit.sum(0), case.hits),
         "live": relative_error(live, case.live),
     }
+    if case.hits is not None:
+        found["hits"] = relative_error(hit.sum(0), case.hits)
+    if case.loss.needs_teacher:
+        acceptance = rows.acceptance.cpu()[:, case.anchors].T
+        found["acceptance"] = relative_error(acceptance, case.row_acceptance.where(case.live, 0.0))
     if missing := case.grads.keys() ^ grads.keys():
         raise ValueError(f"{case.name}: gradients and golden gradients differ in {sorted(missing)}")
     ours = {name: grad.cpu() / case.normaliser for name, grad in grads.items()}

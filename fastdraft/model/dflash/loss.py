@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,17 @@ from torch import Tensor
 
 BlockLossKind = Literal["ce", "dpace", "kl", "lk_alpha", "lk_lambda"]
 HARD = ("ce", "dpace")  # against the data's token; the others are against the target's distribution
+
+
+class StepLoss(Protocol):
+    """What engine and reference ask of a loss, whatever its rows are."""
+
+    kind: str
+    needs_teacher: bool
+
+    def weights(self, num_steps: int) -> list[float]: ...
+
+    def normaliser(self, num_steps: int) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -38,20 +49,20 @@ class BlockLoss:
     lk_decay: float = 1.0
 
     @property
-    def name(self) -> str:
-        return self.kind
-
-    @property
     def needs_teacher(self) -> bool:
         return self.kind not in HARD
 
     def weights(self, num_steps: int) -> list[float]:
         """w of each step."""
-        return [math.exp(-j / self.gamma) for j in range(num_steps)]
+        return decay_weights(self.gamma, num_steps)
 
     def normaliser(self, num_steps: int) -> list[float]:
         """What a live row of each step adds to the number that the sum of losses is divided by."""
         return [1.0] + [0.0] * (num_steps - 1) if self.kind == "dpace" else self.weights(num_steps)
+
+
+def decay_weights(gamma: float, num_steps: int) -> list[float]:
+    return [math.exp(-j / gamma) for j in range(num_steps)]
 
 
 def default_gamma(block_size: int) -> float:

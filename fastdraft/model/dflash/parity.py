@@ -13,6 +13,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Features, TargetHead
@@ -129,11 +130,14 @@ def run_blocks(
     choices, gaps = [], []
     for anchors in torch.arange(1, len(ids), device=device).split(BLOCKS):
         states = block_states_ref(draft, batch, features, anchors)[:, first : first + steps]
-        logits = head.logits(states.to(head.weight.dtype)).float()
+        tokens = chain[anchors - 1]
+        previous = torch.cat([ids[anchors, None], tokens[:, :-1]], 1)
+        seen = states.shape[1]  # fewer than S where the reading's block drafts fewer tokens
+        logits = draft.logits(states, previous[:, :seen], head).float()
         best, choice = logits.max(-1)
-        theirs = logits.gather(-1, chain[anchors - 1, :, None])[..., 0]
-        choices.append(choice)
-        gaps.append((best - theirs) / logits.abs().amax(-1))
+        theirs = logits.gather(-1, tokens[:, :seen, None])[..., 0]
+        choices.append(F.pad(choice, (0, steps - seen), value=-1))
+        gaps.append(F.pad((best - theirs) / logits.abs().amax(-1), (0, steps - seen), value=torch.inf))
     return torch.cat(choices), torch.cat(gaps)
 
 

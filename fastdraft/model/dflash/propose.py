@@ -110,8 +110,18 @@ class BlockDrafter:
         self.extend(g)
         first = self.draft.config.first_slot
         states = self.block(token_ids[-1:])[first : first + depth]
-        logits = self.head.logits(states.to(self.head.weight.dtype))
-        parents = list(range(depth))
+        return self.draw(states, token_ids[-1:], settings, generator)
+
+    def draw(
+        self,
+        states: Tensor,  # [m, H] of the slots that draft
+        root: Tensor,  # [1] int64
+        settings: DecodeSettings,
+        generator: torch.Generator,
+    ) -> Proposal:
+        """The tokens of all slots at once: they do not know of each other."""
+        parents = list(range(len(states)))
+        logits = self.draft.logits(states, root.expand(len(states)), self.head)
         if settings.temperature > 0 and settings.sample_draft:
             q = probabilities(logits, settings)
             return Proposal(draw(q, generator), parents, q)
@@ -188,9 +198,20 @@ class BatchBlockDrafter:
         self.extend(g, counts)
         first, depth = self.draft.config.first_slot, max(depths)
         last = torch.tensor(counts, device=g.device) - 1
-        states = self.block(token_ids.gather(1, last[:, None])[:, 0])[:, first : first + depth]
-        logits = self.head.logits(states.to(self.head.weight.dtype))
-        parents = torch.arange(depth).repeat(len(depths), 1)
+        roots = token_ids.gather(1, last[:, None])[:, 0]
+        return self.draw(self.block(roots)[:, first : first + depth], roots, depths, settings, generators)
+
+    def draw(
+        self,
+        states: Tensor,  # [S, m, H] of the slots that draft
+        roots: Tensor,  # [S] int64
+        depths: list[int],
+        settings: DecodeSettings,
+        generators: list[torch.Generator],
+    ) -> Proposals:
+        """The tokens of all slots at once, each sequence's as `BlockDrafter.draw` draws them."""
+        parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
+        logits = self.draft.logits(states, roots[:, None].expand(states.shape[:2]), self.head)
         if settings.temperature > 0 and settings.sample_draft:
             q = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
             return Proposals(draw_each(q, generators, depths), parents, depths, q)

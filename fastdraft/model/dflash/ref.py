@@ -30,7 +30,7 @@ from fastdraft.kernels.linear_kl import row_losses_ref
 from fastdraft.kernels.teacher import teacher_ref
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.dflash.loss import BlockLoss, dpace_weights
+from fastdraft.model.dflash.loss import BlockLoss, StepLoss, dpace_weights
 
 
 def block_states_ref(
@@ -101,7 +101,7 @@ class LiveRows(NamedTuple):
 
 # (draft, rows, target's head, loss) -> loss with its autograd graph, acceptance and hit of each row [n], and where the loss
 # is more than minus the log-probability of the label, that too
-RowLosses = Callable[[DFlashDraft, LiveRows, TargetHead, BlockLoss], tuple[Tensor, ...]]
+RowLosses = Callable[[DFlashDraft, LiveRows, TargetHead, StepLoss], tuple[Tensor, ...]]
 
 
 def token_losses_ref(
@@ -109,7 +109,7 @@ def token_losses_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DFlash's: the loss that `BlockLoss` names, of the target's head. Without a teacher acceptance and hit are of the
     text: whether the draft's first choice is the token that stands there."""
-    logits = head.logits(rows.states.to(head.weight.dtype))  # [n, V]
+    logits = draft.logits(rows.states, rows.previous, head)  # [n, V]
     stats = torch.promote_types(logits.dtype, torch.float32)
     ce = -logits.to(stats).log_softmax(-1).gather(1, rows.label[:, None])[:, 0]
     hit = logits.argmax(-1) == rows.label
@@ -139,7 +139,7 @@ def block_rows_ref(
     features: Features,
     head: TargetHead,
     anchors: Tensor,  # [A] int64 ascending
-    loss: BlockLoss,
+    loss: StepLoss,
     measure: bool = True,  # acceptance against the target's distribution where features.f is there
     row_losses: RowLosses = token_losses_ref,
 ) -> tuple[Rows, Tensor]:  # rows whose loss carries the autograd graph; the weighted sum of losses
@@ -147,6 +147,8 @@ def block_rows_ref(
     steps, first = draft.config.num_drafted, draft.config.first_slot
     at, live = live_steps(batch, anchors, draft.config)
     states = block_states_ref(draft, batch, features, anchors)[:, first:]
+    if loss.needs_teacher and features.f is None:
+        raise ValueError(f"loss {loss.kind} compares with the target's last state, which these features lack")
     compares = loss.needs_teacher or (measure and features.f is not None)
     label_at = at[live]
     rows = LiveRows(
@@ -178,7 +180,7 @@ def block_ref_step(
     features: Features,
     head: TargetHead,
     anchors: Tensor,  # [A] int64
-    loss: BlockLoss,
+    loss: StepLoss,
     row_losses: RowLosses = token_losses_ref,
 ) -> tuple[Rows, dict[str, Tensor]]:
     """Rows, and the gradient of the weighted sum of losses for every trainable parameter, by name."""
@@ -205,7 +207,7 @@ class BlockReferenceEngine:
         self,
         draft: DFlashDraft,
         head: TargetHead,
-        loss: BlockLoss,
+        loss: StepLoss,
         draw: Callable[[Batch, int], Tensor],
         row_losses: RowLosses = token_losses_ref,
     ):

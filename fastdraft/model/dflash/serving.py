@@ -9,7 +9,9 @@ about it: layer ids, the mask token, a block that is causal, labels that are shi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
-from fastdraft.model.dflash.config import ARCHITECTURE, MASK_TOKEN, DFlashConfig, reserved_tokens
+from fastdraft.model.dflash.config import MASK_TOKEN, DFlashConfig, reserved_tokens
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.method import CONFIG, WEIGHTS, Findings
 from fastdraft.model.serving import dtype_problems, weight_problems
@@ -47,11 +49,24 @@ COUNTS = (
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def serving_shapes(config: DFlashConfig) -> dict[str, tuple[int, ...]]:
+@dataclass(frozen=True)
+class Format:
+    """How a method with this backbone is written in config.json."""
+
+    shape: type[DFlashConfig]
+    draft: type[DFlashDraft]
+    where: str  # what stands before target_layer_ids, mask_token_id and block_size in sentences
+    block: Callable[[dict[str, Any]], dict[str, Any] | None]  # the section that has these three; None: it is missing
+    # What the method alone has: sentences on what is wrong, of config.json and the section; and fields of its shape.
+    problems: Callable[[dict[str, Any], dict[str, Any]], list[str]]
+    fields: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: {}
+
+
+def serving_shapes(config: DFlashConfig, draft_type: type[DFlashDraft] = DFlashDraft) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a serving checkpoint."""
     any_rope = {"rope_type": "default", "rope_theta": 1e4}  # no shape depends on it
     with torch.device("meta"):
-        draft = DFlashDraft(config.model_copy(update={"rope_parameters": any_rope}))
+        draft = draft_type(config.model_copy(update={"rope_parameters": any_rope}))
     return {name: tuple(t.shape) for name, t in draft.state_dict().items()}
 
 
@@ -66,30 +81,64 @@ def serving_tensors(draft: DFlashDraft, dtype: torch.dtype) -> dict[str, Tensor]
     return tensors
 
 
-def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> DFlashDraft:
+def dflash_section(config: dict[str, Any]) -> dict[str, Any] | None:
+    nested = config.get("dflash_config")
+    return nested if isinstance(nested, dict) else None
+
+
+def dflash_problems(config: dict[str, Any], nested: dict[str, Any]) -> list[str]:
+    """What is said beside dflash_config in another way, and labels that are shifted."""
+    said, mask, beside = [], nested.get("mask_token_id"), config.get("mask_token_id")
+    if nested.get("block_size", config.get("block_size")) != config.get("block_size", nested.get("block_size")):
+        said.append(
+            f"block_size is {config.get('block_size')!r} and dflash_config.block_size {nested.get('block_size')!r}; SGLang "
+            "reads the second first: write the same number in both."
+        )
+    if beside is not None and beside != mask:
+        said.append(f"mask_token_id is {beside} and dflash_config.mask_token_id {mask}; write the second alone.")
+    if "target_layer_ids" in config and config["target_layer_ids"] != nested.get("target_layer_ids"):
+        said.append(
+            f"target_layer_ids is {config['target_layer_ids']!r} beside dflash_config.target_layer_ids "
+            f"{nested.get('target_layer_ids')!r}; engines differ, leave it out."
+        )
+    for where, flag in (
+        ("sample_from_anchor", config.get("sample_from_anchor")),
+        ("dflash_config.sample_from_anchor", nested.get("sample_from_anchor")),
+    ):
+        if flag:
+            said.append(
+                f"{where} is true: its labels are shifted by one slot, which DFlash in the engines is not; leave it out."
+            )
+    return said
+
+
+DFLASH = Format(DFlashConfig, DFlashDraft, "dflash_config.", dflash_section, dflash_problems)
+
+
+def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig, written: Format = DFLASH) -> DFlashDraft:
     """Reads a serving-format checkpoint in its own dtype, for a warm start or to decode with.
 
     `target` is the target's config, checked against the draft's; the embedding is NaN until `take_from_target`. Raises
-    ValueError naming what config.json says otherwise than a DFlash draft here is trained, and every missing, unknown or
+    ValueError naming what config.json says otherwise than such a draft here is trained, and every missing, unknown or
     misshaped tensor.
     """
     path = Path(path)
     config, facts = read_json(path / CONFIG), language_config(target)
     try:
-        if problems := config_problems(config, facts):
+        if problems := config_problems(config, facts, written):
             raise ValueError(" ".join(problems))
-        c = _shape(config, facts)
+        c = _shape(config, facts, written)
         tensors = _read(path)
-        if problems := _tensor_problems(tensors, c):
+        if problems := _tensor_problems(tensors, c, written):
             raise ValueError(" ".join(problems))
     except ValueError as error:
         raise ValueError(f"{path} is not a draft to start from: {error}") from error
-    draft = DFlashDraft(c).to(tensors["fc.weight"].dtype)
+    draft = written.draft(c).to(tensors["fc.weight"].dtype)
     draft.load_state_dict(tensors)
     return draft
 
 
-def verify(path: Path | str, target_dir: Path | str) -> Findings:
+def verify(path: Path | str, target_dir: Path | str, written: Format = DFLASH) -> Findings:
     """Everything that would make SGLang or vLLM fail, or draft wrongly without a word, for this checkpoint and target.
 
     Reads every weight once. Raises ValueError only when the target's own config.json cannot be used.
@@ -100,65 +149,65 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
         config = read_json(path / CONFIG)
     except ValueError as error:
         return Findings([f"{error}."], [])
-    errors = config_problems(config, facts)
-    token_errors, warnings = _token_problems(config, target_dir, facts)
+    errors = config_problems(config, facts, written)
+    token_errors, warnings = _token_problems(written.block(config) or {}, target_dir, facts)
     errors += token_errors
     warnings += _notes(config, facts)
     try:
         tensors = _read(path)
-        c = _shape(config, facts)
+        c = _shape(config, facts, written)
     except ValueError as error:
         return Findings([*errors, f"Tensors were not compared with config.json: {str(error).rstrip('.')}."], warnings)
-    errors += _tensor_problems(tensors, c) + dtype_problems(tensors, config, facts)
+    errors += _tensor_problems(tensors, c, written) + dtype_problems(tensors, config, facts)
     return Findings(list(dict.fromkeys(errors)), warnings)
 
 
-def config_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+def config_problems(config: dict[str, Any], facts: dict[str, Any], written: Format = DFLASH) -> list[str]:
     """What config.json lacks, says twice in different ways, or says of another draft or target; a sentence each."""
     said = [
         f"{key} is {config.get(key)!r}; it must be a whole number above 0."
         for key in COUNTS
         if type(config.get(key)) is not int or config[key] < 1
     ]
-    if ARCHITECTURE not in (config.get("architectures") or []):
-        said.append(f"architectures is {config.get('architectures')!r}; it must be [{ARCHITECTURE!r}].")
+    title, architecture = written.shape.title, written.shape.architecture
+    if architecture not in (config.get("architectures") or []):
+        said.append(f"architectures is {config.get('architectures')!r}; it must be [{architecture!r}].")
     for key, law in TRAINED_AS.items():
         if config.get(key, law) != law:
-            said.append(f"{key} is {config[key]!r}; a DFlash draft here is trained with {law!r}.")
+            said.append(f"{key} is {config[key]!r}; a {title} draft here is trained with {law!r}.")
     eps = config.get("rms_norm_eps")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0:
         said.append(f"rms_norm_eps is {eps!r}; it must be a number above 0.")
-    nested = config.get("dflash_config")
-    if not isinstance(nested, dict):
-        return [*said, f"dflash_config is {nested!r}; it must hold target_layer_ids and mask_token_id."]
+    block = written.block(config)
+    if block is None:
+        name = written.where.rstrip(".")
+        return [*said, f"{name} is {config.get(name)!r}; it must hold target_layer_ids and mask_token_id."]
     for key, law in (("hidden_size", facts.get("hidden_size")), ("vocab_size", facts.get("vocab_size"))):
         if law is not None and config.get(key) is not None and config[key] != law:
             said.append(f"{key} is {config[key]}, the target's is {law}; the draft was made for another target.")
     if config.get("draft_vocab_size", config.get("vocab_size")) != config.get("vocab_size"):
         said.append(
             f"draft_vocab_size is {config['draft_vocab_size']} of a vocabulary of {config.get('vocab_size')}; SGLang "
-            "serves a DFlash draft with the target's whole vocabulary only."
+            f"serves a {title} draft with the target's whole vocabulary only."
         )
-    return said + _layer_problems(config, nested, facts) + _block_problems(config, nested, facts) + _rope_problems(config)
+    said += _layer_problems(config, block, facts, written.where) + _block_problems(config, block, facts, written.where)
+    return said + written.problems(config, block) + _rope_problems(config)
 
 
-def _layer_problems(config: dict[str, Any], nested: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    said, ids, n = [], nested.get("target_layer_ids"), facts.get("num_hidden_layers")
+def _layer_problems(config: dict[str, Any], block: dict[str, Any], facts: dict[str, Any], where: str) -> list[str]:
+    said, ids, n = [], block.get("target_layer_ids"), facts.get("num_hidden_layers")
     if not isinstance(ids, list) or not ids or not all(type(x) is int for x in ids):
-        said.append(f"dflash_config.target_layer_ids is {ids!r}; it must list layers of the target, outputs from 0.")
+        said.append(f"{where}target_layer_ids is {ids!r}; it must list layers of the target, outputs from 0.")
     elif n is not None and (ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] > n - 2):
         said.append(
-            f"dflash_config.target_layer_ids {ids} must ascend and lie in 0..{n - 2}, the outputs SGLang can capture of "
+            f"{where}target_layer_ids {ids} must ascend and lie in 0..{n - 2}, the outputs SGLang can capture of "
             f"{n} layers."
         )
-    for key in ("eagle_aux_hidden_state_layer_ids", "target_layer_ids"):
-        if key in config and config[key] != ids:
-            said.append(
-                f"{key} is {config[key]!r} beside dflash_config.target_layer_ids {ids!r}; engines differ, leave it out."
-            )
-    if "eagle_aux_hidden_state_layer_ids" in config and config["eagle_aux_hidden_state_layer_ids"] == ids:
+    if "eagle_aux_hidden_state_layer_ids" in config:
+        theirs = config["eagle_aux_hidden_state_layer_ids"]
         said.append(
-            "eagle_aux_hidden_state_layer_ids is there, which vLLM takes as boundaries, one layer off; leave it out."
+            f"eagle_aux_hidden_state_layer_ids is {theirs!r}, which vLLM takes as boundaries, one more than outputs, and "
+            f"before {where}target_layer_ids {ids!r}; engines differ, leave it out."
         )
     if config.get("num_target_layers", n) != n:
         said.append(
@@ -167,35 +216,25 @@ def _layer_problems(config: dict[str, Any], nested: dict[str, Any], facts: dict[
     return said
 
 
-def _block_problems(config: dict[str, Any], nested: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+def _block_problems(config: dict[str, Any], block: dict[str, Any], facts: dict[str, Any], where: str) -> list[str]:
     said = []
-    sizes = {x for x in (config.get("block_size"), nested.get("block_size")) if x is not None}
-    if len(sizes) != 1 or not all(type(x) is int and 2 <= x <= 32 for x in sizes):
+    size, mask = block.get("block_size", config.get("block_size")), block.get("mask_token_id")
+    if type(size) is not int or not 2 <= size <= 32:
         said.append(
-            f"block_size is {config.get('block_size')!r} and dflash_config.block_size {nested.get('block_size')!r}; SGLang "
-            "reads the second first and guesses 16 without both: write the same number, 2 to 32, in both."
+            f"{where}block_size is {size!r}; SGLang guesses 16 where it is missing: write the number of a block's rows, "
+            "2 to 32."
         )
-    mask, beside = nested.get("mask_token_id"), config.get("mask_token_id")
     if type(mask) is not int or not 0 <= mask < (facts.get("vocab_size") or 2**31):
         said.append(
-            f"dflash_config.mask_token_id is {mask!r}; it must be an id of the target's vocabulary of "
+            f"{where}mask_token_id is {mask!r}; it must be an id of the target's vocabulary of "
             f"{facts.get('vocab_size')}, which engines embed."
         )
-    elif beside is not None and beside != mask:
-        said.append(f"mask_token_id is {beside} and dflash_config.mask_token_id {mask}; write the second alone.")
-    for where, flag in (("is_causal", config.get("is_causal")), ("dflash_config.causal", nested.get("causal"))):
+    nested = dflash_section(config) or {}
+    for name, flag in (("is_causal", config.get("is_causal")), ("dflash_config.causal", nested.get("causal"))):
         if flag:
             said.append(
-                f"{where} is true, with which engines make the block causal; it is trained so that each row sees all: "
+                f"{name} is true, with which engines make the block causal; it is trained so that each row sees all: "
                 "leave it out."
-            )
-    for where, flag in (
-        ("sample_from_anchor", config.get("sample_from_anchor")),
-        ("dflash_config.sample_from_anchor", nested.get("sample_from_anchor")),
-    ):
-        if flag:
-            said.append(
-                f"{where} is true: its labels are shifted by one slot, which DFlash in the engines is not; leave it out."
             )
     kinds, count = config.get("layer_types"), config.get("num_hidden_layers")
     if kinds is not None and (
@@ -242,10 +281,10 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _token_problems(
-    config: dict[str, Any], target_dir: Path | str, facts: dict[str, Any]
+    block: dict[str, Any], target_dir: Path | str, facts: dict[str, Any]
 ) -> tuple[list[str], list[str]]:  # errors, warnings
     """The mask token against what the target's tokenizer and config.json use."""
-    mask = (config.get("dflash_config") or {}).get("mask_token_id")
+    mask = block.get("mask_token_id")
     if type(mask) is not int:
         return [], []
     errors = []
@@ -300,26 +339,27 @@ def _notes(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _shape(config: dict[str, Any], facts: dict[str, Any]) -> DFlashConfig:
+def _shape(config: dict[str, Any], facts: dict[str, Any], written: Format) -> DFlashConfig:
     """The shape that a config.json without problems describes. Raises ValueError where its fields do not fit together."""
-    nested = config.get("dflash_config") or {}
+    block = written.block(config) or {}
     count = config.get("num_hidden_layers")
     given = {key: config.get(key) for key in (*COUNTS, "rms_norm_eps")}
     own = ("bos_token_id", "eos_token_id", "pad_token_id")
     kinds = config.get("layer_types") or ["full_attention"] * (count if isinstance(count, int) else 0)
-    return DFlashConfig.of(
+    return written.shape.of(
         given
         | {key: config.get(key) for key in own}
         | {
             "num_target_layers": facts.get("num_hidden_layers"),
-            "layers": nested.get("target_layer_ids") or (),
-            "block_size": nested.get("block_size") or config.get("block_size"),
-            "mask_token_id": nested.get("mask_token_id"),
+            "layers": block.get("target_layer_ids") or (),
+            "block_size": block.get("block_size") or config.get("block_size"),
+            "mask_token_id": block.get("mask_token_id"),
             "layer_types": kinds,
             "sliding_window": config.get("sliding_window") if "sliding_attention" in kinds else None,
             "rope_parameters": _rope(config),
             "initializer_range": config.get("initializer_range") or 0.02,
         }
+        | written.fields(config)
     )
 
 
@@ -340,16 +380,16 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor_problems(tensors: dict[str, Tensor], c: DFlashConfig) -> list[str]:
+def _tensor_problems(tensors: dict[str, Tensor], c: DFlashConfig, written: Format) -> list[str]:
     """Missing, unknown and misshaped tensors, dtypes and NaN."""
-    shapes, problems = serving_shapes(c), []
+    shapes, problems = serving_shapes(c, written.draft), []
     if missing := [name for name in shapes if name not in tensors]:
         problems.append(f"missing: {', '.join(missing)}; engines would leave them untrained.")
     for name in tensors.keys() - shapes.keys():
         why = {
             "embed_tokens.weight": "both engines take the target's embedding",
             "lm_head.weight": "both engines take the target's head",
-            "d2t": "SGLang knows no vocabulary map for DFlash",
-        }.get(name, "no DFlash draft has it")
+            "d2t": f"SGLang knows no vocabulary map for {c.title}",
+        }.get(name, f"no {c.title} draft has it")
         problems.append(f"{name} is there: {why}; leave it out.")
     return problems + weight_problems(tensors, shapes, FLOATS)

@@ -23,7 +23,9 @@ def fit(
     """Gives a draft the target's embedding, and a new one, with `init: target`, the weight of the target's final norm, with
     which the target's head reads its states. Raises ValueError for what a DFlash draft has not."""
     if settings.vocab_map is not None:
-        raise ValueError("draft.vocab_map is for drafts with a vocabulary of their own; a DFlash draft has the target's")
+        raise ValueError(
+            f"draft.vocab_map is for drafts with a vocabulary of their own; a {draft.config.title} draft has the target's"
+        )
     if settings.init_from is None and settings.init == "target":
         if target.final_norm is None:
             raise ValueError("the target has no final RMSNorm to start from; set draft.init=random")
@@ -32,6 +34,8 @@ def fit(
     c = draft.config
     drafted = f"{c.num_drafted} tokens ({c.labels} labels)"
     lines = [f"blocks of {c.block_size} rows draft {drafted} from the target's layers {list(c.layers)}"]
-    if c.labels == "shifted":
-        lines.append("labels: shifted is served by no engine as plain DFlash: this draft can be measured, not exported")
+    if c.labels != c.served_labels:
+        lines.append(
+            f"labels: {c.labels} is served by no engine as plain {c.title}: this draft can be measured, not exported"
+        )
     return lines

@@ -1,0 +1,72 @@
+"""DSpark (arXiv 2607.05147): DFlash's block, whose tokens are drawn one after the other through a small Markov head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdraft.batch import StepWeights, TargetHead
+from fastdraft.model import dflash
+from fastdraft.model.dflash.config import init_config
+from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.loss import default_gamma
+from fastdraft.model.dflash.parity import run_blocks
+from fastdraft.model.dflash.ref import BlockReferenceEngine
+from fastdraft.model.dflash.serving import load_draft, verify
+from fastdraft.model.dspark.config import ARCHITECTURE, DSparkConfig
+from fastdraft.model.dspark.draft import DSparkDraft
+from fastdraft.model.dspark.head import DSparkHead
+from fastdraft.model.dspark.loss import DSparkLoss
+from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
+from fastdraft.model.dspark.propose import BatchMarkovDrafter, MarkovDrafter
+from fastdraft.model.dspark.ref import dspark_losses_ref
+from fastdraft.model.dspark.serving import DSPARK
+from fastdraft.model.method import Readings
+
+if TYPE_CHECKING:
+    from fastdraft.config import Config
+
+
+def dspark_loss(config: Config, shape: DSparkConfig) -> DSparkLoss:
+    b = config.block
+    gamma = default_gamma(shape.block_size) if b.gamma is None else b.gamma
+    return DSparkLoss(gamma, b.ce_weight, b.l1_weight, b.confidence_weight)
+
+
+def step_weights(config: Config, shape: DSparkConfig) -> StepWeights:
+    weights = torch.tensor(dspark_loss(config, shape).weights(shape.num_drafted), dtype=torch.float64)
+    return StepWeights(weights, weights, torch.ones_like(weights))
+
+
+def build_step(
+    config: Config, draft: DSparkDraft, head: TargetHead, device: torch.device, *_axes: object
+) -> BlockEngine | BlockReferenceEngine:
+    return dflash.make_block_step(config, draft, head, dspark_loss(config, draft.config), dspark_losses_ref, DSparkHead)
+
+
+def check_config(config: Config) -> None:
+    """Raises ValueError for settings that a DSpark draft does not read, or cannot have."""
+    dflash.check_config(config, DSparkConfig.title)
+    if config.block.ce_weight == config.block.l1_weight == 0:
+        raise ValueError("block.ce_weight and block.l1_weight are both 0, so nothing says what to draft; give one of them")
+
+
+# What is not named here is DFlash's: anchors, start, cost, the way to export.
+METHOD = dflash.METHOD._replace(
+    shape=DSparkConfig,
+    draft=DSparkDraft,
+    architecture=ARCHITECTURE,
+    build_step=build_step,
+    drafter=MarkovDrafter,
+    batch_drafter=BatchMarkovDrafter,
+    load=partial(load_draft, written=DSPARK),
+    verify=partial(verify, written=DSPARK),
+    init_config=partial(init_config, shape=DSparkConfig),
+    step_weights=step_weights,
+    check_config=check_config,
+    engine_names={"vllm": "dspark", "sglang": "DSPARK"},
+    readings=Readings(dspark_readings, read_dspark_as, run_blocks),
+    cost_options=lambda config: {"anchors": config.block.anchors, "needs_teacher": True},
+)

@@ -1,0 +1,63 @@
+"""Drafting with DSpark: the block's states at once, then token after token through the Markov head.
+
+Slot k draws x_{n+1+k} from softmax(head(h_k) + W2 W1[token of slot k - 1]); before slot 0 stands the root. A sampled
+token's distribution is the one that it was drawn from, given the drafted tokens before it, so speculative sampling down the
+chain leaves the target's distribution as it is.
+
+# S sequences, m drafted tokens, H hidden, V vocabulary
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter
+from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
+
+
+class MarkovDrafter(BlockDrafter):
+    def draw(
+        self,
+        states: Tensor,  # [m, H] of the slots that draft
+        root: Tensor,  # [1] int64
+        settings: DecodeSettings,
+        generator: torch.Generator,
+    ) -> Proposal:
+        tokens, drawn_from, previous = [], [], root
+        samples = settings.temperature > 0 and settings.sample_draft
+        for state in states.split(1):
+            logits = self.draft.logits(state, previous, self.head)  # [1, V]
+            if samples:
+                drawn_from.append(probabilities(logits, settings))
+                previous = draw(drawn_from[-1], generator)
+            else:
+                previous = logits.argmax(-1)
+            tokens.append(previous)
+        return Proposal(torch.cat(tokens), list(range(len(states))), torch.cat(drawn_from) if samples else None)
+
+
+class BatchMarkovDrafter(BatchBlockDrafter):
+    """`MarkovDrafter` of S sequences."""
+
+    def draw(
+        self,
+        states: Tensor,  # [S, m, H] of the slots that draft
+        roots: Tensor,  # [S] int64
+        depths: list[int],
+        settings: DecodeSettings,
+        generators: list[torch.Generator],
+    ) -> Proposals:
+        tokens, drawn_from, previous = [], [], roots
+        samples = settings.temperature > 0 and settings.sample_draft
+        for slot, state in enumerate(states.unbind(1)):
+            logits = self.draft.logits(state, previous, self.head)  # [S, V]
+            if samples:
+                drawn_from.append(probabilities(logits, settings))
+                counts = [int(slot < depth) for depth in depths]
+                previous = draw_each(drawn_from[-1][:, None], generators, counts)[:, 0]
+            else:
+                previous = logits.argmax(-1)
+            tokens.append(previous)
+        parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
+        return Proposals(torch.stack(tokens, 1), parents, depths, torch.stack(drawn_from, 1) if samples else None)
