@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    help="Train draft models for speculative decoding (EAGLE-3, DFlash) that SGLang and vLLM load unmodified.",
+    help="Train draft models for speculative decoding (EAGLE-3, DFlash, DSpark) that SGLang and vLLM load unmodified.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -98,7 +98,9 @@ def train(
 def init(
     target: Annotated[str, typer.Argument(help="Target: a local directory with its config.json.")],
     out: Annotated[Path | None, typer.Argument(help="File to write; standard output when left out.")] = None,
-    method: Annotated[str, typer.Option(help="The draft's method, draft.method of a config: eagle3 or dflash.")] = "eagle3",
+    method: Annotated[
+        str, typer.Option(help="The draft's method, draft.method of a config: eagle3, dflash or dspark.")
+    ] = "eagle3",
 ) -> None:
     """Write a draft config derived from a target, to edit and name as draft.config."""
     from fastdraft.model.methods import named_method
@@ -357,7 +359,9 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
     num_steps: Annotated[
         int | None,
-        typer.Option(help="Draft steps, as SGLang's speculative_num_steps; 3, or a DFlash draft's whole block."),
+        typer.Option(
+            help="Draft steps, as SGLang's speculative_num_steps; 3, or the whole block of a draft that has blocks."
+        ),
     ] = None,
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
@@ -479,7 +483,7 @@ def check(
     max_prompts: Annotated[int, typer.Option(min=1, help="Of them, at most this many.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 64,
     num_steps: Annotated[
-        int | None, typer.Option(min=1, help="Tokens drafted at a time; 3, or a whole block of a DFlash draft.")
+        int | None, typer.Option(min=1, help="Tokens drafted at a time; 3, or the whole block of a draft that has blocks.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="What the engine runs in; the target's own dtype if left out.")] = None,
     engine_python: Annotated[Path | None, typer.Option(help="The Python that has the engine; else this one.")] = None,

@@ -101,11 +101,46 @@ class OptimConfig(Section):
     lr: float = Field(1e-4, gt=0)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     warmup_ratio: float = Field(0.015, ge=0, le=1)  # share of all steps
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: the rate stays until it falls over the last wsd_decay of all steps
+    wsd_decay: float | None = Field(None, gt=0, le=1)  # of wsd alone; None: 0.2 of all steps
+    optimizer: Literal["adamw", "muon"] = (
+        "adamw"  # muon: for matrices; embeddings, heads and norms are AdamW's all the same
+    )
+    muon_lr: float | None = Field(None, gt=0)  # of muon alone, as what follows; None: lr. Both follow the schedule
+    muon_momentum: float | None = Field(None, ge=0, lt=1)  # None: 0.95
+    muon_weights: list[str] | None = None  # names, * stands for anything; None: all matrices but embeddings and heads
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(0.5, gt=0)  # global gradient norm after the division by N
     packs_per_step: int = Field(8, gt=0)  # the global batch, in packs of data.pack_tokens, over all GPUs; at most an epoch
+
+    @model_validator(mode="after")
+    def _settings_are_of_what_is_used(self) -> OptimConfig:
+        if self.wsd_decay is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"wsd_decay {self.wsd_decay} is of schedule: wsd, and schedule is {self.schedule}, which falls from "
+                "the warm-up on; set schedule=wsd, or take it out"
+            )
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_ratio {self.warmup_ratio} and wsd_decay {self.decay_share} are more than all steps together; "
+                "lower one of them"
+            )
+        given = [name for name in ("muon_lr", "muon_momentum", "muon_weights") if getattr(self, name) is not None]
+        if given and self.optimizer != "muon":
+            raise ValueError(
+                f"{given[0]} is of optimizer: muon, and optimizer is {self.optimizer}; set optimizer=muon, or take it out"
+            )
+        return self
+
+    @property
+    def decay_share(self) -> float:
+        return 0.2 if self.wsd_decay is None else self.wsd_decay
+
+    @property
+    def momentum(self) -> float:
+        return 0.95 if self.muon_momentum is None else self.muon_momentum
 
 
 class CheckpointConfig(Section):

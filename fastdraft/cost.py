@@ -2,7 +2,8 @@
 
 What a draft step itself takes is its method's to say (`model/eagle3/cost.py`).
 
-On the CPU a run's peak may lie outside the step. AdamW there is plain PyTorch with two temporaries as long as the weights;
+On the CPU a run's peak may lie outside the step. AdamW there is plain PyTorch with two temporaries as long as the weights
+(Muon's are of one matrix at a time, and its norm is taken in float64);
 and to write a checkpoint, safetensors first copies all of its tensors and then lays the file out in memory. What of it goes
 beyond a step's short-lived tensors is counted. With a GPU those copies are the host's, whose memory is not predicted.
 
@@ -88,6 +89,7 @@ def plan(
     cache_bytes: int = 0,  # of disk that a cache of features may fill
     options: dict[str, Any] | None = None,  # more that the method's `step_cost` reads
     replicas: int = 1,  # processes that divide masters and moments among themselves (dist/shard.py)
+    muon_bytes: int = 0,  # `optim.muon_bytes`
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows. ValueError for fp8 on a CPU, where no run is."""
     if precision == "fp8" and device == "cpu":
@@ -117,7 +119,9 @@ def plan(
     if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
         checkpoint += frozen * b
     share = -(-trainable // replicas)
-    between = _between_steps(share, -(-checkpoint // replicas), draft_step) if device == "cpu" else ()
+    between: tuple[Row, ...] = (Row("Muon's directions and temporaries", muon_bytes),) if muon_bytes else ()
+    if device == "cpu":
+        between = _between_steps(max(8 * share, muon_bytes), -(-checkpoint // replicas), draft_step)
     shares_masters = replicas > 1
     weights = trainable + frozen if b < 4 or shares_masters else frozen  # alone, fp32 masters are the weights
     # What a process sends and gets is its slice of the gradient and, where they are no masters, of the weights.
@@ -153,13 +157,13 @@ def plan(
     return Plan(trainable, frozen, target_params, memory, disk, flops)
 
 
-def _between_steps(trainable: int, checkpoint: int, step: tuple[Row, ...]) -> tuple[Row, ...]:
+def _between_steps(update: int, checkpoint: int, step: tuple[Row, ...]) -> tuple[Row, ...]:
     """What a run on the CPU needs between two steps, beyond what a step had and no longer has."""
     short_lived = sum(row.size for row in step if row.short_lived)
-    update = max(0, 8 * trainable - short_lived)
+    update = max(0, update - short_lived)
     writing = max(0, 2 * checkpoint - short_lived - update)
     return (
-        Row("AdamW's temporaries, beyond a step's", update),
+        Row("the optimizer's temporaries, beyond a step's", update),
         Row("copies while a checkpoint is written, beyond those", writing),
     )
 

@@ -7,6 +7,7 @@ from tiny import LLAMA_8B
 
 from fastdraft.config import load_config
 from fastdraft.model.dflash.config import DFlashConfig
+from fastdraft.model.dspark.config import DSparkConfig
 from fastdraft.model.eagle3.config import DraftConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -152,5 +153,25 @@ def test_dflash_examples_train_alike():
     seen = [
         load_config(path).model_dump(include={"block", "optim", "epochs", "checkpoint", "eval"})
         for path in sorted((EXAMPLES / "dflash").glob("*.yaml"))
+    ]
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("name, target, mask", [("qwen3-8b", QWEN3_8B, 151669), ("llama-3.1-8b", LLAMA_8B, 128002)])
+def test_dspark_draft_of_example(name: str, target: dict, mask: int):
+    """DFlash's five layers, blocks of seven, and the two heads."""
+    config = load_config(EXAMPLES / "dspark" / f"{name}.yaml")
+    draft = DSparkConfig.from_target(target, **{"mask_token_id": mask} | config.draft.overrides)
+    assert (draft.block_size, draft.num_drafted, draft.markov_rank, draft.mask_token_id) == (7, 7, 256, mask)
+    plain = DFlashConfig.from_target(target, mask_token_id=mask)
+    heads = 2 * target["vocab_size"] * 256 + 4096 + 256 + 1
+    assert draft.num_parameters()["trainable"] == plain.num_parameters()["trainable"] + heads
+    assert config.draft.method == "dspark" and config.run_dir == f"runs/{name}-dspark"
+
+
+def test_dspark_examples_train_alike():
+    seen = [
+        load_config(path).model_dump(include={"block", "optim", "epochs", "checkpoint", "eval"})
+        for path in sorted((EXAMPLES / "dspark").glob("*.yaml"))
     ]
     assert len(seen) == 2 and seen[0] == seen[1]

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from meta_step import LiveBytes
 from torch import nn
 
 from fastdraft.config import OptimConfig
-from fastdraft.optim import FlatAdamW
+from fastdraft.optim import FlatAdamW, matrices, muon_bytes, orthogonalized
 
 SHAPES = {"matrix": (4, 3), "norm": (5,), "head": (2, 6)}
 
@@ -167,3 +168,190 @@ def test_state_of_another_draft_is_refused():
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
         FlatAdamW({}, OptimConfig(), 10, torch.float32)
+
+
+# --- schedules -----------------------------------------------------------------------------------------------------------
+
+
+def test_wsd_warms_up_stays_and_falls():
+    config = OptimConfig(lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25, schedule="wsd", wsd_decay=0.4)
+    optimizer = FlatAdamW(make_parameters(), config, 20, torch.float32)
+    lrs = [optimizer.lr(step) for step in range(20)]
+    assert lrs[:4] == [0.5, 1.0, 1.5, 2.0] and lrs[4:12] == [2.0] * 8
+    assert lrs[12:] == pytest.approx([2 * (0.25 + 0.75 * (1 - math.sqrt(k / 9))) for k in range(1, 9)])
+    assert optimizer.lr(20) == 0.5 == optimizer.lr(1000)
+    by_default = FlatAdamW(make_parameters(), OptimConfig(lr=1.0, schedule="wsd"), 100, torch.float32)
+    assert by_default.lr(79) == 1.0 > by_default.lr(80) and by_default.lr(100) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"wsd_decay": 0.1}, "wsd_decay 0.1 is of schedule: wsd, and schedule is cosine"),
+        ({"schedule": "wsd", "warmup_ratio": 0.9}, "warmup_ratio 0.9 and wsd_decay 0.2 are more than all steps"),
+        ({"muon_lr": 0.1}, "muon_lr is of optimizer: muon, and optimizer is adamw; set optimizer=muon, or take it out"),
+        ({"muon_weights": ["fc.weight"]}, "muon_weights is of optimizer: muon"),
+        ({"optimizer": "muon", "muon_momentum": 1.0}, "less than 1"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        OptimConfig(**changes)
+
+
+# --- Muon ----------------------------------------------------------------------------------------------------------------
+
+MUON = OptimConfig(lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1, optimizer="muon", muon_lr=0.02)
+
+
+def of_several(seed: int = 0) -> dict[str, nn.Parameter]:
+    """Matrices wide, tall and square; norms before, between and behind them; a head, which is AdamW's."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"norm": (5,), "wide": (4, 9), "tall": (11, 3), "n": (2,), "square": (6, 6), "lm_head": (7, 4), "last": (3,)}
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for name, shape in shapes.items()
+    }
+
+
+def of_step(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    size = (5.0, 0.01)[step % 2]  # clipped by turns
+    return {n: size * torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in of_several().items()}
+
+
+def test_muon_by_its_formula_and_adamw_for_the_rest():
+    """In float64, against the formula written out matrix by matrix, and torch.optim.AdamW, beside one clipping of both."""
+    ours, theirs = of_several(), of_several()
+    flat = FlatAdamW(ours, MUON, 10, torch.float64)
+    names = ("wide", "tall", "square")
+    rest = {name: p for name, p in theirs.items() if name not in names}
+    groups = [
+        {"params": [p for p in rest.values() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in rest.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    torchs = torch.optim.AdamW(groups, lr=1.0, betas=MUON.betas, eps=MUON.eps)
+    moments = {name: torch.zeros_like(theirs[name].data) for name in names}
+    for step in range(10):
+        grads = of_step(step)
+        add_grads(flat, grads)
+        norm = flat.step(torch.tensor(4.0, dtype=torch.float64))
+        for name, p in theirs.items():
+            p.grad = grads[name] / 4
+        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), 0.7)
+        lr = flat.lr(step)
+        for group in torchs.param_groups:
+            group["lr"] = lr
+        torchs.step()
+        torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+        for name in names:
+            p, m = theirs[name], moments[name]
+            m += 0.05 * (p.grad - m)
+            x = 0.05 * p.grad + 0.95 * m
+            x = x / x.norm()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            rate = lr * 0.02 / 0.05
+            p.data -= rate * (0.2 * max(p.shape) ** 0.5 * x + 0.1 * p.data)
+        for name in theirs:
+            torch.testing.assert_close(ours[name].data, theirs[name].data, rtol=1e-6, atol=1e-9)
+    assert not flat.v[5 : 5 + 36].any() and not flat.grad.any()  # `kernels/adamw.py` alone has a v
+
+
+def test_orthogonalized_brings_singular_values_near_one():
+    for shape in ((40, 40), (20, 70), (70, 20)):
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        found = orthogonalized(1e-3 * x)
+        law = torch.linalg.svdvals(found)
+        assert law.min() > 0.3 and law.max() < 1.3
+        torch.testing.assert_close(u.T @ found @ vh.T, torch.diag(torch.diagonal(u.T @ found @ vh.T)), rtol=0, atol=1e-9)
+    assert not orthogonalized(torch.zeros(3, 5)).any()
+
+
+def test_torchs_muon_takes_the_same_steps():
+    """It iterates in bf16, as we do for bf16 weights: equal up to that rounding, which five iterations enlarge."""
+    config = OptimConfig(lr=0.02, weight_decay=0.1, clip=1e9, warmup_ratio=0.0, schedule="wsd", optimizer="muon")
+    mine, theirs = ({"w": nn.Parameter(torch.randn(24, 40, generator=torch.Generator().manual_seed(2)))} for _ in range(2))
+    flat = FlatAdamW(mine, config, 1000, torch.bfloat16)
+    torchs = torch.optim.Muon(theirs.values(), lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    before = flat.master.clone()
+    for step in range(8):
+        grad = torch.randn(24, 40, generator=torch.Generator().manual_seed(50 + step))
+        flat.grads["w"] += grad
+        theirs["w"].grad = grad
+        flat.step(torch.tensor(1.0, dtype=torch.float64))
+        torchs.step()
+    moved, error = (theirs["w"].data.flatten() - before).norm(), (theirs["w"].data.flatten() - flat.master).norm()
+    assert error < 0.01 * moved
+
+
+def test_a_step_of_muon_without_live_rows_changes_nothing():
+    flat = FlatAdamW(of_several(), MUON, 10, torch.float64)
+    before = {name: x.clone() for name, x in flat.state_dict().items()}
+    norm = flat.step(torch.tensor(0.0, dtype=torch.float64))
+    assert float(norm) == 0 and flat.step_count == 1
+    assert all(torch.equal(flat.state_dict()[name], x) for name, x in before.items() if name != "step_count")
+
+
+def test_muon_goes_on_bit_for_bit():
+    def steps(flat, numbers):
+        for k in numbers:
+            for name, grad in of_step(k).items():
+                flat.grads[name] += grad.float()
+            flat.step(torch.tensor(3.0, dtype=torch.float64))
+
+    whole, first, second = (FlatAdamW(of_several(seed), MUON, 10, torch.bfloat16) for seed in (0, 0, 5))
+    steps(whole, range(8))
+    steps(first, range(5))
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    steps(second, range(5, 8))
+    for ours, theirs in zip(second.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(second.weights, second.master.bfloat16())
+
+
+def test_what_muon_steps_is_named_or_chosen():
+    shapes = {name: p.shape for name, p in of_several().items()}
+    assert [m.name for m in matrices(shapes, MUON)] == ["wide", "tall", "square"]
+    chosen = MUON.model_copy(update={"muon_weights": ["*a*e", "lm_head"]})
+    assert [(m.name, m.start) for m in matrices(shapes, chosen)] == [("square", 76), ("lm_head", 112)]
+    for patterns, said in (
+        (
+            ["wide", "norm"],
+            r"names norm, which is \[5\]: Muon orthogonalises matrices, and this is none; leave it to AdamW",
+        ),
+        (["wide", "fc.*"], r"names 'fc\.\*', and no trained weight has that name; there are norm, wide, tall"),
+        ([], "no weight is left to it"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FlatAdamW(of_several(), MUON.model_copy(update={"muon_weights": patterns}), 10, torch.float64)
+
+
+def test_the_memory_of_a_step_of_muon_is_predicted():
+    """By PyTorch's own count of what is allocated while a step runs, in fp32 and bf16, wide, tall and square."""
+    config = MUON.model_copy(update={"weight_decay": 0.0})
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((64, 256), (256, 64), (128, 128)):
+            flat = FlatAdamW({"w": nn.Parameter(torch.randn(shape))}, config, 10, dtype)
+            weights = None if flat.weights is flat.master else flat.weights
+            args = flat.grad, flat.master, flat.m, weights, torch.ones(()), torch.ones(())
+            with LiveBytes([x for x in args if x is not None], device="cpu") as live:
+                flat.muon.step_(*args, 0.1)
+            predicted = muon_bytes(matrices({"w": shape}, config), dtype.itemsize, math.prod(shape))
+            assert predicted * 0.6 <= live.peak <= predicted * 1.01, (dtype, shape, live.peak / predicted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_muon_on_the_gpu_does_what_the_cpu_does():
+    mine = {name: nn.Parameter(p.data.float().cuda()) for name, p in of_several().items()}
+    cpu = FlatAdamW({n: nn.Parameter(p.data.float()) for n, p in of_several().items()}, MUON, 10, torch.float32)
+    gpu = FlatAdamW(mine, MUON, 10, torch.float32)
+    for step, live in enumerate((0.0, 3.0, 5.0, 0.0, 2.0)):
+        grads = of_step(step) if live else {}
+        add_grads(cpu, {name: grad.float() for name, grad in grads.items()})
+        add_grads(gpu, {name: grad.float().cuda() for name, grad in grads.items()})
+        live = torch.tensor(live, dtype=torch.float64)
+        torch.testing.assert_close(gpu.step(live.cuda()).cpu(), cpu.step(live))
+    for ours, theirs in zip(gpu.state_dict().values(), cpu.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)

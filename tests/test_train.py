@@ -188,6 +188,7 @@ NARROW = {"draft.overrides": {"draft_vocab_size": 64, "hidden_size": 16, "num_at
         ((3, 2), signal.SIGINT, NARROW),
         ((2, 3), signal.SIGTERM, STREAM),
         ((4,), signal.SIGTERM, {"sampled_depth": 0.6}),
+        ((3,), signal.SIGTERM, {"optim.optimizer": "muon", "optim.schedule": "wsd", "precision": "bf16"}),
         ((5,), signal.SIGTERM, {"metrics.log_every": 4, "checkpoint.every": 5, "eval.every": 100}),
     ],
 )
@@ -349,6 +350,8 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
         ({"target.path": str(other)}, "was trained for another target"),
         ({"optim.lr": 1e-3}, r"other settings.*Changed: optim.lr: 0.01 -> 0.001$"),
         ({"sampled_depth": 0.8}, r"Changed: sampled_depth: 1.0 -> 0.8$"),
+        ({"optim.optimizer": "muon"}, r"Changed: optim.optimizer: adamw -> muon$"),
+        ({"optim.schedule": "wsd"}, r"Changed: optim.schedule: cosine -> wsd$"),
         ({"max_steps": 9, "seed": 4}, r"Changed: max_steps: 6 -> 9; seed: 0 -> 4$"),
         ({"draft.overrides": {"draft_vocab_size": 80}}, r"draft's shape.draft_vocab_size: 64 -> 80"),
         ({"draft.config": str(draft)}, r"draft's shape.intermediate_size: 48 -> 40"),

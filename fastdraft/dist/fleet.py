@@ -147,6 +147,7 @@ def fleet_plan(
     sums: int,  # [M, H] sums over the tensor axis that a token's chain takes forward and backward
     target_bytes: int,  # of a number
     draft_bytes: int,
+    muon_bytes: Callable[[int], int] | None = None,  # `optim.muon_bytes` of a number of replicas; None: AdamW alone
 ) -> FleetPlan:
     """What a layout needs. ValueError naming the setting where it does not divide what it is to divide."""
     refuse_uneven(layout, draft, packs_per_step)
@@ -155,11 +156,13 @@ def fleet_plan(
             f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because "
             + target.apart
         )
+    if muon_bytes is not None and layout.tensor > 1:
+        raise ValueError(f"dist.tensor={layout.tensor}: Muon orthogonalises whole matrices; set optim.optimizer=adamw")
     s, t, h = layout.sequence, layout.tensor, layout.holders
     count = draft.num_parameters()
     trainable = count["trainable"] / t
     replicas = layout.world // t
-    own_tokens = -(-pack_tokens // s)
+    own_tokens = pack_tokens if s == 1 else 2 * -(-pack_tokens // (2 * s))  # two slices, of which the last are filled up
     packs = packs_per_step / layout.data  # of one process
     length = min(document_tokens, pack_tokens)
 
@@ -178,6 +181,7 @@ def fleet_plan(
         Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + count["embedding"] * draft_bytes),
         Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
         Row("fp32 gradient", int(4 * trainable)),
+        Row("Muon's directions and temporaries", muon_bytes(replicas) if muon_bytes else 0),
         Row("features g and f", 4 * target.hidden_size * own_tokens * target_bytes),
         Row("keys and values of the others' tokens, and gradients", gathered_kv),
         *step,
@@ -198,6 +202,7 @@ def fleet_plan(
     for name, num_bytes, span in (
         ("gradient summed", 4 * trainable * _others(replicas), layout.world),
         ("draft's weights gathered", draft_bytes * trainable * _others(replicas), layout.world),
+        ("Muon's directions gathered", draft_bytes * trainable * _others(replicas) if muon_bytes else 0, layout.world),
         ("target's keys and values gathered", pack_kv, s * t),
         ("draft's keys, values and their gradients", draft_kv, s * t),
         ("sums over the tensor axis", chain_sums, t),

@@ -14,6 +14,9 @@ its own: to scale the gradient by c is to divide it by N / c rows instead of N.
 Where processes share the draft's weights, all of this is done by the replicas of each part. Only the norm is that of all
 parts, in which a weight that every process has whole counts once; a checkpoint holds whole weights, which rank 0 writes.
 Bytes on the wire, a process: 4 P (n - 1) / n out, and b P (n - 1) / n back for weights of b bytes.
+Muon (`optim.py`) orthogonalises whole matrices, of which a slice may have a part: the directions are gathered, which is
+b P (n - 1) / n more, and each process orthogonalises the matrices that its slice is of. A part of the draft's weights, as
+processes that share them have it, is no whole matrix: `run/draft.py` `check_layout` refuses Muon there.
 Source: ZeRO (arXiv 1910.02054), stage 1.
 """
 
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 from fastdraft.config import OptimConfig
 from fastdraft.dist.mesh import Axis
 from fastdraft.dist.tensor import Parts
-from fastdraft.optim import FlatAdamW
+from fastdraft.optim import FlatAdamW, Muon, matrices
 
 FLAT = ("master", "m", "v")  # of the optimizer's state: a number of each weight
 
@@ -54,6 +57,7 @@ class SharedAdamW:
         self._sums: Tensor | None = None  # of the step that is under way
         # `_update` clips, by the norm over all slices and parts; a slice's own must not.
         unclipped = config.model_copy(update={"clip": math.inf})
+        assert parts is None or config.optimizer == "adamw"
         self.uncut = [] if parts is None else parts.uncut  # elements of the own slice that other parts have, too
         if replicas.size == 1:
             self.own = FlatAdamW(parameters, config if parts is None else unclipped, total_steps, dtype)
@@ -82,8 +86,12 @@ class SharedAdamW:
             start = end
         inside = ((max(lo, mine[0]) - mine[0], min(hi, mine[1]) - mine[0]) for lo, hi in self.uncut)
         self.uncut = [(lo, hi) for lo, hi in inside if lo < hi]
-        self.own = FlatAdamW({"slice": nn.Parameter(master)}, unclipped, total_steps, dtype)
-        self.own.not_decayed = torch.tensor(norms, dtype=torch.int64, device=first.device).view(-1, 2)
+        muon = None
+        if config.optimizer == "muon":
+            self.directions = torch.empty(replicas.size * size, dtype=dtype, device=first.device)
+            shapes = {name: p.shape for name, p in parameters.items()}
+            muon = Muon(matrices(shapes, config), mine, config, dtype, self._gather_directions)
+        self.own = FlatAdamW({"slice": nn.Parameter(master)}, unclipped, total_steps, dtype, norms, muon)
         self.stream = torch.cuda.Stream(first.device) if first.is_cuda else None
         self._clocks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._share_weights()
@@ -144,6 +152,10 @@ class SharedAdamW:
         scale = (self.config.clip / norm.clamp_min(1e-30)).clamp_max(1.0)
         self.own.step(num_live / scale)
         self._share_weights()
+
+    def _gather_directions(self, own: Tensor) -> Tensor:  # [n * size]
+        self.replicas.gather_into(self.directions, own)
+        return self.directions
 
     def _share_weights(self) -> None:
         if self.replicas.size > 1:

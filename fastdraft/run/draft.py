@@ -16,6 +16,7 @@ from fastdraft.dist import mesh
 from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.target_config import language_config
+from fastdraft.optim import Matrix, matrices
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 
 
@@ -84,7 +85,21 @@ def check_layout(config: Config, shape: BaseModel) -> None:
             f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
             "can, and those that share a step need the same ones; set features.on_bad_shard=error"
         )
+    if config.dist.tensor > 1 and config.optim.optimizer == "muon":
+        raise ValueError(
+            f"dist.tensor={config.dist.tensor}: Muon orthogonalises whole matrices, of which each process would have a "
+            "part; set dist.tensor=1, or optim.optimizer=adamw"
+        )
     method.check_cut(shape, config.dist.tensor)
+
+
+def muon_matrices(config: Config, shape: BaseModel) -> list[Matrix]:
+    """The weights of a draft of this shape that Muon steps; none with AdamW. ValueError as `optim.matrices`."""
+    if config.optim.optimizer != "muon":
+        return []
+    with torch.device("meta"):
+        draft = method_of(shape).draft(shape)
+    return matrices({name: p.shape for name, p in draft.trainable().items()}, config.optim)
 
 
 def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:

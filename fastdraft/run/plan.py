@@ -21,7 +21,8 @@ from fastdraft.model.method import Row
 from fastdraft.model.methods import named_method
 from fastdraft.model.precision import DTYPES, bf16_is_slow, pick_dtype
 from fastdraft.model.target_config import language_config, longest_context, named_dtype
-from fastdraft.run.draft import check_layout, draft_shape
+from fastdraft.optim import muon_bytes
+from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, target_sizes
 
@@ -66,14 +67,16 @@ def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
     check_target(config)
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    shape, replicas = draft_shape(config), max(1, mesh.world() // config.dist.tensor)
+    precision: Any = "fp8" if config.precision == "fp8" else pick_dtype(config.precision, device)
     widened = (reads_store(config) or asks_servers(config)) and bf16_is_slow(device)
     return plan(
-        draft_shape(config),
+        shape,
         target_params=count_target_parameters(facts),
         target_dtype=torch.float32 if widened else target_dtype(config, device),
         pack_tokens=config.data.pack_tokens,
         ttt_length=config.ttt_length,
-        precision="fp8" if config.precision == "fp8" else pick_dtype(config.precision, device),
+        precision=precision,
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
         loss=config.loss.kind,
@@ -84,7 +87,13 @@ def predict(config: Config, device: torch.device) -> Plan:
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
         options=named_method(config.draft.method).cost_options(config),
-        replicas=max(1, mesh.world() // config.dist.tensor),
+        replicas=replicas,
+        muon_bytes=muon_bytes(
+            muon_matrices(config, shape),
+            4 if precision == "fp32" else 2,
+            shape.num_parameters()["trainable"],
+            replicas,
+        ),
     )
 
 
@@ -95,21 +104,30 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     target = target_sizes(load_target_config(config.target.path, config.target.trust_remote_code))
     precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
 
+    stepped = muon_matrices(config, shape)
+
     def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        return method.step_cost(
-            part,
-            pack_tokens=tokens,
-            document_tokens=min(config.data.max_length, tokens),
-            ttt_length=config.ttt_length,
-            precision=precision,
-            target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
-            loss=config.loss.kind,
-            step=config.step,
-            chunk_rows=config.chunk_rows,
-            device=device.type,
-            **({"tensor": tensor} if tensor > 1 else {}),
-            **method.cost_options(config),
-        )
+        def cost(tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+            return method.step_cost(
+                part,
+                pack_tokens=tokens,
+                document_tokens=min(config.data.max_length, tokens),
+                ttt_length=config.ttt_length,
+                precision=precision,
+                target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
+                loss=config.loss.kind,
+                step=config.step,
+                chunk_rows=config.chunk_rows,
+                device=device.type,
+                **({"tensor": tensor} if tensor > 1 else {}),
+                **method.cost_options(config),
+            )
+
+        # A process may have some of a pack's tokens only, and each of them sees as much as in the whole pack.
+        return cost(tokens)[0], cost(config.data.pack_tokens)[1]
+
+    def of_muon(replicas: int) -> int:
+        return muon_bytes(stepped, 4 if precision == "fp32" else 2, shape.num_parameters()["trainable"], replicas)
 
     return lambda layout: fleet.fleet_plan(
         layout,
@@ -121,6 +139,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
         document_tokens=config.data.max_length,
         run_tokens=RUN_TOKENS,
         packs_per_step=config.optim.packs_per_step,
+        muon_bytes=of_muon if stepped else None,
         sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
         target_bytes=4 if config.target.dtype == "fp32" else 2,
         draft_bytes=4 if precision == "fp32" else 2,

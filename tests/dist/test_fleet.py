@@ -147,6 +147,56 @@ def test_a_layout_that_does_not_divide_is_refused(tmp_path, layout, sentence):
         fleet_planner(make_config(tmp_path, facts), Hardware())(layout)
 
 
+MEASURED = Path(__file__).parents[2] / "bench/results/fleet.jsonl"
+LONG = {"max_position_embeddings": 1 << 20}
+# Of each part of bench/fleet.py: the target, its pack and packs, how n GPUs share it, and which time of a plan it measures.
+PARTS = {
+    "data": (LLAMA_8B, 4096, 16, {}, lambda p: p.step_s),
+    "sequence": (LLAMA_8B, 131072, 1, {"sequence": 1}, lambda p: p.draft_s + exposed(p, "draft's keys")),
+    "capture": (LLAMA_8B, 131072, 1, {"sequence": 1}, lambda p: p.target_s + exposed(p, "target's keys")),
+    "tensor": (LLAMA_8B, 8192, 1, {"tensor": 1}, lambda p: p.draft_s + exposed(p, "sums over")),
+    "target": (LLAMA_70B, 16384, 0, {"holders": 1}, lambda p: p.target_s + exposed(p, "target's layers")),
+}
+# What a prediction may be off: of one GPU's time, and of how often as fast several are. The sums over the tensor axis are
+# many and small, so that they reach less than a link's rate, and one GPU's part of the products is narrow.
+TIME, RATIO = 0.20, {"tensor": 0.10}
+
+
+def exposed(plan: fleet.FleetPlan, name: str) -> float:
+    return sum(c.exposed for c in plan.collectives if c.name.startswith(name))
+
+
+def predicted_seconds(folder: Path, part: str, gpus: int) -> float:
+    facts, tokens, packs, shared, seconds = PARTS[part]
+    data = {"paths": ["chats.jsonl"], "max_length": tokens, "pack_tokens": tokens}
+    config = make_config(folder, facts | LONG, data=data, optim={"packs_per_step": packs or gpus})
+    return seconds(fleet_planner(config, Hardware())(Layout(gpus, **{axis: gpus for axis in shared})))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_predictions_agree_with_what_was_measured(tmp_path, part):
+    """The newest row of each number of GPUs. One GPU ran 8 of the 70B's 80 layers, and its row is scaled to all."""
+    lines = (json.loads(line) for line in MEASURED.read_text().splitlines())
+    rows = {row["gpus"]: row for row in lines if row["op"] == "fleet" and row["part"] == part}
+    assert {1, 2} <= rows.keys()
+    for gpus, row in rows.items():
+        of_layers = 10 if part == "target" and gpus == 1 else 1
+        predicted = predicted_seconds(tmp_path, part, gpus)
+        assert predicted == pytest.approx(of_layers * row["seconds"], rel=TIME + (0.02 if gpus > 1 else 0)), gpus
+        if gpus > 1:
+            share = 1 if part == "target" else gpus
+            ratio = row["ratio_to_one"] / share
+            efficiency = predicted_seconds(tmp_path, part, 1) / predicted / share
+            assert efficiency == pytest.approx(ratio, abs=RATIO.get(part, 0.04)), gpus
+
+
+def test_a_document_that_processes_share_takes_no_less_work(tmp_path):
+    data = {"paths": ["chats.jsonl"], "max_length": 131072, "pack_tokens": 131072}
+    config = make_config(tmp_path, LLAMA_8B | LONG, data=data, optim={"packs_per_step": 1})
+    alone, shared = (fleet_planner(config, Hardware())(layout) for layout in (Layout(1), Layout(4, sequence=4)))
+    assert shared.draft_s == pytest.approx(alone.draft_s / 4) and shared.target_s == pytest.approx(alone.target_s / 4)
+
+
 def test_who_may_hold_a_target():
     assert [list(fleet.holder_choices(*x)) for x in ((32, 8), (4, 8), (12, 8), (1, 8), (24, 8))] == [
         [8, 16, 32],

@@ -105,6 +105,7 @@ def command(*arguments: str) -> None:
             "dist.tensor=4 does not divide the draft's num_key_value_heads 2; set dist.tensor to 1 or 2, or",
         ),
         ({"dist.sequence": 2, "step": "reference"}, "dist.sequence=2: step=reference runs in one process; set step=fused"),
+        ({"dist.tensor": 2, "optim.optimizer": "muon"}, "set dist.tensor=1, or optim.optimizer=adamw"),
         (
             {"dist.tensor": 2, "features.path": "x", "features.mode": "cache", "features.max_gib": 1},
             "set features.mode=read",

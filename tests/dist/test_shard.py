@@ -31,6 +31,7 @@ from fastdraft.train import train
 
 SHAPES = {"norm": (7,), "matrix": (5, 3), "other norm": (9,), "head": (2, 11)}  # 53 weights, which no number divides
 CONFIG = OptimConfig(lr=0.05, weight_decay=0.3, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1)
+MUON = CONFIG.model_copy(update={"optimizer": "muon", "muon_weights": ["matrix", "head"]})  # each cut by some number
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
@@ -66,9 +67,9 @@ def shares(optimizer: SharedAdamW, step: int, mine: list[int]) -> Tensor:
     return norm
 
 
-def run_alone(steps: int) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
+def run_alone(steps: int, config: OptimConfig = CONFIG) -> tuple[dict[str, Tensor], list[float], dict[str, Tensor]]:
     own = parameters()
-    flat = FlatAdamW(own, CONFIG, 10, torch.float64)
+    flat = FlatAdamW(own, config, 10, torch.float64)
     norms = []
     for step in range(steps):
         for share in range(4):
@@ -78,11 +79,12 @@ def run_alone(steps: int) -> tuple[dict[str, Tensor], list[float], dict[str, Ten
     return {name: p.data.clone() for name, p in own.items()}, norms, flat.state_dict()
 
 
+@pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_together_make_the_step_of_one(world, tmp_path):
+def test_processes_together_make_the_step_of_one(world, config, tmp_path):
     """Masters, moments, weights, norms; then their checkpoint, read whole, and by another number of processes."""
-    assert by_ranks(world, _together, tmp_path) == [0] * world
-    _, _, state = run_alone(6)
+    assert by_ranks(world, _together, tmp_path, config) == [0] * world
+    _, _, state = run_alone(6, config)
     (path,) = list_checkpoints(tmp_path)
     assert len(list(path.glob("*.safetensors"))) == world  # each has written its own
     into = {name: torch.zeros_like(state[name]) for name in ("master", "m", "v", "updates", "step_count")}
@@ -90,30 +92,30 @@ def test_processes_together_make_the_step_of_one(world, tmp_path):
     for name, tensor in into.items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-12, atol=1e-13)
     other = 2 if world == 4 else 4
-    assert by_ranks(other, _read_back, tmp_path) == [0] * other
+    assert by_ranks(other, _read_back, tmp_path, config) == [0] * other
 
 
 def _mine() -> list[int]:
     return list(range(mesh.rank(), 4, mesh.world()))
 
 
-def _together(run_dir: Path) -> None:
+def _together(run_dir: Path, config: OptimConfig) -> None:
     mesh.start_process("cpu")
     mesh.lay_out()
     own = parameters()
-    optimizer = SharedAdamW(own, CONFIG, 10, torch.float64, mesh.axis("replicas"))
+    optimizer = SharedAdamW(own, config, 10, torch.float64, mesh.axis("replicas"))
     assert optimizer.own.master.numel() == -(-53 // mesh.world())
     assert optimizer.own.m.numel() == optimizer.own.v.numel() == optimizer.own.master.numel()
     norms = [float(shares(optimizer, step, _mine())) for step in range(6)]
-    weights, expected_norms, _ = run_alone(6)
+    weights, expected_norms, _ = run_alone(6, config)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-12, atol=0)
     for name, p in own.items():
         torch.testing.assert_close(p.data, weights[name], rtol=1e-12, atol=1e-13)
 
     # Under bf16 the weights are the masters of all, rounded; the masters themselves are of the parameters as they were.
     rounded = parameters()
-    shared = SharedAdamW(rounded, CONFIG, 10, torch.bfloat16, mesh.axis("replicas"))
-    flat = FlatAdamW(parameters(), CONFIG, 10, torch.bfloat16)
+    shared = SharedAdamW(rounded, config, 10, torch.bfloat16, mesh.axis("replicas"))
+    flat = FlatAdamW(parameters(), config, 10, torch.bfloat16)
     assert shared.weights.dtype == torch.bfloat16 and shared.own.master.dtype == torch.float32
     assert torch.equal(shared.weights[:53], flat.weights)
     assert torch.equal(shared.state_dict()["master"].full_tensor(), flat.master)
@@ -121,7 +123,8 @@ def _together(run_dir: Path) -> None:
     # --plan counts each buffer, in bf16 and in fp32.
     for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         draft = Draft(draft_shape())
-        shared = SharedAdamW(draft.trainable(), CONFIG, 10, dtype, mesh.axis("replicas"))
+        of_draft = config.model_copy(update={"muon_weights": None})
+        shared = SharedAdamW(draft.trainable(), of_draft, 10, dtype, mesh.axis("replicas"))
         own = shared.own
         buffers = {x.data_ptr(): x for x in (own.master, own.m, own.v, own.grad, own.weights, shared.grad, shared.weights)}
         planned = plan(
@@ -142,18 +145,18 @@ def _together(run_dir: Path) -> None:
     save_checkpoint(run_dir, tensors, {"step": 6}, keep=1)
 
 
-def _read_back(run_dir: Path) -> None:
+def _read_back(run_dir: Path, config: OptimConfig) -> None:
     mesh.start_process("cpu")
     mesh.lay_out()
     own = parameters()
-    optimizer = SharedAdamW(own, CONFIG, 10, torch.float64, mesh.axis("replicas"))
+    optimizer = SharedAdamW(own, config, 10, torch.float64, mesh.axis("replicas"))
     into = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
     assert load_tensors(read_state(list_checkpoints(run_dir)[0]), into, share=(mesh.rank(), mesh.world()))
     optimizer.load_state_dict(into)
     assert optimizer.own.step_count == 6
     for step in range(6, 9):
         shares(optimizer, step, _mine())
-    for name, expected in run_alone(9)[0].items():
+    for name, expected in run_alone(9, config)[0].items():
         torch.testing.assert_close(own[name].data, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -171,7 +174,14 @@ def _train_in_float64(config, stop_after: int | None = None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"data.streaming": True, "data.block_conversations": 5, "data.vocab_samples": 20}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data.streaming": True, "data.block_conversations": 5, "data.vocab_samples": 20},
+        {"sampled_depth": 0.6, "optim.optimizer": "muon", "optim.schedule": "wsd", "optim.lr": 2e-3},
+    ],
+)
 def test_any_number_of_processes_gives_the_same_curve_and_goes_on_with_any_others_checkpoint(
     make_config, tmp_path, changes
 ):
