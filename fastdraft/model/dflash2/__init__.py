@@ -52,5 +52,9 @@ METHOD = dflash.METHOD._replace(
     verify=partial(verify, written=DFLASH2),
     init_config=partial(init_config, shape=DFlash2Config),
     check_config=partial(dflash.check_config, title=DFlash2Config.title),
+    not_seen={
+        "vllm": "vLLM serves a DFlash2 draft with its second model runner only, and this check sees what the first drafts; "
+        "start vLLM yourself and use `fastdraft bench serve`"
+    },
     readings=Readings(selector_readings, read_selector_as, run_blocks),
 )
