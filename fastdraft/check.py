@@ -165,7 +165,8 @@ def environment() -> list[tuple[str, str]]:
         rows.append(("gpu", "none that PyTorch sees; everything runs on the CPU"))
     rows += [("Triton kernels", kernels()), ("CUDA kernels", cuda_kernels())]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows.append(("dtype auto on the CPU", f"{pick_dtype('auto', torch.device('cpu'))}: {speed(torch.device('cpu'))}"))
+    cpu = torch.device("cpu")
+    rows.append(("dtype auto on the CPU", f"{pick_dtype('auto', cpu)} on this machine, {speed(cpu)}"))
     return [*rows, ("training step", f"fused on {device}")]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -269,9 +270,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_config(tree: dict[str, Any], model: type[M]) -> M:
     """Validates a tree; every fault of the input becomes one line of a ValueError."""
     try:
-        return model.model_validate(tree)
+        parsed = model.model_validate(tree)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(fault, model) for fault in error.errors())) from error
+    if misread := list(_misread(tree, model)):
+        raise ValueError("\n".join(misread))
+    return parsed
 
 
 def without_removed(tree: dict[str, Any]) -> dict[str, Any]:
@@ -321,6 +325,19 @@ def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:
     given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}: {message}{given}" if where else message
+
+
+def _misread(tree: dict[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """A sentence for each value that pydantic takes and no user means: a truth value as a number, where `true` would be 1,
+    and an empty text, which as a path would be the current folder."""
+    for name, value in tree.items():
+        kind = model.model_fields[name].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _misread(value, kind, f"{prefix}{name}.") if isinstance(value, dict) else ()
+        elif isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            yield f"{prefix}{name}: Input should be a number (given: {value})"
+        elif value == "" or (isinstance(value, list) and "" in value):
+            yield f"{prefix}{name} is empty; give it a value or leave it out"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

@@ -293,7 +293,10 @@ def test_export_and_check(fastdraft, trained, target_dir, tmp_path):
     code, out, err = fastdraft("export", trained, out_dir)
     assert code == 0 and "torch.float32; verified for SGLang and vLLM" in out, err
     assert {p.name for p in out_dir.iterdir()} == {"config.json", "model.safetensors"}
-    assert "exists; choose another directory" in refusal(fastdraft("export", trained, out_dir))
+    with pytest.MonkeyPatch.context() as patch:  # said before a target is loaded, which can take minutes
+        patch.setattr(finished, "load_target", None)
+        refused = refusal(fastdraft("export", trained, out_dir))
+    assert "exists; choose another directory, or replace it with --overwrite" in refused
     assert fastdraft("export", trained, out_dir, "--overwrite", "--which", "1")[0] == 0
 
     code, out, _ = fastdraft("check", "--checkpoint", out_dir, "--target", target_dir)

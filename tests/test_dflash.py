@@ -144,6 +144,8 @@ REFUSED = {
     "loss.kind=lk_alpha": "the section loss is EAGLE-3's",
     "draft.vocab_map=x.pt": "a DFlash draft has the target's",
     "block.anchors=0": "block.anchors",
+    "block.dpace_alpha=0.3": "block.dpace_alpha is of block.loss dpace, and the loss is ce",
+    "block.lk_decay=2": "block.lk_decay is of block.loss lk_lambda, and the loss is ce",
     "block.anchor=7": "did you mean 'anchors'?",
 }
 
@@ -156,6 +158,8 @@ def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
 def test_a_section_of_another_method_is_refused(run_yaml, fastdraft):
     line = refusal(fastdraft("train", run_yaml, "draft={method: eagle3}", "block.anchors=3"))
     assert "the section block is for methods that draft blocks" in line
+    line = refusal(fastdraft("train", run_yaml, "draft={method: eagle3}", "block={}", "loss.lk_decay=3"))
+    assert "loss.lk_decay is of loss.kind lk_lambda, and the kind is kl" in line
 
 
 def test_shifted_labels_train_but_are_not_exported(run_yaml, runs, fastdraft, tmp_path):

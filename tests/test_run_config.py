@@ -92,6 +92,10 @@ def test_the_last_override_wins_and_empty_sections_are_filled(file):
         ("optim=3", r"optim: "),
         ("data.max_length=9999", r"max_length 9999 is more than pack_tokens 4096"),
         ("data.paths=[]", r"data.paths: .*at least 1"),
+        ("optim.lr=true", r"^optim.lr: Input should be a number \(given: True\)$"),
+        ("max_steps=yes", r"^max_steps: Input should be a number \(given: True\)$"),
+        ("run_dir=''", r"^run_dir is empty; give it a value or leave it out$"),
+        ("data.paths=['']", r"^data.paths is empty; give it"),
     ],
 )
 def test_a_bad_override_is_a_sentence(file, override, said):

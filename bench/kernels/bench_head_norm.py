@@ -24,7 +24,12 @@ SHAPES = [  # n, heads, D
 
 
 def bench_case(
-    n: int, heads: int, dim: int, rounds: int = 15, commit: str | None = None
+    n: int,
+    heads: int,
+    dim: int,
+    rounds: int = 15,
+    commit: str | None = None,
+    compare: bool = True,  # with compiled torch too
 ) -> dict[str, dict[str, list[float]]]:
     normal = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     z, dout = [normal(n, heads * dim) for _ in range(3)], [normal(n, heads, dim) for _ in range(3)]
@@ -68,6 +73,8 @@ def bench_case(
     }
     found = {}
     for name, providers in cases.items():
+        if not compare:
+            del providers["torch.compile"]
         found[name] = measure(providers, rounds)
         num_bytes = {"fwd": 2, "bwd": 3}[name] * 2 * n * heads * dim
         record(f"head_norm/{name}", {"n": n, "heads": heads, "D": dim}, "bf16", found[name], num_bytes, 0, commit)

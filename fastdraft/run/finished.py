@@ -221,8 +221,11 @@ def refuse_other_target(saved: checkpoint.Saved, fingerprint: str, config: Confi
 def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[str]:
     """Writes the run's draft in serving format in the target's dtype, verifies it, and says what was done.
 
-    The dtype is the one that the target's config.json names, whatever training ran the target in.
+    The dtype is the one that the target's config.json names, whatever training ran the target in. ValueError: `out` exists
+    and `overwrite` was not asked for, which is said before a target is loaded.
     """
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists; choose another directory, or replace it with --overwrite")
     saved, draft = read_draft(run_dir, which)
     if was_served(saved):
         config = saved_config(saved)

@@ -47,7 +47,16 @@ from fastdraft.model.target_config import (
     refuse_strange_dtype,
     silent_layers,
 )
-from fastdraft.target.packed import Documents, Recorded, in_pack_order, own_slices, packed, unpackable
+from fastdraft.target.packed import (
+    Documents,
+    Recorded,
+    cuts,
+    in_pack_order,
+    own_slices,
+    packed,
+    unpackable,
+    windows_of,
+)
 from fastdraft.target.sharded import Lockstep, load_sharded, local
 
 GRAPH_FLOPS = 2e13  # of a forward; from there on a GPU takes longer than the host does for its launches
@@ -60,6 +69,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 # Names under which config.json keeps how many experts a layer has, and how many of them a token goes through.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+LONGEST_TRIAL = 4096  # tokens of a window that is tried before the first step
 RUN_TOKENS = 16384  # of documents that run together: what the target's own activations take is bounded so
 
 
@@ -100,6 +110,7 @@ class Target:
         self.head = self._proven_head(heads, blocks)
         self.final_norm = _final_norm(self.decoder)
         self.num_parameters = sum(p.numel() for p in self.decoder.parameters())
+        self.windows: list[int | None] = []  # what layers said of theirs in the last forward that was shared
         self.recorded: dict[int, Recorded] | None = None  # by tokens; None: forwards are no CUDA graphs
         self.apart = unpackable(self.decoder.config) or self._try_packing()
         self.pool = GraphPool()
@@ -190,7 +201,9 @@ class Target:
         ids = F.pad(batch.input_ids.to(self.device), (0, 2 * axis.size * c - n))
         lengths = batch.lengths + ((len(ids) - n,) if len(ids) > n else ())
         own_ids = own_slices(ids, axis.rank, axis.size)
-        g, f = self._run_packed(own_ids, Documents.shared(lengths, axis, self.device))
+        documents = Documents.shared(lengths, axis, self.device)
+        g, f = self._run_packed(own_ids, documents)
+        self.windows = documents.windows
 
         # A halo is the first rows of slices that others own, so all exchange as many of each slice. What is asked for is
         # then taken out of the own rows, slice by slice, and those behind them.
@@ -267,24 +280,41 @@ class Target:
     def _refuse_unshared(self) -> None:
         """ValueError where rows that are computed by several processes would not be what one computes: where attention is
         not known, or tokens meet elsewhere (convolutions, recurrences), which a trial shows."""
-        name, why = type(self.model).__name__, self.apart
+        config = self.decoder.config
+        windows = windows_of(config)
+        cut = sorted({window for window in windows if window is not None})
+        windowed = cut or "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        why = unpackable(config, shared=True) if windowed else self.apart
         if why is None:
-            lengths = (9, 4, 14)
+            # The first document is longer than a window, if that is not too long for a trial.
+            lengths = (9 + (cut[0] if cut and cut[0] <= LONGEST_TRIAL else 0), 4, 14)
             ids = torch.arange(sum(lengths)) * 7 % self.vocab_size
+            batch = Batch(ids, torch.ones(len(ids), dtype=torch.bool), lengths)
             share = PackShare(len(ids), self.sequence.rank, self.sequence.size)
-            whole = self.forward_packed(ids.to(self.device), lengths)[1][share.rows.to(self.device)].float()
-            ours = self.capture_share(Batch(ids, torch.ones(len(ids), dtype=torch.bool), lengths), 0).f.float()
-            off = (ours - whole).norm(dim=-1) / whole.norm(dim=-1)
+            whole = self._capture_apart(batch).f if windowed else self.forward_packed(ids.to(self.device), lengths)[1]
+            whole = whole[share.rows.to(self.device)].float()
+            try:
+                ours = self.capture_share(batch, 0).f.float()
+            except ValueError as error:  # of an attention that is not known
+                raise ValueError(self._unshared(first_line(error))) from error
+            # The state of a token whose embedding is zero, as padding's is in some models, may be zero, too.
+            off = (ours - whole).norm(dim=-1) / whole.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
             # In bf16 another kernel's rounding may lead a few rows to other experts.
             found = float(off.max() if self.dtype.itemsize > 2 else off.median()) if len(off) else 0.0
             found = self.sequence.largest(int(1e6 * found) if found < 1e3 else 10**9) / 1e6  # NaN is not below
-            if found > (1e-3 if self.dtype.itemsize > 2 else 0.1):
+            if windowed and [cuts(config, window) for window in self.windows] != windows:
+                why = f"its config has windows of {cut} tokens, which its layers do not name when they attend"
+            elif found > (1e-3 if self.dtype.itemsize > 2 else 0.1):
                 why = f"its states are off by {found:.1%} then"
         if why is not None:
-            raise ValueError(
-                f"dist.sequence={self.sequence.size}: processes cannot share a pack's tokens with the target {name}, "
-                f"because {why}; set dist.sequence=1, and dist.target=sharded if the target does not fit on one GPU"
-            )
+            raise ValueError(self._unshared(why))
+
+    def _unshared(self, why: str) -> str:
+        return (
+            f"dist.sequence={self.sequence.size}: processes cannot share a pack's tokens with the target "
+            f"{type(self.model).__name__}, because {why}; set dist.sequence=1, and dist.target=sharded if the target does "
+            "not fit on one GPU"
+        )
 
     def _try_recording(self) -> bool:
         """Whether a forward can be a CUDA graph. One that reads values on the host, as routing to experts may, cannot."""
@@ -499,7 +529,7 @@ def target_sizes(config: dict) -> TargetSizes:
         kv_width=2 * (facts.get("num_key_value_heads") or heads) * head_dim,
         attention_width=heads * head_dim,
         mlp_width=mlp * (chosen if experts > 1 else 1),
-        apart=unpackable(model.config.get_text_config()),
+        apart=unpackable(model.config.get_text_config(), shared=True),
     )
 
 

@@ -9,7 +9,9 @@ Models that do anything else with other tokens cannot run so; `unpackable` and `
 
 Several processes may share the tokens (`shared`): each runs all layers on its own rows of the pack, and before it attends
 it gathers the keys and values of all of them, which are small beside what a layer computes for a row. Its rows then see
-what they see in one process: the tokens of their document up to themselves.
+what they see in one process: the tokens of their document up to themselves. A layer's sliding window only moves a row's
+first key, so that such targets are shared, too, with all keys gathered. Which window a layer has it says itself when it
+attends, and `Target` compares that with the config: some models keep it in a mask alone, which is not used here.
 
 # n tokens of all documents, m rows of this process, c rows of a slice, S processes, Hq/Hkv heads, D head dim
 """
@@ -33,6 +35,7 @@ from fastdraft.kernels.ttt_attention import ttt_attention
 from fastdraft.model.graph import GraphPool
 
 NAME = "fastdraft_packed"
+WITH_SINKS = {"gpt_oss"}  # model types whose softmax has a term more for each head
 HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
 
 
@@ -42,6 +45,7 @@ class Documents:
     row: Tensor  # [m] int64, of a token in the pack; 0 .. n-1 where this process has them all
     start: Tensor  # [m] int64, row of the first token of its document
     axis: Axis | None = None  # the processes that share the tokens; None: this process has them all
+    windows: list[int | None] | None = None  # what layers say of theirs as they attend; None: a window is refused
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device) -> Documents:
@@ -51,7 +55,7 @@ class Documents:
     def shared(lengths: tuple[int, ...], axis: Axis, device: torch.device) -> Documents:
         """Rows `own_slices` of this process. The lengths fill 2 S slices."""
         own = own_slices(torch.arange(sum(lengths)), axis.rank, axis.size)
-        return Documents(lengths, *to_device([own, document_starts(lengths)[own]], device).view(2, -1), axis)
+        return Documents(lengths, *to_device([own, document_starts(lengths)[own]], device).view(2, -1), axis, [])
 
     @property
     def position(self) -> Tensor:  # [m] int64, of each token in its document
@@ -97,18 +101,40 @@ def packed(config: PretrainedConfig, documents: Documents) -> Iterator[None]:
         _documents.reset(token)
 
 
-def unpackable(config: PretrainedConfig) -> str | None:
-    """What in a decoder's config says that its documents must run apart; None when nothing does."""
-    if other := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
-        return f"it has layers of {', '.join(other)}"
-    window, longest = (getattr(config, name, None) for name in ("sliding_window", "max_position_embeddings"))
-    if window and not getattr(config, "layer_types", None) and not (longest and window >= longest):
-        return f"it attends within a window of {window} tokens"  # Phi-MoE has it in its mask alone
+def unpackable(
+    config: PretrainedConfig,
+    shared: bool = False,  # whether processes would share the tokens, which sliding windows do not keep them from
+) -> str | None:
+    """What in a decoder's config says that its documents must run apart, or may not be shared; None when nothing does."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if shared:
+        sinks = " with sinks" if config.model_type in WITH_SINKS else ""
+        kinds -= set() if sinks else {"sliding_attention"}
+    else:
+        sinks = ""
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}{sinks}"
+    if not shared and not getattr(config, "layer_types", None) and any(windows_of(config)):
+        return f"it attends within a window of {config.sliding_window} tokens"  # Phi-MoE has it in its mask alone
     ropes = [getattr(config, "rope_parameters", None) or {}]
     ropes += [rope for rope in ropes[0].values() if isinstance(rope, dict)]
     if other := sorted({rope.get("rope_type") for rope in ropes} & {"dynamic", "longrope"}):
         return f"its RoPE ({other[0]}) depends on the longest document"
     return None
+
+
+def windows_of(config: PretrainedConfig) -> list[int | None]:
+    """How many tokens a row of each layer sees, itself included, as a decoder's config says. None: all."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if kinds:
+        return [cuts(config, window) if kind == "sliding_attention" else None for kind in kinds]
+    return [cuts(config, window)] * config.num_hidden_layers
+
+
+def cuts(config: PretrainedConfig, window: int | None) -> int | None:
+    """The window, or None where the model has no positions beyond it."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return window if window and not (longest and window >= longest) else None
 
 
 def _attend(
@@ -121,18 +147,24 @@ def _attend(
     dropout: float = 0.0,
     **more: object,
 ) -> tuple[Tensor, None]:  # [1, m, Hq, D]
-    unknown = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
+    documents, window = _documents.get(), more.get("sliding_window")
+    known = HARMLESS | ({"sliding_window"} if documents.windows is not None else set())
+    unknown = sorted(name for name, value in more.items() if value is not None and name not in known)
     if attention_mask is not None or dropout:
         unknown.append("a mask" if attention_mask is not None else "dropout")
     if unknown or value.shape[-1] != query.shape[-1] or not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} attends with {', '.join(unknown) or 'other shapes or no causal mask'}")
-    documents, scale = _documents.get(), query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda or documents.axis is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if documents.axis is not None:
             k, v = _of_all(k, v, documents.axis)
+        start = documents.start
+        if documents.windows is not None:
+            documents.windows.append(window)
+            start = start if window is None else torch.maximum(start, documents.row - (window - 1))
         attend = ttt_attention if query.is_cuda else _attend_rows
-        return attend(q, k, v, None, None, documents.row, documents.start, scale)[None], None
+        return attend(q, k, v, None, None, documents.row, start, scale)[None], None
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     parts = (x.split(documents.lengths, 2) for x in (query, key, value))
     for place, q, k, v in zip(out.split(documents.lengths, 1), *parts, strict=True):
@@ -161,14 +193,15 @@ def _attend_rows(
     start: Tensor,  # [m]
     scale: float,
 ) -> Tensor:  # [m, Hq, D]
-    """`ttt_attention` on a CPU: rows of one document and one slice together, over the keys from the document's start to the
-    last of them, without scores that are kept."""
+    """`ttt_attention` on a CPU: rows of one document and one slice together, over the keys from the first that one of them
+    sees to the last, without scores that are kept. In a document a window moves `start` by at most 1 from row to row."""
     out = torch.empty_like(q)
-    breaks = ((row.diff() != 1) | (start.diff() != 0)).nonzero()[:, 0] + 1
+    breaks = ((row.diff() != 1) | (start.diff() > 1)).nonzero()[:, 0] + 1
     ends = [0, *breaks.tolist(), len(row)]
     for a, b in itertools.pairwise(ends):
         first, last = int(start[a]), int(row[b - 1]) + 1
-        sees = torch.arange(first, last) <= row[a:b, None]
+        keys = torch.arange(first, last)
+        sees = (keys <= row[a:b, None]) & (keys >= start[a:b, None])
         heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[first:last], v[first:last]))
         part = F.scaled_dot_product_attention(*heads, attn_mask=sees, scale=scale, enable_gqa=True)
         out[a:b] = part[0].transpose(0, 1)

@@ -82,4 +82,5 @@ def ends_of(target: Target, fingerprint: str | None = None) -> Ends:
 
 def runs_apart(target: Target) -> list[str]:
     """What to tell of a target whose documents cannot be packed."""
-    return [f"the target's documents run padded, not packed: {target.apart}"] if target.apart is not None else []
+    padded = target.apart is not None and target.sequence.size == 1
+    return [f"the target's documents run padded, not packed: {target.apart}"] if padded else []

@@ -77,6 +77,8 @@ OWNERS = {
     **dict.fromkeys(("ce_weight", "l1_weight", "confidence_weight"), ("DSpark",)),
     "selector_alpha": ("DFlash2",),
 }
+# Settings of the section block that one of its losses reads, and which.
+OF_ONE_LOSS = {"dpace_alpha": "dpace", "lk_scale": "lk_lambda", "lk_decay": "lk_lambda"}
 
 
 def check_config(config: Config, title: str = DFlashConfig.title) -> None:
@@ -86,6 +88,9 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
         if title not in owners and getattr(block, name) != type(block).model_fields[name].default:
             whose = " and ".join(owners)
             raise ValueError(f"block.{name} is {whose}'s, and draft.method is {config.draft.method}; take it out")
+    for name, loss in OF_ONE_LOSS.items():
+        if loss != block.loss and getattr(block, name) != type(block).model_fields[name].default:
+            raise ValueError(f"block.{name} is of block.loss {loss}, and the loss is {block.loss}; take {name} out")
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"

@@ -65,6 +65,10 @@ def step_weights(config: Config, shape: DraftConfig) -> StepWeights:
 def check_config(config: Config) -> None:
     if config.block != type(config).model_fields["block"].default:
         raise ValueError("the section block is for methods that draft blocks, not for eagle3; take it out")
+    loss = config.loss
+    for name in ("lk_scale", "lk_decay"):
+        if loss.kind != "lk_lambda" and getattr(loss, name) != type(loss).model_fields[name].default:
+            raise ValueError(f"loss.{name} is of loss.kind lk_lambda, and the kind is {loss.kind}; take {name} out")
 
 
 METHOD = Method(
