@@ -109,6 +109,38 @@ def test_out_of_memory_says_what_to_do_and_our_faults_keep_their_traceback(fastd
         cli.main()
 
 
+def test_plan_says_the_recipe_and_why(fastdraft, config_file):
+    code, out, _ = fastdraft("train", config_file, "--plan")
+    said = [line for line in out.splitlines() if line.startswith("# ")]
+    assert code == 0 and "# the recipe, and why (docs/recipe.md)" in said
+    for sentence in (
+        "An optimizer step takes 2 packs of up to 96 tokens, 192 in all",
+        "AdamW steps all weights at a rate of 0.01.",
+        "rises over the first 20.0% of the steps, then falls to 0 by a cosine",
+        "Every chain runs all 3 steps",
+        "for this one, 32 wide, try optim.lr 1.8e-02, 3.6e-02 and 7.2e-02",  # 2e-3 * 576 / 32
+    ):
+        assert any(sentence in line for line in said), sentence
+    changes = (
+        "optim.optimizer=muon",
+        "optim.schedule=wsd",
+        "optim.min_lr_ratio=0.1",
+        "sampled_depth=0.5",
+        "optim.muon_lr=0.3",
+    )
+    out = fastdraft("train", config_file, "--plan", *changes)[1]
+    for sentence in (
+        # fc, q, k, v, o, gate, up and down of the tiny draft, and all but its head and norms
+        f"Muon steps 8 matrices, {1 - (64 * 32 + 4 * 32) / 14976:.0%} of the trained weights, at a rate of 0.3",
+        "AdamW steps the rest at 0.01.",
+        "stays, and falls to 0.1 of that over the last 20%",
+        "A chain runs step i of 3 with probability 0.5^i, and its loss weighs 1 / 0.5^i there: 58% of the rows",
+    ):
+        assert sentence in out, sentence
+    out = fastdraft("train", config_file, "--plan", "draft={method: dflash}", "ttt_length=7")[1]
+    assert "Up to 512 blocks of each document are trained" in out and "optim.lr 1" not in out
+
+
 def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
     code, out, err = fastdraft("train", config_file, "--plan", "device=cuda")
     assert code == 0 and "predicted for one cuda device and the fused step" in out, err
@@ -371,6 +403,21 @@ def test_check_golden(fastdraft, step):
     places = 1 if step == "reference" else 4 if torch.cuda.is_available() else 2
     assert code == 0 and out.count(" ok ") == 4 * 5 * places and "WRONG" not in out, err
     assert all(name in out for name in ("gqa_full", "lk_alpha", "norm_output", "padded_t7"))
+
+
+@pytest.mark.parametrize("method, cases", [("dflash", 4), ("dspark", 2)])
+def test_check_golden_of_methods_with_blocks(method, cases, fastdraft, tmp_path):
+    """A case says which method replays it; each has losses, live rows, acceptance or hits, and gradients."""
+    for file in (GOLDEN.parent / "golden_methods").glob(f"{method}_*.safetensors"):
+        shutil.copy(file, tmp_path)
+    code, out, err = fastdraft("check", "--golden", tmp_path, "--step", "fused")
+    places = 4 if torch.cuda.is_available() else 2
+    assert code == 0 and out.count(" ok ") == cases * 4 * places and "WRONG" not in out, err + out
+    tensors = load_file(file)
+    save_file({"a": tensors["inputs.lengths"]}, tmp_path / "x.safetensors", {"config": '{"method": "pard"}'})
+    assert "x.safetensors is a golden case of 'pard'; those of eagle3, dflash" in refusal(
+        fastdraft("check", "--golden", tmp_path)
+    )
 
 
 def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):

@@ -24,6 +24,7 @@ from fastdraft.model.target_config import language_config, longest_context, name
 from fastdraft.optim import muon_bytes
 from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
+from fastdraft.run.recipe import recipe_lines
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, target_sizes
 
 
@@ -193,6 +194,9 @@ def print_plan(config: Config, console: Console) -> None:
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     for line in told:
+        console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
+    console.print("# the recipe, and why (docs/recipe.md)")
+    for line in recipe_lines(config, draft_shape(config)):
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)

@@ -13,13 +13,14 @@ from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
 from fastdraft.model.dflash.cost import pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.dflash.engine import BlockEngine, refuse_head
+from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
+from fastdraft.model.dflash.golden import golden_cases, load_block_golden
 from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
 from fastdraft.model.dflash.mixer import Mixer
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
 from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
-from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, token_losses_ref
+from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, block_ref_step, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
 from fastdraft.model.method import Method, Readings
@@ -106,6 +107,17 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
         raise ValueError(f"precision: fp8 is not made for {title} drafts; set precision=bf16")
 
 
+def recipe(config: Config, shape: DFlashConfig) -> list[str]:
+    """A sentence on what a step trains and why."""
+    loss = block_loss(config, shape)
+    compared = "the target's distribution" if loss.needs_teacher else "the data's own token"
+    return [
+        f"Up to {config.block.anchors} blocks of each document are trained, at every step others, of {shape.num_drafted} "
+        f"drafted tokens each. The loss {loss.kind} compares a slot with {compared}. Slot j weighs "
+        f"exp(-j / {loss.gamma:g}), since a token counts only where all before it were accepted."
+    ]
+
+
 METHOD = Method(
     shape=DFlashConfig,
     draft=DFlashDraft,
@@ -128,9 +140,11 @@ METHOD = Method(
     refuse_settings=refuse_settings,
     served_steps=served_steps,
     readings=Readings(block_readings, read_block_as, run_blocks),
+    recipe=recipe,
     cost_options=lambda config: {
         "anchors": config.block.anchors,
         "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
     },
+    golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
     has_vocabulary_map=False,
 )

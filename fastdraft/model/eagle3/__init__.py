@@ -12,14 +12,15 @@ from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
 from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.eagle3.engine import TTTEngine
+from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
+from fastdraft.model.eagle3.golden import golden_law, load_golden, worst_errors
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.propose import BatchState, DraftState
-from fastdraft.model.eagle3.ref import ReferenceEngine
+from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
-from fastdraft.model.method import Method
+from fastdraft.model.method import GoldenCases, Method
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -71,6 +72,36 @@ def check_config(config: Config) -> None:
             raise ValueError(f"loss.{name} is of loss.kind lk_lambda, and the kind is {loss.kind}; take {name} out")
 
 
+# The width of SmolLM2-135M's draft, and the best of AdamW's rates that were tried for it (docs/recipe.md).
+MEASURED_WIDTH, MEASURED_LR = 576, 2e-3
+
+
+def recipe(config: Config, shape: DraftConfig) -> list[str]:
+    """Sentences on what a step trains and why, and which rates to try for a draft as wide as this."""
+    steps, depth, kind = config.ttt_length, sampled_depth(config), config.loss.kind
+    if depth is None:
+        chains = f"Every chain runs all {steps} steps, as a server would that drafts so many tokens"
+    else:
+        share = depth.shares(steps).sum() / steps
+        chains = (
+            f"A chain runs step i of {steps} with probability {depth.p:g}^i, and its loss weighs 1 / {depth.p:g}^i there: "
+            f"{share:.0%} of the rows for the same expected gradient"
+        )
+    losses = {
+        "kl": "kl draws the draft to the target's distribution",
+        "lk_alpha": "lk_alpha is the likelihood that the target accepts",
+        "lk_lambda": "lk_lambda goes from kl to acceptance itself where that is high",
+    }
+    lr = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size
+    return [
+        f"{chains}. Step i weighs {config.loss.step_decay:g}^i, since a server comes to it only if the steps before were "
+        f"accepted. The loss {losses[kind]}.",
+        f"For a draft {MEASURED_WIDTH} wide AdamW did best at {MEASURED_LR:.2g} of the rates tried (docs/recipe.md). Good "
+        f"rates usually go with 1 / width, which was not measured here: for this one, {shape.hidden_size} wide, try "
+        f"optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}, each in a short run.",
+    ]
+
+
 METHOD = Method(
     shape=DraftConfig,
     draft=Draft,
@@ -92,5 +123,11 @@ METHOD = Method(
     part=part,
     cut=cut_draft,
     check_cut=check_cut,
+    recipe=recipe,
     cost_options=lambda config: {"sampled_depth": config.sampled_depth},
+    golden=GoldenCases(
+        load_golden,
+        lambda case, step: worst_errors(case, {"reference": ttt_ref_step, "fused": ttt_engine_step}[step]),
+        lambda case: golden_law(case, ttt_ref_step),
+    ),
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import Batch
-from fastdraft.model.draws import document_generator
+from fastdraft.model.draws import token_uniforms
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,5 @@ class SampledDepth:
         ttt_length: int,
     ) -> np.ndarray:  # [N] int64, steps that the chain of each token runs, 1..T
         """One number u of (0, 1] for each token of a document; step i is run where u <= p^i."""
-        ids, mask = batch.input_ids.numpy(), batch.loss_mask.numpy()
-        u, begin = np.empty(batch.num_tokens), 0
-        for length in batch.lengths:
-            part = slice(begin, begin + length)
-            u[part] = 1.0 - document_generator(ids[part], mask[part], self.seed, step).random(length)
-            begin += length
+        u = token_uniforms(batch, self.seed, step)
         return ttt_length - np.searchsorted(self.shares(ttt_length)[::-1], u, side="left")

@@ -14,6 +14,7 @@ from test_engine import DRAFTS, assert_same, decay, make_draft, make_inputs
 from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, parse_config
 from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.draws import token_uniforms
 from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3 import graph_engine as graph
 from fastdraft.model.eagle3.chunks import pad_batch, pad_chunk, plan_chunks
@@ -46,6 +47,22 @@ def test_step_i_is_drawn_with_probability_p_to_the_i(p):
         assert abs((drawn > i).mean() - law) <= 4.5 * (law * (1 - law) / n) ** 0.5 + 1e-9, i
     shorter = SampledDepth(p, seed=0).draw(batch_of((n,)), 1, 3)
     assert np.array_equal(shorter, drawn.clip(max=3))  # how many steps there are changes no draw
+
+
+def test_tokens_and_documents_draw_apart_from_each_other():
+    """Uniform by 16 classes (chi-square), without a correlation of neighbours, of the same place in two documents that
+    differ in one token, or of two steps."""
+    n = 1 << 16
+    batch = batch_of((n,))
+    ids = batch.input_ids.clone()
+    ids[9] += 1
+    u, next_step = token_uniforms(batch, 0, 1), token_uniforms(batch, 0, 2)
+    other = token_uniforms(replace(batch, input_ids=ids), 0, 1)
+    assert u.min() > 0 and u.max() <= 1
+    counts = np.bincount((u * 15.999999).astype(int), minlength=16)
+    assert ((counts - n / 16) ** 2 / (n / 16)).sum() < 45  # beyond which one in ten thousand lies
+    for a, b in ((u[1:], u[:-1]), (u[7:], u[:-7]), (u, other), (u, next_step)):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / n**0.5
 
 
 def test_a_documents_draw_is_its_own():
