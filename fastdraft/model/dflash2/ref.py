@@ -11,13 +11,15 @@ before it in its block was accepted.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastdraft.batch import TargetHead
 from fastdraft.kernels.selector import candidates_ref, selected_ref
 from fastdraft.kernels.teacher import teacher_ref
-from fastdraft.model.dflash.ref import LiveRows, token_losses_ref
+from fastdraft.model.dflash.ref import LiveRows, block_ref_step, losses_of_logits
 from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.loss import SelectorLoss
 
@@ -27,9 +29,8 @@ def selector_losses_ref(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss with its graph, acceptance, hit and unary loss of each row [n]. Without a teacher acceptance and hit are of the
     text."""
-    unary, _, _ = token_losses_ref(draft, rows, head, loss)
-    selector = draft.candidate_selector
-    logits = head.logits(rows.states.to(head.weight.dtype))
+    selector, logits = draft.candidate_selector, head.logits(rows.states.to(head.weight.dtype))
+    unary, _, _ = losses_of_logits(logits, rows, head, loss)
     found = candidates_ref(logits, rows.label, draft.config.selector_top_k)
     tables = selector.predecessor_codebook, selector.successor_codebook
     h, teacher, index = selector.hidden_projection(rows.states), None, None
@@ -40,3 +41,7 @@ def selector_losses_ref(
     hit = selected.choice == (rows.label if teacher is None else teacher.argmax)
     acceptance = hit.to(selected.acceptance.dtype) if teacher is None else selected.acceptance
     return unary + loss.selector_alpha * selected.loss, acceptance, hit, unary
+
+
+# `block_ref_step` of a DFlash2 draft.
+selector_ref_step = partial(block_ref_step, row_losses=selector_losses_ref)
