@@ -6,7 +6,7 @@ A recipe is a name and settings of `bench/quality.yaml`, or of another file of t
 seeds 0, 1 and 2, which are those of its weights and of its order. All recipes run in this process, one after the other, by
 `fastdraft.train.train` itself: what is timed is what a user runs. Of it three functions are wrapped here: what opens the
 source, so that the target is loaded once and its forwards are timed, and the step and the evaluation, so that the clock
-stands while held-out data are evaluated and what is best is kept.
+stands while held-out data are evaluated. What is decoded with is the last checkpoint; the best is not kept.
 
 With --steps a recipe has so many steps. With --seconds it has as many as take that long: a first run of TRIAL steps says
 how fast it is. Either way the learning rate ends where the recipe lets it end.
@@ -34,12 +34,14 @@ import argparse
 import itertools
 import json
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,6 +50,7 @@ from torch import Tensor, nn
 
 import fastdraft.train
 from bench.timing import append
+from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, Rows
 from fastdraft.config import Config, load_config, read_yaml
 from fastdraft.data.loader import eval_batches
@@ -67,7 +70,8 @@ from fastdraft.target.hf import Target
 from fastdraft.target.source import InProcess
 
 HERE = Path(__file__).parent
-TRIAL = 40  # steps of the run that says how long a step takes; the second half is timed
+TRIAL = 60  # steps of the run that says how long a step takes; the second half is timed
+BLOCK = 5  # of which the median counts: whatever is compiled or recorded for the first time falls into few
 POINTS = 6  # evaluations of a run
 SAME_SPEED = ("optim.lr", "optim.warmup_ratio", "optim.min_lr_ratio", "loss.step_decay")
 CHAIN = DecodeSettings(num_steps=3)
@@ -143,12 +147,15 @@ class Timed:
     step_of_run: DraftStep
     clock: Clock
     trial: bool
+    blocks: list[float] = field(default_factory=list)  # of a trial: seconds of BLOCK steps
     points: dict[int, tuple[float, float]] = field(default_factory=dict)  # by step: seconds, those of the target
     number: int = 0
 
     def begin(self, number: int) -> None:
-        if self.trial and number == TRIAL // 2 + 1:
+        if self.trial and number > TRIAL // 2 and (number - TRIAL // 2 - 1) % BLOCK == 0:
             self.clock.stop()
+            if number > TRIAL // 2 + 1:
+                self.blocks.append(self.clock.seconds)
             self.clock.seconds = 0.0
         self.number = number
         self.clock.start()
@@ -273,16 +280,16 @@ def recipe_config(
 
 
 @contextmanager
-def replaced(**functions: Callable) -> Iterator[None]:
-    """Names of the training loop, while a run is timed."""
-    before = {name: getattr(fastdraft.train, name) for name in functions}
+def replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
+    """Names of a module, while a run is timed."""
+    before = {name: getattr(module, name) for name in functions}
     for name, function in functions.items():
-        setattr(fastdraft.train, name, function)
+        setattr(module, name, function)
     try:
         yield
     finally:
         for name, function in before.items():
-            setattr(fastdraft.train, name, function)
+            setattr(module, name, function)
 
 
 def train_timed(config: Config, stick: Stick, trial: bool = False) -> Timed:
@@ -302,7 +309,8 @@ def train_timed(config: Config, stick: Stick, trial: bool = False) -> Timed:
         made[-1].pause()
         return evaluate_tau(*args, **more)
 
-    with replaced(make_step=timed_step, open_source=kept_source, evaluate_tau=paused_evaluation):
+    loop = {"make_step": timed_step, "open_source": kept_source, "evaluate_tau": paused_evaluation}
+    with replaced(fastdraft.train, **loop), replaced(checkpoint, beats_best=lambda *_: False):
         fastdraft.train.train(config, fresh=True)
     clock.stop()
     return made[0]
@@ -315,7 +323,7 @@ def steps_for(args: argparse.Namespace, recipe: dict[str, Any], stick: Stick, kn
         run_dir = stick.folder / "trial"
         timed = train_timed(recipe_config(args, recipe, 0, run_dir, TRIAL, points=1), stick, trial=True)
         shutil.rmtree(run_dir)
-        known[key] = timed.points[TRIAL][0] / (TRIAL - TRIAL // 2)
+        known[key] = statistics.median(timed.blocks) / BLOCK
     return max(1, round(args.seconds / known[key]))
 
 
@@ -459,14 +467,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--peer-batch has {len(batches)} numbers for {len(rates)} learning rates; give one, or one each")
     with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
         stick, known = open_stick(args, Path(folder)), {}
-        for seed in range(max((seeds for _, seeds in recipes.values()), default=1)):
+        if args.specforge is not None:
+            for lr, batch_size in zip(rates, batches * (len(rates) // len(batches)), strict=True):
+                say_and_write(run_peer(args, lr, batch_size, 0, stick), args)
+        for seed in range(max((seeds for _, seeds in recipes.values()), default=0)):  # all recipes before any again
             for name, (recipe, seeds) in recipes.items():
                 if seed < seeds:
                     steps = args.steps or steps_for(args, recipe, stick, known)
                     say_and_write(run_recipe(args, name, recipe, seed, steps, stick), args)
-            if args.specforge is not None and seed == 0:  # what is seen once comes before what is seen again
-                for lr, batch_size in zip(rates, batches * (len(rates) // len(batches)), strict=True):
-                    say_and_write(run_peer(args, lr, batch_size, seed, stick), args)
 
 
 def say_and_write(row: dict[str, Any], args: argparse.Namespace) -> None:

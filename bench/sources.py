@@ -61,6 +61,7 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out ag
     "data": ["fastdraft/data/*.py", "fastdraft/answers/*.py"],
     "features": ["fastdraft/features/*.py", "fastdraft/target/*.py"],
     "engines": ["fastdraft/serving/*.py", "fastdraft/decode.py", "fastdraft/evaluate.py"],
+    "served": ["fastdraft/target/served/*.py", "fastdraft/target/served/connector/*.py"],
     "step": [
         KERNELS,
         *(

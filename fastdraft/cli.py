@@ -327,6 +327,10 @@ def serve_target(
     folder: Annotated[
         str | None, typer.Option(help="Where states are handed over; default: in /dev/shm, by user and port.")
     ] = None,
+    states_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Also hand states over on this port, to trainers on other hosts you trust."),
+    ] = None,
     engine_python: Annotated[Path | None, typer.Option(help="The Python that has vLLM; else this one.")] = None,
     engine_pythonpath: Annotated[str | None, typer.Option(help="PYTHONPATH for it.")] = None,
     show: Annotated[bool, typer.Option("--print", help="Print vLLM's command; start nothing.")] = False,
@@ -339,7 +343,9 @@ def serve_target(
 
     place = EnginePlace("vllm", str(engine_python or sys.executable), engine_pythonpath)
     refuse_other_version(engine_version(place))
-    command = serve_command(place.python, target, context.args, parse_layers(layers), folder, engine_pythonpath)
+    command = serve_command(
+        place.python, target, context.args, parse_layers(layers), folder, engine_pythonpath, states_port
+    )
     if show:
         say(shlex.join(["env", *(f"{name}={value}" for name, value in command.environment.items()), *command.arguments]))
         return

@@ -29,10 +29,11 @@ from transformers import DynamicCache
 
 from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
-from fastdraft.target.hf import RUN_TOKENS, Target
+from fastdraft.target.hf import Target
 from fastdraft.target.ragged import RaggedCache
 
 BATCH_SIZE = 64  # prompts decoded at once
+BATCH_TOKENS = 65536  # of their prompts, padding included: what the target's states take is bounded so
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,10 @@ def generate_batch(
     batch_size: int = BATCH_SIZE,
 ) -> list[DecodeResult]:
     """What `generate` gives for each prompt, up to `batch_size` of them at a time; fewer where they are so long that they
-    would have more than RUN_TOKENS tokens, padding included.
+    would have more than BATCH_TOKENS tokens, padding included.
 
-    ValueError as in `generate`, and for a method that drafts for one sequence alone. That the target may run several
-    sequences together is for the caller to ask: `target.ragged.why_apart`.
+    ValueError as in `generate`, for a method that drafts for one sequence alone, and where the memory is too small. Whether
+    the target may run several sequences together is for the caller to ask: `target.ragged.why_apart`.
     """
     settings = settings or DecodeSettings()
     _check_fit(target, draft, settings)
@@ -289,14 +290,17 @@ def _in_groups(
         _limits(target, prompt, max_new_tokens)
     groups: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if groups and len(groups[-1]) < batch_size and (len(groups[-1]) + 1) * len(prompts[i]) <= RUN_TOKENS:
+        if groups and len(groups[-1]) < batch_size and (len(groups[-1]) + 1) * len(prompts[i]) <= BATCH_TOKENS:
             groups[-1].append(i)
         else:
             groups.append([i])
     results: dict[int, DecodeResult] = {}
     for group in groups:
         start = time.perf_counter()
-        made = _decode_together(target, [prompts[i] for i in group], max_new_tokens, settings, draft)
+        try:
+            made = _decode_together(target, [prompts[i] for i in group], max_new_tokens, settings, draft)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"out of memory with {len(group)} prompts at once: lower the batch size; {error}") from error
         seconds = (time.perf_counter() - start) / len(group)
         results |= {i: replace(result, seconds=seconds) for i, result in zip(group, made, strict=True)}
     return [results[i] for i in range(len(prompts))]
@@ -319,11 +323,10 @@ def _decode_together(
         counts = {"drafted": [0] * steps, "accepted": [0] * steps}
         going.append(_Sequence(place, len(prompt), limit, context, generator, steps, **counts))
     longest = max(s.num_prompt + s.limit for s in going)
-    cache = RaggedCache(target, longest + nodes + 1)
+    cache = RaggedCache(target, len(prompts), longest + nodes + 1)
     counts = [len(prompt) for prompt in prompts]
     g, f = cache.prefill(prompts)
-    last = torch.arange(len(counts), device=device), torch.tensor(counts, device=device) - 1
-    first = _choose_each(target.head.logits(f[last])[:, None], settings, [s.generator for s in going], [1] * len(going))
+    first = _choose_each(target.head.logits(f)[:, None], settings, [s.generator for s in going], [1] * len(going))
     for s, token in zip(going, first[:, 0].tolist(), strict=True):
         s.out.append(token)
     known = torch.tensor([p[1:] + [s.out[0]] + [0] * (g.shape[1] - len(p)) for s, p in zip(going, prompts, strict=True)])

@@ -4,6 +4,7 @@ is the connector's own."""
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +17,22 @@ from fastdraft.model.target_config import default_layers
 from fastdraft.target.hf import load_target
 from fastdraft.target.identity import expected_meta
 from fastdraft.target.served.connector.fastdraft_handover import (
+    client_of,
     hand_over,
     hand_over_error,
     open_folder,
     remove_dead,
     write_server,
 )
+from fastdraft.target.served.connector.fastdraft_wire import ERROR, STATES, Listener
 
 
 class FeatureServer(FakeHTTP):
     """`act(server, handler, body)` is called before each request for states; True: it has answered itself."""
 
-    def __init__(self, target_dir: Path, folder: Path, layers: tuple[int, ...] | None = None, **changes: Any) -> None:
+    def __init__(
+        self, target_dir: Path, folder: Path, layers: tuple[int, ...] | None = None, far: bool = False, **changes: Any
+    ) -> None:
         model = json.loads((target_dir / "config.json").read_text())
         n = model["num_hidden_layers"]
         layers = default_layers(n) if layers is None else layers
@@ -43,20 +48,34 @@ class FeatureServer(FakeHTTP):
             "hidden_size": model["hidden_size"],
             "dtype": "float32",
             "max_model_len": 512,
+            "states_port": None,
+            "token": None,
         } | changes
         self.target = load_target(str(target_dir), torch.float32, "cpu", tuple(b - 1 for b in boundaries))
         self.model_lock = threading.Lock()
         self.requests: list[dict] = []  # those for states
         self.act: Callable[[FeatureServer, Any, dict], bool | None] = lambda *_: False
+        self.listener: Listener | None = None
+        self.far = far  # it takes trainers for those of another host
         self.start(**{})
         super().__init__()
 
     def start(self, **changes: Any) -> None:
         """What a process does at its start, a restarted one too."""
         self.about |= changes
+        if self.far:
+            self.listen()
+            return
         open_folder(self.about["folder"])
         remove_dead(self.about["folder"])
         write_server(self.about["folder"], {"instance": self.about["instance"]})
+
+    def listen(self) -> None:
+        if self.listener is not None:
+            self.listener.close()
+        token = secrets.token_hex(16)
+        self.listener = Listener("127.0.0.1", 0, token)
+        self.about |= {"states_port": self.listener.port, "token": token}
 
     def get(self, handler) -> None:
         reply(handler, 200, json.dumps({"data": [{"id": "target"}]}))
@@ -84,10 +103,18 @@ class FeatureServer(FakeHTTP):
 
     def states(self, name: str, ids: list[int]) -> None:
         rows, _ = self.run(ids)
-        hand_over(self.about["folder"], name, memoryview(rows.contiguous().view(torch.uint8).flatten().numpy()))
+        content = memoryview(rows.contiguous().view(torch.uint8).flatten().numpy())
+        if self.far:
+            self.listener.send(name, client_of(name), STATES, content)
+        else:
+            hand_over(self.about["folder"], name, content)
 
     def full(self, name: str) -> None:
-        hand_over_error(self.about["folder"], name, "[Errno 28] No space left on device")
+        sentence = "[Errno 28] No space left on device"
+        if self.far:
+            self.listener.send(name, client_of(name), ERROR, memoryview(sentence.encode()))
+        else:
+            hand_over_error(self.about["folder"], name, sentence)
 
     def run(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:  # [T, S * Ht], [T, Ht]
         with self.model_lock:

@@ -67,6 +67,7 @@ def test_rows_of_recipes_and_seeds(place, tmp_path, monkeypatch):
 
 def test_seconds_become_steps(place, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.quality.TRIAL", 4)
+    monkeypatch.setattr("bench.quality.BLOCK", 1)
     (row,) = measure(place, tmp_path, "--recipes", "base", "--seconds", 1.0)
     assert row["steps"] > 4 and 0.2 < row["seconds"] < 5
 

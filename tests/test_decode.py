@@ -434,16 +434,19 @@ def test_a_batch_decodes_as_each_prompt_alone(narrow, settings):
 
 
 def test_a_batch_of_long_prompts_is_cut(narrow, monkeypatch):
-    """No forward has more than RUN_TOKENS tokens, and seconds are shared by those that were decoded together."""
+    """No batch has more than BATCH_TOKENS tokens, and seconds are shared by those that were decoded together."""
     target, draft = narrow
     asked, seen = prompts((20, 20, 20, 5)), []
     want = timeless(generate(target, draft, prompt, 6) for prompt in asked)
-    monkeypatch.setattr("fastdraft.decode.RUN_TOKENS", 45)
+    monkeypatch.setattr("fastdraft.decode.BATCH_TOKENS", 45)
     forward = target.forward
     monkeypatch.setattr(target, "forward", lambda ids, *rest: seen.append(ids.numel()) or forward(ids, *rest))
     results = generate_batch(target, draft, asked, 6)
     assert timeless(results) == want
     assert max(seen) == 40  # 5 and 20 tokens go together, padded to twice 20
+    with pytest.raises(ValueError, match="out of memory with 1 prompts at once: lower the batch size"):
+        monkeypatch.setattr(target, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        generate_batch(target, draft, [asked[0]], 6)
     assert results[3].seconds == results[0].seconds != results[1].seconds == results[2].seconds > 0
 
 

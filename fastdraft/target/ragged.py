@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import Cache, DynamicLayer
 
 from fastdraft.model.target_config import first_line
-from fastdraft.target.hf import Target
+from fastdraft.target.hf import RUN_TOKENS, Target
 from fastdraft.target.packed import unpackable
 
 TRIAL_LENGTHS = (23, 37)  # long enough that wrong positions change the states by more than bf16 rounds
+COLUMNS = 64  # the cache is read in multiples of it: a kernel would pad other masks, in every layer
 TRIAL_PARENTS = (0, 0, 2)  # two tokens behind the root, and one behind the second of them
 
 
@@ -34,22 +35,24 @@ class _RaggedLayer(DynamicLayer):
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
         # Zeros: what is masked counts nothing, and nothing times NaN would be NaN.
-        self.keys, self.values = (x.new_zeros(*x.shape[:2], self.cache.capacity, x.shape[3]) for x in (keys, values))
+        b, capacity = self.cache.batch, self.cache.capacity
+        self.keys, self.values = (x.new_zeros(b, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
         self.device, self.is_initialized = keys.device, True
 
     def update(
         self,
-        key_states: Tensor,  # [B, Hkv, n, D]
-        value_states: Tensor,  # [B, Hkv, n, D]
+        key_states: Tensor,  # [b, Hkv, n, D] of the rows that the cache says
+        value_states: Tensor,  # [b, Hkv, n, D]
         *_args: object,
         **_kwargs: object,
-    ) -> tuple[Tensor, Tensor]:  # [B, Hkv, W, D] each
+    ) -> tuple[Tensor, Tensor]:  # [b, Hkv, W, D] each
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        place = self.cache.slots[:, None, :, None]
-        self.keys.scatter_(2, place.expand(key_states.shape), key_states)
-        self.values.scatter_(2, place.expand(value_states.shape), value_states)
-        return self.keys[:, :, : self.cache.width], self.values[:, :, : self.cache.width]
+        rows, width = self.cache.rows, self.cache.width
+        keys, values = (self.keys, self.values) if rows is None else (self.keys[rows], self.values[rows])
+        keys.scatter_(2, self.cache.place(key_states.shape), key_states)
+        values.scatter_(2, self.cache.place(value_states.shape), value_states)
+        return keys[:, :, :width], values[:, :, :width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.width, 0
@@ -61,23 +64,51 @@ class _RaggedLayer(DynamicLayer):
 class RaggedCache(Cache):
     """Keys and values of B sequences of at most `capacity` tokens each, made by `prefill` and extended by `run`."""
 
-    def __init__(self, target: Target, capacity: int):
+    def __init__(self, target: Target, batch: int, capacity: int):
         super().__init__(layer_class_to_replicate=lambda: _RaggedLayer(self))
-        self.target, self.capacity = target, capacity
-        self.slots = torch.empty(0, 0, dtype=torch.int64)  # [B, n] columns that the forward under way writes
+        self.target, self.batch = target, batch
+        self.capacity = -(-capacity // COLUMNS) * COLUMNS
+        self.slots = torch.empty(0, 0, dtype=torch.int64)  # [b, n] columns that the forward under way writes
+        self.rows: slice | None = None  # of the sequences that it runs; None: all
         self.width = 0
+        self._places: dict[torch.Size, Tensor] = {}
+        self._stores: list[Tensor] = []  # [layers, B, Hkv, capacity, D], of which the layers' keys and values are parts
+
+    def place(self, shape: torch.Size) -> Tensor:  # [b, Hkv, n, D] int64
+        """Where the forward under way writes states of a shape, made for its first layer."""
+        if shape not in self._places:
+            self._places[shape] = self.slots[:, None, :, None].expand(shape)
+        return self._places[shape]
 
     def prefill(
         self,
-        prompts: list[list[int]],  # B of them
-    ) -> tuple[Tensor, Tensor]:  # g [B, L, 3*Ht], f [B, L, Ht]; rows past a prompt's end are fillers
+        prompts: list[list[int]],  # B of them, those of like length behind each other
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # g [B, L, 3*Ht], f [B, Ht] of each prompt's last token; rows past a prompt's end are fillers
         """Runs the prompts, padded on the right: attention is causal, so no token of a prompt sees the padding, and what
-        follows the prompt is written over it."""
-        longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-        column = torch.arange(longest)
-        sees = (column <= column[:, None])[None]
-        return self._forward(ids, column.repeat(len(prompts), 1), column.repeat(len(prompts), 1), sees, longest)
+        follows the prompt is written over it. At most RUN_TOKENS tokens run together."""
+        longest, first, lasts = max(map(len, prompts)), 0, []
+        width = len(self.target.layers) * self.target.hidden_size
+        g = torch.zeros(len(prompts), longest, width, dtype=self.target.dtype, device=self.target.device)
+        while first < len(prompts):
+            end = first + 1
+            while end < len(prompts) and (end + 1 - first) * max(map(len, prompts[first : end + 1])) <= RUN_TOKENS:
+                end += 1
+            part, self.rows = prompts[first:end], slice(first, end)
+            n = max(map(len, part))
+            ids = torch.tensor([prompt + [0] * (n - len(prompt)) for prompt in part])
+            column = torch.arange(n)
+            sees = (torch.arange(self.columns(n)) <= column[:, None])[None]
+            g[first:end, :n], f = self._forward(ids, column.repeat(len(part), 1), column.repeat(len(part), 1), sees)
+            lasts.append(f[torch.arange(len(part)), [len(prompt) - 1 for prompt in part]])
+            first = end
+        self.rows = None
+        self._join()
+        return g, torch.cat(lasts)
+
+    def columns(self, needed: int) -> int:
+        return min(self.capacity, -(-needed // COLUMNS) * COLUMNS)
 
     def run(
         self,
@@ -92,10 +123,14 @@ class RaggedCache(Cache):
         for node in range(1, n):
             own[:, node] |= own[rows, parents[:, node - 1]]
         root = torch.tensor(roots)[:, None]
-        slots, width = root + torch.arange(n), max(roots) + n
-        sees = (torch.arange(width) < root)[:, None].repeat(1, n, 1).scatter(2, slots[:, None].expand(b, n, n), own)
+        slots = root + torch.arange(n)
+        sees = (
+            (torch.arange(self.columns(max(roots) + n)) < root)[:, None]
+            .repeat(1, n, 1)
+            .scatter(2, slots[:, None].expand(b, n, n), own)
+        )
         positions = (root + own.sum(2) - 1).clamp_max(last_position)
-        return self._forward(tokens, positions, slots, sees, width)
+        return self._forward(tokens, positions, slots, sees)
 
     def keep(
         self,
@@ -107,31 +142,50 @@ class RaggedCache(Cache):
             return
         root, device = torch.tensor(roots)[:, None], self.target.device
         source, place = (root + paths).to(device), (root + torch.arange(paths.shape[1])).to(device)
-        for layer in self.layers:
-            for x in (layer.keys, layer.values):
-                shape = (*x.shape[:2], paths.shape[1], x.shape[3])
-                moved = x.gather(2, source[:, None, :, None].expand(shape))
-                x.scatter_(2, place[:, None, :, None].expand(shape), moved)
+        for store in self._stores:
+            shape = (*store.shape[:3], paths.shape[1], store.shape[4])
+            moved = store.gather(3, source[None, :, None, :, None].expand(shape))
+            store.scatter_(3, place[None, :, None, :, None].expand(shape), moved)
 
     def select(
         self,
         rows: list[int],
     ) -> None:
         """Keeps these sequences and forgets the others."""
-        index = torch.tensor(rows, device=self.target.device)
+        index, self.batch = torch.tensor(rows, device=self.target.device), len(rows)
+        for number, store in enumerate(self._stores):
+            self._stores[number] = store[:, index]
+        self._give_parts()
+
+    def _join(self) -> None:
+        """Puts the keys and values of layers of one shape into one tensor, so that all are moved together."""
+        kinds: dict[torch.Size, list[tuple[_RaggedLayer, str]]] = {}
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[index], layer.values[index]
+            for name in ("keys", "values"):
+                kinds.setdefault(getattr(layer, name).shape, []).append((layer, name))
+        self._owners = list(kinds.values())
+        for owners in self._owners:
+            store = torch.stack([getattr(layer, name) for layer, name in owners])
+            for layer, name in owners:
+                setattr(layer, name, None)
+            self._stores.append(store)
+        self._give_parts()
+
+    def _give_parts(self) -> None:
+        for store, owners in zip(self._stores, self._owners, strict=True):
+            for part, (layer, name) in zip(store, owners, strict=True):
+                setattr(layer, name, part)
 
     def _forward(
         self,
         ids: Tensor,  # [B, n] int64
         positions: Tensor,  # [B, n] int64
         slots: Tensor,  # [B, n] int64
-        sees: Tensor,  # [B or 1, n, width] bool
-        width: int,
+        sees: Tensor,  # [B or 1, n, W] bool
     ) -> tuple[Tensor, Tensor]:
         device, dtype = self.target.device, self.target.dtype
-        self.slots, self.width = slots.to(device), width
+        self.slots, self.width = slots.to(device), sees.shape[2]
+        self._places.clear()
         hidden = ~sees.to(device)[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
         return self.target.forward(ids.to(device), self, positions.to(device), mask.expand(len(ids), -1, -1, -1))
@@ -146,7 +200,7 @@ def why_apart(target: Target) -> str | None:
     prompts = [part.tolist() for part in ids[: sum(TRIAL_LENGTHS)].split(TRIAL_LENGTHS)]
     nodes = ids[sum(TRIAL_LENGTHS) :].view(2, 4)
     try:
-        cache = RaggedCache(target, max(TRIAL_LENGTHS) + 4)
+        cache = RaggedCache(target, 2, max(TRIAL_LENGTHS) + 4)
         cache.prefill(prompts)
         parents = torch.tensor([TRIAL_PARENTS] * 2)
         _, f = cache.run(nodes, parents, list(TRIAL_LENGTHS), max(TRIAL_LENGTHS) + 4)

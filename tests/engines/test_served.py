@@ -209,6 +209,23 @@ def test_states_and_losses_are_those_of_transformers(name, tmp_path):
         assert a == pytest.approx(b, rel=2e-4)
 
 
+def test_states_over_tcp(tmp_path, monkeypatch):
+    """As a trainer on another host has them: it does not see the server's folder."""
+    target = save_target(tmp_path / "target", **WIDE)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    with served(target, tmp_path, ["--max-num-batched-tokens", "64", "--states-port", str(port)]) as server:
+        config = config_of(target, tmp_path, **{"target.url": server.url})
+        layers = draft_shape(config).layers
+        monkeypatch.setattr("fastdraft.target.served.source.read_server", lambda folder: {})
+        source = open_source(config, layers, CPU, [])
+        assert f"states over TCP from 127.0.0.1:{port}" in source.notes[0]
+        assert_same_states(source, open_source(config_of(target, tmp_path), layers, CPU, []), packs())
+        source.close()
+        assert os.listdir(tmp_path / "shared") == ["server.json"]
+
+
 def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
     """A cache too small for the documents and for the answers that the server generates beside them, which take blocks from
     half-read documents; then the server is killed under them, and comes back."""

@@ -17,13 +17,20 @@ def alone(target: Target, tokens: list[int]) -> torch.Tensor:
     return torch.cat(target.forward(torch.tensor([tokens])), -1)[0]  # [L, 4*Ht]
 
 
-def test_trees_of_several_sequences_see_what_each_sees_alone():
+@pytest.mark.parametrize(("run_tokens", "shapes"), [(100, [(3, 9)]), (10, [(2, 5), (1, 9)])], ids=["whole", "in parts"])
+def test_trees_of_several_sequences_see_what_each_sees_alone(monkeypatch, run_tokens, shapes):
     target = Target(tiny_llama().double())
     lengths = [len(prompt) for prompt in PROMPTS]
-    cache = RaggedCache(target, 20)
-    states = torch.cat(cache.prefill(PROMPTS), -1)
+    monkeypatch.setattr("fastdraft.target.ragged.RUN_TOKENS", run_tokens)
+    forwards, forward = [], target.forward
+    monkeypatch.setattr(target, "forward", lambda ids, *rest: forwards.append(tuple(ids.shape)) or forward(ids, *rest))
+    cache = RaggedCache(target, 3, 20)
+    g, f = cache.prefill(PROMPTS)
+    assert forwards == shapes
     for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(states[row, : lengths[row]], alone(target, prompt), rtol=1e-9, atol=1e-11)
+        states = alone(target, prompt)
+        torch.testing.assert_close(g[row, : lengths[row]], states[:, : g.shape[2]], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(f[row], states[-1, g.shape[2] :], rtol=1e-9, atol=1e-11)
     tokens = torch.tensor([[20, 21, 22, 23], [30, 31, 32, 33], [40, 41, 42, 43]])
     parents = torch.tensor([[0, 1, 2], [0, 0, 1], [0, 0, 2]])
     paths = ([0, 1, 2, 3], [0, 1, 3], [0, 2, 3])  # of each sequence's last node

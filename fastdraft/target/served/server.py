@@ -48,6 +48,7 @@ def serve_command(
     layers: tuple[int, ...] | None = None,  # whose outputs are handed over, from 0; None: those of a draft by default
     folder: str | None = None,  # None: one in shared memory, by the port
     pythonpath: str | None = None,
+    states_port: int | None = None,  # where trainers on other hosts are given states; None: nowhere
 ) -> ServeCommand:
     """The vLLM server that a trainer can use. ValueError where a flag or a layer cannot be."""
     for flag in flags:
@@ -83,14 +84,25 @@ def serve_command(
             "identity": {"weights": meta.weights, "config": meta.config},
         },
     }
+    environment = {}
+    host = _value(flags, "--host") or "localhost"
+    if states_port is not None:
+        if _value(flags, "--data-parallel-size", "-dp") not in (None, "1"):
+            raise ValueError(
+                "--states-port is one port, and each of vLLM's data-parallel ranks hands over its own states; start a "
+                "server for each rank, and name all of them in target.url"
+            )
+        # The same addresses as vLLM's own port: by default all of this host.
+        connector["kv_connector_extra_config"] |= {"states_host": _value(flags, "--host") or "", "states_port": states_port}
+        environment["FASTDRAFT_STATES_TOKEN"] = secrets.token_hex(16)
     arguments = [python, "-m", "vllm.entrypoints.openai.api_server"]
     arguments += ["--model", target]
     arguments += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector), *flags]
     own = str(Path(fastdraft_handover.__file__).parent)
     paths = [own, *filter(None, [pythonpath])]
-    host = _value(flags, "--host") or "localhost"
     url = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
-    return ServeCommand(arguments, {"PYTHONPATH": os.pathsep.join(paths)}, url, folder, layers)
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return ServeCommand(arguments, environment, url, folder, layers)
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
@@ -112,12 +124,12 @@ def refuse_other_version(version: str) -> None:
         )
 
 
-def _value(flags: list[str], name: str) -> str | None:
+def _value(flags: list[str], *names: str) -> str | None:
     """The value of a flag, given as `--port 1` or `--port=1`; the last one counts."""
     value = None
     for i, flag in enumerate(flags):
-        if flag == name and i + 1 < len(flags):
+        if flag in names and i + 1 < len(flags):
             value = flags[i + 1]
-        elif flag.startswith(f"{name}="):
+        elif flag.split("=", 1)[0] in names and "=" in flag:
             value = flag.split("=", 1)[1]
     return value

@@ -1,9 +1,10 @@
-"""Features from vLLM servers that `fastdraft serve-target` started on this host.
+"""Features from vLLM servers that `fastdraft serve-target` started.
 
-Each document goes out as one request of one token, and its states come back as a file in shared memory. A pack's rows are
-read into one staging buffer (page-locked, where there is a GPU), sent to the device on a stream of its own, and split there
-into g and the state before the final norm, from which the target's own norm makes f. A thread with an event loop does this
-for the packs to come, at most `AHEAD` of which are under way.
+Each document goes out as one request of one token. Its states come back as a file in shared memory from a server of this
+host, and over TCP from one of another (`links.py`). A pack's rows are read into one staging buffer (page-locked where
+there is a GPU), sent to the device on a stream of its own, and split there into g and the state before the final norm. From
+that the target's own norm makes f. A thread with an event loop does this for the packs to come, at most `AHEAD` of which
+are under way.
 
 What a server says of itself is compared with the run before the first step and again after each restart, and a few probes
 prove that its states and this process's head give its own log-probabilities. A failed request is tried again, at another
@@ -29,13 +30,9 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import Batch, Features
-from fastdraft.target.served.connector.fastdraft_handover import (
-    new_client,
-    read_server,
-    remove_client,
-    remove_dead,
-)
+from fastdraft.target.served.connector.fastdraft_handover import read_server, remove_dead
 from fastdraft.target.served.ends import FileEnds
+from fastdraft.target.served.links import Connection, Link, NotYet, SharedMemory
 
 TESTED = ("0.26", "0.32")  # vLLM's versions whose connector interface and cache layout this was run with, and their patches
 AHEAD = 2  # packs under way or waiting to be trained on
@@ -48,10 +45,6 @@ NEAR = 0.02  # of the largest logit: what bf16 may change, as for a target in th
 NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 
 T = TypeVar("T")
-
-
-class NotYet(Exception):
-    """No states this time, and why."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,8 @@ class About:
     hidden_size: int
     dtype: str  # bfloat16 or float32, PyTorch's name
     max_model_len: int
+    states_port: int | None  # where it hands states over to other hosts; None: nowhere
+    token: str | None  # that it takes there
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,7 @@ class FeatureServer:
     client: httpx.AsyncClient
     model: str = ""
     about: About | None = None  # None: it was restarted, and is compared again before its states are used
+    link: Link | None = None  # how its states come here
     busy: int = 0  # requests of this process
     failures: int = 0  # since the last answer
     resting_until: float = 0.0  # time.monotonic()
@@ -183,11 +179,6 @@ def refuse_other_server(url: str, about: About, wanted: Wanted) -> None:
             f"{wanted.max_length}; start it with --max-model-len {wanted.max_length + 1}, or set "
             f"data.max_length={about.max_model_len - 1} or less"
         )
-    if read_server(about.folder).get("instance") != about.instance:
-        raise ValueError(
-            f"{url} hands states over in {about.folder}, which is not on this host or not readable: a trainer runs on its "
-            "server's host, as the same user, and containers share /dev/shm"
-        )
 
 
 def _named(dtype: str, url: str) -> str:
@@ -218,7 +209,7 @@ class ServedSource:
         self._boundaries = sorted({layer + 1 for layer in wanted.layers} | {wanted.num_layers})  # of staged rows
         self._state_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted.dtype]
         self._turn, self._number = first, 0
-        self._clients: dict[str, tuple[str, int]] = {}  # by folder: this process's name there, and its lock
+        self._folders: dict[str, SharedMemory] = {}  # by path: those of this host that servers write into
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._coming: dict[int, Future[_Read]] = {}  # by id of the batch
         self._room = asyncio.Semaphore(AHEAD)
@@ -271,10 +262,8 @@ class ServedSource:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        for folder, (client, lock) in self._clients.items():
-            os.close(lock)  # from here on the server writes nothing for this client
-            with suppress(OSError):
-                remove_client(folder, client)
+        for folder in self._folders.values():
+            folder.close()
 
     async def _give_up(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -283,6 +272,8 @@ class ServedSource:
         await asyncio.gather(*others, return_exceptions=True)
         for server in self.servers:
             await server.client.aclose()
+            if isinstance(server.link, Connection):
+                server.link.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -374,13 +365,14 @@ class ServedSource:
     async def _ask(self, server: FeatureServer, ids: list[int], rows: Tensor, **more: Any) -> dict[str, Any]:
         """One request for a document's states, which are read into `rows`. The server's answer."""
         async with server.comparing:
-            if server.about is None:
+            if server.about is None or not server.link.is_open():
                 about = await describe(server)
-                self._accept(server.url, about)
-                server.about = about
-        about = server.about
+                await self._accept(server, about)
+        about, link = server.about, server.link
         self._number += 1
-        name = f"{self._clients[about.folder][0]}-{self._number}"
+        name, states = f"{link.client}-{self._number}", len(about.boundaries)
+        whole = rows if states == rows.shape[1] else rows.new_empty(len(rows), states, rows.shape[2])
+        link.expect(name, whole)
         try:
             answer = await _complete(server, ids, {"kv_transfer_params": {"states": name}, **more})
             if (answer.get("kv_transfer_params") or {}).get("instance") != about.instance:
@@ -391,34 +383,14 @@ class ServedSource:
                 raise ValueError(
                     f"{server.url} read {said} tokens of a document of {len(ids)}; it must take ids as they are"
                 )
-            await self._take(server.url, about, name, rows)
-            return answer
+            await link.take(name, self.timeout_s)
         except (KeyError, TypeError) as error:
             raise NotYet(f"{server.url} does not answer as vLLM does ({error!r})") from error
         finally:
-            for left in (name, f"{name}.error"):
-                with suppress(OSError):
-                    os.unlink(f"{about.folder}/{left}")
-
-    async def _take(self, url: str, about: About, name: str, rows: Tensor) -> None:
-        """Reads a file of states, which may come a little after the answer, and fills in the boundaries that are read."""
-        path, states = f"{about.folder}/{name}", len(about.boundaries)
-        deadline, wait = time.monotonic() + self.timeout_s, 0.0002
-        while not os.path.exists(path):
-            with suppress(FileNotFoundError), open(f"{path}.error") as file:
-                raise NotYet(f"{url} could not hand states over in {about.folder}: {file.read()}")
-            if time.monotonic() > deadline:
-                raise NotYet(f"{url} answered, and its states did not come into {about.folder}")
-            await asyncio.sleep(wait)
-            wait = min(2 * wait, 0.01)
-        expected = len(rows) * states * rows.shape[2] * rows.element_size()
-        if (size := os.stat(path).st_size) != expected:
-            raise ValueError(f"{url} handed over {size:,} bytes for {len(rows)} tokens, not {expected:,}")
-        # Copying runs beside the loop, which goes on answering.
-        whole = rows if states == rows.shape[1] else rows.new_empty(len(rows), states, rows.shape[2])
-        await asyncio.to_thread(_read_file, path, whole)
+            link.forget(name)
         if whole is not rows:
             rows.copy_(whole[:, [about.boundaries.index(b) for b in self._boundaries]])
+        return answer
 
     # --- a server ------------------------------------------------------------------------------------------------------
 
@@ -426,23 +398,41 @@ class ServedSource:
         for url in urls:
             server = await open_server(url, os.environ.get("OPENAI_API_KEY"), self.timeout_s)
             self.servers.append(server)
-            self._accept(server.url, server.about)
+            try:
+                await self._accept(server, server.about)
+            except NotYet as error:
+                raise ValueError(str(error)) from error
             await self._prove(server)
-        named = ", ".join(f"{server.url} (vLLM {server.about.vllm})" for server in self.servers)
+        named = ", ".join(f"{s.url} (vLLM {s.about.vllm}{_far(s)})" for s in self.servers)
         self.notes.append(f"the target runs in {named}, in {self.wanted.dtype}")
 
-    def _accept(self, url: str, about: About) -> None:
-        """Refuses a server that is another than the run needs, and makes this process known in its folder."""
-        refuse_other_server(url, about, self.wanted)
-        if about.folder in self._clients:
-            return
+    async def _accept(self, server: FeatureServer, about: About) -> None:
+        """Refuses a server that is another than the run needs, and makes this process known to it: in its folder where that
+        is on this host, else over TCP."""
+        refuse_other_server(server.url, about, self.wanted)
+        if read_server(about.folder).get("instance") == about.instance:
+            link = self._folders.get(about.folder) or self._enter(server.url, about.folder)
+        elif about.states_port is not None:
+            link = await Connection(server.url, about.states_port, about.token).open()
+        else:
+            raise ValueError(
+                f"{server.url} hands states over in {about.folder}, which is not on this host or not readable: a trainer "
+                "on its server's host runs as the same user, and containers share /dev/shm; for a trainer on another host "
+                "start the server with --states-port"
+            )
+        if isinstance(server.link, Connection):
+            server.link.close()
+        server.about, server.link = about, link
+
+    def _enter(self, url: str, folder: str) -> SharedMemory:
         try:
-            left = remove_dead(about.folder)
-            self._clients[about.folder] = new_client(about.folder)
+            left = remove_dead(folder)
+            self._folders[folder] = SharedMemory(url, folder)
         except OSError as error:
-            raise ValueError(f"{about.folder} of {url} cannot be written ({error.strerror}); run as its user") from error
+            raise ValueError(f"{folder} of {url} cannot be written ({error.strerror}); run as its user") from error
         if left:
-            self.notes.append(f"{left} files of states that ended runs had left in {about.folder} were removed")
+            self.notes.append(f"{left} files of states that ended runs had left in {folder} were removed")
+        return self._folders[folder]
 
     async def _prove(self, server: FeatureServer) -> None:
         """ValueError unless the states of a few probes, by this process's norm and head, give the server's own
@@ -479,14 +469,8 @@ class _Read:
     ready: torch.cuda.Event | None
 
 
-def _read_file(path: str, into: Tensor) -> None:
-    left = memoryview(into.view(torch.uint8).flatten().numpy())
-    with open(path, "rb", buffering=0) as file:
-        while left:
-            read = file.readinto(left)
-            if not read:
-                raise ValueError(f"{path} has become shorter while it was read")
-            left = left[read:]
+def _far(server: FeatureServer) -> str:
+    return f", states over TCP from {server.link.place}" if isinstance(server.link, Connection) else ""
 
 
 async def _complete(server: FeatureServer, ids: list[int], more: dict[str, Any]) -> dict[str, Any]:

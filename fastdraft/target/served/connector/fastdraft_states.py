@@ -3,13 +3,14 @@
 vLLM's `extract_hidden_states` keeps the states at chosen layer boundaries in a cache layer of its own, in the same blocks
 as keys and values, so that chunked prefill, prefix caching and preemption treat both alike. A prompt's states are complete
 in the step that computes its last token. In that step, behind the forward, rank 0 of the tensor-parallel group gathers
-them from the cache; a thread then writes them into the server's folder (`fastdraft_handover`). No block is held back and
-the engine waits for nothing but, on a GPU, a free piece of the ring that the rows leave through.
+them from the cache; a thread then writes them into the server's folder (`fastdraft_handover`), or sends them to a trainer
+that has connected from another host (`fastdraft_wire`). No block is held back and the engine waits for nothing but, on a
+GPU, a free piece of the ring that the rows leave through.
 
 A request names its file in `kv_transfer_params: {"states": NAME}`, and the answer says which server gave it; with
 `{"describe": true}` it says all that a trainer compares. A request with neither costs nothing.
 
-Imports torch, vllm and the module beside it. vLLM finds it by `kv_connector_module_path`.
+Imports torch, vllm and the modules beside it. vLLM finds it by `kv_connector_module_path`.
 
 # T tokens of a prompt, S states, Ht hidden; a cache is [blocks, S, block_size, Ht], also for a vLLM that has tokens first
 """
@@ -17,6 +18,7 @@ Imports torch, vllm and the module beside it. vLLM finds it by `kv_connector_mod
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +27,16 @@ from queue import Queue
 
 import torch
 import vllm
-from fastdraft_handover import hand_over, hand_over_error, is_request, open_folder, remove_dead, write_server
+from fastdraft_handover import (
+    client_of,
+    hand_over,
+    hand_over_error,
+    is_request,
+    open_folder,
+    remove_dead,
+    write_server,
+)
+from fastdraft_wire import ERROR, LONGEST_ERROR, STATES, Listener
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -60,6 +71,9 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         self.block_size = groups[self.group].kv_cache_spec.block_size
         extra = self._kv_transfer_config.kv_connector_extra_config
         self.folder, self.instance, self.identity = extra["folder"], extra["instance"], extra["identity"]
+        self.states_host, self.states_port = extra.get("states_host"), extra.get("states_port")
+        # Not on the command line, which other users of the host can read.
+        self.token = os.environ["FASTDRAFT_STATES_TOKEN"] if self.states_port is not None else None
         self.running: dict[str, Extracted] = {}  # the scheduler's
         self.cache: torch.Tensor | None = None  # the writing worker's
 
@@ -112,6 +126,8 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
             "hidden_size": model.get_hidden_size(),
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
+            "states_port": self.states_port,
+            "token": self.token,
         }
 
     def _boundaries(self) -> list[int]:
@@ -127,6 +143,7 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         self.cache = self._by_state(kv_caches[layers[0]])
         open_folder(self.folder)
         remove_dead(self.folder)
+        self.listener = None if self.states_port is None else Listener(self.states_host, self.states_port, self.token)
         write_server(self.folder, {"instance": self.instance})
         self.ring = _Ring(self.cache) if self.cache.is_cuda else None
         self.written: Queue[tuple[str, torch.Tensor, torch.cuda.Event | None]] = Queue()
@@ -164,14 +181,23 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
     def _write(self) -> None:
         while True:
             name, host, copied = self.written.get()
+            client = client_of(name)
+            far = self.listener is not None and self.listener.serves(client)
             try:
                 if copied is not None:
                     copied.synchronize()
-                hand_over(self.folder, name, memoryview(host.view(torch.uint8).flatten().numpy()))
+                rows = memoryview(host.view(torch.uint8).flatten().numpy())
+                if far:
+                    self.listener.send(name, client, STATES, rows)
+                else:
+                    hand_over(self.folder, name, rows)
             except Exception as error:  # a full memory, or a folder that is gone, must not end the engine
                 logging.getLogger("vllm.fastdraft").warning("states %s were not handed over: %s", name, error)
                 with suppress(OSError):
-                    hand_over_error(self.folder, name, str(error))
+                    if far:
+                        self.listener.send(name, client, ERROR, memoryview(str(error).encode()[:LONGEST_ERROR]))
+                    else:
+                        hand_over_error(self.folder, name, str(error))
 
     def start_load_kv(self, forward_context, **kwargs):
         pass
