@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
+import json
 import platform
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import torch
+from safetensors import safe_open
 
 from fastdraft.batch import Batch, Features, LossKind, TargetHead
 from fastdraft.kernels import cuda
@@ -19,11 +22,11 @@ from fastdraft.kernels.ttt_attention import ttt_attention_config
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import ttt_engine_step
-from fastdraft.model.eagle3.golden import Golden, RunStep, load_golden, worst_errors
 from fastdraft.model.eagle3.ref import ttt_ref_step
+from fastdraft.model.method import GoldenCase, GoldenCases, StepKind
+from fastdraft.model.methods import METHODS
 from fastdraft.model.precision import pick_dtype, speed
 
-STEPS: dict[str, RunStep] = {"reference": ttt_ref_step, "fused": ttt_engine_step}
 TOLERANCE = 1e-5  # relative, in float64 and float32; the cases' own norms round through float32
 DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 VERSIONS = ("fastdraft", "torch", "triton", "flash-attn-4", "transformers", "safetensors", "datasets")
@@ -31,13 +34,13 @@ VERSIONS += ("gguf", "wandb", "trackio", "mlflow")
 
 
 def check_golden(folder: Path, step: str) -> list[tuple[str, str, float, float]]:  # case, quantity, its error, allowed
-    """Every golden case of a folder on a kind of step: step losses, acceptance, counts, and the worst of all gradients.
+    """Every golden case of a folder on a kind of step: losses, acceptance, counts, and the worst of all gradients.
 
-    In float64 on the CPU; the fused one in float32 too, and where a GPU is, there in float32 and in bfloat16. Raises
-    ValueError when there is no case or no such step.
+    A case's config names its method; one that names none is EAGLE-3's. In float64 on the CPU; the fused step in float32
+    too, and where a GPU is, there in float32 and in bfloat16. Raises ValueError when there is no case or no such step.
     """
-    if step not in STEPS:
-        raise ValueError(f"step {step!r} is not one of {', '.join(STEPS)}")
+    if step not in get_args(StepKind):
+        raise ValueError(f"step {step!r} is not one of {', '.join(get_args(StepKind))}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no golden cases (*.safetensors)")
@@ -48,35 +51,45 @@ def check_golden(folder: Path, step: str) -> list[tuple[str, str, float, float]]
             places += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
     found = []
     for file in files:
+        golden = _golden_of(file)
         try:
-            case = load_golden(file)
+            case = golden.load(file)
         except KeyError as error:
             raise ValueError(f"{file} is not a golden case: it has no {error}") from error
         for device, dtype in places:
+            where = f"{case.name} {device} {DTYPES[dtype]}"
             if dtype == torch.bfloat16:
-                errors, allowed = bf16_errors(case, device, STEPS[step])
+                errors, allowed = bf16_errors(golden, case, device, step)
             else:
-                errors = worst_errors(case.inputs(device, dtype), STEPS[step])
+                errors = golden.errors(case.inputs(device, dtype), step)
                 allowed = dict.fromkeys(errors, TOLERANCE)
             worst = max((name for name in errors if name.startswith("grad ")), key=lambda n: errors[n] / allowed[n])
             shown = [name for name in errors if not name.startswith("grad ")] + [worst]
-            found += [(f"{case.name} {device} {DTYPES[dtype]}", name, errors[name], allowed[name]) for name in shown]
+            found += [(where, name, errors[name], allowed[name]) for name in shown]
     return found
 
 
+def _golden_of(file: Path) -> GoldenCases:
+    """The cases of the method that a file names. What is no case at all is left to EAGLE-3's, which say so."""
+    name = "eagle3"
+    with suppress(Exception), safe_open(file, "pt") as opened:
+        name = json.loads(opened.metadata()["config"]).get("method", name)
+    method = METHODS.get(name)
+    if method is None or method.golden is None:
+        known = ", ".join(name for name, method in METHODS.items() if method.golden is not None)
+        raise ValueError(f"{file} is a golden case of {name!r}; those of {known} can be run")
+    return method.golden
+
+
 def bf16_errors(
-    case: Golden, device: str, run_step: RunStep
+    golden: GoldenCases, case: GoldenCase, device: str, step: StepKind
 ) -> tuple[dict[str, float], dict[str, float]]:  # errors, allowed
     """The kernel rule on a whole step: off from the float64 reference of the rounded inputs by at most twice what the bf16
     reference is off, and one bf16 rounding."""
     rounded = case.inputs(device, torch.bfloat16)
-    exact = rounded.inputs("cpu", torch.float64)
-    rows, grads = ttt_ref_step(exact.draft, exact.batch, exact.features, exact.head, exact.step_weights, case.kind)
-    loss, acceptance, hits, live, masked_in = rows.sums()
-    law = dict(step_loss=loss, acceptance=acceptance / live, hits=hits, masked_in=masked_in, grads=grads)
-    rounded = replace(rounded, **law)
-    plain = worst_errors(replace(rounded.inputs("cpu", torch.bfloat16), **law), ttt_ref_step)
-    return worst_errors(rounded, run_step), {name: 2 * error + 2**-8 for name, error in plain.items()}
+    law = golden.law(rounded.inputs("cpu", torch.float64))
+    plain = golden.errors(replace(rounded.inputs("cpu", torch.bfloat16), **law), "reference")
+    return golden.errors(replace(rounded, **law), step), {name: 2 * error + 2**-8 for name, error in plain.items()}
 
 
 PROVED = {  # shapes whose kernels are taken differently: head dims, groups, norms

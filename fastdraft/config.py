@@ -183,7 +183,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
     dist: DistConfig = DistConfig()
-    run_dir: str = "runs/eagle3"
+    run_dir: str = ""  # runs/ and the draft's method where it is left out
     ttt_length: int = Field(7, ge=1, le=12)
     # a chain that ran a step is trained on the next one with this probability, and that step's loss weighs as much more, so
     # the expected gradient is that of all steps, for less work; 1: every chain runs all ttt_length steps
@@ -198,6 +198,11 @@ class Config(Section):
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights and what a step draws; data.seed is the order's
+
+    @model_validator(mode="after")
+    def _run_dir_is_the_methods(self) -> Config:
+        self.run_dir = self.run_dir or f"runs/{self.draft.method}"
+        return self
 
     @model_validator(mode="after")
     def _fp8_is_the_fused_steps(self) -> Config:

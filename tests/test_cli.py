@@ -405,6 +405,21 @@ def test_check_golden(fastdraft, step):
     assert all(name in out for name in ("gqa_full", "lk_alpha", "norm_output", "padded_t7"))
 
 
+@pytest.mark.parametrize("method, cases", [("dflash", 4), ("dspark", 2)])
+def test_check_golden_of_methods_with_blocks(method, cases, fastdraft, tmp_path):
+    """A case says which method replays it; each has losses, live rows, acceptance or hits, and gradients."""
+    for file in (GOLDEN.parent / "golden_methods").glob(f"{method}_*.safetensors"):
+        shutil.copy(file, tmp_path)
+    code, out, err = fastdraft("check", "--golden", tmp_path, "--step", "fused")
+    places = 4 if torch.cuda.is_available() else 2
+    assert code == 0 and out.count(" ok ") == cases * 4 * places and "WRONG" not in out, err + out
+    tensors = load_file(file)
+    save_file({"a": tensors["inputs.lengths"]}, tmp_path / "x.safetensors", {"config": '{"method": "pard"}'})
+    assert "x.safetensors is a golden case of 'pard'; those of eagle3, dflash" in refusal(
+        fastdraft("check", "--golden", tmp_path)
+    )
+
+
 def test_check_golden_fails_above_tolerance(fastdraft, tmp_path):
     file = GOLDEN / "gqa_full.safetensors"
     tensors = {name: t.clone() for name, t in load_file(file).items()}

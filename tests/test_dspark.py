@@ -150,6 +150,17 @@ def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
     assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
 
 
+def test_a_run_is_kept_under_its_methods_name(run_yaml):
+    from fastdraft.config import load_config
+
+    tree = yaml.safe_load(run_yaml.read_text())
+    del tree["run_dir"]
+    run_yaml.write_text(yaml.safe_dump(tree))
+    assert load_config(run_yaml).run_dir == "runs/dspark"
+    assert load_config(run_yaml, ["draft={}"]).run_dir == "runs/eagle3"
+    assert load_config(run_yaml, ["run_dir=mine"]).run_dir == "mine"
+
+
 def test_dsparks_settings_are_not_dflashs(run_yaml, fastdraft):
     line = refusal(fastdraft("train", run_yaml, "draft={method: dflash}", "block.ce_weight=0.3"))
     assert "block.ce_weight is DSpark's, and draft.method is dflash" in line

@@ -6,9 +6,10 @@ which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -109,6 +110,23 @@ class Readings(NamedTuple):
     run: Callable[[nn.Module, Any, TargetHead, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class GoldenCase(Protocol):
+    """A small step with what must come out, a dataclass."""
+
+    name: str
+
+    def inputs(self, device: str, dtype: torch.dtype) -> GoldenCase:
+        """The same case with what goes in rounded to dtype, on a device; what must come out stays."""
+
+
+class GoldenCases(NamedTuple):
+    """How a method reads and replays golden cases, for `fastdraft check --golden`."""
+
+    load: Callable[[Path], Any]  # a GoldenCase; ValueError, or KeyError for what its config lacks
+    errors: Callable[[Any, StepKind], dict[str, float]]  # of a case on a kind of step, by quantity; gradients "grad NAME"
+    law: Callable[[Any], dict[str, Any]]  # what must come out of a case by the reference, by field of the case
+
+
 class Method(NamedTuple):
     """A draft method. `shape` and `draft` are classes; what they must offer is said beside them."""
 
@@ -137,11 +155,13 @@ class Method(NamedTuple):
     refuse_settings: Callable[[BaseModel, DecodeSettings], None] = lambda shape, settings: None  # ValueError where it must
     # The steps that an engine is asked for, of a draft's shape and what the user asked for; ValueError where it must.
     served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
+    not_seen: Mapping[str, str] = MappingProxyType({})  # by engine, why `check --engine` cannot see what it drafts
     readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
     # The same for so many sequences at once; None where they are decoded one at a time.
     batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None
+    golden: GoldenCases | None = None  # cases that say in their config which method they are of; None: there are none
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

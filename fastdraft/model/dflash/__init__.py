@@ -13,13 +13,14 @@ from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
 from fastdraft.model.dflash.cost import pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.dflash.engine import BlockEngine, refuse_head
+from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
+from fastdraft.model.dflash.golden import golden_cases, load_block_golden
 from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
 from fastdraft.model.dflash.mixer import Mixer
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
 from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
-from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, token_losses_ref
+from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, block_ref_step, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
 from fastdraft.model.method import Method, Readings
@@ -144,5 +145,6 @@ METHOD = Method(
         "anchors": config.block.anchors,
         "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
     },
+    golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
     has_vocabulary_map=False,
 )

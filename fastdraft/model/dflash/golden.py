@@ -18,6 +18,7 @@ from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss
 from fastdraft.model.golden import relative_error
+from fastdraft.model.method import GoldenCases, StepKind
 
 # (draft, batch, features, head, anchors, loss) -> rows, gradients of the weighted sum of losses by parameter name
 RunBlocks = Callable[[DFlashDraft, Batch, Features, TargetHead, Tensor, StepLoss], tuple[Rows, dict[str, Tensor]]]
@@ -135,3 +136,21 @@ def worst_block_errors(case: BlockGolden, run: RunBlocks) -> dict[str, float]:
         raise ValueError(f"{case.name}: gradients and golden gradients differ in {sorted(missing)}")
     ours = {name: grad.cpu() / case.normaliser for name, grad in grads.items()}
     return found | {f"grad {name}": relative_error(ours[name], law) for name, law in case.grads.items()}
+
+
+def block_law(case: BlockGolden, run_ref: RunBlocks) -> dict[str, Any]:
+    """What must come out of a case by the reference, with the case's own inputs and normaliser."""
+    rows, grads = run_ref(case.draft, case.batch, case.features, case.head, case.anchors, case.loss)
+    loss, acceptance, live, hit = (x[:, case.anchors].T for x in (rows.loss, rows.acceptance, rows.live, rows.hit))
+    law = {"row_loss": loss, "row_acceptance": acceptance, "live": live}
+    law |= {} if case.hits is None else {"hits": hit.sum(0)}
+    return law | {"grads": {name: grad / case.normaliser for name, grad in grads.items()}}
+
+
+def golden_cases(load: Callable[[Path], BlockGolden], steps: dict[StepKind, RunBlocks]) -> GoldenCases:
+    """A method's cases, from how one is read and the steps they are replayed on."""
+    return GoldenCases(
+        load,
+        lambda case, step: worst_block_errors(case, steps[step]),
+        lambda case: block_law(case, steps["reference"]),
+    )

@@ -11,17 +11,19 @@ from fastdraft.batch import StepWeights, TargetHead
 from fastdraft.model import dflash
 from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.golden import golden_cases
 from fastdraft.model.dflash.loss import default_gamma
 from fastdraft.model.dflash.parity import run_blocks
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import load_draft, verify
 from fastdraft.model.dspark.config import ARCHITECTURE, DSparkConfig
 from fastdraft.model.dspark.draft import DSparkDraft
-from fastdraft.model.dspark.head import DSparkHead
+from fastdraft.model.dspark.golden import load_dspark_golden
+from fastdraft.model.dspark.head import DSparkHead, dspark_engine_step
 from fastdraft.model.dspark.loss import DSparkLoss
 from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
 from fastdraft.model.dspark.propose import BatchMarkovDrafter, MarkovDrafter
-from fastdraft.model.dspark.ref import dspark_losses_ref
+from fastdraft.model.dspark.ref import dspark_losses_ref, dspark_ref_step
 from fastdraft.model.dspark.serving import DSPARK
 from fastdraft.model.method import Readings
 
@@ -69,4 +71,5 @@ METHOD = dflash.METHOD._replace(
     engine_names={"vllm": "dspark", "sglang": "DSPARK"},
     readings=Readings(dspark_readings, read_dspark_as, run_blocks),
     cost_options=lambda config: {"anchors": config.block.anchors, "needs_teacher": True},
+    golden=golden_cases(load_dspark_golden, {"reference": dspark_ref_step, "fused": dspark_engine_step}),
 )

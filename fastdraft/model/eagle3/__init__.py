@@ -12,14 +12,15 @@ from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
 from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.eagle3.engine import TTTEngine
+from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
+from fastdraft.model.eagle3.golden import golden_law, load_golden, worst_errors
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.propose import BatchState, DraftState
-from fastdraft.model.eagle3.ref import ReferenceEngine
+from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
-from fastdraft.model.method import Method
+from fastdraft.model.method import GoldenCases, Method
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -124,4 +125,9 @@ METHOD = Method(
     check_cut=check_cut,
     recipe=recipe,
     cost_options=lambda config: {"sampled_depth": config.sampled_depth},
+    golden=GoldenCases(
+        load_golden,
+        lambda case, step: worst_errors(case, {"reference": ttt_ref_step, "fused": ttt_engine_step}[step]),
+        lambda case: golden_law(case, ttt_ref_step),
+    ),
 )

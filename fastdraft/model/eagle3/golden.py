@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -132,3 +133,10 @@ def worst_errors(case: Golden, run_step: RunStep) -> dict[str, float]:
     if missing := case.grads.keys() ^ grads.keys():
         raise ValueError(f"{case.name}: gradients and golden gradients differ in {sorted(missing)}")
     return found | {f"grad {name}": relative_error(grads[name].cpu(), law) for name, law in case.grads.items()}
+
+
+def golden_law(case: Golden, run_ref: RunStep) -> dict[str, Any]:
+    """What must come out of a case by the reference."""
+    rows, grads = run_ref(case.draft, case.batch, case.features, case.head, case.step_weights, case.kind)
+    loss, acceptance, hits, live, masked_in = rows.sums()
+    return dict(step_loss=loss, acceptance=acceptance / live, hits=hits, masked_in=masked_in, grads=grads)
