@@ -137,7 +137,8 @@ def run_blocks(
         best, choice = logits.max(-1)
         theirs = logits.gather(-1, tokens[..., None])[..., 0]
         choices.append(choice)
-        gaps.append((best - theirs) / logits.abs().amax(-1))
+        largest = logits.masked_fill(logits.isinf(), 0.0).abs().amax(-1)  # -inf: what a selector does not choose among
+        gaps.append((best - theirs) / largest)
     return torch.cat(choices), torch.cat(gaps)
 
 
