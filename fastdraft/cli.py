@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer(
-    help="Train draft models for speculative decoding (EAGLE-3, DFlash, DSpark) that SGLang and vLLM load unmodified.",
+    help="Train draft models for speculative decoding (EAGLE-3, DFlash, DFlash2, DSpark) that SGLang and vLLM load.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -99,7 +99,7 @@ def init(
     target: Annotated[str, typer.Argument(help="Target: a local directory with its config.json.")],
     out: Annotated[Path | None, typer.Argument(help="File to write; standard output when left out.")] = None,
     method: Annotated[
-        str, typer.Option(help="The draft's method, draft.method of a config: eagle3, dflash or dspark.")
+        str, typer.Option(help="The draft's method, draft.method of a config: eagle3, dflash, dflash2 or dspark.")
     ] = "eagle3",
 ) -> None:
     """Write a draft config derived from a target, to edit and name as draft.config."""

@@ -7,6 +7,7 @@ from tiny import LLAMA_8B
 
 from fastdraft.config import load_config
 from fastdraft.model.dflash.config import DFlashConfig
+from fastdraft.model.dflash2.config import DFlash2Config
 from fastdraft.model.dspark.config import DSparkConfig
 from fastdraft.model.eagle3.config import DraftConfig
 
@@ -155,6 +156,21 @@ def test_dflash_examples_train_alike():
         for path in sorted((EXAMPLES / "dflash").glob("*.yaml"))
     ]
     assert len(seen) == 2 and seen[0] == seen[1]
+
+
+def test_dflash2_draft_of_example():
+    """DFlash's five layers and blocks of sixteen, the convolutions' and the selector's weights beside."""
+    config = load_config(EXAMPLES / "dflash2" / "qwen3-8b.yaml")
+    draft = DFlash2Config.from_target(QWEN3_8B, **{"mask_token_id": 151669} | config.draft.overrides)
+    assert (draft.block_size, draft.selector_top_k, draft.selector_rank, draft.conv_kernel_size) == (16, 16, 256, 2)
+    plain = DFlashConfig.from_target(QWEN3_8B, mask_token_id=151669)
+    convolution = 2 * 2 * 4096 + 2 * 2 * 256 * 4096
+    more = 5 * 2 * convolution + (2 * 151936 + 4096) * 256
+    assert draft.num_parameters()["trainable"] == plain.num_parameters()["trainable"] + more
+    assert config.draft.method == "dflash2" and config.run_dir == "runs/qwen3-8b-dflash2"
+    beside = load_config(EXAMPLES / "dflash" / "qwen3-8b.yaml")
+    same = {"optim", "epochs", "checkpoint", "eval"}
+    assert config.model_dump(include=same) == beside.model_dump(include=same)
 
 
 @pytest.mark.parametrize("name, target, mask", [("qwen3-8b", QWEN3_8B, 151669), ("llama-3.1-8b", LLAMA_8B, 128002)])

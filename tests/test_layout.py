@@ -79,7 +79,7 @@ OF_A_METHOD = {
 }
 SAME_NAME |= {
     name: {f"model/{method}/{file}" for method in ("dflash", "eagle3")}
-    | ({f"model/dspark/{file}"} if file == "__init__.py" else set())  # it takes DFlash's other files as they are
+    | ({f"model/{method}/{file}" for method in ("dflash2", "dspark")} if file == "__init__.py" else set())
     for file, names in OF_A_METHOD.items()
     for name in names
 }

@@ -177,7 +177,7 @@ def _candidates_kernel(
     tl.store(logits_ptr + row * (K + 1) + places, tl.load(z_ptr + ids, mask=kept, other=0.0).to(tl.float32), mask=kept)
 
 
-@jit(do_not_specialize_on_alignment=["before_ptr", "w_ptr", "teacher_row_ptr", "ids_ptr", "logits_ptr"])
+@jit(do_not_specialize_on_alignment=["before_ptr", "w_ptr", "teacher_row_ptr", "ids_ptr", "logits_ptr", "place_ptr"])
 def _select_rows_kernel(
     dz_ptr,  # [n, V] gradient of another loss, added to
     ids_ptr,  # [n, M]
@@ -237,8 +237,8 @@ def _select_rows_kernel(
     tl.store(acceptance_ptr + row, acceptance)
 
     # What is trained: the label takes the last candidate's place where it is none of them.
-    inside = tl.max(tl.where(served & (ids == label), 1, 0), 0) > 0
-    trained = (places < K - 1) | ((places == K - 1) & inside) | ((places == K) & (inside == 0))
+    found = tl.max(tl.where(served & (ids == label), 1, 0), 0)
+    trained = (places < K - 1) | ((places == K - 1) & (found > 0)) | ((places == K) & (found == 0))
     peak = tl.max(tl.where(trained, s, float("-inf")), 0)
     e = tl.where(trained, tl.exp(s - peak), 0.0)
     total = tl.sum(e, 0)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastdraft.model import dflash, dspark, eagle3
+from fastdraft.model import dflash, dflash2, dspark, eagle3
 from fastdraft.model.method import Method
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 METHODS: dict[str, Method] = {
     "eagle3": eagle3.METHOD,
     "dflash": dflash.METHOD,
+    "dflash2": dflash2.METHOD,
     "dspark": dspark.METHOD,
 }
 

@@ -164,6 +164,11 @@ class DFlashConfig(BaseModel):
         return 0
 
     @property
+    def own_layer_weights(self) -> int:
+        """The same of each block row in a layer."""
+        return 0
+
+    @property
     def first_slot(self) -> int:
         """The first slot of a block that predicts a token."""
         return 1 if self.labels == "fill_in" else 0

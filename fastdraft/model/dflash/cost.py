@@ -83,6 +83,8 @@ def _flops(c: DFlashConfig, n: int, length: int, blocks: int, needs_teacher: boo
     after = e * h + 3 * h * c.intermediate_size  # what stands behind attention
     all_rows = h * (e + 2 * kv) + after
     layers = 3 * ((c.num_hidden_layers - 1) * rows * all_rows + 2 * rows * h * kv + live * (h * e + after))
+    if c.mixes:  # then every row runs every layer
+        layers = 3 * c.num_hidden_layers * rows * (all_rows + c.own_layer_weights)
     context = n * (2 * len(c.layers) * h * h + 3 * c.num_hidden_layers * 2 * h * kv)
     head = (2 + needs_teacher * n / max(live, 1)) * live * h * c.vocab_size + 3 * live * c.own_head_weights
     seen = min(length, n) // 2 + c.block_size

@@ -137,7 +137,8 @@ def run_blocks(
         best, choice = logits.max(-1)
         theirs = logits.gather(-1, tokens[:, :seen, None])[..., 0]
         choices.append(F.pad(choice, (0, steps - seen), value=-1))
-        gaps.append(F.pad((best - theirs) / logits.abs().amax(-1), (0, steps - seen), value=torch.inf))
+        largest = logits.masked_fill(logits.isinf(), 0.0).abs().amax(-1)  # -inf: what a selector does not choose among
+        gaps.append(F.pad((best - theirs) / largest, (0, steps - seen), value=torch.inf))
     return torch.cat(choices), torch.cat(gaps)
 
 

@@ -109,13 +109,21 @@ def token_losses_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DFlash's: the loss that `BlockLoss` names, of the target's head. Without a teacher acceptance and hit are of the
     text: whether the draft's first choice is the token that stands there."""
-    logits = draft.logits(rows.states, rows.previous, head)  # [n, V]
+    return losses_of_logits(draft.logits(rows.states, rows.previous, head), rows, head, loss)
+
+
+def losses_of_logits(
+    logits: Tensor,  # [n, V]
+    rows: LiveRows,
+    head: TargetHead,
+    loss: BlockLoss,
+) -> tuple[Tensor, Tensor, Tensor]:
     stats = torch.promote_types(logits.dtype, torch.float32)
     ce = -logits.to(stats).log_softmax(-1).gather(1, rows.label[:, None])[:, 0]
     hit = logits.argmax(-1) == rows.label
     if rows.f is None:
         return ce, hit.to(stats), hit
-    teacher = teacher_ref(rows.f, head, torch.arange(draft.config.vocab_size, device=logits.device))
+    teacher = teacher_ref(rows.f, head, torch.arange(logits.shape[1], device=logits.device))
     kind = loss.kind if loss.needs_teacher else "kl"
     soft, acceptance, hit = row_losses_ref(logits, teacher, kind, loss.lk_scale, loss.lk_decay)
     return soft if loss.needs_teacher else ce, acceptance, hit

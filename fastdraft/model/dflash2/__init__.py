@@ -1,1 +1,60 @@
 """DFlash2: DFlash with convolutions along a block, and a selector that chooses among each slot's candidates in turn."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastdraft.batch import TargetHead
+from fastdraft.model import dflash
+from fastdraft.model.dflash.config import init_config
+from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.parity import run_blocks
+from fastdraft.model.dflash.ref import BlockReferenceEngine
+from fastdraft.model.dflash.serving import verify
+from fastdraft.model.dflash2.config import ARCHITECTURE, DFlash2Config
+from fastdraft.model.dflash2.draft import DFlash2Draft
+from fastdraft.model.dflash2.head import SelectorHead
+from fastdraft.model.dflash2.loss import SelectorLoss
+from fastdraft.model.dflash2.mixer import ConvolutionMixer
+from fastdraft.model.dflash2.parity import read_selector_as, selector_readings
+from fastdraft.model.dflash2.propose import BatchSelectorDrafter, SelectorDrafter
+from fastdraft.model.dflash2.ref import selector_losses_ref
+from fastdraft.model.dflash2.serving import DFLASH2, load_or_widen
+from fastdraft.model.method import Readings
+
+if TYPE_CHECKING:
+    from fastdraft.config import Config
+
+
+def selector_loss(config: Config, shape: DFlash2Config) -> SelectorLoss:
+    return SelectorLoss(**vars(dflash.block_loss(config, shape)), selector_alpha=config.block.selector_alpha)
+
+
+def build_step(
+    config: Config, draft: DFlash2Draft, head: TargetHead, device: torch.device, *_axes: object
+) -> BlockEngine | BlockReferenceEngine:
+    loss, mixer = selector_loss(config, draft.config), ConvolutionMixer(draft)
+    return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, mixer)
+
+
+# What is not named here is DFlash's: anchors, weights of steps, start, cost, the way to export.
+METHOD = dflash.METHOD._replace(
+    shape=DFlash2Config,
+    draft=DFlash2Draft,
+    architecture=ARCHITECTURE,
+    build_step=build_step,
+    drafter=SelectorDrafter,
+    batch_drafter=BatchSelectorDrafter,
+    load=load_or_widen,
+    verify=partial(verify, written=DFLASH2),
+    init_config=partial(init_config, shape=DFlash2Config),
+    check_config=partial(dflash.check_config, title=DFlash2Config.title),
+    not_seen={
+        "vllm": "vLLM serves a DFlash2 draft with its second model runner only, and this check sees what the first drafts; "
+        "start vLLM yourself and use `fastdraft bench serve`"
+    },
+    readings=Readings(selector_readings, read_selector_as, run_blocks),
+)

@@ -57,6 +57,14 @@ class DFlash2Config(DFlashConfig):
     def conv_groups(self) -> int:  # G
         return self.hidden_size // self.conv_group_size
 
+    @property
+    def own_head_weights(self) -> int:
+        return (self.hidden_size + self.selector_top_k + 1) * self.selector_rank
+
+    @property
+    def own_layer_weights(self) -> int:
+        return 2 * 2 * self.conv_kernel_size * self.conv_groups * self.hidden_size
+
     def num_parameters(self) -> dict[str, int]:
         found, h, taps = super().num_parameters(), self.hidden_size, self.conv_kernel_size
         convolution = 2 * taps * h + 2 * taps * self.conv_groups * h
@@ -79,7 +87,6 @@ class DFlash2Config(DFlashConfig):
         table |= {"selector.loss": (rows, (), stats)}
         return table | {f"selector.{name}": (rows, (rank,), dtype) for name in ("h", "state")}
 
-    def to_serving(self, dtype: torch.dtype) -> dict[str, Any]:
-        config = super().to_serving(dtype)
-        config["dflash_config"] |= {name: getattr(self, name) for name in NESTED}
-        return config
+    def block_fields(self) -> dict[str, Any]:
+        nested = super().block_fields()["dflash_config"]
+        return {"dflash_config": nested | {name: getattr(self, name) for name in NESTED}}

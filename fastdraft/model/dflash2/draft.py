@@ -24,6 +24,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from fastdraft.batch import TargetHead
 from fastdraft.kernels.block_conv import block_conv_ref
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.mixer import Branch
@@ -96,6 +97,31 @@ class DFlash2Draft(DFlashDraft):
             layer.attention_conv.be_identity()
             layer.mlp_conv.be_identity()
         self.candidate_selector.init(std, generator)
+
+    def candidates(
+        self,
+        states: Tensor,  # [..., H] after the final norm
+        head: TargetHead,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # logits [..., K], ids [..., K], projected states [..., R]
+        logits, ids = head.logits(states.to(head.weight.dtype)).topk(self.config.selector_top_k, -1)
+        return logits, ids, self.candidate_selector.hidden_projection(states)
+
+    def scores(
+        self,
+        logits: Tensor,  # [..., K] of candidates
+        ids: Tensor,  # [..., K] int64
+        query: Tensor,  # [..., R] projected states
+        previous: Tensor,  # [...] int64 the token before
+    ) -> Tensor:  # [..., K] in at least float32
+        m, stats = self.candidate_selector, torch.promote_types(logits.dtype, torch.float32)
+        pulled = (m.predecessor_codebook[previous] * query).to(stats)
+        return logits.to(stats) + (m.successor_codebook[ids].to(stats) @ pulled[..., None])[..., 0]
+
+    def logits(self, states: Tensor, previous: Tensor, head: TargetHead) -> Tensor:
+        """The candidates' scores after the token before each row's own, and -inf for all other tokens."""
+        logits, ids, query = self.candidates(states, head)
+        scores = self.scores(logits, ids, query, previous)
+        return scores.new_full((*ids.shape[:-1], self.config.vocab_size), -torch.inf).scatter(-1, ids, scores)
 
     def around(self, layer: int, branch: Branch, n: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         m: _Convolution = getattr(self.layers[layer], f"{branch}_conv")

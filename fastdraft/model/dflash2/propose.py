@@ -1,56 +1,74 @@
 """Drafting with DFlash2: DFlash's block, and a walk over each slot's candidates from the anchor on.
 
-The block's forward is one, as DFlash's. Then slot after slot the candidates are scored given the token that the walk took
-before: the anchor first. The next token is the best of them, or drawn from the softmax of their scores, which is what the
-target's verification then needs as Q: 0 at all other tokens.
+The block's forward is one, as DFlash's, and so is the search for candidates. Then slot after slot they are scored given the
+token that the walk took before: the anchor first. The next token is the best of them, or drawn from the softmax of their
+scores, which is what the target's verification then needs as Q: 0 at all other tokens.
 
-# m drafted tokens, K candidates, R rank, H hidden, V vocabulary
+# S sequences, m drafted tokens, K candidates, H hidden, V vocabulary
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fastdraft.model.dflash.propose import BlockDrafter
+from fastdraft.batch import TargetHead
+from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter
 from fastdraft.model.dflash2.draft import DFlash2Draft
-from fastdraft.model.proposal import DecodeSettings, Proposal, probabilities
+from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
+
+
+def walk(
+    draft: DFlash2Draft,
+    head: TargetHead,
+    states: Tensor,  # [S, m, H] of the slots that draft
+    roots: Tensor,  # [S] int64
+    settings: DecodeSettings,
+    pick: Callable[[Tensor, int], Tensor],  # draws a place of [S, K] probabilities in a slot: [S]
+) -> tuple[Tensor, Tensor | None]:  # tokens [S, m]; what each was drawn from [S, m, V], None where it was not drawn
+    logits, ids, query = draft.candidates(states, head)
+    samples = settings.temperature > 0 and settings.sample_draft
+    token, tokens, drawn_from = roots, [], []
+    for slot in range(states.shape[1]):
+        mine = ids[:, slot]
+        scores = draft.scores(logits[:, slot], mine, query[:, slot], token)
+        if samples:
+            p = probabilities(scores, settings)
+            place = pick(p, slot)
+            drawn_from.append(p.new_zeros(len(p), draft.config.vocab_size).scatter(1, mine, p))
+        else:
+            place = scores.argmax(-1)
+        token = mine.gather(1, place[:, None])[:, 0]
+        tokens.append(token)
+    return torch.stack(tokens, 1), torch.stack(drawn_from, 1) if samples else None
 
 
 class SelectorDrafter(BlockDrafter):
     draft: DFlash2Draft
 
-    def propose(
-        self, token_ids: Tensor, g: Tensor, depth: int, settings: DecodeSettings, generator: torch.Generator
-    ) -> Proposal:
-        self.extend(g)
-        c = self.draft.config
-        states = self.block(token_ids[-1:])[c.first_slot : c.first_slot + depth]
-        logits = self.head.logits(states.to(self.head.weight.dtype))
-        best, ids = logits.topk(c.selector_top_k, -1)  # [m, K]
-        query = self.draft.candidate_selector.hidden_projection(states)  # [m, R]
-        sampled = settings.temperature > 0 and settings.sample_draft
-        token, tokens, rows = token_ids[-1], [], []
-        for slot in range(depth):
-            scores = candidate_scores(self.draft, best[slot], ids[slot], query[slot], token)
-            if sampled:
-                q = probabilities(scores[None], settings)[0]
-                token = ids[slot, torch.multinomial(q, 1, generator=generator)[0]]
-                rows.append(q.new_zeros(logits.shape[1]).index_put((ids[slot],), q))
-            else:
-                token = ids[slot, scores.argmax()]
-            tokens.append(token)
-        return Proposal(torch.stack(tokens), list(range(depth)), torch.stack(rows) if sampled else None)
+    def draw(self, states: Tensor, root: Tensor, settings: DecodeSettings, generator: torch.Generator) -> Proposal:
+        pick = lambda p, slot: draw(p, generator)  # noqa: E731
+        tokens, q = walk(self.draft, self.head, states[None], root, settings, pick)
+        return Proposal(tokens[0], list(range(len(states))), None if q is None else q[0])
 
 
-def candidate_scores(
-    draft: DFlash2Draft,
-    logits: Tensor,  # [..., K] of the candidates
-    ids: Tensor,  # [..., K] int64
-    query: Tensor,  # [..., R] projected states
-    before: Tensor,  # [...] int64 the token before
-) -> Tensor:  # [..., K] in at least float32
-    selector = draft.candidate_selector
-    stats = torch.promote_types(logits.dtype, torch.float32)
-    pulled = (selector.predecessor_codebook[before] * query).to(stats)
-    return logits.to(stats) + (selector.successor_codebook[ids].to(stats) @ pulled[..., None])[..., 0]
+class BatchSelectorDrafter(BatchBlockDrafter):
+    """`SelectorDrafter` of S sequences."""
+
+    draft: DFlash2Draft
+
+    def draw(
+        self,
+        states: Tensor,  # [S, m, H]
+        roots: Tensor,  # [S] int64
+        depths: list[int],
+        settings: DecodeSettings,
+        generators: list[torch.Generator],
+    ) -> Proposals:
+        def pick(p: Tensor, slot: int) -> Tensor:
+            return draw_each(p[:, None], generators, [int(slot < depth) for depth in depths])[:, 0]
+
+        tokens, q = walk(self.draft, self.head, states, roots, settings, pick)
+        return Proposals(tokens, torch.arange(states.shape[1]).repeat(len(depths), 1), depths, q)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdraft.batch import TargetHead
 from fastdraft.kernels.selector import candidates_ref, selected_ref
 from fastdraft.kernels.teacher import teacher_ref
-from fastdraft.model.dflash.ref import LiveRows, token_losses_ref
+from fastdraft.model.dflash.ref import LiveRows, losses_of_logits
 from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.loss import SelectorLoss
 
@@ -27,9 +27,8 @@ def selector_losses_ref(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss with its graph, acceptance, hit and unary loss of each row [n]. Without a teacher acceptance and hit are of the
     text."""
-    unary, _, _ = token_losses_ref(draft, rows, head, loss)
-    selector = draft.candidate_selector
-    logits = head.logits(rows.states.to(head.weight.dtype))
+    selector, logits = draft.candidate_selector, head.logits(rows.states.to(head.weight.dtype))
+    unary, _, _ = losses_of_logits(logits, rows, head, loss)
     found = candidates_ref(logits, rows.label, draft.config.selector_top_k)
     tables = selector.predecessor_codebook, selector.successor_codebook
     h, teacher, index = selector.hidden_projection(rows.states), None, None

@@ -13,7 +13,7 @@ from fastdraft.model.dflash import memory
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step
 from fastdraft.model.dflash.loss import BlockLoss
-from fastdraft.model.dflash.ref import BlockReferenceEngine, block_ref_step
+from fastdraft.model.dflash.ref import BlockReferenceEngine, block_ref_step, losses_of_logits
 from fastdraft.model.dflash2.config import DFlash2Config
 from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.head import SelectorHead
@@ -118,7 +118,8 @@ def test_measuring_is_of_what_the_selector_drafts():
         found, want = ours.rows(case.batch, features), law.rows(case.batch, features)
         for name in ("loss", "acceptance", "hit", "live"):
             torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=1e-10, atol=1e-12)
-    plain = BlockReferenceEngine(case.draft, case.head, BlockLoss(), draw).rows(case.batch, case.features)
+    of_logits = lambda draft, rows, head, loss: losses_of_logits(head.logits(rows.states), rows, head, loss)  # noqa: E731
+    plain = BlockReferenceEngine(case.draft, case.head, loss, draw, of_logits).rows(case.batch, case.features)
     with_state = ours.rows(case.batch, case.features)
     assert 0 < float(with_state.acceptance.max()) <= 1
     assert not torch.equal(plain.hit, with_state.hit) and not torch.allclose(plain.acceptance, with_state.acceptance)

@@ -1,0 +1,206 @@
+"""A DFlash2 draft through the commands a user types: init, plan, train, resume, evaluate, export, check; bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from small_runs import by_two_ranks, losses
+from tiny import refusal, write_chats
+
+from fastdraft.config import Config, parse_config
+
+BLOCKS = {"block_size": 5, "num_hidden_layers": 2, "selector_rank": 8, "selector_top_k": 6}
+
+
+@pytest.fixture
+def run_yaml(tree, tmp_path):
+    """The tree as a DFlash2 run: blocks of 5 by two layers, six candidates."""
+    del tree["ttt_length"]
+    tree["draft"] = {"method": "dflash2", "overrides": BLOCKS}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "run.yaml"
+
+
+@pytest.fixture
+def runs(fastdraft):
+    """Calls a command that must succeed; what it printed."""
+
+    def run(*arguments) -> str:
+        code, out, err = fastdraft(*arguments)
+        assert code == 0, out + err
+        return out
+
+    return run
+
+
+def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path):
+    run, prompts = tmp_path / "run", write_chats(tmp_path / "prompts.jsonl", 4, turns=1)
+    init = runs("init", target_dir, "--method", "dflash2")
+    assert "DFlash2 draft for" in init and yaml.safe_load(init)["selector_top_k"] == 16
+    assert "draft's attention" in runs("train", run_yaml, "--plan")
+
+    said = runs("train", run_yaml, "max_steps=30", "checkpoint.every=15", "checkpoint.keep=9")
+    assert "blocks of 5 rows draft 4 tokens (fill_in labels) from the target's layers [1, 5]" in said
+    records = losses(run)
+    trained = [record for record in records if "loss" in record]
+    assert trained[-1]["loss"] < trained[0]["loss"] - 0.1 and "a3" in trained[0] and "a4" not in trained[0]
+
+    # A run that is stopped at half its steps goes on as if it had not been.
+    for path in (run / "checkpoints").glob("step-*30"):
+        path.rename(path.with_name("aside"))
+    assert "going on from" in runs("train", run_yaml, "max_steps=30", "checkpoint.every=15", "checkpoint.keep=9")
+    assert losses(run) == records
+
+    for temperature in (0, 1):
+        more = ("--max-prompts", 2, "--max-new-tokens", 12, "--num-steps", 4, "--temperature", temperature)
+        report = json.loads(runs("evaluate", run, "--prompts", prompts, *more))
+    assert len(report["held_out"]["overall"]["acceptance"]) == 4 and report["decode"]["num_tokens"] == 24
+    greedy = json.loads(runs("evaluate", run, "--prompts", prompts, "--max-prompts", 2, "--max-new-tokens", 12))
+    assert greedy["decode"]["num_equal"] == 2
+
+    out = tmp_path / "out"
+    runs("export", run, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["DFlash2DraftModel"] and config["block_size"] == 5
+    nested = {"target_layer_ids": [1, 5], "mask_token_id": 187, "block_size": 5, "conv_kernel_size": 2}
+    assert config["dflash_config"] == nested | {"conv_group_size": 16, "selector_rank": 8, "selector_top_k": 6}
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["layers.1.mlp_conv.base_kernel"].shape == (2, 2, 32)
+    assert tensors["layers.0.attention_conv.kernel_projection.weight"].shape == (8, 32)
+    assert tensors["candidate_selector.successor_codebook"].shape == (192, 8)
+    assert "verified for SGLang and vLLM" in runs("check", "--checkpoint", out, "--target", target_dir)
+    runs("train", run_yaml, "draft.overrides={}", f"draft.init_from={out}", f"run_dir={tmp_path / 'warm'}")
+    warm = [record for record in losses(tmp_path / "warm") if "loss" in record]
+    assert warm[0]["loss"] < trained[0]["loss"] - 0.1
+
+
+def test_a_dflash_export_is_one_to_start_from(run_yaml, runs, tmp_path):
+    """Step 1 from it has the loss of a DFlash run's, and the selector's beside it, which is then of logits alone."""
+    plain = {"block_size": 5, "num_hidden_layers": 2}
+    runs(
+        "train", run_yaml, f"draft={json.dumps({'method': 'dflash', 'overrides': plain})}", f"run_dir={tmp_path / 'dflash'}"
+    )
+    runs("export", tmp_path / "dflash", tmp_path / "out")
+    start = ("metrics.log_every=1", "max_steps=1", "seed=3")
+    found = {}
+    for method, more in (("dflash", ()), ("dflash2", ("block.selector_alpha=0",)), ("dflash2", ())):
+        name = f"{method}{len(more)}"
+        draft = json.dumps({"method": method, "init_from": str(tmp_path / "out")})
+        runs("train", run_yaml, f"draft={draft}", f"run_dir={tmp_path / name}", *start, *more)
+        found[name] = next(record for record in losses(tmp_path / name) if "loss" in record)
+    assert found["dflash21"]["loss"] == pytest.approx(found["dflash0"]["loss"], rel=1e-6)
+    assert found["dflash21"]["a0"] == found["dflash0"]["a0"]
+    assert found["dflash20"]["loss"] > found["dflash0"]["loss"] + 0.1
+
+
+def _train(tree):
+    from fastdraft.train import train
+
+    train(parse_config(tree, Config))
+
+
+def test_two_ranks_train_what_one_does(tree, run_yaml, tmp_path):
+    tree |= {"max_steps": 4, "block": {"anchors": 3}, "metrics": {"log_every": 1, "tensorboard": False}}
+    _train(tree | {"run_dir": str(tmp_path / "one")})
+    assert by_two_ranks(_train, tree | {"run_dir": str(tmp_path / "two")}) == [0, 0]
+    one, two = ([r["loss"] for r in losses(tmp_path / name) if "loss" in r] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["precision=bf16", "block.loss=dpace", "block.loss=kl", "chunk_rows=3"])
+def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
+    runs("train", run_yaml, change, "max_steps=3")
+    assert losses(tmp_path / "run")[-1]["step"] == 3
+    assert "a0" in losses(tmp_path / "run")[0]
+
+
+def test_the_engines_train_alike(run_yaml, runs, tmp_path):
+    for engine in ("fused", "reference"):
+        runs("train", run_yaml, f"step={engine}", f"run_dir={tmp_path / engine}", "optim.lr=1e-3")
+    one, other = ([r["loss"] for r in losses(tmp_path / name) if "loss" in r] for name in ("fused", "reference"))
+    assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_a_store_feeds_it_as_the_target_does(run_yaml, runs, tmp_path):
+    store = tmp_path / "store"
+    runs("features", "capture", run_yaml, store)
+    runs("train", run_yaml)
+    runs("train", run_yaml, f"features.path={store}", f"run_dir={tmp_path / 'stored'}")
+    online, stored = (losses(tmp_path / name) for name in ("run", "stored"))
+    assert [r["loss"] for r in stored if "loss" in r] == pytest.approx([r["loss"] for r in online if "loss" in r], rel=1e-5)
+
+
+REFUSED = {
+    "draft.overrides.conv_group_size=12": "conv_group_size 12 is no power of two",
+    "draft.overrides.conv_group_size=64": "conv_group_size 64 does not divide hidden_size 32",
+    "draft.overrides.conv_kernel_size=6": "conv_kernel_size 6 is more than the 5 rows of a block",
+    "draft.overrides.selector_top_k=1": "selector_top_k: ",
+    "draft.overrides.selector_rank=0": "selector_rank: ",
+    "draft.overrides.draft_vocab_size=64": "a DFlash2 draft has no draft_vocab_size",
+    "draft.overrides.selector=3": "draft setting 'selector' does not exist; the nearest is 'selector_",
+    "block.selector_alpha=-1": "block.selector_alpha",
+    "ttt_length=3": "ttt_length 3 is EAGLE-3's",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
+    assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
+
+
+def test_the_selectors_weight_is_no_other_methods(run_yaml, fastdraft):
+    line = refusal(fastdraft("train", run_yaml, "draft={method: dflash}", "block.selector_alpha=0.5"))
+    assert "block.selector_alpha is DFlash2's" in line
+
+
+# --- verification: a fault of an export is named -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(target_dir, tmp_path_factory):
+    from fastdraft.model.dflash2.config import DFlash2Config
+    from fastdraft.model.dflash2.draft import DFlash2Draft
+    from fastdraft.model.target_config import read_target_config
+    from fastdraft.serving.export import export_draft
+
+    draft = DFlash2Draft(DFlash2Config.from_target(read_target_config(target_dir), mask_token_id=190, **BLOCKS))
+    draft.init_weights(0.1, torch.Generator().manual_seed(0))
+    return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
+
+
+FAULTS = {
+    "no rank": (lambda c: c["dflash_config"].pop("selector_rank"), "dflash_config.selector_rank is None"),
+    "no taps": (lambda c: c["dflash_config"].update(conv_kernel_size=0), "dflash_config.conv_kernel_size is 0"),
+    "another rank": (lambda c: c["dflash_config"].update(selector_rank=16), "config.json makes it [192, 16]"),
+    "a scale": (lambda c: c["dflash_config"].update(output_multiplier=0.5), "dflash_config.output_multiplier is 0.5"),
+    "a cap": (lambda c: c["dflash_config"].update(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0"),
+    "DFlash's name": (lambda c: c.update(architectures=["DFlashDraftModel"]), "leave it out"),
+    "causal": (lambda c: c.update(is_causal=True), "is_causal is true, with which engines make the block causal"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_config_is_named(fault, exported, target_dir, tmp_path, fastdraft):
+    break_it, words = FAULTS[fault]
+    config = json.loads((exported / "config.json").read_text())
+    break_it(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 1 and words in " ".join(out.split()), out
+
+
+def test_a_fault_in_the_tensors_is_named(exported, target_dir, tmp_path, fastdraft):
+    tensors = load_file(exported / "model.safetensors")
+    del tensors["candidate_selector.hidden_projection.weight"]
+    tensors["layers.0.mlp_conv.base_kernel"][0, 1] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    said = " ".join(out.split())
+    assert code == 1 and "missing: candidate_selector.hidden_projection.weight" in said
+    assert "layers.0.mlp_conv.base_kernel has 32 NaN" in said
