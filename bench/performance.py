@@ -8,6 +8,7 @@ page's numbers with those of the rows.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.gate import load, newest, our_providers
@@ -21,6 +22,7 @@ NAMES = {
     "llama-3.3-70b": "Llama-3.3-70B",
 }
 PEER, MAIN = "specforge", "llama-3.1-8b"
+BLOCK_PEERS = ("specforge", "speculators")
 HEAD = """# Performance
 
 This page shows the newest row of each measurement: the training step beside SpecForge's, its memory, and each kernel
@@ -188,6 +190,83 @@ class Steps:
         return table(["goal", "reached"], [list(line) for line in found]) if found else ""
 
 
+class Blocks:
+    """One GPU's rows of `block_step` in bf16: the newest of ours by shape, and of each peer with ours of the same run."""
+
+    def __init__(self, rows: list[dict], gpu: str):
+        self.ours: dict[str, dict] = {}  # by shape
+        self.peers: dict[tuple[str, str], tuple[dict, dict]] = {}  # by shape and peer: ours, theirs
+        for row in rows:
+            if row["op"] != "block_step" or row["gpu"] != gpu or row["dtype"] != "bf16" or "chunk_blocks" in row["shape"]:
+                continue
+            place, name = json.dumps(row["shape"], sort_keys=True), row["provider"]
+            if name == "fastdraft":
+                self.ours[place] = row
+            elif place in self.ours and name.startswith(BLOCK_PEERS):
+                self.peers[place, name.partition(",")[0]] = self.ours[place], row
+
+    def shapes(self) -> list[tuple[str, list[str]]]:
+        """Places in the page's order, and how a line begins."""
+        found = []
+        for place in self.ours:
+            shape = json.loads(place)
+            if shape["model"] in NAMES:
+                pattern = shape["pattern"] + (f", {shape['loss']}" if "loss" in shape else "")
+                key = list(NAMES).index(shape["model"]), -shape["B"], shape["pattern"] != "live", shape["tokens"]
+                line = [f"{NAMES[shape['model']]}, B {shape['B']}", f"{short(shape['tokens'])} {pattern}"]
+                found.append((key, place, line))
+        return [(place, line) for _, place, line in sorted(found)]
+
+    def ratio(self, place: str, peer: str, field: str = "us_per_row") -> float | None:
+        """How many times the peer's time ours is less, both in one run."""
+        if (place, peer) not in self.peers or any("failed" in row for row in self.peers[place, peer]):
+            return None
+        ours, theirs = self.peers[place, peer]
+        return theirs[field] / ours[field]
+
+    def beside(self, place: str, peer: str, value: Callable[[dict], str]) -> str:
+        if (place, peer) not in self.peers:
+            return ""
+        row = self.peers[place, peer][1]
+        return failed(row) if "failed" in row else value(row)
+
+    def block_time(self) -> str:
+        lines = []
+        for place, line in self.shapes():
+            row = self.ours[place]
+            spread = f"{number(row['us_per_row'])} ({number(row['p20'])}-{number(row['p80'])})"
+            line += [spread, number(row["model_us_per_row"]), number(row["model_us_per_trained_token"])]
+            line += ["" if row["mfu"] is None else number(100 * row["mfu"]), number(row.get("pct_of_sustained_gemm"))]
+            for peer in BLOCK_PEERS:
+                ratios = [self.ratio(place, peer, field) for field in ("us_per_row", "model_us_per_row")]
+                times = "" if ratios[0] is None else " / ".join(f"{ratio:.2f}" for ratio in ratios)
+                line += [self.beside(place, peer, lambda r: number(r["us_per_row"])), times]
+            lines.append(line)
+        header = ["draft", "tokens", "us/row", "no optimizer", "by trained token", "MFU %", "lasting"]
+        for peer in BLOCK_PEERS:
+            header += [f"{peer} us/row", "times faster"]
+        return table(header, lines) if lines else ""
+
+    def block_memory(self) -> str:
+        lines = []
+        for place, line in self.shapes():
+            row = self.ours[place]
+            memory = row["memory"]
+            line += [number(memory[part] / GIB) for part in ("weights_optimizer", "per_token", "transient", "peak")]
+            line += [f"{number(row['first_step_s'])} ({row['first_step']})", str(row["kernels"]), str(row["syncs"])]
+            for peer in BLOCK_PEERS:
+                line.append(self.beside(place, peer, lambda r: number(r["memory"]["transient"] / GIB)))
+                line.append(
+                    self.beside(place, peer, lambda r: f"{number(r['first_step_s'])}, {r['kernels']}, {r['syncs']}")
+                )
+            lines.append(line)
+        header = ["draft, GiB", "tokens", "weights, optimizer, head", "kept per token", "transient", "peak"]
+        header += ["first step s", "kernels", "host syncs"]
+        for peer in BLOCK_PEERS:
+            header += [f"{peer} transient", "first step s, kernels, syncs"]
+        return table(header, lines) if lines else ""
+
+
 STEP_TEXT = {
     "goals": "These are the project's goals for the draft of Llama-3.1-8B, and what the rows below say of each.",
     "live": """Every token is trained on, the pack is one document, T is 7, and the dtype is bf16. Times are medians,
@@ -207,6 +286,17 @@ EAGLE-3 trainer has no packing (`bench/peers/specforge.py`). Useful tokens are t
 so it counts as transient there; ours counts with the optimizer.""",
     "launches": """The first step compiles. It is `cold` in a new process with empty caches, `warm` in a new
 process, and `later` where the same process has run another length before.""",
+    "block_time": """Hard labels, at most 512 anchors in a document, bf16. `live` is one document of which every token is
+trained on; `chats` are packed conversations.
+
+- `us/row` is the time of the whole step by block row, B of them for each anchor; its percentiles are in brackets.
+  `no optimizer` is forward and backward alone, `by trained token` the same by rows that have a label.
+- `MFU` counts only products that are needed (`bench.block_work.flop_parts`), `lasting` is as above.
+- `times faster` is of the whole step / without the optimizer, both sides in one process, in turns, on the same weights,
+  inputs and anchors. SpecForge pads conversations, four a batch; speculators computes a teacher too, as its trainer does
+  for this loss. Their losses were ours to 1 %.""",
+    "block_memory": """What DFlash's step holds above weights and inputs, beside the peers' transient memory; the numbers
+behind it are their first step's seconds, kernels and host synchronisations in a step.""",
 }
 KERNEL_TEXT = """Times are medians, in bf16 where nothing else is said. The roof of a row is the larger of two times:
 its FLOPs over the GPU's matrix rate, and its bytes over its copy rate, both measured in the same process. Our kernel
@@ -219,6 +309,7 @@ TITLES = {
     "memory": "Memory",
     "launches": "First step and launches",
 }
+BLOCK_TITLES = {"block_time": "Blocks: time", "block_memory": "Blocks: memory, first step and launches"}
 
 
 # --- kernels -------------------------------------------------------------------------------------------------------------
@@ -265,6 +356,12 @@ def page(rows: list[dict]) -> str:
             plot = {"live": "step-time", "memory": "step-memory"}.get(name)
             if plot and curve(steps):
                 parts.append(f"![{TITLES[name]} against context length](img/{plot}-{slug(gpu)}.svg)\n")
+        blocks = Blocks(rows, gpu)
+        texts = {name: text for name in BLOCK_TITLES if (text := getattr(blocks, name)())}
+        if texts:
+            parts.append(f"## The DFlash step, {gpu}\n")
+        for name, text in texts.items():
+            parts += [f"### {BLOCK_TITLES[name]}\n", STEP_TEXT[name] + "\n", text]
         text = kernels(rows, gpu)
         if text:
             parts += [f"## Kernels, {gpu}\n", KERNEL_TEXT, text]

@@ -91,7 +91,7 @@ def write_target(folder: Path, sizes: Sizes, layers: int) -> None:
     config = LlamaConfig(
         **(
             wide
-            if sizes is TINY  # vLLM's attention on a CPU wants heads of 32
+            if sizes.shape == TINY.shape  # vLLM's attention on a CPU wants heads of 32
             else {
                 "hidden_size": shape.target_hidden_size,
                 "num_attention_heads": shape.num_attention_heads,
@@ -226,10 +226,11 @@ class Bench(NamedTuple):
     layers: int
     commit: str | None
     out: Path
+    flags: list[str]
 
     def write(self, op: str, row: dict) -> None:
         shape = {"shape": self.sizes.shape, "target_layers": self.layers, "dtype": self.sizes.dtype}
-        shape |= {"max_length": self.sizes.max_length, "pack_tokens": self.sizes.pack_tokens}
+        shape |= {"engine_flags": self.flags, "max_length": self.sizes.max_length, "pack_tokens": self.sizes.pack_tokens}
         append(f"served/{op}", shape | row, self.commit, self.out)
         print(op, row, flush=True)
 
@@ -333,11 +334,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-python", default=sys.executable)
     parser.add_argument("--engine-pythonpath", default="")
+    parser.add_argument("--engine-flags", nargs="*", default=[], help="vLLM's, such as attention-backend=TRITON_ATTN")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--folder", help="where the target and the runs lie; default: a temporary folder")
     parser.add_argument("--shared", help="serve-target's --folder; default: its own, in /dev/shm")
+    for name in ("packs", "rounds", "steps"):
+        parser.add_argument(f"--{name}", type=int, help=f"default: {getattr(FULL, name)}")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--commit")
@@ -346,6 +350,7 @@ def main() -> None:
     if args.tiny and args.out == str(RESULTS):
         raise SystemExit("--tiny measures nothing: name a folder with --out")
     until, sizes = time.monotonic() + args.seconds, TINY if args.tiny else FULL
+    sizes = sizes._replace(**{name: value for name in ("packs", "rounds", "steps") if (value := getattr(args, name))})
     layers = 8 if args.tiny else args.layers
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
@@ -353,8 +358,9 @@ def main() -> None:
         if {*args.parts} - {"links"}:
             write_target(target, sizes, layers)
             print("target written", flush=True)
-        bench = Bench(folder, target, sizes, layers, args.commit, Path(args.out))
+        bench = Bench(folder, target, sizes, layers, args.commit, Path(args.out), args.engine_flags)
         usual = ["--enforce-eager", "--max-model-len", str(sizes.max_length + 1), *sizes.flags]
+        usual += [f"--{flag}" for flag in args.engine_flags]
         own = ["--engine-python", args.engine_python]
         own += ["--engine-pythonpath", args.engine_pythonpath] if args.engine_pythonpath else []
         own += ["--folder", args.shared] if args.shared else []

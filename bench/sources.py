@@ -33,19 +33,12 @@ ENGINE = [
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
-BLOCK_KERNELS = (
-    "adamw",
-    "block_attention",
-    "chain_qkv",
-    "fp8",
-    "head_norm",
-    "linear_ce",
-    "linear_kl",
-    "matmul",
-    "rms_norm",
-)
+BLOCK_KERNELS = ("adamw", "block_attention", "chain_qkv", "dense_attention", "fp8", "head_norm", "linear_ce", "linear_kl")
 BLOCK_ENGINE = [  # a DFlash draft's step
-    *(f"fastdraft/kernels/{name}.py" for name in (*BLOCK_KERNELS, "swiglu", "teacher", "ttt_attention")),
+    *(
+        f"fastdraft/kernels/{name}.py"
+        for name in (*BLOCK_KERNELS, "matmul", "rms_norm", "swiglu", "teacher", "ttt_attention")
+    ),
     *(f"fastdraft/model/dflash/{name}.py" for name in ("blocks", "draft", "engine", "head", "loss", "memory", "mixer")),
     "fastdraft/model/buffers.py",
     "fastdraft/model/rope.py",

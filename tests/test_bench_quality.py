@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import yaml
 from tiny import save_target, write_chats
 
 import fastdraft.train
-from bench.quality import Clock, main
+from bench.gate import load
+from bench.quality import BLOCK, Clock, main, steps_for
+from bench.quality_plot import draw, table
 
 RECIPES = {
     "run": {
@@ -66,10 +70,30 @@ def test_rows_of_recipes_and_seeds(place, tmp_path, monkeypatch):
 
 
 def test_seconds_become_steps(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.quality.TRIAL", 4)
-    monkeypatch.setattr("bench.quality.BLOCK", 1)
-    (row,) = measure(place, tmp_path, "--recipes", "base", "--seconds", 1.0)
-    assert row["steps"] > 4 and 0.2 < row["seconds"] < 5
+    """By the median of a trial's blocks, tried once for recipes that are equally fast."""
+    tried, args = [], SimpleNamespace(seconds=30.0)
+    monkeypatch.setattr("bench.quality.recipe_config", lambda args, recipe, *_, **__: recipe)
+    monkeypatch.setattr("bench.quality.shutil.rmtree", lambda _: None)
+
+    def trial(recipe, stick, trial):
+        tried.append(recipe)
+        return SimpleNamespace(blocks=[9.0, 0.5, 0.6, 0.4, 0.5])
+
+    monkeypatch.setattr("bench.quality.train_timed", trial)
+    stick, known = SimpleNamespace(folder=tmp_path), {}
+    recipes = {}, {"optim.lr": 2e-3}, {"ttt_length": 3}
+    assert [steps_for(args, recipe, stick, known) for recipe in recipes] == [30 / (0.5 / BLOCK)] * 3
+    assert tried == [{}, {"ttt_length": 3}]
+
+
+def test_a_trial_is_timed_in_blocks(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.quality.TRIAL", 8)
+    monkeypatch.setattr("bench.quality.BLOCK", 2)
+    steps = []
+    monkeypatch.setattr("bench.quality.statistics.median", lambda blocks: steps.append(list(blocks)) or 2.0)
+    (row,) = measure(place, tmp_path, "--recipes", "base", "--seconds", 3.0, "--decode", 0)
+    assert row["steps"] == 3 and len(steps) == 1
+    assert len(steps[0]) == 1 and steps[0][0] > 0  # steps 5 and 6; what follows is the last block, which has no end
 
 
 def test_the_clock_counts_training_alone():
@@ -79,13 +103,13 @@ def test_the_clock_counts_training_alone():
         time.sleep(0.02)
     clock.stop()
     with clock.forward():  # of an evaluation
-        time.sleep(0.05)
+        time.sleep(0.5)
     clock.start()
     clock.start()
     time.sleep(0.01)
     clock.stop()
     clock.stop()
-    assert 0.03 <= clock.seconds < 0.05 and 0.02 <= clock.target_seconds < 0.03
+    assert 0.03 <= clock.seconds < 0.5 and 0.02 <= clock.target_seconds < 0.5
 
 
 @pytest.mark.parametrize(
@@ -102,3 +126,16 @@ def test_recipes_that_cannot_be(place, tmp_path, recipes, says):
         measure(place, tmp_path, "--recipes", recipes, "--steps", 1)
     with pytest.raises(ValueError, match="2 numbers for 3 learning rates"):
         measure(place, tmp_path, "--recipes", "base", "--steps", 1, "--peer-lr", "1,2,3", "--peer-batch", "1,2")
+
+
+def test_the_page_says_what_the_rows_say(tmp_path):
+    root = Path(__file__).parents[1]
+    rows = [row for row in load(root / "bench/results/quality.jsonl") if row["gpu"]]
+    page = (root / "docs/quality.md").read_text().splitlines()
+    assert [line for line in table(rows) if line not in page] == []
+    draw(rows, 7, tmp_path / "drawn.svg")
+    for picture in (tmp_path / "drawn.svg", root / "docs/img/quality.svg"):
+        text = picture.read_text()
+        assert all(row["recipe"] in text for row in rows)  # every recipe has its line
+    with pytest.raises(ValueError, match="no row has 5 TTT steps"):
+        draw(rows, 5, tmp_path / "none.svg")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny import refusal, write_chats
 
 from fastdraft.config import Config, parse_config
 
+GOLDEN = Path(__file__).parent / "golden_methods"
 BLOCKS = {"block_size": 5, "num_hidden_layers": 2, "selector_rank": 8, "selector_top_k": 6}
 
 
@@ -204,3 +206,10 @@ def test_a_fault_in_the_tensors_is_named(exported, target_dir, tmp_path, fastdra
     said = " ".join(out.split())
     assert code == 1 and "missing: candidate_selector.hidden_projection.weight" in said
     assert "layers.0.mlp_conv.base_kernel has 32 NaN" in said
+
+
+def test_check_replays_its_golden_case(runs, tmp_path):
+    (tmp_path / "case.safetensors").write_bytes((GOLDEN / "dflash2.safetensors").read_bytes())
+    for step in ("fused", "reference"):
+        said = runs("check", "--golden", tmp_path, "--step", step)
+        assert "dflash2 cpu fp64" in said and "row_loss" in said and "grad " in said

@@ -38,6 +38,13 @@ def step(tokens: int, us: float, provider: str = "fastdraft", pattern: str = "li
     return row | more
 
 
+def block_step(us: float, provider: str = "fastdraft", **more) -> dict:
+    row = step(8192, us, provider)
+    row |= {"op": "block_step", "shape": {"model": "qwen3-8b", "tokens": 8192, "pattern": "live", "B": 16, "anchors": 512}}
+    row |= {"us_per_row": us, "model_us_per_row": us - 1, "model_us_per_trained_token": us + 0.5}
+    return row | more
+
+
 def kernel(us: float, provider: str = "fastdraft") -> dict:
     return {
         "op": "teacher",
@@ -96,6 +103,28 @@ def test_other_hardware_and_settings_are_no_part_of_a_table():
     rows = [step(2048, 30.0), step(2048, 1.0, gpu="Other"), step(2048, 1.0, dtype="fp32"), step(2048, 1.0, gpu=None)]
     rows[0]["shape"] = rows[0]["shape"] | {"chunk_rows": 7}
     assert Steps(rows, GPU).ours == {}
+
+
+def test_blocks_stand_beside_each_peer_of_the_same_run():
+    rows = [
+        block_step(20.0),
+        block_step(30.0, "specforge"),
+        block_step(16.0),
+        block_step(48.0, "speculators", failed="out of memory: 80 GiB"),
+        block_step(15.0),
+        block_step(1.0, dtype="fp32"),
+        block_step(1.0, "reference"),
+    ]
+    text = page(rows)
+    assert text.index("## The DFlash step") < text.index("### Blocks: time")
+    line = cells(text, "Qwen3-8B, B 16 | 8k live")
+    assert line[2:7] == ["15.0 (14.9-15.2)", "14.0", "15.5", "50.0", "80.0"]
+    assert line[7:] == ["30.0", "1.50 / 1.53", "out of memory", ""]  # 30 / 20, 29 / 19
+    memory = text[text.index("### Blocks: memory") :]
+    assert cells(memory, "Qwen3-8B")[2:] == [
+        *("10.0", "1.0", "3.0", "15.0", "12.5 (cold)", "400", "2"),
+        *("3.0", "12.5, 400, 2", "out of memory", "out of memory"),
+    ]
 
 
 def test_plots_are_small_and_the_same_twice(tmp_path):

@@ -2,8 +2,7 @@
 bench/results/block_conv.jsonl.
 
 `block_conv/fwd` reads rows and coefficients and writes rows, `block_conv/bwd` gives all three gradients. "torch" is the
-same in plain PyTorch and autograd, "compiled" the same under torch.compile. Blocks have 16 rows, two taps and groups of 16
-channels, as published drafts have.
+same in plain PyTorch and autograd. Blocks have 16 rows, two taps and groups of 16 channels, as published drafts have.
 """
 
 from __future__ import annotations
@@ -37,21 +36,19 @@ def providers(hidden: int, n: int) -> tuple[Runs, Runs]:  # of the forward and o
     y, dx, ddelta = torch.empty_like(xs[0]), torch.empty_like(xs[0]), torch.empty_like(delta)
     dbase = torch.zeros(TAPS, hidden, device="cuda")
     partial = torch.empty(PROGRAMS, TAPS, hidden, device="cuda")
-    plain = {"torch": block_conv_ref, "compiled": torch.compile(block_conv_ref)}
-
-    def backward(run: Callable[..., torch.Tensor]) -> Callable[[int], object]:
-        graphs = []
-        for x in xs:
-            leaves = [t.detach().requires_grad_() for t in (x, delta, base)]
-            graphs.append((run(*leaves, slot), leaves))
-        return lambda i: torch.autograd.grad(*graphs[i % 3], dys[i % 3], retain_graph=True)
-
-    forward: Runs = {"fastdraft": lambda i: block_conv(xs[i % 3], delta, base, slot, y)}
-    forward |= {name: lambda i, run=run: run(xs[i % 3], delta, base, slot) for name, run in plain.items()}
-    ours = lambda i: block_conv_backward(  # noqa: E731
-        dys[i % 3], xs[i % 3], delta, base, slot, dx, ddelta, dbase, partial
-    )
-    return forward, {"fastdraft": ours} | {name: backward(run) for name, run in plain.items()}
+    graphs = []
+    for x in xs:
+        leaves = [t.detach().requires_grad_() for t in (x, delta, base)]
+        graphs.append((block_conv_ref(*leaves, slot), leaves))
+    forward: Runs = {
+        "fastdraft": lambda i: block_conv(xs[i % 3], delta, base, slot, y),
+        "torch": lambda i: block_conv_ref(xs[i % 3], delta, base, slot),
+    }
+    backward: Runs = {
+        "fastdraft": lambda i: block_conv_backward(dys[i % 3], xs[i % 3], delta, base, slot, dx, ddelta, dbase, partial),
+        "torch": lambda i: torch.autograd.grad(*graphs[i % 3], dys[i % 3], retain_graph=True),
+    }
+    return forward, backward
 
 
 def bench_case(hidden: int, n: int, rounds: int = 15, commit: str | None = None) -> dict[str, dict[str, list[float]]]:

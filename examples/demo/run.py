@@ -37,7 +37,7 @@ from fastdraft.config import Config, load_config
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import Prepared
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, generate, generate_plain
+from fastdraft.decode import DecodeResult, generate, generate_plain, generate_plain_batch
 from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
@@ -135,7 +135,7 @@ def main() -> None:
     fit_to_target(untrained, config, target, data.train)
     untrained.to(target.device, target.dtype)
     prompts = prompts[: affordable_prompts(target, draft, prompts[0], clock)]
-    plain = [generate_plain(target, prompt, DECODE_TOKENS) for prompt in prompts]
+    plain = generate_plain_batch(target, prompts, DECODE_TOKENS)
     few = min(UNTRAINED_PROMPTS, len(prompts))
     before = evaluate_decode(target, untrained, prompts[:few], TREE, DECODE_TOKENS, plain[:few])
     after = evaluate_decode(target, draft, prompts, TREE, DECODE_TOKENS, plain)
@@ -320,7 +320,8 @@ def sigterm_after(seconds: float) -> Iterator[None]:
 
 
 def affordable_prompts(target: Target, draft: Draft, prompt: list[int], clock: Clock) -> int:
-    """How many prompts can be decoded until DECODE_END, by the target alone, with a tree and with a chain."""
+    """How many prompts can be decoded until DECODE_END, by the target alone, with a tree and with a chain, if each costs
+    what one alone costs. All are decoded together, which costs less."""
     generate(target, draft, prompt, 2, TREE)  # warm
     alone = generate_plain(target, prompt, DECODE_TOKENS // 4).seconds * 4
     tree = generate(target, draft, prompt, DECODE_TOKENS // 4, TREE).seconds * 4

@@ -15,7 +15,7 @@ them too. The head takes a part of the live rows at a time, with the teacher row
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -61,6 +61,9 @@ class BlockChunk:
 
     parts: tuple[Part, ...]
     context: slice  # rows of the pack that some block sees
+    first_keys: int  # rows of the context before the first anchor, which all blocks of its document see
+    first_rows: int  # how many of the rows are that document's: the first ones
+    first_live: int  # how many of the live rows
     anchor: Tensor  # [C] row of the pack
     start: Tensor  # [C] first row of its document
     row_position: Tensor  # [R] RoPE position
@@ -81,10 +84,10 @@ class BlockChunk:
         """One copy, from pinned memory to a GPU, so that the host does not wait."""
         if device.type != "cuda":
             return self
-        names = [field.name for field in fields(self) if field.name not in ("parts", "context")]
+        names = [field.name for field in fields(self) if isinstance(getattr(self, field.name), Tensor)]
         tensors = [getattr(self, name) for name in names]
         moved = to_device(tensors, device).split([len(x) for x in tensors])
-        return BlockChunk(self.parts, self.context, **dict(zip(names, moved, strict=True)))
+        return replace(self, **dict(zip(names, moved, strict=True)))
 
 
 def plan_blocks(
@@ -122,13 +125,15 @@ def plan_blocks(
         row_read = np.full((len(anchor), rows), len(anchor))
         row_read[:, 0] = np.arange(len(anchor))
         row_read = row_read.ravel()
-        context = slice(int(start[anchor].min()), int(anchor.max()))
+        # Anchors ascend, so the first document begins first.
+        context = slice(int(start[anchor[0]]), int(anchor[-1]))
+        first_blocks = int((start[anchor] == context.start).sum())
+        of_first = int(anchor[0]) - context.start, first_blocks * rows, int((block < first_blocks).sum())
         planned = (
             *(anchor, start[anchor], row_position, read_id[row_read], row_read, read_id),
             *(head_row, row_position[head_row], step, block, step * n + anchor[block]),
             *(ids[label_at[block, step]], ids[label_at[block, step] - 1]),
             *(np.concatenate(teacher_pos), np.concatenate(teacher_row)),
         )
-        yield BlockChunk(
-            tuple(parts), context, *(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned)
-        )
+        tensors = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned)
+        yield BlockChunk(tuple(parts), context, *of_first, *tensors)

@@ -38,6 +38,12 @@ from fastdraft.kernels.block_attention import (
     block_attention_fwd,
     block_rows,
 )
+from fastdraft.kernels.dense_attention import (
+    dense_attention_bwd,
+    dense_attention_covers,
+    dense_attention_fwd,
+    dense_steps,
+)
 from fastdraft.kernels.head_norm import head_norm, head_norm_backward
 from fastdraft.kernels.jit import compile_together
 from fastdraft.kernels.matmul import add_outer, linear, linear_backward
@@ -372,10 +378,14 @@ class BlockStep:
         found, anchor, start = [], chunk.anchor - chunk.context.start, chunk.start - chunk.context.start
         for layer, kind in enumerate(self.config.layer_types):
             sliding = kind == "sliding_attention"
+            first = start
+            if self.dense_rows(chunk, layer):
+                first = start.clone()
+                first[: chunk.first_rows // self.config.block_size] = chunk.first_keys
             found.append(
                 block_rows(
                     anchor,
-                    start,
+                    first,
                     self.config.block_size,
                     self.asking(chunk, layer)[0],
                     self.config.sliding_window if sliding else None,
@@ -404,7 +414,12 @@ class BlockStep:
                 v = self.project(layer, w, x1, ask, position, chunk.row_position, q, k)
 
             out, lse = kept("out", len(q)), kept("lse")[:, : len(q)]
-            block_attention_fwd(q, *self.keys(chunk, layer), k, v, intervals[layer], self.scale, out, lse)
+            dense = self.dense_rows(chunk, layer)
+            if dense:
+                before = (x[: chunk.first_keys] for x in self.keys(chunk, layer))
+                dense_attention_fwd(q[:dense], *before, self.scale, out[:dense], lse[:, :dense])
+                out[dense:], lse[:, dense:] = 0, -torch.inf
+            block_attention_fwd(q, *self.keys(chunk, layer), k, v, intervals[layer], self.scale, out, lse, dense > 0)
             branch = self.mix_out(layer, "attention", len(q), lambda y, out=out, w=w: linear(out.flatten(1), w.out, y))
             before, n2, r2 = kept("h_mid", len(q)), kept("n2", len(q)), kept("r2", len(q))
             h, residual = (self.embedding, self.read_by(chunk, ask)) if layer == 0 else (kept("h", rows), ask)
@@ -421,6 +436,15 @@ class BlockStep:
         y, x, r = take("y", len(live)), take("x", len(live)), take("r_x", len(live))
         rms_norm(before, self.weights.norm, eps, x, r, rows=live if mixed else None, delta=branch, total=y)
         return x
+
+    def dense_rows(self, chunk: BlockChunk, layer: int) -> int:
+        """How many of a layer's first queries leave the keys before the chunk to FlashAttention: they are a rectangle
+        without a mask. None where it is not installed, where a window cuts the rectangle, or where it is small."""
+        full = self.config.layer_types[layer] == "full_attention"
+        if not full or not dense_attention_covers(self.dim, self.dtype, self.device.type):
+            return 0
+        rows = chunk.first_rows if self.asking(chunk, layer)[0] is None else chunk.first_live
+        return rows * dense_steps((0, chunk.first_keys), (rows,))
 
     def keys(self, chunk: BlockChunk, layer: int) -> tuple[Tensor, Tensor]:  # [n, Hkv, D] each
         """The context's keys and values that the chunk's rows may see."""
@@ -658,9 +682,15 @@ class BlockStep:
         q, out, lse = take(f"{layer}.q", n), take(f"{layer}.out", n), take(f"{layer}.lse")[:, :n]
         k, dk, dq, delta = take(f"{layer}.k", rows), take("dk", rows), take("dq", n), take("delta")[:, :n]
         keys = self.keys(chunk, layer)
-        sums = (context[name][chunk.context] for name in ("dk", "dv"))
+        sums = [context[name][chunk.context] for name in ("dk", "dv")]
         partial = take("partial_kv") if dout.is_cuda else None
-        block_attention_bwd_q(dout, q, *keys, k, v, intervals, out, lse, self.scale, dk, dv, dq, delta)
+        dense, dq_start = self.dense_rows(chunk, layer), None
+        if dense:
+            mine = dout[:dense], q[:dense], *(x[: chunk.first_keys] for x in keys), out[:dense], lse[:, :dense]
+            dense_attention_bwd(*mine, self.scale, *(x[: chunk.first_keys] for x in sums), take)
+            dq_start = take("dense.dq", n)
+            dq_start[dense:].zero_()
+        block_attention_bwd_q(dout, q, *keys, k, v, intervals, out, lse, self.scale, dk, dv, dq, delta, dq_start)
         block_attention_bwd_kv(dout, q, *keys, intervals, lse, delta, self.scale, *sums, partial)
         self.norm_heads_backward(dq, z_q, w.q_norm, ask_position, dz_q[:n], grads.q_norm, ask_read)
         self.norm_heads_backward(dk, z_k, w.k_norm, chunk.row_position, dz_k, grads.k_norm, read)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastdraft.kernels.block_attention import block_attention_partials
+from fastdraft.kernels.dense_attention import dense_attention_covers, dense_buffers
 from fastdraft.kernels.rms_norm import rms_norm_partials
 from fastdraft.kernels.teacher import TeacherRows
 from fastdraft.model.buffers import Table, table_bytes
@@ -68,6 +69,9 @@ def chunk_buffers(
     table |= {"dk": (rows, (kv_heads, d), dtype)}
     table |= {name: (rows, (h,), dtype) for name in ("branch", "x", "y", "dn", "dh", "dx", "x_live")}
     table |= {"dz": (rows, (e + 2 * kv,), dtype), "r_x": (rows, (), stats), "delta": (heads, (rows,), stats)}
+
+    if dense_attention_covers(d, dtype, device):
+        table |= dense_buffers(heads, kv_heads, d, rows, dtype)
 
     # The head takes as many rows at a time as HEAD_BYTES of logits allow, and the teacher no more positions than that.
     room = min(head_room(c, dtype), rows)

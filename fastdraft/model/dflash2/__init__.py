@@ -11,17 +11,19 @@ from fastdraft.batch import TargetHead
 from fastdraft.model import dflash
 from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.golden import golden_cases
 from fastdraft.model.dflash.parity import run_blocks
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import verify
 from fastdraft.model.dflash2.config import ARCHITECTURE, DFlash2Config
 from fastdraft.model.dflash2.draft import DFlash2Draft
-from fastdraft.model.dflash2.head import SelectorHead
+from fastdraft.model.dflash2.golden import load_selector_golden
+from fastdraft.model.dflash2.head import SelectorHead, selector_engine_step
 from fastdraft.model.dflash2.loss import SelectorLoss
 from fastdraft.model.dflash2.mixer import ConvolutionMixer
 from fastdraft.model.dflash2.parity import read_selector_as, selector_readings
 from fastdraft.model.dflash2.propose import BatchSelectorDrafter, SelectorDrafter
-from fastdraft.model.dflash2.ref import selector_losses_ref
+from fastdraft.model.dflash2.ref import selector_losses_ref, selector_ref_step
 from fastdraft.model.dflash2.serving import DFLASH2, load_or_widen
 from fastdraft.model.method import Readings
 
@@ -56,5 +58,6 @@ METHOD = dflash.METHOD._replace(
         "vllm": "vLLM serves a DFlash2 draft with its second model runner only, and this check sees what the first drafts; "
         "start vLLM yourself and use `fastdraft bench serve`"
     },
+    golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),
     readings=Readings(selector_readings, read_selector_as, run_blocks),
 )

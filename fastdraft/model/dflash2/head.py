@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import Batch, Features, Rows, TargetHead
 from fastdraft.kernels.linear_ce import ce_rows_
 from fastdraft.kernels.linear_kl import kl_rows_
 from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.kernels.selector import Candidates, SelectorGrads, add_rows_, candidates, select_rows_
 from fastdraft.model.dflash.blocks import BlockChunk, Part
+from fastdraft.model.dflash.engine import block_engine_step
 from fastdraft.model.dflash.head import TokenHead
 from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.loss import SelectorLoss
+from fastdraft.model.dflash2.mixer import ConvolutionMixer
 
 if TYPE_CHECKING:
     from fastdraft.model.dflash.engine import BlockStep
@@ -101,3 +103,17 @@ class SelectorHead(TokenHead):
         add_rows_(before, chunk.previous, kept.pull)
         add_outer(step.named_grads[PROJECTION], kept.state, x)
         torch.addmm(dx, kept.state, step.named[PROJECTION], out=dx)
+
+
+def selector_engine_step(
+    draft: DFlash2Draft,
+    batch: Batch,
+    features: Features,
+    head: TargetHead,
+    anchors: Tensor,  # [A] int64 ascending, on the host
+    loss: SelectorLoss,
+    chunk_blocks: int | None = None,
+) -> tuple[Rows, dict[str, Tensor]]:
+    """`block_engine_step` of a DFlash2 draft, for checks."""
+    args = draft, batch, features, head, anchors, loss, chunk_blocks
+    return block_engine_step(*args, SelectorHead, ConvolutionMixer(draft))

@@ -11,13 +11,15 @@ before it in its block was accepted.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastdraft.batch import TargetHead
 from fastdraft.kernels.selector import candidates_ref, selected_ref
 from fastdraft.kernels.teacher import teacher_ref
-from fastdraft.model.dflash.ref import LiveRows, losses_of_logits
+from fastdraft.model.dflash.ref import LiveRows, block_ref_step, losses_of_logits
 from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.loss import SelectorLoss
 
@@ -39,3 +41,7 @@ def selector_losses_ref(
     hit = selected.choice == (rows.label if teacher is None else teacher.argmax)
     acceptance = hit.to(selected.acceptance.dtype) if teacher is None else selected.acceptance
     return unary + loss.selector_alpha * selected.loss, acceptance, hit, unary
+
+
+# `block_ref_step` of a DFlash2 draft.
+selector_ref_step = partial(block_ref_step, row_losses=selector_losses_ref)

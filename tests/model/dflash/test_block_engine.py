@@ -7,8 +7,9 @@ import torch
 from small_dflash import Small, dflash_shape
 
 from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.kernels import dense_attention
 from fastdraft.model.buffers import flat_gradients
-from fastdraft.model.dflash import memory
+from fastdraft.model.dflash import engine, memory
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step
 from fastdraft.model.dflash.loss import BlockLoss
@@ -57,6 +58,44 @@ def test_the_engine_is_the_reference(shape, kind):
 def test_chunks_of_every_size_give_the_same(chunk_blocks):
     case = Small(dflash_shape(num_hidden_layers=3, **SLIDING))
     compare(case, anchors_of(case), BlockLoss("dpace"), chunk_blocks)
+
+
+@pytest.mark.parametrize("chunk_blocks", [2, 3, 7])
+@pytest.mark.parametrize("shape", ["two layers", "one layer", "three layers, sliding first and last"])
+def test_keys_before_a_chunk_may_go_to_another_kernel(shape, chunk_blocks, monkeypatch):
+    """As FlashAttention would take them: long and short documents, few rows in the last layer, chunks of two documents."""
+    calls = []
+
+    def forward(q, k, v, scale, out, lse):
+        calls.append((len(q), len(k)))
+        scores = torch.einsum("mhd,nhd->hmn", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
+        lse.copy_(scores.logsumexp(-1))
+        out.copy_(torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v.repeat_interleave(q.shape[1] // v.shape[1], 1)))
+
+    def backward(dout, q, k, v, out, lse, scale, dk, dv, take):
+        group = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+        p = (torch.einsum("mhd,nhd->hmn", q, keys) * scale - lse[..., None]).exp()
+        ds = p * (torch.einsum("mhd,nhd->hmn", dout, values) - (dout * out).sum(-1).T[..., None])
+        dk += torch.einsum("hmn,mhd->nhd", ds, q).unflatten(1, (-1, group)).sum(2) * scale
+        dv += torch.einsum("hmn,mhd->nhd", p, dout).unflatten(1, (-1, group)).sum(2)
+        dq = take("dense.dq", len(q))
+        dq.copy_(torch.einsum("hmn,nhd->mhd", ds, keys) * scale)
+        return dq
+
+    def buffers(heads, kv_heads, dim, rows, dtype):
+        return {"dense.dq": (rows, (heads, dim), torch.promote_types(dtype, torch.float32))}
+
+    for module in (engine, memory):
+        monkeypatch.setattr(module, "dense_attention_covers", lambda *_: True)
+    monkeypatch.setattr(engine, "dense_attention_fwd", forward)
+    monkeypatch.setattr(engine, "dense_attention_bwd", backward)
+    monkeypatch.setattr(memory, "dense_buffers", buffers)
+    monkeypatch.setattr(dense_attention, "MIN_KEYS", 5)
+    monkeypatch.setattr(dense_attention, "MIN_ROWS", 4)
+    case = Small(dflash_shape(**SHAPES[shape]), lengths=(60, 19, 3, 41))
+    compare(case, anchors_of(case, 9), BlockLoss("ce"), chunk_blocks)
+    assert len(calls) >= 4 and max(keys for _, keys in calls) > 20 and min(keys for _, keys in calls) >= 5
 
 
 def test_the_head_in_parts_gives_the_same(monkeypatch):
