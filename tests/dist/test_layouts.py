@@ -14,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from small_runs import at_step, by_ranks, losses
+from tiny import TINY, make_tokenizer
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from fastdraft import cli
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state
@@ -71,6 +73,21 @@ def test_a_run_goes_on_in_other_layouts_as_if_one_process_had_run_it(make_config
     assert by_ranks(2, stopped, laid_out(1, 2), 3) == [0] * 2
     assert by_ranks(4, train, laid_out(2, 1)) == [0] * 4
     assert_same_run(run, alone, 1e-8)
+
+
+def test_a_target_with_windows_is_shared_in_a_run(make_config, tmp_path, in_float64):
+    """Mistral with a window of 8 tokens, documents of up to 64: two processes share the tokens, then the weights, too."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MistralConfig(**TINY, sliding_window=8)).save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    changes = {"target.path": str(tmp_path / "target"), "eval.every": 2}
+    alone = make_config(run_dir=str(tmp_path / "alone"), **changes)
+    train(alone)
+    for sequence, tensor in ((2, 1), (2, 2)):
+        shared = {"dist.sequence": sequence, "dist.tensor": tensor, "chunk_rows": 8}
+        run = make_config(run_dir=str(tmp_path / f"{sequence}x{tensor}"), **changes | shared)
+        assert by_ranks(sequence * tensor, train, run) == [0] * (sequence * tensor)
+        assert_same_run(run, alone, 1e-8)
 
 
 def test_the_commands_read_what_processes_that_share_a_step_have_written(make_config, tmp_path, fastdraft):

@@ -13,7 +13,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Features, TargetHead
@@ -50,7 +49,9 @@ def block_readings(draft: DFlashDraft, num_target_layers: int) -> list[BlockRead
             found.append(BlockReading("layer ids", f"outputs of layers {list(layers)} ({why})", layers=layers))
     other = {"fill_in": "shifted", "shifted": "fill_in"}[c.labels]
     says = {"shifted": "slot k drafts the token after the one at its position", "fill_in": "slot k drafts x_{a+k}"}[other]
-    found.append(BlockReading("labels", f"labels shifted by one: {says}", changes=(("labels", other),)))
+    rows = c.num_drafted + 1 if other == "fill_in" else c.block_size  # an engine that is asked for as many tokens
+    changes = ("labels", other), ("block_size", rows)
+    found.append(BlockReading("labels", f"labels shifted by one: {says}", changes=changes))
     causal = ("layer_types", ("sliding_attention",) * c.num_hidden_layers), ("sliding_window", UNBOUNDED)
     if "full_attention" in c.layer_types:
         found.append(BlockReading("block", "a causal block", changes=causal))
@@ -132,13 +133,12 @@ def run_blocks(
         states = block_states_ref(draft, batch, features, anchors)[:, first : first + steps]
         tokens = chain[anchors - 1]
         previous = torch.cat([ids[anchors, None], tokens[:, :-1]], 1)
-        seen = states.shape[1]  # fewer than S where the reading's block drafts fewer tokens
-        logits = draft.logits(states, previous[:, :seen], head).float()
+        logits = draft.logits(states, previous, head).float()
         best, choice = logits.max(-1)
-        theirs = logits.gather(-1, tokens[:, :seen, None])[..., 0]
-        choices.append(F.pad(choice, (0, steps - seen), value=-1))
+        theirs = logits.gather(-1, tokens[..., None])[..., 0]
+        choices.append(choice)
         largest = logits.masked_fill(logits.isinf(), 0.0).abs().amax(-1)  # -inf: what a selector does not choose among
-        gaps.append(F.pad((best - theirs) / largest, (0, steps - seen), value=torch.inf))
+        gaps.append((best - theirs) / largest)
     return torch.cat(choices), torch.cat(gaps)
 
 

@@ -1,0 +1,137 @@
+"""A DSpark draft beside an engine: seeded faults, of the engine and of the checkpoint, are found and named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_decode import prompts
+from tiny import tiny_llama
+
+from fastdraft.batch import Batch
+from fastdraft.decode import generate_plain
+from fastdraft.model.buffers import flat_gradients
+from fastdraft.model.dflash.blocks import draw_anchors
+from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.parity import run_blocks
+from fastdraft.model.dspark.config import DSparkConfig
+from fastdraft.model.dspark.draft import DSparkDraft
+from fastdraft.model.dspark.head import DSparkHead
+from fastdraft.model.dspark.loss import DSparkLoss
+from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
+from fastdraft.model.dspark.propose import MarkovDrafter
+from fastdraft.model.proposal import DecodeSettings
+from fastdraft.serving.engines import Output, Round
+from fastdraft.serving.parity import Parity, diagnose
+from fastdraft.target.hf import Target
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A target, a draft that gets about half of its text right, the prompts and the target's outputs."""
+    model = tiny_llama(0, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, initializer_range=0.15)
+    changes = {"mask_token_id": 190, "block_size": STEPS, "num_hidden_layers": 2, "layers": (2, 4), "markov_rank": 16}
+    c = DSparkConfig.from_target(model.config.to_dict() | {"bos_token_id": 1}, **changes)
+    target, draft = Target(model, c.layers), DSparkDraft(c)
+    draft.init_weights(0.1, torch.Generator().manual_seed(0))
+    draft.take_from_target(target.embedding)
+    asked = prompts()
+    texts = [generate_plain(target, prompt, 40).tokens for prompt in asked]
+    ids = torch.cat([torch.tensor(prompt + text) for prompt, text in zip(asked, texts, strict=True)])
+    lengths = tuple(len(prompt) + len(text) for prompt, text in zip(asked, texts, strict=True))
+    mask = torch.cat([torch.arange(n) >= len(prompt) for n, prompt in zip(lengths, asked, strict=True)])
+    batch = Batch(ids.where(ids != 190, 189), mask, lengths)
+    features, loss = target.capture(batch), DSparkLoss(ce_weight=1.0)
+    engine = BlockEngine(draft, target.head, loss, lambda b, step: draw_anchors(b, 64, 0, step), head_type=DSparkHead)
+    optimizer = torch.optim.AdamW(draft.trainable().values(), lr=5e-3)
+    for _ in range(20):
+        grads = flat_gradients(draft.trainable())
+        rows = engine.step(batch, features, grads)
+        for name, p in draft.trainable().items():
+            p.grad = grads[name] / rows.live.sum()
+        optimizer.step()
+    return target, draft.requires_grad_(False), asked, texts
+
+
+def served(trained, reading) -> list[Output]:
+    """What an engine does that reads the draft so: its rounds on the target's text, each token after its own last."""
+    target, draft, asked, texts = trained
+    wrong = read_dspark_as(draft, reading)
+    states = Target(target.model, reading.layers or draft.config.layers)
+    outputs = []
+    for prompt, text in zip(asked, texts, strict=True):
+        ids = torch.tensor(prompt + text)
+        g = states.forward(ids[None])[0][0]
+        chain = torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)
+        for step in range(STEPS):
+            chain[:, step] = run_blocks(wrong, reading, target.head, ids, g, chain)[0][:, step]
+        rounds, after = [], 1
+        while after < len(text) - STEPS:
+            drafted = chain[len(prompt) + after - 2].tolist()
+            rounds.append(Round(after, drafted))
+            right = [a == b for a, b in zip(drafted, text[after:], strict=False)]
+            after += 1 + (right.index(False) if False in right else len(right))
+        outputs.append(Output(text, rounds))
+    return outputs
+
+
+def reading(trained, fault: str, words: str):
+    (found,) = [r for r in dspark_readings(trained[1], trained[0].num_layers) if r.fault == fault and words in r.says]
+    return found
+
+
+FAULTS = [
+    ("labels", "labels shifted by one: slot k drafts x_{a+k}"),
+    ("layer ids", "off by one, + 1"),
+    ("layer ids", "off by one, - 1"),
+    ("block", "a causal block"),
+    ("mask token", "pad token"),
+    ("norm", "hidden_norm left out"),
+    ("norm", "the final norm left out"),
+    ("markov head", "the Markov head left out"),
+    ("markov head", "swapped"),
+]
+
+
+def test_an_engine_that_reads_as_documented_agrees(trained):
+    target, draft, asked, _ = trained
+    told = diagnose(Parity(target, draft, asked, served(trained, dspark_readings(draft, target.num_layers)[0]), STEPS))
+    assert told.agrees and not told.served_as and not told.trained_as
+    assert told.reference.num_equal == told.reference.num_proposed > 20
+    assert 1.2 < told.reference.accepted_length < 5.5
+
+
+def test_what_an_engine_drafts_is_what_our_drafter_drafts(trained):
+    target, draft, asked, texts = trained
+    settings = DecodeSettings(num_steps=STEPS)
+    outputs = served(trained, dspark_readings(draft, target.num_layers)[0])
+    for prompt, text, output in zip(asked, texts, outputs, strict=True):
+        ids = torch.tensor(prompt + text)
+        g = target.forward(ids[None])[0][0]
+        for r in output.rounds[:3]:
+            root = len(prompt) + r.after - 1
+            drafter = MarkovDrafter(draft, target.head, len(ids))
+            assert drafter.propose(ids[1 : root + 1], g[:root], STEPS, settings, None).tokens.tolist() == r.drafted
+
+
+@pytest.mark.parametrize("fault, words", FAULTS)
+def test_what_an_engine_reads_otherwise_is_named(fault, words, trained):
+    target, draft, asked, _ = trained
+    told = diagnose(Parity(target, draft, asked, served(trained, reading(trained, fault, words)), STEPS))
+    assert not told.agrees and told.served_as[0].reading.fault == fault, told
+    assert words in told.served_as[0].reading.says
+
+
+@pytest.mark.parametrize("fault, words", [f for f in FAULTS if "off by one" in f[1] or "swapped" in f[1]])
+def test_a_checkpoint_that_was_trained_otherwise_is_named(fault, words, trained):
+    """The file says one thing and the weights were trained with another: the other would be accepted more often."""
+    target, draft, asked, texts = trained
+    wrong = reading(trained, fault, words)
+    mistaken = read_dspark_as(draft, wrong)  # swapped twice is as trained
+    if fault == "layer ids":
+        by = -1 if "+" in words else 1
+        mistaken.config = draft.config.model_copy(update={"layers": tuple(x - by for x in draft.config.layers)})
+    target = Target(target.model, mistaken.config.layers)
+    told = diagnose(Parity(target, mistaken, asked, [Output(text) for text in texts], STEPS))
+    assert fault in [e.reading.fault for e in told.trained_as], told
