@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 import types
@@ -68,6 +69,14 @@ def test_a_hub_name_is_served_from_the_files_that_a_trainer_reads(target_dir, mo
 def test_a_flag_that_is_the_commands_own_is_refused_with_the_reason(target_dir, flag):
     with pytest.raises(ValueError, match=r"serve-target does not take vLLM's --"):
         serve_command("python", str(target_dir), [flag, "x"])
+
+
+def test_latent_attention_is_refused_by_name(target_dir, tmp_path):
+    shutil.copytree(target_dir, tmp_path / "mla")
+    config = json.loads((target_dir / "config.json").read_text())
+    (tmp_path / "mla" / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 8}))
+    with pytest.raises(ValueError, match=r"is a llama with latent attention \(MLA\)"):
+        serve_command("python", str(tmp_path / "mla"), [])
 
 
 def test_on_the_command_line(target_dir, fastdraft, monkeypatch, tmp_path):
