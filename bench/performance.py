@@ -294,7 +294,7 @@ trained on; `chats` are packed conversations.
 - `MFU` counts only products that are needed (`bench.block_work.flop_parts`), `lasting` is as above.
 - `times faster` is of the whole step / without the optimizer, both sides in one process, in turns, on the same weights,
   inputs and anchors. SpecForge pads conversations, four a batch; speculators computes a teacher too, as its trainer does
-  for this loss. Their losses were ours to 1 %.""",
+  for this loss. The program that writes a peer's row fails where its loss is not ours to 1 %.""",
     "block_memory": """What DFlash's step holds above weights and inputs, beside the peers' transient memory; the numbers
 behind it are their first step's seconds, kernels and host synchronisations in a step.""",
 }
