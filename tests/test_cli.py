@@ -320,6 +320,14 @@ def test_options_that_would_do_nothing_are_refused(fastdraft, trained, tmp_path)
         assert f"{idle[0]} belongs to --url" in refusal(fastdraft(*ask, *local, *idle))
 
 
+@pytest.mark.parametrize("content", ["target: {path: x}\n", "words", "", "{}"])
+def test_a_vocabulary_map_that_is_none_is_a_sentence(fastdraft, config_file, tmp_path, content):
+    file = tmp_path / "map.pt"
+    file.write_text(content)
+    refused = refusal(fastdraft("train", config_file, f"draft.vocab_map={file}", f"run_dir={tmp_path / 'new'}"))
+    assert f"draft.vocab_map: {file} " in refused
+
+
 def test_export_and_check(fastdraft, trained, target_dir, tmp_path):
     out_dir = tmp_path / "draft"
     code, out, err = fastdraft("export", trained, out_dir)

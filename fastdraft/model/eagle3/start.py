@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from fastdraft.batch import Ends
 from fastdraft.data.vocab import build_vocab_map, coverage, read_vocab_mapping
@@ -33,7 +34,7 @@ def fit(
     if settings.init_from is None:
         counts = token_counts()
         if settings.vocab_map is not None:
-            ids = read_vocab_mapping(Path(settings.vocab_map), draft.config.vocab_size)
+            ids = _given_vocabulary(Path(settings.vocab_map), draft.config.vocab_size)
             share = counts[ids.numpy()].sum() / counts.sum()
             messages.append(
                 f"vocabulary map of {settings.vocab_map}: its {len(ids):,} tokens are {share:.2%} of all trained"
@@ -53,3 +54,17 @@ def fit(
     if settings.init_from is None or bool(draft.embed_tokens.weight.isnan().any()):
         draft.set_embedding(target.embedding.float().cpu())
     return messages
+
+
+def _given_vocabulary(path: Path, vocab_size: int) -> Tensor:  # [Vd] int64, ascending target ids
+    """`read_vocab_mapping` of draft.vocab_map. ValueError for any file that is none: what PyTorch's unpickler says of one
+    depends on its first bytes."""
+    try:
+        return read_vocab_mapping(path, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"draft.vocab_map: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"draft.vocab_map: {path} is no vocab_mapping.pt of SpecForge, a file that torch.save wrote "
+            f"({type(error).__name__}: {error})"
+        ) from error
