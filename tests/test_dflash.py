@@ -147,12 +147,27 @@ REFUSED = {
     "block.dpace_alpha=0.3": "block.dpace_alpha is of block.loss dpace, and the loss is ce",
     "block.lk_decay=2": "block.lk_decay is of block.loss lk_lambda, and the loss is ce",
     "block.anchor=7": "did you mean 'anchors'?",
+    "block={loss: dpace, gamma: 3}": "block.gamma is 3 and block.loss dpace, which makes its weights of the draft's own",
 }
 
 
 @pytest.mark.parametrize("change", REFUSED)
 def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
     assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
+
+
+def test_the_plain_step_refuses_the_mask_in_a_document_too(run_yaml, fastdraft):
+    changes = "draft.overrides.mask_token_id=30", "step=reference"
+    assert "a document has token 30, which is the draft's mask_token_id" in refusal(fastdraft("train", run_yaml, *changes))
+
+
+def test_the_plan_says_how_slots_are_weighed(run_yaml, runs):
+    """In a run's words: the division, too, is each loss's own."""
+    ce = runs("train", run_yaml, "--plan", "block.gamma=3")
+    assert "The loss ce compares a slot with the data's own token. Drafted token j = 0, 1, ..." in ce
+    assert "weighs exp(-j / 3)" in ce and "divided by the sum of the weights" in ce
+    dpace = runs("train", run_yaml, "--plan", "block.loss=dpace")
+    assert "exp(-j" not in dpace and "the sum is divided by the number of blocks" in dpace
 
 
 def test_a_section_of_another_method_is_refused(run_yaml, fastdraft):

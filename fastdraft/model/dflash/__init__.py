@@ -92,6 +92,11 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
     for name, loss in OF_ONE_LOSS.items():
         if loss != block.loss and getattr(block, name) != type(block).model_fields[name].default:
             raise ValueError(f"block.{name} is of block.loss {loss}, and the loss is {block.loss}; take {name} out")
+    if block.loss == "dpace" and block.gamma is not None:
+        raise ValueError(
+            f"block.gamma is {block.gamma:g} and block.loss dpace, which makes its weights of the draft's own "
+            "probabilities; take gamma out"
+        )
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"
@@ -108,14 +113,38 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
 
 
 def recipe(config: Config, shape: DFlashConfig) -> list[str]:
-    """A sentence on what a step trains and why."""
+    """What a step trains, its loss and how slots are weighed, and why."""
     loss = block_loss(config, shape)
     compared = "the target's distribution" if loss.needs_teacher else "the data's own token"
-    return [
+    weighed = weighed_by_step(loss.gamma)
+    if loss.kind == "dpace":
+        weighed = (
+            "A slot weighs what its token adds to the number that a server is expected to accept, by the draft's own "
+            "probabilities, and the sum is divided by the number of blocks."
+        )
+    return [f"{blocks_drawn(config, shape)} The loss {loss.kind} compares a slot with {compared}. {weighed}"]
+
+
+def blocks_drawn(config: Config, shape: DFlashConfig) -> str:
+    return (
         f"Up to {config.block.anchors} blocks of each document are trained, at every step others, of {shape.num_drafted} "
-        f"drafted tokens each. The loss {loss.kind} compares a slot with {compared}. Slot j weighs "
-        f"exp(-j / {loss.gamma:g}), since a token counts only where all before it were accepted."
-    ]
+        "drafted tokens each."
+    )
+
+
+def weighed_by_step(gamma: float) -> str:
+    return (
+        f"Drafted token j = 0, 1, ... of a block weighs exp(-j / {gamma:g}), since a token counts only where all before it "
+        "were accepted, and the sum is divided by the sum of the weights."
+    )
+
+
+def second_runner_only(title: str) -> dict[str, str]:
+    """`Method.not_seen` of a draft that vLLM's first model runner does not serve."""
+    return {
+        "vllm": f"vLLM serves a {title} draft with its second model runner only, and this check sees what the first "
+        "drafts; start vLLM yourself and use `fastdraft bench serve`"
+    }
 
 
 METHOD = Method(
