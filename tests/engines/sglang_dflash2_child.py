@@ -15,20 +15,9 @@ import tempfile
 import sglang_loader  # isort: skip  (it stubs what SGLang has no CPU build of, before anything imports that)
 import torch
 from safetensors.torch import load_file, save_file
-from sglang.srt.models.dflash import DFlashDraftModel
-
-own_load_weights = DFlashDraftModel.load_weights
-
-
-def load_weights(self, weights):
-    with torch.no_grad():
-        for parameter in self.parameters():
-            parameter.fill_(torch.nan)
-    return own_load_weights(self, weights)
 
 
 def main(job: dict) -> None:
-    DFlashDraftModel.load_weights = load_weights
     args = sglang_loader.ServerArgs(
         model_path=job["target"], device="cpu", dtype="float32", skip_tokenizer_init=True, attention_backend="torch_native"
     )
