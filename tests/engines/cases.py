@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_decode import prompts, train_on_own_output
 from tiny import random_draft, tiny_llama
 
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.serving.engines import EnginePlace, Run
+from fastdraft.serving.engines import EnginePlace, Run, engine_version
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target
 
@@ -86,3 +89,22 @@ def engine_place(name: str, environ: dict[str, str]) -> EnginePlace:
     if variable not in environ:
         pytest.fail(f"{variable} names no interpreter; run these tests with `make test-engines`")
     return EnginePlace(name, environ[variable], environ.get(f"FASTDRAFT_{name.upper()}_PYTHONPATH"))
+
+
+def load_in_sglang(folder: Path, work: list[dict]) -> list[dict[str, torch.Tensor] | str]:
+    """What one process of SGLang's loader (`sglang_loader.py`) made of each checkpoint, or its sentence of refusal."""
+    place = engine_place("sglang", os.environ)
+    assert engine_version(place) == "0.5.21"
+    outs = [folder / f"{i}.safetensors" for i in range(len(work))]
+    (folder / "job.json").write_text(json.dumps([w | {"out": str(out)} for w, out in zip(work, outs, strict=True)]))
+    script = Path(__file__).with_name("sglang_loader.py")
+    done = subprocess.run(
+        [place.python, str(script), str(folder / "job.json")],
+        env=place.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = [Path(f"{out}.refused") for out in outs]
+    return [r.read_text() if r.exists() else load_file(out) for r, out in zip(refused, outs, strict=True)]

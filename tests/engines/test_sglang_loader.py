@@ -1,40 +1,18 @@
 """SGLang's own loading code takes over every tensor of an export, its RoPE, its vocabulary map and its target layers."""
 
-import json
-import os
-import subprocess
-
 import pytest
 import torch
-from cases import CASES, engine_place, make_case
+from cases import CASES, load_in_sglang, make_case
 from safetensors.torch import load_file
-
-from fastdraft.serving.engines import engine_version
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """Every case, and the tensors that one SGLang process loaded from it."""
-    place = engine_place("sglang", os.environ)
-    assert engine_version(place) == "0.5.21"
-    folder = tmp_path_factory.mktemp("sglang")
     cases = [make_case(name, tmp_path_factory.mktemp("case"), steps=0) for name in CASES]
-    outs = [folder / f"{i}.safetensors" for i in range(len(cases))]
-    work = [
-        {"target": str(c.target_dir), "checkpoint": str(c.checkpoint), "out": str(out)}
-        for c, out in zip(cases, outs, strict=True)
-    ]
-    (folder / "job.json").write_text(json.dumps(work))
-    script = os.path.join(os.path.dirname(__file__), "sglang_loader.py")
-    done = subprocess.run(
-        [place.python, script, str(folder / "job.json")],
-        env=place.environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(CASES, zip(cases, map(load_file, outs), strict=True), strict=True))
+    work = [{"target": str(c.target_dir), "checkpoint": str(c.checkpoint), "algorithm": "EAGLE3"} for c in cases]
+    found = load_in_sglang(tmp_path_factory.mktemp("sglang"), work)
+    return dict(zip(CASES, zip(cases, found, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
