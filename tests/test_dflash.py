@@ -170,6 +170,14 @@ def test_the_plan_says_how_slots_are_weighed(run_yaml, runs):
     assert "exp(-j" not in dpace and "the sum is divided by the number of blocks" in dpace
 
 
+def test_the_plan_counts_the_teacher_of_held_out_data(run_yaml, runs):
+    """Where the loss has none of its own; it is kept from the first evaluation on."""
+    row = "teacher of held-out data"
+    assert row in runs("train", run_yaml, "--plan")
+    assert row not in runs("train", run_yaml, "--plan", "data.eval_fraction=0")
+    assert row not in runs("train", run_yaml, "--plan", "block.loss=kl")
+
+
 def test_a_section_of_another_method_is_refused(run_yaml, fastdraft):
     line = refusal(fastdraft("train", run_yaml, "draft={method: eagle3}", "block.anchors=3"))
     assert "the section block is for methods that draft blocks" in line
