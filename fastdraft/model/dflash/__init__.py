@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
-from fastdraft.model.dflash.cost import pair_cost, step_cost
+from fastdraft.model.dflash.cost import blocks_of_a_token, pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
 from fastdraft.model.dflash.golden import golden_cases, load_block_golden
@@ -180,6 +180,7 @@ METHOD = Method(
     readings=Readings(block_readings, read_block_as, run_blocks),
     recipe=recipe,
     cost_options=cost_options,
+    step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
     has_vocabulary_map=False,
 )

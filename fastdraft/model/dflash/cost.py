@@ -23,6 +23,11 @@ def num_blocks(pack_tokens: int, document_tokens: int, anchors: int) -> int:
     return docs * min(anchors, max(document_tokens - 2, 0)) + min(anchors, max(rest - 2, 0))
 
 
+def blocks_of_a_token(pack_tokens: int, document_tokens: int, anchors: int) -> float:
+    """The blocks that `step_cost` counts for a packed token: one each, or fewer where documents have more than N tokens."""
+    return max(num_blocks(pack_tokens, document_tokens, anchors), 1) / pack_tokens
+
+
 def step_cost(
     c: DFlashConfig,
     *,
