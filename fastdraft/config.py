@@ -37,7 +37,7 @@ class TargetConfig(Section):
     # to run it in; auto: bf16, but fp32 on a CPU that is slower in bf16. An export has its config.json's own dtype
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     trust_remote_code: bool = False
-    # servers of `fastdraft serve-target` on this host that run the target instead of this process (docs/served.md); with
+    # servers of `fastdraft serve-target` that run the target instead of this process (docs/served.md); with
     # them dtype: auto is theirs, and `path` gives config, tokenizer, embedding and head
     url: list[str] = []
     timeout_s: float = Field(600.0, gt=0)  # with url: how long no server may give states before the run ends

@@ -167,8 +167,8 @@ def evaluate_decode(
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"{len(plain)} plain results were given for {len(prompts)} prompts")
     generate(target, draft, prompts[0], 2, settings)  # warm: neither side's clock pays for first calls
-    reason = why_one_at_a_time(target, draft) if batch_size > 1 else None
-    size = 1 if reason is not None else batch_size
+    reason = why_one_at_a_time(target, draft) if min(batch_size, len(prompts)) > 1 else None
+    size = batch_size if reason is None and len(prompts) > 1 else min(1, batch_size)
     target.meet()
 
     def decode(own: Sequence[list[int]], draft: nn.Module | None) -> list[DecodeResult]:

@@ -95,17 +95,20 @@ def test_answers_end_with_the_time(demo, target):
         assert row["input_ids"][: len(part["input_ids"])] == part["input_ids"]  # the target's own words, fewer of them
 
 
-def test_the_prompts_are_those_that_the_clock_has_room_for(demo, make_config, target, monkeypatch):
-    """A plain decoding of 4 s and one with the draft of 6 s: 16 s for each prompt, 27 s for the untrained draft's."""
+def test_the_prompts_and_tokens_are_those_that_the_clock_has_room_for(demo, make_config, target, monkeypatch):
+    """A plain decoding of 4 s and one with the draft of 6 s: 16 s for each prompt, 9 s more for each of up to three by the
+    untrained draft, 6 s for the one that is shown, and 3 s for the trials where there is more than one."""
     share = demo.DECODE_TOKENS // 4
     seconds = lambda n: SimpleNamespace(seconds=n * share / demo.DECODE_TOKENS)  # noqa: E731
     monkeypatch.setattr(demo, "generate_plain", lambda *_: seconds(4.0))
     monkeypatch.setattr(demo, "generate", lambda *_: seconds(6.0))
     draft = random_draft(draft_shape(make_config()), target.embedding)
-    for left, expected in ((1000.0, 8), (27 + 16 * 5.5, 5), (0.0, 1), (-100.0, 1)):
+    cases = ((1000.0, 8, 52), (36 + 16 * 5.5, 5, 52), (31.5, 1, 52), (15.5, 1, 26), (0.0, 1, 8), (-100.0, 1, 8))
+    for left, number, tokens in cases:
         clock = clock_at(demo, demo.DECODE_END - left)
-        assert demo.affordable_prompts(target, draft, [1, 2, 3], clock) == expected
-        assert clock.cuts == ([f"{expected} of 8 held-out prompts decoded"] if expected < 8 else [])
+        assert demo.affordable_decoding(target, draft, [1, 2, 3], clock) == (number, tokens)
+        cut = [f"{number} of 8 held-out prompts decoded"] if number < 8 else []
+        assert clock.cuts == cut + ([f"{tokens} of 52 tokens of each decoded"] if tokens < 52 else [])
 
 
 def test_one_thread_where_others_are_busy(demo, monkeypatch):

@@ -12,7 +12,12 @@ from safetensors.torch import load_file, save_file
 from small_runs import by_two_ranks, losses
 from tiny import refusal, write_chats
 
-from fastdraft.config import Config, parse_config
+from fastdraft.config import Config, load_config, parse_config
+from fastdraft.model.dflash2.config import DFlash2Config
+from fastdraft.model.dflash2.draft import DFlash2Draft
+from fastdraft.model.target_config import read_target_config
+from fastdraft.run.draft import muon_matrices
+from fastdraft.serving import check
 
 GOLDEN = Path(__file__).parent / "golden_methods"
 BLOCKS = {"block_size": 5, "num_hidden_layers": 2, "selector_rank": 8, "selector_top_k": 6}
@@ -146,12 +151,31 @@ REFUSED = {
     "draft.overrides.selector=3": "draft setting 'selector' does not exist; the nearest is 'selector_",
     "block.selector_alpha=-1": "block.selector_alpha",
     "ttt_length=3": "ttt_length 3 is EAGLE-3's",
+    "optim.optimizer=muon": "set optim.muon_weights to [fc.weight, '*proj*.weight']",
 }
 
 
 @pytest.mark.parametrize("change", REFUSED)
 def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
     assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
+
+
+def test_muon_steps_all_matrices_but_the_codebooks(run_yaml, runs, tmp_path):
+    """With the weights that the refusal names."""
+    named = "optim.optimizer=muon", "optim.muon_weights=[fc.weight, '*proj*.weight']"
+    runs("train", run_yaml, *named, "max_steps=2")
+    shape = DFlash2Config.from_target(read_target_config(load_config(run_yaml).target.path), mask_token_id=187, **BLOCKS)
+    with torch.device("meta"):
+        every = {name for name, p in DFlash2Draft(shape).trainable().items() if p.ndim == 2}
+    stepped = {m.name for m in muon_matrices(load_config(run_yaml, list(named)), shape)}
+    assert every - stepped == {f"candidate_selector.{name}_codebook" for name in ("predecessor", "successor")}
+
+
+def test_the_plan_says_what_the_selector_learns(run_yaml, runs):
+    said = runs("train", run_yaml, "--plan", "block.selector_alpha=0.5")
+    assert "The loss ce compares a slot with the data's own token." in said
+    candidates = BLOCKS.get("selector_top_k", 16)
+    assert f"0.5 times the selector's cross entropy among the slot's {candidates} candidates" in said
 
 
 def test_the_selectors_weight_is_no_other_methods(run_yaml, fastdraft):
@@ -164,14 +188,17 @@ def test_the_selectors_weight_is_no_other_methods(run_yaml, fastdraft):
 
 @pytest.fixture(scope="module")
 def exported(target_dir, tmp_path_factory):
-    from fastdraft.model.dflash2.config import DFlash2Config
-    from fastdraft.model.dflash2.draft import DFlash2Draft
-    from fastdraft.model.target_config import read_target_config
     from fastdraft.serving.export import export_draft
 
     draft = DFlash2Draft(DFlash2Config.from_target(read_target_config(target_dir), mask_token_id=190, **BLOCKS))
     draft.init_weights(0.1, torch.Generator().manual_seed(0))
     return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
+
+
+def test_an_engines_check_says_what_it_cannot_see(exported, target_dir, fastdraft, monkeypatch):
+    monkeypatch.setattr(check, "refuse_old_engine", lambda place: "0.32.0")
+    refused = refusal(fastdraft("check", "--checkpoint", exported, "--target", target_dir, "--engine", "vllm"))
+    assert "vLLM serves a DFlash2 draft with its second model runner only" in refused and "bench serve" in refused
 
 
 FAULTS = {

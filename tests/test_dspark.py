@@ -12,6 +12,7 @@ from small_runs import by_two_ranks, losses
 from tiny import refusal, write_chats
 
 from fastdraft.config import Config, parse_config
+from fastdraft.serving import check
 
 BLOCKS = {"block_size": 4, "num_hidden_layers": 2, "markov_rank": 8}
 
@@ -161,6 +162,16 @@ def test_a_run_is_kept_under_its_methods_name(run_yaml):
     assert load_config(run_yaml, ["run_dir=mine"]).run_dir == "mine"
 
 
+def test_the_plan_says_what_dsparks_loss_is(run_yaml, runs):
+    said = runs("train", run_yaml, "--plan", "block.ce_weight=0.2")
+    law = (
+        "A slot's loss is 0.2 times the cross entropy with the data's own token, 0.9 times the L1 distance from the "
+        "target's distribution, and 1 times the confidence head's. Drafted token j = 0, 1, ... of a block weighs "
+        "exp(-j / 4)"
+    )
+    assert law in said and "The loss ce" not in said
+
+
 def test_dsparks_settings_are_not_dflashs(run_yaml, fastdraft):
     line = refusal(fastdraft("train", run_yaml, "draft={method: dflash}", "block.ce_weight=0.3"))
     assert "block.ce_weight is DSpark's, and draft.method is dflash" in line
@@ -179,6 +190,12 @@ def exported(target_dir, tmp_path_factory):
     draft = DSparkDraft(DSparkConfig.from_target(read_target_config(target_dir), mask_token_id=190, **BLOCKS))
     draft.init_weights(0.1, torch.Generator().manual_seed(0))
     return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
+
+
+def test_an_engines_check_says_what_it_cannot_see(exported, target_dir, fastdraft, monkeypatch):
+    monkeypatch.setattr(check, "refuse_old_engine", lambda place: "0.32.0")
+    refused = refusal(fastdraft("check", "--checkpoint", exported, "--target", target_dir, "--engine", "vllm"))
+    assert "vLLM serves a DSpark draft with its second model runner only" in refused and "bench serve" in refused
 
 
 FAULTS = {

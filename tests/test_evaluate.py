@@ -184,6 +184,15 @@ def test_a_target_that_cannot_be_batched_is_decoded_one_at_a_time(target, draft,
     assert report.one_at_a_time == f"{method.architecture} drafts for one sequence at a time"
 
 
+def test_one_prompt_needs_no_trial(target, draft, monkeypatch):
+    """The trial takes nine forwards of the target, which one prompt has nothing of."""
+    monkeypatch.setattr("fastdraft.evaluate.why_apart", lambda target: pytest.fail("a trial was made"))
+    report = evaluate_decode(target, draft, prompts()[:1], DecodeSettings(), 8)
+    assert (report.one_at_a_time, report.batch_size) == (None, 1)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        evaluate_decode(target, draft, prompts()[:1], DecodeSettings(), 8, None, 0)
+
+
 def test_sampled_outputs_are_not_compared(target, draft):
     report = evaluate_decode(target, draft, prompts(), DecodeSettings(temperature=1.0), 6)
     assert report.num_equal is None and report.first_difference is None

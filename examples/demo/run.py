@@ -60,6 +60,7 @@ TRAIN_END, DECODE_END = 430, 570  # seconds after the start; held-out numbers, e
 MIN_STEPS = 10
 THREADS = torch.get_num_threads()
 DECODE_PROMPTS, DECODE_TOKENS = 8, 52
+LEAST_TOKENS = 8  # of the one prompt that is decoded however late it is
 UNTRAINED_PROMPTS = 3  # enough to see that an untrained draft gives about one token a forward
 CHAIN = DecodeSettings(num_steps=3)
 TREE = DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16)  # the engines' usual way, 16 tokens a check
@@ -134,12 +135,13 @@ def main() -> None:
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, data.train)
     untrained.to(target.device, target.dtype)
-    prompts = prompts[: affordable_prompts(target, draft, prompts[0], clock)]
-    plain = generate_plain_batch(target, prompts, DECODE_TOKENS)
+    number, tokens = affordable_decoding(target, draft, prompts[0], clock)
+    prompts = prompts[:number]
+    plain = generate_plain_batch(target, prompts, tokens)
     few = min(UNTRAINED_PROMPTS, len(prompts))
-    before = evaluate_decode(target, untrained, prompts[:few], TREE, DECODE_TOKENS, plain[:few])
-    after = evaluate_decode(target, draft, prompts, TREE, DECODE_TOKENS, plain)
-    chain = evaluate_decode(target, draft, prompts, CHAIN, DECODE_TOKENS, plain)
+    before = evaluate_decode(target, untrained, prompts[:few], TREE, tokens, plain[:few])
+    after = evaluate_decode(target, draft, prompts, TREE, tokens, plain)
+    chain = evaluate_decode(target, draft, prompts, CHAIN, tokens, plain)
 
     step("5/5  export and report")
     for line in export_run(run_dir, run_dir / "export", "best", overwrite=False):
@@ -158,7 +160,7 @@ def main() -> None:
         "decode": asdict(after),
         "decode_chain": asdict(chain),
         "by_position": asdict(held_out)["by_position"],
-        "decode_sample": sample(tokenizer, prompts[0], generate(target, draft, prompts[0], DECODE_TOKENS, TREE)),
+        "decode_sample": sample(tokenizer, prompts[0], generate(target, draft, prompts[0], tokens, TREE)),
         "tokens_per_s": sum(speeds) / len(speeds) if speeds else float("nan"),
         "dtype": f"{config.precision} on a machine {speed(device)}",
         "cut": clock.cuts,
@@ -319,17 +321,26 @@ def sigterm_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def affordable_prompts(target: Target, draft: Draft, prompt: list[int], clock: Clock) -> int:
-    """How many prompts can be decoded until DECODE_END, by the target alone, with a tree and with a chain, if each costs
-    what one alone costs. All are decoded together, which costs less."""
+def affordable_decoding(target: Target, draft: Draft, prompt: list[int], clock: Clock) -> tuple[int, int]:
+    """How many prompts can be decoded until DECODE_END, and to how many tokens each: by the target alone, with a tree, with
+    a chain, some by the untrained draft, and one more with a tree to be shown. Each is counted at what one alone costs, and
+    together they cost less. Where not even one fits, it gets fewer tokens."""
     generate(target, draft, prompt, 2, TREE)  # warm
     alone = generate_plain(target, prompt, DECODE_TOKENS // 4).seconds * 4
     tree = generate(target, draft, prompt, DECODE_TOKENS // 4, TREE).seconds * 4
-    each = alone + 2 * tree
-    number = int((DECODE_END - clock.seconds() - UNTRAINED_PROMPTS * 1.5 * tree) / each)
-    number = max(1, min(number, DECODE_PROMPTS))
+    left = DECODE_END - clock.seconds()
+
+    def seconds(number: int) -> float:
+        trials = (
+            3 * alone / 4 if number > 1 else 0.0
+        )  # each evaluation tries in nine forwards whether prompts may go together
+        return number * (alone + 2 * tree) + (1.5 * min(number, UNTRAINED_PROMPTS) + 1) * tree + trials
+
+    number = max((n for n in range(1, DECODE_PROMPTS + 1) if seconds(n) <= left), default=1)
+    tokens = max(LEAST_TOKENS, int(DECODE_TOKENS * min(1.0, left / seconds(number))))
     clock.cut(number, DECODE_PROMPTS, "held-out prompts decoded")
-    return number
+    clock.cut(tokens, DECODE_TOKENS, "tokens of each decoded")
+    return number, tokens
 
 
 def sample(tokenizer: Tokenizer, prompt: list[int], result: DecodeResult) -> list[tuple[str, int | None]]:

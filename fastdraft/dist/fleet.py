@@ -239,7 +239,8 @@ def refuse_uneven(layout: Layout, draft: BaseModel, packs_per_step: int) -> None
     if packs_per_step % layout.data:
         raise ValueError(
             f"optim.packs_per_step={packs_per_step} is not a multiple of the {layout.data} groups of processes that have "
-            f"packs of their own ({world} processes, dist.sequence={s}, dist.tensor={t})"
+            f"packs of their own ({world} processes, dist.sequence={s}, dist.tensor={t}); set it to {layout.data} or a "
+            "multiple of that"
         )
     for name in ("num_attention_heads", "num_key_value_heads"):
         if getattr(draft, name, t) % t:

@@ -15,7 +15,7 @@ def recipe_lines(config: Config, shape: BaseModel) -> list[str]:
     packs = "one pack" if optim.packs_per_step == 1 else f"{optim.packs_per_step} packs"
     batch = (
         f"An optimizer step takes {packs} of up to {config.data.pack_tokens:,} tokens, {tokens:,} in all, however many "
-        "GPUs share them. The gradient is a sum, which is divided once by the number of rows trained on."
+        "GPUs share them. The gradient is a sum over all of them, which is divided once."
     )
     return [batch, _optimizer(config, shape), _schedule(config), *method_of(shape).recipe(config, shape)]
 

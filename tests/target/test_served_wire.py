@@ -3,9 +3,12 @@ knows the token has, and one sentence or another try for everything that goes wr
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -245,6 +248,75 @@ def test_a_slow_reader_keeps_nobody_waiting(listener):
     wire.receive(slow, bytearray(wire.FRAME.size + len(much)))  # whole, when it does read
     for peer in (slow, fast):
         peer.close()
+
+
+def until(done, seconds: float = 5) -> bool:
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        time.sleep(0.02)
+    return done()
+
+
+def senders() -> int:
+    return sum(thread.name == "fastdraft-sender" for thread in threading.enumerate())
+
+
+def test_a_client_that_has_left_is_forgotten(monkeypatch):
+    """Else each trainer of weeks leaves a thread and an open file in the engine."""
+    monkeypatch.setattr(wire, "IDLE_S", 0.05)
+    listener, before = wire.Listener("127.0.0.1", 0, "a" * 32), senders()
+    leaving, staying = (wire.say_hello("127.0.0.1", listener.port, "a" * 32, name) for name in (CLIENT, CLIENT[::-1]))
+    assert until(lambda: len(listener.clients) == 2)
+    leaving.close()
+    assert until(lambda: not listener.serves(CLIENT) and senders() == before + 1)
+    time.sleep(0.2)  # several looks at the other
+    listener.send(f"{CLIENT[::-1]}-1", CLIENT[::-1], wire.STATES, memoryview(b"rows"))
+    assert wire.receive(staying, bytearray(wire.FRAME.size + 4))[-4:] == b"rows"
+    staying.close()
+    listener.close()
+
+
+def test_an_engine_without_a_free_file_goes_on_listening(monkeypatch):
+    create, failed, before = socket.create_server, [], set(threading.enumerate())
+
+    class Full:
+        def __init__(self, *args, **kwargs):
+            self.real = create(*args, **kwargs)
+
+        def accept(self):
+            if len(failed) < 2:
+                failed.append(errno.EMFILE)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self.real.accept()
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    monkeypatch.setattr(wire.socket, "create_server", Full)
+    listener = wire.Listener("127.0.0.1", 0, "a" * 32)
+    wire.say_hello("127.0.0.1", listener.port, "a" * 32, CLIENT).close()
+    assert len(failed) == 2
+    listener.close()
+    assert until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_strangers_take_no_more_than_their_places_and_time(monkeypatch):
+    monkeypatch.setattr(wire, "STRANGERS", 3)
+    monkeypatch.setattr(wire, "HELLO_S", 0.6)
+    listener = wire.Listener("127.0.0.1", 0, "a" * 32)
+    silent = [socket.create_connection(("127.0.0.1", listener.port)) for _ in range(3)]
+    further = socket.create_connection(("127.0.0.1", listener.port))
+    start = time.monotonic()
+    assert further.recv(1) == b"" and time.monotonic() - start < 0.5
+    with suppress(OSError):  # a byte now and then gives no more time
+        while time.monotonic() - start < 5:
+            silent[0].sendall(b"f")
+            time.sleep(0.1)
+    assert time.monotonic() - start < 3
+    wire.say_hello("127.0.0.1", listener.port, "a" * 32, CLIENT).close()
+    for peer in (*silent, further):
+        peer.close()
+    listener.close()
 
 
 def test_the_token_is_on_no_command_line(target_dir):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
-from fastdraft.model.dflash.cost import pair_cost, step_cost
+from fastdraft.model.dflash.cost import blocks_of_a_token, pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
 from fastdraft.model.dflash.golden import golden_cases, load_block_golden
@@ -92,6 +92,11 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
     for name, loss in OF_ONE_LOSS.items():
         if loss != block.loss and getattr(block, name) != type(block).model_fields[name].default:
             raise ValueError(f"block.{name} is of block.loss {loss}, and the loss is {block.loss}; take {name} out")
+    if block.loss == "dpace" and block.gamma is not None:
+        raise ValueError(
+            f"block.gamma is {block.gamma:g} and block.loss dpace, which makes its weights of the draft's own "
+            "probabilities; take gamma out"
+        )
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
             f"ttt_length {config.ttt_length} is EAGLE-3's; a {title} draft has draft.overrides.block_size: take it out"
@@ -108,14 +113,47 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
 
 
 def recipe(config: Config, shape: DFlashConfig) -> list[str]:
-    """A sentence on what a step trains and why."""
+    """What a step trains, its loss and how slots are weighed, and why."""
     loss = block_loss(config, shape)
     compared = "the target's distribution" if loss.needs_teacher else "the data's own token"
-    return [
+    weighed = weighed_by_step(loss.gamma)
+    if loss.kind == "dpace":
+        weighed = (
+            "A slot weighs what its token adds to the number that a server is expected to accept, by the draft's own "
+            "probabilities, and the sum is divided by the number of blocks."
+        )
+    return [f"{blocks_drawn(config, shape)} The loss {loss.kind} compares a slot with {compared}. {weighed}"]
+
+
+def blocks_drawn(config: Config, shape: DFlashConfig) -> str:
+    return (
         f"Up to {config.block.anchors} blocks of each document are trained, at every step others, of {shape.num_drafted} "
-        f"drafted tokens each. The loss {loss.kind} compares a slot with {compared}. Slot j weighs "
-        f"exp(-j / {loss.gamma:g}), since a token counts only where all before it were accepted."
-    ]
+        "drafted tokens each."
+    )
+
+
+def weighed_by_step(gamma: float) -> str:
+    return (
+        f"Drafted token j = 0, 1, ... of a block weighs exp(-j / {gamma:g}), since a token counts only where all before it "
+        "were accepted, and the sum is divided by the sum of the weights."
+    )
+
+
+def second_runner_only(title: str) -> dict[str, str]:
+    """`Method.not_seen` of a draft that vLLM's first model runner does not serve."""
+    return {
+        "vllm": f"vLLM serves a {title} draft with its second model runner only, and this check sees what the first "
+        "drafts; start vLLM yourself and use `fastdraft bench serve`"
+    }
+
+
+def cost_options(config: Config) -> dict[str, int | bool]:
+    """What `step_cost` reads of a config beside what all methods' do."""
+    return {
+        "anchors": config.block.anchors,
+        "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
+        "held_out": bool(config.data.eval_paths) or config.data.eval_fraction > 0,
+    }
 
 
 METHOD = Method(
@@ -141,10 +179,8 @@ METHOD = Method(
     served_steps=served_steps,
     readings=Readings(block_readings, read_block_as, run_blocks),
     recipe=recipe,
-    cost_options=lambda config: {
-        "anchors": config.block.anchors,
-        "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
-    },
+    cost_options=cost_options,
+    step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
     has_vocabulary_map=False,
 )

@@ -30,6 +30,7 @@ from fastdraft.kernels.linear_kl import row_losses_ref
 from fastdraft.kernels.teacher import teacher_ref
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
+from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, dpace_weights
 
 
@@ -225,7 +226,14 @@ class BlockReferenceEngine:
     def begin(self, number: int) -> None:
         self.number = number
 
+    @property
+    def config(self) -> DFlashConfig:
+        return self.draft.config
+
+    check_ids = BlockEngine.check_ids  # what no draft can be trained on, its step refuses whichever it is
+
     def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
+        self.check_ids(batch)
         anchors = self.draw(batch, self.number).to(features.g.device)
         batch = batch.to(features.g.device)
         rows, found = block_ref_step(self.draft, batch, features, self.head, anchors, self.loss, self.row_losses)
@@ -235,6 +243,7 @@ class BlockReferenceEngine:
 
     @torch.no_grad()
     def rows(self, batch: Batch, features: Features) -> Rows:
+        self.check_ids(batch)
         anchors = self.draw(batch, 0).to(features.g.device)
         batch = batch.to(features.g.device)
         if not len(anchors):

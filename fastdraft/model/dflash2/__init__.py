@@ -42,6 +42,25 @@ def build_step(
     return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, mixer)
 
 
+def check_config(config: Config) -> None:
+    """Raises ValueError for settings that a DFlash2 draft does not read, or cannot have."""
+    dflash.check_config(config, DFlash2Config.title)
+    if config.optim.optimizer == "muon" and config.optim.muon_weights is None:
+        raise ValueError(
+            "optim.optimizer is muon, which would step DFlash2's two codebooks too; they have a row for each token, as "
+            "embeddings have, and are for AdamW: set optim.muon_weights to [fc.weight, '*proj*.weight'], all other matrices"
+        )
+
+
+def recipe(config: Config, shape: DFlash2Config) -> list[str]:
+    """DFlash's, and the selector's part of the loss."""
+    return [
+        *dflash.recipe(config, shape),
+        f"To a slot's loss comes {config.block.selector_alpha:g} times the selector's cross entropy among the slot's "
+        f"{shape.selector_top_k} candidates, given the token before: it learns which of them fits that token.",
+    ]
+
+
 # What is not named here is DFlash's: anchors, weights of steps, start, cost, the way to export.
 METHOD = dflash.METHOD._replace(
     shape=DFlash2Config,
@@ -53,11 +72,9 @@ METHOD = dflash.METHOD._replace(
     load=load_or_widen,
     verify=partial(verify, written=DFLASH2),
     init_config=partial(init_config, shape=DFlash2Config),
-    check_config=partial(dflash.check_config, title=DFlash2Config.title),
-    not_seen={
-        "vllm": "vLLM serves a DFlash2 draft with its second model runner only, and this check sees what the first drafts; "
-        "start vLLM yourself and use `fastdraft bench serve`"
-    },
+    check_config=check_config,
+    recipe=recipe,
+    not_seen=dflash.second_runner_only(DFlash2Config.title),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),
     readings=Readings(selector_readings, read_selector_as, run_blocks),
 )

@@ -55,6 +55,16 @@ def check_config(config: Config) -> None:
         raise ValueError("block.ce_weight and block.l1_weight are both 0, so nothing says what to draft; give one of them")
 
 
+def recipe(config: Config, shape: DSparkConfig) -> list[str]:
+    """What a step trains, the three terms of its loss and how slots are weighed, and why."""
+    loss = dspark_loss(config, shape)
+    return [
+        f"{dflash.blocks_drawn(config, shape)} A slot's loss is {loss.ce_weight:g} times the cross entropy with the data's "
+        f"own token, {loss.l1_weight:g} times the L1 distance from the target's distribution, and "
+        f"{loss.confidence_weight:g} times the confidence head's. {dflash.weighed_by_step(loss.gamma)}"
+    ]
+
+
 # What is not named here is DFlash's: anchors, start, cost, the way to export.
 METHOD = dflash.METHOD._replace(
     shape=DSparkConfig,
@@ -69,6 +79,8 @@ METHOD = dflash.METHOD._replace(
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "dspark", "sglang": "DSPARK"},
+    not_seen=dflash.second_runner_only(DSparkConfig.title),
+    recipe=recipe,
     readings=Readings(dspark_readings, read_dspark_as, run_blocks),
     cost_options=lambda config: {"anchors": config.block.anchors, "needs_teacher": True},
     golden=golden_cases(load_dspark_golden, {"reference": dspark_ref_step, "fused": dspark_engine_step}),

@@ -8,7 +8,9 @@ After a mark in return only the server speaks, in frames
 
 of the kind STATES, raw rows, or ERROR, a sentence that says why there are none. The token is drawn at each start of a
 server, which tells it to those who may ask it over HTTP. A connection without it is closed, and a client gets what was
-asked for under its own name alone. Nothing is encrypted: the network between both must be one that you trust.
+asked for under its own name alone. Who says no hello holds one of STRANGERS places for HELLO_S seconds at most, so that a
+stranger takes neither the engine's memory nor its open files. Nothing is encrypted: the network between both must be one
+that you trust.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ import re
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 HELLO = struct.Struct("!8s32s16s")  # MARK, token, client
 MARK = b"fdraft-1"
 FRAME = struct.Struct("!32scQ")
 STATES, ERROR = b"s", b"e"
-HELLO_S = 10.0  # for a hello, and for its answer
+HELLO_S = 10.0  # for a whole hello, and for its answer
+STRANGERS = 256  # connections at a time that have not said hello; further ones are closed
+IDLE_S = 5.0  # between two looks at whether a client that nothing is sent to is still there
 SILENT_S = 60  # after which a peer that acknowledges nothing is dead
 LONGEST_ERROR = 1 << 16
 
@@ -37,6 +42,8 @@ class Listener:
         self.token = token
         self.clients: dict[str, SimpleQueue] = {}  # what waits to be sent; None ends it
         self.lock = threading.Lock()
+        self.places = threading.BoundedSemaphore(STRANGERS)
+        self.closed = False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.socket = socket.create_server((host, port), family=family, backlog=128)
         threading.Thread(target=self._accept, name="fastdraft-listener", daemon=True).start()
@@ -55,6 +62,7 @@ class Listener:
                 waiting.put((FRAME.pack(name.encode(), kind, len(content)), content))
 
     def close(self) -> None:
+        self.closed = True
         with suppress(OSError):  # wakes the thread that accepts
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
@@ -67,25 +75,30 @@ class Listener:
             try:
                 peer, _ = self.socket.accept()
             except OSError:
-                return
+                if self.closed:
+                    return
+                time.sleep(0.1)  # the process has no file left, or that peer is gone: others may come later
+                continue
+            if not self.places.acquire(blocking=False):
+                peer.close()
+                continue
             threading.Thread(target=self._serve, args=(peer,), name="fastdraft-sender", daemon=True).start()
 
     def _serve(self, peer: socket.socket) -> None:
         client, waiting = None, SimpleQueue()
         try:
-            tune(peer)
-            peer.settimeout(HELLO_S)
-            mark, token, name = HELLO.unpack(receive(peer, bytearray(HELLO.size)))
-            known = mark == MARK and hmac.compare_digest(token, self.token.encode())
-            if not known or not re.fullmatch(rb"[0-9a-f]{16}", name):
+            try:
+                client = self._greeted(peer)
+            finally:
+                self.places.release()
+            if client is None:
                 return
-            client = name.decode()
             with self.lock:
                 self.clients[client] = waiting
             peer.sendall(MARK)
             # The kernel ends a connection whose peer is dead. One that only reads slowly is waited for.
             peer.settimeout(None)
-            while (frame := waiting.get()) is not None:
+            while (frame := _next(waiting, peer)) is not None:
                 for part in frame:
                     peer.sendall(part)
         except OSError:
@@ -95,6 +108,26 @@ class Listener:
                 if client is not None and self.clients.get(client) is waiting:
                     del self.clients[client]
             peer.close()
+
+    def _greeted(self, peer: socket.socket) -> str | None:
+        """The name of a client that says hello in time and knows the token."""
+        tune(peer)
+        mark, token, name = HELLO.unpack(receive(peer, bytearray(HELLO.size), time.monotonic() + HELLO_S))
+        known = mark == MARK and hmac.compare_digest(token, self.token.encode())
+        return name.decode() if known and re.fullmatch(rb"[0-9a-f]{16}", name) else None
+
+
+def _next(waiting: SimpleQueue, peer: socket.socket) -> tuple | None:
+    """What is sent next. None at the end, which is also where the client has left: it says nothing behind its hello."""
+    while True:
+        try:
+            return waiting.get(timeout=IDLE_S)
+        except Empty:
+            try:
+                peer.recv(1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            return None
 
 
 def say_hello(host: str, port: int, token: str, client: str) -> socket.socket:
@@ -125,10 +158,16 @@ def tune(peer: socket.socket) -> None:
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def receive(peer: socket.socket, into: bytearray | memoryview) -> bytearray | memoryview:
-    """Fills `into`. OSError when the connection ends before."""
+def receive(
+    peer: socket.socket,
+    into: bytearray | memoryview,
+    until: float | None = None,  # time.monotonic()
+) -> bytearray | memoryview:
+    """Fills `into`. OSError when the connection ends before, or the time does."""
     left = memoryview(into)
     while left:
+        if until is not None:
+            peer.settimeout(max(until - time.monotonic(), 0.001))
         count = peer.recv_into(left)
         if not count:
             raise OSError("the other end closed the connection")
