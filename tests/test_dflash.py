@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from small_runs import by_two_ranks, losses
 from tiny import refusal, save_target, write_chats
 
-from fastdraft.config import Config, parse_config
+from fastdraft.config import Config, load_config, parse_config
 from fastdraft.model.dflash.blocks import draw_anchors
+from fastdraft.run.plan import known_work, predict
 
 BLOCKS = {"block_size": 5, "num_hidden_layers": 2}
 
@@ -168,6 +169,26 @@ def test_the_plan_says_how_slots_are_weighed(run_yaml, runs):
     assert "weighs exp(-j / 3)" in ce and "divided by the sum of the weights" in ce
     dpace = runs("train", run_yaml, "--plan", "block.loss=dpace")
     assert "exp(-j" not in dpace and "the sum is divided by the number of blocks" in dpace
+
+
+def test_the_plan_counts_the_teacher_of_held_out_data(run_yaml, runs):
+    """Where the loss has none of its own; it is kept from the first evaluation on."""
+    row = "teacher of held-out data"
+    assert row in runs("train", run_yaml, "--plan")
+    assert row not in runs("train", run_yaml, "--plan", "data.eval_fraction=0")
+    assert row not in runs("train", run_yaml, "--plan", "block.loss=kl")
+
+
+def test_the_mfu_is_of_blocks(run_yaml, monkeypatch):
+    """A run counts blocks, and the plan's FLOPs are of a packed token: of a document's 64 only 4 are anchors here."""
+    monkeypatch.setattr("fastdraft.run.plan.peak_flops", lambda device: 1e12)
+    device, pack = torch.device("cpu"), ("data.max_length=64", "data.pack_tokens=128", "block.anchors=4")
+    config = load_config(run_yaml, list(pack))
+    planned, work = predict(config, device).flops[1:], known_work(config, device)
+    sums = torch.zeros(5, 3, dtype=torch.float64)
+    sums[4, 0] = 2 * 4  # blocks of two whole documents
+    draft = work.flops(128, sums) - 128 * work.target_flops
+    assert draft == pytest.approx(128 * sum(row.size for row in planned))
 
 
 def test_a_section_of_another_method_is_refused(run_yaml, fastdraft):

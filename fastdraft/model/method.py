@@ -158,6 +158,7 @@ class Method(NamedTuple):
     not_seen: Mapping[str, str] = MappingProxyType({})  # by engine, why `check --engine` cannot see what it drafts
     readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
+    step_rows: Callable[[Config], float] = lambda config: 1.0  # live rows of step 0 that `step_cost` counts for a token
     recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
     # The same for so many sequences at once; None where they are decoded one at a time.
     batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None

@@ -152,7 +152,7 @@ class Work:
     """What a training step computes, and what its GPU could: for the share of it that is used (MFU)."""
 
     target_flops: int  # of a packed token
-    draft_flops: int  # of a packed token that is trained on
+    draft_flops: float  # of a live row of step 0: EAGLE-3's trained tokens, the blocks of other methods
     peak: float  # FLOP/s of one GPU
 
     def flops(
@@ -160,8 +160,8 @@ class Work:
         tokens: int,
         sums: Tensor,  # [5, T] of `Rows.sums`
     ) -> float:
-        """Those of `tokens`, of which the sums say how many were trained on. What the draft does for the others (fc, keys
-        and values) is not counted, nor the target's attention."""
+        """Those of `tokens`, and of as many chains or blocks as the sums say. What the draft does for tokens without
+        one (fc, keys and values) is not counted, nor the target's attention."""
         return tokens * self.target_flops + float(sums[4, 0]) * self.draft_flops
 
 
@@ -176,7 +176,8 @@ def known_work(config: Config, device: torch.device) -> Work | None:
     forward = 0 if reads_store(config) or asks_servers(config) else 2 * predicted.target_params
     # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
     ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
-    return Work(max(0, forward - 2 * ends), predicted.flops_per_token - forward, peak)
+    draft = (predicted.flops_per_token - forward) / named_method(config.draft.method).step_rows(config)
+    return Work(max(0, forward - 2 * ends), draft, peak)
 
 
 def print_plan(config: Config, console: Console) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
-from fastdraft.model.dflash.cost import pair_cost, step_cost
+from fastdraft.model.dflash.cost import blocks_of_a_token, pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
 from fastdraft.model.dflash.golden import golden_cases, load_block_golden
@@ -147,6 +147,15 @@ def second_runner_only(title: str) -> dict[str, str]:
     }
 
 
+def cost_options(config: Config) -> dict[str, int | bool]:
+    """What `step_cost` reads of a config beside what all methods' do."""
+    return {
+        "anchors": config.block.anchors,
+        "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
+        "held_out": bool(config.data.eval_paths) or config.data.eval_fraction > 0,
+    }
+
+
 METHOD = Method(
     shape=DFlashConfig,
     draft=DFlashDraft,
@@ -170,10 +179,8 @@ METHOD = Method(
     served_steps=served_steps,
     readings=Readings(block_readings, read_block_as, run_blocks),
     recipe=recipe,
-    cost_options=lambda config: {
-        "anchors": config.block.anchors,
-        "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
-    },
+    cost_options=cost_options,
+    step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
     has_vocabulary_map=False,
 )

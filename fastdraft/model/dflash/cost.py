@@ -23,6 +23,11 @@ def num_blocks(pack_tokens: int, document_tokens: int, anchors: int) -> int:
     return docs * min(anchors, max(document_tokens - 2, 0)) + min(anchors, max(rest - 2, 0))
 
 
+def blocks_of_a_token(pack_tokens: int, document_tokens: int, anchors: int) -> float:
+    """The blocks that `step_cost` counts for a packed token: one each, or fewer where documents have more than N tokens."""
+    return max(num_blocks(pack_tokens, document_tokens, anchors), 1) / pack_tokens
+
+
 def step_cost(
     c: DFlashConfig,
     *,
@@ -35,6 +40,7 @@ def step_cost(
     chunk_rows: int | None,  # blocks at a time of the fused engine; None: its own choice
     anchors: int,  # N
     needs_teacher: bool,
+    held_out: bool = False,  # whether data are held out, on which every loss is compared with a teacher
     **_of_other_methods: object,
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a step, FLOPs per packed token
     """What a draft step takes beside weights, optimizer, target and features."""
@@ -47,10 +53,16 @@ def step_cost(
     stats = torch.promote_types(dtype, torch.float32).itemsize
     rows = min(at_once, max(blocks, 1)) * c.block_size
     results = c.num_drafted * n * (2 * stats + 3)
+    chunk, measured = (
+        table_bytes(chunk_buffers(c, at_once, dtype, target_dtype, device, teacher))
+        for teacher in (needs_teacher, needs_teacher or held_out)
+    )
     found = [
-        Row("buffers of a chunk", table_bytes(chunk_buffers(c, at_once, dtype, target_dtype, device, needs_teacher))),
+        Row("buffers of a chunk", chunk),
         Row("kept for every token of a pack", table_bytes(pack_buffers(c, room_for(n), dtype)) + results),
     ]
+    if measured > chunk:
+        found.append(Row("teacher of held-out data", measured - chunk))
     if dtype != target_dtype:
         found.append(
             Row(f"target's head in {str(dtype).removeprefix('torch.')}", c.vocab_size * c.hidden_size * dtype.itemsize)
