@@ -56,3 +56,13 @@ def test_the_readme_lists_what_is_in_the_package():
 def test_the_picture_is_its_scripts():
     """If this fails: python docs/img/ttt_step.py, and commit what it writes."""
     assert Path("docs/img/ttt-step.svg").read_text() == runpy.run_path("docs/img/ttt_step.py")["picture"]()
+
+
+def test_no_file_holds_the_marks_of_a_merge():
+    """Neither a linter nor a reader of Python sees them in a page or in rows of results."""
+    kinds = {".md", ".py", ".cu", ".jsonl", ".yaml", ".toml", ".svg", ".slurm", ".sh"}
+    folders = map(Path, ("fastdraft", "tests", "docs", "bench", "examples", "csrc"))
+    files = [*Path().glob("*.md"), *(p for folder in folders for p in folder.rglob("*") if p.suffix in kinds)]
+    marks = tuple((7 * c).encode() + b" " for c in "<>|")
+    marked = [str(p) for p in files if any(line.startswith(marks) for line in p.read_bytes().splitlines())]
+    assert len(files) > 200 and not marked
