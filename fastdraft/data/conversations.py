@@ -335,6 +335,8 @@ def _tool_call(call: Any, number: int) -> dict:
     arguments = _json_if_string(function.get("arguments") or {}, f"message {number}: arguments of {function['name']}")
     if not isinstance(arguments, dict):
         raise ValueError(f"message {number}: arguments of {function['name']} must be an object, got {_kind(arguments)}")
+    if not isinstance(call.get("id"), str | None):
+        raise ValueError(f"message {number}: the id of a tool call must be a string, got {_kind(call['id'])}")
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
 

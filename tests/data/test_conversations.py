@@ -149,6 +149,10 @@ def test_key_is_the_content():
         ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[]"}]}]}, "must be an object"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "a tool call must be an object with a function name"),
         ({"messages": [{"role": "assistant", "tool_calls": 1}]}, "tool_calls must be a list"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": True, "function": {"name": "f"}}]}]},
+            "the id of a tool call",
+        ),
         ({"messages": chat("a", "b"), "tools": {"name": "f"}}, "tools must be a list of objects"),
         ({"messages": chat("a", "b"), "system": ["Be brief."]}, "system must be a string, got a list"),
         ({"input_ids": [1, 2]}, "input_ids without loss_mask"),
