@@ -331,9 +331,8 @@ def affordable_decoding(target: Target, draft: Draft, prompt: list[int], clock: 
     left = DECODE_END - clock.seconds()
 
     def seconds(number: int) -> float:
-        trials = (
-            3 * alone / 4 if number > 1 else 0.0
-        )  # each evaluation tries in nine forwards whether prompts may go together
+        # three evaluations try, in nine forwards each, whether prompts may go together
+        trials = 3 * alone / 4 if number > 1 else 0.0
         return number * (alone + 2 * tree) + (1.5 * min(number, UNTRAINED_PROMPTS) + 1) * tree + trials
 
     number = max((n for n in range(1, DECODE_PROMPTS + 1) if seconds(n) <= left), default=1)
