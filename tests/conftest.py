@@ -100,3 +100,15 @@ def fastdraft(monkeypatch, capsys):
 def cpu(monkeypatch):
     """cpu(factor): from now on this CPU takes so many times as long in bf16 as in fp32."""
     return lambda factor: monkeypatch.setattr(precision, "bf16_slowdown", lambda: factor)
+
+
+@pytest.fixture
+def runs(fastdraft):
+    """Calls a command that must succeed; what it printed."""
+
+    def run(*arguments) -> str:
+        code, out, err = fastdraft(*arguments)
+        assert code == 0, out + err
+        return out
+
+    return run

@@ -32,18 +32,6 @@ def run_yaml(tree, tmp_path):
     return tmp_path / "run.yaml"
 
 
-@pytest.fixture
-def runs(fastdraft):
-    """Calls a command that must succeed; what it printed."""
-
-    def run(*arguments) -> str:
-        code, out, err = fastdraft(*arguments)
-        assert code == 0, out + err
-        return out
-
-    return run
-
-
 def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path):
     run, prompts = tmp_path / "run", write_chats(tmp_path / "prompts.jsonl", 4, turns=1)
     init = runs("init", target_dir, "--method", "dflash2")
