@@ -163,7 +163,7 @@ class Method(NamedTuple):
     # The same for so many sequences at once; None where they are decoded one at a time.
     batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None
     golden: GoldenCases | None = None  # cases that say in their config which method they are of; None: there are none
-    # Names of weights of two dimensions that are no matrix between states, but have a row for each token, or for each number
+    # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
     # that is asked for; * stands for anything. Muon leaves them to AdamW.
     tables: tuple[str, ...] = ()
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
