@@ -48,7 +48,8 @@ class GraphBlockEngine(BlockEngine):
         self.work = self.chunk_blocks * c.block_size * (6 * layers + 4 * c.vocab_size * c.hidden_size)  # FLOPs of a chunk
 
     def covers(self) -> bool:
-        """Whether chunks run as graphs: little work, room for padding, and no copies of weights in it."""
+        """Whether chunks run as graphs: little work, room for padding, no copies of weights in it, and no other process
+        that shares a pack's tokens, for what processes say to each other is not recorded."""
         named = dict(self.draft.named_parameters())
         parts = ([f"self_attn.{x}_proj.weight" for x in "qkv"], [f"mlp.{x}_proj.weight" for x in ("gate", "up")])
         in_place = all(
@@ -56,7 +57,8 @@ class GraphBlockEngine(BlockEngine):
             for layer in range(self.config.num_hidden_layers)
             for names in parts
         )
-        return self.take.device.type == "cuda" and self.chunk_blocks > 1 and self.work <= GRAPH_FLOPS and in_place
+        fits = self.chunk_blocks > 1 and self.work <= GRAPH_FLOPS and self.sequence.size == 1
+        return self.take.device.type == "cuda" and fits and in_place
 
     def run(
         self,

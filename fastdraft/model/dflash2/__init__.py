@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import Group, TargetHead
 from fastdraft.model import dflash
 from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
@@ -36,20 +36,15 @@ def selector_loss(config: Config, shape: DFlash2Config) -> SelectorLoss:
 
 
 def build_step(
-    config: Config, draft: DFlash2Draft, head: TargetHead, device: torch.device, *_axes: object
+    config: Config, draft: DFlash2Draft, head: TargetHead, device: torch.device, *axes: Group
 ) -> BlockEngine | BlockReferenceEngine:
     loss, mixer = selector_loss(config, draft.config), ConvolutionMixer(draft)
-    return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, mixer)
+    return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, axes, mixer)
 
 
 def check_config(config: Config) -> None:
     """Raises ValueError for settings that a DFlash2 draft does not read, or cannot have."""
     dflash.check_config(config, DFlash2Config.title)
-    if config.optim.optimizer == "muon" and config.optim.muon_weights is None:
-        raise ValueError(
-            "optim.optimizer is muon, which would step DFlash2's two codebooks too; they have a row for each token, as "
-            "embeddings have, and are for AdamW: set optim.muon_weights to [fc.weight, '*proj*.weight'], all other matrices"
-        )
 
 
 def recipe(config: Config, shape: DFlash2Config) -> list[str]:
@@ -75,6 +70,7 @@ METHOD = dflash.METHOD._replace(
     check_config=check_config,
     recipe=recipe,
     not_seen=dflash.second_runner_only(DFlash2Config.title),
+    tables=("candidate_selector.*_codebook",),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),
     readings=Readings(selector_readings, read_selector_as, run_blocks),
 )

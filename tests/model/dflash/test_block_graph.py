@@ -167,6 +167,9 @@ def test_which_chunks_run_as_graphs(monkeypatch):
     for each in (loose, engine):
         each.take.device = torch.device("cuda")  # asked for its name alone
     assert engine.covers() and not kind.engine(case, 1).covers()
+    with monkeypatch.context() as two:
+        two.setattr(engine.sequence, "size", 2)
+        assert not engine.covers()
     monkeypatch.setattr(graph_engine, "GRAPH_FLOPS", engine.work - 1)
     assert not engine.covers()
     monkeypatch.undo()
