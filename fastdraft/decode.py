@@ -10,6 +10,8 @@ Which tokens are kept leaves the target's distribution P exactly as it is:
     greedy              a child is kept when it is argmax P
     chain, drawn from Q kept with probability min(1, P/Q), else one token from max(P - Q, 0) / Z ends the round
                         (arXiv 2211.17192); P, Q after temperature, top_k and top_p, Q zero outside the draft vocabulary
+    the same, by block  the chain is judged as a whole, so that a token which P likes makes up for one before it which it
+                        likes less; on average never fewer are kept (`_block_chances`; arXiv 2403.10444)
     tree, argmax chain  the candidates are no random draws, so recursive rejection has point masses for Q: it keeps a child
                         with its share of the P that is left. That is: draw from P, go down when the token is a child
 
@@ -406,17 +408,13 @@ def _reject_each(
     p = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
     (b, m), device = proposal.tokens.shape, p.device
     own = torch.arange(m, device=device) < torch.tensor(proposal.counts, device=device)[:, None]
-    full_q = torch.zeros_like(p)  # 0 behind a sequence's last token, as in `_reject`
-    full_q[:, :m, draft_ids] = proposal.q.to(p.dtype) * own[:, :, None]
-    at, draws = proposal.tokens[:, :, None], torch.zeros(b, m, dtype=p.dtype, device=device)
+    q = torch.zeros_like(p)  # 0 behind a sequence's last token, as in `_reject`
+    q[:, :m, draft_ids] = proposal.q.to(p.dtype) * own[:, :, None]
+    draws = torch.zeros(b, m, dtype=p.dtype, device=device)
     for row, generator, count in zip(draws, generators, proposal.counts, strict=True):
         row[:count] = torch.rand(count, dtype=p.dtype, device=device, generator=generator)
-    below = draws * full_q[:, :m].gather(2, at)[:, :, 0] < p[:, :m].gather(2, at)[:, :, 0]
-    kept = (below & own).long().cumprod(1).sum(1)
-    rows = torch.arange(b, device=device)
-    residual = (p[rows, kept] - full_q[rows, kept]).clamp_min(0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[rows, kept])
-    last = draw_each(residual[:, None], generators, [1] * b)[:, 0].tolist()
+    kept, rest = _keep(p, q, proposal.tokens, draws, settings)
+    last = draw_each(rest[:, None], generators, [1] * b)[:, 0].tolist()
     tokens, kept = proposal.tokens.tolist(), kept.tolist()
     gained = [[*own_tokens[:k], token] for own_tokens, k, token in zip(tokens, kept, last, strict=True)]
     return [list(range(k + 1)) for k in kept], gained
@@ -456,7 +454,7 @@ def _verify(
 ) -> tuple[list[int], Tensor]:  # nodes kept (the root, then downwards), and the tokens gained: theirs, then a new one
     if proposal.q is not None:
         p = probabilities(logits, settings)
-        kept, last = _reject(p, proposal.q, proposal.tokens, draft_ids, generator)
+        kept, last = _reject(p, proposal.q, proposal.tokens, draft_ids, generator, settings)
         return list(range(kept + 1)), torch.cat([proposal.tokens[:kept], last])
     choice = _choose(logits, settings, generator) if choice is None else choice
     tokens, chosen = proposal.tokens.tolist(), choice.tolist()
@@ -481,18 +479,57 @@ def _reject(
     tokens: Tensor,  # [m] int64, tokens[j] drawn from q[j]
     draft_ids: Tensor,  # [Vd]
     generator: torch.Generator,
+    settings: DecodeSettings,
 ) -> tuple[int, Tensor]:  # drafted tokens kept, and [1] the token after them
-    """Speculative sampling down a chain: token j stays with probability min(1, p_j / q_j); the first to fall is redrawn."""
+    """Speculative sampling down a chain: some of its first tokens stay, and one more is drawn."""
     m = len(tokens)
-    full_q = torch.zeros_like(p)  # row m stays 0: after m kept tokens the residual is p itself
+    full_q = torch.zeros_like(p)  # row m stays 0: what is left after m kept tokens is p itself
     full_q[:m, draft_ids] = q.to(p.dtype)
-    at = torch.arange(m, device=p.device), tokens
-    chance = torch.rand(m, dtype=p.dtype, device=p.device, generator=generator)
-    kept = int((chance * full_q[at] < p[at]).long().cumprod(0).sum())
-    residual = (p[kept] - full_q[kept]).clamp_min(0)
-    if not bool(residual.sum() > 0):  # P = Q to the last bit: a rejection can then only be rounding
-        residual = p[kept]
-    return kept, draw(residual[None], generator)
+    draws = torch.rand(m, dtype=p.dtype, device=p.device, generator=generator)
+    kept, rest = _keep(p[None], full_q[None], tokens[None], draws[None], settings)
+    return int(kept), draw(rest, generator)
+
+
+def _keep(
+    p: Tensor,  # [B, m+1, V]
+    q: Tensor,  # [B, m+1, V], 0 in the rows behind a sequence's last token
+    tokens: Tensor,  # [B, m] int64, drawn from q
+    draws: Tensor,  # [B, m] uniform in [0, 1)
+    settings: DecodeSettings,
+) -> tuple[Tensor, Tensor]:  # [B] drafted tokens kept, and [B, V] what the next is drawn from, up to a factor
+    p_drafted, q_drafted = (x[:, :-1].gather(2, tokens[:, :, None])[:, :, 0] for x in (p, q))
+    if settings.verify == "token":  # the first to fall ends the chain
+        stays = (draws * q_drafted < p_drafted) & (q_drafted > 0)
+        kept, share = stays.long().cumprod(1).sum(1), p.new_ones(p.shape[:2])
+    else:  # the last that stays takes all before it along
+        chance, share = _block_chances(p, q, torch.where(q_drafted > 0, p_drafted / q_drafted, 0))
+        kept = ((draws < chance).flip(1).cumsum(1) > 0).sum(1)
+    rows = torch.arange(len(p), device=p.device)
+    rest = (share[rows, kept, None] * p[rows, kept] - q[rows, kept]).clamp_min(0)
+    # Where P = Q to the last bit nothing is left; a rejection can then only be rounding.
+    return kept, torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[rows, kept])
+
+
+def _block_chances(
+    p: Tensor,  # [B, m+1, V]
+    q: Tensor,  # [B, m+1, V], 0 in the rows behind a sequence's last token
+    ratio: Tensor,  # [B, m] P / Q of the drafted tokens, 0 behind a sequence's last
+) -> tuple[Tensor, Tensor]:  # [B, m] the chance of each place to stay, and [B, m+1] s
+    """Block verification of tokens y_1 .. y_m (arXiv 2403.10444, algorithm 2). With r_i = P(y_i) / Q(y_i)
+
+        s_0 = 1,  s_i = min(1, s_{i-1} r_i),  R_i = sum over v of max(s_i P(v) - Q(v), 0), with P and Q of what follows y_i,
+
+    place i stays with chance R_i / (R_i + 1 - s_i). The chain ends at the last place that stays, or at 0, and the token
+    after it is drawn from max(s_i P - Q, 0). After y_m nothing is drafted: Q = 0 there, so that R_m = s_m is the chance of
+    the whole chain.
+    """
+    shares = [torch.ones_like(p[:, 0, 0])]
+    for own in ratio.unbind(1):
+        shares.append((shares[-1] * own).clamp_max(1))
+    s = torch.stack(shares, 1)
+    left = (s[:, 1:, None] * p[:, 1:]).sub_(q[:, 1:]).clamp_min_(0).sum(-1)
+    # With s = 1 nothing speaks against the place, also where P = Q leaves R = 0.
+    return torch.where(s[:, 1:] < 1, left / (left + 1 - s[:, 1:]), 1), s
 
 
 def _keep_path(cache: DynamicCache, root: int, path: list[int], num_run: int) -> None:

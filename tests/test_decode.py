@@ -329,10 +329,11 @@ def chi_square_per_freedom(counts, p):
     [
         DecodeSettings(num_steps=3, temperature=1.0),
         DecodeSettings(num_steps=2, temperature=0.7, top_k=4, top_p=0.95),
+        DecodeSettings(num_steps=3, temperature=1.0, verify="block"),
         DecodeSettings(num_steps=3, temperature=1.0, sample_draft=False),
         DecodeSettings(num_steps=3, eagle_topk=2, num_draft_tokens=7, temperature=1.0),
     ],
-    ids=["chain", "chain-filtered", "chain-argmax", "tree"],
+    ids=["chain", "chain-filtered", "chain-by-block", "chain-argmax", "tree"],
 )
 def test_sampled_output_has_the_targets_distribution(settings):
     target, n = MarkovTarget(), 1500
@@ -365,7 +366,7 @@ def test_rejection_rule_on_given_distributions():
     n, first, second, kept_count = 8000, torch.zeros(1, 16), torch.zeros(1, 16), 0
     for _ in range(n):
         tokens = draft_ids[torch.multinomial(q, 1, generator=generator)[:, 0]]
-        kept, last = _reject(p, q, tokens, draft_ids, generator)
+        kept, last = _reject(p, q, tokens, draft_ids, generator, DecodeSettings(temperature=1.0))
         out = [*tokens[:kept].tolist(), int(last)]
         first[0, out[0]] += 1
         if len(out) > 1:
@@ -381,7 +382,7 @@ def test_a_draft_that_equals_the_target_is_never_rejected():
     p = torch.randn(4, 12, generator=generator).softmax(-1)
     for _ in range(200):
         tokens = torch.multinomial(p[:3], 1, generator=generator)[:, 0]
-        assert _reject(p, p[:3], tokens, torch.arange(12), generator)[0] == 3
+        assert _reject(p, p[:3], tokens, torch.arange(12), generator, DecodeSettings(temperature=1.0))[0] == 3
 
 
 def test_a_seed_gives_the_same_sample_again(target, trained):
@@ -395,6 +396,8 @@ def test_a_seed_gives_the_same_sample_again(target, trained):
 SAMPLED = [
     DecodeSettings(num_steps=3, temperature=1.0),
     DecodeSettings(num_steps=2, temperature=0.7, top_k=8, top_p=0.9, seed=3),
+    DecodeSettings(num_steps=3, temperature=1.0, verify="block"),
+    DecodeSettings(num_steps=2, temperature=0.7, top_k=8, top_p=0.9, seed=3, verify="block"),
     DecodeSettings(num_steps=3, temperature=0.3, sample_draft=False),
     DecodeSettings(num_steps=3, eagle_topk=2, num_draft_tokens=7, temperature=1.0),
 ]
@@ -485,6 +488,10 @@ def test_first_difference_says_where_and_by_how_much(target, plain):
         ({"num_steps": 3, "num_draft_tokens": 3}, "leave num_draft_tokens out"),
         ({"temperature": -1.0}, "must be 0"),
         ({"top_p": 0.0}, "top_p 0.0"),
+        ({"verify": "blocks"}, "verify 'blocks' must be one of token, block"),
+        ({"verify": "block"}, "needs temperature > 0, eagle_topk 1"),
+        ({"verify": "block", "temperature": 1.0, "sample_draft": False}, "kept token by token"),
+        ({"verify": "block", "temperature": 1.0, "eagle_topk": 2, "num_draft_tokens": 6}, "eagle_topk 2"),
     ],
 )
 def test_settings_that_cannot_be(wrong, says):

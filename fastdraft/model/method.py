@@ -163,6 +163,9 @@ class Method(NamedTuple):
     # The same for so many sequences at once; None where they are decoded one at a time.
     batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None
     golden: GoldenCases | None = None  # cases that say in their config which method they are of; None: there are none
+    # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
+    # that is asked for; * stands for anything. Muon leaves them to AdamW.
+    tables: tuple[str, ...] = ()
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 COLDEST = 1e-5  # of what samples; logits over less overflow
+Verify = Literal["token", "block"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class DecodeSettings:
 
     `num_draft_tokens` counts the root, as SGLang does; None is num_steps + 1, all that a chain has. `top_k` 0 and `top_p` 1
     are off. `sample_draft`: a chain at temperature > 0 draws its tokens from Q; False drafts the argmax at any temperature.
+    `verify` says how a chain that was drawn is checked: each token by itself, or the chain as a whole, which keeps more of
+    it. The engines' names of the second are vLLM's rejection_sample_method "block" and SGLang's
+    speculative_use_block_verification.
     """
 
     num_steps: int = 3
@@ -31,6 +36,7 @@ class DecodeSettings:
     top_p: float = 1.0
     sample_draft: bool = True
     seed: int = 0
+    verify: Verify = "token"
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.eagle_topk < 1:
@@ -50,6 +56,19 @@ class DecodeSettings:
             raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or a number from {COLDEST:g} on")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k {self.top_k} must not be negative, top_p {self.top_p} in (0, 1]")
+        if self.verify not in get_args(Verify):
+            raise ValueError(f"verify {self.verify!r} must be one of {', '.join(get_args(Verify))}")
+        if self.verify == "block" and not self.draws_chain:
+            raise ValueError(
+                "verify block is for a chain whose tokens are drawn at random: it needs temperature > 0, eagle_topk 1 and "
+                f"sample_draft, not temperature {self.temperature:g}, eagle_topk {self.eagle_topk} and sample_draft "
+                f"{self.sample_draft}; what is not drawn is kept token by token (verify token)"
+            )
+
+    @property
+    def draws_chain(self) -> bool:
+        """Whether drafted tokens are drawn at random, so that a proposal has their distributions."""
+        return self.temperature > 0 and self.sample_draft and self.eagle_topk == 1
 
     @property
     def num_verified(self) -> int:

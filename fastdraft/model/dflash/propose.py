@@ -122,7 +122,7 @@ class BlockDrafter:
         """The tokens of all slots at once: they do not know of each other."""
         parents = list(range(len(states)))
         logits = self.draft.logits(states, root.expand(len(states)), self.head)
-        if settings.temperature > 0 and settings.sample_draft:
+        if settings.draws_chain:
             q = probabilities(logits, settings)
             return Proposal(draw(q, generator), parents, q)
         return Proposal(logits.argmax(-1), parents)
@@ -212,7 +212,7 @@ class BatchBlockDrafter:
         """The tokens of all slots at once, each sequence's as `BlockDrafter.draw` draws them."""
         parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
         logits = self.draft.logits(states, roots[:, None].expand(states.shape[:2]), self.head)
-        if settings.temperature > 0 and settings.sample_draft:
+        if settings.draws_chain:
             q = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
             return Proposals(draw_each(q, generators, depths), parents, depths, q)
         return Proposals(logits.argmax(-1), parents, depths)

@@ -45,11 +45,6 @@ def build_step(
 def check_config(config: Config) -> None:
     """Raises ValueError for settings that a DFlash2 draft does not read, or cannot have."""
     dflash.check_config(config, DFlash2Config.title)
-    if config.optim.optimizer == "muon" and config.optim.muon_weights is None:
-        raise ValueError(
-            "optim.optimizer is muon, which would step DFlash2's two codebooks too; they have a row for each token, as "
-            "embeddings have, and are for AdamW: set optim.muon_weights to [fc.weight, '*proj*.weight'], all other matrices"
-        )
 
 
 def recipe(config: Config, shape: DFlash2Config) -> list[str]:
@@ -75,6 +70,7 @@ METHOD = dflash.METHOD._replace(
     check_config=check_config,
     recipe=recipe,
     not_seen=dflash.second_runner_only(DFlash2Config.title),
+    tables=("candidate_selector.*_codebook",),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),
     readings=Readings(selector_readings, read_selector_as, run_blocks),
 )

@@ -29,7 +29,7 @@ def walk(
     pick: Callable[[Tensor, int], Tensor],  # draws a place of [S, K] probabilities in a slot: [S]
 ) -> tuple[Tensor, Tensor | None]:  # tokens [S, m]; what each was drawn from [S, m, V], None where it was not drawn
     logits, ids, query = draft.candidates(states, head)
-    samples = settings.temperature > 0 and settings.sample_draft
+    samples = settings.draws_chain
     token, tokens, drawn_from = roots, [], []
     for slot in range(states.shape[1]):
         mine = ids[:, slot]

@@ -83,5 +83,6 @@ METHOD = dflash.METHOD._replace(
     recipe=recipe,
     readings=Readings(dspark_readings, read_dspark_as, run_blocks),
     cost_options=lambda config: {"anchors": config.block.anchors, "needs_teacher": True},
+    tables=("markov_head.*", "confidence_head.*"),
     golden=golden_cases(load_dspark_golden, {"reference": dspark_ref_step, "fused": dspark_engine_step}),
 )

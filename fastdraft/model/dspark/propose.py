@@ -25,7 +25,7 @@ class MarkovDrafter(BlockDrafter):
         generator: torch.Generator,
     ) -> Proposal:
         tokens, drawn_from, previous = [], [], root
-        samples = settings.temperature > 0 and settings.sample_draft
+        samples = settings.draws_chain
         for state in states.split(1):
             logits = self.draft.logits(state, previous, self.head)  # [1, V]
             if samples:
@@ -49,7 +49,7 @@ class BatchMarkovDrafter(BatchBlockDrafter):
         generators: list[torch.Generator],
     ) -> Proposals:
         tokens, drawn_from, previous = [], [], roots
-        samples = settings.temperature > 0 and settings.sample_draft
+        samples = settings.draws_chain
         for slot, state in enumerate(states.unbind(1)):
             logits = self.draft.logits(state, previous, self.head)  # [S, V]
             if samples:

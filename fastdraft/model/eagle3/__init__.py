@@ -121,6 +121,7 @@ METHOD = Method(
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},
+    tables=("lm_head.weight",),  # its embedding is not trained
     part=part,
     cut=cut_draft,
     check_cut=check_cut,

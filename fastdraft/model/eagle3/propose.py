@@ -105,7 +105,7 @@ class DraftState:
 def propose(state: DraftState, y: Tensor, depth: int, settings: DecodeSettings, generator: torch.Generator) -> Proposal:
     if settings.eagle_topk > 1:
         return _propose_tree(state, y, depth, settings.eagle_topk, settings.num_verified - 1)
-    sample = settings.temperature > 0 and settings.sample_draft
+    sample = settings.draws_chain
     tokens, qs = [], []
     for i in range(depth):
         if i:
@@ -255,7 +255,7 @@ def _propose_chains(
         if i:
             y = state.step(tokens[-1], y, i)
         logits = state.draft.logits(y)
-        if settings.temperature > 0 and settings.sample_draft:
+        if settings.draws_chain:
             qs.append(probabilities(logits.flatten(0, 1), settings)[:, None])
             drawn = draw_each(qs[-1], generators, [int(i < own) for own in depths])
         else:
