@@ -9,6 +9,9 @@ A chunk takes some blocks in ascending order of their anchors. Its rows are bloc
 where its label exists (`loss.py`); blocks that run past their document's end keep all rows, because a server would have
 them too. The head takes a part of the live rows at a time, with the teacher rows that the part needs.
 
+Processes that share a pack's tokens share its blocks, too: each takes a run of them, all of about equal work. What a block
+reads of other tokens, keys and values and the target's last states, comes from their owners, whoever runs it.
+
 # N packed tokens, A anchors, C blocks of a chunk, B rows of a block, R = C * B, K live rows, T steps of a block
 """
 
@@ -47,6 +50,36 @@ def draw_anchors(
     return torch.from_numpy(np.concatenate(found).astype(np.int64))
 
 
+def deal_anchors(
+    anchors: Tensor,  # [A] int64 ascending, of a batch on the host
+    batch: Batch,
+    config: DFlashConfig,
+    size: int,
+) -> list[Tensor]:  # of each of `size` processes, ascending
+    """The anchors in runs of about equal work: a block's rows go through the same products, and see as many keys as lie
+    before their anchor, or in the window of a sliding layer. Every process computes the same."""
+    c, trained = config, config.num_parameters()["trainable"]
+    products = c.block_size * 6 * trained + c.num_drafted * 4 * c.hidden_size * c.vocab_size
+    pair = 14 * c.block_size * c.num_attention_heads * c.head_dim  # FLOPs of a key in one layer, forward and backward
+    before = (anchors - batch.doc_start[anchors]).numpy()
+    cost = np.full(len(before), products, dtype=np.float64)
+    for kind in c.layer_types:
+        cost += pair * (np.minimum(before, c.sliding_window) if kind == "sliding_attention" else before)
+    worker = np.minimum((cost.cumsum() - cost / 2) / max(cost.sum(), 1) * size, size - 1).astype(np.int64)
+    return [anchors[worker == rank] for rank in range(size)]
+
+
+def teacher_rows(
+    anchors: Tensor,  # [A] int64 ascending, of a batch on the host
+    batch: Batch,
+    steps: int,  # T
+) -> Tensor:  # [m] int64 ascending
+    """Rows of the pack whose target distribution some slot of a block may be compared with: those of tokens whose
+    successor is in the document."""
+    at = anchors.numpy()[:, None] + np.arange(steps)
+    return torch.from_numpy(np.unique(at[at + 1 < batch.doc_end.numpy()[anchors.numpy()][:, None]]))
+
+
 @dataclass(frozen=True)
 class Part:
     """Live rows that go through the head together, and the teacher rows that they are compared with."""
@@ -77,7 +110,9 @@ class BlockChunk:
     head_out: Tensor  # [K] step * N + anchor
     label: Tensor  # [K] token
     previous: Tensor  # [K] the token before the label
-    teacher_pos: Tensor  # [m] rows of the pack whose target distribution is needed, ascending in each part
+    teacher_pos: (
+        Tensor  # [m] rows of f, at first those of the pack, whose target distribution is needed, ascending in each part
+    )
     teacher_row: Tensor  # [K] index into the part's teacher rows
 
     def to(self, device: torch.device) -> BlockChunk:
