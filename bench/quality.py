@@ -21,8 +21,8 @@ steps, tokens                       optimizer steps, and tokens of all packs, tr
 seconds, target_seconds             of the loop, without evaluation; and of these the target's forwards on the device
 curve                               [steps, tokens, seconds, target_seconds, held-out tau_sim] at each evaluation
 tau_sim, acceptance                 held-out at the end, over all steps; of each TTT step
-chain, tree                         real decoding of held-out prompts, of seeds below --decode: accepted length, acceptance
-                                    of each depth, seconds
+chain, long_chain, tree             real decoding of held-out prompts, of seeds below --decode: accepted length, acceptance
+                                    of each depth, seconds; what a method does not draft is left out
 prompts, max_new_tokens             of how many prompts of the held-out data, how many tokens each
 
 # T TTT steps
@@ -74,8 +74,11 @@ TRIAL = 60  # steps of the run that says how long a step takes; the second half 
 BLOCK = 5  # of which the median counts: whatever is compiled or recorded for the first time falls into few
 POINTS = 6  # evaluations of a run
 SAME_SPEED = ("optim.lr", "optim.warmup_ratio", "optim.min_lr_ratio", "loss.step_decay")
-CHAIN = DecodeSettings(num_steps=3)
-TREE = DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16)  # as the demo's
+DECODED = {
+    "chain": DecodeSettings(num_steps=3),
+    "long_chain": DecodeSettings(num_steps=7),
+    "tree": DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16),  # as the demo's
+}
 LONGEST_PROMPT = 512
 
 
@@ -192,7 +195,7 @@ class Stick:
     def judge(self, draft: nn.Module) -> dict[str, Any]:
         """Real decoding of the held-out prompts with a draft in the run's dtype."""
         found: dict[str, Any] = {"prompts": len(self.prompts), "max_new_tokens": self.max_new_tokens}
-        for name, settings in {"chain": CHAIN, "tree": TREE}.items():
+        for name, settings in DECODED.items():
             try:
                 method_of(draft).refuse_settings(draft.config, settings)
             except ValueError:  # a method that drafts no trees, or blocks of another length
@@ -480,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def say_and_write(row: dict[str, Any], args: argparse.Namespace) -> None:
     row = rounded(row) | {"target": args.target.name, "answers": args.answers.name}
     append("quality", row, args.commit, args.results)
-    lengths = ", ".join(f"{name} {row[name]['accepted_length']:.3f}" for name in ("chain", "tree") if name in row)
+    lengths = ", ".join(f"{name} {row[name]['accepted_length']:.3f}" for name in DECODED if name in row)
     print(
         f"{row['provider']} {row['recipe']} seed {row['seed']}: {row['steps']} steps, {row['tokens']} tokens, "
         f"{row['seconds']:.1f} s ({row['target_seconds']:.1f} s the target's), tau_sim {row['tau_sim']:.4f}, {lengths}",
