@@ -15,6 +15,10 @@ Of a part there are --rounds timed runs after one that warms up, or as many as -
 more run of it is traced, unless it is of one GPU and long: a row `fleet/trace` of each process says where its GPU's time
 went (bench/trace.py). `--no-trace` leaves that out.
 
+Where a host's GPUs are to be used at once, several calls run side by side, each with GPUs of its own
+(CUDA_VISIBLE_DEVICES), and share with `--notes` the folder in which the rates of one GPU are kept: the parts of one GPU
+first, each on another, and then those of several.
+
 `--tiny` runs the same code with tiny shapes on CPUs over gloo, to see that it runs; its rows are no measurement and go
 where --out says. After --seconds no further part begins.
 """
@@ -269,17 +273,16 @@ def child(args: argparse.Namespace) -> None:
 def write_row(name: str, work: Work, times: list[float], peak: float, args: argparse.Namespace) -> None:
     """One part's row, on rank 0."""
     seconds = statistics.median(times)
-    notes = Path(args.notes)
-    rates = json.loads(notes.read_text()) if notes.exists() else {}
+    one = Path(args.notes) / name  # what one GPU does in a second
     rate = work.tokens / seconds * work.scale  # tokens a second through the whole model
     row = {"part": name, "gpus": mesh.world(), "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)}
     row["rounds"] = len(times)
     row["peak_gib"] = peak
     if mesh.world() == 1:
-        notes.write_text(json.dumps(rates | {name: rate}))
-    elif name in rates:
+        one.write_text(repr(rate))
+    elif one.exists():
         share = mesh.world() if name == "target" else 1  # of what so many GPUs would do by themselves
-        row["ratio_to_one"] = round(rate / rates[name] / share, 4)
+        row["ratio_to_one"] = round(rate / float(one.read_text()) / share, 4)
     append("fleet", row, args.commit, Path(args.out))
     print(json.dumps(row), flush=True)
 
@@ -295,17 +298,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500, help="after so long no further part begins")
     parser.add_argument("--commit", help="what to write in the rows where there is no git")
     parser.add_argument("--out", default=str(RESULTS), help="folder of fleet.jsonl")
-    parser.add_argument("--notes", help=argparse.SUPPRESS)
+    parser.add_argument("--notes", help="folder of the rates of one GPU, where several calls share it")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.notes:
+    if args.until is not None:
         child(args)
         return
     if args.tiny and args.out == str(RESULTS):
         raise SystemExit("--tiny measures nothing: name a folder with --out")
     until = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
-        more = ["--notes", f"{folder}/rates.json", "--until", str(until), "--out", args.out, "--parts", *args.parts]
+        notes = args.notes or folder
+        Path(notes).mkdir(parents=True, exist_ok=True)
+        more = ["--notes", notes, "--until", str(until), "--out", args.out, "--parts", *args.parts]
         more += ["--rounds", str(args.rounds), "--part-seconds", str(args.part_seconds)]
         more += (
             ["--tiny"] * args.tiny + ["--no-trace"] * (not args.trace) + (["--commit", args.commit] if args.commit else [])

@@ -400,14 +400,6 @@ def barrier() -> None:
             dist.barrier()
 
 
-def all_sum(x: Tensor) -> Tensor:
-    """Adds up all ranks' tensors, in place."""
-    if dist.is_initialized():
-        with _progress.meeting("all"):
-            dist.all_reduce(x)
-    return x
-
-
 def largest(number: int) -> int:
     """The largest of all ranks' numbers. Their hosts meet here, no GPU is waited for."""
     if not dist.is_initialized():

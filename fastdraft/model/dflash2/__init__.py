@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import Group, TargetHead
 from fastdraft.model import dflash
 from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
@@ -36,10 +36,10 @@ def selector_loss(config: Config, shape: DFlash2Config) -> SelectorLoss:
 
 
 def build_step(
-    config: Config, draft: DFlash2Draft, head: TargetHead, device: torch.device, *_axes: object
+    config: Config, draft: DFlash2Draft, head: TargetHead, device: torch.device, *axes: Group
 ) -> BlockEngine | BlockReferenceEngine:
     loss, mixer = selector_loss(config, draft.config), ConvolutionMixer(draft)
-    return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, mixer)
+    return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, axes, mixer)
 
 
 def check_config(config: Config) -> None:

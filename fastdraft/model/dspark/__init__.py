@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import StepWeights, TargetHead
+from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.model import dflash
 from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
@@ -43,9 +43,10 @@ def step_weights(config: Config, shape: DSparkConfig) -> StepWeights:
 
 
 def build_step(
-    config: Config, draft: DSparkDraft, head: TargetHead, device: torch.device, *_axes: object
+    config: Config, draft: DSparkDraft, head: TargetHead, device: torch.device, *axes: Group
 ) -> BlockEngine | BlockReferenceEngine:
-    return dflash.make_block_step(config, draft, head, dspark_loss(config, draft.config), dspark_losses_ref, DSparkHead)
+    loss = dspark_loss(config, draft.config)
+    return dflash.make_block_step(config, draft, head, loss, dspark_losses_ref, DSparkHead, axes)
 
 
 def check_config(config: Config) -> None:
