@@ -12,6 +12,7 @@ import torch
 import yaml
 from tiny import save_target, write_chats
 
+import bench.quality
 import fastdraft.train
 from bench.gate import load
 from bench.quality import BLOCK, HERE, Clock, main, parse, read_recipes, recipe_config, steps_for
@@ -134,6 +135,18 @@ def test_a_trial_is_timed_in_blocks(place, tmp_path, monkeypatch):
     (row,) = measure(place, tmp_path, "--recipes", "base", "--seconds", 3.0, "--decode", 0)
     assert row["steps"] == 3 and len(steps) == 1
     assert len(steps[0]) == 1 and steps[0][0] > 0  # steps 5 and 6; what follows is the last block, which has no end
+
+
+def test_the_clock_stands_while_the_checkpoint_is_written(place, tmp_path, monkeypatch):
+    def slow(*args):
+        time.sleep(3.0)
+        saved(*args)
+
+    saved = bench.quality.save_checkpoint
+    monkeypatch.setattr(bench.quality, "save_checkpoint", slow)
+    row = measure(place, tmp_path, "--recipes", "base", "--steps", 3, "--decode", 0)[0]
+    before_the_last, last = (point[2] for point in row["curve"][-2:])
+    assert row["steps"] == 3 and last - before_the_last < 2.5
 
 
 def test_the_clock_counts_training_alone():
