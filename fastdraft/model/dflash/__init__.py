@@ -15,6 +15,7 @@ from fastdraft.model.dflash.cost import blocks_of_a_token, pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
 from fastdraft.model.dflash.golden import golden_cases, load_block_golden
+from fastdraft.model.dflash.graph_engine import GraphBlockEngine
 from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
 from fastdraft.model.dflash.mixer import Mixer
@@ -63,7 +64,7 @@ def make_block_step(
     draw = anchors_of(config)
     if config.step == "reference":
         return BlockReferenceEngine(draft, head, loss, draw, row_losses)
-    return BlockEngine(draft, head, loss, draw, config.chunk_rows, head_type, mixer, axes[1] if axes else None)
+    return GraphBlockEngine(draft, head, loss, draw, config.chunk_rows, head_type, mixer, axes[1] if axes else None)
 
 
 def refuse_parts(shape: DFlashConfig, size: int) -> None:

@@ -110,9 +110,7 @@ class BlockChunk:
     head_out: Tensor  # [K] step * N + anchor
     label: Tensor  # [K] token
     previous: Tensor  # [K] the token before the label
-    teacher_pos: (
-        Tensor  # [m] rows of f, at first those of the pack, whose target distribution is needed, ascending in each part
-    )
+    teacher_pos: Tensor  # [m] rows of f, as planned those of the pack, that the teacher reads, ascending in each part
     teacher_row: Tensor  # [K] index into the part's teacher rows
 
     def to(self, device: torch.device) -> BlockChunk:
@@ -172,3 +170,55 @@ def plan_blocks(
         )
         tensors = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned)
         yield BlockChunk(tuple(parts), context, *of_first, *tensors)
+
+
+def pad_blocks(
+    chunk: BlockChunk,  # on the host, of a batch whose last token belongs to no real document
+    config: DFlashConfig,
+    num_tokens: int,  # N of that batch
+    blocks: int,  # C
+    live: int,  # K
+    teacher: int,  # rows of each part; 0 where no teacher is wanted
+    room: int,  # live rows that the head takes at a time, as `plan_blocks` was told
+) -> BlockChunk:
+    """The same work in a shape that the four numbers set. Blocks of padding follow the real ones. They stand at the batch's
+    last token, as a document of it alone: they see no context, and no real block sees them. The live rows that are missing
+    are theirs, so `blocks` must leave them room. Their step is T, which has weight 0, and they report at the last token."""
+    b, t, last = config.block_size, config.num_drafted, num_tokens - 1
+    here, there = len(chunk.anchor), len(chunk.head_row)
+    assert live - there <= (blocks - here) * t, "the live rows of padding need blocks of padding"
+    more = np.arange(live - there)
+    slot = more % t + config.first_slot
+    read_id = np.concatenate([chunk.read_id[:-1].numpy(), np.full(blocks - here + 1, config.mask_token_id)])
+    row_read = np.full((blocks, b), blocks)
+    row_read[:, 0] = np.arange(blocks)
+    row_read = row_read.ravel()
+
+    def longer(x: Tensor, fill: int | np.ndarray, size: int) -> np.ndarray:
+        return np.concatenate([x.numpy(), np.broadcast_to(fill, size - len(x))])
+
+    parts, teacher_pos = [], [np.empty(0, np.int64)]
+    for number, begin in enumerate(range(0, live, room)):
+        parts.append(Part(slice(begin, min(begin + room, live)), slice(number * teacher, (number + 1) * teacher)))
+        if teacher:
+            real = chunk.parts[number].teacher if number < len(chunk.parts) else slice(0, 0)
+            teacher_pos.append(longer(chunk.teacher_pos[real], last, teacher))
+    planned = {
+        "anchor": longer(chunk.anchor, last, blocks),
+        "start": longer(chunk.start, last, blocks),
+        "row_position": longer(chunk.row_position, np.tile(np.arange(b), blocks - here), blocks * b),
+        "row_id": read_id[row_read],
+        "row_read": row_read,
+        "read_id": read_id,
+        "head_row": longer(chunk.head_row, (here + more // t) * b + slot, live),
+        "head_position": longer(chunk.head_position, slot, live),
+        "head_step": longer(chunk.head_step, t, live),
+        "head_block": longer(chunk.head_block, here + more // t, live),
+        "head_out": longer(chunk.head_out, last, live),
+        "label": longer(chunk.label, 0, live),
+        "previous": longer(chunk.previous, 0, live),
+        "teacher_pos": np.concatenate(teacher_pos),
+        "teacher_row": longer(chunk.teacher_row, 0, live),
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for name, x in planned.items()}
+    return BlockChunk(tuple(parts), slice(0, num_tokens), 0, 0, 0, **tensors)

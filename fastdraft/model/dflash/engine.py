@@ -198,15 +198,20 @@ class BlockEngine:
         grads: dict[str, Tensor] | None,
     ) -> Rows:
         self.check_ids(batch)
-        with_teacher = self.head.needs_teacher or (grads is None and features.f is not None)
-        if with_teacher and features.f is None:
-            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
+        with_teacher = self.wants_teacher(features, grads is not None)
         kind = grads is not None, with_teacher
         if self.take.device.type == "cuda" and kind not in self.compiled and len(anchors):
             rehearsed = BlockStep(self, batch.num_tokens, features, grads, with_teacher)
             compile_together(lambda: rehearsed.run(batch, anchors, rehearsal=True), self.take.device)
             self.compiled.add(kind)
         return BlockStep(self, batch.num_tokens, features, grads, with_teacher).run(batch, anchors)
+
+    def wants_teacher(self, features: Features, training: bool) -> bool:
+        """Whether a step computes the target's distribution. ValueError where it must and the features do not suffice."""
+        wanted = self.head.needs_teacher or (not training and features.f is not None)
+        if wanted and features.f is None:
+            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
+        return wanted
 
     def check_ids(self, batch: Batch) -> None:
         ids, c = batch.input_ids.numpy(), self.config
@@ -286,8 +291,13 @@ class BlockStep:
                 self.run_chunk(chunk.to(self.device))
             if self.grads is not None:
                 self.finish_pack()
+        return self.results(self.num_tokens)
+
+    def results(self, num_tokens: int) -> Rows:
+        """Of the pack's first tokens: steps of blocks by the tokens that they begin at."""
         shape = self.config.num_drafted, self.num_tokens
-        return Rows(*(x.view(shape) for x in (self.loss, self.acceptance, self.hit, self.live, self.live.clone())))
+        found = (x.view(shape)[:, :num_tokens] for x in (self.loss, self.acceptance, self.hit, self.live))
+        return Rows(*found, self.live.view(shape)[:, :num_tokens].clone())
 
     def plan(
         self,
