@@ -65,7 +65,7 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
 
 
 @contextmanager
-def ending_together(config: Config) -> Iterator[None]:
+def read_together(config: Config) -> Iterator[None]:
     """The processes that read a run together; what ends one ends all of them."""
     mesh.start_process(config.device, config.dist.timeout_s)
     with mesh.ending_together(config.dist.silent_s, "give the same command again"):
@@ -146,7 +146,7 @@ def evaluate_run(
         return Evaluation(f"{run_dir} ({which})", evaluate_served(saved, draft, say, urls), None)
     if urls:
         raise ValueError(f"--url names servers of the target, and {run_dir} was trained with its target in the process")
-    with ending_together(saved_config(saved)):
+    with read_together(saved_config(saved)):
         config, target, draft = open_run(run_dir, which)
         if own_steps:
             settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
@@ -246,7 +246,7 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; choose another directory, or replace it with --overwrite")
     saved, draft = read_draft(run_dir, which)
-    with ending_together(saved_config(saved)):
+    with read_together(saved_config(saved)):
         if was_served(saved):
             config = saved_config(saved)
             device = mesh.start_process(config.device)
