@@ -87,8 +87,8 @@ def refuse_file(folder: Path) -> None:
     """ValueError where a file is named in place of a store's folder."""
     if folder.is_file():
         raise ValueError(
-            f"{folder} is a file, and a feature store is a folder; name the one that `fastdraft features capture` filled, or "
-            "is to fill"
+            f"{folder} is a file, and a feature store is a folder; name the one that `fastdraft features capture` has "
+            "filled, or is to fill"
         )
 
 
