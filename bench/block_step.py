@@ -1,4 +1,6 @@
-"""Times a DFlash draft's whole step: python -m bench.block_step --shape qwen3-8b --tokens 2048,8192 --specforge DIR
+"""Times the whole step of a draft of blocks: python -m bench.block_step --shape qwen3-8b --tokens 2048,8192 --specforge DIR
+
+--method names DFlash, DSpark, DFlash2, or several with commas. Rows of another method than DFlash say so in their shape.
 
 It is measured as `bench.step` measures EAGLE-3's, whose docstring names what both say of memory, first steps, kernels and
 synchronisations. Rows go to bench/results/block_step.jsonl and besides say
@@ -11,29 +13,54 @@ mfu, pct_of_gemm          `block_work.flop_parts` a second, of forward and backw
 loss_error                of a peer: relative difference of the summed, weighted loss from ours at the same weights, inputs
                           and anchors; above `providers.AGREE` the rows are written and the program fails
 
-Peers: --specforge DIR is a checkout of SpecForge, --speculators DIR a folder that `pip install --no-deps --target DIR
-speculators` filled. Both run what their trainers run (bench/peers); --peer-batch is how many conversations SpecForge pads
-together (its recipe for Qwen3-8B: 4).
+Peers: --specforge DIR is a checkout of SpecForge, which has DFlash and DSpark; --speculators DIR a folder that `pip install
+--no-deps --target DIR speculators` filled, whose DFlash runs. Both run what their trainers run (bench/peers); --peer-batch
+is how many conversations SpecForge pads together (its recipe for Qwen3-8B: 4).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.block_work import SHAPES, BlockWork, make_block_work, make_draft, make_head, without_mask_token
+from bench.block_work import (
+    BLOCK_METHODS,
+    SHAPES,
+    BlockWork,
+    block_shape,
+    default_loss,
+    make_block_work,
+    make_draft,
+    make_head,
+    without_mask_token,
+)
 from bench.providers import arguments, begin, end, free, measure_work
 from bench.work import chat_batches, live_batch
 from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
 from fastdraft.kernels import dense_attention
 from fastdraft.model.dflash.engine import BlockEngine
-from fastdraft.model.dflash.loss import BlockLoss, default_gamma, dpace_weights
-from fastdraft.model.dflash.ref import BlockReferenceEngine
+from fastdraft.model.dflash.graph_engine import GraphBlockEngine
+from fastdraft.model.dflash.head import TokenHead
+from fastdraft.model.dflash.loss import dpace_weights
+from fastdraft.model.dflash.ref import BlockReferenceEngine, token_losses_ref
+from fastdraft.model.dflash2.config import DFlash2Config
+from fastdraft.model.dflash2.head import SelectorHead
+from fastdraft.model.dflash2.mixer import ConvolutionMixer
+from fastdraft.model.dflash2.ref import selector_losses_ref
+from fastdraft.model.dspark.config import DSparkConfig
+from fastdraft.model.dspark.head import DSparkHead
+from fastdraft.model.dspark.ref import dspark_losses_ref
 from fastdraft.optim import FlatAdamW
+
+# What the engine and the reference are given for a shape: the head, and the reference's losses.
+HEADS = {DSparkConfig: (DSparkHead, dspark_losses_ref), DFlash2Config: (SelectorHead, selector_losses_ref)}
+
+PEER_METHODS = {"specforge": ("dflash", "dspark"), "speculators": ("dflash",)}
 
 
 class Ours:
@@ -46,12 +73,16 @@ class Ours:
         self.work = work
         draft = make_draft(work.config, work.dtype, work.device)
         self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(), 1000, work.dtype)
-        made = {"fused": BlockEngine, "reference": BlockReferenceEngine}[engine]
-        changes = {"chunk_blocks": chunk_blocks} if engine == "fused" else {}
         self.anchors = work.anchors[0]
-        head = make_head(work.config, work.dtype, work.device)
-        self.engine = made(draft, head, work.loss, lambda batch, number: self.anchors, **changes)
-        self.per_token_bytes = per_token_bytes if engine == "fused" else None
+        given = draft, make_head(work.config, work.dtype, work.device), work.loss, lambda batch, number: self.anchors
+        head_type, row_losses = HEADS.get(type(work.config), (TokenHead, token_losses_ref))
+        if engine == "reference":
+            self.engine = BlockReferenceEngine(*given, row_losses)
+        else:
+            mixer = ConvolutionMixer(draft) if work.config.mixes else None
+            made = {"fused": GraphBlockEngine, "no-graphs": BlockEngine}[engine]
+            self.engine = made(*given, chunk_blocks, head_type, mixer)
+        self.per_token_bytes = None if engine == "reference" else per_token_bytes
         steps = work.config.num_drafted
         self.step_weights = torch.tensor(work.loss.weights(steps), dtype=torch.float64, device=work.device)
         self.normaliser = torch.tensor(work.loss.normaliser(steps), dtype=torch.float64, device=work.device)
@@ -96,12 +127,13 @@ def per_token_bytes(make: Callable[[BlockWork], Ours], work: BlockWork) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, "block_step")
+    parser.add_argument("--method", default="dflash", help=f"comma-separated: {', '.join(BLOCK_METHODS)}")
     parser.add_argument("--shape", default="qwen3-8b", help=f"comma-separated: {', '.join(SHAPES)}")
     parser.add_argument("--pattern", default="live", help="comma-separated: live, chats")
     parser.add_argument("--block", default="16", help="comma-separated: rows of a block")
     parser.add_argument("--anchors", type=int, default=512, help="of a document at most")
     parser.add_argument("--loss", choices=["ce", "dpace"], default="ce")
-    parser.add_argument("--engine", default="fused", help="comma-separated: fused, reference; or none")
+    parser.add_argument("--engine", default="fused", help="comma-separated: fused, no-graphs, reference; or none")
     parser.add_argument("--speculators", type=Path, metavar="DIR", help="where speculators is installed")
     parser.add_argument("--chunk-blocks", type=int, help="of the fused engine, if not its default")
     args = parser.parse_args(argv)
@@ -110,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     makes: dict[str, Callable[[BlockWork], object]] = {}
     for engine in args.engine.split(","):
         if engine != "none":
-            name = {"fused": "fastdraft" + ", flash-attn" * dense_attention.installed(), "reference": "reference"}[engine]
+            ours = "fastdraft" + ", flash-attn" * dense_attention.installed()
+            name = {"fused": ours, "no-graphs": f"{ours}, no graphs", "reference": "reference"}[engine]
             makes[name] = lambda work, engine=engine: Ours(work, engine, args.chunk_blocks)
     if args.specforge:
         from bench.peers.specforge_dflash import SpecForgeDFlash
@@ -121,29 +154,29 @@ def main(argv: list[str] | None = None) -> None:
 
         makes["speculators"] = lambda work: SpeculatorsDFlash(work, args.speculators)
     agree = True
-    for shape_name in args.shape.split(","):
-        for block in map(int, args.block.split(",")):
-            config = SHAPES[shape_name].model_copy(update={"block_size": block})
-            loss = BlockLoss(args.loss, default_gamma(block))
-            for pattern in args.pattern.split(","):
-                for tokens in map(int, args.tokens.split(",")):
-                    if pattern == "chats":
-                        batches = chat_batches(config, tokens, args.chats, args.packs)
-                    else:
-                        batches = [live_batch(config, tokens)]
-                    batches = without_mask_token(batches, config)
-                    shape = {"model": shape_name, "tokens": tokens, "pattern": pattern, "B": block, "anchors": args.anchors}
-                    shape |= {"loss": args.loss} if args.loss != "ce" else {}
-                    shape |= {"chunk_blocks": args.chunk_blocks} if args.chunk_blocks else {}
-                    named = {
-                        name + f", {args.peer_batch} a batch" * (name == "specforge" and pattern == "chats"): make
-                        for name, make in makes.items()
-                    }
-                    work = make_block_work(config, batches, args.anchors, loss, dtype, device)
-                    agree &= measure_work("block_step", named, work, args, shape, {})
-                    args.first_step = "later"
-                    del work
-                    free()
+    cases = itertools.product(*(x.split(",") for x in (args.method, args.shape, args.block, args.pattern, args.tokens)))
+    for method, shape_name, block, pattern, tokens in cases:
+        config = block_shape(shape_name, method, int(block))
+        loss = default_loss(method, args.loss, int(block))
+        if pattern == "chats":
+            batches = chat_batches(config, int(tokens), args.chats, args.packs)
+        else:
+            batches = [live_batch(config, int(tokens))]
+        batches = without_mask_token(batches, config)
+        shape = {"model": shape_name, "tokens": int(tokens), "pattern": pattern, "B": int(block), "anchors": args.anchors}
+        shape |= {"method": method} if method != "dflash" else {}
+        shape |= {"loss": args.loss} if args.loss != "ce" else {}
+        shape |= {"chunk_blocks": args.chunk_blocks} if args.chunk_blocks else {}
+        named = {
+            name + f", {args.peer_batch} a batch" * (name == "specforge" and pattern == "chats"): make
+            for name, make in makes.items()
+            if method in PEER_METHODS.get(name, BLOCK_METHODS)
+        }
+        work = make_block_work(config, batches, args.anchors, loss, dtype, device)
+        agree &= measure_work("block_step", named, work, args, shape, {})
+        args.first_step = "later"
+        del work
+        free()
     end(agree)
 
 

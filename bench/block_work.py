@@ -1,4 +1,4 @@
-"""What a block step is timed on: shapes of real DFlash drafts, random weights and features, anchors, and its FLOPs.
+"""What a block step is timed on: shapes of real drafts, random weights and features, anchors, and its FLOPs.
 
 Weights, features and anchors come from fixed seeds: every provider gets the same. f, which only a provider with a teacher
 reads, is SURE times the head's row of the document's next token. The head's rows have norm 1, so the teacher chooses it.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import Qwen3Config
 
 from bench.work import SURE
 from fastdraft.batch import Batch, Features, TargetHead
@@ -19,7 +20,12 @@ from fastdraft.kernels.block_attention import block_rows
 from fastdraft.model.dflash.blocks import BlockChunk, draw_anchors, plan_blocks
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.dflash.loss import BlockLoss
+from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
+from fastdraft.model.dflash2.loss import SelectorLoss
+from fastdraft.model.dspark.loss import DSparkLoss
+from fastdraft.model.methods import METHODS, method_of
+
+BLOCK_METHODS = ("dflash", "dspark", "dflash2")
 
 
 def _shape(
@@ -59,6 +65,25 @@ SHAPES = {
 }
 
 
+def block_shape(name: str, method: str, block_size: int) -> DFlashConfig:
+    """A shape above for a method, whose own widths are its defaults."""
+    shape = METHODS[method].shape
+    fields = SHAPES[name].model_dump() | {"block_size": block_size, "labels": shape.served_labels}
+    if method == "dspark" and name == "tiny":
+        fields |= {"markov_rank": 8}
+    return shape.of(fields)
+
+
+def default_loss(method: str, kind: str, block_size: int) -> StepLoss:
+    """As `fastdraft train` has it. ValueError for a loss that the method has not."""
+    gamma = default_gamma(block_size)
+    if method == "dspark":
+        if kind != "ce":
+            raise ValueError(f"DSpark has one loss, of three terms, and {kind} was asked for; leave --loss out")
+        return DSparkLoss(gamma)
+    return SelectorLoss(kind, gamma) if method == "dflash2" else BlockLoss(kind, gamma)
+
+
 @dataclass(frozen=True)
 class BlockWork:
     """What one round of every provider has to do: each pack forward and backward, and an optimizer step after it."""
@@ -67,7 +92,7 @@ class BlockWork:
     batches: list[Batch]  # on the host
     features: list[Features]  # on the device
     anchors: list[Tensor]  # [A] int64 of each batch, ascending, on the host
-    loss: BlockLoss
+    loss: StepLoss
     dtype: torch.dtype
     device: torch.device
 
@@ -118,7 +143,7 @@ def make_block_work(
     config: DFlashConfig,
     batches: list[Batch],
     anchors: int,  # of a document at most
-    loss: BlockLoss,
+    loss: StepLoss,
     dtype: torch.dtype,
     device: torch.device,
 ) -> BlockWork:
@@ -133,14 +158,32 @@ def make_block_work(
 
 
 def make_draft(config: DFlashConfig, dtype: torch.dtype, device: torch.device) -> DFlashDraft:
+    """Vectors are 1 and matrices random; a convolution's own taps, [2, T, H], stay the identity that they begin as."""
     with torch.device(device):
-        draft = DFlashDraft(config).to(dtype)
+        draft = method_of(config).draft(config).to(dtype)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for p in draft.parameters():
-            p.fill_(1.0) if p.ndim == 1 else p.normal_(0.0, config.initializer_range, generator=generator)
+            if p.ndim == 1:
+                p.fill_(1.0)
+            elif p.ndim == 2:
+                p.normal_(0.0, config.initializer_range, generator=generator)
     draft.take_from_target(make_embedding(config, dtype, device))
     return draft
+
+
+def qwen3_config(config: DFlashConfig) -> Qwen3Config:
+    """The layers as transformers names them, of which the peers build theirs."""
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    same += ("head_dim", "vocab_size", "rms_norm_eps", "max_position_embeddings")
+    return Qwen3Config(
+        **{name: getattr(config, name) for name in same},
+        rope_parameters={"rope_type": "default", **config.rope_parameters},
+        layer_types=list(config.layer_types),
+        sliding_window=config.sliding_window,
+        use_sliding_window=config.sliding_window is not None,
+        attention_bias=False,
+    )
 
 
 def make_embedding(config: DFlashConfig, dtype: torch.dtype, device: torch.device) -> Tensor:  # [V, H]
@@ -178,7 +221,9 @@ def whole_plan(config: DFlashConfig, batch: Batch, anchors: Tensor) -> BlockChun
 
 
 def flop_parts(config: DFlashConfig, batch: Batch, anchors: Tensor, needs_teacher: bool) -> dict[str, int]:
-    """FLOPs that the mathematics needs for one step, 2 a multiply-add: matrix products only, none computed twice.
+    """FLOPs that the mathematics needs for one step, 2 a multiply-add: matrix products only, none computed twice. `own` is
+    those of the weights that the method has beside DFlash's (`own_layer_weights` of each row, `own_head_weights` of each
+    live one). Where rows are mixed, all rows run all layers.
 
     With R = A B rows, U = A + 1 rows of layer 0 that differ, K' live rows, m positions whose target distribution is read,
     E = Hq*D, kv = Hkv*D and a factor 3 for forward, input gradient and weight gradient (2 where one is not needed):
@@ -195,12 +240,9 @@ def flop_parts(config: DFlashConfig, batch: Batch, anchors: Tensor, needs_teache
     rows, distinct, live = len(plan.row_position), len(plan.read_id), len(plan.head_row)
     blocks, seen = 0, 0
     for layer, kind in enumerate(c.layer_types):
-        last = layer == c.num_hidden_layers - 1
-        on = live if last else rows
-        asking = on if layer else min(on, distinct)
-        blocks += 3 * (
-            h * e * asking + 2 * h * kv * (rows if layer else distinct) + (e * h + 3 * h * c.intermediate_size) * on
-        )
+        last = layer == c.num_hidden_layers - 1 and not c.mixes
+        on, keyed = live if last else rows, rows if layer or c.mixes else distinct
+        blocks += 3 * (h * e * min(on, keyed) + 2 * h * kv * keyed + (e * h + 3 * h * c.intermediate_size) * on)
         sliding = kind == "sliding_attention"
         window = c.sliding_window if sliding else None
         found = block_rows(plan.anchor, plan.start, c.block_size, plan.head_row if last else None, window, causal=sliding)
@@ -210,4 +252,5 @@ def flop_parts(config: DFlashConfig, batch: Batch, anchors: Tensor, needs_teache
         "layers": 2 * blocks,
         "head": 2 * h * c.vocab_size * (2 * live + needs_teacher * len(plan.teacher_pos)),
         "attention": int(3.5 * 4 * e * seen),
+        "own": 6 * (c.num_hidden_layers * rows * c.own_layer_weights + live * c.own_head_weights),
     }

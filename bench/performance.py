@@ -22,6 +22,7 @@ NAMES = {
     "llama-3.3-70b": "Llama-3.3-70B",
 }
 PEER, MAIN = "specforge", "llama-3.1-8b"
+BLOCK_METHODS = {"dflash": "DFlash", "dspark": "DSpark", "dflash2": "DFlash2"}
 BLOCK_PEERS = ("specforge", "speculators")
 HEAD = """# Performance
 
@@ -212,8 +213,10 @@ class Blocks:
             shape = json.loads(place)
             if shape["model"] in NAMES:
                 pattern = shape["pattern"] + (f", {shape['loss']}" if "loss" in shape else "")
-                key = list(NAMES).index(shape["model"]), -shape["B"], shape["pattern"] != "live", shape["tokens"]
-                line = [f"{NAMES[shape['model']]}, B {shape['B']}", f"{short(shape['tokens'])} {pattern}"]
+                method = BLOCK_METHODS[shape.get("method", "dflash")]
+                model = list(NAMES).index(shape["model"]), list(BLOCK_METHODS.values()).index(method)
+                key = *model, -shape["B"], shape["pattern"] != "live", shape["tokens"]
+                line = [f"{method} of {NAMES[shape['model']]}, B {shape['B']}", f"{short(shape['tokens'])} {pattern}"]
                 found.append((key, place, line))
         return [(place, line) for _, place, line in sorted(found)]
 
@@ -286,8 +289,8 @@ EAGLE-3 trainer has no packing (`bench/peers/specforge.py`). Useful tokens are t
 so it counts as transient there; ours counts with the optimizer.""",
     "launches": """The first step compiles. It is `cold` in a new process with empty caches, `warm` in a new
 process, and `later` where the same process has run another length before.""",
-    "block_time": """Hard labels, at most 512 anchors in a document, bf16. `live` is one document of which every token is
-trained on; `chats` are packed conversations.
+    "block_time": """DFlash and DFlash2 with hard labels, DSpark with its three terms, at most 512 anchors a document, bf16.
+`live` is one document of which every token is trained on; `chats` are packed conversations.
 
 - `us/row` is the time of the whole step by block row, B of them for each anchor; its percentiles are in brackets.
   `no optimizer` is forward and backward alone, `by trained token` the same by rows that have a label.
@@ -295,7 +298,7 @@ trained on; `chats` are packed conversations.
 - `times faster` is of the whole step / without the optimizer, both sides in one process, in turns, on the same weights,
   inputs and anchors. SpecForge pads conversations, four a batch; speculators computes a teacher too, as its trainer does
   for this loss. The program that writes a peer's row fails where its loss is not ours to 1 %.""",
-    "block_memory": """What DFlash's step holds above weights and inputs, beside the peers' transient memory; the numbers
+    "block_memory": """What the step holds above weights and inputs, beside the peers' transient memory; the numbers
 behind it are their first step's seconds, kernels and host synchronisations in a step.""",
 }
 KERNEL_TEXT = """Times are medians, in bf16 where nothing else is said. The roof of a row is the larger of two times:
@@ -359,7 +362,7 @@ def page(rows: list[dict]) -> str:
         blocks = Blocks(rows, gpu)
         texts = {name: text for name in BLOCK_TITLES if (text := getattr(blocks, name)())}
         if texts:
-            parts.append(f"## The DFlash step, {gpu}\n")
+            parts.append(f"## The step of block drafts, {gpu}\n")
         for name, text in texts.items():
             parts += [f"### {BLOCK_TITLES[name]}\n", STEP_TEXT[name] + "\n", text]
         text = kernels(rows, gpu)

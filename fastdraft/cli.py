@@ -221,7 +221,7 @@ def regenerate(
         refuse_idle(context, ("batch_size", "dtype", "device", "trust_remote_code", "template_date"), "--target")
         from fastdraft.config import load_config
         from fastdraft.dist.mesh import end_process
-        from fastdraft.run.features import capture_answers
+        from fastdraft.run.answers import capture_answers
 
         server = {"model": model, "api_key": os.environ.get(api_key_env), "concurrency": concurrency}
         server |= {"timeout_s": timeout, "retries": retries}
@@ -396,6 +396,13 @@ def evaluate(
     eagle_topk: Annotated[int, typer.Option(help="1: a chain; more: a tree.")] = 1,
     num_draft_tokens: Annotated[int | None, typer.Option(help="Tokens verified at once, root included.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    verify: Annotated[
+        str,
+        typer.Option(
+            help="How a chain drawn at temperature > 0 is checked: token by token, or as a whole block, which keeps "
+            "more; vLLM's rejection_sample_method block, SGLang's speculative_use_block_verification."
+        ),
+    ] = "token",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Prompts decoded at once; 1 gives the speed of a sequence alone.")
     ] = 64,
@@ -412,11 +419,12 @@ def evaluate(
     from fastdraft.run.finished import evaluate_run
 
     if prompts is None:
-        decoding = ("max_prompts", "max_new_tokens", "num_steps", "eagle_topk", "num_draft_tokens", "temperature")
+        decoding = ("max_prompts", "max_new_tokens", "num_steps", "eagle_topk", "num_draft_tokens", "temperature", "verify")
         refuse_idle(context, (*decoding, "batch_size"), "--prompts")
     if num_steps is None and num_draft_tokens is not None:
         num_steps = DecodeSettings().num_steps
-    settings = DecodeSettings(num_steps or DecodeSettings().num_steps, eagle_topk, num_draft_tokens, temperature)
+    steps = num_steps or DecodeSettings().num_steps
+    settings = DecodeSettings(steps, eagle_topk, num_draft_tokens, temperature, verify=verify)
     if out is not None:  # before hours of work, not after
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir() or not os.access(out.parent, os.W_OK):

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from bench.block_step import Ours, main
-from bench.block_work import SHAPES, BlockWork, flop_parts, make_block_work, without_mask_token
+from bench.block_work import (
+    BLOCK_METHODS,
+    SHAPES,
+    BlockWork,
+    block_shape,
+    default_loss,
+    flop_parts,
+    make_block_work,
+    without_mask_token,
+)
 from fastdraft.batch import Batch
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.loss import BlockLoss
@@ -29,24 +38,28 @@ def random_batch(lengths: tuple[int, ...], density: float = 0.8) -> Batch:
     return Batch(ids, torch.rand(n, generator=generator) < density, lengths)
 
 
-def small_work(loss: str = "ce", config: DFlashConfig = TINY) -> BlockWork:
+def small_work(loss: str = "ce", method: str = "dflash") -> BlockWork:
     """Short documents, one of one token, one shorter than a block; anchors fewer than there are places."""
+    config = block_shape("tiny", method, 4)
     batches = without_mask_token([random_batch((45, 6, 40, 1, 31))], config)
-    return make_block_work(config, batches, 12, BlockLoss(loss, 4.0), torch.float32, CPU)
+    return make_block_work(config, batches, 12, default_loss(method, loss, 4), torch.float32, CPU)
 
 
 def naive_flops(c: DFlashConfig, batch: Batch, anchors: torch.Tensor) -> int:
     h, e, kv, total = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, 0.0
     total += batch.num_tokens * (4 * len(c.layers) * h * h + 6 * c.num_hidden_layers * h * 2 * kv)
-    total += 6 * h * (e + 2 * kv)  # the mask token in layer 0
+    total += 6 * h * (e + 2 * kv) * (not c.mixes)  # the mask token in layer 0
     for a in anchors.tolist():
         start, end = int(batch.doc_start[a]), int(batch.doc_end[a])
         for k in range(c.block_size):
             label = a + k
             live = k > 0 and label < end and bool(batch.loss_mask[label])
             for layer in range(c.num_hidden_layers):
-                on = live or layer < c.num_hidden_layers - 1
-                if layer > 0:
+                on = live or layer < c.num_hidden_layers - 1 or c.mixes
+                if c.mixes:
+                    # Coefficients of both branches, on both sides: taps times groups.
+                    total += 2 * 6 * h * 2 * c.conv_kernel_size * (h // c.conv_group_size)
+                if layer > 0 or c.mixes:
                     total += 6 * h * (2 * kv + e * on)
                 elif k == 0:
                     total += 6 * h * (e + 2 * kv)
@@ -54,6 +67,8 @@ def naive_flops(c: DFlashConfig, batch: Batch, anchors: torch.Tensor) -> int:
                 seen = a - start + c.block_size if window is None else min(a - start, window - 1 - k) + k + 1
                 total += on * (6 * (e * h + 3 * h * c.intermediate_size) + 14 * e * seen)
             total += 4 * h * c.vocab_size * live
+            if c.mixes:
+                total += live * 6 * (h * c.selector_rank + (c.selector_top_k + 1) * c.selector_rank)
     return int(total)
 
 
@@ -66,6 +81,8 @@ def test_flops_are_those_of_a_naive_loop(lengths, sliding):
     batch = without_mask_token([random_batch(lengths)], config)[0]
     work = make_block_work(config, [batch], 9, BlockLoss(), torch.float32, CPU)
     assert work.flops == naive_flops(config, batch, work.anchors[0]) > 0
+    mixed = make_block_work(block_shape("tiny", "dflash2", 4), [batch], 9, BlockLoss(), torch.float32, CPU)
+    assert mixed.flops == naive_flops(mixed.config, batch, mixed.anchors[0]) > work.flops
     with_teacher = flop_parts(config, batch, work.anchors[0], needs_teacher=True)["head"]
     assert with_teacher > flop_parts(config, batch, work.anchors[0], needs_teacher=False)["head"]
 
@@ -94,6 +111,22 @@ def test_rows(tmp_path):
     assert all(r["loss_error"] < 1e-5 for r in rows if r["provider"] == "reference")
 
 
+def test_every_method_has_rows_of_its_own(tmp_path):
+    methods = ",".join(BLOCK_METHODS)
+    main(
+        f"--device cpu --dtype fp32 --shape tiny --block 4 --tokens 40 --method {methods} --rounds 1 --anchors 9 "
+        f"--engine fused,reference --seconds 0.1 --commit abc --out {tmp_path}".split()
+    )
+    rows = [json.loads(line) for line in (tmp_path / "block_step.jsonl").read_text().splitlines()]
+    assert [r["shape"].get("method", "dflash") for r in rows] == [m for m in BLOCK_METHODS for _ in range(2)]
+    assert all(r["loss_error"] < 1e-5 for r in rows if r["provider"] == "reference")
+
+
+def test_a_loss_that_a_method_has_not_is_refused():
+    with pytest.raises(ValueError, match="DSpark has one loss, of three terms, and dpace was asked for; leave --loss out"):
+        default_loss("dspark", "dpace", 8)
+
+
 def compare(work: BlockWork, peer: object, draft: torch.nn.Module) -> None:
     """The summed loss, and its gradient for every weight."""
     ours = Ours(work, "fused", 5)
@@ -102,19 +135,19 @@ def compare(work: BlockWork, peer: object, draft: torch.nn.Module) -> None:
     torch.testing.assert_close(peer.losses().double(), ours.losses(), rtol=1e-5, atol=0)
     found = dict(draft.named_parameters())
     grads = ours.optimizer.grads
-    if work.loss.kind == "ce":
+    if work.loss.kind != "dpace":
         assert all(float(g.abs().max()) > 0 for g in grads.values())
     for name, law in grads.items():
         assert float((found[name].grad - law).abs().max()) <= 1e-5 * float(law.abs().max()), name
 
 
 @pytest.mark.skipif("SPECFORGE_DIR" not in os.environ, reason="SPECFORGE_DIR does not name a checkout of SpecForge")
-@pytest.mark.parametrize("loss", ["ce", "dpace"])
+@pytest.mark.parametrize(("method", "loss"), [("dflash", "ce"), ("dflash", "dpace"), ("dspark", "ce")])
 @pytest.mark.parametrize("at_once", [1, 5])
-def test_specforge_agrees(loss, at_once):
+def test_specforge_agrees(method, loss, at_once):
     from bench.peers.specforge_dflash import SpecForgeDFlash
 
-    work = small_work(loss)
+    work = small_work(loss, method)
     peer = SpecForgeDFlash(work, Path(os.environ["SPECFORGE_DIR"]), "sdpa", at_once)
     compare(work, peer, peer.draft)
 

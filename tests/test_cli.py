@@ -255,6 +255,10 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     for temperature in ("nan", "inf", "-1", "1e-45"):  # 1e-45: a traceback of torch.multinomial
         said = refusal(fastdraft("evaluate", trained, "--prompts", "none.jsonl", "--temperature", temperature))
         assert "must be 0 (greedy) or a number from 1e-05 on" in said
+    prompts = ("evaluate", trained, "--prompts", "none.jsonl")
+    assert "it needs temperature > 0" in refusal(fastdraft(*prompts, "--verify", "block"))
+    assert "verify 'all' must be one of token, block" in refusal(fastdraft(*prompts, "--verify", "all"))
+    assert "--verify" in refusal(fastdraft("evaluate", trained, "--verify", "block"))
     best = trained / "checkpoints" / "best.json"
     whole = best.read_text()
     best.write_text(whole[:5])

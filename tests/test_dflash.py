@@ -45,9 +45,10 @@ def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path)
     assert "going on from" in runs("train", run_yaml, "max_steps=30", "checkpoint.every=15", "checkpoint.keep=9")
     assert losses(run) == records
 
-    for temperature in (0, 1):
-        more = ("--max-prompts", 2, "--max-new-tokens", 12, "--num-steps", 4, "--temperature", temperature)
+    for decoding in ((), ("--temperature", 1), ("--temperature", 1, "--verify", "block")):
+        more = ("--max-prompts", 2, "--max-new-tokens", 12, "--num-steps", 4, *decoding)
         report = json.loads(runs("evaluate", run, "--prompts", prompts, *more))
+    assert report["decode"]["settings"]["verify"] == "block"
     assert len(report["held_out"]["overall"]["acceptance"]) == 4 and report["decode"]["num_tokens"] == 24
     greedy = json.loads(runs("evaluate", run, "--prompts", prompts, "--max-prompts", 2, "--max-new-tokens", 12))
     assert greedy["decode"]["num_equal"] == 2

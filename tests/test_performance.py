@@ -116,15 +116,24 @@ def test_blocks_stand_beside_each_peer_of_the_same_run():
         block_step(1.0, "reference"),
     ]
     text = page(rows)
-    assert text.index("## The DFlash step") < text.index("### Blocks: time")
-    line = cells(text, "Qwen3-8B, B 16 | 8k live")
+    assert text.index("## The step of block drafts") < text.index("### Blocks: time")
+    line = cells(text, "DFlash of Qwen3-8B, B 16 | 8k live")
     assert line[2:7] == ["15.0 (14.9-15.2)", "14.0", "15.5", "50.0", "80.0"]
     assert line[7:] == ["30.0", "1.50 / 1.53", "out of memory", ""]  # 30 / 20, 29 / 19
     memory = text[text.index("### Blocks: memory") :]
-    assert cells(memory, "Qwen3-8B")[2:] == [
+    assert cells(memory, "DFlash of Qwen3-8B")[2:] == [
         *("10.0", "1.0", "3.0", "15.0", "12.5 (cold)", "400", "2"),
         *("3.0", "12.5, 400, 2", "out of memory", "out of memory"),
     ]
+
+
+def test_a_method_of_blocks_has_lines_of_its_own():
+    spark = block_step(16.0)
+    spark["shape"] = spark["shape"] | {"method": "dspark"}
+    theirs = block_step(33.0, "specforge", shape=spark["shape"])
+    text = page([spark, block_step(15.0), block_step(30.0, "specforge"), theirs])
+    assert text.index("| DFlash of Qwen3-8B, B 16 |") < text.index("| DSpark of Qwen3-8B, B 16 |")
+    assert cells(text, "DFlash of Qwen3-8B")[8] == "2.00 / 2.07" and cells(text, "DSpark of Qwen3-8B")[8] == "2.06 / 2.13"
 
 
 def test_plots_are_small_and_the_same_twice(tmp_path):

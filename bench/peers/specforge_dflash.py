@@ -1,6 +1,7 @@
-"""SpecForge's DFlash step on the same weights, inputs and anchors: `OnlineDFlashModel` from a checkout the user points to.
+"""SpecForge's DFlash or DSpark step on the same weights, inputs and anchors, from a checkout the user points to.
 
-Its own trainer calls this model with ids, features and loss mask, and steps its `BF16Optimizer`; so does this file. It is
+Its own trainer calls `OnlineDFlashModel` or `OnlineDSparkModel` with ids, features and loss mask, and steps its
+`BF16Optimizer`; so does this file. It is
 told our anchors where it would draw its own (`_sample_anchor_positions`), sorted and padded as it does. Differences:
 
 - Documents. It has no packing: a batch is `batch_size` conversations padded to the longest. So a pack's conversations are
@@ -8,6 +9,7 @@ told our anchors where it would draw its own (`_sample_anchor_positions`), sorte
 - Short batches. PyTorch 2.11's flex_attention compiles for no fewer than 128 queries where shapes vary. A batch with fewer
   rows gets anchors that are not kept, which it has for conversations of unlike lengths anyway.
 - Normalisation. The summed loss is what is differentiated, since its trainer divides by the whole optimizer step's weights.
+  DSpark's model divides by them itself, and reads their sum back to do so; that is multiplied back.
 
 Nothing is stubbed. On a CPU `--peer-attention sdpa` takes the place of flex_attention, and torch.compile is switched off.
 """
@@ -23,11 +25,11 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen3Config
 
-from bench.block_work import BlockWork, make_draft, make_embedding, make_head
+from bench.block_work import BlockWork, make_draft, make_embedding, make_head, qwen3_config
 from bench.peers.specforge import split
 from fastdraft.config import OptimConfig
+from fastdraft.model.dspark.loss import DSparkLoss
 
 # b conversations of a batch, S tokens of the longest, A anchors of the one that has most
 
@@ -48,32 +50,22 @@ class SpecForgeDFlash:
             torch._dynamo.config.disable = True
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))
-        from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel
+        from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel, OnlineDSparkModel
         from specforge.modeling.draft.dflash import DFlashDraftModel
+        from specforge.modeling.draft.dspark import DSparkDraftModel
         from specforge.optimizer import BF16Optimizer
 
-        c, optim = work.config, OptimConfig()
-        config = Qwen3Config(
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            vocab_size=c.vocab_size,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", **c.rope_parameters},
-            max_position_embeddings=c.max_position_embeddings,
-            layer_types=list(c.layer_types),
-            sliding_window=c.sliding_window,
-            use_sliding_window=c.sliding_window is not None,
-            attention_bias=False,
-        )
+        c, loss, optim = work.config, work.loss, OptimConfig()
+        self.loss, self.spark = loss, isinstance(loss, DSparkLoss)
+        config = qwen3_config(c)
         config.block_size, config.num_target_layers = c.block_size, c.num_target_layers
         config.dflash_config = {"mask_token_id": c.mask_token_id, "target_layer_ids": list(c.layers)}
+        if self.spark:
+            heads = {"enable_confidence_head": True, "confidence_head_with_markov": True}
+            config.dflash_config |= heads | {"projector_type": "dspark", "markov_rank": c.markov_rank}
         config._attn_implementation = attention
         with torch.device(work.device):
-            draft = DFlashDraftModel(config)
+            draft = (DSparkDraftModel if self.spark else DFlashDraftModel)(config)
         draft = draft.to(work.dtype)
         state = make_draft(c, work.dtype, work.device).state_dict()
         missing, unknown = draft.load_state_dict(state, strict=False)
@@ -87,17 +79,17 @@ class SpecForgeDFlash:
             nn.Embedding(c.vocab_size, c.hidden_size, device="meta"), make_embedding(c, work.dtype, work.device)
         )
         self.draft = draft
-        self.online = OnlineDFlashModel(
-            draft,
-            head,
-            embedding,
-            c.mask_token_id,
-            c.block_size,
-            attention,
-            loss_decay_gamma=work.loss.gamma,
-            loss_type={"ce": "dflash", "dpace": "dpace"}[work.loss.kind],
-            dpace_alpha=work.loss.dpace_alpha,
-        )
+        made = OnlineDSparkModel if self.spark else OnlineDFlashModel
+        if self.spark:
+            options = {
+                "dspark_ce_loss_alpha": loss.ce_weight,
+                "dspark_l1_loss_alpha": loss.l1_weight,
+                "dspark_confidence_head_alpha": loss.confidence_weight,
+            }
+        else:
+            options = {"loss_type": {"ce": "dflash", "dpace": "dpace"}[loss.kind], "dpace_alpha": loss.dpace_alpha}
+        given = draft, head, embedding, c.mask_token_id, c.block_size, attention
+        self.online = made(*given, loss_decay_gamma=loss.gamma, **options)
         self.online._sample_anchor_positions = lambda *_: self.chosen
         self.optimizer = BF16Optimizer(
             draft, lr=optim.lr, max_grad_norm=optim.clip, warmup_ratio=optim.warmup_ratio, total_steps=1000
@@ -122,8 +114,10 @@ class SpecForgeDFlash:
                 "loss_mask": stack([mask.float() for _, mask, _ in documents]),
                 "hidden_states": stack([x.g for _, _, x in documents]),
             }
+            if self.spark:
+                inputs["target_last_hidden_states"] = stack([x.f for _, _, x in documents])
             if len(documents) > 1:
-                self.own_inputs += inputs["hidden_states"].nbytes
+                self.own_inputs += sum(x.nbytes for name, x in inputs.items() if name.endswith("hidden_states"))
             kept = stack([torch.ones(len(x), dtype=torch.bool) for x in chosen])
             more = (0, max(0, -(-FEWEST_ROWS // work.config.block_size) - kept.shape[1]))
             made.append((inputs, (F.pad(stack(chosen), more), F.pad(kept, more))))
@@ -135,10 +129,17 @@ class SpecForgeDFlash:
         for inputs, chosen in self.packs[k]:
             self.chosen = chosen
             loss, _, metrics = self.online(**inputs)
-            total, weights = metrics["loss_terms"]
+            total, weights = self.summed(metrics)
             (loss * weights).backward()
             sums.append(total.detach().double())
         self.sums = torch.stack(sums).sum(0)
+
+    def summed(self, metrics: dict) -> tuple[Tensor, Tensor]:  # the weighted sum of losses, and of weights
+        if not self.spark:
+            return metrics["loss_terms"]
+        parts, loss = metrics["ratio_metrics"], self.loss
+        terms = {"ce_loss": loss.ce_weight, "l1_loss": loss.l1_weight, "confidence_loss": loss.confidence_weight}
+        return sum(weight * parts[name][0] for name, weight in terms.items()), parts["ce_loss"][1]
 
     def update(self) -> None:
         self.optimizer.step()

@@ -26,9 +26,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config
 
-from bench.block_work import BlockWork, make_draft, make_embedding, make_head
+from bench.block_work import BlockWork, make_draft, make_embedding, make_head, qwen3_config
 from fastdraft.config import OptimConfig
 
 # S tokens of a padded pack, A anchors of the pack that has most
@@ -52,19 +51,7 @@ class SpeculatorsDFlash:
 
         c = work.config
         on_gpu = work.device.type == "cuda"
-        layers = Qwen3Config(
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            vocab_size=c.vocab_size,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", **c.rope_parameters},
-            max_position_embeddings=c.max_position_embeddings,
-            attention_bias=False,
-        )
+        layers = qwen3_config(c)
         layers._attn_implementation = "simple_flex_attention" if on_gpu else "eager"
         config = DFlashSpeculatorConfig(
             transformer_layer_config=layers,
