@@ -60,7 +60,7 @@ from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared
 from fastdraft.decode import DecodeResult, generate_plain, generate_plain_batch
 from fastdraft.dist.mesh import start_process
-from fastdraft.evaluate import TauReport, evaluate_decode, evaluate_tau, why_one_at_a_time
+from fastdraft.evaluate import TauReport, evaluate_decode, evaluate_tau
 from fastdraft.metrics import read_metrics
 from fastdraft.model.method import DraftStep
 from fastdraft.model.methods import method_of
@@ -70,6 +70,7 @@ from fastdraft.run.dtypes import compute_dtype, name_dtypes
 from fastdraft.run.finished import read_draft
 from fastdraft.run.inputs import load_data, open_target
 from fastdraft.target.hf import Target
+from fastdraft.target.ragged import why_apart
 from fastdraft.target.source import InProcess
 
 HERE = Path(__file__).parent
@@ -229,8 +230,7 @@ def open_stick(args: argparse.Namespace, folder: Path) -> Stick:
         raise ValueError("no conversation is held out; raise data.eval_fraction of the recipes' file")
     prompts = held_out_prompts(data, config.data.pack_tokens, args.prompts)
     began = time.perf_counter()
-    probe = new_draft(config)
-    if why_one_at_a_time(target, probe) is None:
+    if why_apart(target) is None:
         plain = generate_plain_batch(target, prompts, args.max_new_tokens, batch_size=len(prompts))
     else:
         plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import engine_place
+from drafting import One
 from test_decode import prompts
 from tiny import tiny_llama
 
@@ -94,7 +95,7 @@ def test_vllm_drafts_what_we_draft(name, served):
         g = case.target.forward(ids[None])[0][0]
         for r in output.rounds:
             root = len(prompt) + r.after - 1
-            drafter = BlockDrafter(draft, case.target.head, len(ids))
+            drafter = One(BlockDrafter(draft, case.target.head, 1, len(ids)))
             with torch.no_grad():
                 ours = drafter.propose(ids[1 : root + 1], g[:root], steps, DecodeSettings(num_steps=steps), None)
             equal += sum(a == b for a, b in zip(ours.tokens.tolist(), r.drafted, strict=True))

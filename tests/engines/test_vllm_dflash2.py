@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import engine_place
+from drafting import One
 from safetensors.torch import save_file
 from test_decode import prompts
 from tiny import tiny_llama
@@ -111,7 +112,7 @@ def test_vllm_runs_the_layers_as_we_do(served):
             root, theirs = len(prompt) + r["after"] - 1, torch.tensor(r["drafted"])
             total += STEPS
             for reading in equal:
-                drafter = SelectorDrafter(read_selector_as(draft, reading), target.head, len(ids))
+                drafter = One(SelectorDrafter(read_selector_as(draft, reading), target.head, 1, len(ids)))
                 with torch.no_grad():
                     drafter.extend(g[:root])
                     logits = target.head.logits(drafter.block(ids[root : root + 1])[1:])

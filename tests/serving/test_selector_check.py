@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import One
 from small_checks import STEPS, Trained, output_of, train_briefly
 
 from fastdraft.model.dflash.engine import BlockEngine
@@ -42,7 +43,7 @@ def served(trained, reading) -> list[Output]:
         g, known = target.forward(ids[None])[0][0], len(prompt) - 1
 
         def walk(after: int, ids=ids, g=g, known=known) -> list[int]:
-            root, drafter = known + after, SelectorDrafter(wrong, target.head, len(ids))
+            root, drafter = known + after, One(SelectorDrafter(wrong, target.head, 1, len(ids)))
             found = drafter.propose(ids[1 : root + 1], g[:root], STEPS, DecodeSettings(num_steps=STEPS), None)
             return found.tokens.tolist()
 

@@ -20,7 +20,7 @@ from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
 from fastdraft.model.dflash.mixer import Mixer
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
-from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
+from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, block_ref_step, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
@@ -176,7 +176,6 @@ METHOD = Method(
     step_cost=step_cost,
     pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.block.anchors),
     drafter=BlockDrafter,
-    batch_drafter=BatchBlockDrafter,
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,

@@ -22,7 +22,7 @@ from fastdraft.model.dflash2.head import SelectorHead, selector_engine_step
 from fastdraft.model.dflash2.loss import SelectorLoss
 from fastdraft.model.dflash2.mixer import ConvolutionMixer
 from fastdraft.model.dflash2.parity import read_selector_as, selector_readings
-from fastdraft.model.dflash2.propose import BatchSelectorDrafter, SelectorDrafter
+from fastdraft.model.dflash2.propose import SelectorDrafter
 from fastdraft.model.dflash2.ref import selector_losses_ref, selector_ref_step
 from fastdraft.model.dflash2.serving import DFLASH2, load_or_widen
 from fastdraft.model.method import Readings
@@ -63,7 +63,6 @@ METHOD = dflash.METHOD._replace(
     architecture=ARCHITECTURE,
     build_step=build_step,
     drafter=SelectorDrafter,
-    batch_drafter=BatchSelectorDrafter,
     load=load_or_widen,
     verify=partial(verify, written=DFLASH2),
     init_config=partial(init_config, shape=DFlash2Config),

@@ -22,7 +22,7 @@ from fastdraft.model.dspark.golden import load_dspark_golden
 from fastdraft.model.dspark.head import DSparkHead, dspark_engine_step
 from fastdraft.model.dspark.loss import DSparkLoss
 from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
-from fastdraft.model.dspark.propose import BatchMarkovDrafter, MarkovDrafter
+from fastdraft.model.dspark.propose import MarkovDrafter
 from fastdraft.model.dspark.ref import dspark_losses_ref, dspark_ref_step
 from fastdraft.model.dspark.serving import DSPARK
 from fastdraft.model.method import Readings
@@ -73,7 +73,6 @@ METHOD = dflash.METHOD._replace(
     architecture=ARCHITECTURE,
     build_step=build_step,
     drafter=MarkovDrafter,
-    batch_drafter=BatchMarkovDrafter,
     load=partial(load_draft, written=DSPARK),
     verify=partial(verify, written=DSPARK),
     init_config=partial(init_config, shape=DSparkConfig),
