@@ -11,6 +11,7 @@ import filelock
 from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, FeaturesConfig
 from fastdraft.dist import mesh
+from fastdraft.features.meta import refuse_file
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
 from fastdraft.model.precision import DTYPES
@@ -37,6 +38,7 @@ def capture_features(
     ValueError when the disk is too small, `out` is another capture's, a server of target.url cannot be used, or features
     are not finite.
     """
+    refuse_file(out)
     config = config.model_copy(update={"features": FeaturesConfig()})  # what training will read is what is made here
     shape, served = draft_shape(config), bool(config.target.url)
     device = mesh.planned_device(config.device)
@@ -121,6 +123,7 @@ def import_specforge(
 
     A dump is of a target that ran in bf16, unless target.dtype says fp32; what this machine is fast at does not matter.
     """
+    refuse_file(out)
     shape = draft_shape(config)
     if config.target.dtype == "auto":
         config = config.model_copy(update={"target": config.target.model_copy(update={"dtype": "bf16"})})
