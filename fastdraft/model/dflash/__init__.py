@@ -139,14 +139,6 @@ def weighed_by_step(gamma: float) -> str:
     )
 
 
-def second_runner_only(title: str) -> dict[str, str]:
-    """`Method.not_seen` of a draft that vLLM's first model runner does not serve."""
-    return {
-        "vllm": f"vLLM serves a {title} draft with its second model runner only, and this check sees what the first "
-        "drafts; start vLLM yourself and use `fastdraft bench serve`"
-    }
-
-
 def cost_options(config: Config) -> dict[str, int | bool]:
     """What `step_cost` reads of a config beside what all methods' do."""
     return {
