@@ -44,6 +44,7 @@ from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
 from fastdraft.kernels import dense_attention
 from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.graph_engine import GraphBlockEngine
 from fastdraft.model.dflash.head import TokenHead
 from fastdraft.model.dflash.loss import dpace_weights
 from fastdraft.model.dflash.ref import BlockReferenceEngine, token_losses_ref
@@ -75,12 +76,13 @@ class Ours:
         self.anchors = work.anchors[0]
         given = draft, make_head(work.config, work.dtype, work.device), work.loss, lambda batch, number: self.anchors
         head_type, row_losses = HEADS.get(type(work.config), (TokenHead, token_losses_ref))
-        if engine == "fused":
-            mixer = ConvolutionMixer(draft) if work.config.mixes else None
-            self.engine = BlockEngine(*given, chunk_blocks, head_type, mixer)
-        else:
+        if engine == "reference":
             self.engine = BlockReferenceEngine(*given, row_losses)
-        self.per_token_bytes = per_token_bytes if engine == "fused" else None
+        else:
+            mixer = ConvolutionMixer(draft) if work.config.mixes else None
+            made = {"fused": GraphBlockEngine, "no-graphs": BlockEngine}[engine]
+            self.engine = made(*given, chunk_blocks, head_type, mixer)
+        self.per_token_bytes = None if engine == "reference" else per_token_bytes
         steps = work.config.num_drafted
         self.step_weights = torch.tensor(work.loss.weights(steps), dtype=torch.float64, device=work.device)
         self.normaliser = torch.tensor(work.loss.normaliser(steps), dtype=torch.float64, device=work.device)
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--block", default="16", help="comma-separated: rows of a block")
     parser.add_argument("--anchors", type=int, default=512, help="of a document at most")
     parser.add_argument("--loss", choices=["ce", "dpace"], default="ce")
-    parser.add_argument("--engine", default="fused", help="comma-separated: fused, reference; or none")
+    parser.add_argument("--engine", default="fused", help="comma-separated: fused, no-graphs, reference; or none")
     parser.add_argument("--speculators", type=Path, metavar="DIR", help="where speculators is installed")
     parser.add_argument("--chunk-blocks", type=int, help="of the fused engine, if not its default")
     args = parser.parse_args(argv)
@@ -140,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     makes: dict[str, Callable[[BlockWork], object]] = {}
     for engine in args.engine.split(","):
         if engine != "none":
-            name = {"fused": "fastdraft" + ", flash-attn" * dense_attention.installed(), "reference": "reference"}[engine]
+            ours = "fastdraft" + ", flash-attn" * dense_attention.installed()
+            name = {"fused": ours, "no-graphs": f"{ours}, no graphs", "reference": "reference"}[engine]
             makes[name] = lambda work, engine=engine: Ours(work, engine, args.chunk_blocks)
     if args.specforge:
         from bench.peers.specforge_dflash import SpecForgeDFlash

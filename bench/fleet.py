@@ -15,6 +15,10 @@ Of a part there are --rounds timed runs after one that warms up, or as many as -
 more run of it is traced, unless it is of one GPU and long: a row `fleet/trace` of each process says where its GPU's time
 went (bench/trace.py). `--no-trace` leaves that out.
 
+Where a host's GPUs are to be used at once, several calls run side by side, each with GPUs of its own
+(CUDA_VISIBLE_DEVICES), and share with `--notes` the folder in which the rates of one GPU are kept: the parts of one GPU
+first, each on another, and then those of several.
+
 `--tiny` runs the same code with tiny shapes on CPUs over gloo, to see that it runs; its rows are no measurement and go
 where --out says. After --seconds no further part begins.
 """
@@ -65,6 +69,7 @@ class Sizes(NamedTuple):
     document: int
     tensor_tokens: int
     rounds: int = 5
+    chunk_rows: int | None = None  # of the draft's step; None: its own choice
 
 
 FULL = Sizes(
@@ -137,9 +142,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def run_config(device: torch.device) -> Config:
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    return parse_config({"target": {"path": "random"}, "data": {"paths": ["random"]}, "precision": precision}, Config)
+def run_config(sizes: Sizes, device: torch.device) -> Config:
+    tree = {"target": {"path": "random"}, "data": {"paths": ["random"]}, "chunk_rows": sizes.chunk_rows}
+    return parse_config(tree | {"precision": "bf16" if device.type == "cuda" else "fp32"}, Config)
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------------
@@ -147,7 +152,7 @@ def run_config(device: torch.device) -> Config:
 
 def part_data(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out()
-    config, target, replicas = run_config(device), random_target(sizes, device), mesh.axis("replicas")
+    config, target, replicas = run_config(sizes, device), random_target(sizes, device), mesh.axis("replicas")
     draft = make_draft(SHAPES[sizes.draft], torch.float32, device)
     optimizer = SharedAdamW(draft.trainable(), config.optim, 1000, compute_dtype(device), replicas)
     draft.to(compute_dtype(device))
@@ -194,7 +199,7 @@ def part_tensor(sizes: Sizes, device: torch.device) -> Work:
 
 def draft_step(sizes: Sizes, device: torch.device, tokens: int) -> Work:
     """One pack through the draft's step, forward and backward, by all processes together."""
-    dtype, config = compute_dtype(device), run_config(device)
+    dtype, config = compute_dtype(device), run_config(sizes, device)
     tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
     shape = SHAPES[sizes.draft]
     draft: nn.Module = make_draft(shape, dtype, device)
@@ -240,7 +245,7 @@ def timed(run: Callable[[], object], rounds: int, limit: float, device: torch.de
 def child(args: argparse.Namespace) -> None:
     """One of the processes of a world: all parts, one after the other, and on rank 0 their rows."""
     device = mesh.start_process("cpu" if args.tiny else "cuda")
-    sizes = (TINY if args.tiny else FULL)._replace(rounds=args.rounds)
+    sizes = (TINY if args.tiny else FULL)._replace(rounds=args.rounds, chunk_rows=args.chunk_rows)
     for name in args.parts:
         if mesh.from_rank_0(time.time()) > args.until:
             break
@@ -269,17 +274,17 @@ def child(args: argparse.Namespace) -> None:
 def write_row(name: str, work: Work, times: list[float], peak: float, args: argparse.Namespace) -> None:
     """One part's row, on rank 0."""
     seconds = statistics.median(times)
-    notes = Path(args.notes)
-    rates = json.loads(notes.read_text()) if notes.exists() else {}
+    one = Path(args.notes) / name  # what one GPU does in a second
     rate = work.tokens / seconds * work.scale  # tokens a second through the whole model
     row = {"part": name, "gpus": mesh.world(), "seconds": round(seconds, 6), "tokens_per_s": round(rate, 1)}
     row["rounds"] = len(times)
+    row |= {} if args.chunk_rows is None else {"chunk_rows": args.chunk_rows}
     row["peak_gib"] = peak
     if mesh.world() == 1:
-        notes.write_text(json.dumps(rates | {name: rate}))
-    elif name in rates:
+        one.write_text(repr(rate))
+    elif one.exists():
         share = mesh.world() if name == "target" else 1  # of what so many GPUs would do by themselves
-        row["ratio_to_one"] = round(rate / rates[name] / share, 4)
+        row["ratio_to_one"] = round(rate / float(one.read_text()) / share, 4)
     append("fleet", row, args.commit, Path(args.out))
     print(json.dumps(row), flush=True)
 
@@ -291,22 +296,26 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPUs")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each part, after one that warms up")
     parser.add_argument("--part-seconds", type=float, default=60, help="no further round of a part begins after so long")
+    parser.add_argument("--chunk-rows", type=int, help="of the draft's step, if not its default")
     parser.add_argument("--no-trace", dest="trace", action="store_false", help="no run of each part is traced")
     parser.add_argument("--seconds", type=float, default=500, help="after so long no further part begins")
     parser.add_argument("--commit", help="what to write in the rows where there is no git")
     parser.add_argument("--out", default=str(RESULTS), help="folder of fleet.jsonl")
-    parser.add_argument("--notes", help=argparse.SUPPRESS)
+    parser.add_argument("--notes", help="folder of the rates of one GPU, where several calls share it")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.notes:
+    if args.until is not None:
         child(args)
         return
     if args.tiny and args.out == str(RESULTS):
         raise SystemExit("--tiny measures nothing: name a folder with --out")
     until = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
-        more = ["--notes", f"{folder}/rates.json", "--until", str(until), "--out", args.out, "--parts", *args.parts]
+        notes = args.notes or folder
+        Path(notes).mkdir(parents=True, exist_ok=True)
+        more = ["--notes", notes, "--until", str(until), "--out", args.out, "--parts", *args.parts]
         more += ["--rounds", str(args.rounds), "--part-seconds", str(args.part_seconds)]
+        more += [] if args.chunk_rows is None else ["--chunk-rows", str(args.chunk_rows)]
         more += (
             ["--tiny"] * args.tiny + ["--no-trace"] * (not args.trace) + (["--commit", args.commit] if args.commit else [])
         )

@@ -4,9 +4,10 @@
 
 A recipe is a name and settings of `bench/quality.yaml`, or of another file of that form; with :3 it is trained with the
 seeds 0, 1 and 2, which are those of its weights and of its order. All recipes run in this process, one after the other, by
-`fastdraft.train.train` itself: what is timed is what a user runs. Of it three functions are wrapped here: what opens the
-source, so that the target is loaded once and its forwards are timed, and the step and the evaluation, so that the clock
-stands while held-out data are evaluated. What is decoded with is the last checkpoint; the best is not kept.
+`fastdraft.train.train` itself: what is timed is what a user runs. Of it four functions are wrapped here: what opens the
+source, so that the target is loaded once and its forwards are timed, and the step, the evaluation and the checkpoint, so
+that the clock stands while held-out data are evaluated and while the one checkpoint is written, at the end. What is decoded
+with is that checkpoint; the best is not kept.
 
 With --steps a recipe has so many steps. With --seconds it has as many as take that long: a first run of TRIAL steps says
 how fast it is. Either way the learning rate ends where the recipe lets it end.
@@ -18,11 +19,12 @@ A row of bench/results/quality.jsonl:
 
 provider, recipe, settings, seed    who trained, by what
 steps, tokens                       optimizer steps, and tokens of all packs, trained on or not
-seconds, target_seconds             of the loop, without evaluation; and of these the target's forwards on the device
+seconds, target_seconds             of the loop, without evaluation and checkpoint; of these the target's forwards on the
+                                    device
 curve                               [steps, tokens, seconds, target_seconds, held-out tau_sim] at each evaluation
 tau_sim, acceptance                 held-out at the end, over all steps; of each TTT step
-chain, tree                         real decoding of held-out prompts, of seeds below --decode: accepted length, acceptance
-                                    of each depth, seconds
+chain, long_chain, tree             real decoding of held-out prompts, of seeds below --decode: accepted length, acceptance
+                                    of each depth, seconds; what a method does not draft is left out
 prompts, max_new_tokens             of how many prompts of the held-out data, how many tokens each
 
 # T TTT steps
@@ -52,12 +54,13 @@ import fastdraft.train
 from bench.timing import append
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, Rows
+from fastdraft.checkpoint import save_checkpoint
 from fastdraft.config import Config, load_config, read_yaml
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared
 from fastdraft.decode import DecodeResult, generate_plain, generate_plain_batch
 from fastdraft.dist.mesh import start_process
-from fastdraft.evaluate import TauReport, evaluate_decode, evaluate_tau, why_one_at_a_time
+from fastdraft.evaluate import TauReport, evaluate_decode, evaluate_tau
 from fastdraft.metrics import read_metrics
 from fastdraft.model.method import DraftStep
 from fastdraft.model.methods import method_of
@@ -67,6 +70,7 @@ from fastdraft.run.dtypes import compute_dtype, name_dtypes
 from fastdraft.run.finished import read_draft
 from fastdraft.run.inputs import load_data, open_target
 from fastdraft.target.hf import Target
+from fastdraft.target.ragged import why_apart
 from fastdraft.target.source import InProcess
 
 HERE = Path(__file__).parent
@@ -74,8 +78,11 @@ TRIAL = 60  # steps of the run that says how long a step takes; the second half 
 BLOCK = 5  # of which the median counts: whatever is compiled or recorded for the first time falls into few
 POINTS = 6  # evaluations of a run
 SAME_SPEED = ("optim.lr", "optim.warmup_ratio", "optim.min_lr_ratio", "loss.step_decay")
-CHAIN = DecodeSettings(num_steps=3)
-TREE = DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16)  # as the demo's
+DECODED = {
+    "chain": DecodeSettings(num_steps=3),
+    "long_chain": DecodeSettings(num_steps=7),
+    "tree": DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16),  # as the demo's
+}
 LONGEST_PROMPT = 512
 
 
@@ -142,7 +149,7 @@ class KeptTarget(InProcess):
 
 @dataclass
 class Timed:
-    """A run's step. The clock goes from the beginning of a step to the next evaluation."""
+    """A run's step. The clock goes from the beginning of a step to the next checkpoint or evaluation."""
 
     step_of_run: DraftStep
     clock: Clock
@@ -168,7 +175,7 @@ class Timed:
         return self.step_of_run.rows(batch, features)
 
     def pause(self) -> None:
-        """Before an evaluation."""
+        """Before a checkpoint is written, or an evaluation begins."""
         self.clock.stop()
         self.points[self.number] = self.clock.seconds, self.clock.target_seconds
 
@@ -192,7 +199,7 @@ class Stick:
     def judge(self, draft: nn.Module) -> dict[str, Any]:
         """Real decoding of the held-out prompts with a draft in the run's dtype."""
         found: dict[str, Any] = {"prompts": len(self.prompts), "max_new_tokens": self.max_new_tokens}
-        for name, settings in {"chain": CHAIN, "tree": TREE}.items():
+        for name, settings in DECODED.items():
             try:
                 method_of(draft).refuse_settings(draft.config, settings)
             except ValueError:  # a method that drafts no trees, or blocks of another length
@@ -223,8 +230,7 @@ def open_stick(args: argparse.Namespace, folder: Path) -> Stick:
         raise ValueError("no conversation is held out; raise data.eval_fraction of the recipes' file")
     prompts = held_out_prompts(data, config.data.pack_tokens, args.prompts)
     began = time.perf_counter()
-    probe = new_draft(config)
-    if why_one_at_a_time(target, probe) is None:
+    if why_apart(target) is None:
         plain = generate_plain_batch(target, prompts, args.max_new_tokens, batch_size=len(prompts))
     else:
         plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]
@@ -309,8 +315,13 @@ def train_timed(config: Config, stick: Stick, trial: bool = False) -> Timed:
         made[-1].pause()
         return evaluate_tau(*args, **more)
 
+    def paused_saving(*args: Any) -> None:
+        made[-1].pause()
+        save_checkpoint(*args)
+
     loop = {"make_step": timed_step, "open_source": kept_source, "evaluate_tau": paused_evaluation}
-    with replaced(fastdraft.train, **loop), replaced(checkpoint, beats_best=lambda *_: False):
+    files = {"save_checkpoint": paused_saving, "beats_best": lambda *_: False}
+    with replaced(fastdraft.train, **loop), replaced(checkpoint, **files):
         fastdraft.train.train(config, fresh=True)
     clock.stop()
     return made[0]
@@ -480,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def say_and_write(row: dict[str, Any], args: argparse.Namespace) -> None:
     row = rounded(row) | {"target": args.target.name, "answers": args.answers.name}
     append("quality", row, args.commit, args.results)
-    lengths = ", ".join(f"{name} {row[name]['accepted_length']:.3f}" for name in ("chain", "tree") if name in row)
+    lengths = ", ".join(f"{name} {row[name]['accepted_length']:.3f}" for name in DECODED if name in row)
     print(
         f"{row['provider']} {row['recipe']} seed {row['seed']}: {row['steps']} steps, {row['tokens']} tokens, "
         f"{row['seconds']:.1f} s ({row['target_seconds']:.1f} s the target's), tau_sim {row['tau_sim']:.4f}, {lengths}",

@@ -47,12 +47,12 @@ def draw(rows: list[dict], num_steps: int, path: Path) -> None:
 def table(rows: list[dict]) -> list[str]:
     """The lines of docs/quality.md that say what came of each run."""
     lines = [
-        "| trainer | recipe | seed | steps | tokens | seconds | of these the target's | tau_sim | chain | tree |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| trainer | recipe | seed | steps | tokens | seconds | of these the target's | tau_sim | chain | of 7 | tree |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        chain, tree = (f"{row[name]['accepted_length']:.2f}" if name in row else "" for name in ("chain", "tree"))
-        numbers = f"{row['seconds']:.1f} | {row['target_seconds']:.1f} | {row['tau_sim']:.3f} | {chain} | {tree}"
+        decoded = (f"{row[name]['accepted_length']:.2f}" if name in row else "" for name in ("chain", "long_chain", "tree"))
+        numbers = f"{row['seconds']:.1f} | {row['target_seconds']:.1f} | {row['tau_sim']:.3f} | {' | '.join(decoded)}"
         about = f"{row['provider']} | {row['recipe']} | {row['seed']} | {row['steps']} | {row['tokens']:,}"
         lines.append(f"| {about} | {numbers} |")
     return lines

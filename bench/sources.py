@@ -1,9 +1,9 @@
 """Which source a benchmark row depends on, and its hash: a row is fresh while the hash is today's.
 
 An op depends on its own file in fastdraft/kernels (and csrc), on what it computes with from there (`jit.py` computes
-nothing), and `step` and `block_step`, the whole steps of an EAGLE-3 and of a DFlash draft, on the engine, everything it
-computes with, and the optimizer.
-`gpu_tests` is what only a GPU can test: the same, the kernels of other methods and the target's forward.
+nothing), and `step` and `block_step`, the whole steps of an EAGLE-3 draft and of a draft of blocks, on the engine,
+everything it computes with, and the optimizer.
+`gpu_tests` is what only a GPU can test: the same and the target's forward.
 
 The hash is of what runs, not of how it reads. Python counts as the set of its top-level statements, as syntax trees:
 comments, docstrings, layout, the order and the files of statements, and imports from fastdraft itself change nothing.
@@ -33,14 +33,20 @@ ENGINE = [
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
-BLOCK_KERNELS = ("adamw", "block_attention", "chain_qkv", "dense_attention", "fp8", "head_norm", "linear_ce", "linear_kl")
-BLOCK_ENGINE = [  # a DFlash draft's step
+BLOCK_KERNELS = (
+    *("adamw", "block_attention", "block_conv", "ce_l1", "chain_qkv", "dense_attention", "fp8", "head_norm", "linear_ce"),
+    *("linear_kl", "matmul", "rms_norm", "selector", "swiglu", "teacher", "ttt_attention"),
+)
+BLOCK_ENGINE = [  # the step of every method of blocks
+    *(f"fastdraft/kernels/{name}.py" for name in BLOCK_KERNELS),
     *(
-        f"fastdraft/kernels/{name}.py"
-        for name in (*BLOCK_KERNELS, "matmul", "rms_norm", "swiglu", "teacher", "ttt_attention")
+        f"fastdraft/model/dflash/{name}.py"
+        for name in ("blocks", "draft", "engine", "graph_engine", "head", "loss", "memory", "mixer")
     ),
-    *(f"fastdraft/model/dflash/{name}.py" for name in ("blocks", "draft", "engine", "head", "loss", "memory", "mixer")),
+    *(f"fastdraft/model/dspark/{name}.py" for name in ("draft", "head", "loss")),
+    *(f"fastdraft/model/dflash2/{name}.py" for name in ("draft", "head", "loss", "mixer")),
     "fastdraft/model/buffers.py",
+    "fastdraft/model/graph.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
@@ -65,7 +71,7 @@ ALSO = {  # beside fastdraft/kernels/OP.py and csrc/OP*; "!" takes a file out ag
     ],
     "fleet": [f"fastdraft/{name}.py" for name in ("dist/mesh", "dist/shard", "target/packed", "target/sharded")],
     "quality": ["fastdraft/train.py", "fastdraft/optim.py", "fastdraft/decode.py", "fastdraft/model/eagle3/*.py"],
-    "gpu_tests": [KERNELS, *ENGINE, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
+    "gpu_tests": [KERNELS, *ENGINE, *BLOCK_ENGINE, "fastdraft/target/hf.py", "fastdraft/target/packed.py"],
 }
 
 

@@ -6,8 +6,8 @@ how a method weighs it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol
 
@@ -122,6 +122,14 @@ class PackShare:
         (a, b), (c, d) = self.slices
         first = min(b + self.halo, c) if a < b else b  # a halo that reaches the second slice ends where that begins
         return torch.cat([torch.arange(a, first), torch.arange(c, min(d + self.halo, self.num_tokens))])
+
+    def pieces(self) -> Iterator[tuple[int, slice, slice]]:
+        """Of each slice of the pack: its owner, where it lies among the rows of its owner, and which rows it is."""
+        for rank in range(self.size):
+            first = 0
+            for start, end in replace(self, rank=rank).slices:
+                yield rank, slice(first, first + end - start), slice(start, end)
+                first += end - start
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class OptimConfig(Section):
     )
     muon_lr: float | None = Field(None, gt=0)  # of muon alone, as what follows; None: lr. Both follow the schedule
     muon_momentum: float | None = Field(None, ge=0, lt=1)  # None: 0.95
-    muon_weights: list[str] | None = None  # names, * stands for anything; None: all matrices but embeddings and heads
+    muon_weights: list[str] | None = None  # names, * stands for anything; None: all matrices but the method's tables
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)

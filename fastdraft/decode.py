@@ -1,6 +1,7 @@
 """Speculative decoding in PyTorch: what a draft is worth when really used.
 
 `generate` decodes one sequence, and `generate_batch` many at once: the same tokens, rounds and draws, in fewer forwards.
+The loop is one; only the target's cache differs (`target/ragged.py`).
 
 A round starts with tokens x_0 .. x_n, of which the target has run x_0 .. x_{n-1}; x_n is the root. The draft's method
 proposes a chain or a tree of tokens behind it. The target runs the root and all of them in one forward, a tree under a mask
@@ -25,14 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from fastdraft.model.methods import method_of
-from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
+from fastdraft.model.proposal import DecodeSettings, Proposals, draw_each, probabilities
 from fastdraft.target.hf import Target
-from fastdraft.target.ragged import RaggedCache
+from fastdraft.target.ragged import RaggedCache, SingleCache
 
 BATCH_SIZE = 64  # prompts decoded at once
 BATCH_TOKENS = 65536  # of their prompts, padding included: what the target's states take is bounded so
@@ -62,7 +61,6 @@ class Difference:
     logit_gap: float  # the target's logit of plain_token minus that of token, from one forward of the common prefix
 
 
-@torch.no_grad()
 def generate(
     target: Target,
     draft: nn.Module,
@@ -83,64 +81,15 @@ def generate(
         max_new_tokens = len(follow)
         if settings.temperature > 0:
             raise ValueError(f"an output can only be followed greedily, not at temperature {settings.temperature}")
-    limit, context = _limits(target, prompt, max_new_tokens)
     _check_fit(target, draft, settings)
-    start = time.perf_counter()
-    generator = torch.Generator(target.device).manual_seed(settings.seed)
-    cache = DynamicCache()
-    ids = torch.tensor(prompt, device=target.device)
-    g, f = target.forward(ids[None], cache)
-    first = _choose(target.head.logits(f[0, -1:]), settings, generator) if follow is None else ids.new_tensor(follow[:1])
-    out = first.tolist()
-    room = len(prompt) + limit + (settings.num_steps - 1) * settings.eagle_topk
-    drafter = method_of(draft).drafter(draft, target.head, room)
-    known, g = torch.cat([ids[1:], first]), g[0]
-    drafted, accepted, per_round = [0] * settings.num_steps, [0] * settings.num_steps, []
-
-    while not (stopped_by := _stopped(out, target.eos_ids, limit, max_new_tokens)):
-        root = len(prompt) + len(out) - 1  # its position: what the target's cache holds
-        depth = min(settings.num_steps, context - 1 - root)
-        proposal = drafter.propose(known, g, depth, settings, generator)
-        g, f = _run_tree(target, cache, root, known[-1:], proposal, chain=settings.eagle_topk == 1)
-        logits = target.head.logits(f)
-        choice = None if follow is None else _next_of(follow, len(out), proposal, ids.device)
-        path, known = _verify(logits, proposal, drafter.draft_ids, settings, generator, choice)
-        _keep_path(cache, root, path, 1 + len(proposal.parents))
-        g = g[path]
-        given = _until_stop(known.tolist(), target.eos_ids)[: limit - len(out)]
-        out += given
-        per_round.append(len(given))
-        for j in range(depth):
-            drafted[j] += 1
-            accepted[j] += len(path) > j + 1
-    return DecodeResult(
-        tokens=out,
-        stopped_by=stopped_by,
-        num_rounds=len(per_round),
-        drafted=tuple(drafted),
-        accepted=tuple(accepted),
-        per_round=tuple(per_round),
-        seconds=time.perf_counter() - start,
-    )
+    return _in_groups(target, [prompt], max_new_tokens, None, settings, draft, follow)[0]
 
 
-@torch.no_grad()
 def generate_plain(
     target: Target, prompt: list[int], max_new_tokens: int, settings: DecodeSettings | None = None
 ) -> DecodeResult:
     """The target alone, one token a forward, with the same cache, sampling and stops as `generate`."""
-    settings = settings or DecodeSettings()
-    limit, _ = _limits(target, prompt, max_new_tokens)
-    start = time.perf_counter()
-    generator = torch.Generator(target.device).manual_seed(settings.seed)
-    cache = DynamicCache()
-    out: list[int] = []
-    ids = torch.tensor(prompt, device=target.device)
-    while not (stopped_by := _stopped(out, target.eos_ids, limit, max_new_tokens)):
-        _, f = target.forward(ids[None], cache)
-        ids = _choose(target.head.logits(f[0, -1:]), settings, generator)
-        out += ids.tolist()
-    return DecodeResult(out, stopped_by, 0, (), (), (), time.perf_counter() - start)
+    return _in_groups(target, [prompt], max_new_tokens, None, settings or DecodeSettings(), None)[0]
 
 
 def generate_batch(
@@ -154,15 +103,11 @@ def generate_batch(
     """What `generate` gives for each prompt, up to `batch_size` of them at a time; fewer where they are so long that they
     would have more than BATCH_TOKENS tokens, padding included.
 
-    ValueError as in `generate`, for a method that drafts for one sequence alone, and where the memory is too small. Whether
-    the target may run several sequences together is for the caller to ask: `target.ragged.why_apart`.
+    ValueError as in `generate`, and where the memory is too small. Whether the target may run several sequences together is
+    for the caller to ask: `target.ragged.why_apart`.
     """
     settings = settings or DecodeSettings()
     _check_fit(target, draft, settings)
-    if method_of(draft).batch_drafter is None:
-        raise ValueError(
-            f"a draft of method {method_of(draft).architecture} is decoded one prompt at a time; use `generate`"
-        )
     return _in_groups(target, prompts, max_new_tokens, batch_size, settings, draft)
 
 
@@ -281,18 +226,19 @@ def _in_groups(
     target: Target,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,  # None: one at a time, in a cache of transformers' own, which any target can be given
     settings: DecodeSettings,
     draft: nn.Module | None,
+    follow: list[int] | None = None,  # of the only prompt
 ) -> list[DecodeResult]:
     """Prompts of like length together, so that little is padded."""
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; at least one prompt must be decoded at a time")
     for prompt in prompts:
         _limits(target, prompt, max_new_tokens)
     groups: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if groups and len(groups[-1]) < batch_size and (len(groups[-1]) + 1) * len(prompts[i]) <= BATCH_TOKENS:
+        if groups and len(groups[-1]) < (batch_size or 1) and (len(groups[-1]) + 1) * len(prompts[i]) <= BATCH_TOKENS:
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -300,7 +246,8 @@ def _in_groups(
     for group in groups:
         start = time.perf_counter()
         try:
-            made = _decode_together(target, [prompts[i] for i in group], max_new_tokens, settings, draft)
+            own = [prompts[i] for i in group]
+            made = _decode_together(target, own, max_new_tokens, settings, draft, batch_size is None, follow)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"out of memory with {len(group)} prompts at once: lower the batch size; {error}") from error
         seconds = (time.perf_counter() - start) / len(group)
@@ -315,6 +262,8 @@ def _decode_together(
     max_new_tokens: int,
     settings: DecodeSettings,
     draft: nn.Module | None,  # None: the target alone
+    single: bool,  # one prompt, in a `SingleCache`
+    follow: list[int] | None,
 ) -> list[DecodeResult]:
     """`generate` or `generate_plain` of all prompts. A sequence that ends leaves the batch, and its place is given up."""
     device, steps, nodes = target.device, settings.num_steps, settings.num_verified - 1 if draft is not None else 0
@@ -325,17 +274,19 @@ def _decode_together(
         counts = {"drafted": [0] * steps, "accepted": [0] * steps}
         going.append(_Sequence(place, len(prompt), limit, context, generator, steps, **counts))
     longest = max(s.num_prompt + s.limit for s in going)
-    cache = RaggedCache(target, len(prompts), longest + nodes + 1)
+    cache = SingleCache(target) if single else RaggedCache(target, len(prompts), longest + nodes + 1)
     counts = [len(prompt) for prompt in prompts]
     g, f = cache.prefill(prompts)
-    first = _choose_each(target.head.logits(f)[:, None], settings, [s.generator for s in going], [1] * len(going))
+    first = _choose(target.head.logits(f)[:, None], settings, [s.generator for s in going], [1] * len(going))
+    if follow is not None:
+        first = first.new_tensor([follow[:1]])
     for s, token in zip(going, first[:, 0].tolist(), strict=True):
         s.out.append(token)
     known = torch.tensor([p[1:] + [s.out[0]] + [0] * (g.shape[1] - len(p)) for s, p in zip(going, prompts, strict=True)])
     drafter = None
     if draft is not None:
         room = longest + 2 * steps + steps * settings.eagle_topk  # fillers included
-        drafter = method_of(draft).batch_drafter(draft, target.head, len(prompts), room)
+        drafter = method_of(draft).drafter(draft, target.head, len(prompts), room)
 
     results: dict[int, DecodeResult] = {}
     while True:
@@ -353,9 +304,8 @@ def _decode_together(
         generators, roots = [s.generator for s in going], [s.root for s in going]
         depths = [min(steps, s.context - 1 - s.root) for s in going]
         if drafter is None:
-            proposal = Proposals(
-                torch.empty(len(going), 0, dtype=torch.int64), torch.empty(len(going), 0), [0] * len(going)
-            )
+            none = torch.empty(len(going), 0, dtype=torch.int64)
+            proposal = Proposals(none, none, [0] * len(going))
         else:
             proposal = drafter.propose(known.to(device), g, counts, depths, settings, generators)
         root_tokens = torch.tensor([[s.out[-1]] for s in going], device=device)
@@ -363,7 +313,8 @@ def _decode_together(
         last_position = min(s.context for s in going) - 1
         g, f = cache.run(tokens, proposal.parents, roots, last_position)
         draft_ids = None if drafter is None else drafter.draft_ids
-        paths, gained = _verify_each(target.head.logits(f), proposal, settings, generators, draft_ids)
+        choice = None if follow is None else _next_of(follow, len(going[0].out), proposal)
+        paths, gained = _verify(target.head.logits(f), proposal, settings, generators, draft_ids, choice)
         counts, width = [len(path) for path in paths], max(map(len, paths))
         padded = torch.tensor([path + [0] * (width - len(path)) for path in paths])
         known = torch.tensor([given + [0] * (width - len(given)) for given in gained])
@@ -374,22 +325,28 @@ def _decode_together(
             s.count_round(depth if drafter is not None else 0, len(path) - 1, given)
 
 
-def _verify_each(
+# --- verification --------------------------------------------------------------------------------------------------------
+
+
+def _verify(
     logits: Tensor,  # [B, 1+m, V] the target's, root first
     proposal: Proposals,
     settings: DecodeSettings,
     generators: list[torch.Generator],
     draft_ids: Tensor | None,  # [Vd]; None: nothing was drafted
-) -> tuple[list[list[int]], list[list[int]]]:  # of each sequence what `_verify` gives
+    choice: Tensor | None = None,  # [B, 1+m] int64 tokens to take for the target's; None: the target's own
+) -> tuple[list[list[int]], list[list[int]]]:  # of each sequence the nodes kept (the root, then downwards), and the tokens
+    # gained: theirs, then a new one
     if proposal.q is not None:
-        return _reject_each(logits, proposal, settings, generators, draft_ids)
-    choice = _choose_each(logits, settings, generators, [1 + count for count in proposal.counts]).tolist()
+        return _reject(logits, proposal, settings, generators, draft_ids)
+    if choice is None:
+        choice = _choose(logits, settings, generators, [1 + count for count in proposal.counts])
     paths, gained = [], []
     for parents, tokens, chosen, count in zip(
-        proposal.parents.tolist(), proposal.tokens.tolist(), choice, proposal.counts, strict=True
+        proposal.parents.tolist(), proposal.tokens.tolist(), choice.tolist(), proposal.counts, strict=True
     ):
         path = [0]
-        for node in range(1, count + 1):
+        for node in range(1, count + 1):  # parents come first and siblings differ: one pass goes down
             if parents[node - 1] == path[-1] and tokens[node - 1] == chosen[path[-1]]:
                 path.append(node)
         paths.append(path)
@@ -397,18 +354,26 @@ def _verify_each(
     return paths, gained
 
 
-def _reject_each(
+def _next_of(follow: list[int], done: int, proposal: Proposals) -> Tensor:  # [1, 1+m] int64
+    """The token after each node of a tree, if the node were on the output's way; its last token past its end."""
+    depth = [0]
+    for parent in proposal.parents[0].tolist():
+        depth.append(depth[parent] + 1)
+    return torch.tensor([[follow[min(done + d, len(follow) - 1)] for d in depth]])
+
+
+def _reject(
     logits: Tensor,  # [B, m+1, V]
     proposal: Proposals,
     settings: DecodeSettings,
     generators: list[torch.Generator],
     draft_ids: Tensor,  # [Vd]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """`_reject` of all sequences."""
+    """Speculative sampling down a chain: some of its first tokens stay, and one more is drawn."""
     p = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
     (b, m), device = proposal.tokens.shape, p.device
     own = torch.arange(m, device=device) < torch.tensor(proposal.counts, device=device)[:, None]
-    q = torch.zeros_like(p)  # 0 behind a sequence's last token, as in `_reject`
+    q = torch.zeros_like(p)  # 0 behind a sequence's last token: what is left after all were kept is p itself
     q[:, :m, draft_ids] = proposal.q.to(p.dtype) * own[:, :, None]
     draws = torch.zeros(b, m, dtype=p.dtype, device=device)
     for row, generator, count in zip(draws, generators, proposal.counts, strict=True):
@@ -418,76 +383,6 @@ def _reject_each(
     tokens, kept = proposal.tokens.tolist(), kept.tolist()
     gained = [[*own_tokens[:k], token] for own_tokens, k, token in zip(tokens, kept, last, strict=True)]
     return [list(range(k + 1)) for k in kept], gained
-
-
-# --- verification --------------------------------------------------------------------------------------------------------
-
-
-def _run_tree(
-    target: Target,
-    cache: DynamicCache,
-    root: int,  # tokens in the cache
-    root_token: Tensor,  # [1] int64
-    proposal: Proposal,
-    chain: bool,
-) -> tuple[Tensor, Tensor]:  # g [1+m, 3*Ht], f [1+m, Ht]
-    ids = torch.cat([root_token, proposal.tokens])[None]
-    if chain:
-        g, f = target.forward(ids, cache)
-        return g[0], f[0]
-    sees = torch.eye(ids.shape[1], dtype=torch.bool)
-    for node, parent in enumerate(proposal.parents, 1):
-        sees[node] |= sees[parent]
-    mask = torch.zeros(sees.shape, dtype=target.dtype).masked_fill_(~sees, torch.finfo(target.dtype).min)
-    positions = (sees.sum(1) - 1 + root).to(ids.device)
-    g, f = target.forward(ids, cache, positions[None], F.pad(mask, (root, 0)).to(ids.device)[None, None])
-    return g[0], f[0]
-
-
-def _verify(
-    logits: Tensor,  # [1+m, V] the target's, root first
-    proposal: Proposal,
-    draft_ids: Tensor,  # [Vd]
-    settings: DecodeSettings,
-    generator: torch.Generator,
-    choice: Tensor | None = None,  # [1+m] int64 tokens to take for the target's; None: the target's own
-) -> tuple[list[int], Tensor]:  # nodes kept (the root, then downwards), and the tokens gained: theirs, then a new one
-    if proposal.q is not None:
-        p = probabilities(logits, settings)
-        kept, last = _reject(p, proposal.q, proposal.tokens, draft_ids, generator, settings)
-        return list(range(kept + 1)), torch.cat([proposal.tokens[:kept], last])
-    choice = _choose(logits, settings, generator) if choice is None else choice
-    tokens, chosen = proposal.tokens.tolist(), choice.tolist()
-    path = [0]
-    for node, (parent, token) in enumerate(zip(proposal.parents, tokens, strict=True), 1):
-        if parent == path[-1] and token == chosen[parent]:  # parents come first and siblings differ: one pass goes down
-            path.append(node)
-    return path, choice[path]
-
-
-def _next_of(follow: list[int], done: int, proposal: Proposal, device: torch.device) -> Tensor:  # [1+m] int64
-    """The token after each node of the tree, if the node were on the output's way; its last token past its end."""
-    depth = [0]
-    for parent in proposal.parents:
-        depth.append(depth[parent] + 1)
-    return torch.tensor([follow[min(done + d, len(follow) - 1)] for d in depth], device=device)
-
-
-def _reject(
-    p: Tensor,  # [m+1, V]
-    q: Tensor,  # [m, Vd]
-    tokens: Tensor,  # [m] int64, tokens[j] drawn from q[j]
-    draft_ids: Tensor,  # [Vd]
-    generator: torch.Generator,
-    settings: DecodeSettings,
-) -> tuple[int, Tensor]:  # drafted tokens kept, and [1] the token after them
-    """Speculative sampling down a chain: some of its first tokens stay, and one more is drawn."""
-    m = len(tokens)
-    full_q = torch.zeros_like(p)  # row m stays 0: what is left after m kept tokens is p itself
-    full_q[:m, draft_ids] = q.to(p.dtype)
-    draws = torch.rand(m, dtype=p.dtype, device=p.device, generator=generator)
-    kept, rest = _keep(p[None], full_q[None], tokens[None], draws[None], settings)
-    return int(kept), draw(rest, generator)
 
 
 def _keep(
@@ -532,28 +427,7 @@ def _block_chances(
     return torch.where(s[:, 1:] < 1, left / (left + 1 - s[:, 1:]), 1), s
 
 
-def _keep_path(cache: DynamicCache, root: int, path: list[int], num_run: int) -> None:
-    """Leaves in the cache the tokens before the root and the path's; the other verified tokens' keys and values go."""
-    kept = len(path)
-    if path != list(range(kept)):
-        for layer in cache.layers:
-            for x in (layer.keys, layer.values):
-                x[:, :, root : root + kept] = x[:, :, [root + node for node in path]]
-    if kept < num_run:
-        cache.crop(kept - num_run)
-
-
 def _choose(
-    logits: Tensor,  # [r, V]
-    settings: DecodeSettings,
-    generator: torch.Generator,
-) -> Tensor:  # [r] int64
-    if settings.temperature == 0:
-        return logits.argmax(-1)
-    return draw(probabilities(logits, settings), generator)
-
-
-def _choose_each(
     logits: Tensor,  # [B, r, V]
     settings: DecodeSettings,
     generators: list[torch.Generator],

@@ -27,7 +27,6 @@ from fastdraft.decode import (
     generate_plain_batch,
 )
 from fastdraft.dist import mesh
-from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.target.hf import Target
 from fastdraft.target.ragged import why_apart
@@ -167,7 +166,7 @@ def evaluate_decode(
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"{len(plain)} plain results were given for {len(prompts)} prompts")
     generate(target, draft, prompts[0], 2, settings)  # warm: neither side's clock pays for first calls
-    reason = why_one_at_a_time(target, draft) if min(batch_size, len(prompts)) > 1 else None
+    reason = why_apart(target) if min(batch_size, len(prompts)) > 1 else None
     size = batch_size if reason is None and len(prompts) > 1 else min(1, batch_size)
     target.meet()
 
@@ -213,14 +212,6 @@ def evaluate_decode(
         first_difference_prompt=next(iter(different), None),
         largest_logit_gap=max((abs(d.logit_gap) for d in different.values()), default=None),
     )
-
-
-def why_one_at_a_time(target: Target, draft: nn.Module) -> str | None:
-    """Why prompts are not decoded together; None where they are."""
-    method = method_of(draft)
-    if method.batch_drafter is None:
-        return f"{method.architecture} drafts for one sequence at a time"
-    return why_apart(target)
 
 
 def _shared(target: Target, act: Callable[[Sequence[A]], list[R]], things: Sequence[A]) -> list[R]:

@@ -198,21 +198,20 @@ class Matrix:
 
 
 def matrices(shapes: dict[str, Sequence[int]], config: OptimConfig) -> list[Matrix]:
-    """The weights that `optim.muon_weights` names; all matrices but embeddings and heads where it names none.
+    """The weights that `optim.muon_weights` names. Where a user names none, `run/draft.py` `named_optim` has named those of
+    the method, which alone knows what is a matrix of a linear map and what a table with a row for each token.
 
     ValueError for a name that no weight has, for a weight that is no matrix, and where no matrix is left.
     """
     patterns, found, start = config.muon_weights, [], 0
-    for pattern in patterns or ():
+    assert patterns is not None
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(
                 f"optim.muon_weights names {pattern!r}, and no trained weight has that name; there are {', '.join(shapes)}"
             )
     for name, shape in shapes.items():
-        if patterns is None:
-            chosen = len(shape) == 2 and "embed" not in name and "head" not in name
-        else:
-            chosen = any(fnmatchcase(name, pattern) for pattern in patterns)
+        chosen = any(fnmatchcase(name, pattern) for pattern in patterns)
         if chosen and len(shape) != 2:
             raise ValueError(
                 f"optim.muon_weights names {name}, which is {list(shape)}: Muon orthogonalises matrices, and this is none; "

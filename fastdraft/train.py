@@ -37,7 +37,7 @@ from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of, named_method
-from fastdraft.run.draft import check_layout, fit_to_target, make_step, new_draft
+from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_optim, new_draft
 from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
 from fastdraft.run.finished import saved_config
 from fastdraft.run.inputs import load_data, open_source
@@ -111,7 +111,9 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
         method.cut(draft, tensor.rank, tensor.size)
     draft.to(device)
-    optimizer = SharedAdamW(draft.trainable(), config.optim, total_steps, dtype, replicas, parts, weights.count)
+    optimizer = SharedAdamW(
+        draft.trainable(), named_optim(config, draft), total_steps, dtype, replicas, parts, weights.count
+    )
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, len(weights.weight), dtype=torch.float64, device=device),

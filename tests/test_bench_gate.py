@@ -205,6 +205,8 @@ def test_the_kernel_of_another_method_leaves_the_step_fresh(repo, kernel):
 def test_the_step_of_another_method_is_judged_where_there_is_one(repo):
     (repo / "fastdraft/model/dflash").mkdir()
     (repo / "fastdraft/model/dflash/engine.py").write_text("blocks")
+    assert problems(repo)[1].startswith("gpu_tests: the source changed")
+    write(repo, op="gpu_tests", passed=9, failed=0, skipped=1)
     assert the_problem(repo).startswith("block_step: no row of fastdraft in bench/results/block_step.jsonl")
     write(repo, op="block_step", us_per_row=15.0)
     assert problems(repo) == []

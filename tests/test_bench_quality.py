@@ -12,11 +12,23 @@ import torch
 import yaml
 from tiny import save_target, write_chats
 
+import bench.quality
 import fastdraft.train
 from bench.gate import load
-from bench.quality import BLOCK, Clock, main, steps_for
+from bench.quality import BLOCK, HERE, Clock, main, parse, read_recipes, recipe_config, steps_for
 from bench.quality_plot import draw, table
+from fastdraft.model.methods import METHODS
 
+SHAPE = {"num_hidden_layers": 1, "block_size": 8, "layers": [1, 3, 4], "mask_token_id": 0}
+BLOCKS = {
+    name: {"ttt_length": 7, "draft.method": method, "draft.overrides": SHAPE | changes}
+    for name, method, changes in [
+        ("dflash", "dflash", {}),
+        ("dspark", "dspark", {"block_size": 7, "markov_rank": 8}),
+        ("dflash2", "dflash2", {"selector_rank": 8}),
+        ("other layers", "dflash", {"layers": [1, 2]}),
+    ]
+}
 RECIPES = {
     "run": {
         "draft": {"overrides": {"draft_vocab_size": 96}},
@@ -24,7 +36,13 @@ RECIPES = {
         "optim": {"lr": 5e-3, "packs_per_step": 1},
         "ttt_length": 3,
     },
-    "recipes": {"base": {}, "slow": {"optim.lr": 1e-6}, "other target": {"target.dtype": "fp32"}, "typo": {"optim.rl": 1}},
+    "recipes": {
+        "base": {},
+        **BLOCKS,
+        "slow": {"optim.lr": 1e-6},
+        "other target": {"target.dtype": "fp32"},
+        "typo": {"optim.rl": 1},
+    },
 }
 
 
@@ -69,6 +87,29 @@ def test_rows_of_recipes_and_seeds(place, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.name != "quality.jsonl"]  # no checkpoint is left
 
 
+def test_recipes_of_every_method_stand_side_by_side(place, tmp_path):
+    rows = measure(place, tmp_path, "--recipes", "base,dflash,dspark,dflash2", "--steps", 2)
+    assert [row["recipe"] for row in rows] == ["base", "dflash", "dspark", "dflash2"]
+    for row in rows:
+        for name in ("chain", "long_chain"):
+            assert row[name]["accepted_length"] >= 1 and row[name]["num_equal"] == row["prompts"]
+        assert len(row["curve"]) == 2 and len(row["long_chain"]["step_acceptance"]) == 7
+        assert len(row["acceptance"]) == (3 if row["recipe"] == "base" else 7)
+        assert ("tree" in row) == (row["recipe"] == "base")  # a block is a chain
+    with pytest.raises(ValueError, match=r"reads layers \(1, 2\) of the target, all others \(1, "):
+        measure(place, tmp_path, "--recipes", "other layers", "--steps", 1)
+
+
+def test_the_committed_recipes_are_runs(place):
+    """Those of the committed file, which are for SmolLM2: the target's size is all that is not checked here."""
+    recipes = read_recipes(HERE / "quality.yaml", "")
+    assert {"base", "dflash", "dspark", "dflash2"} <= recipes.keys()
+    args = parse(["--target", str(place / "target"), "--answers", str(place / "answers.jsonl")])
+    for recipe, _ in recipes.values():
+        config = recipe_config(args, recipe, 0, place / "none", 1)
+        METHODS[config.draft.method].check_config(config)
+
+
 def test_seconds_become_steps(place, tmp_path, monkeypatch):
     """By the median of a trial's blocks, tried once for recipes that are equally fast."""
     tried, args = [], SimpleNamespace(seconds=30.0)
@@ -96,6 +137,18 @@ def test_a_trial_is_timed_in_blocks(place, tmp_path, monkeypatch):
     assert len(steps[0]) == 1 and steps[0][0] > 0  # steps 5 and 6; what follows is the last block, which has no end
 
 
+def test_the_clock_stands_while_the_checkpoint_is_written(place, tmp_path, monkeypatch):
+    def slow(*args):
+        time.sleep(3.0)
+        saved(*args)
+
+    saved = bench.quality.save_checkpoint
+    monkeypatch.setattr(bench.quality, "save_checkpoint", slow)
+    row = measure(place, tmp_path, "--recipes", "base", "--steps", 3, "--decode", 0)[0]
+    before_the_last, last = (point[2] for point in row["curve"][-2:])
+    assert row["steps"] == 3 and last - before_the_last < 2.5
+
+
 def test_the_clock_counts_training_alone():
     clock = Clock(torch.device("cpu"))
     clock.start()
@@ -117,7 +170,10 @@ def test_the_clock_counts_training_alone():
     [
         ("other target", "sets target.dtype, which is the same for all recipes"),
         ("typo", "did you mean 'lr'"),
-        ("nothing", "has no recipe 'nothing'; it has base, other target, slow, typo"),
+        (
+            "nothing",
+            "has no recipe 'nothing'; it has base, dflash, dflash2, dspark, other layers, other target, slow, typo",
+        ),
         ("base:0", "not NAME:N"),
     ],
 )

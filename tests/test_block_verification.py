@@ -224,21 +224,23 @@ def test_every_methods_round_leaves_the_targets_law(monkeypatch, method):
     for verify, settings in SETTINGS.items():
         ways = Ways()
 
-        def draw(p, _, ways=ways):
-            return torch.tensor([ways.choose(row.tolist()) for row in p])
+        def draw_each(p, _, counts, ways=ways):
+            assert len(p) == 1
+            drawn = [ways.choose(row.tolist()) if place < counts[0] else 0 for place, row in enumerate(p[0])]
+            return torch.tensor([drawn])
 
         for module in ("fastdraft.decode", *(f"fastdraft.model.{name}.propose" for name in METHODS)):
-            monkeypatch.setattr(f"{module}.draw", draw)
+            monkeypatch.setattr(f"{module}.draw_each", draw_each)
         monkeypatch.setattr(decode, "_keep", lambda p, q, t, _, s, ways=ways: kept_in(ways, p, q, t, s))
 
         def round_(settings=settings):
-            drafter = method_of(draft).drafter(draft, head, 20)
+            drafter, generators = method_of(draft).drafter(draft, head, 1, 20), [torch.Generator()]
             with torch.no_grad():
-                proposal = drafter.propose(ids, g, 2, settings, torch.Generator())
-            text = tuple(proposal.tokens.tolist())
-            logits = torch.stack([tables[text[:i]] for i in range(3)])
-            path, gained = _verify(logits, proposal, drafter.draft_ids, settings, torch.Generator())
-            return gained.tolist(), len(path) - 1
+                proposal = drafter.propose(ids[None], g[None], [len(g)], [2], settings, generators)
+            text = tuple(proposal.tokens[0].tolist())
+            logits = torch.stack([tables[text[:i]] for i in range(3)])[None]
+            (path,), (gained,) = _verify(logits, proposal, settings, generators, drafter.draft_ids)
+            return gained, len(path) - 1
 
         next_p = {text: probabilities(table[None], settings)[0].tolist() for text, table in tables.items()}.__getitem__
         law, means[verify] = law_of(ways, round_, next_p, 3)

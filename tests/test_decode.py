@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drafting import One
 from tiny import draft_shape, random_draft, tiny_llama
 
 from fastdraft.batch import Batch, TargetHead
@@ -17,9 +18,9 @@ from fastdraft.decode import (
     generate_plain_batch,
 )
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.eagle3.propose import DraftState, propose
+from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ttt_ref
-from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.proposal import DecodeSettings, Proposals
 from fastdraft.target.hf import Target
 
 VOCAB = 96
@@ -104,25 +105,24 @@ def test_incremental_draft_equals_the_training_steps(target, norms):
     draft, num_steps = tiny_draft(target, **norms), 5
     ids = prompts((40,))[0]
     want, g = reference_logits(draft, target, ids, num_steps)
-    x, state, compared = torch.tensor(ids), DraftState(draft, 64), 0
+    x, state, compared = torch.tensor([ids]), DraftState(draft, 1, 64), 0
     with torch.no_grad():
         for rows in (7, 1, 3, 1, 1, 5, 2, 9, 4, 1):
-            first = state.length
-            y = state.extend(x[first + 1 : first + rows + 1], g[first : first + rows])
-            t = state.length - 1
+            first = int(state.length)
+            y = state.extend(x[:, first + 1 : first + rows + 1], g[None, first : first + rows], [rows])
+            t = int(state.length) - 1
             for i in range(min(num_steps, len(ids) - 1 - t)):
                 if i:  # the drafted token is forced to be the text's
-                    y = state.step(x[t + 1 + i : t + 2 + i], y, i)
-                torch.testing.assert_close(draft.logits(y)[0], want[i, t], rtol=1e-10, atol=1e-10)
+                    y = state.step(x[:, t + 1 + i : t + 2 + i], y, i)
+                torch.testing.assert_close(draft.logits(y)[0, 0], want[i, t], rtol=1e-10, atol=1e-10)
                 compared += 1
     assert compared > 40
 
 
 def drafted_tree(draft, ids, g, settings):
-    state = DraftState(draft, len(ids) + settings.num_steps * settings.eagle_topk)
+    drafter = One(DraftState(draft, 1, len(ids) + settings.num_steps * settings.eagle_topk))
     with torch.no_grad():
-        y = state.extend(torch.tensor(ids[1:]), g[: len(ids) - 1])
-        return propose(state, y, settings.num_steps, settings, torch.Generator())
+        return drafter.propose(torch.tensor(ids[1:]), g[: len(ids) - 1], settings.num_steps, settings, torch.Generator())
 
 
 def paths(proposal):
@@ -136,11 +136,11 @@ def best_paths(draft, ids, g, settings):
     """The engines' rule by brute force: every candidate's probability from a chain of its own."""
 
     def log_q(path):
-        state = DraftState(draft, len(ids) + len(path))
-        y = state.extend(torch.tensor(ids[1:]), g[: len(ids) - 1])
+        state = DraftState(draft, 1, len(ids) + len(path))
+        y = state.extend(torch.tensor([ids[1:]]), g[None, : len(ids) - 1], [len(ids) - 1])
         for i, token in enumerate(path, 1):
-            y = state.step(torch.tensor([token]), y, i)
-        return state.log_q(y)[0]
+            y = state.step(torch.tensor([[token]]), y, i)
+        return state.log_q(y)[0, 0]
 
     def best(scored, k):
         return sorted(scored, key=lambda item: -item[1])[:k]
@@ -366,8 +366,8 @@ def test_rejection_rule_on_given_distributions():
     n, first, second, kept_count = 8000, torch.zeros(1, 16), torch.zeros(1, 16), 0
     for _ in range(n):
         tokens = draft_ids[torch.multinomial(q, 1, generator=generator)[:, 0]]
-        kept, last = _reject(p, q, tokens, draft_ids, generator, DecodeSettings(temperature=1.0))
-        out = [*tokens[:kept].tolist(), int(last)]
+        proposal = Proposals(tokens[None], torch.tensor([[0, 1]]), [2], q[None])
+        (out,) = _reject(p.log()[None], proposal, DecodeSettings(temperature=1.0), [generator], draft_ids)[1]
         first[0, out[0]] += 1
         if len(out) > 1:
             second[0, out[1]] += 1
@@ -382,7 +382,9 @@ def test_a_draft_that_equals_the_target_is_never_rejected():
     p = torch.randn(4, 12, generator=generator).softmax(-1)
     for _ in range(200):
         tokens = torch.multinomial(p[:3], 1, generator=generator)[:, 0]
-        assert _reject(p, p[:3], tokens, torch.arange(12), generator, DecodeSettings(temperature=1.0))[0] == 3
+        proposal = Proposals(tokens[None], torch.tensor([[0, 1, 2]]), [3], p[None, :3])
+        (path,) = _reject(p.log()[None], proposal, DecodeSettings(temperature=1.0), [generator], torch.arange(12))[0]
+        assert path == [0, 1, 2, 3]
 
 
 def test_a_seed_gives_the_same_sample_again(target, trained):

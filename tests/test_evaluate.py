@@ -11,7 +11,6 @@ from fastdraft.batch import Batch, Rows
 from fastdraft.decode import DecodeResult, generate, generate_plain
 from fastdraft.evaluate import evaluate_decode, evaluate_tau
 from fastdraft.model.eagle3.ref import ttt_ref
-from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings
 
 STEPS = 3
@@ -178,10 +177,6 @@ def test_a_target_that_cannot_be_batched_is_decoded_one_at_a_time(target, draft,
     report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8)
     assert (report.one_at_a_time, report.batch_size) == ("it has windows", 1)
     assert report.accepted_length == want.accepted_length
-    method = method_of(draft)._replace(batch_drafter=None)
-    monkeypatch.setattr("fastdraft.evaluate.method_of", lambda draft: method)
-    report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8)
-    assert report.one_at_a_time == f"{method.architecture} drafts for one sequence at a time"
 
 
 def test_one_prompt_needs_no_trial(target, draft, monkeypatch):

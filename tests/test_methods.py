@@ -22,7 +22,7 @@ from torch import nn
 from fastdraft.batch import Rows, StepWeights
 from fastdraft.model import methods
 from fastdraft.model.method import Findings, Method, Row
-from fastdraft.model.proposal import Proposal
+from fastdraft.model.proposal import Proposals
 from fastdraft.model.target_config import language_config, read_json, read_target_config
 
 
@@ -103,12 +103,17 @@ class LinearStep:
 
 
 class LinearDrafter:
-    def __init__(self, draft, head, capacity):
+    def __init__(self, draft, head, batch, capacity):
         self.draft, self.draft_ids = draft, torch.arange(draft.config.vocab_size)
 
-    def propose(self, token_ids, g, depth, settings, generator):
-        best = self.draft.proj(g[-1:].to(self.draft.proj.weight.dtype)).argmax(-1)
-        return Proposal(best.repeat(depth), list(range(depth)))
+    def propose(self, token_ids, g, counts, depths, settings, generators):
+        last = g[torch.arange(len(g)), torch.tensor(counts) - 1]
+        best = self.draft.proj(last.to(self.draft.proj.weight.dtype)).argmax(-1)
+        parents = torch.arange(max(depths)).repeat(len(g), 1)
+        return Proposals(best[:, None].repeat(1, max(depths)), parents, depths)
+
+    def select(self, rows):
+        pass
 
 
 def load(path, target):

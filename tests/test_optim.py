@@ -201,7 +201,16 @@ def test_settings_that_exclude_each_other_are_refused(changes, said):
 
 # --- Muon ----------------------------------------------------------------------------------------------------------------
 
-MUON = OptimConfig(lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1, optimizer="muon", muon_lr=0.02)
+MUON = OptimConfig(
+    lr=0.05,
+    weight_decay=0.1,
+    clip=0.7,
+    warmup_ratio=0.3,
+    min_lr_ratio=0.1,
+    optimizer="muon",
+    muon_lr=0.02,
+    muon_weights=["wide", "tall", "square"],
+)
 
 
 def of_several(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -270,7 +279,9 @@ def test_orthogonalized_brings_singular_values_near_one():
 
 def test_torchs_muon_takes_the_same_steps():
     """It iterates in bf16, as we do for bf16 weights: equal up to that rounding, which five iterations enlarge."""
-    config = OptimConfig(lr=0.02, weight_decay=0.1, clip=1e9, warmup_ratio=0.0, schedule="wsd", optimizer="muon")
+    config = OptimConfig(
+        lr=0.02, weight_decay=0.1, clip=1e9, warmup_ratio=0.0, schedule="wsd", optimizer="muon", muon_weights=["w"]
+    )
     mine, theirs = ({"w": nn.Parameter(torch.randn(24, 40, generator=torch.Generator().manual_seed(2)))} for _ in range(2))
     flat = FlatAdamW(mine, config, 1000, torch.bfloat16)
     torchs = torch.optim.Muon(theirs.values(), lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
@@ -310,7 +321,7 @@ def test_muon_goes_on_bit_for_bit():
     assert torch.equal(second.weights, second.master.bfloat16())
 
 
-def test_what_muon_steps_is_named_or_chosen():
+def test_what_muon_steps_is_named():
     shapes = {name: p.shape for name, p in of_several().items()}
     assert [m.name for m in matrices(shapes, MUON)] == ["wide", "tall", "square"]
     chosen = MUON.model_copy(update={"muon_weights": ["*a*e", "lm_head"]})
@@ -329,7 +340,7 @@ def test_what_muon_steps_is_named_or_chosen():
 
 def test_the_memory_of_a_step_of_muon_is_predicted():
     """By PyTorch's own count of what is allocated while a step runs, in fp32 and bf16, wide, tall and square."""
-    config = MUON.model_copy(update={"weight_decay": 0.0})
+    config = MUON.model_copy(update={"weight_decay": 0.0, "muon_weights": ["w"]})
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((64, 256), (256, 64), (128, 128)):
             flat = FlatAdamW({"w": nn.Parameter(torch.randn(shape))}, config, 10, dtype)

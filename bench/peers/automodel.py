@@ -14,30 +14,43 @@ wrapper `HFEagle3TargetModel.generate_batch` with the packing arguments its load
 - The loss mask. Its row t is marked by loss_mask[t + 1], ours by the token that the row predicts, loss_mask[t + 2]: it gets
   the mask shifted by one, and `doc_remaining` is what remains until the last row that predicts a token of its document.
 - Its loss is a mean over the rows of each step; ours is brought into the same form from sums.
+
+Several processes share each pack, which is then one document, all trained on (Automodel's context parallel refuses packs):
+
+    torchrun --standalone --nproc-per-node 4 -m bench.peers.automodel --checkout DIR --pack-tokens 32768 --packs 2
+
+Ours is `dist.sequence`; Automodel's is its context parallel for target and draft, with the ring in order (`automodel`, its
+default) and with the ring that deals the causal work evenly (`automodel-zigzag`, its `cp_zigzag`). Its trainer is not
+wrapped in DistributedDataParallel, which would have nobody to share gradients with here. Its ring needs flash_attn 2.8;
+where that is not installed PyTorch's copy of the same kernels stands in (`torch_flash.py`), and the rows say so.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bench.peers import torch_flash
 from bench.timing import append
 from bench.work import CHATS, SHAPES, chat_batches, draft_ids, live_batch, make_draft
-from fastdraft.batch import Batch
+from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, parse_config
-from fastdraft.dist.mesh import Axis
+from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.methods import method_of
@@ -45,6 +58,7 @@ from fastdraft.target.hf import Target
 
 T = 7
 GIB = 2**30
+PROVIDERS = ("ours", "automodel", "automodel-zigzag")  # ours first: another's hooks stay on the target
 
 
 def random_target(shape: DraftConfig, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -74,34 +88,48 @@ def weighted_mean(
 
 
 class Ours:
-    """Online training as `train.py` does it, with one process."""
+    """Online training as `train.py` does it, by one process or by several that share each pack's tokens."""
 
     def __init__(self, model: nn.Module, shape: DraftConfig, batches: list[Batch], config: Config):
-        self.batches, self.target = batches, Target(model, shape.layers)
+        self.sequence = mesh.axis("sequence")
+        self.batches, self.target = batches, Target(model, shape.layers, sequence=self.sequence)
         device, dtype = self.target.device, self.target.dtype
         draft = make_draft(shape, dtype, device).float()
-        self.optimizer = SharedAdamW(draft.trainable(), config.optim, 1000, dtype, Axis())
+        self.optimizer = SharedAdamW(draft.trainable(), config.optim, 1000, dtype, mesh.axis("replicas"))
         draft.to(dtype)
-        self.engine = method_of(draft).build_step(config, draft, self.target.head, device)
+        groups = (mesh.axis("tensor"), self.sequence) if self.sequence.size > 1 else ()
+        self.engine = method_of(draft).build_step(config, draft, self.target.head, device, *groups)
+
+    def capture(self, batch: Batch) -> Features:
+        if self.sequence.size > 1:
+            return self.target.capture_share(batch, halo=T)
+        return self.target.capture(batch.to(self.target.device))
 
     def round(self) -> list[float]:  # the loss of each pack
-        losses, total = [], 0
+        by_pack = []
         for batch in self.batches:
-            features = self.target.capture(batch.to(self.target.device))
+            features = self.capture(batch)
             self.optimizer.finish()
-            sums = self.engine.step(batch, features, self.optimizer.grads).sums()
-            losses.append((sums[0], sums[3]))
-            total = total + sums
-        self.optimizer.start(total)
+            by_pack.append(self.engine.step(batch, features, self.optimizer.grads).sums())
+        of_packs = torch.stack(by_pack)  # [packs, 5, T]
+        self.optimizer.start(of_packs.sum(0))
         self.optimizer.finish()
-        return [weighted_mean(*pair) for pair in losses]
+        self.sequence.sum_(of_packs)
+        return [weighted_mean(sums[0], sums[3]) for sums in of_packs]
 
 
 class Automodel:
     """The same by the modules of a checkout."""
 
     def __init__(
-        self, model: nn.Module, shape: DraftConfig, batches: list[Batch], config: Config, checkout: Path, attention: str
+        self,
+        model: nn.Module,
+        shape: DraftConfig,
+        batches: list[Batch],
+        config: Config,
+        checkout: Path,
+        attention: str,
+        zigzag: bool = False,  # of several processes: how their ring deals out the tokens
     ):
         if not (checkout / "nemo_automodel").is_dir():
             raise ValueError(
@@ -109,8 +137,14 @@ class Automodel:
             )
         if str(checkout) not in sys.path:
             sys.path.insert(0, str(checkout))
+        self.ring = mesh.axis("sequence")
+        if self.ring.size > 1:
+            torch_flash.install()
         from nemo_automodel.components.speculative.eagle.core import Eagle3TrainerModule
-        from nemo_automodel.components.speculative.eagle.draft_llama import LlamaEagle3DraftModel
+        from nemo_automodel.components.speculative.eagle.draft_llama import (
+            LlamaEagle3DraftModel,
+            attach_eagle3_cp_attention,
+        )
         from nemo_automodel.components.speculative.eagle.target import HFEagle3TargetModel
 
         self.model = model
@@ -128,6 +162,7 @@ class Automodel:
             max_position_embeddings=1 << 17,
             tie_word_embeddings=False,
             pad_token_id=0,
+            dtype=dtype,  # also of its rotation, else queries become fp32; the recipe has it from the target's config
         )
         draft_config.draft_vocab_size, draft_config.target_hidden_size = shape.draft_vocab_size, shape.target_hidden_size
         draft_config.attn_implementation = attention
@@ -144,21 +179,40 @@ class Automodel:
         draft.freeze_embeddings()
         in_draft = torch.zeros(shape.vocab_size, dtype=torch.bool, device=device)
         in_draft[ids] = True
-        self.target = HFEagle3TargetModel(model, aux_layer_ids=list(shape.layers))
-        trainer = Eagle3TrainerModule(draft, selected_token_ids=ids, selected_token_mask=in_draft, ttt_steps=T)
+        shared: dict[str, Any] = {}
+        self.rows = None  # of a pack, those that this process's draft runs; None: all
+        if self.ring.size > 1:
+            group = init_device_mesh(device.type, (self.ring.size,), mesh_dim_names=("cp",))
+            shared = {"cp_group": group.get_group(), "cp_zigzag": zigzag}
+            attach_eagle3_cp_attention(draft, shared["cp_group"], zigzag=zigzag)
+            self.rows = ring_rows(batches[0].num_tokens, self.ring.rank, self.ring.size, zigzag).to(device)
+            without_hooks(model)
+            self.target = HFEagle3TargetModel(model, aux_layer_ids=list(shape.layers), cp_mesh=group)
+        else:
+            self.target = HFEagle3TargetModel(model, aux_layer_ids=list(shape.layers))
+        trainer = Eagle3TrainerModule(draft, selected_token_ids=ids, selected_token_mask=in_draft, ttt_steps=T, **shared)
         self.trainer, optim = trainer.to(device), config.optim
         self.trained = [p for p in self.trainer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
         self.clip = optim.clip
-        self.inputs = [{name: x.to(device) for name, x in packed_inputs(batch).items()} for batch in batches]
+        inputs_of = packed_inputs if self.rows is None else document_inputs
+        self.inputs = [{name: x.to(device) for name, x in inputs_of(batch).items()} for batch in batches]
+
+    def own_inputs(self, features: Any) -> dict[str, Tensor]:
+        """What the trainer gets of a target's batch: with a ring its own rows, as `_maybe_shard_cp` of the recipe cuts."""
+        inputs = features.to_trainer_inputs()
+        if self.rows is None:
+            return inputs
+        return {name: x[:, self.rows] for name, x in inputs.items()} | {"position_ids": self.rows[None]}
 
     def round(self) -> list[float]:
         losses = []
         for inputs in self.inputs:
-            features = self.target.generate_batch(**inputs)
-            loss = self.trainer(**features.to_trainer_inputs()).loss
+            loss = self.trainer(**self.own_inputs(self.target.generate_batch(**inputs))).loss
             (loss / len(self.inputs)).backward()
             losses.append(loss.detach())
+        for p in self.trained if self.ring.size > 1 else ():
+            self.ring.sum_(p.grad)
         torch.nn.utils.clip_grad_norm_(self.trainer.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -186,6 +240,31 @@ def packed_inputs(batch: Batch) -> dict[str, Tensor]:  # [1, N] each, seq_lens [
     }
 
 
+def document_inputs(batch: Batch) -> dict[str, Tensor]:  # [1, N] each
+    """The same of a pack that is one document, which Automodel's loader does not mark."""
+    whole = packed_inputs(batch)
+    return {name: whole[name] for name in ("input_ids", "attention_mask", "loss_mask")}
+
+
+def ring_rows(n: int, rank: int, size: int, zigzag: bool) -> Tensor:  # [n / size] int64
+    """The rows of a sequence that a process of Automodel's ring has: a piece, or an early piece and a late one."""
+    if n % (2 * size):
+        raise ValueError(f"packs of {n} tokens are shared by {size} processes; --pack-tokens needs multiples of {2 * size}")
+    pieces = torch.arange(n).chunk(2 * size)
+    places = (rank, 2 * size - 1 - rank) if zigzag else (2 * rank, 2 * rank + 1)
+    return torch.cat([pieces[place] for place in places])
+
+
+def without_hooks(model: nn.Module) -> None:
+    """Takes the hooks off a target's attention that another of Automodel's wrappers put there."""
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                hooks.clear()
+            for hooks in (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+                hooks.clear()
+
+
 def measure(name: str, make: Callable[[], Any], rounds: int, tokens: int, device: torch.device) -> dict[str, Any]:
     """A trainer made, run and let go: the losses of its first round, and its time and memory in the later ones."""
     on_gpu = device.type == "cuda"
@@ -196,10 +275,11 @@ def measure(name: str, make: Callable[[], Any], rounds: int, tokens: int, device
     trainer, times = make(), []
     first = trainer.round()
     for _ in range(rounds):
+        mesh.barrier()
         start = time.perf_counter()
         trainer.round()
-        times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0
+        times.append(mesh.largest(int(1e6 * (time.perf_counter() - start))) / 1e6)
+    peak = mesh.largest(torch.cuda.max_memory_allocated() if on_gpu else 0) / GIB
     row = {"provider": name, "tokens_per_s": round(tokens / statistics.median(times), 1), "peak_gib": round(peak, 3)}
     row |= {"seconds": [round(t, 4) for t in times], "first_losses": [round(x, 6) for x in first]}
     return row | {"first_loss": round(float(np.mean(first)), 6)}
@@ -215,38 +295,51 @@ def main() -> None:
         "--rounds", type=int, default=3, help="timed ones, after one that warms up and whose losses are compared"
     )
     parser.add_argument("--peer-attention", choices=["eager", "flash_attention_2"], default="eager")
-    parser.add_argument("--providers", nargs="+", choices=["ours", "automodel"], default=["ours", "automodel"])
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes in fp32 on a CPU, to see that it runs")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all that the number of processes has")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, to see that it runs")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--out", type=Path, help="folder of fleet.jsonl")
     parser.add_argument("--commit", help="what to write in the rows where there is no git")
     args = parser.parse_args()
-    device = torch.device("cpu" if args.tiny else "cuda")
-    dtype = torch.float32 if args.tiny else torch.bfloat16
+    device = mesh.start_process("cpu" if args.tiny else "cuda")
+    mesh.lay_out(sequence=mesh.world())
+    providers = [name for name in PROVIDERS if name in (args.providers or PROVIDERS[: 2 + (mesh.world() > 1)])]
+    precision = args.dtype or ("fp32" if args.tiny else "bf16")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     shape = SHAPES["tiny" if args.tiny else "llama-3.1-8b"]
     layers = 8 if args.tiny else args.layers
     shape = shape.model_copy(update={"layers": (1, layers // 2 - 1, layers - 4), "num_target_layers": layers})
-    tree = {"target": {"path": "random"}, "data": {"paths": ["random"]}, "precision": "fp32" if args.tiny else "bf16"}
+    tree = {"target": {"path": "random"}, "data": {"paths": ["random"]}, "precision": precision}
     config = parse_config(tree, Config)
     model = random_target(shape, layers, dtype, device)
+    ring_attention = "flash_attn" if importlib.util.find_spec("flash_attn") else "PyTorch's FlashAttention"
     for pack_tokens in [48] if args.tiny else args.pack_tokens:
-        batches = tiny_batches(shape) if args.tiny else chat_batches(shape, pack_tokens, CHATS, args.packs)
+        if mesh.world() > 1:
+            batches = [live_batch(shape, pack_tokens)] * args.packs
+        else:
+            batches = tiny_batches(shape) if args.tiny else chat_batches(shape, pack_tokens, CHATS, args.packs)
         tokens = sum(batch.num_tokens for batch in batches)
         about = {"layers": layers, "pack_tokens": pack_tokens, "packs": len(batches), "tokens": tokens}
-        about |= {"peer_attention": args.peer_attention}
+        about |= {"gpus": mesh.world(), "peer_attention": args.peer_attention}
+        if mesh.world() > 1:
+            about["peer_attention"] = ring_attention
+        peer = partial(Automodel, model, shape, batches, config, args.checkout, args.peer_attention)
         make = {
-            "ours": lambda batches=batches: Ours(model, shape, batches, config),
-            "automodel": lambda batches=batches: Automodel(
-                model, shape, batches, config, args.checkout, args.peer_attention
-            ),
+            "ours": partial(Ours, model, shape, batches, config),
+            "automodel": peer,
+            "automodel-zigzag": partial(peer, zigzag=True),
         }
-        for name in args.providers:
+        for name in providers:
             try:
                 row = about | measure(name, make[name], args.rounds, tokens, device)
             except torch.OutOfMemoryError as error:
                 row = about | {"provider": name, "out_of_memory": str(error).splitlines()[0]}
+            if not mesh.is_rank_0():
+                continue
             print(json.dumps(row), flush=True)
             if args.out:
                 append("fleet/automodel", row, args.commit, args.out)
+    mesh.end_process()
 
 
 def tiny_batches(shape: DraftConfig) -> list[Batch]:

@@ -77,27 +77,30 @@ class Line:
     num_bytes: int = 0  # of a row, the mean of those around it
 
 
-def expand(paths: list[str], urls: bool = False) -> list[str]:
+def expand(paths: list[str], urls: bool = False, setting: str = "") -> list[str]:
     """Files named by paths and glob patterns, in order; also URLs (`fsspec`'s: hf://, s3://, https://, ...) if asked.
 
-    ValueError: one that is missing, a folder, or of another kind.
+    ValueError, which begins with the setting that has the paths: one that is missing, a folder, or of another kind.
     """
-    files = []
+    files, of = [], f"{setting}: " if setting else ""
     for path in paths:
         if "://" in path:
             if not urls:
-                raise ValueError(f"{path}: only data.streaming reads URLs; download the file, or set data.streaming=true")
+                raise ValueError(
+                    f"{of}{path}: only data.streaming reads URLs; download the file, or set data.streaming=true"
+                )
             found = _glob_url(path)
         else:
             path = os.path.expanduser(path)
             found = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
-            raise ValueError(f"{path}: no such file, and none that matches it")
+            raise ValueError(f"{of}{path}: no such file, and none that matches it")
         for file in found:
             if os.path.isdir(file):
-                raise ValueError(f"{file} is a folder; name its files, for example {os.path.join(file, '*.jsonl')}")
+                raise ValueError(f"{of}{file} is a folder; name its files, for example {os.path.join(file, '*.jsonl')}")
             if not file.endswith(NAMES):
-                raise ValueError(f"{file}: neither JSONL (.jsonl, .json, .ndjson, also with .gz) nor .parquet by its name")
+                kinds = "JSONL (.jsonl, .json, .ndjson, also with .gz) nor .parquet"
+                raise ValueError(f"{of}{file}: neither {kinds} by its name")
             files.append(file)
     return files
 

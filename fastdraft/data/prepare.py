@@ -174,7 +174,8 @@ def prepare(
     file; a bad line (unless on_bad_line is skip); a tokenizer or template that cannot make a mask; nothing to train on; a
     damaged cache. OSError when the cache cannot be written.
     """
-    train_files, eval_files = expand(config.paths), expand(config.eval_paths)
+    train_files = expand(config.paths, setting="data.paths")
+    eval_files = expand(config.eval_paths, setting="data.eval_paths")
     chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
     parts = [tokenized(files, config, chat) for files in (train_files, eval_files) if files]
     return divide(parts, config, chat.template_date)
@@ -212,7 +213,7 @@ def first_samples(
     stats: Stats,  # counts what is read
 ) -> Iterator[Sample]:
     """The samples of data.paths one by one as they are read, with no cache: for a preview. Errors as `prepare`'s."""
-    lines = (line for path in expand(config.paths, config.streaming) for line in read_lines(path))
+    lines = (line for path in expand(config.paths, config.streaming, "data.paths") for line in read_lines(path))
     return samples_of(lines, chat, config.on_bad_line == "skip", stats)
 
 

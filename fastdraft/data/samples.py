@@ -61,7 +61,7 @@ def longest_sample(dataset: Dataset) -> int:
     return max((int(lengths.max(initial=0)) for _, _, lengths in scan(dataset)), default=0)
 
 
-def scan(dataset: Dataset, rows: int = 1000) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The whole data set in order as `flat` pieces of `rows` samples."""
-    for table in dataset.with_format("arrow").iter(batch_size=rows):
+def scan(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The whole data set in order as `flat` pieces of a thousand samples."""
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
         yield flat(table)

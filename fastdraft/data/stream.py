@@ -64,7 +64,7 @@ def open_stream(
     stream = Stream(config, chat, machine_share)
     parts = [stream.sample()]
     if config.eval_paths:
-        parts.append(tokenized(expand(config.eval_paths), config, chat))
+        parts.append(tokenized(expand(config.eval_paths, setting="data.eval_paths"), config, chat))
     return divide(parts, config, chat.template_date, stream)
 
 
@@ -74,7 +74,7 @@ class Stream:
     first: Place = (0, 0, 0, 0)
 
     def __init__(self, config: DataConfig, chat: ChatTokenizer, machine_share: int = 1) -> None:
-        self.files = expand(config.paths, urls=True)
+        self.files = expand(config.paths, urls=True, setting="data.paths")
         self._config, self._chat, self._lowest_key = config, chat, held_out_below(config)
         workers = max((os.cpu_count() or 1) // machine_share, 1)
         self._num_workers = workers if config.num_workers is None else config.num_workers

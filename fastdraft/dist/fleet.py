@@ -171,7 +171,7 @@ def fleet_plan(
     step, flops = step_cost(part, own_tokens, t)
     running = own_tokens if s > 1 else min(pack_tokens, max(run_tokens, length))
     activations = running * (6 * target.hidden_size + target.attention_width + 3 * target.mlp_width) * target_bytes
-    kv = 2 * getattr(part, "num_key_value_heads", 0) * getattr(part, "head_dim", 0)
+    kv = 2 * part.num_key_value_heads * part.head_dim * getattr(part, "num_hidden_layers", 1)  # of all layers of the draft
     gathered_kv = kv * (pack_tokens - own_tokens) * (draft_bytes + 4)
     memory = [
         Row("target's embedding, head and norms", target.outside * target_bytes),

@@ -277,11 +277,11 @@ def end_process() -> None:
 
 
 @contextmanager
-def ending_together(silent_s: float) -> Iterator[None]:
+def ending_together(silent_s: float, then: str = "the same command, given again, goes on") -> Iterator[None]:
     """Within it, what ends one process ends all of them, within a minute and with a sentence (dist/watch.py).
 
-    `silent_s`: seconds without a sign of life after which a process counts as lost. Raises LostPeer where a library says
-    that another process does not answer. Alone it does nothing.
+    `silent_s`: seconds without a sign of life after which a process counts as lost. `then`: what its user can do. Raises
+    LostPeer where a library says that another process does not answer. Alone it does nothing.
     """
     if world() == 1:
         yield
@@ -293,7 +293,7 @@ def ending_together(silent_s: float) -> Iterator[None]:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     store = dist.PrefixStore(from_rank_0(f"fastdraft-{uuid.uuid4().hex}"), store)
-    watch = Watch(store, rank(), from_all(Member.here(host())), silent_s, _progress, speaker())
+    watch = Watch(store, rank(), from_all(Member.here(host())), silent_s, _progress, speaker(), then)
     watch.start()
     try:
         yield
@@ -398,14 +398,6 @@ def barrier() -> None:
     if dist.is_initialized():
         with _progress.meeting("all"):
             dist.barrier()
-
-
-def all_sum(x: Tensor) -> Tensor:
-    """Adds up all ranks' tensors, in place."""
-    if dist.is_initialized():
-        with _progress.meeting("all"):
-            dist.all_reduce(x)
-    return x
 
 
 def largest(number: int) -> int:

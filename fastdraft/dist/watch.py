@@ -145,9 +145,10 @@ class Watch:
         silent_s: float,
         progress: Progress,
         speaker: str,  # how this process names itself in a message
+        then: str,  # what the user can do, the end of each sentence
     ):
         self.store, self.rank, self.members, self.silent_s = store, rank, members, silent_s
-        self.progress, self.speaker = progress, speaker
+        self.progress, self.speaker, self.then = progress, speaker, then
         self._main = threading.main_thread().ident
         self.heard: str | None = None  # the sentence of what has ended the run
         self._beats = 0
@@ -226,9 +227,8 @@ class Watch:
 
     # --- sentences ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def sentence(heard: str) -> str:
-        return f"{heard}; the same command, given again, goes on"
+    def sentence(self, heard: str) -> str:
+        return f"{heard}; {self.then}"
 
     def _silent(self, rank: int) -> str:
         stopped = rank in self._near and self.members[rank].state() == "T"

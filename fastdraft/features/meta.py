@@ -83,8 +83,18 @@ def refuse_other(
         raise ValueError(f"feature store {store} holds other features than {than} ({named}); capture them anew")
 
 
+def refuse_file(folder: Path) -> None:
+    """ValueError where a file is named in place of a store's folder."""
+    if folder.is_file():
+        raise ValueError(
+            f"{folder} is a file, and a feature store is a folder; name the one that `fastdraft features capture` has "
+            "filled, or is to fill"
+        )
+
+
 def read_meta(folder: Path) -> Meta:
     """Raises ValueError when the folder holds no store, a damaged one, or one of another format."""
+    refuse_file(folder)
     try:
         found = json.loads((folder / "meta.json").read_text())
         if not isinstance(found, dict):
@@ -108,6 +118,7 @@ def read_meta(folder: Path) -> Meta:
 
 def start_store(folder: Path, meta: Meta, ends: dict[str, Tensor]) -> Meta:
     """Writes meta.json and target.safetensors, or checks that they are of the same capture. Raises ValueError if not."""
+    refuse_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".writing-target-{os.getpid()}"
     try:

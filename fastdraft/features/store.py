@@ -35,6 +35,7 @@ from fastdraft.features.meta import (
     DTYPES,
     Meta,
     read_meta,
+    refuse_file,
     refuse_other,
     write_meta,
 )
@@ -385,6 +386,7 @@ def merge_stores(out: Path, inputs: list[Path], say: Callable[[str], None] = lam
     """
     if len(inputs) < 2:
         raise ValueError(f"merge needs two stores or more, {len(inputs)} given")
+    refuse_file(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; name a new folder")
     metas = [read_meta(folder) for folder in inputs]

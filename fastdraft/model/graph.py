@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+SCARCE = 0.25  # of a GPU's memory: where less is free, what PyTorch keeps for later is given back before a recording
+
 
 class GraphPool:
     """Memory that the CUDA graphs of one owner share: it copies a replay's results before it replays another of them.
@@ -14,6 +16,8 @@ class GraphPool:
     PyTorch frees a pool together with the last graph that was recorded in it, and recording into a freed pool fails inside
     PyTorch's allocator. The pool therefore begins with a graph of nothing, which lives as long as the pool does.
     """
+
+    stream: torch.cuda.Stream | None = None  # of all recordings of the process: cuBLAS keeps memory for each stream
 
     def __init__(self) -> None:
         self._keeper: torch.cuda.CUDAGraph | None = None
@@ -32,6 +36,19 @@ class GraphPool:
         return graph
 
     def _record(self, graph: torch.cuda.CUDAGraph, launch: Callable[[], object]) -> None:
-        # Other threads pin memory and copy meanwhile (the loader, a store's reader), which recording must not forbid them.
-        with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
-            launch()
+        """What `torch.cuda.graph` does, but for giving back all memory that PyTorch keeps, pinned memory too: whoever comes
+        next would wait for it again, at every recording. A recording cannot give memory back itself, so it is done where
+        memory is scarce."""
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        if free < SCARCE * total:
+            torch.cuda.empty_cache()
+        if GraphPool.stream is None:
+            GraphPool.stream = torch.cuda.Stream()
+        with torch.cuda.stream(GraphPool.stream):
+            # Other threads pin memory and copy meanwhile (the loader, a store's reader), which recording must not forbid.
+            graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Ends, Features, Rows, StepWeights, TargetHead
-from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals
+from fastdraft.model.proposal import DecodeSettings, Proposals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,32 +60,16 @@ class DraftStep(Protocol):
 
 
 class Drafter(Protocol):
-    """A draft at work on one sequence."""
+    """A draft at work on B sequences at once, each as if it were alone."""
 
     draft_ids: Tensor  # [Vd] int64, the target id of each token that can be drafted
 
     def propose(
         self,
-        token_ids: Tensor,  # [r] int64, the tokens after the positions that the target has run since the last call
-        g: Tensor,  # [r, ...] the target's states at these positions
-        depth: int,  # the most tokens that may be drafted one after the other
-        settings: DecodeSettings,
-        generator: torch.Generator,
-    ) -> Proposal:
-        """What the target is to verify next."""
-
-
-class BatchDrafter(Protocol):
-    """A draft at work on B sequences at once, each as a `Drafter` would work on it alone."""
-
-    draft_ids: Tensor  # [Vd] int64, the target id of each token that can be drafted
-
-    def propose(
-        self,
-        token_ids: Tensor,  # [B, r] int64, as for a Drafter; rows past a sequence's count are fillers
-        g: Tensor,  # [B, r, ...]
-        counts: list[int],  # B
-        depths: list[int],  # B
+        token_ids: Tensor,  # [B, r] int64, the tokens after the positions that the target has run since the last call
+        g: Tensor,  # [B, r, ...] the target's states at these positions
+        counts: list[int],  # B numbers of them that are a sequence's own; what lies behind are fillers
+        depths: list[int],  # B, the most tokens that may be drafted one after the other
         settings: DecodeSettings,
         generators: list[torch.Generator],  # B
     ) -> Proposals:
@@ -141,7 +125,9 @@ class Method(NamedTuple):
     fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data
     step_cost: Callable[..., tuple[tuple[Row, ...], tuple[Row, ...]]]  # bytes of a step, FLOPs a token: for --plan
     pair_cost: Callable[[BaseModel, int, Config], float]  # attention's share of a document's cost, for dealing packs
-    drafter: Callable[[nn.Module, TargetHead, int], Drafter]  # of a draft for its target, with room for so many tokens
+    drafter: Callable[
+        [nn.Module, TargetHead, int, int], Drafter
+    ]  # of a draft for its target: B, and room for so many tokens
     serving_tensors: Callable[[nn.Module, torch.dtype], dict[str, Tensor]]  # ValueError when it is not fit to export
     load: Callable[[Path, dict[str, Any] | PretrainedConfig], nn.Module]  # a checkpoint in serving format, for a target
     verify: Callable[[Path, Path], Findings]  # a checkpoint in serving format, for a target's directory
@@ -158,9 +144,10 @@ class Method(NamedTuple):
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     step_rows: Callable[[Config], float] = lambda config: 1.0  # live rows of step 0 that `step_cost` counts for a token
     recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
-    # The same for so many sequences at once; None where they are decoded one at a time.
-    batch_drafter: Callable[[nn.Module, TargetHead, int, int], BatchDrafter] | None = None
     golden: GoldenCases | None = None  # cases that say in their config which method they are of; None: there are none
+    # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
+    # that is asked for; * stands for anything. Muon leaves them to AdamW.
+    tables: tuple[str, ...] = ()
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

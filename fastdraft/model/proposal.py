@@ -80,22 +80,14 @@ def _num_candidates(num_steps: int, eagle_topk: int) -> int:
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """Drafted tokens as nodes 1 .. m of a tree whose node 0 is the root; parents come before children."""
-
-    tokens: Tensor  # [m] int64
-    parents: list[int]  # m node numbers
-    q: Tensor | None = None  # [m, Vd] what each token was drawn from; None: not drawn at random
-
-
-@dataclass(frozen=True)
 class Proposals:
-    """A `Proposal` for each of B sequences. One that has fewer nodes than the others has fillers behind them."""
+    """Drafted tokens of each of B sequences, as nodes 1 .. m of a tree whose node 0 is the root; parents come before
+    children. A sequence that has fewer nodes than the others has fillers behind them."""
 
     tokens: Tensor  # [B, m] int64
-    parents: Tensor  # [B, m] int64 on the host
+    parents: Tensor  # [B, m] int64 on the host, node numbers
     counts: list[int]  # B numbers of nodes that are no fillers
-    q: Tensor | None = None  # [B, m, Vd]
+    q: Tensor | None = None  # [B, m, Vd] what each token was drawn from; None: not drawn at random
 
 
 def probabilities(
@@ -112,28 +104,18 @@ def probabilities(
     return logits.softmax(-1)
 
 
-def draw(
-    p: Tensor,  # [r, V]
-    generator: torch.Generator,
-) -> Tensor:  # [r] int64
-    """A token of each row with its probability. A waiting time of mean 1 / p is the shortest with probability p, and the
-    times are drawn in one call, so that a sequence gets the same tokens alone and among others (`draw_each`)."""
-    return (p / _waiting(torch.empty_like(p), generator)).argmax(-1)
-
-
 def draw_each(
     p: Tensor,  # [B, r, V]
     generators: list[torch.Generator],  # B
     counts: list[int],  # B numbers of rows to draw for; what is given for the others is no draw
 ) -> Tensor:  # [B, r] int64
-    """What `draw` gives each sequence for its first rows, with its own generator."""
+    """A token of each row with its probability, by each sequence's own generator.
+
+    A waiting time of mean 1 / p is the shortest with probability p, and a sequence's times are drawn in one call, so that
+    it gets the same tokens alone and among others. No time is 0: what has no probability is never drawn.
+    """
     waiting = torch.ones_like(p)
     for own, generator, count in zip(waiting, generators, counts, strict=True):
         if count:
-            _waiting(own[:count], generator)
+            own[:count].exponential_(generator=generator).clamp_min_(torch.finfo(p.dtype).tiny)
     return (p / waiting).argmax(-1)
-
-
-def _waiting(out: Tensor, generator: torch.Generator) -> Tensor:
-    """Exponential numbers, of which none is 0: what has no probability is never drawn."""
-    return out.exponential_(generator=generator).clamp_min_(torch.finfo(out.dtype).tiny)

@@ -1,14 +1,95 @@
-"""What every method's checkpoint in the serving engines' format must hold: sound weights of one dtype, the target's."""
+"""What all methods' checkpoints in the serving engines' format have in common: RoPE in two spellings, and sound weights of
+one dtype, the target's. Engines are silent about most of what is wrong with one, so it is said here."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from fastdraft.model.target_config import named_dtype
+from fastdraft.model.target_config import canonical_rope, named_dtype, target_rope
+
+
+def serving_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The draft's RoPE. Raises ValueError when it is missing or its two spellings, where both are there, differ."""
+    beside = ("rope_theta", "partial_rotary_factor")
+    around = {key: config[key] for key in beside if config.get(key) is not None}
+    new = {**around, **config["rope_parameters"]} if config.get("rope_parameters") else None
+    old = {**around, **(config.get("rope_scaling") or {})} if config.get("rope_theta") is not None else None
+    if new is None and old is None:
+        raise ValueError("RoPE is missing: write rope_parameters, and rope_theta with rope_scaling for older engines")
+    spelled = [canonical_rope(rope) for rope in (new, old) if rope is not None]
+    if spelled[0] != spelled[-1]:
+        raise ValueError(
+            f"rope_parameters says {spelled[0]}, rope_theta with rope_scaling says {spelled[1]}; "
+            "engines read one or the other, so they must agree"
+        )
+    return spelled[0]
+
+
+def rope_notes(config: dict[str, Any], target: dict[str, Any]) -> list[str]:
+    """A sentence where the draft's RoPE is another than its target's."""
+    with suppress(ValueError, TypeError):  # what is wrong with the draft's own is said elsewhere
+        rope = serving_rope(config)
+        try:
+            theirs: dict[str, Any] | str = canonical_rope(target_rope(target) or {})
+        except ValueError as error:
+            theirs = f"is not one a draft can have ({error})"
+        if rope != theirs:
+            return [f"The draft's RoPE is {rope}, the target's {theirs}; right only if the draft was trained so."]
+    return []
+
+
+def dtype_notes(target: dict[str, Any]) -> list[str]:
+    if named_dtype(target) is not None:
+        return []
+    return ["The target's config.json does not say its dtype, so the weights' dtype was not compared with it."]
+
+
+def other_target(
+    sizes: Mapping[str, tuple[Any, Any]],  # by name: what config.json says, and what the target has; None: not known
+) -> list[str]:
+    """A sentence for each size that is another target's."""
+    return [
+        f"{name} is {value}, the target's is {law}; the draft was made for another target."
+        for name, (value, law) in sizes.items()
+        if law is not None and value is not None and value != law
+    ]
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. ValueError when it is damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file.name} is truncated or damaged ({error}); copy or export it again.") from error
+
+
+def module_shapes(make: Callable[[Any], nn.Module], shape: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a draft's state, none of which is made."""
+    any_rope = {"rope_type": "default", "rope_theta": 1e4}  # no shape depends on it
+    with torch.device("meta"):  # where scaled frequencies cannot be computed
+        draft = make(shape.model_copy(update={"rope_parameters": any_rope}))
+    return {name: tuple(t.shape) for name, t in draft.state_dict().items()}
+
+
+def exported(draft: nn.Module, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of a draft's state on the CPU, weights in `dtype`. ValueError for one that is not finite there."""
+    state, tensors = draft.state_dict(), {}
+    for name in names:
+        t = state[name].detach().cpu()
+        if t.is_floating_point():
+            t = t.to(dtype)
+            if not bool(t.isfinite().all()):
+                raise ValueError(f"{name} has NaN or infinite values in {dtype}; export an earlier checkpoint")
+        tensors[name] = t.contiguous()
+    return tensors
 
 
 def weight_problems(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from fastdraft.batch import Ends
-from fastdraft.config import Config, read_yaml
+from fastdraft.config import Config, OptimConfig, read_yaml
 from fastdraft.data.vocab import token_counts
 from fastdraft.dist import mesh
 from fastdraft.model.method import DraftStep, Method
@@ -93,13 +94,26 @@ def check_layout(config: Config, shape: BaseModel) -> None:
     method.check_cut(shape, config.dist.tensor)
 
 
+def named_optim(config: Config, draft: nn.Module) -> OptimConfig:
+    """The config's optimizer. Where Muon is to choose its weights, they are named: the draft's matrices but its tables."""
+    if config.optim.optimizer != "muon" or config.optim.muon_weights is not None:
+        return config.optim
+    tables = method_of(draft).tables
+    names = [
+        name
+        for name, p in draft.trainable().items()
+        if p.ndim == 2 and not any(fnmatchcase(name, pattern) for pattern in tables)
+    ]
+    return config.optim.model_copy(update={"muon_weights": names})
+
+
 def muon_matrices(config: Config, shape: BaseModel) -> list[Matrix]:
     """The weights of a draft of this shape that Muon steps; none with AdamW. ValueError as `optim.matrices`."""
     if config.optim.optimizer != "muon":
         return []
     with torch.device("meta"):
         draft = method_of(shape).draft(shape)
-    return matrices({name: p.shape for name, p in draft.trainable().items()}, config.optim)
+    return matrices({name: p.shape for name, p in draft.trainable().items()}, named_optim(config, draft))
 
 
 def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:

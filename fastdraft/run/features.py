@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import filelock
 
+from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, FeaturesConfig
 from fastdraft.dist import mesh
+from fastdraft.features.meta import refuse_file
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
 from fastdraft.model.precision import DTYPES
@@ -18,7 +20,7 @@ from fastdraft.run.dtypes import name_dtypes
 from fastdraft.run.inputs import choose_holders, load_data, open_served, open_target, run_meta
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.identity import begin_store
-from fastdraft.target.source import InProcess, ends_of
+from fastdraft.target.source import InProcess, Source, ends_of
 from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
 
 
@@ -36,6 +38,7 @@ def capture_features(
     ValueError when the disk is too small, `out` is another capture's, a server of target.url cannot be used, or features
     are not finite.
     """
+    refuse_file(out)
     config = config.model_copy(update={"features": FeaturesConfig()})  # what training will read is what is made here
     shape, served = draft_shape(config), bool(config.target.url)
     device = mesh.planned_device(config.device)
@@ -57,26 +60,55 @@ def capture_features(
     say(f"at most {needed_bytes / GIB:.3f} GiB to write, target.safetensors with it; {free / GIB:.3f} GiB free at {out}")
     if plan_only:
         return
-    device = mesh.start_process(config.device)
-    holders = None
-    if served:
-        source = open_served(config, shape.layers, device, widened=False)
-    else:
-        holders, told = choose_holders(config, device)
-        source = InProcess(open_target(config, shape.layers, device, holders))
-        source.notes = told + source.notes
-    try:
-        for line in source.notes:
-            say(line)
-        out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / ".start.lock"):
-            meta = begin_store(out, wanted, source.ends, data=capture.data, shards=len(capture.shards))
-        run_capture(source, capture, out, meta, part, say, holders)
-    finally:
-        source.close()
+    device = mesh.start_process(config.device, config.dist.timeout_s)
+    with mesh.ending_together(config.dist.silent_s):
+        holders = None
+        if served:
+            source = open_served(config, shape.layers, device, widened=False)
+        else:
+            holders, told = choose_holders(config, device)
+            source = InProcess(open_target(config, shape.layers, device, holders))
+            source.notes = told + source.notes
+        try:
+            for line in source.notes:
+                say(line)
+            out.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(out / ".start.lock"):
+                meta = begin_store(out, wanted, source.ends, data=capture.data, shards=len(capture.shards))
+            timed = Timed(source, config, shared=holders is not None and holders.size > 1)
+            run_capture(timed, capture, out, meta, part, say, holders)
+        finally:
+            source.close()
     (out / ".start.lock").unlink(missing_ok=True)
     found = census(Store(out))
     say(f"{out}: {found.documents:,} documents in {found.shards} of {meta.shards} shards, {found.num_bytes / GIB:.3f} GiB")
+
+
+class Timed:
+    """A source that says when it captures, so that a process which gets nowhere is found (dist/watch.py)."""
+
+    def __init__(self, source: Source, config: Config, shared: bool):
+        self.source, self.write_s, self.shared = source, config.dist.disk_s, shared
+        self.capture_s = max(config.dist.disk_s, config.target.timeout_s) if config.target.url else config.dist.stuck_s
+        self.until_met = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def capture(self, batch: Batch) -> tuple[Batch, Features]:
+        if not self.until_met:
+            return self.source.capture(batch)
+        mesh.begin("running the target over a pack", self.capture_s)
+        captured = self.source.capture(batch)
+        mesh.begin("writing features", self.write_s)
+        return captured
+
+    def meet(self) -> None:
+        """What nobody else is at was captured. A process that holds its target alone now waits for locks of others, and how
+        long these are at it is not known."""
+        self.source.meet()
+        mesh.begin(None)
+        self.until_met = self.shared
 
 
 def import_specforge(
@@ -91,6 +123,7 @@ def import_specforge(
 
     A dump is of a target that ran in bf16, unless target.dtype says fp32; what this machine is fast at does not matter.
     """
+    refuse_file(out)
     shape = draft_shape(config)
     if config.target.dtype == "auto":
         config = config.model_copy(update={"target": config.target.model_copy(update={"dtype": "bf16"})})

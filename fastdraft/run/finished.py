@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from fastdraft import checkpoint
+from fastdraft.batch import Batch, Rows
 from fastdraft.config import Config, FeaturesConfig, without_removed
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import read_template
@@ -45,7 +47,7 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     if was_served(saved):
         raise ValueError(f"{saved.path} was trained on what servers gave, and their target is not loaded into this process")
     config = saved_config(saved)
-    device = mesh.start_process(config.device)
+    device = mesh.start_process(config.device, config.dist.timeout_s)
     config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
     holders, _ = choose_holders(config, device)
     target = load_target(
@@ -60,6 +62,15 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     refuse_other_target(saved, target_fingerprint(target), config)
     draft.take_from_target(target.embedding)
     return config, target, draft.to(device)
+
+
+@contextmanager
+def read_together(config: Config) -> Iterator[None]:
+    """The processes that read a run together; what ends one ends all of them."""
+    mesh.start_process(config.device, config.dist.timeout_s)
+    with mesh.ending_together(config.dist.silent_s, "give the same command again"):
+        yield
+        mesh.begin(None)
 
 
 def was_served(saved: checkpoint.Saved) -> bool:
@@ -135,32 +146,36 @@ def evaluate_run(
         return Evaluation(f"{run_dir} ({which})", evaluate_served(saved, draft, say, urls), None)
     if urls:
         raise ValueError(f"--url names servers of the target, and {run_dir} was trained with its target in the process")
-    config, target, draft = open_run(run_dir, which)
-    if own_steps:
-        settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
-    draft.to(compute_dtype(config, target.device))
-    in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
-    if in_bf16 and bf16_is_slow(target.device):
-        say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(target.device)}")
-        draft.float()
-        config = config.model_copy(update={"precision": "fp32"})
-    ids = None
-    if prompts is not None:  # read before anything long: they may be bad
-        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-        tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
-        asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
-        ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
-    eval_set = load_data(config, draft.config.vocab_size).eval
-    held_out = decoded = None
-    if len(eval_set):
-        held_out = evaluate_held_out(config, target, draft, eval_set)
-    elif prompts is None:
-        raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
-    if ids is not None:
-        decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens, None, batch_size)
-        if decoded is not None and decoded.one_at_a_time is not None:
-            say(f"prompts were decoded one at a time: {decoded.one_at_a_time}")
-    return Evaluation(f"{run_dir} ({which})", held_out, decoded)
+    with read_together(saved_config(saved)):
+        config, target, draft = open_run(run_dir, which)
+        if own_steps:
+            settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
+        draft.to(compute_dtype(config, target.device))
+        in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
+        if in_bf16 and bf16_is_slow(target.device):
+            say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(target.device)}")
+            draft.float()
+            config = config.model_copy(update={"precision": "fp32"})
+        ids = None
+        if prompts is not None:  # read before anything long: they may be bad
+            tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+            tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
+            asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
+            ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
+        eval_set = load_data(config, draft.config.vocab_size).eval
+        held_out = decoded = None
+        if len(eval_set):
+            held_out = evaluate_held_out(config, target, draft, eval_set)
+        elif prompts is None:
+            raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
+        if ids is not None:
+            # One forward may read many prompts, and is only sometimes the first.
+            timed = target.decoder.register_forward_pre_hook(lambda *_: mesh.begin("decoding prompts", config.dist.disk_s))
+            decoded = evaluate_decode(target, draft, ids, settings, max_new_tokens, None, batch_size)
+            timed.remove()
+            if decoded is not None and decoded.one_at_a_time is not None:
+                say(f"prompts were decoded one at a time: {decoded.one_at_a_time}")
+        return Evaluation(f"{run_dir} ({which})", held_out, decoded)
 
 
 def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set: Dataset) -> TauReport:
@@ -169,12 +184,16 @@ def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set
     batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
     step = make_step(config, draft, target)
 
+    def step_rows(batch: Batch) -> Rows:
+        mesh.begin("evaluating a pack", config.dist.stuck_s)
+        return step.rows(batch, target.capture(batch.to(target.device)))
+
     def reduce(sums: Tensor) -> Tensor:
         target.meet()
         return mesh.axis("replicas").sum_(sums)
 
     return evaluate_tau(
-        lambda batch: step.rows(batch, target.capture(batch.to(target.device))),
+        step_rows,
         itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
         method_of(draft).num_steps(config, draft.config),
         reduce=reduce,
@@ -227,21 +246,24 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists; choose another directory, or replace it with --overwrite")
     saved, draft = read_draft(run_dir, which)
-    if was_served(saved):
-        config = saved_config(saved)
-        device = mesh.start_process(config.device)
-        config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
-        target = load_ends(config.target.path, target_dtype(config, device), device, config.target.trust_remote_code).ends
-        refuse_other_target(saved, target.fingerprint, config)
-        draft.take_from_target(target.embedding)
-    else:
-        config, target, draft = open_run(run_dir, which)
-    if not mesh.is_rank_0():  # it holds a part of the target, of which the draft takes what every process has
-        return []
-    target_dir = Path(cached_file(config.target.path, "config.json")).parent
-    dtype = own_dtype(read_target_config(target_dir)) or target.dtype
-    export_draft(draft, out, dtype, overwrite)
-    findings = verify(out, target_dir)
-    if findings.errors:
-        raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
-    return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]
+    with read_together(saved_config(saved)):
+        if was_served(saved):
+            config = saved_config(saved)
+            device = mesh.start_process(config.device)
+            config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+            target = load_ends(
+                config.target.path, target_dtype(config, device), device, config.target.trust_remote_code
+            ).ends
+            refuse_other_target(saved, target.fingerprint, config)
+            draft.take_from_target(target.embedding)
+        else:
+            config, target, draft = open_run(run_dir, which)
+        if not mesh.is_rank_0():  # it holds a part of the target, of which the draft takes what every process has
+            return []
+        target_dir = Path(cached_file(config.target.path, "config.json")).parent
+        dtype = own_dtype(read_target_config(target_dir)) or target.dtype
+        export_draft(draft, out, dtype, overwrite)
+        findings = verify(out, target_dir)
+        if findings.errors:
+            raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
+        return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]

@@ -130,21 +130,27 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     def of_muon(replicas: int) -> int:
         return muon_bytes(stepped, 4 if precision == "fp32" else 2, shape.num_parameters()["trainable"], replicas)
 
-    return lambda layout: fleet.fleet_plan(
-        layout,
-        hardware,
-        target,
-        shape,
-        step_cost,
-        pack_tokens=config.data.pack_tokens,
-        document_tokens=config.data.max_length,
-        run_tokens=RUN_TOKENS,
-        packs_per_step=config.optim.packs_per_step,
-        muon_bytes=of_muon if stepped else None,
-        sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
-        target_bytes=4 if config.target.dtype == "fp32" else 2,
-        draft_bytes=4 if precision == "fp32" else 2,
-    )
+    def planned(layout: fleet.Layout) -> fleet.FleetPlan:
+        dist = config.dist.model_copy(update={"sequence": layout.sequence, "tensor": layout.tensor})
+        found = fleet.fleet_plan(
+            layout,
+            hardware,
+            target,
+            shape,
+            step_cost,
+            pack_tokens=config.data.pack_tokens,
+            document_tokens=config.data.max_length,
+            run_tokens=RUN_TOKENS,
+            packs_per_step=config.optim.packs_per_step,
+            muon_bytes=of_muon if stepped else None,
+            sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
+            target_bytes=4 if config.target.dtype == "fp32" else 2,
+            draft_bytes=4 if precision == "fp32" else 2,
+        )
+        check_layout(config.model_copy(update={"dist": dist}), shape)
+        return found
+
+    return planned
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ That holds for models whose tokens meet in attention alone, take a mask as it is
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicLayer
+from transformers import Cache, DynamicCache, DynamicLayer
 
 from fastdraft.model.target_config import first_line
 from fastdraft.target.hf import RUN_TOKENS, Target
@@ -189,6 +190,49 @@ class RaggedCache(Cache):
         hidden = ~sees.to(device)[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
         return self.target.forward(ids.to(device), self, positions.to(device), mask.expand(len(ids), -1, -1, -1))
+
+
+class SingleCache:
+    """`RaggedCache` of one sequence, in transformers' own cache and under the model's own masks: for targets that cannot
+    run several together, such as those with windows."""
+
+    def __init__(self, target: Target):
+        self.target, self.cache = target, DynamicCache()
+
+    def prefill(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:  # g [1, L, 3*Ht], f [1, Ht] of the last token
+        (prompt,) = prompts
+        g, f = self.target.forward(torch.tensor([prompt], device=self.target.device), self.cache)
+        return g, f[:, -1]
+
+    def run(
+        self,
+        tokens: Tensor,  # [1, n] int64
+        parents: Tensor,  # [1, n-1] int64 on the host
+        roots: list[int],
+        _last_position: int,
+    ) -> tuple[Tensor, Tensor]:  # g [1, n, 3*Ht], f [1, n, Ht]
+        n, (root,) = tokens.shape[1], roots
+        self.num_run = n
+        if bool((parents[0] == torch.arange(n - 1)).all()):  # a chain: the model's own mask
+            return self.target.forward(tokens, self.cache)
+        sees = torch.eye(n, dtype=torch.bool)
+        for node, parent in enumerate(parents[0].tolist(), 1):
+            sees[node] |= sees[parent]
+        mask = torch.zeros(sees.shape, dtype=self.target.dtype).masked_fill_(~sees, torch.finfo(self.target.dtype).min)
+        positions = (sees.sum(1) - 1 + root).to(tokens.device)
+        mask = F.pad(mask, (root, 0)).to(tokens.device)
+        return self.target.forward(tokens, self.cache, positions[None], mask[None, None])
+
+    def keep(self, roots: list[int], paths: Tensor) -> None:
+        """Leaves the tokens before the root and the path's; the other verified tokens' keys and values go."""
+        (path,), (root,) = paths.tolist(), roots
+        kept = len(path)
+        if path != list(range(kept)):
+            for layer in self.cache.layers:
+                for x in (layer.keys, layer.values):
+                    x[:, :, root : root + kept] = x[:, :, [root + node for node in path]]
+        if kept < self.num_run:
+            self.cache.crop(kept - self.num_run)
 
 
 @torch.no_grad()

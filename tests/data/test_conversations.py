@@ -317,5 +317,7 @@ def test_files(tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + ".*" + reason):
             expand([f"{tmp_path}/{path}"])
+        with pytest.raises(ValueError, match="^data.eval_paths: " + re.escape(str(tmp_path)) + ".*" + reason):
+            expand([f"{tmp_path}/{path}"], setting="data.eval_paths")
     with pytest.raises(ValueError, match=r"empty\.jsonl: empty"):
         list(read_lines(f"{tmp_path}/empty.jsonl"))

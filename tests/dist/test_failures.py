@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from small_runs import at_step, by_ranks, losses, start_ranks
+from tiny import write_chats
 
 from fastdraft import checkpoint, cli
 from fastdraft import train as training
@@ -26,6 +27,7 @@ from fastdraft.dist import mesh, watch
 from fastdraft.dist.watch import Member, Progress
 from fastdraft.metrics import read_metrics
 from fastdraft.model.precision import DTYPES
+from fastdraft.target.hf import Target
 from fastdraft.train import train
 
 HOST = platform.node()
@@ -212,6 +214,69 @@ def test_a_first_step_that_compiles_and_a_slow_disk_end_nobody(make_config, tmp_
     assert by_ranks(2, command, written(config, tmp_path), slow_but_alive) == [0, 0], said_by(tmp_path, 1)
 
 
+def called(arguments: list[str], folder: Path, spoil=None) -> None:
+    """Another command than `train`."""
+    if spoil is not None:
+        spoil()
+    sys.argv = ["fastdraft", *arguments]
+    with (folder / f"said by rank {os.environ['RANK']}").open("w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
+        cli.main()
+
+
+def in_forward(number: int, act) -> None:
+    """Calls act() as the target begins so many forwards, which decoding and capturing make."""
+    original, count = Target.forward, itertools.count(1)
+
+    def counted(self, *args, **kwargs):
+        if next(count) == number:
+            act()
+        return original(self, *args, **kwargs)
+
+    Target.forward = counted
+
+
+def killed_in_forward() -> None:
+    on_rank_1(lambda: in_forward(12, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def looping_in_forward() -> None:
+    on_rank_1(lambda: in_forward(12, loop_for_ever))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("work", "spoil"),
+    [
+        ("decoding prompts", killed_in_forward),
+        ("decoding prompts", looping_in_forward),
+        ("running the target over a pack", looping_in_forward),
+    ],
+)
+def test_other_commands_end_in_time_and_say_who_it_was(make_config, tmp_path, work, spoil):
+    """`evaluate` while it decodes, and `features capture`: a process is killed, or loops for ever. Of those that
+    capture the other may take over what that one leaves behind, and be done before it has to end."""
+    config = make_config(max_steps=1, **{"dist.silent_s": 5, "dist.stuck_s": 5, "dist.disk_s": 5, "data.pack_tokens": 64})
+    if work == "decoding prompts":
+        train(config)
+        prompts = write_chats(tmp_path / "prompts.jsonl", 8, turns=1)
+        arguments = ["evaluate", config.run_dir, "--which", "last", "--prompts", prompts, "--batch-size", 1]
+    else:
+        arguments = ["features", "capture", written(config, tmp_path), tmp_path / "store"]
+    began = time.monotonic()
+    ranks = start_ranks(2, called, list(map(str, arguments)), tmp_path, spoil)
+    for process in ranks:
+        process.join(max(0, 60 - (time.monotonic() - began)))
+        process.kill()
+    first, second = (process.exitcode for process in ranks)
+    takes_over = work != "decoding prompts" and first == 0
+    assert (first, second) == (1 - takes_over, -signal.SIGKILL if spoil is killed_in_forward else 1), said_by(tmp_path, 0)
+    end = "give the same command again" if work == "decoding prompts" else "the same command, given again, goes on"
+    for rank in range(takes_over, 1 if spoil is killed_in_forward else 2):
+        said = said_by(tmp_path, rank)
+        assert f"rank 1 on {HOST}" in said and end in said and "Traceback" not in said, said
+        assert spoil is killed_in_forward or f"which is alive and has been {work} for" in said, said
+
+
 class Dict(dict):
     """The store of a Watch, in this process."""
 
@@ -253,7 +318,7 @@ def test_who_is_behind_is_the_one_that_does_not_get_on():
     """A process says nothing of itself while one with which it shares work has come less far."""
     own, store = Progress(1800), Dict()
     members = [Member("a", 1, None), Member("b", 2, None), Member("c", 3, None)]
-    judge = watch.Watch(store, 0, members, 5, own, "fastdraft")
+    judge = watch.Watch(store, 0, members, 5, own, "fastdraft", "begin anew")
     for _ in range(3):
         own.count("all")
         own.count("tensor of 0")

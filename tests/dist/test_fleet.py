@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from small_runs import by_ranks
-from tiny import LLAMA_8B, refusal
+from tiny import LLAMA_8B, make_tokenizer, refusal
 
 from fastdraft.config import Config, parse_config
 from fastdraft.dist import fleet, mesh
@@ -128,6 +128,21 @@ def test_what_divides_on_the_other_axes(tmp_path):
         "draft's keys, values and their gradients",
         "sums over the tensor axis",
     }
+
+
+def test_a_draft_of_blocks_shares_the_keys_of_all_its_layers(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)  # which names the mask token
+    draft = {"method": "dflash", "overrides": {"num_hidden_layers": 5}}
+    planned = fleet_planner(make_config(tmp_path, LLAMA_8B, draft=draft), Hardware())
+    alone, shared = planned(Layout(8)), planned(Layout(8, sequence=4))
+    assert shared.draft_s == pytest.approx(alone.draft_s)
+    n, kv, packs = 16384, 5 * 2 * 8 * 128, 32 / 2
+    seconds = {c.name: c.seconds for c in shared.collectives}
+    assert seconds["draft's keys, values and their gradients"] == pytest.approx(packs * kv * n * 6 * 3 / 4 / 360e9)
+    rows = {row.name: row.size for row in shared.memory}
+    assert rows["keys and values of the others' tokens, and gradients"] == kv * n * 3 // 4 * 6
+    with pytest.raises(ValueError, match=r"dist\.tensor=2: the weights of a DFlash draft are not divided"):
+        planned(Layout(8, tensor=2))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,32 @@ def test_a_run_goes_on_in_other_layouts_as_if_one_process_had_run_it(make_config
     assert_same_run(run, alone, 1e-8)
 
 
+METHODS = {
+    "dflash": {"block.loss": "dpace", "draft.overrides": {"block_size": 4, "num_hidden_layers": 2, "layers": [1, 5]}},
+    "dspark": {"draft.overrides": {"block_size": 4, "num_hidden_layers": 1, "layers": [1, 5]}},
+    "dflash2": {"draft.overrides": {"block_size": 4, "num_hidden_layers": 1, "layers": [1, 5], "selector_top_k": 4}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_draft_of_blocks_goes_on_in_other_layouts_as_if_one_process_had_run_it(make_config, tmp_path, in_float64, method):
+    """Two steps by four processes of which two share the tokens and all hold the target, two by one process, two by two."""
+    changes = {"draft.method": method, "block.anchors": 5, "optim.packs_per_step": 2, "eval.every": 2, "optim.clip": 0.05}
+    changes |= METHODS[method] | {"ttt_length": 7}
+    alone = make_config(run_dir=str(tmp_path / "alone"), **changes)
+    train(alone)
+    run = make_config(run_dir=str(tmp_path / "run"), **changes)
+
+    def laid_out(sequence: int, target: str = "auto"):
+        return run.model_copy(update={"dist": run.dist.model_copy(update={"sequence": sequence, "target": target})})
+
+    assert by_ranks(4, stopped, laid_out(2, "sharded"), 3) == [0] * 4
+    assert by_ranks(1, stopped, run, 3) == [0]
+    assert by_ranks(2, train, laid_out(2)) == [0] * 2
+    assert_same_run(run, alone, 1e-8)
+
+
 def test_a_target_with_windows_is_shared_in_a_run(make_config, tmp_path, in_float64):
     """Mistral with a window of 8 tokens, documents of up to 64: two processes share the tokens, then the weights, too."""
     torch.manual_seed(0)
@@ -122,6 +148,14 @@ def command(*arguments: str) -> None:
             "dist.tensor=4 does not divide the draft's num_key_value_heads 2; set dist.tensor to 1 or 2, or",
         ),
         ({"dist.sequence": 2, "step": "reference"}, "dist.sequence=2: step=reference runs in one process; set step=fused"),
+        (
+            {"dist.tensor": 2, "draft.method": "dflash", "draft.overrides": {}, "ttt_length": 7},
+            "dist.tensor=2: the weights of a DFlash draft are not divided among processes; set dist.tensor=1, and",
+        ),
+        (
+            {"dist.sequence": 2, "draft.method": "dspark", "draft.overrides": {}, "ttt_length": 7, "step": "reference"},
+            "dist.sequence=2: step=reference runs in one process; set step=fused",
+        ),
         ({"dist.tensor": 2, "optim.optimizer": "muon"}, "set dist.tensor=1, or optim.optimizer=adamw"),
         (
             {"dist.tensor": 2, "features.path": "x", "features.mode": "cache", "features.max_gib": 1},

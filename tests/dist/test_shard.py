@@ -123,7 +123,7 @@ def _together(run_dir: Path, config: OptimConfig) -> None:
     # --plan counts each buffer, in bf16 and in fp32.
     for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         draft = Draft(draft_shape())
-        of_draft = config.model_copy(update={"muon_weights": None})
+        of_draft = config if config.optimizer == "adamw" else config.model_copy(update={"muon_weights": ["*_proj.weight"]})
         shared = SharedAdamW(draft.trainable(), of_draft, 10, dtype, mesh.axis("replicas"))
         own = shared.own
         buffers = {x.data_ptr(): x for x in (own.master, own.m, own.v, own.grad, own.weights, shared.grad, shared.weights)}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import LLAMA3, load_in_sglang
+from drafting import One
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
 
@@ -143,7 +144,7 @@ def test_sglang_drafts_what_we_draft(found, name):
     case, said = found[0][name], found[1][name]
     c = case.draft.config
     method = method_of(case.draft)
-    drafter = method.drafter(case.draft, case.target.head, CONTEXT + 1)
+    drafter = One(method.drafter(case.draft, case.target.head, 1, CONTEXT + 1))
     with torch.no_grad():
         ours = drafter.propose(case.ids[1:], case.g, c.num_drafted, DecodeSettings(num_steps=c.num_drafted), None)
         states = drafter.block(case.ids[-1:])
@@ -176,7 +177,7 @@ def test_a_window_of_one_token_more_or_less_is_another(found, name):
     try:
         for window in (c.sliding_window - 1, c.sliding_window + 1):
             case.draft.config = c.model_copy(update={"sliding_window": window})
-            drafter = method_of(c).drafter(case.draft, case.target.head, CONTEXT + 1)
+            drafter = One(method_of(c).drafter(case.draft, case.target.head, 1, CONTEXT + 1))
             with torch.no_grad():
                 drafter.extend(case.g)
                 assert (drafter.block(case.ids[-1:]) - theirs).abs().max() > 0.01

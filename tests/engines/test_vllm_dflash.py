@@ -8,6 +8,7 @@ import pytest
 import torch
 from block_cases import NEW_TOKENS, make_block_case
 from cases import engine_place
+from drafting import One
 
 from fastdraft.decode import generate_plain
 from fastdraft.model.dflash.propose import BlockDrafter
@@ -41,7 +42,7 @@ def test_vllm_drafts_what_we_draft(name, served):
         g = case.target.forward(ids[None])[0][0]
         for r in output.rounds:
             root = len(prompt) + r.after - 1
-            drafter = BlockDrafter(draft, case.target.head, len(ids))
+            drafter = One(BlockDrafter(draft, case.target.head, 1, len(ids)))
             with torch.no_grad():
                 ours = drafter.propose(ids[1 : root + 1], g[:root], steps, DecodeSettings(num_steps=steps), None)
             equal += sum(a == b for a, b in zip(ours.tokens.tolist(), r.drafted, strict=True))

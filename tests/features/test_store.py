@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -23,7 +24,16 @@ from fastdraft.cli import main
 from fastdraft.data.loader import Loader, read_pack
 from fastdraft.features.fp8 import dequantize, quantize
 from fastdraft.features.meta import read_meta
-from fastdraft.features.store import Store, census, list_shards, merge_stores, needed, shard_number, verify_store
+from fastdraft.features.store import (
+    Store,
+    census,
+    inspect_lines,
+    list_shards,
+    merge_stores,
+    needed,
+    shard_number,
+    verify_store,
+)
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import ttt_engine_step
 from fastdraft.model.eagle3.ref import ttt_ref_step
@@ -542,6 +552,26 @@ def test_a_cache_keeps_to_its_room(make_config, tmp_path, monkeypatch):
     small = {"features.path": str(tmp_path / "small"), "features.max_gib": 40_000 / 2**30}
     with pytest.raises(ValueError, match=r"max_gib is 40,000 bytes, .* head, takes 49,\d+"):
         train(make_config(**CACHE | small))
+
+
+def test_a_file_in_a_stores_place_is_named(make_config, chats, tmp_path):
+    said = f"{chats} is a file, and a feature store is a folder"
+    cache = {"features.mode": "cache", "features.max_gib": 1}
+    for act in (
+        lambda: train(make_config(**{"features.path": str(chats)})),
+        lambda: train(make_config(**{"features.path": str(chats)} | cache)),
+        lambda: capture_features(make_config(), chats),
+        lambda: inspect_lines(chats),
+        lambda: merge_stores(chats, [tmp_path, tmp_path]),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            act()
+
+
+def test_the_setting_of_a_file_that_is_missing_is_named(make_config, tmp_path):
+    for key in ("data.paths", "data.eval_paths"):
+        with pytest.raises(ValueError, match=f"^{key}: .*none.jsonl: no such file"):
+            train(make_config(**{key: [str(tmp_path / "none.jsonl")]}))
 
 
 def test_a_capture_is_no_cache_and_a_cache_no_capture(make_config, store, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import One
 from test_decode import prompts
 from tiny import tiny_llama
 
@@ -111,7 +112,7 @@ def test_what_an_engine_drafts_is_what_our_drafter_drafts(trained):
         g = target.forward(ids[None])[0][0]
         for r in output.rounds[:3]:
             root = len(prompt) + r.after - 1
-            drafter = MarkovDrafter(draft, target.head, len(ids))
+            drafter = One(MarkovDrafter(draft, target.head, 1, len(ids)))
             assert drafter.propose(ids[1 : root + 1], g[:root], STEPS, settings, None).tokens.tolist() == r.drafted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import One
 from test_decode import prompts
 from tiny import tiny_llama
 
@@ -67,7 +68,7 @@ def served(trained, reading) -> list[Output]:
         g, rounds, after = target.forward(ids[None])[0][0], [], 1
         while after < len(text) - STEPS:
             root = len(prompt) + after - 1
-            drafter = SelectorDrafter(wrong, target.head, len(ids))
+            drafter = One(SelectorDrafter(wrong, target.head, 1, len(ids)))
             found = drafter.propose(ids[1 : root + 1], g[:root], STEPS, DecodeSettings(num_steps=STEPS), None)
             rounds.append(Round(after, drafted := found.tokens.tolist()))
             right = [a == b for a, b in zip(drafted, text[after:], strict=False)]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, StepWeights, TargetHead
+from fastdraft.batch import Batch, Group, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
 from fastdraft.model.dflash.cost import blocks_of_a_token, pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
 from fastdraft.model.dflash.golden import golden_cases, load_block_golden
+from fastdraft.model.dflash.graph_engine import GraphBlockEngine
 from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
 from fastdraft.model.dflash.mixer import Mixer
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
-from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
+from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, block_ref_step, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import fit
@@ -43,9 +44,9 @@ def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
 
 
 def build_step(
-    config: Config, draft: DFlashDraft, head: TargetHead, device: torch.device, *_axes: object
+    config: Config, draft: DFlashDraft, head: TargetHead, device: torch.device, *axes: Group
 ) -> BlockEngine | BlockReferenceEngine:
-    return make_block_step(config, draft, head, block_loss(config, draft.config), token_losses_ref, TokenHead)
+    return make_block_step(config, draft, head, block_loss(config, draft.config), token_losses_ref, TokenHead, axes)
 
 
 def make_block_step(
@@ -55,15 +56,24 @@ def make_block_step(
     loss: StepLoss,
     row_losses: RowLosses,
     head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead],
+    axes: Sequence[Group] = (),  # tensor, of one process as `refuse_parts` sees to, and sequence; or none
     mixer: Mixer | None = None,
 ) -> BlockEngine | BlockReferenceEngine:
-    """The fused engine, or the reference where a config asks for it. Each process runs it alone: the axes of a run that
-    divides a step are of one process here, since `check_cut` is not there to let them be of more."""
+    """The fused engine, or the reference where a config asks for it."""
     refuse_head(head, draft.config.title)
     draw = anchors_of(config)
     if config.step == "reference":
         return BlockReferenceEngine(draft, head, loss, draw, row_losses)
-    return BlockEngine(draft, head, loss, draw, config.chunk_rows, head_type, mixer)
+    return GraphBlockEngine(draft, head, loss, draw, config.chunk_rows, head_type, mixer, axes[1] if axes else None)
+
+
+def refuse_parts(shape: DFlashConfig, size: int) -> None:
+    """Raises ValueError where more than one process would share the weights."""
+    if size > 1:
+        raise ValueError(
+            f"dist.tensor={size}: the weights of a {shape.title} draft are not divided among processes; set dist.tensor=1, "
+            "and dist.sequence above 1 where a pack is too long for one process"
+        )
 
 
 def anchors_of(config: Config) -> Callable[[Batch, int], Tensor]:
@@ -158,7 +168,6 @@ METHOD = Method(
     step_cost=step_cost,
     pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.block.anchors),
     drafter=BlockDrafter,
-    batch_drafter=BatchBlockDrafter,
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,
@@ -175,4 +184,5 @@ METHOD = Method(
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
     has_vocabulary_map=False,
+    check_cut=refuse_parts,
 )

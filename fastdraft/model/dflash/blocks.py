@@ -9,6 +9,9 @@ A chunk takes some blocks in ascending order of their anchors. Its rows are bloc
 where its label exists (`loss.py`); blocks that run past their document's end keep all rows, because a server would have
 them too. The head takes a part of the live rows at a time, with the teacher rows that the part needs.
 
+Processes that share a pack's tokens share its blocks, too: each takes a run of them, all of about equal work. What a block
+reads of other tokens, keys and values and the target's last states, comes from their owners, whoever runs it.
+
 # N packed tokens, A anchors, C blocks of a chunk, B rows of a block, R = C * B, K live rows, T steps of a block
 """
 
@@ -47,6 +50,36 @@ def draw_anchors(
     return torch.from_numpy(np.concatenate(found).astype(np.int64))
 
 
+def deal_anchors(
+    anchors: Tensor,  # [A] int64 ascending, of a batch on the host
+    batch: Batch,
+    config: DFlashConfig,
+    size: int,
+) -> list[Tensor]:  # of each of `size` processes, ascending
+    """The anchors in runs of about equal work: a block's rows go through the same products, and see as many keys as lie
+    before their anchor, or in the window of a sliding layer. Every process computes the same."""
+    c, trained = config, config.num_parameters()["trainable"]
+    products = c.block_size * 6 * trained + c.num_drafted * 4 * c.hidden_size * c.vocab_size
+    pair = 14 * c.block_size * c.num_attention_heads * c.head_dim  # FLOPs of a key in one layer, forward and backward
+    before = (anchors - batch.doc_start[anchors]).numpy()
+    cost = np.full(len(before), products, dtype=np.float64)
+    for kind in c.layer_types:
+        cost += pair * (np.minimum(before, c.sliding_window) if kind == "sliding_attention" else before)
+    worker = np.minimum((cost.cumsum() - cost / 2) / max(cost.sum(), 1) * size, size - 1).astype(np.int64)
+    return [anchors[worker == rank] for rank in range(size)]
+
+
+def teacher_rows(
+    anchors: Tensor,  # [A] int64 ascending, of a batch on the host
+    batch: Batch,
+    steps: int,  # T
+) -> Tensor:  # [m] int64 ascending
+    """Rows of the pack whose target distribution some slot of a block may be compared with: those of tokens whose
+    successor is in the document."""
+    at = anchors.numpy()[:, None] + np.arange(steps)
+    return torch.from_numpy(np.unique(at[at + 1 < batch.doc_end.numpy()[anchors.numpy()][:, None]]))
+
+
 @dataclass(frozen=True)
 class Part:
     """Live rows that go through the head together, and the teacher rows that they are compared with."""
@@ -77,7 +110,7 @@ class BlockChunk:
     head_out: Tensor  # [K] step * N + anchor
     label: Tensor  # [K] token
     previous: Tensor  # [K] the token before the label
-    teacher_pos: Tensor  # [m] rows of the pack whose target distribution is needed, ascending in each part
+    teacher_pos: Tensor  # [m] rows of f, as planned those of the pack, that the teacher reads, ascending in each part
     teacher_row: Tensor  # [K] index into the part's teacher rows
 
     def to(self, device: torch.device) -> BlockChunk:
@@ -137,3 +170,55 @@ def plan_blocks(
         )
         tensors = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in planned)
         yield BlockChunk(tuple(parts), context, *of_first, *tensors)
+
+
+def pad_blocks(
+    chunk: BlockChunk,  # on the host, of a batch whose last token belongs to no real document
+    config: DFlashConfig,
+    num_tokens: int,  # N of that batch
+    blocks: int,  # C
+    live: int,  # K
+    teacher: int,  # rows of each part; 0 where no teacher is wanted
+    room: int,  # live rows that the head takes at a time, as `plan_blocks` was told
+) -> BlockChunk:
+    """The same work in a shape that the four numbers set. Blocks of padding follow the real ones. They stand at the batch's
+    last token, as a document of it alone: they see no context, and no real block sees them. The live rows that are missing
+    are theirs, so `blocks` must leave them room. Their step is T, which has weight 0, and they report at the last token."""
+    b, t, last = config.block_size, config.num_drafted, num_tokens - 1
+    here, there = len(chunk.anchor), len(chunk.head_row)
+    assert live - there <= (blocks - here) * t, "the live rows of padding need blocks of padding"
+    more = np.arange(live - there)
+    slot = more % t + config.first_slot
+    read_id = np.concatenate([chunk.read_id[:-1].numpy(), np.full(blocks - here + 1, config.mask_token_id)])
+    row_read = np.full((blocks, b), blocks)
+    row_read[:, 0] = np.arange(blocks)
+    row_read = row_read.ravel()
+
+    def longer(x: Tensor, fill: int | np.ndarray, size: int) -> np.ndarray:
+        return np.concatenate([x.numpy(), np.broadcast_to(fill, size - len(x))])
+
+    parts, teacher_pos = [], [np.empty(0, np.int64)]
+    for number, begin in enumerate(range(0, live, room)):
+        parts.append(Part(slice(begin, min(begin + room, live)), slice(number * teacher, (number + 1) * teacher)))
+        if teacher:
+            real = chunk.parts[number].teacher if number < len(chunk.parts) else slice(0, 0)
+            teacher_pos.append(longer(chunk.teacher_pos[real], last, teacher))
+    planned = {
+        "anchor": longer(chunk.anchor, last, blocks),
+        "start": longer(chunk.start, last, blocks),
+        "row_position": longer(chunk.row_position, np.tile(np.arange(b), blocks - here), blocks * b),
+        "row_id": read_id[row_read],
+        "row_read": row_read,
+        "read_id": read_id,
+        "head_row": longer(chunk.head_row, (here + more // t) * b + slot, live),
+        "head_position": longer(chunk.head_position, slot, live),
+        "head_step": longer(chunk.head_step, t, live),
+        "head_block": longer(chunk.head_block, here + more // t, live),
+        "head_out": longer(chunk.head_out, last, live),
+        "label": longer(chunk.label, 0, live),
+        "previous": longer(chunk.previous, 0, live),
+        "teacher_pos": np.concatenate(teacher_pos),
+        "teacher_row": longer(chunk.teacher_row, 0, live),
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for name, x in planned.items()}
+    return BlockChunk(tuple(parts), slice(0, num_tokens), 0, 0, 0, **tensors)

@@ -14,6 +14,11 @@ Computes what `block_ref_step` computes (the specification) by five facts (docs/
 5 A loss against the data's tokens needs no teacher; another computes the teacher once for each token that some live rows of
   a part of a chunk are compared with.
 
+Several processes can share a pack's tokens (`PackShare`); the group that does is given to the engine, and one of a single
+process does nothing. Each computes the context's keys and values of its own rows, which are gathered once a pack and layer,
+and runs its share of the blocks (`deal_anchors`). The gradients of the keys and values are summed and taken apart once.
+What they send each other is allocated as it comes and is not in `memory.py`.
+
 A method beside DFlash gives the engine another head, and may give it a mixer (`mixer.py`), with which 2 and 3 do not hold:
 all rows then run all layers. Read `BlockStep.run` first: it is the table of contents. All memory is listed in `memory.py`
 and taken once. The host reads nothing back from the device.
@@ -24,13 +29,15 @@ and taken once. The host reads nothing back from the device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.batch import Batch, Features, Rows, TargetHead, to_device
+from fastdraft.batch import Alone, Batch, Features, Group, PackShare, Rows, TargetHead, to_device
 from fastdraft.kernels.block_attention import (
     BlockRows,
     block_attention_bwd_kv,
@@ -51,7 +58,7 @@ from fastdraft.kernels.rms_norm import rms_norm, rms_norm_backward
 from fastdraft.kernels.swiglu import swiglu, swiglu_backward_
 from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_bytes
 from fastdraft.model.dflash import memory
-from fastdraft.model.dflash.blocks import BlockChunk, plan_blocks
+from fastdraft.model.dflash.blocks import BlockChunk, deal_anchors, plan_blocks, teacher_rows
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import StepLoss
@@ -121,12 +128,14 @@ class BlockEngine:
         chunk_blocks: int | None = None,  # blocks at a time; None: as many as memory.CHUNK_BYTES hold
         head_type: Callable[[DFlashDraft, TargetHead, StepLoss], BlockHead] = TokenHead,
         mixer: Mixer | None = None,
+        sequence: Group | None = None,  # who share a pack's tokens; None: this process alone
     ):
         if chunk_blocks is not None and chunk_blocks < 1:
             raise ValueError(f"chunk_rows is {chunk_blocks}; at least 1 block is needed")
         refuse_head(head, draft.config.title)
         self.draft = draft
         self.config = c = draft.config
+        self.sequence: Group = sequence or Alone()
         self.loss = loss
         self.draw = draw
         self.number = 0
@@ -144,9 +153,9 @@ class BlockEngine:
 
     def reserve(self, tokens: int, with_teacher: bool) -> None:
         """Makes room for a pack. Raises ValueError where a GPU's free memory has none."""
-        room = memory.room_for(max(self.take.table.get("c0", (0,))[0], tokens))
+        room = memory.room_for(max(self.take.table.get("context.0.k", (0,))[0], tokens))
         with_teacher |= "teacher.logits" in self.take.table
-        pack = memory.pack_buffers(self.config, room, self.sizes[0])
+        pack = memory.pack_buffers(self.config, room, self.sizes[0], self.sequence.size)
         table = memory.chunk_buffers(self.config, self.chunk_blocks, *self.sizes, with_teacher) | pack
         if table == self.take.table:
             return
@@ -169,6 +178,10 @@ class BlockEngine:
         `batch` lies on the host, `features` on the draft's device, `grads` end to end in one buffer (`FlatAdamW.grads` or
         `flat_gradients`). Row (j, a) of the result is step j of the block at token a. Raises ValueError for token ids that
         do not fit, or memory that does not suffice.
+
+        Where processes share a pack's tokens, all of them call it with the same batch. g is that of `PackShare.rows` and f
+        that of `rows_and_halo`, with a halo of T; the rows of blocks that another runs are 0, and the gradients of all are
+        still to be summed.
         """
         return self.run(batch, features, self.draw(batch, self.number), grads)
 
@@ -185,15 +198,20 @@ class BlockEngine:
         grads: dict[str, Tensor] | None,
     ) -> Rows:
         self.check_ids(batch)
-        with_teacher = self.head.needs_teacher or (grads is None and features.f is not None)
-        if with_teacher and features.f is None:
-            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
+        with_teacher = self.wants_teacher(features, grads is not None)
         kind = grads is not None, with_teacher
         if self.take.device.type == "cuda" and kind not in self.compiled and len(anchors):
             rehearsed = BlockStep(self, batch.num_tokens, features, grads, with_teacher)
             compile_together(lambda: rehearsed.run(batch, anchors, rehearsal=True), self.take.device)
             self.compiled.add(kind)
         return BlockStep(self, batch.num_tokens, features, grads, with_teacher).run(batch, anchors)
+
+    def wants_teacher(self, features: Features, training: bool) -> bool:
+        """Whether a step computes the target's distribution. ValueError where it must and the features do not suffice."""
+        wanted = self.head.needs_teacher or (not training and features.f is not None)
+        if wanted and features.f is None:
+            raise ValueError(f"loss {self.loss.kind} compares with the target's last state, which these features lack")
+        return wanted
 
     def check_ids(self, batch: Batch) -> None:
         ids, c = batch.input_ids.numpy(), self.config
@@ -232,6 +250,10 @@ class BlockStep:
         c = engine.config
         self.engine, self.config, self.take = engine, c, engine.take
         self.features, self.num_tokens, self.with_teacher = features, num_tokens, with_teacher
+        sequence = engine.sequence
+        shares = sequence.size > 1
+        self.share = PackShare(num_tokens, sequence.rank, sequence.size, c.num_drafted) if shares else None
+        self.num_own = num_tokens if self.share is None else len(self.share.rows)  # n, rows of g and of fc's output
         self.embedding = engine.draft.embedding  # [V, H], frozen
         self.named = {name: p.detach() for name, p in engine.draft.named_parameters()}
         self.named_grads = grads
@@ -258,35 +280,76 @@ class BlockStep:
     ) -> Rows:
         """The whole step. The context's keys and values come first, then chunk after chunk of blocks, forward and backward;
         last the backward of the context."""
-        room = memory.head_room(self.config, self.dtype)
-        chunks: Iterator[BlockChunk] = plan_blocks(batch, anchors, self.config, self.engine.chunk_blocks, room)
-        if rehearsal:
-            planned = list(chunks)
-            chunks = iter(planned[:1] + planned[1:][-1:])
-        started = False
-        for chunk in chunks:
-            if not started:
-                self.start_pack(to_device([batch.positions], self.device))
-                started = True
-            self.run_chunk(chunk.to(self.device))
-        if started and self.grads is not None:
-            self.finish_pack()
+        chunks = self.plan(batch, anchors)
+        if chunks is not None:
+            if rehearsal:
+                planned = list(chunks)
+                chunks = iter(planned[:1] + planned[1:][-1:])
+            position = batch.positions if self.share is None else batch.positions[self.share.rows]
+            self.start_pack(to_device([position], self.device))
+            for chunk in chunks:
+                self.run_chunk(chunk.to(self.device))
+            if self.grads is not None:
+                self.finish_pack()
+        return self.results(self.num_tokens)
+
+    def results(self, num_tokens: int) -> Rows:
+        """Of the pack's first tokens: steps of blocks by the tokens that they begin at."""
         shape = self.config.num_drafted, self.num_tokens
-        return Rows(*(x.view(shape) for x in (self.loss, self.acceptance, self.hit, self.live, self.live.clone())))
+        found = (x.view(shape)[:, :num_tokens] for x in (self.loss, self.acceptance, self.hit, self.live))
+        return Rows(*found, self.live.view(shape)[:, :num_tokens].clone())
+
+    def plan(
+        self,
+        batch: Batch,
+        anchors: Tensor,  # [A] int64 ascending, on the host
+    ) -> Iterator[BlockChunk] | None:
+        """The chunks of this process. None: no process has one of this pack; otherwise all of them start and finish it."""
+        c, room = self.config, memory.head_room(self.config, self.dtype)
+        if self.share is None:
+            chunks = plan_blocks(batch, anchors, c, self.engine.chunk_blocks, room)
+            first = next(chunks, None)
+            return None if first is None else itertools.chain([first], chunks)
+        if not len(anchors):
+            return None
+        mine = deal_anchors(anchors, batch, c, self.share.size)[self.share.rank]
+        chunks = plan_blocks(batch, mine, c, self.engine.chunk_blocks, room)
+        if not self.with_teacher:
+            return chunks
+        rows = teacher_rows(anchors, batch, c.num_drafted)
+        self.features = Features(self.features.g, self.gather_states(rows))
+
+        def among_these(chunk: BlockChunk) -> BlockChunk:
+            place = np.searchsorted(rows.numpy(), chunk.teacher_pos.numpy())
+            return replace(chunk, teacher_pos=torch.from_numpy(place))
+
+        return map(among_these, chunks)
+
+    def gather_states(
+        self,
+        rows: Tensor,  # [m] int64 ascending, of the pack, on the host
+    ) -> Tensor:  # [m, H]
+        """The target's last states of these rows, from their owners: a sum to which each gives its own and zeros."""
+        slice_of = rows.numpy() // self.share.slice_rows
+        own = np.isin(slice_of, (self.share.rank, 2 * self.share.size - 1 - self.share.rank)).nonzero()[0]
+        at = np.searchsorted(self.share.rows_and_halo.numpy(), rows.numpy()[own])
+        own, at = to_device([torch.from_numpy(own), torch.from_numpy(at)], self.device).view(2, len(own))
+        f = self.features.f
+        return self.engine.sequence.sum_(f.new_zeros(len(rows), f.shape[1]).index_copy_(0, own, f[at]))
 
     # --- the context: what every block reads, of the whole pack ---------------------------------------------------------
 
     def start_pack(
         self,
-        position: Tensor,  # [N] int64
+        position: Tensor,  # [n] int64, of this process's rows
     ) -> None:
         """c, K and V of every token and layer, and zeros where their gradients will be collected."""
-        n, take, w = self.num_tokens, self.take, self.weights
+        n, own, take, w = self.num_tokens, self.num_own, self.take, self.weights
         self.engine.reserve(n, self.with_teacher)
         self.position = position
-        self.c0 = take("c0", n)
+        self.c0 = take("c0", own)
         # Keys and values of all layers come from one product. The keys are normed and rotated into buffers of their own.
-        kv = take("context.kv", n)  # [N, L, 2, Hkv, D]
+        kv = take("context.kv", own)  # [n, L, 2, Hkv, D]
         self.context = [
             {"raw": kv[:, layer, 0].flatten(1), "v": kv[:, layer, 1], "k": take(f"context.{layer}.k", n)}
             for layer in range(len(w.layers))
@@ -299,13 +362,48 @@ class BlockStep:
         for rows in self.pack_blocks():
             linear(self.features.g[rows].to(self.dtype), w.fc, self.c0[rows])
             linear(self.read_context(rows)[0], kv_weight, kv[rows].flatten(1))
-        for kept, layer in zip(self.context, w.layers, strict=True):
-            self.norm_heads(kept["raw"], layer.k_norm, position, kept["k"])
+        for number, (kept, layer) in enumerate(zip(self.context, w.layers, strict=True)):
+            if self.share is None:
+                self.norm_heads(kept["raw"], layer.k_norm, position, kept["k"])
+            else:
+                keys = torch.empty_like(kept["v"], memory_format=torch.contiguous_format)
+                self.norm_heads(kept["raw"], layer.k_norm, position, keys)
+                k, v = self.gather_keys(keys, kept["v"], kept["k"], take(f"context.{number}.v", n))
+                kept |= {"own_v": kept["v"], "k": k, "v": v}
+
+    def gather_keys(
+        self,
+        keys: Tensor,  # [n, Hkv, D] of this process's rows
+        values: Tensor,  # [n, Hkv, D]
+        k: Tensor,  # [N, Hkv, D] written, as v is
+        v: Tensor,  # [N, Hkv, D]
+    ) -> tuple[Tensor, Tensor]:  # k, v
+        """A layer's keys and values of all rows, from the processes that share them."""
+        own = keys.new_empty(2, 2 * self.share.slice_rows, *keys.shape[1:])  # Where rows are missing, noise is sent.
+        own[0, : len(keys)], own[1, : len(keys)] = keys, values
+        of_all = self.engine.sequence.gather(own).unflatten(0, (-1, 2))
+        for rank, place, rows in self.share.pieces():
+            k[rows], v[rows] = of_all[rank, :, place]
+        return k, v
+
+    def scatter_key_gradients(
+        self,
+        dk: Tensor,  # [N, Hkv, D] what this process has collected
+        dv: Tensor,  # [N, Hkv, D]
+    ) -> tuple[Tensor, Tensor]:  # [n, Hkv, D] each
+        """A layer's gradients of this process's rows, summed over what all have collected."""
+        if self.share is None:
+            return dk, dv
+        of_all = dk.new_zeros(self.share.size, 2, 2 * self.share.slice_rows, *dk.shape[1:])
+        for rank, place, rows in self.share.pieces():
+            of_all[rank, 0, place], of_all[rank, 1, place] = dk[rows], dv[rows]
+        dk, dv = self.engine.sequence.sum_scatter(of_all.flatten(0, 1))
+        return dk[: self.num_own], dv[: self.num_own]
 
     def pack_blocks(self) -> list[slice]:
-        """The pack's tokens, as many at a time as the pack's buffers have rows."""
+        """This process's tokens of the pack, as many at a time as the pack's buffers have rows."""
         block = self.take.rows("pack.c")
-        return [slice(first, min(first + block, self.num_tokens)) for first in range(0, self.num_tokens, block)]
+        return [slice(first, min(first + block, self.num_own)) for first in range(0, self.num_own, block)]
 
     def read_context(self, rows: slice) -> tuple[Tensor, Tensor]:  # c [b, H], 1/rms [b]
         c0 = self.c0[rows]
@@ -340,11 +438,12 @@ class BlockStep:
     def finish_pack(self) -> None:
         """From the collected gradients of the context's keys and values to those of K, V, the norms and fc."""
         w, grads, take = self.weights, self.grads, self.take
-        kv, kv_weight, partial = take("context.kv", self.num_tokens), take("kv_weight"), take("partial")
+        kv, kv_weight, partial = take("context.kv", self.num_own), take("kv_weight"), take("partial")
         # The gradients take the products' places.
         for kept, layer, grad in zip(self.context, w.layers, grads.layers, strict=True):
-            self.norm_heads_backward(kept["dk"], kept["raw"], layer.k_norm, self.position, kept["raw"], grad.k_norm)
-            kept["v"].copy_(kept["dv"])
+            dk, dv = self.scatter_key_gradients(kept["dk"], kept["dv"])
+            self.norm_heads_backward(dk, kept["raw"], layer.k_norm, self.position, kept["raw"], grad.k_norm)
+            (kept["v"] if self.share is None else kept["own_v"]).copy_(dv)
         for rows in self.pack_blocks():
             c, r = self.read_context(rows)
             for layer, grad in enumerate(grads.layers):

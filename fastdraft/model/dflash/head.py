@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdraft.batch import TargetHead
@@ -21,7 +22,7 @@ from fastdraft.kernels.teacher import PermutedHead, TeacherRows, teacher
 from fastdraft.model.buffers import Buffers
 from fastdraft.model.dflash.blocks import BlockChunk, Part
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.dflash.loss import BlockLoss, dpace_weights
+from fastdraft.model.dflash.loss import BlockLoss, StepLoss, dpace_weights
 
 if TYPE_CHECKING:
     from fastdraft.model.dflash.engine import BlockStep
@@ -61,6 +62,11 @@ class TargetRows:
         return teacher(f, self.permuted, (buffers, f.new_empty(0)))
 
 
+def padded_weights(loss: StepLoss, num_steps: int, dtype: torch.dtype) -> Tensor:  # [T + 1]
+    """w of each step, and 0 for step T, which rows of padding have."""
+    return torch.tensor([*loss.weights(num_steps), 0.0], dtype=torch.promote_types(dtype, torch.float32))
+
+
 class TokenHead:
     """DFlash's head: the target's alone, and one loss a row."""
 
@@ -69,8 +75,7 @@ class TokenHead:
         self.loss, self.needs_teacher = loss, loss.needs_teacher
         self.num_steps = draft.config.num_drafted
         dtype, device = draft.fc.weight.dtype, draft.fc.weight.device
-        weights = torch.tensor(loss.weights(self.num_steps), dtype=torch.promote_types(dtype, torch.float32))
-        self.step_weights = weights.to(device)  # [T]
+        self.step_weights = padded_weights(loss, self.num_steps, dtype).to(device)  # [T + 1]
 
     def run(self, step: BlockStep, chunk: BlockChunk, x: Tensor, dx: Tensor | None) -> None:
         weight = self.step_weights[chunk.head_step]  # [K]
@@ -112,9 +117,11 @@ class TokenHead:
         step.report(out, value, acceptance, hit)
 
     def dpace(self, step: BlockStep, chunk: BlockChunk) -> Tensor:  # [K]
-        """D-PACE's weights of the live rows, from the probabilities of their labels."""
-        shape = len(chunk.anchor), self.num_steps
+        """D-PACE's weights of the live rows, from the probabilities of their labels; 0 for step T, which is padding's."""
+        steps = self.num_steps
+        shape = len(chunk.anchor), steps + 1
         at = chunk.head_block * shape[1] + chunk.head_step
         q = step.loss.new_zeros(shape[0] * shape[1]).index_copy_(0, at, step.loss[chunk.head_out].neg().exp())
         live = torch.zeros_like(q, dtype=torch.bool).index_fill_(0, at, True)
-        return dpace_weights(q.view(shape), live.view(shape), self.loss.dpace_alpha).flatten()[at]
+        weights = dpace_weights(q.view(shape)[:, :steps], live.view(shape)[:, :steps], self.loss.dpace_alpha)
+        return F.pad(weights, (0, 1)).flatten()[at]

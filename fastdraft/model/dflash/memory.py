@@ -99,13 +99,20 @@ def chunk_buffers(
     }
 
 
-def pack_buffers(c: DFlashConfig, tokens: int, dtype: torch.dtype) -> Table:
+def pack_buffers(
+    c: DFlashConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    sequence: int = 1,  # processes that share the tokens
+) -> Table:
     """What a step keeps for every token besides the features: fc's output, what the product for all keys and values gave,
-    and of each layer the normed and rotated keys and the gradients."""
+    and of each layer the normed and rotated keys and the gradients. Processes that share the tokens have the first two of
+    their own, and of each layer the keys and values of all."""
     stats, kv = torch.promote_types(dtype, torch.float32), (c.num_key_value_heads, c.head_dim)
-    table: Table = {"c0": (tokens, (c.hidden_size,), dtype), "context.kv": (tokens, (c.num_hidden_layers, 2, *kv), dtype)}
+    own = tokens if sequence == 1 else 2 * -(-tokens // (2 * sequence))
+    table: Table = {"c0": (own, (c.hidden_size,), dtype), "context.kv": (own, (c.num_hidden_layers, 2, *kv), dtype)}
     for layer in range(c.num_hidden_layers):
-        table |= {f"context.{layer}.k": (tokens, kv, dtype)}
+        table |= {f"context.{layer}.{name}": (tokens, kv, dtype) for name in ("k", "v")[: 1 + (sequence > 1)]}
         table |= {f"context.{layer}.{name}": (tokens, kv, stats) for name in ("dk", "dv")}
     return table
 

@@ -1,4 +1,4 @@
-"""Drafting with DFlash: the context's keys and values of one sequence, and the block of tokens it proposes.
+"""Drafting with DFlash: the context's keys and values of sequences, and the blocks of tokens it proposes.
 
 With the target having run x_0 .. x_{n-1} and x_n chosen, a round
 
@@ -10,8 +10,7 @@ All B rows run whatever depth is asked for, because a draft was trained on whole
 other given the context, so a sampled chain draws each token from its own distribution. The block's keys and values are
 thrown away after the round.
 
-`BatchBlockDrafter` does the same for many sequences at once, which have lengths of their own: what lies past a sequence's
-own positions is written over, and nobody sees it.
+Sequences have lengths of their own: what lies past one's own positions is written over, and nobody sees it.
 
 # S sequences, r tokens, m drafted tokens, B rows of a block, H hidden, Hq/Hkv heads, D head dim, V vocabulary
 """
@@ -27,7 +26,7 @@ from torch import Tensor
 from fastdraft.batch import TargetHead
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
+from fastdraft.model.proposal import DecodeSettings, Proposals, draw_each, probabilities
 
 
 def refuse_settings(config: DFlashConfig, settings: DecodeSettings) -> None:
@@ -44,92 +43,7 @@ def refuse_settings(config: DFlashConfig, settings: DecodeSettings) -> None:
 
 
 class BlockDrafter:
-    """The draft's context of one sequence: K, V of `length` positions in each layer."""
-
-    def __init__(self, draft: DFlashDraft, head: TargetHead, capacity: int):
-        c, like = draft.config, draft.fc.weight
-        self.draft, self.head = draft, head
-        self.draft_ids = torch.arange(c.vocab_size, device=like.device)
-        shape = c.num_hidden_layers, c.num_key_value_heads, capacity, c.head_dim
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
-
-    def extend(
-        self,
-        g: Tensor,  # [r, K*H] the target's states at positions length .. length + r - 1
-    ) -> None:
-        context, end = self.draft.context(g), self.length + len(g)
-        positions = torch.arange(self.length, end, device=g.device)
-        for layer in range(self.draft.config.num_hidden_layers):
-            k, v = self.draft.keys_values(layer, context, positions)
-            self.keys[layer, :, self.length : end] = k.transpose(0, 1)
-            self.values[layer, :, self.length : end] = v.transpose(0, 1)
-        self.length = end
-
-    def block(
-        self,
-        root: Tensor,  # [1] int64, the token at position `length`
-    ) -> Tensor:  # [B, H] states after the final norm
-        draft, c = self.draft, self.draft.config
-        slots = torch.arange(c.block_size, device=root.device)
-        h = draft.embedding[torch.where(slots == 0, root, c.mask_token_id)]
-        for number in range(c.num_hidden_layers):
-            h = draft.through_layer(number, h, partial(self._attend, number, self.length + slots))
-        return draft.norm(h)
-
-    def _attend(
-        self,
-        layer: int,
-        positions: Tensor,  # [B] int64
-        x: Tensor,  # [B, H]
-    ) -> Tensor:  # [B, Hq, D]
-        q = self.draft.queries(layer, x, positions).transpose(0, 1)
-        k, v = (own.transpose(0, 1) for own in self.draft.keys_values(layer, x, positions))
-        keys = torch.cat([self.keys[layer, :, : self.length], k], 1)
-        values = torch.cat([self.values[layer, :, : self.length], v], 1)
-        out = F.scaled_dot_product_attention(q[None], keys[None], values[None], self._sees(layer), enable_gqa=True)
-        return out[0].transpose(0, 1)
-
-    def _sees(self, layer: int) -> Tensor | None:  # [B, length + B] bool; None: everything
-        c = self.draft.config
-        if c.layer_types[layer] == "full_attention":
-            return None
-        row = self.length + torch.arange(c.block_size, device=self.keys.device)[:, None]
-        u = torch.arange(self.length + c.block_size, device=self.keys.device)
-        return (u <= row) & (u >= row - (c.sliding_window - 1))
-
-    def propose(
-        self,
-        token_ids: Tensor,  # [r] int64, the tokens after the positions of g; the last is the root
-        g: Tensor,  # [r, K*H]
-        depth: int,
-        settings: DecodeSettings,
-        generator: torch.Generator,
-    ) -> Proposal:
-        """What to verify next, after the positions that the target has run since the last time."""
-        self.extend(g)
-        first = self.draft.config.first_slot
-        states = self.block(token_ids[-1:])[first : first + depth]
-        return self.draw(states, token_ids[-1:], settings, generator)
-
-    def draw(
-        self,
-        states: Tensor,  # [m, H] of the slots that draft
-        root: Tensor,  # [1] int64
-        settings: DecodeSettings,
-        generator: torch.Generator,
-    ) -> Proposal:
-        """The tokens of all slots at once: they do not know of each other."""
-        parents = list(range(len(states)))
-        logits = self.draft.logits(states, root.expand(len(states)), self.head)
-        if settings.draws_chain:
-            q = probabilities(logits, settings)
-            return Proposal(draw(q, generator), parents, q)
-        return Proposal(logits.argmax(-1), parents)
-
-
-class BatchBlockDrafter:
-    """`BlockDrafter` of S sequences."""
+    """The draft's context of S sequences: K, V of `length` positions in each layer."""
 
     def __init__(self, draft: DFlashDraft, head: TargetHead, batch: int, capacity: int):
         c, like = draft.config, draft.fc.weight
@@ -146,7 +60,7 @@ class BatchBlockDrafter:
 
     def extend(
         self,
-        g: Tensor,  # [S, r, K*H]
+        g: Tensor,  # [S, r, K*H] the target's states at positions length .. length + r - 1
         counts: list[int],  # rows of each sequence that are no fillers
     ) -> None:
         context = self.draft.context(g.flatten(0, 1))
@@ -188,7 +102,7 @@ class BatchBlockDrafter:
 
     def propose(
         self,
-        token_ids: Tensor,  # [S, r] int64, as for a BlockDrafter; rows past a sequence's count are fillers
+        token_ids: Tensor,  # [S, r] int64, the tokens after the positions of g; a sequence's last is its root
         g: Tensor,  # [S, r, K*H]
         counts: list[int],
         depths: list[int],
@@ -209,7 +123,7 @@ class BatchBlockDrafter:
         settings: DecodeSettings,
         generators: list[torch.Generator],
     ) -> Proposals:
-        """The tokens of all slots at once, each sequence's as `BlockDrafter.draw` draws them."""
+        """The tokens of all slots at once: they do not know of each other."""
         parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
         logits = self.draft.logits(states, roots[:, None].expand(states.shape[:2]), self.head)
         if settings.draws_chain:

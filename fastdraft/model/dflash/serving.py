@@ -10,28 +10,29 @@ about it: layer ids, the mask token, a block that is causal, labels that are shi
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig
 
 from fastdraft.model.dflash.config import MASK_TOKEN, DFlashConfig, reserved_tokens
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.method import CONFIG, WEIGHTS, Findings
-from fastdraft.model.serving import dtype_problems, weight_problems
-from fastdraft.model.target_config import (
-    canonical_rope,
-    language_config,
-    named_dtype,
-    read_json,
-    read_target_config,
-    target_rope,
+from fastdraft.model.serving import (
+    dtype_notes,
+    dtype_problems,
+    exported,
+    module_shapes,
+    other_target,
+    read_tensors,
+    rope_notes,
+    serving_rope,
+    weight_problems,
 )
+from fastdraft.model.target_config import language_config, read_json, read_target_config
 
 # Serving fields that change an engine's forward, and the only value that the draft here is trained for.
 TRAINED_AS: dict[str, Any] = {
@@ -64,21 +65,12 @@ class Format:
 
 def serving_shapes(config: DFlashConfig, draft_type: type[DFlashDraft] = DFlashDraft) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a serving checkpoint."""
-    any_rope = {"rope_type": "default", "rope_theta": 1e4}  # no shape depends on it
-    with torch.device("meta"):
-        draft = draft_type(config.model_copy(update={"rope_parameters": any_rope}))
-    return {name: tuple(t.shape) for name, t in draft.state_dict().items()}
+    return module_shapes(draft_type, config)
 
 
 def serving_tensors(draft: DFlashDraft, dtype: torch.dtype) -> dict[str, Tensor]:
     draft.config.to_serving(dtype)  # refuses what no engine serves
-    tensors = {}
-    for name, t in draft.state_dict().items():
-        t = t.detach().cpu().to(dtype)
-        if not bool(t.isfinite().all()):
-            raise ValueError(f"{name} has NaN or infinite values in {dtype}; export an earlier checkpoint")
-        tensors[name] = t.contiguous()
-    return tensors
+    return exported(draft, draft.state_dict(), dtype)
 
 
 def dflash_section(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -182,9 +174,7 @@ def config_problems(config: dict[str, Any], facts: dict[str, Any], written: Form
     if block is None:
         name = written.where.rstrip(".")
         return [*said, f"{name} is {config.get(name)!r}; it must hold target_layer_ids and mask_token_id."]
-    for key, law in (("hidden_size", facts.get("hidden_size")), ("vocab_size", facts.get("vocab_size"))):
-        if law is not None and config.get(key) is not None and config[key] != law:
-            said.append(f"{key} is {config[key]}, the target's is {law}; the draft was made for another target.")
+    said += other_target({key: (config.get(key), facts.get(key)) for key in ("hidden_size", "vocab_size")})
     if config.get("draft_vocab_size", config.get("vocab_size")) != config.get("vocab_size"):
         said.append(
             f"draft_vocab_size is {config['draft_vocab_size']} of a vocabulary of {config.get('vocab_size')}; SGLang "
@@ -258,26 +248,10 @@ def _block_problems(config: dict[str, Any], block: dict[str, Any], facts: dict[s
 
 def _rope_problems(config: dict[str, Any]) -> list[str]:
     try:
-        _rope(config)
+        serving_rope(config)
     except ValueError as error:
         return [f"{error}."]
     return []
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The draft's RoPE. Raises ValueError when it is missing or its two spellings, where both are there, differ."""
-    beside = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
-    new = {**beside, **config["rope_parameters"]} if config.get("rope_parameters") else None
-    old = {**beside, **(config.get("rope_scaling") or {})} if config.get("rope_theta") is not None else None
-    if new is None and old is None:
-        raise ValueError("RoPE is missing: write rope_parameters, and rope_theta with rope_scaling for older engines")
-    spelled = [canonical_rope(rope) for rope in (new, old) if rope is not None]
-    if spelled[0] != spelled[-1]:
-        raise ValueError(
-            f"rope_parameters says {spelled[0]}, rope_theta with rope_scaling says {spelled[1]}; engines read one or the "
-            "other, so they must agree"
-        )
-    return spelled[0]
 
 
 def _token_problems(
@@ -316,21 +290,11 @@ def _token_problems(
 
 def _notes(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """Legal, and worth a look."""
-    notes = []
-    if named_dtype(facts) is None:
-        notes.append("The target's config.json does not say its dtype, so the weights' dtype was not compared with it.")
+    notes = dtype_notes(facts)
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
         notes.append("layer_types mixes full and sliding attention: vLLM serves that with its second model runner only.")
-    with suppress(ValueError, TypeError):
-        rope = _rope(config)
-        theirs: dict[str, Any] | str
-        try:
-            theirs = canonical_rope(target_rope(facts) or {})
-        except ValueError as error:
-            theirs = f"is not one a draft can have ({error})"
-        if rope != theirs:
-            notes.append(f"The draft's RoPE is {rope}, the target's {theirs}; right only if the draft was trained so.")
+    notes += rope_notes(config, facts)
     longest, needed = config.get("max_position_embeddings"), facts.get("max_position_embeddings")
     if type(longest) is int and type(needed) is int and longest < needed:
         notes.append(
@@ -356,7 +320,7 @@ def _shape(config: dict[str, Any], facts: dict[str, Any], written: Format) -> DF
             "mask_token_id": block.get("mask_token_id"),
             "layer_types": kinds,
             "sliding_window": config.get("sliding_window") if "sliding_attention" in kinds else None,
-            "rope_parameters": _rope(config),
+            "rope_parameters": serving_rope(config),
             "initializer_range": config.get("initializer_range") or 0.02,
         }
         | written.fields(config)
@@ -370,12 +334,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} has no {WEIGHTS}; give a checkpoint directory.")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file.name} is truncated or damaged ({error}); copy or export it again.") from error
-        for name, tensor in found.items():
+        for name, tensor in read_tensors(file).items():
             tensors[name.removeprefix("model.")] = tensor
     return tensors
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import TargetHead
+from fastdraft.batch import Group, TargetHead
 from fastdraft.model import dflash
 from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
@@ -22,7 +22,7 @@ from fastdraft.model.dflash2.head import SelectorHead, selector_engine_step
 from fastdraft.model.dflash2.loss import SelectorLoss
 from fastdraft.model.dflash2.mixer import ConvolutionMixer
 from fastdraft.model.dflash2.parity import read_selector_as, selector_readings
-from fastdraft.model.dflash2.propose import BatchSelectorDrafter, SelectorDrafter
+from fastdraft.model.dflash2.propose import SelectorDrafter
 from fastdraft.model.dflash2.ref import selector_losses_ref, selector_ref_step
 from fastdraft.model.dflash2.serving import DFLASH2, load_or_widen
 from fastdraft.model.method import Readings
@@ -36,20 +36,15 @@ def selector_loss(config: Config, shape: DFlash2Config) -> SelectorLoss:
 
 
 def build_step(
-    config: Config, draft: DFlash2Draft, head: TargetHead, device: torch.device, *_axes: object
+    config: Config, draft: DFlash2Draft, head: TargetHead, device: torch.device, *axes: Group
 ) -> BlockEngine | BlockReferenceEngine:
     loss, mixer = selector_loss(config, draft.config), ConvolutionMixer(draft)
-    return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, mixer)
+    return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, axes, mixer)
 
 
 def check_config(config: Config) -> None:
     """Raises ValueError for settings that a DFlash2 draft does not read, or cannot have."""
     dflash.check_config(config, DFlash2Config.title)
-    if config.optim.optimizer == "muon" and config.optim.muon_weights is None:
-        raise ValueError(
-            "optim.optimizer is muon, which would step DFlash2's two codebooks too; they have a row for each token, as "
-            "embeddings have, and are for AdamW: set optim.muon_weights to [fc.weight, '*proj*.weight'], all other matrices"
-        )
 
 
 def recipe(config: Config, shape: DFlash2Config) -> list[str]:
@@ -68,12 +63,12 @@ METHOD = dflash.METHOD._replace(
     architecture=ARCHITECTURE,
     build_step=build_step,
     drafter=SelectorDrafter,
-    batch_drafter=BatchSelectorDrafter,
     load=load_or_widen,
     verify=partial(verify, written=DFLASH2),
     init_config=partial(init_config, shape=DFlash2Config),
     check_config=check_config,
     recipe=recipe,
+    tables=("candidate_selector.*_codebook",),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),
     readings=Readings(selector_readings, read_selector_as, run_blocks),
 )

@@ -25,18 +25,18 @@ class ConvolutionMixer:
 
     def __init__(self, draft: DFlash2Draft):
         self.block_size = draft.config.block_size
-        self.slots = torch.empty(0, dtype=torch.int64, device=draft.fc.weight.device)
+        self.slots: Tensor | None = None  # made once, for the largest chunk: a recorded graph goes on reading it
 
     def mix_in(self, step: BlockStep, layer: int, branch: Branch, n: Tensor, x: Tensor) -> None:
         base, projection = self.weights(step.named, layer, branch)
         delta = step.take(f"{layer}.{branch}.delta", len(n))
         linear(n, projection, delta.flatten(1))
-        block_conv(n, delta[:, 0], base[0], self.slot(len(n)), x)
+        block_conv(n, delta[:, 0], base[0], self.slot(step, len(n)), x)
 
     def mix_out(self, step: BlockStep, layer: int, branch: Branch, n: Tensor, y: Tensor, out: Tensor) -> None:
         base, _ = self.weights(step.named, layer, branch)
         delta = step.take(f"{layer}.{branch}.delta", len(n))
-        block_conv(y, delta[:, 1], base[1], self.slot(len(n)), out)
+        block_conv(y, delta[:, 1], base[1], self.slot(step, len(n)), out)
 
     def mix_out_backward(
         self, step: BlockStep, layer: int, branch: Branch, n: Tensor, y: Tensor, dout: Tensor, dy: Tensor
@@ -68,7 +68,7 @@ class ConvolutionMixer:
             x,
             delta[:, side],
             base[side],
-            self.slot(len(x)),
+            self.slot(step, len(x)),
             dx,
             ddelta[:, side],
             dbase[side],
@@ -82,7 +82,7 @@ class ConvolutionMixer:
         at = f"layers.{layer}.{branch}_conv"
         return named[f"{at}.base_kernel"], named[f"{at}.kernel_projection.weight"]
 
-    def slot(self, rows: int) -> Tensor:  # [R] int64 place of a row in its block
-        if len(self.slots) < rows:
-            self.slots = torch.arange(rows, device=self.slots.device) % self.block_size
+    def slot(self, step: BlockStep, rows: int) -> Tensor:  # [R] int64 place of a row in its block
+        if self.slots is None:
+            self.slots = torch.arange(step.engine.chunk_blocks * self.block_size, device=step.device) % self.block_size
         return self.slots[:rows]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdraft.batch import StepWeights, TargetHead
+from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.model import dflash
 from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
@@ -22,7 +22,7 @@ from fastdraft.model.dspark.golden import load_dspark_golden
 from fastdraft.model.dspark.head import DSparkHead, dspark_engine_step
 from fastdraft.model.dspark.loss import DSparkLoss
 from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
-from fastdraft.model.dspark.propose import BatchMarkovDrafter, MarkovDrafter
+from fastdraft.model.dspark.propose import MarkovDrafter
 from fastdraft.model.dspark.ref import dspark_losses_ref, dspark_ref_step
 from fastdraft.model.dspark.serving import DSPARK
 from fastdraft.model.method import Readings
@@ -43,9 +43,10 @@ def step_weights(config: Config, shape: DSparkConfig) -> StepWeights:
 
 
 def build_step(
-    config: Config, draft: DSparkDraft, head: TargetHead, device: torch.device, *_axes: object
+    config: Config, draft: DSparkDraft, head: TargetHead, device: torch.device, *axes: Group
 ) -> BlockEngine | BlockReferenceEngine:
-    return dflash.make_block_step(config, draft, head, dspark_loss(config, draft.config), dspark_losses_ref, DSparkHead)
+    loss = dspark_loss(config, draft.config)
+    return dflash.make_block_step(config, draft, head, loss, dspark_losses_ref, DSparkHead, axes)
 
 
 def check_config(config: Config) -> None:
@@ -72,7 +73,6 @@ METHOD = dflash.METHOD._replace(
     architecture=ARCHITECTURE,
     build_step=build_step,
     drafter=MarkovDrafter,
-    batch_drafter=BatchMarkovDrafter,
     load=partial(load_draft, written=DSPARK),
     verify=partial(verify, written=DSPARK),
     init_config=partial(init_config, shape=DSparkConfig),
@@ -82,5 +82,6 @@ METHOD = dflash.METHOD._replace(
     recipe=recipe,
     readings=Readings(dspark_readings, read_dspark_as, run_blocks),
     cost_options=lambda config: {"anchors": config.block.anchors, "needs_teacher": True},
+    tables=("markov_head.*", "confidence_head.*"),
     golden=golden_cases(load_dspark_golden, {"reference": dspark_ref_step, "fused": dspark_engine_step}),
 )

@@ -28,7 +28,7 @@ from fastdraft.kernels.jit import launch
 from fastdraft.kernels.matmul import add_outer, linear, linear_backward
 from fastdraft.model.dflash.blocks import BlockChunk, Part
 from fastdraft.model.dflash.engine import block_engine_step
-from fastdraft.model.dflash.head import TargetRows
+from fastdraft.model.dflash.head import TargetRows, padded_weights
 from fastdraft.model.dspark.draft import DSparkDraft
 from fastdraft.model.dspark.loss import DSparkLoss
 
@@ -45,8 +45,7 @@ class DSparkHead:
     def __init__(self, draft: DSparkDraft, head: TargetHead, loss: DSparkLoss):
         self.target, self.loss, self.hidden = TargetRows(draft, head), loss, draft.config.hidden_size
         dtype, device = draft.fc.weight.dtype, draft.fc.weight.device
-        weights = torch.tensor(loss.weights(draft.config.num_drafted), dtype=torch.promote_types(dtype, torch.float32))
-        self.step_weights = weights.to(device)  # [T]
+        self.step_weights = padded_weights(loss, draft.config.num_drafted, dtype).to(device)  # [T + 1]
 
     def run(
         self,

@@ -12,34 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter
-from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
+from fastdraft.model.dflash.propose import BlockDrafter
+from fastdraft.model.proposal import DecodeSettings, Proposals, draw_each, probabilities
 
 
 class MarkovDrafter(BlockDrafter):
-    def draw(
-        self,
-        states: Tensor,  # [m, H] of the slots that draft
-        root: Tensor,  # [1] int64
-        settings: DecodeSettings,
-        generator: torch.Generator,
-    ) -> Proposal:
-        tokens, drawn_from, previous = [], [], root
-        samples = settings.draws_chain
-        for state in states.split(1):
-            logits = self.draft.logits(state, previous, self.head)  # [1, V]
-            if samples:
-                drawn_from.append(probabilities(logits, settings))
-                previous = draw(drawn_from[-1], generator)
-            else:
-                previous = logits.argmax(-1)
-            tokens.append(previous)
-        return Proposal(torch.cat(tokens), list(range(len(states))), torch.cat(drawn_from) if samples else None)
-
-
-class BatchMarkovDrafter(BatchBlockDrafter):
-    """`MarkovDrafter` of S sequences."""
-
     def draw(
         self,
         states: Tensor,  # [S, m, H] of the slots that draft

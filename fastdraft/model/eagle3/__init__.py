@@ -15,7 +15,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
 from fastdraft.model.eagle3.golden import golden_law, load_golden, worst_errors
 from fastdraft.model.eagle3.graph_engine import GraphEngine
-from fastdraft.model.eagle3.propose import BatchState, DraftState
+from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
@@ -112,8 +112,7 @@ METHOD = Method(
     fit=fit,
     step_cost=step_cost,
     pair_cost=lambda shape, target_params, config: pair_cost(shape, target_params, config.ttt_length, config.sampled_depth),
-    drafter=lambda draft, head, capacity: DraftState(draft, capacity),  # it has a head of its own
-    batch_drafter=lambda draft, head, batch, capacity: BatchState(draft, batch, capacity),
+    drafter=lambda draft, head, batch, capacity: DraftState(draft, batch, capacity),  # it has a head of its own
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,
@@ -121,6 +120,7 @@ METHOD = Method(
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},
+    tables=("lm_head.weight",),  # its embedding is not trained
     part=part,
     cut=cut_draft,
     check_cut=check_cut,

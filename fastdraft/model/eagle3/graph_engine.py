@@ -1,11 +1,11 @@
 """The engine for drafts so small that the host cannot launch as fast as the GPU computes: whole packs as CUDA graphs.
 
 SmolLM2's draft takes 220 launches for 4 ms of work on 2048 tokens. A graph replays them all at once, but has one shape, so
-a pack is padded to one of few (`pad_batch`, `pad_chunk`): tokens to a multiple of ROOM, chains to a multiple of CHAINS,
-every step as many rows. Where depths are drawn, a step has room for four standard deviations more rows than are expected
-of so many chains, and a pack that has more yet takes the shape in which all steps are full. The padding changes nothing but
-the order of sums. A shape's first pack runs without a graph, its second is recorded, and from then on only what is new is
-copied into place: indices, g and f. What is recorded is `Step`.
+a pack is padded to one of few (`pad_batch`, `pad_chunk`): tokens to a multiple of ROOM and BEHIND more, chains to four
+numbers an octave (`padded_chains`), every step as many rows. Where depths are drawn, a step has room for four standard
+deviations more rows than are expected of so many chains, and a pack that has more yet takes the shape in which all steps
+are full. The padding changes nothing but the order of sums. A shape's first pack runs without a graph, its second is
+recorded, and from then on only what is new is copied into place: indices, g and f. What is recorded is `Step`.
 
 # N tokens of a padded pack, M chains, T TTT steps
 """
@@ -27,7 +27,9 @@ from fastdraft.model.eagle3.engine import GATE_UP, QKV, Step, TTTEngine, pack_in
 from fastdraft.model.graph import GraphPool
 
 GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host does for its launches
-ROOM, CHAINS, STEP_ROWS = 256, 512, 128
+# BEHIND a multiple of ROOM lies the padding's document, which every pack needs: full packs have one shape so, whether they
+# lack a token or none.
+ROOM, BEHIND, CHAINS, STEP_ROWS = 256, 64, 512, 128
 
 
 class GraphEngine(TTTEngine):
@@ -56,7 +58,7 @@ class GraphEngine(TTTEngine):
     @torch.no_grad()
     def run_padded(self, batch: Batch, features: Features, grads: dict[str, Tensor] | None) -> Rows:
         self.check_ids(batch)
-        n, t = _padded(batch.num_tokens + 1, ROOM), len(self.step_weights)
+        n, t = _padded(batch.num_tokens, ROOM) + BEHIND, len(self.step_weights)
         padded, drawn = pad_batch(batch, n), None if grads is None else self.drawn(batch)
         if drawn is not None:
             drawn = np.pad(drawn, (0, n - len(drawn)))
@@ -78,7 +80,7 @@ class GraphEngine(TTTEngine):
     def padded_sizes(self, chunk: Chunk, is_drawn: bool) -> tuple[int, ...]:  # rows of each of T steps
         """Of the shape in which a chunk runs, one of few. Its first and last step have a row of padding."""
         t = len(self.step_weights)
-        m = _padded(max(chunk.sizes[0], len(chunk.token_id) - t) + 1, CHAINS)
+        m = min(padded_chains(max(chunk.sizes[0], len(chunk.token_id) - t) + 1), self.chunk_rows)
         if is_drawn:
             expected = m * self.depth.shares(t)
             room = expected + 4 * np.sqrt(expected * (1 - expected / m)) + 1
@@ -87,6 +89,11 @@ class GraphEngine(TTTEngine):
             if all(size <= place for size, place in zip(real, sizes, strict=True)) and real[-1] < sizes[-1]:
                 return sizes
         return (m,) * t
+
+
+def padded_chains(m: int) -> int:
+    """The next multiple of CHAINS; of a quarter of the power of two below m, where that is more."""
+    return _padded(m, max(CHAINS, 2 ** (m.bit_length() - 3)))
 
 
 def _padded(n: int, multiple: int) -> int:

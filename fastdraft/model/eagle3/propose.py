@@ -1,4 +1,4 @@
-"""Drafting with EAGLE-3: the draft's keys and values of one sequence, and the chain or tree of tokens it proposes.
+"""Drafting with EAGLE-3: the draft's keys and values of sequences, and the chains or trees of tokens it proposes.
 
 With the target having run x_0 .. x_{n-1} and t = n-1, a round
 
@@ -11,8 +11,7 @@ The K^i of a round's proposals are thrown away after it. A chain takes the best 
 grows as SGLang grows it: each step takes the eagle_topk best children of each of the eagle_topk best nodes of the step
 before; of all these candidates the num_draft_tokens - 1 with the largest product of draft probabilities are proposed.
 
-`BatchState` does the same for many sequences at once, which have lengths of their own: what lies past a sequence's own rows
-is written over, and nobody sees it.
+Sequences have lengths of their own: what lies past one's own rows is written over, and nobody sees it.
 
 # B sequences, r rows, m drafted tokens, P rows proposed in this round, Ht / H target / draft hidden, Hq/Hkv draft heads,
 # D head dim, V / Vd target / draft vocabulary
@@ -25,126 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.proposal import DecodeSettings, Proposal, Proposals, draw, draw_each, probabilities
+from fastdraft.model.proposal import DecodeSettings, Proposals, draw_each, probabilities
 
 
 class DraftState:
-    """The draft's keys and values of one sequence: K^0, V^0 of `length` positions, then the round's proposals."""
-
-    def __init__(self, draft: Draft, capacity: int):
-        c, like = draft.config, draft.fc.weight
-        self.draft = draft
-        self.draft_ids = draft.draft_ids
-        self.keys = like.new_empty(c.num_key_value_heads, capacity, c.head_dim)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-        self._end = 0  # rows in use, proposals included
-
-    def extend(
-        self,
-        token_ids: Tensor,  # [r] int64, x_{t+1} of positions t = length .. length + r - 1
-        g: Tensor,  # [r, 3*Ht] the target's states at these positions
-    ) -> Tensor:  # [1, H] y^0 of the last position
-        """Step 0 from true features; forgets the proposals. Only the last row is carried past its keys and values."""
-        h = self.draft.combine(g.to(self.draft.fc.weight.dtype))
-        q = self._append(self.length, token_ids, h, torch.arange(len(h), device=h.device) + self.length)
-        self.length = self._end
-        return self.draft.finish(h[-1:], self._attend(q[-1:], None))
-
-    def step(
-        self,
-        token_ids: Tensor,  # [r] int64, the tokens drafted last
-        y: Tensor,  # [r, H] of the step before
-        i: int,
-        sees: Tensor | None = None,  # [r, proposals, these rows included] bool: its own branch; None: all (a chain)
-    ) -> Tensor:  # [r, H] y^i
-        """Draft step i >= 1 at position t = length - 1."""
-        h, positions = self.draft.fed_back(y), torch.full_like(token_ids, self.length - 1 + i)
-        return self.draft.finish(h, self._attend(self._append(self._end, token_ids, h, positions), sees))
-
-    def propose(
-        self,
-        token_ids: Tensor,  # [r] int64, as for `extend`
-        g: Tensor,  # [r, 3*Ht]
-        depth: int,  # draft steps
-        settings: DecodeSettings,
-        generator: torch.Generator,
-    ) -> Proposal:
-        """What to verify next, after the positions that the target has run since the last time."""
-        return propose(self, self.extend(token_ids, g), depth, settings, generator)
-
-    def log_q(
-        self,
-        y: Tensor,  # [r, H]
-    ) -> Tensor:  # [r, Vd]
-        return self.draft.logits(y).float().log_softmax(-1)
-
-    def _append(self, start: int, token_ids: Tensor, h: Tensor, positions: Tensor) -> Tensor:  # q [r, Hq, D]
-        q, k, v = self.draft.qkv(token_ids, h, positions)
-        self._end = start + len(h)
-        self.keys[:, start : self._end] = k.transpose(0, 1)
-        self.values[:, start : self._end] = v.transpose(0, 1)
-        return q
-
-    def _attend(
-        self,
-        q: Tensor,  # [r, Hq, D]
-        sees: Tensor | None,  # [r, proposals] bool
-    ) -> Tensor:  # [r, Hq, D]
-        rows, num_kv = q.shape[0], self.keys.shape[0]
-        grouped = q.unflatten(1, (num_kv, -1)).permute(1, 2, 0, 3)  # [Hkv, group, r, D]: a group's heads are more rows
-        mask = None
-        if sees is not None:
-            mask = F.pad(sees, (self.length, 0), value=True).repeat(grouped.shape[1], 1)
-        out = F.scaled_dot_product_attention(
-            grouped.flatten(1, 2)[None], self.keys[None, :, : self._end], self.values[None, :, : self._end], attn_mask=mask
-        )
-        return out[0].unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def propose(state: DraftState, y: Tensor, depth: int, settings: DecodeSettings, generator: torch.Generator) -> Proposal:
-    if settings.eagle_topk > 1:
-        return _propose_tree(state, y, depth, settings.eagle_topk, settings.num_verified - 1)
-    sample = settings.draws_chain
-    tokens, qs = [], []
-    for i in range(depth):
-        if i:
-            y = state.step(tokens[-1], y, i)
-        logits = state.draft.logits(y)
-        if sample:
-            qs.append(probabilities(logits, settings))
-            tokens.append(state.draft_ids[draw(qs[-1], generator)])
-        else:
-            tokens.append(state.draft_ids[logits.argmax(-1)])
-    return Proposal(torch.cat(tokens), list(range(depth)), torch.cat(qs) if sample else None)
-
-
-def _propose_tree(state: DraftState, y: Tensor, depth: int, k: int, num_nodes: int) -> Proposal:
-    """Candidates are numbered as they are found, so a parent's number is smaller than its children's."""
-    own = torch.eye(k, dtype=torch.bool, device=y.device)
-    score, token = (x[0] for x in state.log_q(y).topk(k))  # [k] of the nodes to expand next
-    token = state.draft_ids[token]
-    node = torch.arange(k, device=y.device)
-    hidden, sees = y.expand(k, -1), own
-    scores, tokens, parents = [score], [token], [torch.full_like(node, -1)]
-    for i in range(1, depth):
-        y = state.step(token, hidden, i, sees)
-        best, ids = state.log_q(y).topk(k)  # [k, k]
-        scores.append((score[:, None] + best).flatten())
-        tokens.append(state.draft_ids[ids].flatten())
-        parents.append(node.repeat_interleave(k))
-        score, chosen = scores[-1].topk(k)
-        token, row = tokens[-1][chosen], chosen // k
-        node = k + (i - 1) * k * k + chosen
-        hidden, sees = y[row], torch.cat([sees[row], own], 1)
-    ranked = torch.cat(scores).sort(descending=True, stable=True).indices  # stable: a parent before its equal child
-    kept = ranked[:num_nodes].sort().values
-    number = {candidate: place + 1 for place, candidate in enumerate(kept.tolist())} | {-1: 0}
-    return Proposal(torch.cat(tokens)[kept], [number[p] for p in torch.cat(parents)[kept].tolist()])
-
-
-class BatchState:
-    """`DraftState` of B sequences."""
+    """The draft's keys and values of B sequences: K^0, V^0 of `length` positions, then the round's proposals."""
 
     def __init__(self, draft: Draft, batch: int, capacity: int):
         c, like = draft.config, draft.fc.weight
@@ -168,6 +52,7 @@ class BatchState:
         g: Tensor,  # [B, r, 3*Ht]
         counts: list[int],  # rows of each sequence that are no fillers
     ) -> Tensor:  # [B, 1, H] y^0 of each sequence's last position
+        """Step 0 from true features; forgets the proposals. Only the last row is carried past its keys and values."""
         b, r = token_ids.shape
         h = self.draft.combine(g.flatten(0, 1).to(self.draft.fc.weight.dtype)).view(b, r, -1)
         places = self.length[:, None] + torch.arange(r, device=h.device)
@@ -185,6 +70,7 @@ class BatchState:
         i: int,
         sees: Tensor | None = None,  # [B, r, P, these rows included] bool: its own branch; None: all (a chain)
     ) -> Tensor:  # [B, r, H] y^i
+        """Draft step i >= 1 at position t = length - 1."""
         h, (b, r) = self.draft.fed_back(y), token_ids.shape
         places = self.length[:, None] + self._proposed + torch.arange(r, device=h.device)
         positions = (self.length - 1 + i)[:, None].expand(b, r)
@@ -234,7 +120,9 @@ class BatchState:
         else:
             own = length + torch.arange(self._proposed, device=h.device)
             mask = (column < length).repeat(1, r, 1).scatter(2, own.expand(b, r, -1), sees)
-        grouped = q.unflatten(2, (num_kv, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, group, r, D]: as in DraftState._attend
+        grouped = q.unflatten(2, (num_kv, -1)).permute(
+            0, 2, 3, 1, 4
+        )  # [B, Hkv, group, r, D]: a group's heads are more rows
         group = grouped.shape[2]
         out = F.scaled_dot_product_attention(
             grouped.flatten(2, 3), self.keys[:, :, :width], self.values[:, :, :width], mask.repeat(1, group, 1)[:, None]
@@ -244,7 +132,7 @@ class BatchState:
 
 
 def _propose_chains(
-    state: BatchState,
+    state: DraftState,
     y: Tensor,  # [B, 1, H]
     depths: list[int],
     settings: DecodeSettings,
@@ -265,8 +153,9 @@ def _propose_chains(
     return Proposals(torch.cat(tokens, 1), parents, depths, torch.cat(qs, 1) if qs else None)
 
 
-def _propose_trees(state: BatchState, y: Tensor, depths: list[int], k: int, num_nodes: int) -> Proposals:
-    """`_propose_tree` of all sequences. The candidates below a sequence's depth have no chance, so they come last."""
+def _propose_trees(state: DraftState, y: Tensor, depths: list[int], k: int, num_nodes: int) -> Proposals:
+    """Candidates are numbered as they are found, so a parent's number is smaller than its children's. Those below a
+    sequence's depth have no chance, so they come last."""
     b, device = len(depths), y.device
     depth = torch.tensor(depths, device=device)[:, None]
     own = torch.eye(k, dtype=torch.bool, device=device).expand(b, k, k)
@@ -287,7 +176,7 @@ def _propose_trees(state: BatchState, y: Tensor, depths: list[int], k: int, num_
         hidden = y.gather(1, row[:, :, None].expand(y.shape))
         sees = torch.cat([sees.gather(1, row[:, :, None].expand(sees.shape)), own], 2)
     tokens, parents = torch.cat(tokens, 1), torch.cat(parents, 1)
-    ranked = torch.cat(scores, 1).sort(descending=True, stable=True).indices
+    ranked = torch.cat(scores, 1).sort(descending=True, stable=True).indices  # stable: a parent before its equal child
     kept = ranked[:, :num_nodes].sort(1).values
     number = torch.zeros(b, tokens.shape[1] + 1, dtype=torch.int64, device=device)  # by candidate + 1; 0 is the root's
     number.scatter_(1, kept + 1, torch.arange(1, kept.shape[1] + 1, device=device).expand(kept.shape))

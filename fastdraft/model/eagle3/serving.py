@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -27,20 +26,19 @@ from fastdraft.model.eagle3.config import (
     serving_malformed,
     serving_norm_before_fc,
     serving_problems,
-    serving_rope,
 )
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.method import CONFIG, WEIGHTS, Findings
-from fastdraft.model.serving import dtype_problems, weight_problems
-from fastdraft.model.target_config import (
-    canonical_rope,
-    default_layers,
-    language_config,
-    named_dtype,
-    read_json,
-    read_target_config,
-    target_rope,
+from fastdraft.model.serving import (
+    dtype_notes,
+    dtype_problems,
+    exported,
+    module_shapes,
+    read_tensors,
+    rope_notes,
+    weight_problems,
 )
+from fastdraft.model.target_config import default_layers, language_config, read_json, read_target_config
 
 MANDATORY = (
     "architectures",
@@ -80,13 +78,10 @@ OLD_NAMES = {f"aux_norm_{part}.weight": f"fc_norm.{j}.weight" for j, part in enu
 
 def serving_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a serving checkpoint. Raises ValueError where no tensor can be so large."""
-    any_rope = {"rope_type": "default", "rope_theta": 1e4}  # no shape depends on it
-    plain = config.model_copy(update={"rope_parameters": any_rope})
-    with torch.device("meta"):  # where scaled frequencies cannot be computed
-        try:
-            shapes = {name: tuple(t.shape) for name, t in Draft(plain).state_dict().items()}
-        except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
-            raise ValueError(f"no tensor can have the sizes in config.json: {config.model_dump(include=SIZES)}") from error
+    try:
+        shapes = module_shapes(Draft, config)
+    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        raise ValueError(f"no tensor can have the sizes in config.json: {config.model_dump(include=SIZES)}") from error
     if config.draft_vocab_size == config.vocab_size:
         del shapes["d2t"]
     if config.hidden_size == config.target_hidden_size:
@@ -98,15 +93,7 @@ def serving_tensors(draft: Draft, dtype: torch.dtype) -> dict[str, Tensor]:
     c, state = draft.config, draft.state_dict()
     if problems := _map_problems(state["d2t"].cpu(), state["t2d"].cpu(), c):
         raise ValueError("the draft's vocabulary map is not fit to export: " + " ".join(problems))
-    tensors = {}
-    for name in serving_shapes(c):
-        t = state[name].detach().cpu()
-        if t.is_floating_point():
-            t = t.to(dtype)
-            if not bool(t.isfinite().all()):
-                raise ValueError(f"{name} has NaN or infinite values in {dtype}; export an earlier checkpoint")
-        tensors[name] = t.contiguous()
-    return tensors
+    return exported(draft, serving_shapes(c), dtype)
 
 
 def _map_problems(
@@ -239,11 +226,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         if not isinstance(loaded, dict) or not all(isinstance(x, str) and isinstance(t, Tensor) for x, t in loaded.items()):
             raise ValueError(f"{file.name} is not a dict of tensors; convert it to {WEIGHTS}.")
         return loaded
-    try:
-        with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file.name} is truncated or damaged ({error}); copy or export it again.") from error
+    return read_tensors(file)
 
 
 def _tensor_problems(tensors: dict[str, Tensor], c: DraftConfig, lenient: bool) -> list[str]:
@@ -327,21 +310,11 @@ def _field_problems(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 
 def _notes(config: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """Legal, and worth a look: RoPE other than the target's, layer ids that say only the default."""
-    notes, default = [], default_layers(target["num_hidden_layers"])
-    if named_dtype(target) is None:
-        notes.append("The target's config.json does not say its dtype, so the weights' dtype was not compared with it.")
+    notes, default = dtype_notes(target), default_layers(target["num_hidden_layers"])
     with suppress(ValueError):  # an error of _field_problems
         if config.get("eagle_config") and serving_layers(config, target["num_hidden_layers"]) == default:
             notes.append("eagle_config names the default layers; it can be left out.")
-    with suppress(ValueError):
-        rope = serving_rope(config)
-        try:
-            theirs: dict[str, Any] | str = canonical_rope(target_rope(target) or {})
-        except ValueError as error:
-            theirs = f"is not one a draft can have ({error})"
-        if rope != theirs:
-            notes.append(f"The draft's RoPE is {rope}, the target's {theirs}; right only if the draft was trained so.")
-    return notes
+    return notes + rope_notes(config, target)
 
 
 def recurrence_notes(

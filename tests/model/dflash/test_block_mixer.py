@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from drafting import One
 from small_dflash import Small, dflash_shape
 from torch import nn
 
@@ -117,7 +118,7 @@ def test_the_engine_with_a_mixer_is_the_reference(layers, labels, chunk_blocks):
 
 def test_a_drafter_mixes_as_it_was_trained():
     case = mixed(lengths=(23,))
-    drafter = BlockDrafter(case.draft, case.head, 30)
+    drafter = One(BlockDrafter(case.draft, case.head, 1, 30))
     with torch.no_grad():
         drafter.extend(case.features.g[:9])
         states = block_states_ref(case.draft, case.batch, case.features, torch.tensor([9]))[0]

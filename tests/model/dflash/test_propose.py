@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import One
 from small_dflash import Small, dflash_shape
 
-from fastdraft.model.dflash.propose import BatchBlockDrafter, BlockDrafter, refuse_settings
+from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import block_states_ref
 from fastdraft.model.proposal import DecodeSettings, probabilities
 
@@ -18,7 +19,7 @@ SHAPES = {"full": {}, "sliding": SLIDING | {"sliding_window": 6}, "shifted": dic
 def test_a_block_is_the_references(shape):
     case = Small(dflash_shape(**shape), lengths=(23,))
     ids, g, c = case.batch.input_ids, case.features.g, case.config
-    drafter = BlockDrafter(case.draft, case.head, 30)
+    drafter = One(BlockDrafter(case.draft, case.head, 1, 30))
     settings, generator = DecodeSettings(num_steps=4), torch.Generator()
     done = 0
     with torch.no_grad():
@@ -35,14 +36,14 @@ def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
     case = Small(lengths=(12,))
     settings = DecodeSettings(num_steps=3, temperature=0.7, top_k=5)
     counts, rounds = torch.zeros(3, case.config.vocab_size, dtype=torch.float64), 3000
-    drafter = BlockDrafter(case.draft, case.head, 20)
+    drafter = One(BlockDrafter(case.draft, case.head, 1, 20))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         proposal = drafter.propose(case.batch.input_ids[1:12], case.features.g[:11], 3, settings, generator)
         states = block_states_ref(case.draft, case.batch, case.features, torch.tensor([11]))[0, 1:4]
         torch.testing.assert_close(proposal.q, probabilities(case.head.logits(states), settings), rtol=1e-9, atol=1e-12)
         for _ in range(rounds):
-            again = drafter.propose(case.batch.input_ids[11:12], case.features.g[:0], 3, settings, generator)
+            again = drafter.again(case.batch.input_ids[11:12], case.features.g[10:11], 3, settings, generator)
             counts[torch.arange(3), again.tokens] += 1
     assert float((counts / rounds - proposal.q).abs().max()) < 4 * (0.25 / rounds) ** 0.5
     assert bool((counts[proposal.q == 0] == 0).all())
@@ -54,10 +55,10 @@ def test_blocks_of_several_sequences_are_each_ones_own(shape, temperature):
     """Sequences of other lengths, one of which ends, and depths of their own, over several rounds."""
     case, settings = Small(dflash_shape(**shape), lengths=(23,)), DecodeSettings(num_steps=4, temperature=temperature)
     ids, g = case.batch.input_ids, case.features.g
-    alone = [BlockDrafter(case.draft, case.head, 40) for _ in range(3)]
+    alone = [One(BlockDrafter(case.draft, case.head, 1, 40)) for _ in range(3)]
     single = [torch.Generator().manual_seed(row) for row in range(3)]
     many = [torch.Generator().manual_seed(row) for row in range(3)]
-    together, rows = BatchBlockDrafter(case.draft, case.head, 3, 40), [0, 1, 2]
+    together, rows = BlockDrafter(case.draft, case.head, 3, 40), [0, 1, 2]
     done = [0, 0, 0]
     with torch.no_grad():
         for counts, depths in (((5, 1, 9), (4, 4, 4)), ((1, 3, 2), (4, 2, 3)), ((5, 1), (1, 3))):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import One
 from small_dflash2 import small_dflash2
 
 from fastdraft.model.dflash.ref import block_states_ref
-from fastdraft.model.dflash2.propose import BatchSelectorDrafter, SelectorDrafter
+from fastdraft.model.dflash2.propose import SelectorDrafter
 from fastdraft.model.proposal import DecodeSettings, probabilities
 
 
@@ -27,8 +28,8 @@ def test_sequences_together_draft_what_each_drafts_alone(temperature):
     case = small_dflash2(lengths=(23, 17))
     settings = DecodeSettings(num_steps=4, temperature=temperature)
     texts = [(case.batch.input_ids[part], case.features.g[part]) for part in (slice(0, 23), slice(23, 40))]
-    alone = [SelectorDrafter(case.draft, case.head, 30) for _ in texts]
-    together = BatchSelectorDrafter(case.draft, case.head, 2, 30)
+    alone = [One(SelectorDrafter(case.draft, case.head, 1, 30)) for _ in texts]
+    together = SelectorDrafter(case.draft, case.head, 2, 30)
     own, shared = ([torch.Generator().manual_seed(seed) for seed in (5, 6)] for _ in range(2))
     done = [0, 0]
     with torch.no_grad():
@@ -52,7 +53,7 @@ def test_sequences_together_draft_what_each_drafts_alone(temperature):
 def test_a_greedy_walk_is_the_definition(labels):
     case = small_dflash2(lengths=(23,), labels=labels)
     ids, g, c = case.batch.input_ids, case.features.g, case.config
-    drafter, done, turned = SelectorDrafter(case.draft, case.head, 30), 0, 0
+    drafter, done, turned = One(SelectorDrafter(case.draft, case.head, 1, 30)), 0, 0
     with torch.no_grad():
         for root in (3, 4, 9, 22):
             settings = DecodeSettings(num_steps=4)
@@ -72,14 +73,14 @@ def test_a_sampled_walk_draws_from_the_q_that_is_given():
     """q of a slot depends on the token before, is 0 but for candidates, and is what tokens are drawn from."""
     case = small_dflash2(lengths=(12,))
     settings = DecodeSettings(num_steps=3, temperature=0.7, top_k=4)
-    drafter, generator, rounds = SelectorDrafter(case.draft, case.head, 20), torch.Generator().manual_seed(0), 2000
+    drafter, generator, rounds = One(SelectorDrafter(case.draft, case.head, 1, 20)), torch.Generator().manual_seed(0), 2000
     counts = torch.zeros(case.config.vocab_size, dtype=torch.float64)
     with torch.no_grad():
         drafter.propose(case.batch.input_ids[1:12], case.features.g[:11], 3, settings, generator)
         states = block_states_ref(case.draft, case.batch, case.features, torch.tensor([11]))[0, 1:4]
         seen = set()
         for _ in range(rounds):
-            proposal = drafter.propose(case.batch.input_ids[11:12], case.features.g[:0], 3, settings, generator)
+            proposal = drafter.again(case.batch.input_ids[11:12], case.features.g[10:11], 3, settings, generator)
             counts[proposal.tokens[0]] += 1
             path = tuple(proposal.tokens.tolist())
             if path in seen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import One
 from small_dspark import SmallSpark, dspark_shape
 
 from fastdraft.model.dflash.propose import refuse_settings
@@ -20,7 +21,7 @@ def states_at(case, anchor):
 def test_a_greedy_chain_follows_its_own_tokens():
     case = SmallSpark(lengths=(23,))
     ids, g = case.batch.input_ids, case.features.g
-    drafter, settings, done, differs = MarkovDrafter(case.draft, case.head, 30), DecodeSettings(num_steps=5), 0, 0
+    drafter, settings, done, differs = One(MarkovDrafter(case.draft, case.head, 1, 30)), DecodeSettings(num_steps=5), 0, 0
     with torch.no_grad():
         for root in (3, 4, 9, 22):
             proposal = drafter.propose(ids[done + 1 : root + 1], g[done:root], 5, settings, None)
@@ -39,7 +40,7 @@ def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
     case = SmallSpark(dspark_shape(block_size=2), lengths=(12,))
     settings, rounds = DecodeSettings(num_steps=2, temperature=0.7, top_k=4), 3000
     ids, g, generator = case.batch.input_ids, case.features.g, torch.Generator().manual_seed(0)
-    drafter = MarkovDrafter(case.draft, case.head, 20)
+    drafter = One(MarkovDrafter(case.draft, case.head, 1, 20))
     states, vocab = states_at(case, 11), case.config.vocab_size
     pairs = torch.zeros(vocab, vocab, dtype=torch.float64)
     with torch.no_grad():
@@ -47,7 +48,7 @@ def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
         of = lambda slot, previous: probabilities(case.draft.logits(states[slot], previous, case.head), settings)  # noqa: E731
         first, second = of(0, ids[11]), torch.stack([of(1, torch.tensor(token)) for token in range(vocab)])
         for _ in range(rounds):
-            proposal = drafter.propose(ids[11:12], g[:0], 2, settings, generator)
+            proposal = drafter.again(ids[11:12], g[10:11], 2, settings, generator)
             a, b = proposal.tokens.tolist()
             torch.testing.assert_close(proposal.q, torch.stack([first, second[a]]), rtol=1e-9, atol=1e-12)
             pairs[a, b] += 1

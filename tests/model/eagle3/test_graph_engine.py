@@ -69,6 +69,37 @@ def test_what_the_pack_before_left_behind_does_not_matter(small_shapes):
     assert all(torch.equal(grads[0][k], grads[1][k]) for k in grads[0])
 
 
+def test_packs_that_are_full_or_nearly_have_one_shape(small_shapes):
+    draft, engine = make_draft(), None
+    for lengths in ((30, 18), (30, 17), (47,)):  # 48 tokens is three times ROOM
+        batch, features, head = make_inputs(lengths)
+        engine = engine or GraphEngine(draft, head, decay(4))
+        mask = torch.zeros_like(batch.loss_mask)
+        mask[2:20] = True
+        engine.run_padded(replace(batch, loss_mask=mask), features, None)
+    (pack,) = engine.packs.values()
+    assert pack.n == 48 + graph.BEHIND and pack.runs == 3
+
+
+def test_chains_are_padded_to_few_numbers_and_never_by_much():
+    padded = [graph.padded_chains(m) for m in range(1, 16385)]
+    assert all(m <= p < m + max(512, m / 4) for m, p in enumerate(padded, 1))
+    assert padded == sorted(padded) and sorted(set(padded)) == [
+        *(512, 1024, 1536, 2048, 2560, 3072, 3584, 4096),
+        *(5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384),
+    ]
+
+
+def test_padded_chains_fit_where_the_buffers_do(small_shapes):
+    draft, (batch, features, head) = make_draft(), make_inputs((72,))
+    batch = replace(batch, loss_mask=torch.ones_like(batch.loss_mask))
+    engine = GraphEngine(draft, head, decay(4), chunk_rows=72)  # 71 chains, which would be padded to 80
+    assert graph.padded_chains(71) == 80
+    assert_same(engine.run_padded(batch, features, None), ttt_ref_step(draft, batch, features, head, decay(4))[0])
+    (pack,) = engine.packs.values()
+    assert pack.chunk.sizes == (72,) * 4
+
+
 def test_rows_stay_when_the_next_pack_runs(small_shapes):
     draft, (batch, features, head) = make_draft(), make_inputs((30, 31))
     engine = GraphEngine(draft, head, decay(4))
