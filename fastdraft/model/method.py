@@ -148,6 +148,7 @@ class Method(NamedTuple):
     # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
     # that is asked for; * stands for anything. Muon leaves them to AdamW.
     tables: tuple[str, ...] = ()
+    mask_token: Callable[[Any], int | None] = lambda shape: None  # of a shape: a token that no document may have
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

@@ -183,6 +183,7 @@ METHOD = Method(
     cost_options=cost_options,
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
+    mask_token=lambda shape: shape.mask_token_id,
     has_vocabulary_map=False,
     check_cut=refuse_parts,
 )
