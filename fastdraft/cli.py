@@ -64,7 +64,7 @@ def train(
     world: Annotated[int | None, typer.Option(min=1, help="With --plan: plan for so many GPUs.")] = None,
     gpu_gib: Annotated[float, typer.Option(min=1, help="With --world: memory of a GPU.")] = 80.0,
     gpus_per_host: Annotated[int, typer.Option(min=1, help="With --world: GPUs that fast links join.")] = 8,
-    tflops: Annotated[float, typer.Option(min=1, help="With --world: what its products reach, not its rating.")] = 500.0,
+    tflops: Annotated[float, typer.Option(min=1, help="With --world: what its products reach, not its rating.")] = 540.0,
     link: Annotated[float, typer.Option(min=0.1, help="With --world: GB/s of one GPU's link within its host.")] = 360.0,
     host_link: Annotated[float, typer.Option(min=0.1, help="With --world: GB/s for each GPU between hosts.")] = 45.0,
 ) -> None:

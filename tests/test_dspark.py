@@ -8,21 +8,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from small_runs import by_two_ranks, losses
+from small_blocks import OVERRIDES, block_run, decode_all_ways, train_stop_and_resume
+from small_runs import losses
 from tiny import refusal, write_chats
 
-from fastdraft.config import Config, parse_config
-
-BLOCKS = {"block_size": 4, "num_hidden_layers": 2, "markov_rank": 8}
+BLOCKS = OVERRIDES["dspark"]
 
 
 @pytest.fixture
 def run_yaml(tree, tmp_path):
-    """The tree as a DSpark run: blocks of 4 by two layers."""
-    del tree["ttt_length"]
-    tree["draft"] = {"method": "dspark", "overrides": BLOCKS}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "run.yaml"
+    return block_run(tree, tmp_path, "dspark")
 
 
 def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path):
@@ -32,26 +27,10 @@ def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path)
     assert yaml.safe_load(init)["markov_rank"] == 256 and yaml.safe_load(init)["block_size"] == 7
     assert "draft's attention" in runs("train", run_yaml, "--plan")
 
-    said = runs("train", run_yaml, "max_steps=30", "checkpoint.every=15", "checkpoint.keep=9")
+    said, trained = train_stop_and_resume(runs, run_yaml, run)
     assert "blocks of 4 rows draft 4 tokens (shifted labels) from the target's layers [1, 5]" in said
     assert "not exported" not in said
-    records = losses(run)
-    trained = [record for record in records if "loss" in record]
-    assert trained[-1]["loss"] < trained[0]["loss"] - 0.1 and "a3" in trained[0] and "a4" not in trained[0]
-
-    # A run that is stopped at half its steps goes on as if it had not been.
-    for path in (run / "checkpoints").glob("step-*30"):
-        path.rename(path.with_name("aside"))
-    assert "going on from" in runs("train", run_yaml, "max_steps=30", "checkpoint.every=15", "checkpoint.keep=9")
-    assert losses(run) == records
-
-    for decoding in ((), ("--temperature", 1), ("--temperature", 1, "--verify", "block")):
-        more = ("--max-prompts", 2, "--max-new-tokens", 12, "--num-steps", 4, *decoding)
-        report = json.loads(runs("evaluate", run, "--prompts", prompts, *more))
-    assert report["decode"]["settings"]["verify"] == "block"
-    assert len(report["held_out"]["overall"]["acceptance"]) == 4 and report["decode"]["num_tokens"] == 24
-    greedy = json.loads(runs("evaluate", run, "--prompts", prompts, "--max-prompts", 2, "--max-new-tokens", 12))
-    assert greedy["decode"]["num_equal"] == 2
+    decode_all_ways(runs, run, prompts)
 
     out = tmp_path / "out"
     runs("export", run, out)
@@ -83,40 +62,10 @@ def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path)
     assert losses(tmp_path / "warm")[0]["loss"] < trained[0]["loss"] - 0.1
 
 
-def _train(tree):
-    from fastdraft.train import train
-
-    train(parse_config(tree, Config))
-
-
-def test_two_ranks_train_what_one_does(tree, run_yaml, tmp_path):
-    tree |= {"max_steps": 4, "block": {"anchors": 3}, "metrics": {"log_every": 1, "tensorboard": False}}
-    _train(tree | {"run_dir": str(tmp_path / "one")})
-    assert by_two_ranks(_train, tree | {"run_dir": str(tmp_path / "two")}) == [0, 0]
-    one, two = ([r["loss"] for r in losses(tmp_path / name) if "loss" in r] for name in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4)
-
-
 @pytest.mark.parametrize("change", ["precision=bf16", "block.l1_weight=0", "chunk_rows=3"])
 def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
     runs("train", run_yaml, change, "max_steps=3")
     assert losses(tmp_path / "run")[-1]["step"] == 3
-
-
-def test_the_engines_train_alike(run_yaml, runs, tmp_path):
-    for engine in ("fused", "reference"):
-        runs("train", run_yaml, f"step={engine}", f"run_dir={tmp_path / engine}", "optim.lr=1e-3")
-    one, other = ([r["loss"] for r in losses(tmp_path / name) if "loss" in r] for name in ("fused", "reference"))
-    assert one == pytest.approx(other, rel=1e-4)
-
-
-def test_a_store_feeds_it_as_the_target_does(run_yaml, runs, tmp_path):
-    store = tmp_path / "store"
-    runs("features", "capture", run_yaml, store)
-    runs("train", run_yaml)
-    runs("train", run_yaml, f"features.path={store}", f"run_dir={tmp_path / 'stored'}")
-    online, stored = (losses(tmp_path / name) for name in ("run", "stored"))
-    assert [r["loss"] for r in stored if "loss" in r] == pytest.approx([r["loss"] for r in online if "loss" in r], rel=1e-5)
 
 
 REFUSED = {

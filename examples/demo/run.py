@@ -50,6 +50,7 @@ from fastdraft.run.dtypes import compute_dtype, name_dtypes
 from fastdraft.run.finished import evaluate_held_out, export_run, open_run
 from fastdraft.run.inputs import load_data, open_target
 from fastdraft.target.hf import Target, load_tokenizer
+from fastdraft.target.source import InProcess
 from fastdraft.train import train
 
 HERE = Path(__file__).parent
@@ -131,7 +132,7 @@ def main() -> None:
     _, target, draft = open_run(run_dir)
     draft.to(target.dtype)
     data = load_data(config, target.vocab_size)
-    held_out = evaluate_held_out(config, target, draft, data.eval)
+    held_out = evaluate_held_out(config, InProcess(target), draft, data.eval)
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, data.train)
     untrained.to(target.device, target.dtype)

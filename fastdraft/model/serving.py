@@ -3,6 +3,7 @@ one dtype, the target's. Engines are silent about most of what is wrong with one
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastdraft.model.target_config import canonical_rope, named_dtype, target_rope
+from fastdraft.model.method import WEIGHTS
+from fastdraft.model.target_config import canonical_rope, named_dtype, read_json, target_rope
 
 
 def serving_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +64,47 @@ def other_target(
     ]
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. ValueError when it is damaged."""
+def load_weights(path: Path, own_name: Callable[[str], str]) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint directory under the module's names: of model.safetensors, of its shards, or of
+    pytorch_model.bin. ValueError when files are missing or damaged, or one name is there twice."""
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        for name, tensor in _read_file(file).items():
+            own = own_name(name)
+            if own in tensors:
+                raise ValueError(f"{own} is there twice (again in {file.name} as {name}); keep one.")
+            tensors[own] = tensor
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / f"{WEIGHTS}.index.json"
+    if (path / WEIGHTS).exists():
+        return [path / WEIGHTS]
+    if index.exists():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) and Path(name).name for name in named.values()):
+            raise ValueError(f"{index.name} has no weight_map of tensors' files; copy the whole checkpoint.")
+        files = sorted({path / Path(name).name for name in named.values()})
+        if lost := [file.name for file in files if not file.exists()]:
+            raise ValueError(f"{index.name} names {', '.join(lost)}, which the directory lacks; copy the whole checkpoint.")
+        return files
+    if shards := sorted(path.glob("*.safetensors")):  # engines read them without an index, too
+        return shards
+    if (path / "pytorch_model.bin").exists():
+        return [path / "pytorch_model.bin"]
+    raise ValueError(f"{path} has no {WEIGHTS}, {index.name} or pytorch_model.bin; give a checkpoint directory.")
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".bin":
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{file.name} is damaged or holds more than tensors; convert it to {WEIGHTS}.") from error
+        if not isinstance(loaded, dict) or not all(isinstance(x, str) and isinstance(t, Tensor) for x, t in loaded.items()):
+            raise ValueError(f"{file.name} is not a dict of tensors; convert it to {WEIGHTS}.")
+        return loaded
     try:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)

@@ -35,6 +35,7 @@ from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 from fastdraft.target.identity import target_fingerprint
 from fastdraft.target.served.ends import FILES, load_ends
+from fastdraft.target.source import InProcess, Source
 
 
 def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Module]:
@@ -129,7 +130,7 @@ def evaluate_run(
 ) -> Evaluation:
     """Simulated acceptance on the run's held-out data, and real speculative decoding of `prompts` (JSONL) if given.
 
-    `say` is told why prompts are decoded one at a time, where the target or the method cannot decode several together.
+    `say` is told why prompts are decoded one at a time, where the target cannot decode several together.
 
     Target and draft are computed in the run's dtypes. On a CPU where bf16 is slow their bf16 weights are computed with in
     fp32, and `say` is told. Where servers ran the target, they or the run's store give the held-out features, and
@@ -150,12 +151,10 @@ def evaluate_run(
         config, target, draft = open_run(run_dir, which)
         if own_steps:
             settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
-        draft.to(compute_dtype(config, target.device))
-        in_bf16 = torch.bfloat16 in (target_dtype(config, target.device), compute_dtype(config, target.device))
-        if in_bf16 and bf16_is_slow(target.device):
-            say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(target.device)}")
-            draft.float()
-            config = config.model_copy(update={"precision": "fp32"})
+        dtypes = target_dtype(config, target.device), compute_dtype(config, target.device)
+        draft.to(dtypes[1])
+        if torch.bfloat16 in dtypes:
+            config = _in_fp32_where_bf16_is_slow(config, draft, target.device, say)
         ids = None
         if prompts is not None:  # read before anything long: they may be bad
             tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
@@ -165,7 +164,7 @@ def evaluate_run(
         eval_set = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config)).eval
         held_out = decoded = None
         if len(eval_set):
-            held_out = evaluate_held_out(config, target, draft, eval_set)
+            held_out = evaluate_held_out(config, InProcess(target), draft, eval_set)
         elif prompts is None:
             raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
         if ids is not None:
@@ -178,26 +177,34 @@ def evaluate_run(
         return Evaluation(f"{run_dir} ({which})", held_out, decoded)
 
 
-def evaluate_held_out(config: Config, target: Target, draft: nn.Module, eval_set: Dataset) -> TauReport:
+def _in_fp32_where_bf16_is_slow(
+    config: Config, draft: nn.Module, device: torch.device, say: Callable[[str], None]
+) -> Config:
+    """Where bf16 is slow on this CPU, a draft of bf16 weights computes with them in fp32, which is said."""
+    if not bf16_is_slow(device):
+        return config
+    say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(device)}")
+    draft.float()
+    return config.model_copy(update={"precision": "fp32"})
+
+
+def evaluate_held_out(config: Config, source: Source, draft: nn.Module, eval_set: Dataset) -> TauReport:
     """Simulated acceptance on the run's held-out data, by a draft in the run's compute dtype. Processes share the packs."""
     rank, world = mesh.rank(), mesh.world()
-    batches = eval_batches(eval_set, config.data.pack_tokens, rank, world)
-    step = make_step(config, draft, target)
+    mine = len(range(rank, config.eval.max_packs, world))
+    batches = list(itertools.islice(eval_batches(eval_set, config.data.pack_tokens, rank, world), mine))
+    step = make_step(config, draft, source.ends)
+    source.expect(batches)
 
     def step_rows(batch: Batch) -> Rows:
         mesh.begin("evaluating a pack", config.dist.stuck_s)
-        return step.rows(batch, target.capture(batch.to(target.device)))
+        return step.rows(*source.capture(batch))
 
     def reduce(sums: Tensor) -> Tensor:
-        target.meet()
+        source.meet()
         return mesh.axis("replicas").sum_(sums)
 
-    return evaluate_tau(
-        step_rows,
-        itertools.islice(batches, len(range(rank, config.eval.max_packs, world))),
-        method_of(draft).num_steps(config, draft.config),
-        reduce=reduce,
-    )
+    return evaluate_tau(step_rows, batches, method_of(draft).num_steps(config, draft.config), reduce=reduce)
 
 
 def evaluate_served(
@@ -210,9 +217,9 @@ def evaluate_served(
     if urls:
         target = config.target.model_copy(update={"url": list(urls)})
         config = config.model_copy(update={"target": target, "features": FeaturesConfig()})
-    if compute_dtype(config, device) == torch.bfloat16 and bf16_is_slow(device):
-        say(f"the run's bf16 weights are computed with in fp32 on this machine, {speed(device)}")
-        config = config.model_copy(update={"precision": "fp32"})
+    draft.to(device, compute_dtype(config, device))
+    if compute_dtype(config, device) == torch.bfloat16:
+        config = _in_fp32_where_bf16_is_slow(config, draft, device, say)
     eval_set = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config)).eval
     if not len(eval_set):
         raise ValueError(f"{saved.path} is of a run without held-out data; give the run an eval_fraction above 0")
@@ -222,12 +229,7 @@ def evaluate_served(
             say(line)
         refuse_other_target(saved, source.ends.fingerprint, config)
         draft.take_from_target(source.ends.embedding)
-        step = make_step(config, draft.to(device, compute_dtype(config, device)), source.ends)
-        batches = list(itertools.islice(eval_batches(eval_set, config.data.pack_tokens), config.eval.max_packs))
-        source.expect(batches)
-        return evaluate_tau(
-            lambda batch: step.rows(*source.capture(batch)), batches, method_of(draft).num_steps(config, draft.config)
-        )
+        return evaluate_held_out(config, source, draft, eval_set)
     finally:
         source.close()
 

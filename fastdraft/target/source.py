@@ -5,26 +5,26 @@ Training speaks to one `Source` and does not know which it is.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from fastdraft.batch import Batch, Ends, Features
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import target_fingerprint
 
 
-class Source(Protocol):
-    """Gives the features of batches, in any order, though those that were announced come fastest."""
+class Source:
+    """Gives the features of batches, in any order, though those that were announced come fastest. What a source does not
+    define of this has nothing to do in it."""
 
     ends: Ends
     notes: list[str]  # what to tell the user before the first step
-    gives_share: bool  # whether `capture` gives what this process owns (`Target.capture_share`), not the whole pack's
-    waited: float  # seconds that `capture` kept its caller for what had been announced; the caller sets it back
+    gives_share = False  # whether `capture` gives what this process owns (`Target.capture_share`), not the whole pack's
+    waited = 0.0  # seconds that `capture` kept its caller for what had been announced; the caller sets it back
 
     def expect(self, batches: list[Batch]) -> None:
         """Announces batches that `capture` will be called with, in this order."""
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         """The batch and its features on the device. A document whose features cannot be had loses its loss mask."""
+        raise NotImplementedError
 
     def meet(self) -> None:
         """Waits, once it has nothing to capture, for the processes that hold the target together with this one: every one
@@ -32,6 +32,7 @@ class Source(Protocol):
 
     def counts(self) -> dict[str, int]:
         """What was left out or done again so far, by the name of its metric; empty where nothing was."""
+        return {}
 
     def flush(self) -> None:
         """Puts on the disk what is to outlast this process. ValueError when the disk is full."""
@@ -40,7 +41,7 @@ class Source(Protocol):
         """Ends threads and gives locks back."""
 
 
-class InProcess:
+class InProcess(Source):
     """A target that runs here, whenever it is asked."""
 
     def __init__(
@@ -52,10 +53,6 @@ class InProcess:
         self.gives_share = target.sequence.size > 1
         self.ends = ends_of(target)
         self.notes = runs_apart(target)
-        self.waited = 0.0
-
-    def expect(self, batches: list[Batch]) -> None:
-        pass
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         if self.gives_share:
@@ -64,15 +61,6 @@ class InProcess:
 
     def meet(self) -> None:
         self.target.meet()
-
-    def counts(self) -> dict[str, int]:
-        return {}
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def ends_of(target: Target, fingerprint: str | None = None) -> Ends:

@@ -32,6 +32,7 @@ from fastdraft.features.store import (
     needed,
     row_kinds,
 )
+from fastdraft.target.source import Source
 
 OnBadShard = Literal["error", "skip"]
 AHEAD = 2  # packs read and not yet trained on
@@ -76,7 +77,7 @@ class Read:
     ready: torch.cuda.Event | None = None
 
 
-class StoreReader:
+class StoreReader(Source):
     """Reads packs from a store; damaged documents are an error that names them, or lose their loss mask and are counted."""
 
     def __init__(
@@ -89,8 +90,6 @@ class StoreReader:
         self.store, self.device, self.on_bad_shard = store, device, on_bad_shard
         self.dtype = dtype or DTYPES[store.meta.target_dtype]
         self.notes: list[str] = []
-        self.gives_share = False
-        self.waited = 0.0  # seconds that `take` kept its caller
         self.skipped = 0  # documents left out, each as often as it was to be trained on
         self.run_again = 0  # documents that a cache has and cannot read, likewise
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -159,16 +158,10 @@ class StoreReader:
                 x.record_stream(current)
         return read
 
-    def meet(self) -> None:
-        pass
-
     def counts(self) -> dict[str, int]:
         if not self.skipped + self.run_again:
             return {}
         return {"skipped_documents": self.skipped, "damaged_documents": self.run_again}
-
-    def flush(self) -> None:
-        pass
 
     def close(self) -> None:
         self._closing = True

@@ -19,7 +19,7 @@ import pytest
 import torch
 from small_runs import by_ranks
 
-from fastdraft.batch import Batch, Features, PackShare, own_features
+from fastdraft.batch import Batch, Features, PackShare, TargetHead, own_features
 from fastdraft.dist import mesh
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.dflash.blocks import deal_anchors, draw_anchors, teacher_rows
@@ -37,6 +37,7 @@ from small_dflash import Small, dflash_shape
 from small_dflash2 import small_dflash2
 from small_dspark import SmallSpark
 
+CPU = torch.device("cpu")
 SLIDING = dict(num_hidden_layers=3, layer_types=("sliding_attention", "full_attention", "full_attention"), sliding_window=6)
 ONE_SLIDING = dict(num_hidden_layers=1, layer_types=("sliding_attention",), sliding_window=6)
 # The documents of each pack: one longer than all others together, single tokens, one alone, one that nothing is trained on.
@@ -89,9 +90,9 @@ def law_of(kind: Kind):
     return rows, [engine.rows(*pack) for pack in packs_of(kind)], grads
 
 
-def close(got: torch.Tensor, law: torch.Tensor, what: object) -> None:
-    error = float((got.double() - law.double()).abs().max()) / max(float(law.double().abs().max()), 1e-3)
-    assert error <= 1e-10, f"{what}: {error:.1e}"
+def close(got: torch.Tensor, law: torch.Tensor, what: object, tolerance: float = 1e-10) -> None:
+    error = float((got.cpu().double() - law.double()).abs().max()) / max(float(law.double().abs().max()), 1e-3)
+    assert error <= tolerance, f"{what}: {error:.1e}"
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -110,21 +111,50 @@ def _shared(law) -> None:
             _one(kind, *law[name], (name, size))
 
 
-def _one(kind: Kind, rows_law, held_out_law, grads_law, what) -> None:
-    sequence, data = mesh.axis("sequence"), mesh.axis("data")
+def _one(kind: Kind, rows_law, held_out_law, grads_law, what, place=CPU, dtype=torch.float64) -> None:
+    sequence, data, tolerance = mesh.axis("sequence"), mesh.axis("data"), 1e-10 if dtype == torch.float64 else 1e-4
     case = kind.case()
+    case.draft.to(place, dtype)
+    case.head = TargetHead(case.head.weight.to(place, dtype))
     engine, grads = engine_of(kind, case, sequence), flat_gradients(case.draft.trainable())
     engine.begin(7)
     for k, (batch, features) in enumerate(packs_of(kind)):
         if k % data.size != data.rank:
             continue
         share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=case.config.num_drafted)
-        own = own_features(features, share)
+        own = own_features(Features(*(x.to(place, dtype) for x in (features.g, features.f))), share)
         for ours, theirs in ((engine.step(batch, own, grads), rows_law[k]), (engine.rows(batch, own), held_out_law[k])):
             for x, y in zip(astuple(ours), astuple(theirs), strict=True):
-                close(sequence.sum_(x.double()), y, (*what, k))
+                close(sequence.sum_(x.double()), y, (*what, k), tolerance)
     for name, grad in grads.items():
-        close(mesh.axis("replicas").sum_(grad), grads_law[name], (*what, name))
+        close(mesh.axis("replicas").sum_(grad), grads_law[name], (*what, name), tolerance)
+
+
+ON_GPUS = dict(hidden_size=32, head_dim=16)  # what the kernels cover
+LOSSES = {"ce": BlockLoss("ce", 3.0), "lk_lambda": BlockLoss("lk_lambda", 3.0, lk_scale=0.9, lk_decay=1.3)}
+
+
+def on_gpus(loss: str) -> Kind:
+    return Kind(lambda **k: Small(dflash_shape(**SLIDING | ON_GPUS), **k), LOSSES[loss])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_that_share_a_packs_tokens_are_one():
+    """In float32, by the kernels, over NCCL."""
+    law = {loss: law_of(on_gpus(loss)) for loss in LOSSES}
+    assert by_ranks(2, _shared_in_float32, law, "cuda", start="spawn", seconds=200) == [0] * 2
+
+
+def test_what_gpus_are_asked_runs_on_two_processes_of_a_cpu():
+    assert by_ranks(2, _shared_in_float32, {"ce": law_of(on_gpus("ce"))}, "cpu") == [0] * 2
+
+
+def _shared_in_float32(law, device: str) -> None:
+    place = mesh.start_process(device)
+    mesh.lay_out(sequence=2)
+    for loss, of_one in law.items():
+        _one(on_gpus(loss), *of_one, (loss, device), place, torch.float32)
 
 
 @pytest.mark.parametrize(("shape", "window"), [({}, None), (ONE_SLIDING, 6)], ids=["all keys", "a window"])

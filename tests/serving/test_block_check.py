@@ -6,50 +6,24 @@ import copy
 
 import pytest
 import torch
-from test_decode import prompts
+from small_checks import STEPS, Trained, output_of, train_briefly
 from tiny import tiny_llama
 
-from fastdraft.batch import Batch
-from fastdraft.decode import generate_plain
-from fastdraft.model.buffers import flat_gradients
-from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.loss import BlockLoss
 from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
-from fastdraft.serving.engines import Output, Round
+from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import Target
 
-STEPS = 5  # a block of six
-
 
 @pytest.fixture(scope="module")
-def trained():
-    """A target, a draft that gets about half of its text right, the prompts and the target's outputs."""
-    model = tiny_llama(0, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, initializer_range=0.15)
+def trained() -> Trained:
     changes = {"mask_token_id": 190, "block_size": STEPS + 1, "num_hidden_layers": 2, "layers": (2, 4)}
-    c = DFlashConfig.from_target(model.config.to_dict() | {"bos_token_id": 1}, **changes)
-    target, draft = Target(model, c.layers), DFlashDraft(c)
-    draft.init_weights(0.1, torch.Generator().manual_seed(0))
-    draft.take_from_target(target.embedding)
-    asked = prompts()
-    texts = [generate_plain(target, prompt, 40).tokens for prompt in asked]
-    ids = torch.cat([torch.tensor(prompt + text) for prompt, text in zip(asked, texts, strict=True)])
-    lengths = tuple(len(prompt) + len(text) for prompt, text in zip(asked, texts, strict=True))
-    mask = torch.cat([torch.arange(n) >= len(prompt) for n, prompt in zip(lengths, asked, strict=True)])
-    batch = Batch(ids.where(ids != 190, 189), mask, lengths)
-    features, loss = target.capture(batch), BlockLoss(gamma=4.0)
-    engine = BlockEngine(draft, target.head, loss, lambda batch, step: draw_anchors(batch, 64, 0, step))
-    optimizer = torch.optim.AdamW(draft.trainable().values(), lr=5e-3)
-    for _ in range(30):
-        grads = flat_gradients(draft.trainable())
-        rows = engine.step(batch, features, grads)
-        for name, p in draft.trainable().items():
-            p.grad = grads[name] / rows.live.sum()
-        optimizer.step()
-    return target, draft.requires_grad_(False), asked, texts
+    make = lambda target: DFlashDraft(DFlashConfig.from_target(target, **changes))  # noqa: E731
+    return train_briefly(make, lambda draft, head, draw: BlockEngine(draft, head, BlockLoss(gamma=4.0), draw), steps=30)
 
 
 def served(trained, reading) -> list[Output]:
@@ -62,13 +36,8 @@ def served(trained, reading) -> list[Output]:
         ids = torch.tensor(prompt + text)
         chain = torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)
         choice, _ = run_blocks(wrong, reading, target.head, ids, states.forward(ids[None])[0][0], chain)
-        rounds, after = [], 1
-        while after < len(text) - STEPS:
-            drafted = choice[len(prompt) + after - 2].tolist()
-            rounds.append(Round(after, drafted))
-            right = [a == b for a, b in zip(drafted, text[after:], strict=False)]
-            after += 1 + (right.index(False) if False in right else len(right))
-        outputs.append(Output(text, rounds))
+        drafted = choice[len(prompt) - 1 :].tolist()
+        outputs.append(output_of(text, lambda after, drafted=drafted: drafted[after - 1]))
     return outputs
 
 

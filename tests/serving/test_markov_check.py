@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from drafting import One
-from test_decode import prompts
-from tiny import tiny_llama
+from small_checks import STEPS, Trained, output_of, train_briefly
 
-from fastdraft.batch import Batch
-from fastdraft.decode import generate_plain
-from fastdraft.model.buffers import flat_gradients
-from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.parity import run_blocks
 from fastdraft.model.dspark.config import DSparkConfig
@@ -21,38 +16,19 @@ from fastdraft.model.dspark.loss import DSparkLoss
 from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
 from fastdraft.model.dspark.propose import MarkovDrafter
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.serving.engines import Output, Round
+from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import Target
 
-STEPS = 5
-
 
 @pytest.fixture(scope="module")
-def trained():
-    """A target, a draft that gets about half of its text right, the prompts and the target's outputs."""
-    model = tiny_llama(0, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, initializer_range=0.15)
+def trained() -> Trained:
     changes = {"mask_token_id": 190, "block_size": STEPS, "num_hidden_layers": 2, "layers": (2, 4), "markov_rank": 16}
-    c = DSparkConfig.from_target(model.config.to_dict() | {"bos_token_id": 1}, **changes)
-    target, draft = Target(model, c.layers), DSparkDraft(c)
-    draft.init_weights(0.1, torch.Generator().manual_seed(0))
-    draft.take_from_target(target.embedding)
-    asked = prompts()
-    texts = [generate_plain(target, prompt, 40).tokens for prompt in asked]
-    ids = torch.cat([torch.tensor(prompt + text) for prompt, text in zip(asked, texts, strict=True)])
-    lengths = tuple(len(prompt) + len(text) for prompt, text in zip(asked, texts, strict=True))
-    mask = torch.cat([torch.arange(n) >= len(prompt) for n, prompt in zip(lengths, asked, strict=True)])
-    batch = Batch(ids.where(ids != 190, 189), mask, lengths)
-    features, loss = target.capture(batch), DSparkLoss(ce_weight=1.0)
-    engine = BlockEngine(draft, target.head, loss, lambda b, step: draw_anchors(b, 64, 0, step), head_type=DSparkHead)
-    optimizer = torch.optim.AdamW(draft.trainable().values(), lr=5e-3)
-    for _ in range(20):
-        grads = flat_gradients(draft.trainable())
-        rows = engine.step(batch, features, grads)
-        for name, p in draft.trainable().items():
-            p.grad = grads[name] / rows.live.sum()
-        optimizer.step()
-    return target, draft.requires_grad_(False), asked, texts
+    make = lambda target: DSparkDraft(DSparkConfig.from_target(target, **changes))  # noqa: E731
+    loss = DSparkLoss(ce_weight=1.0)
+    return train_briefly(
+        make, lambda draft, head, draw: BlockEngine(draft, head, loss, draw, head_type=DSparkHead), steps=20
+    )
 
 
 def served(trained, reading) -> list[Output]:
@@ -67,13 +43,8 @@ def served(trained, reading) -> list[Output]:
         chain = torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)
         for step in range(STEPS):
             chain[:, step] = run_blocks(wrong, reading, target.head, ids, g, chain)[0][:, step]
-        rounds, after = [], 1
-        while after < len(text) - STEPS:
-            drafted = chain[len(prompt) + after - 2].tolist()
-            rounds.append(Round(after, drafted))
-            right = [a == b for a, b in zip(drafted, text[after:], strict=False)]
-            after += 1 + (right.index(False) if False in right else len(right))
-        outputs.append(Output(text, rounds))
+        drafted = chain[len(prompt) - 1 :].tolist()
+        outputs.append(output_of(text, lambda after, drafted=drafted: drafted[after - 1]))
     return outputs
 
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from drafting import One
-from test_decode import prompts
-from tiny import tiny_llama
+from small_checks import STEPS, Trained, output_of, train_briefly
 
-from fastdraft.batch import Batch
-from fastdraft.decode import generate_plain
-from fastdraft.model.buffers import flat_gradients
-from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.parity import run_blocks
 from fastdraft.model.dflash2.config import DFlash2Config
@@ -22,40 +17,20 @@ from fastdraft.model.dflash2.mixer import ConvolutionMixer
 from fastdraft.model.dflash2.parity import OWN, read_selector_as, selector_readings
 from fastdraft.model.dflash2.propose import SelectorDrafter
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.serving.engines import Output, Round
+from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
-from fastdraft.target.hf import Target
-
-STEPS = 5  # a block of six
 
 
 @pytest.fixture(scope="module")
-def trained():
-    """A target, a draft that gets about half of its text right, the prompts and the target's outputs."""
-    model = tiny_llama(0, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, initializer_range=0.15)
+def trained() -> Trained:
     changes = {"mask_token_id": 190, "block_size": STEPS + 1, "num_hidden_layers": 2, "layers": (2, 4)}
     changes |= {"selector_rank": 16, "selector_top_k": 8}
-    c = DFlash2Config.from_target(model.config.to_dict() | {"bos_token_id": 1}, **changes)
-    target, draft = Target(model, c.layers), DFlash2Draft(c)
-    draft.init_weights(0.3, torch.Generator().manual_seed(0))
-    draft.take_from_target(target.embedding)
-    asked = prompts()
-    texts = [generate_plain(target, prompt, 40).tokens for prompt in asked]
-    ids = torch.cat([torch.tensor(prompt + text) for prompt, text in zip(asked, texts, strict=True)])
-    lengths = tuple(len(prompt) + len(text) for prompt, text in zip(asked, texts, strict=True))
-    mask = torch.cat([torch.arange(n) >= len(prompt) for n, prompt in zip(lengths, asked, strict=True)])
-    batch = Batch(ids.where(ids != 190, 189), mask, lengths)
-    features = target.capture(batch)
-    draw = lambda batch, step: draw_anchors(batch, 64, 0, step)  # noqa: E731
-    engine = BlockEngine(draft, target.head, SelectorLoss(gamma=4.0), draw, None, SelectorHead, ConvolutionMixer(draft))
-    optimizer = torch.optim.AdamW(draft.trainable().values(), lr=5e-3)
-    for _ in range(14):
-        grads = flat_gradients(draft.trainable())
-        rows = engine.step(batch, features, grads)
-        for name, p in draft.trainable().items():
-            p.grad = grads[name] / rows.live.sum()
-        optimizer.step()
-    return target, draft.requires_grad_(False), asked, texts
+
+    def engine_of(draft, head, draw):
+        return BlockEngine(draft, head, SelectorLoss(gamma=4.0), draw, None, SelectorHead, ConvolutionMixer(draft))
+
+    make = lambda target: DFlash2Draft(DFlash2Config.from_target(target, **changes))  # noqa: E731
+    return train_briefly(make, engine_of, steps=14, std=0.3)
 
 
 def served(trained, reading) -> list[Output]:
@@ -65,15 +40,14 @@ def served(trained, reading) -> list[Output]:
     outputs = []
     for prompt, text in zip(asked, texts, strict=True):
         ids = torch.tensor(prompt + text)
-        g, rounds, after = target.forward(ids[None])[0][0], [], 1
-        while after < len(text) - STEPS:
-            root = len(prompt) + after - 1
-            drafter = One(SelectorDrafter(wrong, target.head, 1, len(ids)))
+        g, known = target.forward(ids[None])[0][0], len(prompt) - 1
+
+        def walk(after: int, ids=ids, g=g, known=known) -> list[int]:
+            root, drafter = known + after, One(SelectorDrafter(wrong, target.head, 1, len(ids)))
             found = drafter.propose(ids[1 : root + 1], g[:root], STEPS, DecodeSettings(num_steps=STEPS), None)
-            rounds.append(Round(after, drafted := found.tokens.tolist()))
-            right = [a == b for a, b in zip(drafted, text[after:], strict=False)]
-            after += 1 + (right.index(False) if False in right else len(right))
-        outputs.append(Output(text, rounds))
+            return found.tokens.tolist()
+
+        outputs.append(output_of(text, walk))
     return outputs
 
 

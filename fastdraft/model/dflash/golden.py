@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fastdraft.batch import Batch, Features, Rows, TargetHead
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss
-from fastdraft.model.golden import relative_error
+from fastdraft.model.golden import named, read_case, relative_error
 from fastdraft.model.method import GoldenCases, StepKind
 
 # (draft, batch, features, head, anchors, loss) -> rows, gradients of the weighted sum of losses by parameter name
@@ -57,12 +55,7 @@ class BlockGolden:
 
 def read_block_golden(path: Path, method: str) -> tuple[dict[str, Any], dict[str, Tensor]]:  # config, tensors
     """A case's file. Raises ValueError naming it when it is not a golden case of that method."""
-    try:
-        with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["config"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable golden case: {error}") from error
+    config, tensors = read_case(path)
     if config.get("method") != method:
         raise ValueError(f"{path} is a golden case of {config.get('method')}, not of {method}")
     return config, tensors
@@ -93,7 +86,7 @@ def block_golden(
 ) -> BlockGolden:
     """What the file's tensors make of a case, whatever method it is of."""
     draft = draft.to(torch.float64)
-    draft.load_state_dict(_named(tensors, "weights."))
+    draft.load_state_dict(named(tensors, "weights."))
     draft.take_from_target(tensors["inputs.embed_tokens"].double())
     drafted = slice(draft.config.first_slot, None)
     return BlockGolden(
@@ -111,12 +104,8 @@ def block_golden(
         live=tensors["outputs.row_live"][:, drafted],
         hits=hits,
         normaliser=float(tensors["outputs.normaliser"]),
-        grads=_named(tensors, "grads."),
+        grads=named(tensors, "grads."),
     )
-
-
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def worst_block_errors(case: BlockGolden, run: RunBlocks) -> dict[str, float]:

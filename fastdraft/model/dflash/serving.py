@@ -20,14 +20,14 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from fastdraft.model.dflash.config import MASK_TOKEN, DFlashConfig, reserved_tokens
 from fastdraft.model.dflash.draft import DFlashDraft
-from fastdraft.model.method import CONFIG, WEIGHTS, Findings
+from fastdraft.model.method import CONFIG, Findings
 from fastdraft.model.serving import (
     dtype_notes,
     dtype_problems,
     exported,
+    load_weights,
     module_shapes,
     other_target,
-    read_tensors,
     rope_notes,
     serving_rope,
     weight_problems,
@@ -120,7 +120,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig, writ
         if problems := config_problems(config, facts, written):
             raise ValueError(" ".join(problems))
         c = _shape(config, facts, written)
-        tensors = _read(path)
+        tensors = load_weights(path, _own_name)
         if problems := _tensor_problems(tensors, c, written):
             raise ValueError(" ".join(problems))
     except ValueError as error:
@@ -146,7 +146,7 @@ def verify(path: Path | str, target_dir: Path | str, written: Format = DFLASH) -
     errors += token_errors
     warnings += _notes(config, facts)
     try:
-        tensors = _read(path)
+        tensors = load_weights(path, _own_name)
         c = _shape(config, facts, written)
     except ValueError as error:
         return Findings([*errors, f"Tensors were not compared with config.json: {str(error).rstrip('.')}."], warnings)
@@ -327,16 +327,9 @@ def _shape(config: dict[str, Any], facts: dict[str, Any], written: Format) -> DF
     )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's safetensors files; a leading `model.` is taken off, as engines do."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} has no {WEIGHTS}; give a checkpoint directory.")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        for name, tensor in read_tensors(file).items():
-            tensors[name.removeprefix("model.")] = tensor
-    return tensors
+def _own_name(name: str) -> str:
+    """A leading `model.` is taken off, as engines do."""
+    return name.removeprefix("model.")
 
 
 def _tensor_problems(tensors: dict[str, Tensor], c: DFlashConfig, written: Format) -> list[str]:

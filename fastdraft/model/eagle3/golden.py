@@ -8,20 +8,18 @@ teacher's logits are given, so the target's head is the identity and f is the lo
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.golden import relative_error
+from fastdraft.model.golden import named, read_case, relative_error
 
 # `ttt_ref_step`'s signature: (draft, batch, features, head, step_weights, kind) -> (rows, gradients by parameter name)
 RunStep = Callable[[Draft, Batch, Features, TargetHead, Tensor, LossKind], tuple[Rows, dict[str, Tensor]]]
@@ -62,12 +60,7 @@ class Golden:
 
 def load_golden(path: Path) -> Golden:
     """Reads one case. Raises ValueError naming the file when it is not a golden case."""
-    try:
-        with safe_open(path, "pt") as file:
-            c = json.loads(file.metadata()["config"])
-            t = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable golden case: {error}") from error
+    c, t = read_case(path)
     config = DraftConfig(
         **{name: c[name] for name in GIVEN},
         **{name: c[name] for name in OPTIONAL if name in c},
@@ -77,8 +70,7 @@ def load_golden(path: Path) -> Golden:
         max_position_embeddings=4096,
     )
     draft = Draft(config).to(torch.float64)
-    weights = {key.removeprefix("weights."): value for key, value in t.items() if key.startswith("weights.")}
-    draft.load_state_dict(weights | {"d2t": t["inputs.d2t"], "t2d": t["inputs.t2d"]})
+    draft.load_state_dict(named(t, "weights.") | {"d2t": t["inputs.d2t"], "t2d": t["inputs.t2d"]})
     batch, features = _as_documents(t)
     count = t["inputs.input_ids"].numel()
     decay = 0.8 ** torch.arange(c["ttt_length"], dtype=torch.float64)
@@ -96,7 +88,7 @@ def load_golden(path: Path) -> Golden:
         acceptance=t["outputs.acceptance_rate"],
         hits=t["outputs.correct"],
         masked_in=t["outputs.denom"],
-        grads={key.removeprefix("grads."): value for key, value in t.items() if key.startswith("grads.")},
+        grads=named(t, "grads."),
     )
 
 

@@ -10,7 +10,6 @@ shapes and completeness are checked here.
 
 from __future__ import annotations
 
-import pickle
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,13 @@ from fastdraft.model.eagle3.config import (
     serving_problems,
 )
 from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.method import CONFIG, WEIGHTS, Findings
+from fastdraft.model.method import CONFIG, Findings
 from fastdraft.model.serving import (
     dtype_notes,
     dtype_problems,
     exported,
+    load_weights,
     module_shapes,
-    read_tensors,
     rope_notes,
     weight_problems,
 )
@@ -139,7 +138,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> D
     config = read_json(path / CONFIG)
     try:
         c = _config_for(config, target)
-        tensors = _with_t2d({OLD_NAMES.get(name, name): t for name, t in _load_weights(path).items()}, c)
+        tensors = _with_t2d({OLD_NAMES.get(name, name): t for name, t in load_weights(path, _own_name).items()}, c)
         problems = _tensor_problems(tensors, c, lenient=True)
         if problems := problems or _map_problems(tensors.get("d2t"), tensors["t2d"], c):
             raise ValueError(" ".join(problems))
@@ -188,45 +187,9 @@ def _target_facts(target: dict[str, Any] | PretrainedConfig) -> dict[str, Any]:
     return {name: config[name] for name in names}
 
 
-def _load_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint directory under the module's names (`layers.0.` becomes `midlayer.`)."""
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(path):
-        for name, tensor in _read_file(file).items():
-            own = "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
-            if own in tensors:
-                raise ValueError(f"{own} is there twice (again in {file.name} as {name}); keep one.")
-            tensors[own] = tensor
-    return tensors
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / f"{WEIGHTS}.index.json"
-    if (path / WEIGHTS).exists():
-        return [path / WEIGHTS]
-    if index.exists():
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(name, str) and Path(name).name for name in named.values()):
-            raise ValueError(f"{index.name} has no weight_map of tensors' files; copy the whole checkpoint.")
-        files = sorted({path / Path(name).name for name in named.values()})
-        if lost := [file.name for file in files if not file.exists()]:
-            raise ValueError(f"{index.name} names {', '.join(lost)}, which the directory lacks; copy the whole checkpoint.")
-        return files
-    if (path / "pytorch_model.bin").exists():
-        return [path / "pytorch_model.bin"]
-    raise ValueError(f"{path} has no {WEIGHTS}, {index.name} or pytorch_model.bin; give a checkpoint directory.")
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".bin":
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{file.name} is damaged or holds more than tensors; convert it to {WEIGHTS}.") from error
-        if not isinstance(loaded, dict) or not all(isinstance(x, str) and isinstance(t, Tensor) for x, t in loaded.items()):
-            raise ValueError(f"{file.name} is not a dict of tensors; convert it to {WEIGHTS}.")
-        return loaded
-    return read_tensors(file)
+def _own_name(name: str) -> str:
+    """`layers.0.` is `midlayer.` here."""
+    return "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
 
 
 def _tensor_problems(tensors: dict[str, Tensor], c: DraftConfig, lenient: bool) -> list[str]:
@@ -276,7 +239,7 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
         return Findings(malformed, ["Nothing else was checked, config.json must be well-formed first."])
     errors, warnings = _field_problems(config, facts), _notes(config, target)
     try:
-        tensors = _load_weights(path)
+        tensors = load_weights(path, _own_name)
     except ValueError as error:
         return Findings([*errors, str(error)], warnings)
     try:

@@ -33,6 +33,7 @@ from fastdraft.batch import Batch, Features
 from fastdraft.target.served.connector.fastdraft_handover import read_server, remove_dead
 from fastdraft.target.served.ends import FileEnds
 from fastdraft.target.served.links import Connection, Link, NotYet, SharedMemory
+from fastdraft.target.source import Source
 
 TESTED = ("0.26", "0.32")  # vLLM's versions whose connector interface and cache layout this was run with, and their patches
 AHEAD = 2  # packs under way or waiting to be trained on
@@ -187,7 +188,7 @@ def _named(dtype: str, url: str) -> str:
     return NAMES[dtype]
 
 
-class ServedSource:
+class ServedSource(Source):
     """A target that servers run. ValueError when one of them is not what the run needs, or gives other numbers."""
 
     def __init__(
@@ -202,8 +203,6 @@ class ServedSource:
         self.ends, self.norm = file_ends.ends, file_ends.norm
         self.device, self.dtype = self.ends.device, self.ends.dtype
         self.notes: list[str] = []
-        self.gives_share = False
-        self.waited = 0.0
         self.repeated = 0  # requests that were sent again
         self.servers: list[FeatureServer] = []
         self._boundaries = sorted({layer + 1 for layer in wanted.layers} | {wanted.num_layers})  # of staged rows
@@ -228,9 +227,6 @@ class ServedSource:
         for batch in batches:
             self._coming[id(batch)] = asyncio.run_coroutine_threadsafe(self._read_when_room(batch), self._loop)
 
-    def meet(self) -> None:
-        pass
-
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
         start = time.perf_counter()
         coming = self._coming.pop(id(batch), None)
@@ -250,9 +246,6 @@ class ServedSource:
 
     def counts(self) -> dict[str, int]:
         return {"requests_repeated": self.repeated} if self.repeated else {}
-
-    def flush(self) -> None:
-        pass
 
     def close(self) -> None:
         """Gives up what is under way, and leaves no file of this process in any folder."""
