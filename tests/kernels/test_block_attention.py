@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from attention_rule import UNCOVERED, assert_close
 
 from fastdraft.kernels import block_attention as op
 from fastdraft.kernels.block_attention import (
@@ -76,20 +77,6 @@ def kernels(x, dout, rows):
     return [out, lse, dq, *context, *own]
 
 
-def assert_close(ours, plain, truth, dtype, names=NAMES):
-    """STYLE: max|ours - truth| <= 2 * max|plain - truth| + one ulp of the dtype at max|truth|. In fp32 twice that:
-    P comes back from the rounded lse, where the plain softmax keeps it."""
-    slack = 2 if dtype == torch.float32 else 1
-    for name, a, b, c in zip(names, ours, plain, truth, strict=True):
-        if c.numel() == 0:
-            continue
-        a, b, c = (t.double().cpu().nan_to_num(nan=torch.inf, neginf=-1e30) for t in (a, b, c))
-        kind = torch.float32 if name == "lse" else dtype
-        bound = slack * 2 * (b - c).abs().max() + slack * torch.finfo(kind).eps * c[c > -1e29].abs().max()
-        worst = (a - c).abs().max()
-        assert worst <= bound, f"{name}: error {worst:.3e} above {bound:.3e}"
-
-
 @pytest.fixture(autouse=True)
 def poisoned(poison):
     """What a kernel forgets to write is NaN."""
@@ -101,7 +88,7 @@ def check_rows(rows, num_keys, num_own, dtype, **kwargs):
     x, dout, rows = [t.to(DEVICE) for t in x], dout.to(DEVICE), to(rows, DEVICE)
     plain = reference(x, dout, rows)
     ours = kernels(x, dout, rows)
-    assert_close(ours, plain, truth, dtype)
+    assert_close(ours, plain, truth, dtype, NAMES)
     return ours
 
 
@@ -425,7 +412,7 @@ def test_the_explicit_backward_in_the_training_dtypes(dtype):
     rows = block_rows(anchors, doc_start, 7, some(56, 0.7), 30, True)
     *x, dout = tensors(rows, num_keys, 56, dtype, heads=(6, 2), dim=32)
     truth = reference([t.double() for t in x], dout.double(), rows)
-    assert_close(explicit(x, dout, rows), reference(x, dout, rows), truth, dtype)
+    assert_close(explicit(x, dout, rows), reference(x, dout, rows), truth, dtype, NAMES)
 
 
 def test_padding_on_a_cpu():
@@ -545,16 +532,7 @@ def test_bad_input_of_the_contexts_backward_is_named(change, words):
         block_attention_bwd_kv(**(x | change))
 
 
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        ((80, 4, torch.bfloat16, (9, 0)), "80"),
-        ((128, 4, torch.float16, (9, 0)), "float16"),
-        ((128, 64, torch.bfloat16, (9, 0)), "64"),
-        ((128, 4, torch.bfloat16, (7, 5)), "7.5"),
-        ((256, 4, torch.float32, (8, 9)), "shared memory"),
-    ],
-)
+@pytest.mark.parametrize("args, words", UNCOVERED)
 def test_uncovered_shapes_are_named(args, words):
     with pytest.raises(ValueError, match=words):
         op.block_attention_config(*args)

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from attention_rule import UNCOVERED, assert_close
 
 from fastdraft.kernels import ttt_attention as op
 from fastdraft.kernels.ttt_attention import ttt_attention, ttt_attention_ref
@@ -48,20 +49,6 @@ def reference(q, k0, v0, k_diag, v_diag, pos, doc_start):
 NAMES = ("out", "lse", "dq", "dk0", "dv0", "dk_diag", "dv_diag")
 
 
-def assert_close(ours, plain, truth, dtype, names=NAMES):
-    """STYLE: max|ours - truth| <= 2 * max|plain - truth| + one ulp of the dtype at max|truth|. In fp32 twice that:
-    P comes back from the rounded lse, where the plain softmax keeps it."""
-    slack = 2 if dtype == torch.float32 else 1
-    for name, a, b, c in zip(names, ours, plain, truth, strict=True):
-        if c.numel() == 0:
-            continue
-        a, b, c = (t.double().cpu().nan_to_num(nan=torch.inf, neginf=-1e30) for t in (a, b, c))
-        kind = torch.float32 if name == "lse" else dtype
-        bound = slack * 2 * (b - c).abs().max() + slack * torch.finfo(kind).eps * c[c > -1e29].abs().max()
-        worst = (a - c).abs().max()
-        assert worst <= bound, f"{name}: error {worst:.3e} above {bound:.3e}"
-
-
 @pytest.fixture(autouse=True)
 def poisoned(poison):
     """What a kernel forgets to write is NaN."""
@@ -73,7 +60,7 @@ def check(pos, doc_start, num_keys, num_diag, dtype, **kwargs):
     on = [t.to(DEVICE) for t in (*x, dout, pos, doc_start)]
     plain = gradients(reference, on[:5], on[5], *on[6:])
     ours = gradients(kernels, on[:5], on[5], *on[6:])
-    assert_close(ours, plain, truth, dtype)
+    assert_close(ours, plain, truth, dtype, NAMES)
     return ours
 
 
@@ -274,16 +261,7 @@ def test_bad_input_is_named(change, words):
         ttt_attention(**(x | change))
 
 
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        ((80, 4, torch.bfloat16, (9, 0)), "80"),
-        ((128, 4, torch.float16, (9, 0)), "float16"),
-        ((128, 64, torch.bfloat16, (9, 0)), "64"),
-        ((128, 4, torch.bfloat16, (7, 5)), "7.5"),
-        ((256, 4, torch.float32, (8, 9)), "shared memory"),
-    ],
-)
+@pytest.mark.parametrize("args, words", UNCOVERED)
 def test_uncovered_shapes_are_named(args, words):
     with pytest.raises(ValueError, match=words):
         op.ttt_attention_config(*args)

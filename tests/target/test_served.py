@@ -19,7 +19,6 @@ from tiny import refusal, save_target
 
 from fastdraft.batch import Batch
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.run.draft import draft_shape
 from fastdraft.run.dtypes import name_run_dtypes
 from fastdraft.run.finished import evaluate_run, export_run
 from fastdraft.run.inputs import open_source
@@ -39,27 +38,6 @@ def server(target_dir, folder):
     made = FeatureServer(target_dir, folder)
     yield made
     made.close()
-
-
-@pytest.fixture
-def served(make_config, server):
-    """A config whose target the server runs, with dotted changes."""
-    return lambda **changes: make_config(**{"target.url": server.url, "target.timeout_s": 5} | changes)
-
-
-@pytest.fixture
-def opened(served):
-    """A source of a config with dotted changes; closed after the test."""
-    sources = []
-
-    def make(**changes):
-        config = served(**changes)
-        sources.append(open_source(config, draft_shape(config).layers, CPU, []))
-        return sources[-1]
-
-    yield make
-    for source in sources:
-        source.close()
 
 
 def pack(*lengths: int, seed: int = 0) -> Batch:

@@ -17,7 +17,6 @@ from feature_server import FeatureServer
 from small_runs import losses
 from test_served import pack, same_features
 
-from fastdraft.run.draft import draft_shape
 from fastdraft.run.inputs import open_source
 from fastdraft.target.served.connector import fastdraft_wire as wire
 from fastdraft.target.served.server import serve_command
@@ -33,25 +32,6 @@ def server(target_dir, tmp_path):
     yield made
     made.close()
     made.listener.close()
-
-
-@pytest.fixture
-def served(make_config, server):
-    return lambda **changes: make_config(**{"target.url": server.url, "target.timeout_s": 5} | changes)
-
-
-@pytest.fixture
-def opened(served):
-    sources = []
-
-    def make(**changes):
-        config = served(**changes)
-        sources.append(open_source(config, draft_shape(config).layers, CPU, []))
-        return sources[-1]
-
-    yield make
-    for source in sources:
-        source.close()
 
 
 # --- a source -------------------------------------------------------------------------------------------------------------
