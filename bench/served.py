@@ -5,6 +5,8 @@ bench/results/served.jsonl say how fast it is. Server and trainer share one GPU.
 
   states   tokens/s of the server's prefill with plain prompts, and when their states are read into this process's memory
            (on the GPU, where there is one) and nothing is trained; in turns, each prompt sent once, so no prefix is cached
+  answers  tokens/s that it generates, without and with the states of the answers, and how far these are from the states of
+           the same documents as prompts; beside it how far two runs of these are from each other
   train    `fastdraft train` on the server's states: tokens/s, and the share of the time that the trainer waited for them
   process  the same command with the target in the process, and the bare forward that it makes
   plain    prefill of a vLLM started without our connector and without states in its cache
@@ -39,11 +41,12 @@ import httpx
 import torch
 import yaml
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from bench.timing import RESULTS, append
 from bench.work import CHATS, SHAPES
-from fastdraft.batch import Batch
+from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, parse_config
 from fastdraft.metrics import read_metrics
 from fastdraft.model.target_config import default_layers
@@ -51,12 +54,14 @@ from fastdraft.run.inputs import open_served, open_target
 from fastdraft.target.served import links
 from fastdraft.target.served.connector.fastdraft_handover import client_of, hand_over
 from fastdraft.target.served.connector.fastdraft_wire import STATES, Listener
+from fastdraft.target.served.source import ServedSource
 from fastdraft.target.source import InProcess, Source
 
 DOCUMENT_BYTES = 2048 * 4 * 4096 * 2  # of 2048 tokens of an 8B target, its four states in bf16
 START_S = 300  # a server's start
 IN_FLIGHT = 64  # plain prompts at a time, as many as the source has
-PARTS = ("states", "train", "process", "plain", "links")
+ANSWERS, PROMPT_TOKENS = 64, 128
+PARTS = ("states", "answers", "train", "process", "plain", "links")
 
 
 class Sizes(NamedTuple):
@@ -66,17 +71,18 @@ class Sizes(NamedTuple):
     max_length: int
     rounds: int
     steps: int  # of a training run
+    answer_tokens: int
     dtype: str
     device: str
     flags: list[str]  # vLLM's
 
 
 FULL = Sizes(
-    *("llama-3.1-8b", 12, 8192, 4096, 3, 60, "bf16", "cuda"),
+    *("llama-3.1-8b", 12, 8192, 4096, 3, 60, 128, "bf16", "cuda"),
     ["--max-num-batched-tokens", "8192", "--gpu-memory-utilization", "0.5", "--dtype", "bfloat16"],
 )
 TINY = Sizes(
-    *("tiny", 2, 256, 128, 2, 6, "fp32", "cpu"),
+    *("tiny", 2, 256, 128, 2, 6, 16, "fp32", "cpu"),
     ["--gpu-memory-utilization", "0.1", "--max-num-batched-tokens", "256", "--dtype", "float32"],
 )
 
@@ -205,6 +211,32 @@ def prefill_rate(url: str, model: str, batches: list[Batch]) -> float:
     return sum(batch.num_tokens for batch in batches) / asyncio.run(send_all())
 
 
+async def answer_all(
+    source: ServedSource, url: str, model: str, prompts: list[list[int]], tokens: int, states: bool
+) -> tuple[float, list[tuple[list[int], Tensor]]]:
+    """Tokens/s of so many generated for each prompt, all at once, and of each what ran with its states [T, B, Ht]."""
+    body = {"model": model, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "detokenize": False}
+    ran = []
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=len(prompts))) as client:
+
+        async def ask(ids: list[int]) -> None:
+            asked = await source.ask_answer(url) if states else None
+            more = {"prompt": ids} | (asked.fields if asked else {})
+            answer = (await client.post(f"{url}/v1/completions", json=body | more)).raise_for_status().json()
+            if asked:
+                rows = await source.take_answer(asked, answer)
+                ran.append(([*ids, *answer["choices"][0]["token_ids"]][:-1], rows))
+
+        start = time.perf_counter()
+        await asyncio.gather(*map(ask, prompts))
+        return len(prompts) * tokens / (time.perf_counter() - start), ran
+
+
+def distance(a: Features, b: Features) -> float:
+    """Of f from f, by row and as a share of its size, in the mean."""
+    return round(float(((a.f.float() - b.f.float()).norm(dim=-1) / b.f.float().norm(dim=-1)).mean()), 6)
+
+
 def capture_rate(source: Source, batches: list[Batch]) -> float:
     """Tokens/s of a source that is read and not trained on."""
     start = time.perf_counter()
@@ -254,6 +286,31 @@ class Bench(NamedTuple):
         row |= {"share": round(statistics.median(read) / statistics.median(plain), 3), "token_bytes": token_bytes}
         row |= {"bytes_per_s": round(statistics.median(read) * token_bytes), "all_prefill": list(map(round, plain))}
         self.write("states", row | {"all_states": list(map(round, read))})
+
+    def answers(self, url: str, version: str) -> None:
+        config = run_config(self.folder, self.sizes, self.target, "train", url)
+        source = open_served(config, default_layers(self.layers), torch.device(self.sizes.device))
+        draw, tokens, vocabulary = random.Random(7), self.sizes.answer_tokens, SHAPES[self.sizes.shape].vocab_size
+        length = min(PROMPT_TOKENS, self.sizes.max_length - tokens)
+        try:
+            rates: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(1 + self.sizes.rounds):
+                for states in (False, True):
+                    prompts = [[draw.randrange(1, vocabulary) for _ in range(length)] for _ in range(ANSWERS)]
+                    asking = answer_all(source, url, str(self.target), prompts, tokens, states)
+                    rate, ran = asyncio.run(asking)
+                    rates[states].append(rate)
+            ids = torch.tensor([token for document, _ in ran for token in document])
+            batch = Batch(ids, torch.ones(len(ids), dtype=torch.bool), tuple(len(document) for document, _ in ran))
+            answered = source.features(torch.cat([rows for _, rows in ran]))
+            prompted, again = (source.capture(batch)[1] for _ in range(2))
+        finally:
+            source.close()
+        plain, with_states = (_median(values[1:]) for values in rates.values())
+        row = {"vllm": version, "answers": ANSWERS, "prompt_tokens": length, "answer_tokens": tokens}
+        row |= {"tokens_per_s": plain, "states_tokens_per_s": with_states, "share": round(with_states / plain, 3)}
+        row |= {"off": distance(answered, prompted), "prompts_off": distance(again, prompted)}
+        self.write("answers", row)
 
     def train(self, name: str, url: str | None, version: str | None) -> None:
         run_config(self.folder, self.sizes, self.target, name, url)
@@ -315,7 +372,7 @@ async def _take_in_turns(asked: Connection, folder: str, token: str, rounds: int
     for i in range(rounds + 2):
         for way, link in ways.items():
             name = f"{link.client}-{i}"
-            link.expect(name, into)
+            link.expect(name, links.Place(into))
             start = time.perf_counter()
             asked.send(name)
             await link.take(name, 60)
@@ -364,7 +421,7 @@ def main() -> None:
         own = ["--engine-python", args.engine_python]
         own += ["--engine-pythonpath", args.engine_pythonpath] if args.engine_pythonpath else []
         own += ["--folder", args.shared] if args.shared else []
-        if {"states", "train"} & set(args.parts):
+        if {"states", "answers", "train"} & set(args.parts):
             command = [
                 sys.executable,
                 "-m",
@@ -380,6 +437,8 @@ def main() -> None:
                 version = httpx.get(f"{url}/version").json()["version"]
                 if "states" in args.parts:
                     bench.states(url, version)
+                if "answers" in args.parts and time.monotonic() < until:
+                    bench.answers(url, version)
                 if "train" in args.parts and time.monotonic() < until:
                     bench.train("train", url, version)
         if "links" in args.parts and time.monotonic() < until:

@@ -123,12 +123,13 @@ def prepare(
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
     from fastdraft.data.statistics import statistics
+    from fastdraft.model.methods import method_of
     from fastdraft.run.draft import draft_shape
     from fastdraft.run.inputs import load_data
 
     loaded = load_config(config, overrides or [])
     shape = draft_shape(loaded)
-    prepared = load_data(loaded, shape.vocab_size)
+    prepared = load_data(loaded, shape.vocab_size, method_of(shape).mask_token(shape))
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
     for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
@@ -197,6 +198,13 @@ def regenerate(
     allow_failures: Annotated[bool, typer.Option("--allow-failures", help="Write OUT without what failed.")] = False,
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Leave out lines that are no prompt.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left at OUT.")] = False,
+    store: Annotated[
+        Path | None,
+        typer.Option("--capture", metavar="STORE", help="With --config: also keep the features, from `serve-target`."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="RUN.yaml", help="With --capture: the run that will read OUT and STORE.")
+    ] = None,
 ) -> None:
     """Let the target answer prompts. Stopped or killed, the same command goes on."""
     from fastdraft.answers.job import Sampling
@@ -206,7 +214,23 @@ def regenerate(
     sampling = Sampling(temperature, top_p, top_k, max_new_tokens, seed, parse_extra_body(extra_body))
     if bool(url) == bool(target):
         raise ValueError("give either --url (repeatable) or --target: who is to answer?")
-    if url:
+    if (store is None) != (config is None):
+        raise ValueError("--capture STORE and --config RUN.yaml go together: the run says what of the answers is trained")
+    if store is not None:
+        if not url:
+            raise ValueError("--capture takes the states from servers of `serve-target`: give them with --url")
+        refuse_idle(context, ("batch_size", "dtype", "device", "trust_remote_code", "template_date"), "--target")
+        from fastdraft.config import load_config
+        from fastdraft.dist.mesh import end_process
+        from fastdraft.run.answers import capture_answers
+
+        server = {"model": model, "api_key": os.environ.get(api_key_env), "concurrency": concurrency}
+        server |= {"timeout_s": timeout, "retries": retries}
+        job = {"allow_failures": allow_failures, "skip_bad_lines": skip_bad_lines, "fresh": fresh}
+        loaded = load_config(config, [f"target.url={json.dumps(url)}"])
+        outcome = capture_answers(loaded, prompts, out, store, sampling, console, say, server, job)
+        end_process()
+    elif url:
         refuse_idle(context, ("batch_size", "dtype", "device", "trust_remote_code", "template_date"), "--target")
         by = Servers(url, model, sampling, os.environ.get(api_key_env), concurrency, timeout, retries)
     else:
@@ -221,7 +245,8 @@ def regenerate(
         for line in lines:
             say(line)
         by = open_local(target, place, dtype, batch_size, trust_remote_code, sampling, date)
-    outcome = regenerate(prompts, out, by, console, allow_failures, skip_bad_lines, fresh)
+    if store is None:
+        outcome = regenerate(prompts, out, by, console, allow_failures, skip_bad_lines, fresh)
     if outcome.stopped_by is not None:
         raise typer.Exit(128 + outcome.stopped_by)
     if not outcome.complete:

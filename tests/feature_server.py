@@ -14,7 +14,7 @@ import torch
 from fake_http import FakeHTTP, reply
 
 from fastdraft.model.target_config import default_layers
-from fastdraft.target.hf import load_target
+from fastdraft.target.hf import load_target, load_tokenizer
 from fastdraft.target.identity import expected_meta
 from fastdraft.target.served.connector.fastdraft_handover import (
     client_of,
@@ -28,7 +28,7 @@ from fastdraft.target.served.connector.fastdraft_wire import ERROR, STATES, List
 
 
 class FeatureServer(FakeHTTP):
-    """`act(server, handler, body)` is called before each request for states; True: it has answered itself."""
+    """`act(server, handler, body)` is called before each request for states or an answer; True: it has answered itself."""
 
     def __init__(
         self, target_dir: Path, folder: Path, layers: tuple[int, ...] | None = None, far: bool = False, **changes: Any
@@ -53,7 +53,9 @@ class FeatureServer(FakeHTTP):
         } | changes
         self.target = load_target(str(target_dir), torch.float32, "cpu", tuple(b - 1 for b in boundaries))
         self.model_lock = threading.Lock()
-        self.requests: list[dict] = []  # those for states
+        self.tokenizer = load_tokenizer(str(target_dir))
+        self.requests: list[dict] = []  # those for states of documents
+        self.chats: list[dict] = []  # those for answers
         self.act: Callable[[FeatureServer, Any, dict], bool | None] = lambda *_: False
         self.listener: Listener | None = None
         self.far = far  # it takes trainers for those of another host
@@ -82,6 +84,9 @@ class FeatureServer(FakeHTTP):
 
     def post(self, handler, body: dict) -> None:
         asked = body.get("kv_transfer_params") or {}
+        if handler.path == "/v1/chat/completions":
+            self.chat(handler, body, asked)
+            return
         if asked.get("describe"):
             reply(handler, 200, self.answer(body, self.about))
             return
@@ -90,6 +95,26 @@ class FeatureServer(FakeHTTP):
         if not self.act(self, handler, body):
             self.states(asked["states"], body["prompt"])
             reply(handler, 200, self.answer(body, {"instance": self.about["instance"]}))
+
+    def chat(self, handler, body: dict, asked: dict) -> None:
+        """The target's greedy answer and, if asked for, the states of all that was run for it."""
+        with self.lock:
+            self.chats.append(body)
+        if self.act(self, handler, body):
+            return
+        prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
+        ids, ends = list(prompt), self.target.eos_ids
+        while len(ids) < len(prompt) + body["max_tokens"] and (len(ids) == len(prompt) or ids[-1] not in ends):
+            ids.append(int(self.target.head.logits(self.run(ids)[1][-1:]).argmax()))
+        if asked.get("answer"):
+            self.states(asked["states"], ids[:-1])
+        said = {"role": "assistant", "content": self.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)}
+        reason = "stop" if ids[-1] in ends else "length"
+        choice = {"message": said, "finish_reason": reason, "token_ids": ids[len(prompt) :]}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids) - len(prompt)}
+        params = {"instance": self.about["instance"]} if "states" in asked else None
+        answer = {"choices": [choice], "usage": usage, "prompt_token_ids": list(prompt), "kv_transfer_params": params}
+        reply(handler, 200, json.dumps(answer))
 
     def answer(self, body: dict, params: dict | None) -> str:
         choice: dict[str, Any] = {"text": ""}

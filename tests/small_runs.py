@@ -6,10 +6,12 @@ import itertools
 import multiprocessing
 import os
 import socket
+from pathlib import Path
 
 import torch
 
 from fastdraft.data.loader import Ahead
+from fastdraft.features.store import Store
 from fastdraft.metrics import read_metrics
 
 CLOCKS = ("time", "tokens_per_s", "data_wait", "tokens_per_s_gpu", "wait_reduce", "wait_slowest", "mfu")
@@ -65,3 +67,17 @@ def _as_rank(rank: int, world: int, port: int, act, *args) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     act(*args)
     torch.distributed.destroy_process_group()
+
+
+def documents(store: Path) -> dict[bytes, list[torch.Tensor]]:
+    """What a feature store has of each document, by its key."""
+    found = Store(store)
+    return {key: [part.clone() for part in shard.parts(d)] for key, (shard, d) in found.place.items()}
+
+
+def same_documents(a: Path, b: Path) -> None:
+    ours, theirs = documents(a), documents(b)
+    assert ours.keys() == theirs.keys() and ours
+    for key, parts in ours.items():
+        for x, y in zip(parts, theirs[key], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

@@ -86,6 +86,19 @@ def save_target(path: Path, seed: int = 0, **changes) -> Path:
     return path
 
 
+def save_answering(path: Path, **changes) -> Path:
+    """A target that ends most answers soon, and whose tokenizer puts spaces between words, so that an answer's text is the
+    ids that it came from again."""
+    model = tiny_llama(**changes)
+    with torch.no_grad():
+        model.lm_head.weight[2] *= 3
+    model.save_pretrained(path)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def draft_shape(**changes) -> DraftConfig:
     """12 wide, 2 heads of 6, vocabulary 31 of which the draft has 14."""
     fields = dict(

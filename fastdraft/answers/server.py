@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from fastdraft.answers.capture import AnswerCapture, Ran, without_covered
 from fastdraft.answers.dialogue import Dialogue, answer_message, for_request
 from fastdraft.answers.job import Job, Sampling, Stopped
 from fastdraft.answers.servers import (
@@ -36,6 +37,8 @@ from fastdraft.answers.servers import (
 
 FINISHED = ("stop", "length", "tool_calls")  # others (abort, error, content_filter) are no whole answer
 SPARE_FILES = 64  # besides one for each connection
+CAPTURE_KEYS = {"kv_transfer_params", "return_token_ids"}  # of a request whose states are taken
+Answer = tuple[dict[str, Any], str, int, Ran | None]  # message, finish_reason, completion tokens, what ran for it
 OWN_KEYS = ("model", "messages", "tools", "stream", "n", "temperature", "top_p", "top_k", "max_tokens", "seed")
 
 
@@ -62,6 +65,7 @@ class Servers:
         timeout_s: float = 600.0,  # of one request
         retries: int = 6,
         backoff_s: float = 1.0,  # before the first retry; doubles
+        capture: AnswerCapture | None = None,  # takes the states of what is answered
     ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         for url in self.urls:
@@ -70,6 +74,9 @@ class Servers:
         self.sampling, self.concurrency = sampling, concurrency
         self._body = sampling.chosen() | {"max_tokens": sampling.max_new_tokens} | (sampling.extra_body or {})
         self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
+        self.capture = capture
+        if capture is not None and (held := CAPTURE_KEYS & (sampling.extra_body or {}).keys()):
+            raise ValueError(f"--extra-body must not hold {', '.join(sorted(held))}: --capture sets it")
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if files != resource.RLIM_INFINITY and concurrency * len(urls) + SPARE_FILES > files:
             raise ValueError(
@@ -124,11 +131,13 @@ class Servers:
     ) -> None:
         """One conversation after the other, all its turns at `home`, which has its beginning cached, while that answers."""
         for dialogue in todo:
+            ran: list[Ran] = []
             try:
                 while dialogue.wants_answer():
-                    message, finish_reason, tokens = await self._turn(client, servers, home, dialogue)
+                    message, finish_reason, tokens, turn = await self._turn(client, servers, home, dialogue)
                     dialogue.take(message, finish_reason, tokens)
                     job.turn(tokens)
+                    ran = ran if turn is None else without_covered(ran, turn)
             except RefusedRequest as error:
                 if error.status in (401, 403, 404):  # was right at the start, and will be wrong for every other request too
                     raise
@@ -136,16 +145,16 @@ class Servers:
             except Again as error:
                 job.failed(dialogue, f"{error} ({self.retries + 1} attempts)")
             else:
+                if ran:
+                    await self.capture.keep(dialogue.row(), ran)
                 job.answered(dialogue)
 
-    async def _turn(
-        self, client: httpx.AsyncClient, servers: list[Server], home: Server, dialogue: Dialogue
-    ) -> tuple[dict[str, Any], str, int]:  # message, finish_reason, completion tokens
+    async def _turn(self, client: httpx.AsyncClient, servers: list[Server], home: Server, dialogue: Dialogue) -> Answer:
         """One answer, from `home` or else from any. Again: not after the last retry. ValueError: no server answers."""
         body = self._request(dialogue)
         silent_since, server = None, None
 
-        async def ask(_attempt: int) -> tuple[dict[str, Any], str, int]:
+        async def ask(_attempt: int) -> Answer:
             nonlocal silent_since, server
             server = await _awake(servers, home, server)
             server.busy += 1
@@ -179,7 +188,21 @@ class Servers:
             body["seed"] = (self.sampling.seed + 1_000_003 * dialogue.index + len(dialogue.finish_reasons)) % 2**31
         return body
 
-    async def _ask(self, client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
+    async def _ask(self, client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Answer:
+        asked = None if self.capture is None else await self.capture.ask(url)
+        turn, answer = None, None
+        try:
+            message, finish_reason, tokens, answer = await self._answered(
+                client, url, body if asked is None else body | asked.fields
+            )
+        finally:
+            if asked is not None:
+                turn = await self.capture.take(asked, answer)
+        return message, finish_reason, tokens, turn
+
+    async def _answered(
+        self, client: httpx.AsyncClient, url: str, body: dict[str, Any]
+    ) -> tuple[dict[str, Any], str, int, dict[str, Any]]:  # message, finish_reason, completion tokens, all that was said
         try:
             async with asyncio.timeout(self.timeout_s):
                 response = await client.post(f"{url}/chat/completions", json=body)
@@ -189,7 +212,7 @@ class Servers:
             raise lost(error) from error
         check_status(response)
         try:
-            return _completion(response)
+            return *_completion(response), response.json()
         except ValueError as error:
             raise Again(f"{url}: {error}") from error
 

@@ -11,6 +11,7 @@ take shards that nobody holds. A lock dies with its process.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shutil
 import threading
@@ -163,6 +164,30 @@ def run_capture(
                 time.sleep(1)
     if not missing_bytes(plan, folder):  # complete: nobody writes any more
         shutil.rmtree(locks, ignore_errors=True)
+
+
+def fill_store(
+    source: Source,
+    plan: CapturePlan,  # of documents that the store lacks
+    folder: Path,
+    meta: Meta,  # of the started store, which takes whatever comes
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Adds a plan's documents to a store that others do not fill at the same time. Raises ValueError as `run_capture`."""
+    free_disk(folder, plan.num_bytes, "the feature store")
+    first = max(map(shard_number, list_shards(folder)), default=-1) + 1
+    progress = _Progress(range(first, first + len(plan.shards)), folder, say)
+    with ShardWriter(folder, meta) as writer:
+        for number, packs in enumerate(plan.shards, first):
+            batches = [pack.read() for pack in packs]
+            source.expect(batches)
+            for pack, batch in zip(packs, batches, strict=True):
+                writer.add(*source.capture(batch), pack.documents)
+            writer.finish(number, functools.partial(_say_written, progress, number, packs))
+
+
+def _say_written(progress: _Progress, number: int, packs: tuple[Pack, ...], _path: Path) -> None:
+    progress.wrote(number, packs)
 
 
 def _capture_shard(

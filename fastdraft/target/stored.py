@@ -38,16 +38,22 @@ OnBadShard = Literal["error", "skip"]
 AHEAD = 2  # packs read and not yet trained on
 
 
+def lacking(store: Store, dataset: Dataset) -> tuple[list[int], int]:
+    """The documents of a data set with a loss that a store does not have, and how many have a loss."""
+    missing, total, first = [], 0, 0
+    for ids, mask, lengths in scan(dataset):
+        batch = Batch(torch.from_numpy(ids.astype("int64")), torch.from_numpy(mask.copy()), tuple(lengths.tolist()))
+        alive = [d for d, rows in enumerate(needed(batch).f_rows) if rows]
+        keys = document_keys(batch)
+        missing += [first + d for d in alive if keys[d] not in store.place]
+        total, first = total + len(alive), first + len(lengths)
+    return missing, total
+
+
 def check_documents(store: Store, sets: list[Dataset], on_bad_shard: OnBadShard) -> list[str]:
     """What to tell the user; raises ValueError when documents are missing that a damaged shard does not excuse."""
-    total = missing = 0
-    for dataset in sets:
-        for ids, mask, lengths in scan(dataset):
-            batch = Batch(torch.from_numpy(ids.astype("int64")), torch.from_numpy(mask.copy()), tuple(lengths.tolist()))
-            alive = needed(batch).f_rows
-            keys = [key for key, rows in zip(document_keys(batch), alive, strict=True) if rows]
-            total += len(keys)
-            missing += sum(key not in store.place for key in keys)
+    counts = [(len(absent), total) for absent, total in (lacking(store, dataset) for dataset in sets)]
+    missing, total = (sum(column) for column in zip(*counts, strict=True))
     reasons = list(store.damaged.values())
     bad = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} shards more" if len(reasons) > 3 else "")
     if bad and on_bad_shard == "error":

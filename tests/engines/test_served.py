@@ -22,11 +22,12 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import yaml
 from cases import engine_place
 from safetensors.torch import load_file, save_file
-from small_runs import losses
+from small_runs import documents, losses, same_documents
 from test_target_families import build
-from tiny import make_tokenizer, save_target, write_chats
+from tiny import WORDS, make_tokenizer, save_answering, save_target, write_chats
 
 from fastdraft.batch import Batch
 from fastdraft.config import Config, parse_config
@@ -305,6 +306,32 @@ def test_a_quantised_target(tmp_path):
     for a, b in zip(losses(tmp_path / "served"), losses(tmp_path / "here"), strict=True):
         name = "loss" if "loss" in a else "eval/loss"
         assert a[name] == pytest.approx(b[name], rel=0.02)
+
+
+def test_answers_and_features_in_one_pass(tmp_path):
+    """Answers decoded side by side in a cache that is too small for them, so that some are preempted: the store is what a
+    capture of the same answers makes, and most of it came with the answers."""
+    target = save_answering(tmp_path / "target", **WIDE)
+    questions = [" ".join(WORDS[7 * i : 7 * i + 1 + i % 20]) for i in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": question}) + "\n" for question in questions))
+    tree = config_of(target, tmp_path, **{"data.paths": [str(tmp_path / "out.jsonl")]}).model_dump()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    flags = ["--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "13", "--block-size", "32"]
+    with served(target, tmp_path, flags) as server:
+        command = [sys.executable, "-m", "fastdraft.cli"]
+        more = ["--url", server.url, "--capture", "store", "--config", "run.yaml"]
+        more += ["--max-new-tokens", "120", "--extra-body", '{"min_tokens": 40}']
+        regenerate = [*command, "data", "regenerate", "prompts.jsonl", "--out", str(tmp_path / "out.jsonl"), *more]
+        done = subprocess.run(regenerate, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        came = int(re.search(r"store: (\d+) documents came with", done.stdout)[1])
+        assert came > 3 and "without their states" not in done.stdout, done.stdout
+        assert server.metric("vllm:num_preemptions_total") > 0
+        capture = [*command, "features", "capture", "run.yaml", "captured", "--url", server.url]
+        subprocess.run(capture, cwd=tmp_path, check=True)
+        assert os.listdir(tmp_path / "shared") == ["server.json"]
+    same_documents(tmp_path / "store", tmp_path / "captured")
+    assert len(documents(tmp_path / "store")) == len(questions)
 
 
 def test_states_over_tcp(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import httpx
@@ -28,17 +29,36 @@ class NotYet(Exception):
     """No states this time, and why."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Memory on the host for the states of one request: a tensor that they must fill, or, of an answer whose length nobody
+    knows before, whatever it takes up to a largest number of bytes."""
+
+    into: Tensor | None = None  # [n, S, Ht] contiguous
+    largest: int = 0
+
+    def room(self, url: str, size: int) -> Tensor:
+        """ValueError where so many bytes cannot be this request's."""
+        if self.into is None:
+            if size > self.largest:
+                raise ValueError(f"{url} handed over {size:,} bytes for an answer that can have {self.largest:,} at most")
+            return torch.empty(size, dtype=torch.uint8)
+        if size != self.into.nbytes:
+            raise ValueError(f"{url} handed over {size:,} bytes for {len(self.into)} tokens, not {self.into.nbytes:,}")
+        return self.into
+
+
 class Link(Protocol):
     client: str  # begins the names of this process's requests
 
     def is_open(self) -> bool:
         """Whether states may still come."""
 
-    def expect(self, name: str, into: Tensor) -> None:
-        """`into` [n, S, Ht], contiguous and on the host, is what the states of this request fill."""
+    def expect(self, name: str, place: Place) -> None:
+        """Where the states of this request go."""
 
-    async def take(self, name: str, timeout_s: float) -> None:
-        """Waits until they have. NotYet when they do not come, ValueError when they are of another size."""
+    async def take(self, name: str, timeout_s: float) -> Tensor:
+        """What they filled, once they have. NotYet when they do not come, ValueError when they are of another size."""
 
     def forget(self, name: str) -> None:
         """From here on nothing is written for this request."""
@@ -53,16 +73,16 @@ class SharedMemory:
     def __init__(self, url: str, folder: str):
         self.url, self.folder = url, folder
         self.client, self._lock = new_client(folder)
-        self._expected: dict[str, Tensor] = {}
+        self._expected: dict[str, Place] = {}
 
     def is_open(self) -> bool:
         return True
 
-    def expect(self, name: str, into: Tensor) -> None:
-        self._expected[name] = into
+    def expect(self, name: str, place: Place) -> None:
+        self._expected[name] = place
 
-    async def take(self, name: str, timeout_s: float) -> None:
-        path, into = f"{self.folder}/{name}", self._expected[name]
+    async def take(self, name: str, timeout_s: float) -> Tensor:
+        path = f"{self.folder}/{name}"
         deadline, wait = time.monotonic() + timeout_s, 0.0002
         while not os.path.exists(path):
             with suppress(FileNotFoundError), open(f"{path}.error") as file:
@@ -71,10 +91,10 @@ class SharedMemory:
                 raise NotYet(f"{self.url} answered, and its states did not come into {self.folder}")
             await asyncio.sleep(wait)
             wait = min(2 * wait, 0.01)
-        if (size := os.stat(path).st_size) != into.nbytes:
-            raise ValueError(_other_size(self.url, size, into))
+        into = self._expected[name].room(self.url, os.stat(path).st_size)
         # Copying runs beside the loop, which goes on answering.
         await asyncio.to_thread(_read_file, path, into)
+        return into
 
     def forget(self, name: str) -> None:
         self._expected.pop(name, None)
@@ -95,7 +115,7 @@ class Connection:
         host = httpx.URL(url).host
         self.client, self.url, self.place = secrets.token_hex(8), url, f"{host}:{port}"
         self._loop = asyncio.get_running_loop()
-        self._expected: dict[str, tuple[Tensor, asyncio.Future[None]]] = {}
+        self._expected: dict[str, tuple[Place, asyncio.Future[Tensor]]] = {}
         self._changed = threading.Condition()  # guards what is expected, and who is being filled
         self._filling: str | None = None
         self._broken = ""
@@ -116,15 +136,15 @@ class Connection:
     def is_open(self) -> bool:
         return not self._broken
 
-    def expect(self, name: str, into: Tensor) -> None:
+    def expect(self, name: str, place: Place) -> None:
         with self._changed:
-            self._expected[name] = into, self._loop.create_future()
+            self._expected[name] = place, self._loop.create_future()
         if self._broken:
             self._fail(self._broken)
 
-    async def take(self, name: str, timeout_s: float) -> None:
+    async def take(self, name: str, timeout_s: float) -> Tensor:
         try:
-            await asyncio.wait_for(asyncio.shield(self._expected[name][1]), timeout_s)
+            return await asyncio.wait_for(asyncio.shield(self._expected[name][1]), timeout_s)
         except TimeoutError:
             raise NotYet(f"{self.url} answered, and its states did not come from {self.place}") from None
 
@@ -158,26 +178,31 @@ class Connection:
 
     def _receive_frame(self, name: str, kind: bytes, size: int) -> None:
         with self._changed:
-            into, future = self._expected.get(name, (None, None))
-            self._filling = name if into is not None else None
+            place, future = self._expected.get(name, (None, None))
+            self._filling = name if place is not None else None
+        result: Tensor | Exception | None = None
         try:
             if kind == wire.ERROR and size <= wire.LONGEST_ERROR:
                 sentence = bytes(wire.receive(self._peer, bytearray(size))).decode(errors="replace")
-                error: Exception | None = NotYet(f"{self.url} could not hand states over: {sentence}")
+                result = NotYet(f"{self.url} could not hand states over: {sentence}")
             elif kind != wire.STATES:
                 raise ValueError(f"a frame of the kind {kind!r} and {size} bytes")
-            elif into is None or size != into.nbytes:
+            elif place is None:
                 self._drop(size)
-                error = ValueError(_other_size(self.url, size, into)) if into is not None else None
             else:
-                wire.receive(self._peer, _bytes(into))
-                error = None
+                try:
+                    result = place.room(self.url, size)
+                except ValueError as error:
+                    self._drop(size)
+                    result = error
+                else:
+                    wire.receive(self._peer, _bytes(result))
         finally:
             with self._changed:
                 self._filling = None
                 self._changed.notify_all()
         if future is not None:
-            self._loop_call(_settle, future, error)
+            self._loop_call(_settle, future, result)
 
     def _drop(self, size: int) -> None:
         scratch = memoryview(bytearray(min(size, 1 << 20)))
@@ -194,21 +219,17 @@ class Connection:
             self._loop.call_soon_threadsafe(call, *args)
 
 
-def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+def _settle(future: asyncio.Future[Tensor], result: Tensor | Exception) -> None:
     if future.done():
         return
-    if error is None:
-        future.set_result(None)
+    if isinstance(result, Exception):
+        future.set_exception(result)
     else:
-        future.set_exception(error)
+        future.set_result(result)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).flatten().numpy())
-
-
-def _other_size(url: str, size: int, into: Tensor) -> str:
-    return f"{url} handed over {size:,} bytes for {len(into)} tokens, not {into.nbytes:,}"
 
 
 def _read_file(path: str, into: Tensor) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features
 from fastdraft.target.served.connector.fastdraft_handover import read_server, remove_dead
 from fastdraft.target.served.ends import FileEnds
-from fastdraft.target.served.links import Connection, Link, NotYet, SharedMemory
+from fastdraft.target.served.links import Connection, Link, NotYet, Place, SharedMemory
 from fastdraft.target.source import Source
 
 TESTED = ("0.26", "0.32")  # vLLM's versions whose connector interface and cache layout this was run with, and their patches
@@ -90,6 +90,21 @@ class FeatureServer:
     resting_until: float = 0.0  # time.monotonic()
     comparing: asyncio.Lock = field(default_factory=asyncio.Lock)
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))
+
+
+@dataclass(frozen=True)
+class AskedAnswer:
+    """A request for an answer and its states, between the question and the answer."""
+
+    server: FeatureServer
+    about: About
+    link: Link
+    name: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the request needs for it, besides what it asks."""
+        return {"kv_transfer_params": {"states": self.name, "answer": True}, "return_token_ids": True}
 
 
 async def open_server(url: str, api_key: str | None, timeout_s: float) -> FeatureServer:
@@ -357,21 +372,13 @@ class ServedSource(Source):
 
     async def _ask(self, server: FeatureServer, ids: list[int], rows: Tensor, **more: Any) -> dict[str, Any]:
         """One request for a document's states, which are read into `rows`. The server's answer."""
-        async with server.comparing:
-            if server.about is None or not server.link.is_open():
-                about = await describe(server)
-                await self._accept(server, about)
-        about, link = server.about, server.link
-        self._number += 1
-        name, states = f"{link.client}-{self._number}", len(about.boundaries)
+        about, link, name = await self._name(server)
+        states = len(about.boundaries)
         whole = rows if states == rows.shape[1] else rows.new_empty(len(rows), states, rows.shape[2])
-        link.expect(name, whole)
+        link.expect(name, Place(whole))
         try:
             answer = await _complete(server, ids, {"kv_transfer_params": {"states": name}, **more})
-            if (answer.get("kv_transfer_params") or {}).get("instance") != about.instance:
-                if server.about is about:
-                    server.about = None
-                raise NotYet(f"{server.url} was restarted")
+            _refuse_restarted(server, about, answer)
             if (said := answer["usage"]["prompt_tokens"]) != len(ids):
                 raise ValueError(
                     f"{server.url} read {said} tokens of a document of {len(ids)}; it must take ids as they are"
@@ -384,6 +391,60 @@ class ServedSource(Source):
         if whole is not rows:
             rows.copy_(whole[:, [about.boundaries.index(b) for b in self._boundaries]])
         return answer
+
+    async def _name(self, server: FeatureServer) -> tuple[About, Link, str]:
+        """What a server is, compared since its last start, how its states come, and a name for one request's."""
+        async with server.comparing:
+            if server.about is None or not server.link.is_open():
+                about = await describe(server)
+                await self._accept(server, about)
+        self._number += 1
+        return server.about, server.link, f"{server.link.client}-{self._number}"
+
+    # --- an answer -----------------------------------------------------------------------------------------------------
+
+    async def ask_answer(self, url: str) -> AskedAnswer:
+        """Prepares a request to one of the servers, which somebody else sends. NotYet where it cannot be compared now."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._ask_answer(url), self._loop))
+
+    async def take_answer(self, asked: AskedAnswer, answer: dict[str, Any] | None) -> Tensor:  # [T, B, Ht] on the host
+        """The states of a prompt and of its answer but for the last token, at the boundaries of this run.
+
+        It is called once for each `ask_answer`, with what the server answered or None where it did not. NotYet: there are
+        none this time.
+        """
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._take_answer(asked, answer), self._loop))
+
+    async def _ask_answer(self, url: str) -> AskedAnswer:
+        base = url.rstrip("/").removesuffix("/v1")
+        server = next(server for server in self.servers if server.url == base)
+        about, link, name = await self._name(server)
+        row_bytes = len(about.boundaries) * self.wanted.hidden_size * self._state_dtype.itemsize
+        link.expect(name, Place(largest=about.max_model_len * row_bytes))
+        return AskedAnswer(server, about, link, name)
+
+    async def _take_answer(self, asked: AskedAnswer, answer: dict[str, Any] | None) -> Tensor:
+        try:
+            if answer is None:
+                raise NotYet(f"{asked.server.url} gave no answer")
+            _refuse_restarted(asked.server, asked.about, answer)
+            content = await asked.link.take(asked.name, self.timeout_s)
+        finally:
+            asked.link.forget(asked.name)
+        boundaries = asked.about.boundaries
+        try:
+            rows = content.view(self._state_dtype).view(-1, len(boundaries), self.wanted.hidden_size)
+        except RuntimeError:
+            raise ValueError(
+                f"{asked.server.url} handed over {len(content):,} bytes, which are no rows of states"
+            ) from None
+        return rows[:, [boundaries.index(b) for b in self._boundaries]]
+
+    def features(
+        self,
+        rows: Tensor,  # [T, B, Ht] of `take_answer`
+    ) -> Features:  # on the device
+        return self._features(rows.to(self.device))
 
     # --- a server ------------------------------------------------------------------------------------------------------
 
@@ -460,6 +521,14 @@ class ServedSource(Source):
 class _Read:
     rows: Tensor  # [N, B, Ht]
     ready: torch.cuda.Event | None
+
+
+def _refuse_restarted(server: FeatureServer, about: About, answer: dict[str, Any]) -> None:
+    """NotYet where a server that was not compared gave the answer, or none that `serve-target` started."""
+    if (answer.get("kv_transfer_params") or {}).get("instance") != about.instance:
+        if server.about is about:
+            server.about = None
+        raise NotYet(f"{server.url} was restarted")
 
 
 def _far(server: FeatureServer) -> str:

@@ -7,8 +7,13 @@ them from the cache; a thread then writes them into the server's folder (`fastdr
 that has connected from another host (`fastdraft_wire`). No block is held back and the engine waits for nothing but, on a
 GPU, a free piece of the ring that the rows leave through.
 
-A request names its file in `kv_transfer_params: {"states": NAME}`, and the answer says which server gave it; with
-`{"describe": true}` it says all that a trainer compares. A request with neither costs nothing.
+What a request generates has its states in the same blocks, all but the last token's, which is never run. A request that
+wants them too keeps its blocks when it ends, and the next step gathers them, which the engine makes for every request that
+has ended. Which tokens those are is in the answer.
+
+A request names its file in `kv_transfer_params: {"states": NAME}`, with `"answer": true` for the states of its answer too,
+and the answer says which server gave it; with `{"describe": true}` it says all that a trainer compares. A request with
+neither costs nothing.
 
 Imports torch, vllm and the modules beside it. vLLM finds it by `kv_connector_module_path`.
 
@@ -42,6 +47,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
+from vllm.v1.request import RequestStatus
 
 RING = 4  # pieces of device memory that rows pass through on their way to the host
 PIECE_BYTES = 2**26
@@ -57,6 +63,7 @@ class Extracted:
 @dataclass
 class Complete(KVConnectorMetadata):
     prompts: list[Extracted] = field(default_factory=list)  # whose last token is computed in this step
+    answers: dict[str, Extracted] = field(default_factory=dict)  # by request: it has ended, its blocks wait for us
 
 
 class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
@@ -75,6 +82,7 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         # Not on the command line, which other users of the host can read.
         self.token = os.environ["FASTDRAFT_STATES_TOKEN"] if self.states_port is not None else None
         self.running: dict[str, Extracted] = {}  # the scheduler's
+        self.ended: dict[str, Extracted] = {}  # the scheduler's: answers that the next step gathers
         self.cache: torch.Tensor | None = None  # the writing worker's
 
     # --- in the scheduler ----------------------------------------------------------------------------------------------
@@ -89,9 +97,10 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         """Follows the blocks of the prompts that run, and picks those that this step completes."""
         computed: dict[str, int] = {}
         for new in scheduler_output.scheduled_new_reqs:
-            asked = (new.sampling_params.extra_args or {}) if new.sampling_params else {}
-            name = (asked.get("kv_transfer_params") or {}).get("states")
-            if is_request(name) and new.prompt_token_ids:
+            extra = (new.sampling_params.extra_args or {}) if new.sampling_params else {}
+            asked = extra.get("kv_transfer_params") or {}
+            name = asked.get("states")
+            if is_request(name) and new.prompt_token_ids and not asked.get("answer"):
                 blocks = list(new.block_ids[self.group])
                 self.running[new.req_id] = Extracted(name, len(new.prompt_token_ids), blocks)
                 computed[new.req_id] = new.num_computed_tokens
@@ -104,17 +113,22 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
                 computed[req_id] = already
         scheduled = scheduler_output.num_scheduled_tokens
         done = [req_id for req_id, n in computed.items() if n + scheduled[req_id] >= self.running[req_id].tokens]
-        return Complete([self.running.pop(req_id) for req_id in done])
+        answers, self.ended = self.ended, {}
+        return Complete([self.running.pop(req_id) for req_id in done], answers)
 
     def request_finished(self, request, block_ids):
+        return self.request_finished_all_groups(request, [block_ids])
+
+    def request_finished_all_groups(self, request, block_ids):
         self.running.pop(request.request_id, None)  # a request that was given up before its last token
         asked = request.kv_transfer_params or {}
         if asked.get("describe"):
             return False, self._about()
-        return False, {"instance": self.instance} if "states" in asked else None
-
-    def request_finished_all_groups(self, request, block_ids):
-        return self.request_finished(request, block_ids)
+        name, computed = asked.get("states"), request.num_tokens - 1  # the last token has come out of the one before
+        whole = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        if waits := bool(asked.get("answer")) and is_request(name) and whole:
+            self.ended[request.request_id] = Extracted(name, computed, list(block_ids[self.group]))
+        return waits, {"instance": self.instance} if name is not None else None
 
     def _about(self) -> dict:
         model = self._vllm_config.model_config
@@ -164,19 +178,31 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
             )
         return cache if axes == (states, size) else cache.transpose(1, 2)
 
+    def start_load_kv(self, forward_context, **kwargs):
+        """Gathers answers that have ended. In a step that runs nothing vLLM 0.26 calls this, and not `wait_for_save`."""
+        if self.cache is not None and self.has_connector_metadata():
+            for answer in self._get_connector_metadata().answers.values():
+                self._hand_over(answer)
+
     def wait_for_save(self):
-        if self.cache is None or not self.has_connector_metadata():
-            return
+        if self.cache is not None and self.has_connector_metadata():
+            for prompt in self._get_connector_metadata().prompts:
+                self._hand_over(prompt)
+
+    def _hand_over(self, extracted: Extracted) -> None:
         _, states, size, hidden = self.cache.shape
-        for prompt in self._get_connector_metadata().prompts:
-            pinned = self.ring is not None
-            host = torch.empty(prompt.tokens, states, hidden, dtype=self.cache.dtype, pin_memory=pinned)
-            blocks = torch.tensor(prompt.blocks[: -(-prompt.tokens // size)], pin_memory=pinned)
-            if self.ring is None:
-                host.copy_(_rows(self.cache, blocks, prompt.tokens))
-                self.written.put((prompt.name, host, None))
-            else:
-                self.written.put((prompt.name, host, self.ring.send(blocks, host)))
+        pinned = self.ring is not None
+        host = torch.empty(extracted.tokens, states, hidden, dtype=self.cache.dtype, pin_memory=pinned)
+        blocks = torch.tensor(extracted.blocks[: -(-extracted.tokens // size)], pin_memory=pinned)
+        if self.ring is None:
+            host.copy_(_rows(self.cache, blocks, extracted.tokens))
+            self.written.put((extracted.name, host, None))
+        else:
+            self.written.put((extracted.name, host, self.ring.send(blocks, host)))
+
+    def get_finished(self, finished_req_ids):
+        """The answers whose blocks may go: whatever writes into these next runs behind the gathering of this step."""
+        return (set(self._get_connector_metadata().answers) or None if self.has_connector_metadata() else None), None
 
     def _write(self) -> None:
         while True:
@@ -198,9 +224,6 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
                         self.listener.send(name, client, ERROR, memoryview(str(error).encode()[:LONGEST_ERROR]))
                     else:
                         hand_over_error(self.folder, name, str(error))
-
-    def start_load_kv(self, forward_context, **kwargs):
-        pass
 
     def wait_for_layer_load(self, layer_name):
         pass

@@ -1,0 +1,119 @@
+"""`data regenerate --capture`: the target answers prompts, and the states of what it ran go into a feature store."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+from rich.console import Console
+
+from fastdraft.answers.capture import AnswerCapture
+from fastdraft.answers.job import Sampling
+from fastdraft.answers.regenerate import Outcome, regenerate
+from fastdraft.answers.server import Servers
+from fastdraft.config import Config, FeaturesConfig
+from fastdraft.data.prepare import chat_tokenizer
+from fastdraft.dist import mesh
+from fastdraft.features.meta import Meta, refuse_file
+from fastdraft.features.store import Store, census
+from fastdraft.files import GIB
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.dtypes import name_dtypes
+from fastdraft.run.inputs import load_data, open_served, run_meta
+from fastdraft.run.plan import check_target
+from fastdraft.target.capture import fill_store, plan_capture
+from fastdraft.target.hf import load_tokenizer
+from fastdraft.target.identity import begin_store, stop_ids
+from fastdraft.target.source import Source
+from fastdraft.target.stored import lacking
+
+
+def capture_answers(
+    config: Config,  # whose target.url are the servers, and whose data.paths name `out`
+    prompts: list[str],  # files or glob patterns
+    out: Path,
+    store: Path,
+    sampling: Sampling,
+    console: Console,
+    say: Callable[[str], None],
+    server: Mapping[str, Any],  # further arguments of `Servers`
+    job: Mapping[str, Any],  # further arguments of `regenerate`
+) -> Outcome:
+    """Lets the servers answer prompts into `out`, and keeps the states of what they ran in `store`. Once all is answered,
+    `store` is filled with the other documents of the run. Goes on where an earlier call was stopped.
+
+    ValueError as for `regenerate` and `capture_features`.
+    """
+    refuse_file(store)
+    config = config.model_copy(update={"features": FeaturesConfig()})
+    if config.data.streaming:
+        raise ValueError("--capture needs the data whole; set data.streaming=false")
+    named = [os.path.abspath(os.path.expanduser(path)) for path in config.data.paths]
+    if not any(fnmatch.fnmatch(os.path.abspath(out), path) for path in named):
+        raise ValueError(
+            f"data.paths is {', '.join(config.data.paths)}, and the answers go to {out}: name that file in "
+            "data.paths, so that the run which reads the store trains on them"
+        )
+    shape = draft_shape(config)
+    device = mesh.start_process(config.device)
+    config, told = name_dtypes(config, device, store=store, runs_target=False, trains=False)
+    for line in told:
+        say(line)
+    wanted = run_meta(config, shape.layers)
+    urls = [url.rstrip("/").removesuffix("/v1") + "/v1" for url in config.target.url]
+    target = config.target.path, config.target.trust_remote_code
+    check_target(config)
+    chat = chat_tokenizer(config.data, load_tokenizer(*target), shape.vocab_size, stop_ids(*target))
+    source = open_served(config, shape.layers, device, widened=False)
+    try:
+        for line in source.notes:
+            say(line)
+        meta = begin_store(store, wanted, source.ends)
+        with _alone(store):
+            with AnswerCapture(source, Store(store), chat) as capture:
+                servers = Servers(urls, sampling=sampling, capture=capture, **server)
+                outcome = regenerate(prompts, out, servers, console, **job)
+            say(f"{store}: {capture.stored:,} documents came with their answers")
+            if capture.missed is not None:
+                say(f"some answers came without their states; the last reason: {capture.missed}")
+            if outcome.complete:
+                _fill(config, shape.vocab_size, source, store, meta, say)
+            else:
+                say(f"{store} gets the other documents once {out} is written")
+    finally:
+        source.close()
+    return outcome
+
+
+@contextmanager
+def _alone(store: Path) -> Iterator[None]:
+    """Holds what a run that fills a cache holds, too. ValueError where another does."""
+    lock = filelock.FileLock(store / ".cache.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"another process is filling {store}; wait for it, or name another store") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fill(config: Config, vocab_size: int, source: Source, folder: Path, meta: Meta, say: Callable[[str], None]) -> None:
+    """Captures the documents of a run that its store lacks."""
+    data, store = load_data(config, vocab_size), Store(folder)
+    (train, _), (held_out, _) = (lacking(store, dataset) for dataset in (data.train, data.eval))
+    if train or held_out:
+        say(f"{len(train) + len(held_out):,} documents are run again: not all that training reads of them was answered so")
+        if not train:
+            data = data._replace(train=data.eval, eval=data.eval.select([]))
+            train, held_out = held_out, []
+        parts = data.train.select(train), data.eval.select(held_out)
+        fill_store(source, plan_capture(*parts, config.data.pack_tokens, config.data.seed, meta), folder, meta, say)
+    found = census(Store(folder))
+    say(f"{folder}: {found.documents:,} documents in {found.shards} shards, {found.num_bytes / GIB:.3f} GiB")

@@ -1,0 +1,169 @@
+"""`data regenerate --capture`: the store has what `features capture` would have put there, and most of it came with the
+answers. The server is `feature_server.FeatureServer`; tests/engines has the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from fake_http import reply
+from feature_server import FeatureServer
+from small_runs import documents, losses, same_documents
+from tiny import refusal, save_answering
+
+from fastdraft.answers.capture import Ran, without_covered
+from fastdraft.features.store import Store, list_shards
+
+QUESTIONS = ["ba be", "se lu so", "wan", "wo bu ba", "zu zi", "pe", "te ta to", "ka ke ku"]
+
+
+@pytest.fixture(scope="module")
+def target_dir(tmp_path_factory) -> Path:
+    return save_answering(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def server(target_dir, tmp_path):
+    made = FeatureServer(target_dir, tmp_path / "shared")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    """Questions, and one conversation of two."""
+    path = tmp_path / "prompts.jsonl"
+    turns = [{"role": "user", "content": "ba"}, {"role": "assistant", "content": "be"}, {"role": "user", "content": "lu"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*({"prompt": q} for q in QUESTIONS), {"messages": turns}]))
+    return path
+
+
+@pytest.fixture
+def config(tree, tmp_path) -> Path:
+    """The run that trains on the answers."""
+    tree["target"] |= {"timeout_s": 5}
+    tree["data"] |= {"paths": [str(tmp_path / "out.jsonl")], "eval_fraction": 0.3}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def regenerate(fastdraft, prompts, config, server, tmp_path):
+    def call(*more) -> tuple[int, str, str]:
+        own = ["--url", server.url, "--capture", tmp_path / "store", "--config", config, "--temperature", "0"]
+        out = ["--out", tmp_path / "out.jsonl", "--max-new-tokens", "24"]
+        return fastdraft("data", "regenerate", prompts, *out, *own, *more)
+
+    return call
+
+
+def test_the_store_is_what_a_capture_would_make(regenerate, fastdraft, config, server, tmp_path):
+    code, printed, err = regenerate()
+    assert code == 0, err
+    assert len(server.chats) == len(QUESTIONS) + 2
+    came = int(printed.split(f"{tmp_path / 'store'}: ")[1].split()[0])
+    probes = 8
+    again = len(server.requests) - probes
+    assert came > again and came + again == len(QUESTIONS) + 1
+    assert again > 0  # an answer that was cut has an end which the target did not write
+    code, _, err = fastdraft("features", "capture", config, tmp_path / "captured", f"target.url={server.url}")
+    assert code == 0, err
+    same_documents(tmp_path / "store", tmp_path / "captured")
+    assert os.listdir(tmp_path / "shared") == ["server.json"]
+
+
+def test_training_from_it_is_training_from_the_target(regenerate, fastdraft, config, tmp_path):
+    assert regenerate()[0] == 0
+    for name, more in (("stored", [f"features.path={tmp_path / 'store'}"]), ("here", [])):
+        assert fastdraft("train", config, f"run_dir={tmp_path / name}", "max_steps=2", *more)[0] == 0
+    for a, b in zip(losses(tmp_path / "stored"), losses(tmp_path / "here"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_stopped_and_begun_again_nothing_is_lost_or_doubled(regenerate, server, tmp_path):
+    def refuse(_server, handler, body):
+        if len(server.chats) > 4 and "messages" in body:
+            reply(handler, 400, json.dumps({"error": {"message": "no such setting"}}))
+            return True
+        return False
+
+    server.act = refuse
+    code, printed, _ = regenerate("--concurrency", "1")
+    assert code == 1 and "gets the other documents once" in printed
+    assert len(documents(tmp_path / "store")) > 0
+    server.act = lambda *_: False
+    server.chats.clear()
+    code, printed, err = regenerate()
+    assert code == 0, err
+    assert len(server.chats) <= len(QUESTIONS) + 2 - 4
+    keys = [key for path in list_shards(tmp_path / "store") for key in _keys(tmp_path / "store", path.name)]
+    assert len(keys) == len(set(keys)) == len(QUESTIONS) + 1
+
+
+def _keys(store: Path, name: str) -> list[bytes]:
+    return next(shard.keys for shard in Store(store).shards if shard.path.name == name)
+
+
+def test_answers_without_states_are_run_again(regenerate, server, tmp_path):
+    """The shared memory is full while the target answers: no answer is lost by it."""
+
+    def full(_server, _handler, body):
+        if "messages" in body:
+            server.full(body["kv_transfer_params"]["states"])
+            body["kv_transfer_params"].pop("answer")
+        return False
+
+    server.act = full
+    code, printed, err = regenerate()
+    assert code == 0, err
+    assert "store: 0 documents came with their answers" in printed and "No space left on device" in printed
+    assert len(documents(tmp_path / "store")) == len(QUESTIONS) + 1
+
+
+def test_a_server_that_says_other_ids_is_refused(regenerate, server, monkeypatch):
+    run = server.states
+    monkeypatch.setattr(server, "states", lambda name, ids: run(name, ids if len(server.chats) == 0 else ids[:-1]))
+    assert "handed over the states of" in refusal(regenerate())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--capture", "store"], "--capture STORE and --config RUN.yaml go together"),
+        (["--config", "run.yaml"], "--capture STORE and --config RUN.yaml go together"),
+    ],
+)
+def test_half_of_what_it_needs(fastdraft, prompts, tmp_path, arguments, said):
+    called = fastdraft("data", "regenerate", prompts, "--out", tmp_path / "o.jsonl", "--url", "http://x/v1", *arguments)
+    assert said in refusal(called)
+
+
+def test_only_servers_have_states(fastdraft, prompts, config, target_dir, tmp_path):
+    more = ["--target", target_dir, "--capture", tmp_path / "store", "--config", config]
+    said = refusal(fastdraft("data", "regenerate", prompts, "--out", tmp_path / "out.jsonl", *more))
+    assert "takes the states from servers of `serve-target`" in said
+
+
+def test_a_run_that_would_not_read_the_answers(fastdraft, prompts, config, server, tmp_path):
+    more = ["--url", server.url, "--capture", tmp_path / "store", "--config", config]
+    said = refusal(fastdraft("data", "regenerate", prompts, "--out", tmp_path / "other.jsonl", *more))
+    assert "name that file in data.paths" in said and not server.chats
+
+
+def test_what_the_command_sets_is_refused(regenerate):
+    assert "--extra-body must not hold return_token_ids" in refusal(
+        regenerate("--extra-body", '{"return_token_ids": false}')
+    )
+
+
+def test_the_last_turn_has_the_states_of_those_it_begins_with():
+    first, second, other = (Ran(np.array(ids, np.int32), torch.zeros(0)) for ids in ([1, 2], [1, 2, 3, 4], [1, 5, 6]))
+    assert without_covered([], first) == [first]
+    assert without_covered([first], second) == [second]
+    assert without_covered([first], other) == [first, other]
