@@ -32,6 +32,20 @@ def test_every_part_writes_its_rows(tmp_path):
         assert abs(row["ratio_to_one"] - ratio) < 0.01 * ratio + 1e-3
 
 
+@pytest.mark.slow
+def test_calls_that_share_notes_compare_with_one_another(tmp_path):
+    """One call of one process, another of two with larger chunks, which the row names."""
+    command = [sys.executable, "-m", "bench.fleet", "--tiny", "--parts", "tensor", "--rounds", "1", "--out", str(tmp_path)]
+    for more in (["--worlds", "1"], ["--worlds", "2", "--chunk-rows", "16"]):
+        call = [*command, "--notes", str(tmp_path / "notes"), *more]
+        done = subprocess.run(call, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads(line) for line in (tmp_path / "fleet.jsonl").read_text().splitlines())
+    assert "chunk_rows" not in one and two["chunk_rows"] == 16
+    ratio = two["tokens_per_s"] / one["tokens_per_s"]
+    assert abs(two["ratio_to_one"] - ratio) < 0.01 * ratio + 1e-3
+
+
 def test_time_counts_once_and_is_exposed_where_only_nccl_runs():
     kernels = [
         Kernel("gemm", 0.0, 4.0),

@@ -161,7 +161,7 @@ def evaluate_run(
             tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
             asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
             ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
-        eval_set = load_data(config, draft.config.vocab_size).eval
+        eval_set = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config)).eval
         held_out = decoded = None
         if len(eval_set):
             held_out = evaluate_held_out(config, InProcess(target), draft, eval_set)
@@ -220,7 +220,7 @@ def evaluate_served(
     draft.to(device, compute_dtype(config, device))
     if compute_dtype(config, device) == torch.bfloat16:
         config = _in_fp32_where_bf16_is_slow(config, draft, device, say)
-    eval_set = load_data(config, draft.config.vocab_size).eval
+    eval_set = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config)).eval
     if not len(eval_set):
         raise ValueError(f"{saved.path} is of a run without held-out data; give the run an eval_fraction above 0")
     source = open_source(config, draft.config.layers, device, [eval_set])

@@ -29,17 +29,18 @@ from fastdraft.target.source import InProcess, Source, ends_of
 from fastdraft.target.stored import StoreReader, check_documents
 
 
-def load_data(config: Config, vocab_size: int) -> Prepared:
+def load_data(config: Config, vocab_size: int, mask_token: int | None = None) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
 
-    With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions.
+    With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions, and
+    where a document has `mask_token`, the draft's (`Method.mask_token`).
     """
     check_target(config)
     target = config.target.path, config.target.trust_remote_code
     tokenizer, stops = load_tokenizer(*target), stop_ids(*target)
     if config.data.streaming:
-        return open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share())
-    data = prepare(config.data, tokenizer, vocab_size, stops)
+        return open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share(), mask_token)
+    data = prepare(config.data, tokenizer, vocab_size, stops, mask_token)
     longest = max(map(longest_sample, (data.train, data.eval)))
     refuse_too_long(config, longest, f"a document has {longest} tokens")
     return data

@@ -149,14 +149,6 @@ def weighed_by_step(gamma: float) -> str:
     )
 
 
-def second_runner_only(title: str) -> dict[str, str]:
-    """`Method.not_seen` of a draft that vLLM's first model runner does not serve."""
-    return {
-        "vllm": f"vLLM serves a {title} draft with its second model runner only, and this check sees what the first "
-        "drafts; start vLLM yourself and use `fastdraft bench serve`"
-    }
-
-
 def cost_options(config: Config) -> dict[str, int | bool]:
     """What `step_cost` reads of a config beside what all methods' do."""
     return {
@@ -191,6 +183,7 @@ METHOD = Method(
     cost_options=cost_options,
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
+    mask_token=lambda shape: shape.mask_token_id,
     has_vocabulary_map=False,
     check_cut=refuse_parts,
 )
