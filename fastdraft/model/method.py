@@ -150,7 +150,7 @@ class Method(NamedTuple):
     tables: tuple[str, ...] = ()
     # ValueError where none of the documents can train a draft: of the set's name and its pieces, each with token ids [M]
     # and loss mask [M] of documents end to end and their lengths [n].
-    check_documents: Callable[[str, Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]], None] = lambda name, pieces: None
+    refuse_useless: Callable[[str, Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]], None] = lambda name, pieces: None
     mask_token: Callable[[Any], int | None] = lambda shape: None  # of a shape: a token that no document may have
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in

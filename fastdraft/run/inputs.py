@@ -41,20 +41,20 @@ def load_data(config: Config, vocab_size: int, mask_token: int | None = None) ->
     tokenizer, stops = load_tokenizer(*target), stop_ids(*target)
     if config.data.streaming:
         data = open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share(), mask_token)
-        _refuse_useless(config, data)
+        _refuse_sets(config, data)
         return data
     data = prepare(config.data, tokenizer, vocab_size, stops, mask_token)
     longest = max(map(longest_sample, (data.train, data.eval)))
     refuse_too_long(config, longest, f"a document has {longest} tokens")
-    _refuse_useless(config, data)
+    _refuse_sets(config, data)
     return data
 
 
-def _refuse_useless(config: Config, data: Prepared) -> None:
+def _refuse_sets(config: Config, data: Prepared) -> None:
     """Raises ValueError for a set of which no document can train, or measure, a draft of the config's method."""
     for name, documents in {"train": data.train, "held-out": data.eval}.items():
         if len(documents):
-            named_method(config.draft.method).check_documents(name, scan(documents))
+            named_method(config.draft.method).refuse_useless(name, scan(documents))
 
 
 def open_target(

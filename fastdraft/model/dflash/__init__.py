@@ -150,7 +150,7 @@ def weighed_by_step(gamma: float) -> str:
     )
 
 
-def check_documents(name: str, pieces: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+def refuse_useless(name: str, pieces: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
     """Raises ValueError where no document of a set has a place at which `draw_anchors` can begin a block."""
     count = 0
     for _, mask, lengths in pieces:
@@ -162,8 +162,8 @@ def check_documents(name: str, pieces: Iterable[tuple[np.ndarray, np.ndarray, np
             return
         count += len(lengths)
     raise ValueError(
-        f"none of the {count} {name} documents has a place where a block can begin: two tokens in a row in the loss mask and "
-        "a token before them; give documents with longer answers, and see what is trained on with `fastdraft data preview`"
+        f"none of the {count} {name} documents has a place where a block can begin: two tokens in a row in the mask, "
+        "with a token before them; give longer answers, and see what is trained on with `fastdraft data preview`"
     )
 
 
@@ -201,7 +201,7 @@ METHOD = Method(
     cost_options=cost_options,
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
-    check_documents=check_documents,
+    refuse_useless=refuse_useless,
     mask_token=lambda shape: shape.mask_token_id,
     has_vocabulary_map=False,
     check_cut=refuse_parts,
