@@ -137,6 +137,26 @@ def test_a_conversation_with_the_mask_token_is_named_before_the_first_step(how, 
         assert not list((tmp_path / "run").glob("checkpoints/*")) and "loss" not in said
 
 
+@pytest.mark.parametrize("how", ["train", "held-out", "train, streaming", "in one document"])
+def test_documents_without_room_for_a_block_are_refused_before_the_first_step(how, tree, run_yaml, fastdraft, tmp_path):
+    """Tokens that are trained on one at a time, at a document's begin, or on both sides of a border; never two in a row."""
+    lone, chats = tmp_path / "lone.jsonl", write_chats(tmp_path / "some.jsonl", 8)
+    masks = [0, 0, 1, 0, 1, 0, 0, 1], [1, 1, 0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 1, 0, 0]
+    rows = [{"input_ids": list(range(5 + n, 13 + n)), "loss_mask": list(mask)} for n, mask in enumerate(masks)]
+    if how == "in one document":
+        rows[2]["loss_mask"][6] = 1
+    lone.write_text("\n".join(map(json.dumps, rows)))
+    paths = {"held-out": (f"data.paths=[{chats}]", f"data.eval_paths=[{lone}]")}.get(how, (f"data.paths=[{lone}]",))
+    changes = "data.eval_fraction=0", f"data.streaming={'streaming' in how}", "data.vocab_samples=20", "max_steps=1", *paths
+    called = fastdraft("train", run_yaml, *changes, "optim.packs_per_step=1")
+    if how == "in one document":
+        assert called[0] == 0 and losses(tmp_path / "run")[-1]["loss"] > 0
+        return
+    name = how.partition(",")[0]
+    assert f"none of the 4 {name} documents has a place where a block can begin" in refusal(called)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_the_plan_says_how_slots_are_weighed(run_yaml, runs):
     """In a run's words: the division, too, is each loss's own."""
     ce = runs("train", run_yaml, "--plan", "block.gamma=3")
