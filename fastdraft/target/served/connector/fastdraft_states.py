@@ -3,7 +3,7 @@
 vLLM's `extract_hidden_states` keeps the states at chosen layer boundaries in a cache layer of its own, in the same blocks
 as keys and values, so that chunked prefill, prefix caching and preemption treat both alike. A prompt's states are complete
 in the step that computes its last token. In that step, behind the forward, rank 0 of the tensor-parallel group gathers
-them from the cache; a thread then writes them into the server's folder (`fastdraft_handover`), or sends them to a trainer
+them from the cache; threads then write them into the server's folder (`fastdraft_handover`), or send them to a trainer
 that has connected from another host (`fastdraft_wire`). No block is held back and the engine waits for nothing but, on a
 GPU, a free piece of the ring that the rows leave through.
 
@@ -51,6 +51,7 @@ from vllm.v1.request import RequestStatus
 
 RING = 4  # pieces of device memory that rows pass through on their way to the host
 PIECE_BYTES = 2**26
+WRITERS = 4  # threads: filling shared memory keeps a core busy, which may be slower than a GPU makes states
 WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)  # and not an answer that was given up
 
 
@@ -164,7 +165,8 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         write_server(self.folder, {"instance": self.instance})
         self.ring = _Ring(self.cache) if self.cache.is_cuda else None
         self.written: Queue[tuple[str, torch.Tensor, torch.cuda.Event | None]] = Queue()
-        threading.Thread(target=self._write, name="fastdraft-states", daemon=True).start()
+        for _ in range(WRITERS):
+            threading.Thread(target=self._write, name="fastdraft-states", daemon=True).start()
 
     def _by_state(
         self,
