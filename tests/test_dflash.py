@@ -70,7 +70,7 @@ def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
 REFUSED = {
     "draft.overrides.mask_token_id=500": "mask_token_id 500 lies outside the target's vocabulary of 192",
     "draft.overrides.mask_token_id=2": "mask_token_id 2 is the target's eos and pad token",
-    "draft.overrides.mask_token_id=30": "a document has token 30, which is the draft's mask_token_id",
+    "draft.overrides.mask_token_id=30": "chats.jsonl:4 has token 30, which is the draft's mask_token_id",
     "draft.overrides.draft_vocab_size=64": "a DFlash draft has no draft_vocab_size",
     "draft.overrides.hidden_size=64": "hidden_size is 32 in the target's config.json and cannot be set to 64",
     "draft.overrides.target_hidden_size=64": "a DFlash draft has no target_hidden_size",
@@ -97,9 +97,64 @@ def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
     assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
 
 
-def test_the_plain_step_refuses_the_mask_in_a_document_too(run_yaml, fastdraft):
-    changes = "draft.overrides.mask_token_id=30", "step=reference"
-    assert "a document has token 30, which is the draft's mask_token_id" in refusal(fastdraft("train", run_yaml, *changes))
+MASKED = {
+    "train": (),
+    "train, streaming": ("data.streaming=true", "data.block_conversations=64", "data.vocab_samples=64"),
+    "train, a later block": (
+        "data.streaming=true",
+        "data.block_conversations=9",
+        "data.vocab_samples=8",
+        "data.eval_fraction=0",
+    ),
+    "train, held out": ("data.eval_fraction=0", "data.paths=[{clean}]", "data.eval_paths=[{chats}]"),
+    "train, held out, streaming": (
+        "data.streaming=true",
+        "data.eval_fraction=0",
+        "data.paths=[{clean}]",
+        "data.eval_paths=[{chats}]",
+    ),
+    "data prepare": (),
+    "features capture": (),
+}
+
+
+@pytest.mark.parametrize("how", MASKED)
+def test_a_conversation_with_the_mask_token_is_named_before_the_first_step(how, tree, run_yaml, fastdraft, tmp_path):
+    """In the only line that has it, wherever the data come from. Lines before it are of an older kind, and one is bad."""
+    chats, clean = write_chats(tmp_path / "some.jsonl", 24), write_chats(tmp_path / "clean.jsonl", 24, seed=1)
+    lines = chats.read_text().splitlines()
+    masked = {"input_ids": [5, 6, 7, 187, 8, 9], "loss_mask": [0, 0, 1, 1, 1, 1]}
+    lines[20:20] = ["{}", json.dumps(masked)]
+    chats.write_text("\n".join(lines) + "\n")
+    changes = [change.format(chats=chats, clean=clean) for change in MASKED[how]]
+    if not any("paths" in change for change in changes):
+        changes.append(f"data.paths=[{chats}]")
+    command = how.partition(",")[0].split()
+    store = [tmp_path / "store"] if command[0] == "features" else []
+    said = refusal(fastdraft(*command, run_yaml, *store, "data.on_bad_line=skip", *changes))
+    assert f"{chats}:22 has token 187, which is the draft's mask_token_id" in said and "1 of " in said
+    if "later" not in how:  # of which steps come before
+        assert not list((tmp_path / "run").glob("checkpoints/*")) and "loss" not in said
+
+
+@pytest.mark.parametrize("how", ["train", "held-out", "train, streaming", "in one document"])
+def test_documents_without_room_for_a_block_are_refused_before_the_first_step(how, tree, run_yaml, fastdraft, tmp_path):
+    """Tokens that are trained on one at a time, at a document's begin, or on both sides of a border; never two in a row."""
+    lone, chats = tmp_path / "lone.jsonl", write_chats(tmp_path / "some.jsonl", 8)
+    masks = [0, 0, 1, 0, 1, 0, 0, 1], [1, 1, 0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 1, 0, 0]
+    rows = [{"input_ids": list(range(5 + n, 13 + n)), "loss_mask": list(mask)} for n, mask in enumerate(masks)]
+    if how == "in one document":
+        rows[2]["loss_mask"][6] = 1
+    lone.write_text("\n".join(map(json.dumps, rows)))
+    paths = {"held-out": (f"data.paths=[{chats}]", f"data.eval_paths=[{lone}]")}.get(how, (f"data.paths=[{lone}]",))
+    changes = "data.eval_fraction=0", f"data.streaming={'streaming' in how}", "data.vocab_samples=20", "max_steps=1", *paths
+    called = fastdraft("train", run_yaml, *changes, "optim.packs_per_step=1")
+    if how == "in one document":
+        assert called[0] == 0 and losses(tmp_path / "run")[-1]["loss"] > 0
+        return
+    name = how.partition(",")[0]
+    assert f"none of the 4 {name} documents has a place where a block can begin" in refusal(called)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_plan_says_how_slots_are_weighed(run_yaml, runs):

@@ -12,8 +12,6 @@ from small_blocks import OVERRIDES, block_run, decode_all_ways, train_stop_and_r
 from small_runs import losses
 from tiny import refusal, write_chats
 
-from fastdraft.serving import check
-
 BLOCKS = OVERRIDES["dspark"]
 
 
@@ -129,12 +127,6 @@ def exported(target_dir, tmp_path_factory):
     draft = DSparkDraft(DSparkConfig.from_target(read_target_config(target_dir), mask_token_id=190, **BLOCKS))
     draft.init_weights(0.1, torch.Generator().manual_seed(0))
     return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
-
-
-def test_an_engines_check_says_what_it_cannot_see(exported, target_dir, fastdraft, monkeypatch):
-    monkeypatch.setattr(check, "refuse_old_engine", lambda place: "0.32.0")
-    refused = refusal(fastdraft("check", "--checkpoint", exported, "--target", target_dir, "--engine", "vllm"))
-    assert "vLLM serves a DSpark draft with its second model runner only" in refused and "bench serve" in refused
 
 
 FAULTS = {
