@@ -123,12 +123,13 @@ def prepare(
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
     from fastdraft.data.statistics import statistics
+    from fastdraft.model.methods import method_of
     from fastdraft.run.draft import draft_shape
     from fastdraft.run.inputs import load_data
 
     loaded = load_config(config, overrides or [])
     shape = draft_shape(loaded)
-    prepared = load_data(loaded, shape.vocab_size)
+    prepared = load_data(loaded, shape.vocab_size, method_of(shape).mask_token(shape))
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
     for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)

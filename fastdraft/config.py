@@ -255,20 +255,20 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return parse_config(tree, Config)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file. Raises ValueError when the file is missing or something else."""
+def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
+    """A YAML mapping from a file. Raises ValueError, which says what it is for, when it is missing or something else."""
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"config file {path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config file {path} is not YAML: {error}") from error
+        raise ValueError(f"{what} {path} is not YAML: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"config file {path} is nested too deeply") from error
+        raise ValueError(f"{what} {path} is nested too deeply") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"config file {path} must be a mapping of keys, it is {type(tree).__name__}")
+        raise ValueError(f"{what} {path} must be a mapping of keys, it is {type(tree).__name__}")
     if strange := [key for key in tree if not isinstance(key, str)]:
-        raise ValueError(f"config file {path} has the key {strange[0]!r}; keys are words, put it in quotes if it is one")
+        raise ValueError(f"{what} {path} has the key {strange[0]!r}; keys are words, put it in quotes if it is one")
     return tree
 
 

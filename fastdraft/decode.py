@@ -98,10 +98,10 @@ def generate_batch(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     settings: DecodeSettings | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = BATCH_SIZE,
 ) -> list[DecodeResult]:
     """What `generate` gives for each prompt, up to `batch_size` of them at a time; fewer where they are so long that they
-    would have more than BATCH_TOKENS tokens, padding included.
+    would have more than BATCH_TOKENS tokens, padding included. None: one at a time, as `generate` decodes them.
 
     ValueError as in `generate`, and where the memory is too small. Whether the target may run several sequences together is
     for the caller to ask: `target.ragged.why_apart`.
@@ -116,7 +116,7 @@ def generate_plain_batch(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     settings: DecodeSettings | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = BATCH_SIZE,
 ) -> list[DecodeResult]:
     """What `generate_plain` gives for each prompt, in the groups of `generate_batch`."""
     return _in_groups(target, prompts, max_new_tokens, batch_size, settings or DecodeSettings(), None)
@@ -198,26 +198,24 @@ class _Sequence:
     limit: int
     context: int
     generator: torch.Generator
-    num_steps: int
+    drafted: list[int]  # as in `DecodeResult`
+    accepted: list[int]
     out: list[int] = field(default_factory=list)
     per_round: list[int] = field(default_factory=list)
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
 
     @property
     def root(self) -> int:
         return self.num_prompt + len(self.out) - 1
 
     def count_round(self, depth: int, kept: int, given: list[int]) -> None:
+        """Of the target alone depth is 0, and nothing is a round."""
         self.out += given
-        self.per_round.append(len(given))
+        self.per_round += [len(given)] if depth else []
         for j in range(depth):
             self.drafted[j] += 1
             self.accepted[j] += kept > j
 
-    def result(self, stopped_by: str, rounds: bool) -> DecodeResult:
-        if not rounds:
-            return DecodeResult(self.out, stopped_by, 0, (), (), (), 0.0)
+    def result(self, stopped_by: str) -> DecodeResult:
         drafted, accepted, per_round = tuple(self.drafted), tuple(self.accepted), tuple(self.per_round)
         return DecodeResult(self.out, stopped_by, len(per_round), drafted, accepted, per_round, 0.0)
 
@@ -266,13 +264,14 @@ def _decode_together(
     follow: list[int] | None,
 ) -> list[DecodeResult]:
     """`generate` or `generate_plain` of all prompts. A sequence that ends leaves the batch, and its place is given up."""
-    device, steps, nodes = target.device, settings.num_steps, settings.num_verified - 1 if draft is not None else 0
+    device, steps, nodes = target.device, 0, 0
+    if draft is not None:
+        steps, nodes = settings.num_steps, settings.num_verified - 1
     going = []
     for place, prompt in enumerate(prompts):
         limit, context = _limits(target, prompt, max_new_tokens)
         generator = torch.Generator(device).manual_seed(settings.seed)
-        counts = {"drafted": [0] * steps, "accepted": [0] * steps}
-        going.append(_Sequence(place, len(prompt), limit, context, generator, steps, **counts))
+        going.append(_Sequence(place, len(prompt), limit, context, generator, [0] * steps, [0] * steps))
     longest = max(s.num_prompt + s.limit for s in going)
     cache = SingleCache(target) if single else RaggedCache(target, len(prompts), longest + nodes + 1)
     counts = [len(prompt) for prompt in prompts]
@@ -291,7 +290,7 @@ def _decode_together(
     results: dict[int, DecodeResult] = {}
     while True:
         ended = {s.place: why for s in going if (why := _stopped(s.out, target.eos_ids, s.limit, max_new_tokens))}
-        results |= {s.place: s.result(ended[s.place], draft is not None) for s in going if s.place in ended}
+        results |= {s.place: s.result(ended[s.place]) for s in going if s.place in ended}
         rows = [row for row, s in enumerate(going) if s.place not in ended]
         if not rows:
             return [results[place] for place in range(len(prompts))]
@@ -322,7 +321,7 @@ def _decode_together(
         g = g.gather(1, padded.to(device)[:, :, None].expand(-1, -1, g.shape[2]))
         for s, depth, path, given in zip(going, depths, paths, gained, strict=True):
             given = _until_stop(given, target.eos_ids)[: s.limit - len(s.out)]
-            s.count_round(depth if drafter is not None else 0, len(path) - 1, given)
+            s.count_round(depth, len(path) - 1, given)
 
 
 # --- verification --------------------------------------------------------------------------------------------------------

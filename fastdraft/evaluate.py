@@ -23,7 +23,6 @@ from fastdraft.decode import (
     first_difference,
     generate,
     generate_batch,
-    generate_plain,
     generate_plain_batch,
 )
 from fastdraft.dist import mesh
@@ -171,13 +170,10 @@ def evaluate_decode(
     target.meet()
 
     def decode(own: Sequence[list[int]], draft: nn.Module | None) -> list[DecodeResult]:
-        if size == 1 and draft is None:
-            return [generate_plain(target, prompt, max_new_tokens, settings) for prompt in own]
-        if size == 1:
-            return [generate(target, draft, prompt, max_new_tokens, settings) for prompt in own]
+        together = None if size == 1 else size
         if draft is None:
-            return generate_plain_batch(target, own, max_new_tokens, settings, size)
-        return generate_batch(target, draft, own, max_new_tokens, settings, size)
+            return generate_plain_batch(target, own, max_new_tokens, settings, together)
+        return generate_batch(target, draft, own, max_new_tokens, settings, together)
 
     plain = plain or _shared(target, lambda own: decode(own, None), prompts)
     results = _shared(target, lambda own: decode(own, draft), prompts)

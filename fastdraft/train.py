@@ -88,9 +88,9 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
 
     draft = new_draft(config)
     check_layout(config, draft.config)
-    data = load_data(config, draft.config.vocab_size)
-    train_set, eval_set = data.train, data.eval
     method = method_of(draft)
+    data = load_data(config, draft.config.vocab_size, method.mask_token(draft.config))
+    train_set, eval_set = data.train, data.eval
     pairs = method.pair_cost(draft.config, target_parameters(config), config)
     loader = Loader(
         data.stream or train_set,

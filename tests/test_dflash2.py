@@ -18,7 +18,6 @@ from fastdraft.model.dflash2.config import DFlash2Config
 from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.target_config import read_target_config
 from fastdraft.run.draft import muon_matrices
-from fastdraft.serving import check
 
 GOLDEN = Path(__file__).parent / "golden_methods"
 
@@ -132,12 +131,6 @@ def exported(target_dir, tmp_path_factory):
     draft = DFlash2Draft(DFlash2Config.from_target(read_target_config(target_dir), mask_token_id=190, **BLOCKS))
     draft.init_weights(0.1, torch.Generator().manual_seed(0))
     return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
-
-
-def test_an_engines_check_says_what_it_cannot_see(exported, target_dir, fastdraft, monkeypatch):
-    monkeypatch.setattr(check, "refuse_old_engine", lambda place: "0.32.0")
-    refused = refusal(fastdraft("check", "--checkpoint", exported, "--target", target_dir, "--engine", "vllm"))
-    assert "vLLM serves a DFlash2 draft with its second model runner only" in refused and "bench serve" in refused
 
 
 FAULTS = {

@@ -12,8 +12,6 @@ from small_blocks import OVERRIDES, block_run, decode_all_ways, train_stop_and_r
 from small_runs import losses
 from tiny import refusal, write_chats
 
-from fastdraft.serving import check
-
 BLOCKS = OVERRIDES["dspark"]
 
 
@@ -131,12 +129,6 @@ def exported(target_dir, tmp_path_factory):
     return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
 
 
-def test_an_engines_check_says_what_it_cannot_see(exported, target_dir, fastdraft, monkeypatch):
-    monkeypatch.setattr(check, "refuse_old_engine", lambda place: "0.32.0")
-    refused = refusal(fastdraft("check", "--checkpoint", exported, "--target", target_dir, "--engine", "vllm"))
-    assert "vLLM serves a DSpark draft with its second model runner only" in refused and "bench serve" in refused
-
-
 FAULTS = {
     "pad": (lambda c: c.update(mask_token_id=2), "mask_token_id 2 is the target's eos token"),
     "mask outside": (lambda c: c.update(mask_token_id=192), "must be an id of the target's vocabulary of 192"),
@@ -150,6 +142,7 @@ FAULTS = {
     "prefixed": (lambda c: c.update(dspark_block_size=8), "dspark_block_size is there, which SGLang reads before block"),
     "no rank": (lambda c: c.pop("markov_rank"), "markov_rank is None; it must be a whole number above 0"),
     "gated": (lambda c: c.update(markov_head_type="gated"), "markov_head_type is 'gated'; it must be 'vanilla'"),
+    "a scale": (lambda c: c.update(logit_scale=0.5), "logit_scale is 0.5, with which engines compute something else"),
     "no block": (lambda c: c.pop("block_size"), "block_size is None"),
     "vocabulary": (lambda c: c.update(draft_vocab_size=64), "SGLang serves a DSpark draft with the target's whole"),
     "dtype": (lambda c: c.update(dtype="bfloat16"), "dtype is bfloat16, the weights are float32"),
@@ -165,6 +158,14 @@ def test_a_fault_in_the_config_is_named(fault, exported, target_dir, tmp_path, f
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
     assert code == 1 and words in " ".join(out.split()), out
+
+
+def test_fewer_candidates_are_a_warning(exported, target_dir, tmp_path, fastdraft):
+    config = json.loads((exported / "config.json").read_text()) | {"dspark_draft_topk": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 0 and "dspark_draft_topk is 8: vLLM then chooses among so many" in " ".join(out.split())
 
 
 TENSORS = {

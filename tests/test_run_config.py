@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from fastdraft.config import Config, load_config, parse_config, read_yaml
+from fastdraft.run.draft import draft_shape
 from fastdraft.run.dtypes import check_precision, compute_dtype
 
 LEAST = {"target": {"path": "models/t"}, "data": {"paths": ["a.jsonl"]}}
@@ -151,9 +152,11 @@ def test_missing_keys_are_named(tmp_path):
     assert str(error.value).splitlines() == ["missing key 'target.path'", "missing key 'data'"]
 
 
-def test_unreadable_files(tmp_path):
+def test_unreadable_files(make_config, tmp_path):
     with pytest.raises(ValueError, match=r"none\.yaml cannot be read: No such file or directory"):
         read_yaml(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r"^draft.config: .*none.yaml cannot be read: No such file"):
+        draft_shape(make_config(**{"draft.config": str(tmp_path / "none.yaml")}))
     for text, said in (("- a\n- b\n", "must be a mapping of keys, it is list"), ("a: [", "is not YAML"), ("", "NoneType")):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):

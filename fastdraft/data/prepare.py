@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import BadLine, Line, expand, parse, read_lines
+from fastdraft.data.mask_token import refuse_mask_token
 from fastdraft.data.samples import SCHEMA, Sample, flat, record_batch
 from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 
@@ -167,17 +168,21 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int | None = None,  # the target's: token ids are checked against it
     stop_ids: Collection[int] = (),  # of the target, as `ChatTokenizer` takes them
+    mask_token: int | None = None,  # of the draft: no document may have it
 ) -> Prepared:
     """Train and eval samples of the configured files, from the cache if they are there.
 
     Every process of a job may call this: one works, the others wait for it. ValueError: a missing, unreadable or empty
     file; a bad line (unless on_bad_line is skip); a tokenizer or template that cannot make a mask; nothing to train on; a
-    damaged cache. OSError when the cache cannot be written.
+    document with the mask token; a damaged cache. OSError when the cache cannot be written.
     """
     train_files = expand(config.paths, setting="data.paths")
     eval_files = expand(config.eval_paths, setting="data.eval_paths")
     chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
     parts = [tokenized(files, config, chat) for files in (train_files, eval_files) if files]
+    if mask_token is not None:
+        for files, (samples, _) in zip((train_files, eval_files), parts, strict=False):
+            refuse_mask_token(samples, mask_token, (line for file in files for line in read_lines(file)))
     return divide(parts, config, chat.template_date)
 
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import Line, expand, read_lines
+from fastdraft.data.mask_token import refuse_mask_token
 from fastdraft.data.prepare import (
     Mapped,
     Prepared,
@@ -54,6 +55,7 @@ def open_stream(
     vocab_size: int | None = None,  # as for `prepare`
     stop_ids: Collection[int] = (),  # as for `prepare`
     machine_share: int = 1,  # processes that share this machine's cores, each with a stream of its own
+    mask_token: int | None = None,  # as for `prepare`
 ) -> Prepared:
     """The stream of data.paths, and as train and eval sets a sample of it (`Stream.sample`).
 
@@ -61,10 +63,13 @@ def open_stream(
     `prepare`'s.
     """
     chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
-    stream = Stream(config, chat, machine_share)
+    stream = Stream(config, chat, machine_share, mask_token)
     parts = [stream.sample()]
     if config.eval_paths:
-        parts.append(tokenized(expand(config.eval_paths, setting="data.eval_paths"), config, chat))
+        files = expand(config.eval_paths, setting="data.eval_paths")
+        parts.append(tokenized(files, config, chat))
+        if mask_token is not None:
+            refuse_mask_token(parts[1][0], mask_token, (line for file in files for line in read_lines(file)))
     return divide(parts, config, chat.template_date, stream)
 
 
@@ -73,9 +78,12 @@ class Stream:
 
     first: Place = (0, 0, 0, 0)
 
-    def __init__(self, config: DataConfig, chat: ChatTokenizer, machine_share: int = 1) -> None:
+    def __init__(
+        self, config: DataConfig, chat: ChatTokenizer, machine_share: int = 1, mask_token: int | None = None
+    ) -> None:
         self.files = expand(config.paths, urls=True, setting="data.paths")
         self._config, self._chat, self._lowest_key = config, chat, held_out_below(config)
+        self._mask_token = mask_token
         workers = max((os.cpu_count() or 1) // machine_share, 1)
         self._num_workers = workers if config.num_workers is None else config.num_workers
         key = settings_key(config, chat)
@@ -93,7 +101,8 @@ class Stream:
     def block(self, place: Place) -> tuple[Dataset, Place]:
         """The samples of the block that begins there, at least one, and where the next begins. Starts making that one.
 
-        ValueError: a place that is not in the data, an unreadable file, a bad line (unless on_bad_line is skip).
+        ValueError: a place that is not in the data, an unreadable file, a bad line (unless on_bad_line is skip), the mask
+        token in a document.
         """
         if len(place) != 4 or min(place) < 0 or place[1] >= len(self.files):
             raise ValueError(f"place {list(place)} is not in a stream of {len(self.files)} files")
@@ -115,16 +124,24 @@ class Stream:
     def sample(self) -> tuple[Dataset, Stats]:
         """The first data.vocab_samples conversations, as many of each file."""
         each = -(-self._config.vocab_samples // len(self.files))
-        lines = (line for file in self.files for line in islice(read_lines(file), each))
+
+        def lines() -> Iterator[Line]:
+            return (line for file in self.files for line in islice(read_lines(file), each))
 
         folder = Path(f"{self._name}-sample-{self._config.vocab_samples}")
-        return cached(folder, lambda file: write_samples(lines, self._tokenise(), file), self._lock)
+        samples, stats = cached(folder, lambda file: write_samples(lines(), self._tokenise(), file), self._lock)
+        if self._mask_token is not None:
+            refuse_mask_token(samples, self._mask_token, lines())
+        return samples, stats
 
     def _make(self, place: Place) -> tuple[Dataset, Place, list[Path]]:
         at, folders = place, []
         while at[0] < place[0] + 2:  # a whole epoch at least
             folders.append(Path(f"{self._name}-{'-'.join(map(str, at))}"))
             dataset, stats = cached(folders[-1], partial(self._write, at), self._lock)
+            if self._mask_token is not None:
+                lines = (line for _, line in self._lines(at))
+                refuse_mask_token(dataset, self._mask_token, islice(lines, self._config.block_conversations))
             at = tuple(stats.after)
             if len(dataset):
                 return dataset, at, folders

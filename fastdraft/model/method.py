@@ -6,10 +6,9 @@ which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -141,7 +140,6 @@ class Method(NamedTuple):
     refuse_settings: Callable[[BaseModel, DecodeSettings], None] = lambda shape, settings: None  # ValueError where it must
     # The steps that an engine is asked for, of a draft's shape and what the user asked for; ValueError where it must.
     served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
-    not_seen: Mapping[str, str] = MappingProxyType({})  # by engine, why `check --engine` cannot see what it drafts
     readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     step_rows: Callable[[Config], float] = lambda config: 1.0  # live rows of step 0 that `step_cost` counts for a token
@@ -150,6 +148,10 @@ class Method(NamedTuple):
     # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
     # that is asked for; * stands for anything. Muon leaves them to AdamW.
     tables: tuple[str, ...] = ()
+    # ValueError where none of the documents can train a draft: of the set's name and its pieces, each with token ids [M]
+    # and loss mask [M] of documents end to end and their lengths [n].
+    refuse_useless: Callable[[str, Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]], None] = lambda name, pieces: None
+    mask_token: Callable[[Any], int | None] = lambda shape: None  # of a shape: a token that no document may have
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

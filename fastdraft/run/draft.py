@@ -27,7 +27,7 @@ def draft_shape(config: Config) -> BaseModel:
         return _init_from(config).config
     method = checked_method(config)
     facts = load_target_config(config.target.path, config.target.trust_remote_code)
-    changes = (read_yaml(config.draft.config) if config.draft.config else {}) | config.draft.overrides
+    changes = (read_yaml(config.draft.config, "draft.config:") if config.draft.config else {}) | config.draft.overrides
     if method.from_tokenizer is not None:
         tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
         changes = method.from_tokenizer(tokenizer, language_config(facts).get("vocab_size") or 0) | changes

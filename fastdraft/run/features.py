@@ -14,6 +14,7 @@ from fastdraft.dist import mesh
 from fastdraft.features.meta import refuse_file
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
+from fastdraft.model.methods import method_of
 from fastdraft.model.precision import DTYPES
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.dtypes import name_dtypes
@@ -50,7 +51,7 @@ def capture_features(
         raise ValueError(
             "features capture needs the data whole; set data.streaming=false, or fill a cache: features.mode=cache"
         )
-    data = load_data(config, shape.vocab_size)
+    data = load_data(config, shape.vocab_size, method_of(shape).mask_token(shape))
     capture = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, wanted, shard_bytes)
     ends_bytes = 2 * shape.vocab_size * wanted.hidden_size * DTYPES[wanted.target_dtype].itemsize  # at most
     needed_bytes = missing_bytes(capture, out, part) + ends_bytes

@@ -2,6 +2,9 @@
 
     python vllm_child.py JOB.json RESULT.json
 
+vLLM chooses its model runner as it does for a user: where Triton runs that is its second, which alone serves DSpark and
+DFlash2, and elsewhere its first. Both are listened to.
+
 Imports nothing of fastdraft. JOB.json holds a list of runs (`serving.engines.Run`), RESULT.json a list of what came
 of them, one each (`Served`). One request runs at a time, so a proposal belongs to the tokens that are there when it is
 made.
@@ -14,16 +17,17 @@ import sys
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the proposer is wrapped in this process
-os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its proposer is another class
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import vllm
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 
 proposals: list[list[int]] = []  # of the request that runs, newest last
 _propose = SpecDecodeBaseProposer.propose
+_set_draft_tokens = DraftTokensHandler.set_draft_tokens
 
 
 def propose(self, *args, **kwargs):
@@ -32,7 +36,13 @@ def propose(self, *args, **kwargs):
     return drafted
 
 
+def set_draft_tokens(self, input_batch, draft_tokens):  # of the second runner, whatever drafted them
+    proposals.extend(draft_tokens.tolist())
+    return _set_draft_tokens(self, input_batch, draft_tokens)
+
+
 SpecDecodeBaseProposer.propose = propose
+DraftTokensHandler.set_draft_tokens = set_draft_tokens
 
 
 def main(job: str, result: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from small_checks import STEPS, Trained, output_of, train_briefly
@@ -74,6 +76,19 @@ def test_what_an_engine_reads_otherwise_is_named(fault, words, trained):
     told = diagnose(Parity(target, draft, asked, served(trained, reading(trained, fault, words)), STEPS))
     assert not told.agrees and told.served_as[0].reading.fault == fault, told
     assert words in told.served_as[0].reading.says
+
+
+def test_keys_normed_by_the_first_layers_norm_are_named(trained):
+    """What vLLM's build for CPUs does to the context's keys, seen where the layers' norms are far apart."""
+    target, draft, asked, texts = trained
+    draft, generator = copy.deepcopy(draft), torch.Generator().manual_seed(0)
+    for layer in draft.layers:
+        weight = layer.self_attn.k_norm.weight
+        weight.copy_(weight * (0.7 * torch.randn(weight.shape, generator=generator)).exp())
+    (wrong,) = [r for r in block_readings(draft, target.num_layers) if "first layer's k_norm" in r.says]
+    told = diagnose(Parity(target, draft, asked, served((target, draft, asked, texts), wrong), STEPS))
+    assert not told.agrees and told.served_as[0].reading == wrong and told.served_as[0].num_missed == 0
+    assert told.reference.num_missed > 5
 
 
 @pytest.mark.parametrize("fault, words", [f for f in FAULTS if f[0] in ("labels", "layer ids", "mask token")])

@@ -23,6 +23,7 @@ from fastdraft.model.rope import Rope
 
 BLOCKS = 64  # at a time; the reference holds scores of all their rows against all tokens
 UNBOUNDED = 2**30  # a window that cuts nothing: a sliding layer that is only causal
+FIRST_NORM = "context k_norm"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class BlockReading:
     says: str = "as the checkpoint says"
     layers: tuple[int, ...] | None = None  # outputs of the target's layers, from 0
     changes: tuple[tuple[str, object], ...] = ()  # fields of the shape
-    without: str | None = None  # a norm that is left out: hidden_norm, norm, or q_norm and k_norm as "heads"
+    # a norm that is left out: hidden_norm, norm, or q_norm and k_norm as "heads"; FIRST_NORM: one that stands for others
+    without: str | None = None
     rms_norm_eps: float | None = None
     dtype: torch.dtype | None = None  # that the draft runs in
 
@@ -72,6 +74,13 @@ def block_readings(draft: DFlashDraft, num_target_layers: int) -> list[BlockRead
         "heads": "the norms of queries and keys left out",
     }.items():
         found.append(BlockReading("norm", says, without=norm))
+    norms = [layer.self_attn.k_norm.weight for layer in draft.layers]
+    if any(not torch.equal(norm, norms[0]) for norm in norms[1:]):
+        says = (
+            "the context's keys of every layer normed by the first layer's k_norm (a fault of vLLM's build for CPUs, up to "
+            "0.32 at least; the checkpoint is not to blame)"
+        )
+        found.append(BlockReading("norm", says, without=FIRST_NORM))
     plain = {"rope_theta": c.rope_parameters["rope_theta"], "rope_type": "default"}
     ropes = {"RoPE without its scaling": plain, "rope_theta 10000": dict(c.rope_parameters) | {"rope_theta": 10000.0}}
     for says, rope in ropes.items():
@@ -105,12 +114,33 @@ def read_block_as(draft: DFlashDraft, reading: BlockReading) -> DFlashDraft:
     if reading.without == "heads":
         for layer in mine.layers:
             layer.self_attn.q_norm, layer.self_attn.k_norm = nn.Identity(), nn.Identity()
+    elif reading.without == FIRST_NORM:
+        _norm_context_by_first_layer(mine)
     elif reading.without is not None:
         setattr(mine, reading.without, nn.Identity())
     if reading.rms_norm_eps is not None:
         for norm in (m for m in mine.modules() if hasattr(m, "eps")):
             norm.eps = reading.rms_norm_eps
     return mine
+
+
+def _norm_context_by_first_layer(draft: DFlashDraft) -> None:
+    context, keys_values, first = draft.context, draft.keys_values, draft.layers[0].self_attn.k_norm
+    made = []
+
+    def remember(g: Tensor) -> Tensor:
+        made[:] = [context(g)]
+        return made[0]
+
+    def by_first(layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        attention = draft.layers[layer].self_attn
+        own = attention.k_norm
+        attention.k_norm = first if x is made[0] else own
+        found = keys_values(layer, x, positions)
+        attention.k_norm = own
+        return found
+
+    draft.context, draft.keys_values = remember, by_first
 
 
 @torch.no_grad()

@@ -113,7 +113,8 @@ class BlockDrafter:
         first, depth = self.draft.config.first_slot, max(depths)
         last = torch.tensor(counts, device=g.device) - 1
         roots = token_ids.gather(1, last[:, None])[:, 0]
-        return self.draw(self.block(roots)[:, first : first + depth], roots, depths, settings, generators)
+        tokens, q = self.draw(self.block(roots)[:, first : first + depth], roots, depths, settings, generators)
+        return Proposals(tokens, torch.arange(depth).repeat(len(depths), 1), depths, q)
 
     def draw(
         self,
@@ -122,14 +123,13 @@ class BlockDrafter:
         depths: list[int],
         settings: DecodeSettings,
         generators: list[torch.Generator],
-    ) -> Proposals:
+    ) -> tuple[Tensor, Tensor | None]:  # [S, m] int64; what each was drawn from [S, m, V], None where it was not drawn
         """The tokens of all slots at once: they do not know of each other."""
-        parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
         logits = self.draft.logits(states, roots[:, None].expand(states.shape[:2]), self.head)
         if settings.draws_chain:
             q = probabilities(logits.flatten(0, 1), settings).unflatten(0, logits.shape[:2])
-            return Proposals(draw_each(q, generators, depths), parents, depths, q)
-        return Proposals(logits.argmax(-1), parents, depths)
+            return draw_each(q, generators, depths), q
+        return logits.argmax(-1), None
 
     def _write(
         self,

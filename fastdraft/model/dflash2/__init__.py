@@ -68,7 +68,6 @@ METHOD = dflash.METHOD._replace(
     init_config=partial(init_config, shape=DFlash2Config),
     check_config=check_config,
     recipe=recipe,
-    not_seen=dflash.second_runner_only(DFlash2Config.title),
     tables=("candidate_selector.*_codebook",),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),
     readings=Readings(selector_readings, read_selector_as, run_blocks),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdraft.model.dflash.propose import BlockDrafter
 from fastdraft.model.dflash2.draft import DFlash2Draft
-from fastdraft.model.proposal import DecodeSettings, Proposals, draw_each, probabilities
+from fastdraft.model.proposal import DecodeSettings, draw_each, probabilities
 
 
 class SelectorDrafter(BlockDrafter):
@@ -27,7 +27,7 @@ class SelectorDrafter(BlockDrafter):
         depths: list[int],
         settings: DecodeSettings,
         generators: list[torch.Generator],
-    ) -> Proposals:
+    ) -> tuple[Tensor, Tensor | None]:
         """The walk of each sequence."""
         draft, token, tokens, drawn_from = self.draft, roots, [], []
         logits, ids, query = draft.candidates(states, self.head)
@@ -42,5 +42,4 @@ class SelectorDrafter(BlockDrafter):
                 place = scores.argmax(-1)
             token = mine.gather(1, place[:, None])[:, 0]
             tokens.append(token)
-        parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
-        return Proposals(torch.stack(tokens, 1), parents, depths, torch.stack(drawn_from, 1) if drawn_from else None)
+        return torch.stack(tokens, 1), torch.stack(drawn_from, 1) if drawn_from else None

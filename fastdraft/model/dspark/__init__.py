@@ -79,7 +79,6 @@ METHOD = dflash.METHOD._replace(
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "dspark", "sglang": "DSPARK"},
-    not_seen=dflash.second_runner_only(DSparkConfig.title),
     recipe=recipe,
     readings=Readings(dspark_readings, read_dspark_as, run_blocks),
     cost_options=lambda config: {"anchors": config.block.anchors, "needs_teacher": True},

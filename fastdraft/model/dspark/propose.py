@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdraft.model.dflash.propose import BlockDrafter
-from fastdraft.model.proposal import DecodeSettings, Proposals, draw_each, probabilities
+from fastdraft.model.proposal import DecodeSettings, draw_each, probabilities
 
 
 class MarkovDrafter(BlockDrafter):
@@ -24,17 +24,15 @@ class MarkovDrafter(BlockDrafter):
         depths: list[int],
         settings: DecodeSettings,
         generators: list[torch.Generator],
-    ) -> Proposals:
+    ) -> tuple[Tensor, Tensor | None]:
         tokens, drawn_from, previous = [], [], roots
-        samples = settings.draws_chain
         for slot, state in enumerate(states.unbind(1)):
             logits = self.draft.logits(state, previous, self.head)  # [S, V]
-            if samples:
+            if settings.draws_chain:
                 drawn_from.append(probabilities(logits, settings))
                 counts = [int(slot < depth) for depth in depths]
                 previous = draw_each(drawn_from[-1][:, None], generators, counts)[:, 0]
             else:
                 previous = logits.argmax(-1)
             tokens.append(previous)
-        parents = torch.arange(states.shape[1]).repeat(len(depths), 1)
-        return Proposals(torch.stack(tokens, 1), parents, depths, torch.stack(drawn_from, 1) if samples else None)
+        return torch.stack(tokens, 1), torch.stack(drawn_from, 1) if drawn_from else None

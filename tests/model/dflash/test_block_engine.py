@@ -203,15 +203,17 @@ def test_dpace_weights_are_the_derivative_of_the_expected_length():
     torch.testing.assert_close(dpace_weights(q, live, 0.5), want * s.detach())
 
 
+@pytest.mark.parametrize("kind", [BlockEngine, BlockReferenceEngine])
 @pytest.mark.parametrize(
     "ids, words",
     [([39] * 4, "a document has token 39, which is the draft's mask_token_id"), ([40] * 4, "do not fit the draft's vocab")],
 )
-def test_ids_that_do_not_fit_are_named(ids, words):
+def test_ids_that_do_not_fit_are_named(ids, words, kind):
     case = Small(lengths=(4,))
     batch = Batch(torch.tensor(ids), torch.ones(4, dtype=torch.bool), (4,))
+    engine = kind(case.draft, case.head, BlockLoss(), lambda batch, step: torch.tensor([1]))
     with pytest.raises(ValueError, match=words):
-        block_engine_step(case.draft, batch, case.features, case.head, torch.tensor([1]), BlockLoss())
+        engine.step(batch, case.features, flat_gradients(case.draft.trainable()))
 
 
 def test_a_head_that_engines_would_not_give_is_refused():
