@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -247,6 +248,25 @@ FAULTS = {
     "layer types": (lambda c: c.update(layer_types=["full_attention"]), "for each of 2 layers"),
     "no window": (lambda c: c.update(layer_types=["sliding_attention"] * 2), "a sliding layer needs a whole number"),
     "bias": (lambda c: c.update(attention_bias=True), "attention_bias is True; a DFlash draft here is trained with False"),
+    "sliding layers not causal": (
+        lambda c: c.update(is_causal=False, layer_types=["sliding_attention"] * 2, sliding_window=8),
+        "is_causal is false, with which engines let a row of a sliding layer see later rows",
+    ),
+    "sliding layers not causal, nested": (
+        lambda c: (
+            c["dflash_config"].update(causal=False),
+            c.update(layer_types=["sliding_attention"] * 2, sliding_window=8),
+        ),
+        "dflash_config.causal is false, with which engines",
+    ),
+    "windows in full layers": (lambda c: c["dflash_config"].update(use_swa=True), "vLLM then gives each a sliding window"),
+    "interleaved RoPE": (lambda c: c.update(is_neox_style=False), "is_neox_style is False, with which engines compute"),
+    "interleaved for SGLang": (lambda c: c.update(rope_is_neox_style=False), "rope_is_neox_style is False, with which"),
+    "Domino": (lambda c: c["dflash_config"].update(projector_type="domino"), "dflash_config.projector_type is 'domino'"),
+    "sinks": (lambda c: c["dflash_config"].update(attention_sink_bias=True), "dflash_config.attention_sink_bias is True"),
+    "scaled values": (lambda c: c["dflash_config"].update(attention_value_scale=0.5), "attention_value_scale is 0.5"),
+    "a cap": (lambda c: c["dflash_config"].update(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0"),
+    "speculators": (lambda c: c.update(speculators_model_type="dflash"), "speculators_model_type is 'dflash'"),
     "nothing nested": (lambda c: c.pop("dflash_config"), "dflash_config is None"),
     "dtype": (lambda c: c.update(dtype="bfloat16"), "dtype is bfloat16, the weights are float32"),
 }
@@ -261,6 +281,30 @@ def test_a_fault_in_the_config_is_named(fault, exported, target_dir, tmp_path, f
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
     assert code == 1 and words in " ".join(out.split()), out
+
+
+def test_a_mask_embedding_of_its_own_is_named(exported, target_dir, tmp_path, run_yaml, fastdraft):
+    """Engines embed mask rows with it, and no tensor of the checkpoint would tell."""
+    draft = tmp_path / "draft"
+    shutil.copytree(exported, draft)
+    torch.save({"embedding": torch.zeros(32), "mask_token_id": 190}, draft / "mask_embedding.pt")
+    code, out, _ = fastdraft("check", "--checkpoint", draft, "--target", target_dir)
+    assert code == 1 and "mask_embedding.pt is there: both engines embed the mask rows with it" in " ".join(out.split())
+    said = refusal(fastdraft("train", run_yaml, "draft.overrides={}", f"draft.init_from={draft}"))
+    assert "mask_embedding.pt is there" in said
+
+
+def test_what_changes_nothing_is_no_fault(exported, target_dir, tmp_path, fastdraft):
+    """Fields of published checkpoints, at the values at which engines do what is trained here; RoPE in the old spelling."""
+    config = json.loads((exported / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "use_sliding_window": False, "max_window_layers": 5}
+    config |= {"is_causal": False, "is_neox_style": True, "rope_scaling": None, "sliding_window": None}
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["dflash_config"] |= {"causal": False, "projector_type": "dflash", "attention_value_scale": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 0 and "verified for SGLang and vLLM" in out, out
 
 
 TENSORS = {
