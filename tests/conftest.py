@@ -24,6 +24,14 @@ from fastdraft.model import precision
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped without one, whichever folder is run."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(scope="session")
 def target_dir(tmp_path_factory) -> Path:
     return save_target(tmp_path_factory.mktemp("target"))

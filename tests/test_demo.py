@@ -97,17 +97,31 @@ def test_answers_end_with_the_time(demo, target):
 
 def test_the_prompts_and_tokens_are_those_that_the_clock_has_room_for(demo, make_config, target, monkeypatch):
     """A plain decoding of 4 s and one with the draft of 6 s: 16 s for each prompt, 9 s more for each of up to three by the
-    untrained draft, 6 s for the one that is shown, and 3 s for the trials where there is more than one."""
+    untrained draft, 6 s for the one that is shown, and 3 s for the trials where there is more than one. Where eight have
+    room so, all 24 are tried together, which take 2 s each alone and 3 s each with a draft: 192 s and the other 36."""
     share = demo.DECODE_TOKENS // 4
     seconds = lambda n: SimpleNamespace(seconds=n * share / demo.DECODE_TOKENS)  # noqa: E731
     monkeypatch.setattr(demo, "generate_plain", lambda *_: seconds(4.0))
     monkeypatch.setattr(demo, "generate", lambda *_: seconds(6.0))
+    of_all = lambda each: lambda target, *args: [SimpleNamespace(seconds=each * 6 / 52)] * 24  # noqa: E731
+    monkeypatch.setattr(demo, "generate_plain_batch", of_all(2.0))
+    monkeypatch.setattr(demo, "generate_batch", of_all(3.0))
     draft = random_draft(draft_shape(make_config()), target.embedding)
-    cases = ((1000.0, 8, 52), (36 + 16 * 5.5, 5, 52), (31.5, 1, 52), (15.5, 1, 26), (0.0, 1, 8), (-100.0, 1, 8))
+    cases = (
+        (1000.0, 24, 52),
+        (228.5, 24, 52),
+        (227.5, 8, 52),
+        (36 + 16 * 8.5, 8, 52),
+        (36 + 16 * 5.5, 5, 52),
+        (31.5, 1, 52),
+        (15.5, 1, 26),
+        (0.0, 1, 8),
+        (-100.0, 1, 8),
+    )
     for left, number, tokens in cases:
         clock = clock_at(demo, demo.DECODE_END - left)
-        assert demo.affordable_decoding(target, draft, [1, 2, 3], clock) == (number, tokens)
-        cut = [f"{number} of 8 held-out prompts decoded"] if number < 8 else []
+        assert demo.affordable_decoding(target, draft, [[1, 2, 3]] * 24, clock) == (number, tokens)
+        cut = [f"{number} of 24 held-out prompts decoded"] if number < 24 else []
         assert clock.cuts == cut + ([f"{tokens} of 52 tokens of each decoded"] if tokens < 52 else [])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -137,6 +138,26 @@ def test_a_conversation_with_the_mask_token_is_named_before_the_first_step(how, 
         assert not list((tmp_path / "run").glob("checkpoints/*")) and "loss" not in said
 
 
+@pytest.mark.parametrize("how", ["train", "held-out", "train, streaming", "in one document"])
+def test_documents_without_room_for_a_block_are_refused_before_the_first_step(how, tree, run_yaml, fastdraft, tmp_path):
+    """Tokens that are trained on one at a time, at a document's begin, or on both sides of a border; never two in a row."""
+    lone, chats = tmp_path / "lone.jsonl", write_chats(tmp_path / "some.jsonl", 8)
+    masks = [0, 0, 1, 0, 1, 0, 0, 1], [1, 1, 0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 1, 0, 0]
+    rows = [{"input_ids": list(range(5 + n, 13 + n)), "loss_mask": list(mask)} for n, mask in enumerate(masks)]
+    if how == "in one document":
+        rows[2]["loss_mask"][6] = 1
+    lone.write_text("\n".join(map(json.dumps, rows)))
+    paths = {"held-out": (f"data.paths=[{chats}]", f"data.eval_paths=[{lone}]")}.get(how, (f"data.paths=[{lone}]",))
+    changes = "data.eval_fraction=0", f"data.streaming={'streaming' in how}", "data.vocab_samples=20", "max_steps=1", *paths
+    called = fastdraft("train", run_yaml, *changes, "optim.packs_per_step=1")
+    if how == "in one document":
+        assert called[0] == 0 and losses(tmp_path / "run")[-1]["loss"] > 0
+        return
+    name = how.partition(",")[0]
+    assert f"none of the 4 {name} documents has a place where a block can begin" in refusal(called)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_the_plan_says_how_slots_are_weighed(run_yaml, runs):
     """In a run's words: the division, too, is each loss's own."""
     ce = runs("train", run_yaml, "--plan", "block.gamma=3")
@@ -227,6 +248,25 @@ FAULTS = {
     "layer types": (lambda c: c.update(layer_types=["full_attention"]), "for each of 2 layers"),
     "no window": (lambda c: c.update(layer_types=["sliding_attention"] * 2), "a sliding layer needs a whole number"),
     "bias": (lambda c: c.update(attention_bias=True), "attention_bias is True; a DFlash draft here is trained with False"),
+    "sliding layers not causal": (
+        lambda c: c.update(is_causal=False, layer_types=["sliding_attention"] * 2, sliding_window=8),
+        "is_causal is false, with which engines let a row of a sliding layer see later rows",
+    ),
+    "sliding layers not causal, nested": (
+        lambda c: (
+            c["dflash_config"].update(causal=False),
+            c.update(layer_types=["sliding_attention"] * 2, sliding_window=8),
+        ),
+        "dflash_config.causal is false, with which engines",
+    ),
+    "windows in full layers": (lambda c: c["dflash_config"].update(use_swa=True), "vLLM then gives each a sliding window"),
+    "interleaved RoPE": (lambda c: c.update(is_neox_style=False), "is_neox_style is False, with which engines compute"),
+    "interleaved for SGLang": (lambda c: c.update(rope_is_neox_style=False), "rope_is_neox_style is False, with which"),
+    "Domino": (lambda c: c["dflash_config"].update(projector_type="domino"), "dflash_config.projector_type is 'domino'"),
+    "sinks": (lambda c: c["dflash_config"].update(attention_sink_bias=True), "dflash_config.attention_sink_bias is True"),
+    "scaled values": (lambda c: c["dflash_config"].update(attention_value_scale=0.5), "attention_value_scale is 0.5"),
+    "a cap": (lambda c: c["dflash_config"].update(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0"),
+    "speculators": (lambda c: c.update(speculators_model_type="dflash"), "speculators_model_type is 'dflash'"),
     "nothing nested": (lambda c: c.pop("dflash_config"), "dflash_config is None"),
     "dtype": (lambda c: c.update(dtype="bfloat16"), "dtype is bfloat16, the weights are float32"),
 }
@@ -241,6 +281,30 @@ def test_a_fault_in_the_config_is_named(fault, exported, target_dir, tmp_path, f
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
     assert code == 1 and words in " ".join(out.split()), out
+
+
+def test_a_mask_embedding_of_its_own_is_named(exported, target_dir, tmp_path, run_yaml, fastdraft):
+    """Engines embed mask rows with it, and no tensor of the checkpoint would tell."""
+    draft = tmp_path / "draft"
+    shutil.copytree(exported, draft)
+    torch.save({"embedding": torch.zeros(32), "mask_token_id": 190}, draft / "mask_embedding.pt")
+    code, out, _ = fastdraft("check", "--checkpoint", draft, "--target", target_dir)
+    assert code == 1 and "mask_embedding.pt is there: both engines embed the mask rows with it" in " ".join(out.split())
+    said = refusal(fastdraft("train", run_yaml, "draft.overrides={}", f"draft.init_from={draft}"))
+    assert "mask_embedding.pt is there" in said
+
+
+def test_what_changes_nothing_is_no_fault(exported, target_dir, tmp_path, fastdraft):
+    """Fields of published checkpoints, at the values at which engines do what is trained here; RoPE in the old spelling."""
+    config = json.loads((exported / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "use_sliding_window": False, "max_window_layers": 5}
+    config |= {"is_causal": False, "is_neox_style": True, "rope_scaling": None, "sliding_window": None}
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["dflash_config"] |= {"causal": False, "projector_type": "dflash", "attention_value_scale": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 0 and "verified for SGLang and vLLM" in out, out
 
 
 TENSORS = {

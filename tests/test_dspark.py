@@ -142,6 +142,7 @@ FAULTS = {
     "prefixed": (lambda c: c.update(dspark_block_size=8), "dspark_block_size is there, which SGLang reads before block"),
     "no rank": (lambda c: c.pop("markov_rank"), "markov_rank is None; it must be a whole number above 0"),
     "gated": (lambda c: c.update(markov_head_type="gated"), "markov_head_type is 'gated'; it must be 'vanilla'"),
+    "a scale": (lambda c: c.update(logit_scale=0.5), "logit_scale is 0.5, with which engines compute something else"),
     "no block": (lambda c: c.pop("block_size"), "block_size is None"),
     "vocabulary": (lambda c: c.update(draft_vocab_size=64), "SGLang serves a DSpark draft with the target's whole"),
     "dtype": (lambda c: c.update(dtype="bfloat16"), "dtype is bfloat16, the weights are float32"),
@@ -157,6 +158,14 @@ def test_a_fault_in_the_config_is_named(fault, exported, target_dir, tmp_path, f
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
     code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
     assert code == 1 and words in " ".join(out.split()), out
+
+
+def test_fewer_candidates_are_a_warning(exported, target_dir, tmp_path, fastdraft):
+    config = json.loads((exported / "config.json").read_text()) | {"dspark_draft_topk": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
+    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
+    assert code == 0 and "dspark_draft_topk is 8: vLLM then chooses among so many" in " ".join(out.split())
 
 
 TENSORS = {

@@ -37,7 +37,7 @@ from fastdraft.config import Config, load_config
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import Prepared
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, generate, generate_plain, generate_plain_batch
+from fastdraft.decode import DecodeResult, generate, generate_batch, generate_plain, generate_plain_batch
 from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
@@ -57,10 +57,11 @@ HERE = Path(__file__).parent
 CACHE = Path.home() / ".cache" / "fastdraft"
 ANSWER_TOKENS, ANSWER_BATCH = 112, 128
 ANSWER_SECONDS = 170
-TRAIN_END, DECODE_END = 430, 570  # seconds after the start; held-out numbers, export and report take the rest of 600
+TRAIN_END, DECODE_END = 450, 570  # seconds after the start; held-out numbers, export and report take the rest of 600
 MIN_STEPS = 10
 THREADS = torch.get_num_threads()
-DECODE_PROMPTS, DECODE_TOKENS = 8, 52
+DECODE_PROMPTS, DECODE_TOKENS = 24, 52
+DECODE_FEW = 8  # prompts for which there must be room at what each costs alone, before all are tried together
 LEAST_TOKENS = 8  # of the one prompt that is decoded however late it is
 UNTRAINED_PROMPTS = 3  # enough to see that an untrained draft gives about one token a forward
 CHAIN = DecodeSettings(num_steps=3)
@@ -136,7 +137,7 @@ def main() -> None:
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, data.train)
     untrained.to(target.device, target.dtype)
-    number, tokens = affordable_decoding(target, draft, prompts[0], clock)
+    number, tokens = affordable_decoding(target, draft, prompts, clock)
     prompts = prompts[:number]
     plain = generate_plain_batch(target, prompts, tokens)
     few = min(UNTRAINED_PROMPTS, len(prompts))
@@ -322,25 +323,40 @@ def sigterm_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def affordable_decoding(target: Target, draft: Draft, prompt: list[int], clock: Clock) -> tuple[int, int]:
+def affordable_decoding(target: Target, draft: Draft, prompts: list[list[int]], clock: Clock) -> tuple[int, int]:
     """How many prompts can be decoded until DECODE_END, and to how many tokens each: by the target alone, with a tree, with
-    a chain, some by the untrained draft, and one more with a tree to be shown. Each is counted at what one alone costs, and
-    together they cost less. Where not even one fits, it gets fewer tokens."""
+    a chain, some by the untrained draft, and one more with a tree to be shown. Up to DECODE_FEW are counted at what one
+    alone costs; where there is room for so many, all together are tried for an eighth of the tokens. Where not even one
+    fits, it gets fewer tokens."""
+    prompt = prompts[0]
     generate(target, draft, prompt, 2, TREE)  # warm
     alone = generate_plain(target, prompt, DECODE_TOKENS // 4).seconds * 4
     tree = generate(target, draft, prompt, DECODE_TOKENS // 4, TREE).seconds * 4
     left = DECODE_END - clock.seconds()
 
-    def seconds(number: int) -> float:
+    def others(number: int) -> float:
         # three evaluations try, in nine forwards each, whether prompts may go together
         trials = 3 * alone / 4 if number > 1 else 0.0
-        return number * (alone + 2 * tree) + (1.5 * min(number, UNTRAINED_PROMPTS) + 1) * tree + trials
+        return (1.5 * min(number, UNTRAINED_PROMPTS) + 1) * tree + trials
 
-    number = max((n for n in range(1, DECODE_PROMPTS + 1) if seconds(n) <= left), default=1)
+    def seconds(number: int) -> float:
+        return number * (alone + 2 * tree) + others(number)
+
+    number = max((n for n in range(1, DECODE_FEW + 1) if seconds(n) <= left), default=1)
     tokens = max(LEAST_TOKENS, int(DECODE_TOKENS * min(1.0, left / seconds(number))))
+    if number == DECODE_FEW and together(target, draft, prompts) + others(len(prompts)) <= DECODE_END - clock.seconds():
+        number = len(prompts)
     clock.cut(number, DECODE_PROMPTS, "held-out prompts decoded")
     clock.cut(tokens, DECODE_TOKENS, "tokens of each decoded")
     return number, tokens
+
+
+def together(target: Target, draft: Draft, prompts: list[list[int]]) -> float:
+    """Seconds that all prompts would take by the target alone, with a tree and with a chain, which costs no more."""
+    tokens = DECODE_TOKENS // 8
+    plain = generate_plain_batch(target, prompts, tokens)
+    tree = generate_batch(target, draft, prompts, tokens, TREE)
+    return DECODE_TOKENS / tokens * (sum(r.seconds for r in plain) + 2 * sum(r.seconds for r in tree))
 
 
 def sample(tokenizer: Tokenizer, prompt: list[int], result: DecodeResult) -> list[tuple[str, int | None]]:

@@ -6,7 +6,7 @@ which method it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -148,6 +148,9 @@ class Method(NamedTuple):
     # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
     # that is asked for; * stands for anything. Muon leaves them to AdamW.
     tables: tuple[str, ...] = ()
+    # ValueError where none of the documents can train a draft: of the set's name and its pieces, each with token ids [M]
+    # and loss mask [M] of documents end to end and their lengths [n].
+    refuse_useless: Callable[[str, Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]], None] = lambda name, pieces: None
     mask_token: Callable[[Any], int | None] = lambda shape: None  # of a shape: a token that no document may have
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in

@@ -47,9 +47,7 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     saved, draft = read_draft(run_dir, which)
     if was_served(saved):
         raise ValueError(f"{saved.path} was trained on what servers gave, and their target is not loaded into this process")
-    config = saved_config(saved)
-    device = mesh.start_process(config.device, config.dist.timeout_s)
-    config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    config, device = config_here(saved)
     holders, _ = choose_holders(config, device)
     target = load_target(
         config.target.path,
@@ -82,6 +80,13 @@ def was_served(saved: checkpoint.Saved) -> bool:
 def saved_config(saved: checkpoint.Saved) -> Config:
     """A checkpoint's settings. Those that are new since it was written have their defaults."""
     return Config.model_validate(without_removed(saved.state["config"]))
+
+
+def config_here(saved: checkpoint.Saved) -> tuple[Config, torch.device]:
+    """`saved_config` with the dtypes that the run was begun in, and this process's device."""
+    config = saved_config(saved)
+    device = mesh.start_process(config.device, config.dist.timeout_s)
+    return name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))[0], device
 
 
 def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, nn.Module]:
@@ -211,9 +216,7 @@ def evaluate_served(
     saved: checkpoint.Saved, draft: nn.Module, say: Callable[[str], None], urls: Sequence[str] = ()
 ) -> TauReport:
     """`evaluate_held_out` of a run whose target servers run: features come from them, or from the run's store."""
-    config = saved_config(saved)
-    device = mesh.start_process(config.device)
-    config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+    config, device = config_here(saved)
     if urls:
         target = config.target.model_copy(update={"url": list(urls)})
         config = config.model_copy(update={"target": target, "features": FeaturesConfig()})
@@ -250,9 +253,7 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
     saved, draft = read_draft(run_dir, which)
     with read_together(saved_config(saved)):
         if was_served(saved):
-            config = saved_config(saved)
-            device = mesh.start_process(config.device)
-            config, _ = name_dtypes(config, device, begun=saved_dtypes(saved.state["config"], device))
+            config, device = config_here(saved)
             target = load_ends(
                 config.target.path, target_dtype(config, device), device, config.target.trust_remote_code
             ).ends

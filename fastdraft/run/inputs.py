@@ -11,12 +11,13 @@ from datasets import Dataset
 
 from fastdraft.config import Config, asks_servers
 from fastdraft.data.prepare import Prepared, prepare
-from fastdraft.data.samples import longest_sample
+from fastdraft.data.samples import longest_sample, scan
 from fastdraft.data.stream import open_stream
 from fastdraft.dist import fleet, mesh
 from fastdraft.features.meta import COMPARED, Meta, refuse_other
 from fastdraft.features.store import Store
 from fastdraft.files import GIB
+from fastdraft.model.methods import named_method
 from fastdraft.model.precision import DTYPES, bf16_is_slow
 from fastdraft.run.dtypes import target_dtype
 from fastdraft.run.plan import check_target, fleet_planner, refuse_too_long
@@ -32,18 +33,28 @@ from fastdraft.target.stored import StoreReader, check_documents
 def load_data(config: Config, vocab_size: int, mask_token: int | None = None) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
 
-    With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions, and
-    where a document has `mask_token`, the draft's (`Method.mask_token`).
+    With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions,
+    where a document has `mask_token`, the draft's (`Method.mask_token`), and where no document can train the draft.
     """
     check_target(config)
     target = config.target.path, config.target.trust_remote_code
     tokenizer, stops = load_tokenizer(*target), stop_ids(*target)
     if config.data.streaming:
-        return open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share(), mask_token)
+        data = open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share(), mask_token)
+        _refuse_sets(config, data)
+        return data
     data = prepare(config.data, tokenizer, vocab_size, stops, mask_token)
     longest = max(map(longest_sample, (data.train, data.eval)))
     refuse_too_long(config, longest, f"a document has {longest} tokens")
+    _refuse_sets(config, data)
     return data
+
+
+def _refuse_sets(config: Config, data: Prepared) -> None:
+    """Raises ValueError for a set of which no document can train, or measure, a draft of the config's method."""
+    for name, documents in {"train": data.train, "held-out": data.eval}.items():
+        if len(documents):
+            named_method(config.draft.method).refuse_useless(name, scan(documents))
 
 
 def open_target(

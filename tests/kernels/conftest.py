@@ -37,13 +37,6 @@ def csrc() -> None:
         pytest.skip("csrc is not built: python setup.py build_ext --inplace --force, with nvcc and a PyTorch for CUDA")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
 @pytest.fixture
 def three_way():
     """The kernel rule: max|ours - truth| <= 2 max|plain - truth| + one ulp of the dtype at max|truth| (+ a named extra)."""

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import types
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,9 @@ def states(monkeypatch):
     class HiddenStateCacheSpec(SimpleNamespace):
         pass
 
+    class RequestStatus(Enum):
+        FINISHED_STOPPED, FINISHED_LENGTH_CAPPED, FINISHED_ABORTED = range(3)
+
     names = {
         "vllm": {"__version__": "0.32.0"},
         "vllm.config": {"get_layers_from_vllm_config": lambda config, kind, names: dict.fromkeys(names)},
@@ -140,6 +144,7 @@ def states(monkeypatch):
         "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: 0},
         "vllm.model_executor.models.extract_hidden_states": {"CacheOnlyAttentionLayer": object},
         "vllm.v1.kv_cache_interface": {"HiddenStateCacheSpec": HiddenStateCacheSpec},
+        "vllm.v1.request": {"RequestStatus": RequestStatus},
     }
     for name, members in names.items():
         parts = name.split(".")
@@ -238,6 +243,41 @@ def test_a_request_that_ends_early_is_forgotten(connector):
     request.kv_transfer_params = {"describe": True}
     _, about = connector.request_finished_all_groups(request, ([], []))
     assert about["boundaries"] == [2, 5] and about["weights"] == "w" and about["dtype"] == "float32"
+
+
+def ended(states, status: str, name=A, **more):
+    status = states.RequestStatus[f"FINISHED_{status}"]
+    asked = {"states": name, "answer": True} | more
+    return SimpleNamespace(request_id="r", kv_transfer_params=asked, status=status, num_tokens=11)
+
+
+def test_an_answer_is_handed_over_when_it_has_ended(connector, states, tmp_path):
+    client, lock = handover.new_client(str(tmp_path / "shared"))
+    name = f"{client}-1"
+    fresh = new("r", name, 6, [3, 1])
+    fresh.sampling_params.extra_args["kv_transfer_params"]["answer"] = True
+    assert done(connector, step([fresh], r=6)) == {}  # not the prompt alone
+    assert done(connector, step(old=[("r", [7], 6)], r=2)) == {}
+    for status in ("STOPPED", "LENGTH_CAPPED"):
+        finished = connector.request_finished_all_groups(ended(states, status, name), ([99], [3, 1, 7]))
+        assert finished == (True, {"instance": "one"})  # its blocks are held
+        connector.metadata = connector.build_connector_meta(step())
+        assert connector.metadata.answers == {"r": states.Extracted(name, 10, [3, 1, 7])}  # all tokens but the last
+        connector.start_load_kv(None)
+        assert connector.get_finished({"r"}) == ({"r"}, None)  # and are free behind this step
+        rows = torch.frombuffer(bytearray(wait_for(tmp_path / "shared" / name).read_bytes()), dtype=torch.float32)
+        cached = torch.cat([connector.cache[block] for block in (3, 1, 7)], 1)
+        assert torch.equal(rows.view(10, 2, 3), cached.transpose(0, 1)[:10])
+        os.unlink(tmp_path / "shared" / name)
+        connector.metadata = connector.build_connector_meta(step())
+        assert connector.get_finished(set()) == (None, None)  # once
+    os.close(lock)
+
+
+def test_an_answer_that_was_given_up_holds_nothing(connector, states):
+    for request in (ended(states, "ABORTED"), ended(states, "STOPPED", "../../x"), ended(states, "STOPPED", answer=False)):
+        assert connector.request_finished_all_groups(request, ([99], [3, 1, 7])) == (False, {"instance": "one"})
+    assert not connector.build_connector_meta(step()).answers
 
 
 def test_rows_come_out_in_the_order_of_the_prompt(connector, states, tmp_path):

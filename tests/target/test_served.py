@@ -349,6 +349,24 @@ def test_full_memory_is_waited_for_and_then_named(server, opened, make_config, f
     assert not [name for name in os.listdir(folder) if name.endswith(".error")]
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": "1" * 16}, r"serves another model or revision than target.path: its config.json"),
+        ({"dtype": "bfloat16"}, r"runs the target in bf16, and target.dtype is fp32"),
+        ({"boundaries": [2, 4, 8]}, r"hands over the states at the boundaries \[2, 4, 8\]"),
+        ({"max_model_len": 64}, r"takes 64 tokens with the one it generates"),
+        ({"vllm": "0.33.0"}, r"runs vLLM 0.33.0"),
+    ],
+)
+def test_a_server_that_comes_back_as_another_ends_the_run(server, opened, make_config, changes, words):
+    source = opened()
+    same_features(source, make_config, pack(8, 30))
+    server.start(instance="second", **changes)
+    with pytest.raises(ValueError, match=words):
+        source.capture(pack(8))
+
+
 def test_a_restarted_server_is_compared_again(server, opened, make_config):
     source = opened()
     server.start(instance="second")

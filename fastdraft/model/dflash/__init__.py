@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,6 +150,23 @@ def weighed_by_step(gamma: float) -> str:
     )
 
 
+def refuse_useless(name: str, pieces: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    """Raises ValueError where no document of a set has a place at which `draw_anchors` can begin a block."""
+    count = 0
+    for _, mask, lengths in pieces:
+        ends = lengths.cumsum()
+        at = np.flatnonzero(mask[:-1] & mask[1:])
+        end = ends[np.searchsorted(ends, at, side="right")]
+        begin = (ends - lengths)[np.searchsorted(ends, at, side="right")]
+        if bool(((at > begin) & (at + 1 < end)).any()):
+            return
+        count += len(lengths)
+    raise ValueError(
+        f"none of the {count} {name} documents has a place where a block can begin: two tokens in a row in the mask, "
+        "with a token before them; give longer answers, and see what is trained on with `fastdraft data preview`"
+    )
+
+
 def cost_options(config: Config) -> dict[str, int | bool]:
     """What `step_cost` reads of a config beside what all methods' do."""
     return {
@@ -183,6 +201,7 @@ METHOD = Method(
     cost_options=cost_options,
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
+    refuse_useless=refuse_useless,
     mask_token=lambda shape: shape.mask_token_id,
     has_vocabulary_map=False,
     check_cut=refuse_parts,

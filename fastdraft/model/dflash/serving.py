@@ -47,6 +47,29 @@ COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("vocab_size", "max_position_embeddings"),
 )
+# Fields with which an engine computes something else than is trained here, and the value that changes nothing; at the root
+# of config.json and in dflash_config. Engines follow them without a word.
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "": {
+        "is_neox_style": True,
+        "rope_is_neox_style": True,
+        "attention_sink_bias": False,
+        "add_swa_attention_sink_bias": False,
+        "logit_scale": 1.0,
+        "projector_type": "dflash",
+        "speculators_config": None,
+        "speculators_model_type": None,
+    },
+    "dflash_config.": {
+        "attention_sink_bias": False,
+        "attention_value_scale": 1.0,
+        "output_multiplier": 1.0,
+        "input_embedding_scale": 1.0,
+        "final_logit_softcapping": 0.0,
+        "projector_type": "dflash",
+    },
+}
+MASK_EMBEDDING = "mask_embedding.pt"  # beside the weights: what both engines embed mask rows with
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -117,7 +140,7 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig, writ
     path = Path(path)
     config, facts = read_json(path / CONFIG), language_config(target)
     try:
-        if problems := config_problems(config, facts, written):
+        if problems := config_problems(config, facts, written) + _file_problems(path):
             raise ValueError(" ".join(problems))
         c = _shape(config, facts, written)
         tensors = load_weights(path, _own_name)
@@ -141,7 +164,7 @@ def verify(path: Path | str, target_dir: Path | str, written: Format = DFLASH) -
         config = read_json(path / CONFIG)
     except ValueError as error:
         return Findings([f"{error}."], [])
-    errors = config_problems(config, facts, written)
+    errors = config_problems(config, facts, written) + _file_problems(path)
     token_errors, warnings = _token_problems(written.block(config) or {}, target_dir, facts)
     errors += token_errors
     warnings += _notes(config, facts)
@@ -181,7 +204,28 @@ def config_problems(config: dict[str, Any], facts: dict[str, Any], written: Form
             f"serves a {title} draft with the target's whole vocabulary only."
         )
     said += _layer_problems(config, block, facts, written.where) + _block_problems(config, block, facts, written.where)
+    said += _read_otherwise(config, title)
     return said + written.problems(config, block) + _rope_problems(config)
+
+
+def _read_otherwise(config: dict[str, Any], title: str) -> list[str]:
+    sections = {"": config, "dflash_config.": dflash_section(config) or {}}
+    return [
+        f"{where}{name} is {sections[where][name]!r}, with which engines compute something else; a {title} draft here is "
+        f"trained with {law!r}: leave it out."
+        for where, laws in OTHERWISE.items()
+        for name, law in laws.items()
+        if sections[where].get(name) not in (None, law)
+    ]
+
+
+def _file_problems(path: Path) -> list[str]:
+    if not (path / MASK_EMBEDDING).exists():
+        return []
+    return [
+        f"{MASK_EMBEDDING} is there: both engines embed the mask rows with it, and a draft here is trained with the "
+        "target's own row of mask_token_id; such a draft cannot be read."
+    ]
 
 
 def _layer_problems(config: dict[str, Any], block: dict[str, Any], facts: dict[str, Any], where: str) -> list[str]:
@@ -227,6 +271,17 @@ def _block_problems(config: dict[str, Any], block: dict[str, Any], facts: dict[s
                 "leave it out."
             )
     kinds, count = config.get("layer_types"), config.get("num_hidden_layers")
+    for name, flag in (("is_causal", config.get("is_causal")), ("dflash_config.causal", nested.get("causal"))):
+        if flag is False and "sliding_attention" in (kinds or ()):
+            said.append(
+                f"{name} is false, with which engines let a row of a sliding layer see later rows of its block; here it is "
+                "trained to see none: leave it out."
+            )
+    if nested.get("use_swa") and "sliding_attention" not in (kinds or ()):
+        said.append(
+            "dflash_config.use_swa is true beside layers of full attention: vLLM then gives each a sliding window, SGLang "
+            "none; leave it out, and name sliding layers in layer_types."
+        )
     if kinds is not None and (
         not isinstance(kinds, list)
         or len(kinds) != count
@@ -294,6 +349,11 @@ def _notes(config: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
         notes.append("layer_types mixes full and sliding attention: vLLM serves that with its second model runner only.")
+    if config.get("dspark_draft_topk") is not None:
+        notes.append(
+            f"dspark_draft_topk is {config['dspark_draft_topk']}: vLLM then chooses among so many tokens of a slot, where "
+            "the draft was trained to choose among all."
+        )
     notes += rope_notes(config, facts)
     longest, needed = config.get("max_position_embeddings"), facts.get("max_position_embeddings")
     if type(longest) is int and type(needed) is int and longest < needed:

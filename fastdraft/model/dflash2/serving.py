@@ -19,24 +19,15 @@ from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.method import CONFIG
 from fastdraft.model.target_config import read_json
 
-# What engines would multiply or cap, and the value at which they do not.
-PLAIN = {"output_multiplier": 1.0, "input_embedding_scale": 1.0, "final_logit_softcapping": 0.0}
-
 
 def selector_problems(config: dict[str, Any], nested: dict[str, Any]) -> list[str]:
     """DFlash's, and fields of the convolutions and the selector that are missing or of another draft."""
     said = dflash_problems(config, nested)
-    said += [
+    return said + [
         f"dflash_config.{name} is {nested.get(name)!r}; it must be a whole number above 0, without which engines leave out "
         + ("the convolutions." if name.startswith("conv") else "the selector.")
         for name in NESTED
         if type(nested.get(name)) is not int or nested[name] < 1
-    ]
-    return said + [
-        f"dflash_config.{name} is {nested[name]!r}, which changes an engine's logits or embedding; a DFlash2 draft here is "
-        f"trained with {law!r}: leave it out."
-        for name, law in PLAIN.items()
-        if nested.get(name) not in (None, law)
     ]
 
 

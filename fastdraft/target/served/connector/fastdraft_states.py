@@ -51,6 +51,7 @@ from vllm.v1.request import RequestStatus
 
 RING = 4  # pieces of device memory that rows pass through on their way to the host
 PIECE_BYTES = 2**26
+WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)  # and not an answer that was given up
 
 
 @dataclass
@@ -124,11 +125,13 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         asked = request.kv_transfer_params or {}
         if asked.get("describe"):
             return False, self._about()
-        name, computed = asked.get("states"), request.num_tokens - 1  # the last token has come out of the one before
-        whole = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-        if waits := bool(asked.get("answer")) and is_request(name) and whole:
-            self.ended[request.request_id] = Extracted(name, computed, list(block_ids[self.group]))
-        return waits, {"instance": self.instance} if name is not None else None
+        if "states" not in asked:
+            return False, None
+        waits = bool(asked.get("answer")) and is_request(asked["states"]) and request.status in WHOLE
+        if waits:  # the last token has come out of the one before, and was not run
+            answer = Extracted(asked["states"], request.num_tokens - 1, list(block_ids[self.group]))
+            self.ended[request.request_id] = answer
+        return waits, {"instance": self.instance}
 
     def _about(self) -> dict:
         model = self._vllm_config.model_config
