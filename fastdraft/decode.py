@@ -27,10 +27,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings, Proposals, draw_each, probabilities
-from fastdraft.target.hf import Target
+from fastdraft.target.hf import ANY_SHAPE, Target
 from fastdraft.target.ragged import RaggedCache, SingleCache
 
 BATCH_SIZE = 64  # prompts decoded at once
@@ -254,6 +255,7 @@ def _in_groups(
 
 
 @torch.no_grad()
+@sdpa_kernel(ANY_SHAPE)
 def _decode_together(
     target: Target,
     prompts: list[list[int]],

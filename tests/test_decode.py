@@ -8,6 +8,7 @@ import torch
 from drafting import One
 from tiny import draft_shape, random_draft, tiny_llama
 
+from fastdraft.answers.local import answer_batch
 from fastdraft.batch import Batch, TargetHead
 from fastdraft.decode import (
     _reject,
@@ -453,6 +454,20 @@ def test_a_batch_of_long_prompts_is_cut(narrow, monkeypatch):
         monkeypatch.setattr(target, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
         generate_batch(target, draft, [asked[0]], 6)
     assert results[3].seconds == results[0].seconds != results[1].seconds == results[2].seconds > 0
+
+
+def test_generating_never_asks_for_cudnns_attention(narrow, monkeypatch):
+    """On a Hopper GPU PyTorch prefers it, and it makes a plan for every new shape: decoding took minutes for seconds."""
+    target, draft = narrow
+    monkeypatch.setattr(target, "eos_ids", frozenset({0}))
+    enabled = []
+    hook = target.decoder.register_forward_pre_hook(lambda *_: enabled.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    generate_batch(target, draft, prompts((5, 9)), 4)
+    generate(target, draft, prompts((5,))[0], 4)
+    answer_batch(target, prompts((5, 9)), 4, do_sample=False)
+    assert len(enabled) > 6 and not any(enabled)
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # elsewhere shapes stay, and it is fast
+    hook.remove()
 
 
 def test_what_a_batch_refuses(narrow):

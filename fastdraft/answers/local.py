@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from transformers import AttentionInterface, DynamicCache, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -26,7 +27,7 @@ from fastdraft.answers.job import Job, Sampling, Stopped
 from fastdraft.data.config import TEMPLATE_DATE, checked_date, checked_template_kwargs, writes_date
 from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
 from fastdraft.model.precision import DTYPES, Dtype, auto_line, bf16_is_slow, pick_dtype, slow_line
-from fastdraft.target.hf import Target, cache_name, load_target, load_tokenizer
+from fastdraft.target.hf import ANY_SHAPE, Target, cache_name, load_target, load_tokenizer
 from fastdraft.target.identity import target_fingerprint
 
 GROUPED = "fastdraft_grouped"
@@ -48,7 +49,7 @@ def answer_batch(
         ids.append(prompt[:shared] + [pad] * gap + prompt[shared:])
         mask.append([1] * shared + [0] * gap + [1] * (len(prompt) - shared))
     ids, mask = (torch.tensor(x, device=target.device) for x in (ids, mask))
-    with torch.no_grad(), _grouped_on_cpu(target):
+    with torch.no_grad(), sdpa_kernel(ANY_SHAPE), _grouped_on_cpu(target):
         out = target.model.generate(
             input_ids=ids,
             attention_mask=mask,

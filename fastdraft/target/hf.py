@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -70,6 +71,9 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 LONGEST_TRIAL = 4096  # tokens of a window that is tried before the first step
+# PyTorch's attention without cuDNN's, which it prefers on Hopper GPUs: cuDNN makes a plan for every new shape, and while
+# tokens are generated every forward has one.
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 RUN_TOKENS = 16384  # of documents that run together: what the target's own activations take is bounded so
 
 

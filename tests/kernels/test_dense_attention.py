@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_ttt_attention import DEVICE, DTYPES, assert_close, documents, gradients, needs_kernels, reference, tensors
+from test_ttt_attention import DEVICE, DTYPES, NAMES, assert_close, documents, gradients, needs_kernels, reference, tensors
 
 from fastdraft.kernels import dense_attention as dense
 from fastdraft.kernels import ttt_attention as op
@@ -76,7 +76,7 @@ def check_pieces(pos, doc_start, first, num_keys, num_diag, dtype, **kwargs):
     on = [t.to(DEVICE) for t in (*x, dout, pos, doc_start)]
     plain = gradients(reference, on[:5], on[5], *on[6:])
     ours = both_pieces(*on, first)
-    assert_close(ours, plain, truth, dtype)
+    assert_close(ours, plain, truth, dtype, NAMES)
     return ours
 
 
