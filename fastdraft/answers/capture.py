@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import Batch
-from fastdraft.data.conversations import Line, parse
+from fastdraft.data.conversations import BadLine, Line, parse
 from fastdraft.data.samples import Sample
 from fastdraft.data.tokenize import ChatTokenizer
 from fastdraft.features.store import SHARD_BYTES, Store, document_keys, list_shards, needed, shard_number
@@ -87,8 +87,11 @@ class AnswerCapture:
         await asyncio.get_running_loop().run_in_executor(self._worker, self._keep, row, turns)
 
     def _keep(self, row: dict[str, Any], turns: list[Ran]) -> None:
-        conversation = parse(Line("an answer", json.dumps(row).encode()))
-        for sample in self.chat(conversation).samples:
+        try:
+            samples = self.chat(parse(Line("an answer", json.dumps(row).encode()))).samples
+        except BadLine:  # whoever reads the finished file names it, or skips it where data.on_bad_line says so
+            return
+        for sample in samples:
             self._keep_document(sample, turns)
         if self._writer.open_bytes >= self.shard_bytes:
             self._writer.finish(self._number)

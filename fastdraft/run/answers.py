@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from pydantic import BaseModel
 from rich.console import Console
 
 from fastdraft.answers.capture import AnswerCapture
@@ -22,6 +23,7 @@ from fastdraft.dist import mesh
 from fastdraft.features.meta import Meta, refuse_file
 from fastdraft.features.store import Store, census
 from fastdraft.files import GIB
+from fastdraft.model.methods import method_of
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.dtypes import name_dtypes
 from fastdraft.run.inputs import load_data, open_served, run_meta
@@ -53,8 +55,7 @@ def capture_answers(
     config = config.model_copy(update={"features": FeaturesConfig()})
     if config.data.streaming:
         raise ValueError("--capture needs the data whole; set data.streaming=false")
-    named = [os.path.abspath(os.path.expanduser(path)) for path in config.data.paths]
-    if not any(fnmatch.fnmatch(os.path.abspath(out), path) for path in named):
+    if not any(_finds(path, out) for path in config.data.paths):
         raise ValueError(
             f"data.paths is {', '.join(config.data.paths)}, and the answers go to {out}: name that file in "
             "data.paths, so that the run which reads the store trains on them"
@@ -82,7 +83,7 @@ def capture_answers(
             if capture.missed is not None:
                 say(f"some answers came without their states; the last reason: {capture.missed}")
             if outcome.complete:
-                _fill(config, shape.vocab_size, source, store, meta, say)
+                _fill(config, shape, source, store, meta, say)
             else:
                 say(f"{store} gets the other documents once {out} is written")
     finally:
@@ -104,9 +105,26 @@ def _alone(store: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fill(config: Config, vocab_size: int, source: Source, folder: Path, meta: Meta, say: Callable[[str], None]) -> None:
+def _finds(pattern: str, file: Path) -> bool:
+    """Whether an entry of data.paths will name a file once that is there, as `data.conversations.expand` reads entries."""
+
+    def fits(wanted: list[str], parts: list[str]) -> bool:
+        if wanted[:1] == ["**"]:
+            return fits(wanted[1:], parts) or (bool(parts) and not parts[0].startswith(".") and fits(wanted, parts[1:]))
+        if not wanted or not parts:
+            return wanted == parts
+        hidden = parts[0].startswith(".") and not wanted[0].startswith(".")
+        return fnmatch.fnmatchcase(parts[0], wanted[0]) and not hidden and fits(wanted[1:], parts[1:])
+
+    pattern, path = os.path.abspath(os.path.expanduser(pattern)), os.path.abspath(file)
+    if pattern == path or os.path.exists(pattern):
+        return pattern == path
+    return fits(pattern.split(os.sep), path.split(os.sep))
+
+
+def _fill(config: Config, shape: BaseModel, source: Source, folder: Path, meta: Meta, say: Callable[[str], None]) -> None:
     """Captures the documents of a run that its store lacks."""
-    data, store = load_data(config, vocab_size), Store(folder)
+    data, store = load_data(config, shape.vocab_size, method_of(shape).mask_token(shape)), Store(folder)
     (train, _), (held_out, _) = (lacking(store, dataset) for dataset in (data.train, data.eval))
     if train or held_out:
         say(f"{len(train) + len(held_out):,} documents are run again: not all that training reads of them was answered so")

@@ -14,10 +14,13 @@ import yaml
 from fake_http import reply
 from feature_server import FeatureServer
 from small_runs import documents, losses, same_documents
-from tiny import refusal, save_answering
+from tiny import CHATML, make_tokenizer, refusal, save_answering
 
 from fastdraft.answers.capture import Ran, without_covered
+from fastdraft.data.conversations import expand
 from fastdraft.features.store import Store, list_shards
+from fastdraft.model.target_config import default_layers
+from fastdraft.run.answers import _finds
 
 QUESTIONS = ["ba be", "se lu so", "wan", "wo bu ba", "zu zi", "pe", "te ta to", "ka ke ku"]
 
@@ -167,3 +170,64 @@ def test_the_last_turn_has_the_states_of_those_it_begins_with():
     assert without_covered([], first) == [first]
     assert without_covered([first], second) == [second]
     assert without_covered([first], other) == [first, other]
+
+
+def test_the_drafts_mask_token_in_an_answer_is_named(regenerate, config, tree):
+    tree["draft"] = {"method": "dflash", "overrides": {"layers": list(default_layers(8)), "block_size": 4}}
+    tree["draft"]["overrides"] |= {"num_hidden_layers": 1, "mask_token_id": make_tokenizer().get_vocab()["ba"]}
+    del tree["ttt_length"]
+    config.write_text(yaml.safe_dump(tree))
+    assert "out.jsonl:1 has token" in refusal(regenerate())
+
+
+def test_an_answered_conversation_that_training_skips_is_skipped(regenerate, config, tree, tmp_path):
+    """Training's own template refuses what the server's did not."""
+    strict = "{% if messages[0]['content'] == 'pe' %}{{ raise_exception('no pe') }}{% endif %}"
+    (tmp_path / "strict.jinja").write_text(strict + CHATML)
+    tree["data"] |= {"chat_template": str(tmp_path / "strict.jinja"), "on_bad_line": "skip"}
+    config.write_text(yaml.safe_dump(tree))
+    code, _, err = regenerate()
+    assert code == 0, err
+    assert len(documents(tmp_path / "store")) == len(QUESTIONS)
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "**/other/*.jsonl"])
+def test_a_pattern_that_would_not_find_the_answers(fastdraft, prompts, config, tree, server, tmp_path, pattern):
+    tree["data"]["paths"] = [str(tmp_path / pattern)]
+    config.write_text(yaml.safe_dump(tree))
+    out = tmp_path / "below" / "out.jsonl"
+    more = ["--url", server.url, "--capture", tmp_path / "store", "--config", config]
+    said = refusal(fastdraft("data", "regenerate", prompts, "--out", out, *more))
+    assert "name that file in data.paths" in said and not server.chats
+
+
+def test_patterns_find_what_glob_finds(tmp_path, monkeypatch):
+    files = ["out.jsonl", "a/out.jsonl", "a/b/out.jsonl", ".a/out.jsonl", "a/.out.jsonl", "[x].jsonl", "x.jsonl"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.chdir(tmp_path)
+    patterns = [
+        "*.jsonl",
+        "*/*.jsonl",
+        "**/*.jsonl",
+        "**/out.jsonl",
+        "a/**/*.jsonl",
+        ".a/*",
+        "?/.*",
+        "[x].jsonl",
+        "a/../*.jsonl",
+    ]
+    for pattern in patterns:
+        found = {os.path.abspath(file) for file in expand([pattern])}
+        assert found == {os.path.abspath(file) for file in files if _finds(pattern, Path(file))}, pattern
+
+
+def test_again_after_the_end_nothing_is_asked(regenerate, server, tmp_path):
+    assert regenerate()[0] == 0
+    written = {path.name: path.stat().st_mtime_ns for path in list_shards(tmp_path / "store")}
+    server.chats.clear()
+    server.requests.clear()
+    assert regenerate()[0] == 0
+    assert not server.chats and len(server.requests) == 8  # probes
+    assert written == {path.name: path.stat().st_mtime_ns for path in list_shards(tmp_path / "store")}
