@@ -223,9 +223,13 @@ class StepWeights(NamedTuple):
 
     def count(
         self,
-        live: Tensor,  # [T] float64, live rows of each step
+        live: Tensor,  # [T] float64, live rows of each step, on the same device as these
     ) -> Tensor:  # scalar
-        return (live * self.normaliser.to(live.device)).sum()
+        return (live * self.normaliser).sum()
+
+    def to(self, device: torch.device) -> StepWeights:
+        """The same on a device, for a whole loop: the host waits for such a copy, and so for all that a GPU has to do."""
+        return StepWeights(*(x.to(device) for x in self))
 
 
 class UnderWay(Protocol):

@@ -111,9 +111,8 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
         method.cut(draft, tensor.rank, tensor.size)
     draft.to(device)
-    optimizer = SharedAdamW(
-        draft.trainable(), named_optim(config, draft), total_steps, dtype, replicas, parts, weights.count
-    )
+    count_rows = weights.to(device).count  # of numbers on the device
+    optimizer = SharedAdamW(draft.trainable(), named_optim(config, draft), total_steps, dtype, replicas, parts, count_rows)
     draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
     window = {  # since the last line of metrics
         "sums": torch.zeros(5, len(weights.weight), dtype=torch.float64, device=device),
@@ -184,7 +183,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         sums = optimizer.finish()
         if sums is not None:
             window["sums"] += sums
-            window["skipped_steps"] += weights.count(sums[3]) == 0
+            window["skipped_steps"] += count_rows(sums[3]) == 0
 
     def hold_out_after(step: int) -> bool:
         return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)

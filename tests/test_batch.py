@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdraft.batch import PackShare
+from fastdraft.batch import PackShare, StepWeights
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -28,3 +28,12 @@ def test_a_halo_is_the_rows_behind_each_slice():
     assert PackShare(30, 0, 4, halo=3).rows_and_halo.tolist() == [*range(7), *range(28, 30)]  # the pack ends
     assert PackShare(32, 3, 4, halo=9).rows_and_halo.tolist() == list(range(12, 29))  # the slices lie together
     assert PackShare(16, 0, 1, halo=5).rows_and_halo.tolist() == list(range(16))
+
+
+def test_rows_are_counted_where_they_lie():
+    """A copy between devices in each step would make the host wait for the GPU, so `count` makes none."""
+    weights = StepWeights(*(torch.ones(3, dtype=torch.float64) for _ in range(3)))
+    assert float(weights.count(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))) == 7
+    assert weights.to(torch.device("meta")).count(torch.ones(3, dtype=torch.float64, device="meta")).is_meta
+    with pytest.raises(RuntimeError, match="not on the expected device"):
+        weights.count(torch.ones(3, dtype=torch.float64, device="meta"))

@@ -531,6 +531,32 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(mak
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_between_two_looks_at_the_numbers_the_host_does_not_wait_for_the_gpu(make_config, monkeypatch):
+    """PyTorch raises where a step of the loop would wait: at a copy from or to memory that is not page-locked, or a number
+    that is read."""
+    made = training.make_step
+
+    def watched(*args, **more):
+        step = made(*args, **more)
+        begin = step.begin
+
+        def begin_watched(number: int) -> None:
+            torch.cuda.set_sync_debug_mode("error" if 3 <= number < 8 else "default")
+            begin(number)
+
+        step.begin = begin_watched
+        return step
+
+    monkeypatch.setattr(training, "make_step", watched)
+    try:
+        result = train(make_config(max_steps=8, device="cuda", **{"metrics.log_every": 100, "eval.every": 100}))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.steps == 8
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 @pytest.mark.parametrize(("module", "name", "number"), DEATHS)
 def test_a_killed_process_ends_the_other_on_two_gpus(make_config, tmp_path, module, name, number):
