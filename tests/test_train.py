@@ -550,7 +550,8 @@ def test_between_two_looks_at_the_numbers_the_host_does_not_wait_for_the_gpu(mak
 
     monkeypatch.setattr(training, "make_step", watched)
     try:
-        result = train(make_config(max_steps=8, device="cuda", **{"metrics.log_every": 100, "eval.every": 100}))
+        seldom = {"metrics.log_every": 100, "eval.every": 100, "checkpoint.every": 100}
+        result = train(make_config(max_steps=8, device="cuda", **seldom))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.steps == 8
