@@ -128,6 +128,8 @@ def prepare(
     from fastdraft.run.inputs import load_data
 
     loaded = load_config(config, overrides or [])
+    if report is not None and report.exists() and not report.is_dir():  # before the data are read, not after
+        raise ValueError(f"--report {report} is a file; name a folder, in which data.png is to be drawn")
     shape = draft_shape(loaded)
     prepared = load_data(loaded, shape.vocab_size, method_of(shape).mask_token(shape))
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
@@ -424,7 +426,7 @@ def evaluate(
         refuse_idle(context, (*decoding, "batch_size"), "--prompts")
     if num_steps is None and num_draft_tokens is not None:
         num_steps = DecodeSettings().num_steps
-    steps = num_steps or DecodeSettings().num_steps
+    steps = DecodeSettings().num_steps if num_steps is None else num_steps
     settings = DecodeSettings(steps, eagle_topk, num_draft_tokens, temperature, verify=verify)
     if out is not None:  # before hours of work, not after
         out.parent.mkdir(parents=True, exist_ok=True)

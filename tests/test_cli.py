@@ -203,6 +203,8 @@ def test_train_reads_what_prepare_wrote(fastdraft, config_file, tmp_path):
     assert code == 0 and "24 conversations, 24 samples" in out, err
     assert "of all trained" in out and "% full" in out
     report = tmp_path / "report"
+    said = refusal(fastdraft("data", "prepare", config_file, "--report", config_file))
+    assert f"--report {config_file} is a file; name a folder" in said
     code, out, err = fastdraft("data", "prepare", config_file, f"data.cache_dir={cache}", "--report", report)
     assert code == 0 and out.splitlines()[-1] == str(report / "data.png"), err
     assert [p.name for p in report.iterdir()] == ["data.png"] and imread(report / "data.png")[..., :3].std() > 0.05
@@ -252,6 +254,8 @@ def test_evaluate_refusals(fastdraft, trained, tmp_path):
     assert "holds no checkpoint" in refusal(fastdraft("evaluate", tmp_path))
     assert fastdraft("evaluate", trained, "--max-prompts", "0")[0] == 2
     assert fastdraft("evaluate", trained, "--max-new-tokens", "1")[0] == 2
+    none = refusal(fastdraft("evaluate", trained, "--prompts", "none.jsonl", "--num-steps", "0"))
+    assert "num_steps 0 and eagle_topk 1 must be at least 1" in none
     for temperature in ("nan", "inf", "-1", "1e-45"):  # 1e-45: a traceback of torch.multinomial
         said = refusal(fastdraft("evaluate", trained, "--prompts", "none.jsonl", "--temperature", temperature))
         assert "must be 0 (greedy) or a number from 1e-05 on" in said
