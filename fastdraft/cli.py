@@ -569,7 +569,8 @@ def check(
         for line in findings.errors:
             say("error: " + line)
         good = not findings.errors
-        say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else f"{len(findings.errors)} errors"))
+        count = "1 error" if len(findings.errors) == 1 else f"{len(findings.errors)} errors"
+        say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else count))
         if serving:
             from fastdraft.serving.check import EngineCheck, check_engine
 

@@ -77,6 +77,11 @@ class Servers:
         self.capture = capture
         if capture is not None and (held := CAPTURE_KEYS & (sampling.extra_body or {}).keys()):
             raise ValueError(f"--extra-body must not hold {', '.join(sorted(held))}: --capture sets it")
+        if capture is not None and "stop" in (sampling.extra_body or {}):
+            raise ValueError(
+                "--extra-body must not hold stop: vLLM drops a request that ends at a string, and its states with it; "
+                "leave --capture out and use features capture afterwards"
+            )
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if files != resource.RLIM_INFINITY and concurrency * len(urls) + SPARE_FILES > files:
             raise ValueError(

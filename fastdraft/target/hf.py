@@ -458,7 +458,7 @@ def load_target(
     if holders is not None and holders.size == 1:
         holders = None
     try:
-        _refuse_strange_dtype_at(path)
+        _look_at(path)
         if holders is not None:
             where = torch.device(device)
             model, missing = load_sharded(path, dtype, where, trust_remote_code, holders, _decoder_and_layers)
@@ -495,7 +495,7 @@ def _no_progress_bar(path: str) -> Iterator[None]:
 def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
     """The target's config.json as a dict, without its weights."""
     try:
-        _refuse_strange_dtype_at(path)
+        _look_at(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).to_dict()
     except Exception as error:  # of transformers, or the model type's own class, which may raise anything
         raise ValueError(f"target {path!r} has no readable config.json: {first_line(error)}") from error
@@ -553,7 +553,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The target's tokenizer.json. A tekken.json (Mistral) is read only where that is missing, by the package
     mistral-common, and made into the same kind: that package's own tokenizer has no chat template and no offsets."""
     try:
-        _refuse_strange_dtype_at(path)
+        _look_at(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, mistral_format=False)
     except Exception as error:  # of transformers, tokenizers, or the tokenizer's own code, which may raise anything
         if isinstance(error, ImportError) and "mistral" in str(error):
@@ -570,8 +570,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def _refuse_strange_dtype_at(path: str) -> None:
-    """`refuse_strange_dtype` of a folder's config.json, before transformers fails on it without a sentence."""
+def _look_at(path: str) -> None:
+    """Says of a folder that is absent, or whose config.json names a strange dtype, what transformers says less well."""
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith(".")
+    if not on_hub and not Path(path).exists():
+        raise ValueError("there is no such folder")
     try:
         config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # transformers says what is wrong, or finds it on the hub

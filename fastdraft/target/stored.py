@@ -52,8 +52,8 @@ def lacking(store: Store, dataset: Dataset) -> tuple[list[int], int]:
 
 def check_documents(store: Store, sets: list[Dataset], on_bad_shard: OnBadShard) -> list[str]:
     """What to tell the user; raises ValueError when documents are missing that a damaged shard does not excuse."""
-    counts = [(len(absent), total) for absent, total in (lacking(store, dataset) for dataset in sets)]
-    missing, total = (sum(column) for column in zip(*counts, strict=True))
+    counts = [lacking(store, dataset) for dataset in sets]
+    missing, total = sum(len(absent) for absent, _ in counts), sum(of_all for _, of_all in counts)
     reasons = list(store.damaged.values())
     bad = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} shards more" if len(reasons) > 3 else "")
     if bad and on_bad_shard == "error":

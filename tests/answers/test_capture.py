@@ -163,6 +163,7 @@ def test_what_the_command_sets_is_refused(regenerate):
     assert "--extra-body must not hold return_token_ids" in refusal(
         regenerate("--extra-body", '{"return_token_ids": false}')
     )
+    assert "--extra-body must not hold stop: vLLM drops" in refusal(regenerate("--extra-body", '{"stop": ["."]}'))
 
 
 def test_the_last_turn_has_the_states_of_those_it_begins_with():

@@ -359,8 +359,11 @@ def test_tied_embeddings_are_counted_once_and_not_missing(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_said(target_dir, tmp_path):
-    with pytest.raises(ValueError, match="target '/nowhere' cannot be loaded"):
+    with pytest.raises(ValueError, match="target '/nowhere' cannot be loaded: there is no such folder"):
         load("/nowhere")
+    for path in ("/nowhere", "../nowhere/at/all", "./nowhere"):
+        with pytest.raises(ValueError, match="has no readable tokenizer: there is no such folder"):
+            load_tokenizer(path)
     with pytest.raises(ValueError, match=r"has no readable config\.json"):
         load_target_config(str(tmp_path))
     with pytest.raises(ValueError, match="has no readable tokenizer"):
