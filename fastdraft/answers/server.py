@@ -217,7 +217,7 @@ class Servers:
             raise lost(error) from error
         check_status(response)
         try:
-            return *_completion(response), response.json()
+            return _completion(response)
         except ValueError as error:
             raise Again(f"{url}: {error}") from error
 
@@ -261,8 +261,8 @@ async def _awake(servers: list[Server], home: Server, last: Server | None) -> Se
         await asyncio.sleep(min(s.resting_until for s in servers) - now)
 
 
-def _completion(response: httpx.Response) -> tuple[dict[str, Any], str, int]:
-    """Message, finish_reason and completion tokens. ValueError when it is no whole answer that training could read."""
+def _completion(response: httpx.Response) -> tuple[dict[str, Any], str, int, dict[str, Any]]:
+    """Message, finish_reason, completion tokens, all that was said. ValueError: no whole answer that training can read."""
     try:
         body = response.json()
         choice = body["choices"][0]
@@ -274,4 +274,4 @@ def _completion(response: httpx.Response) -> tuple[dict[str, Any], str, int]:
         raise ValueError(f"not JSON: {response.text[:200]}") from error
     if finish_reason not in FINISHED:
         raise ValueError(f"the answer ended with finish_reason {finish_reason!r}")
-    return message, finish_reason, tokens
+    return message, finish_reason, tokens, body
