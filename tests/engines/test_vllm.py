@@ -14,7 +14,7 @@ from fastdraft.config import load_config
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
-from fastdraft.model.eagle3 import propose as propose_module
+from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.run.finished import export_run
 from fastdraft.serving.engines import Run, run_engine
 from fastdraft.serving.export import load_draft
@@ -45,13 +45,15 @@ def with_and_without(run: Run) -> list[Run]:
 
 
 def record_proposals(monkeypatch) -> list[list[int]]:
-    made, propose = [], propose_module.propose
+    """The tokens of each round's chain, as they are proposed from here on."""
+    made, propose = [], DraftState.propose
 
-    def recorded(*args):
-        made.append(propose(*args))
-        return made[-1]
+    def recorded(state, *args):
+        proposals = propose(state, *args)
+        made.append(proposals.tokens[0, : proposals.counts[0]].tolist())
+        return proposals
 
-    monkeypatch.setattr(propose_module, "propose", recorded)
+    monkeypatch.setattr(DraftState, "propose", recorded)
     return made
 
 
@@ -62,7 +64,7 @@ def assert_same(target, draft, prompts, served, alone, new_tokens, monkeypatch):
         made.clear()
         ours = generate(target, draft, prompt, new_tokens, CHAIN)
         assert output.tokens == plain.tokens == ours.tokens == generate_plain(target, prompt, new_tokens).tokens
-        assert [r.drafted for r in output.rounds] == [p.tokens.tolist() for p in made]
+        assert [r.drafted for r in output.rounds] == made
         assert len(output.rounds) == ours.num_rounds
     monkeypatch.undo()
     report = evaluate_decode(target, draft, prompts, CHAIN, new_tokens)
