@@ -173,12 +173,47 @@ def test_the_last_turn_has_the_states_of_those_it_begins_with():
     assert without_covered([first], other) == [first, other]
 
 
-def test_the_drafts_mask_token_in_an_answer_is_named(regenerate, config, tree):
-    tree["draft"] = {"method": "dflash", "overrides": {"layers": list(default_layers(8)), "block_size": 4}}
-    tree["draft"]["overrides"] |= {"num_hidden_layers": 1, "mask_token_id": make_tokenizer().get_vocab()["ba"]}
-    del tree["ttt_length"]
-    config.write_text(yaml.safe_dump(tree))
-    assert "out.jsonl:1 has token" in refusal(regenerate())
+@pytest.fixture
+def train_blocks(config, tree):
+    """Makes the run one of a DFlash draft whose mask token this word is."""
+
+    def call(word: str) -> None:
+        tree["draft"] = {"method": "dflash", "overrides": {"layers": list(default_layers(8)), "block_size": 4}}
+        tree["draft"]["overrides"] |= {"num_hidden_layers": 1, "mask_token_id": make_tokenizer().get_vocab()[word]}
+        tree.pop("ttt_length", None)
+        config.write_text(yaml.safe_dump(tree))
+
+    return call
+
+
+def test_the_drafts_mask_token_in_a_prompt_is_named_before_anything_is_asked(regenerate, train_blocks, prompts, server):
+    train_blocks("ka")
+    assert f"{prompts}:8 has token" in refusal(regenerate())
+    assert not server.chats and not server.requests
+
+
+def test_the_drafts_mask_token_in_an_answer_ends_the_run_there(regenerate, train_blocks, server, prompts, tmp_path):
+    """And with another mask token the same command goes on."""
+    train_blocks("ga")
+    decode = server.tokenizer.decode
+    server.tokenizer.decode = lambda ids, **more: "ga" if len(server.chats) == 3 else decode(ids, **more)
+    said = refusal(regenerate("--concurrency", "1"))
+    assert f"the conversation of {prompts}:3 has, with its answers, token" in said
+    assert len(server.chats) == 3
+    train_blocks("zus")
+    code, _, err = regenerate("--concurrency", "1")
+    assert code == 0, err
+    assert len(server.chats) == len(QUESTIONS) + 2 + 1
+    assert len(documents(tmp_path / "store")) == len(QUESTIONS) + 1
+
+
+def test_fresh_answers_do_not_go_beside_old_documents(regenerate, server, tmp_path):
+    assert regenerate("--fresh")[0] == 0  # nothing is there yet
+    server.chats.clear()
+    said = refusal(regenerate("--fresh"))
+    assert "holds the features of documents already" in said and not server.chats
+    assert len(documents(tmp_path / "store")) == len(QUESTIONS) + 1
+    assert (tmp_path / "out.jsonl").exists()
 
 
 def test_an_answered_conversation_that_training_skips_is_skipped(regenerate, config, tree, tmp_path):
