@@ -427,6 +427,8 @@ class ServedSource(Source):
         try:
             if answer is None:
                 raise NotYet(f"{asked.server.url} gave no answer")
+            if (text := _stopped_at(answer)) is not None:
+                raise NotYet(f"{asked.server.url} ended an answer at the string {text!r}, where vLLM drops the states")
             _refuse_restarted(asked.server, asked.about, answer)
             content = await asked.link.take(asked.name, self.timeout_s)
         finally:
@@ -521,6 +523,13 @@ class ServedSource(Source):
 class _Read:
     rows: Tensor  # [N, B, Ht]
     ready: torch.cuda.Event | None
+
+
+def _stopped_at(answer: dict[str, Any]) -> str | None:
+    """The string at which an answer ended, where one did; ids that end one leave their id there."""
+    choices = answer.get("choices") or [{}]
+    reason = choices[0].get("stop_reason") if isinstance(choices[0], dict) else None
+    return reason if isinstance(reason, str) else None
 
 
 def _refuse_restarted(server: FeatureServer, about: About, answer: dict[str, Any]) -> None:
