@@ -83,6 +83,7 @@ def capture_answers(
     try:
         for line in source.notes:
             say(line)
+        source.prove_answers(sampling.chosen())
         meta = begin_store(store, wanted, source.ends)
         with _alone(store):
             with AnswerCapture(source, Store(store), chat, mask_token) as capture:
