@@ -93,9 +93,12 @@ class FeatureServer(FakeHTTP):
         with self.lock:
             self.requests.append(body)
         if not self.act(self, handler, body):
-            new = self.generate(body["prompt"], body["max_tokens"], frozenset()) if asked.get("answer") else None
-            self.states(asked["states"], body["prompt"] if new is None else [*body["prompt"], *new][:-1])
-            reply(handler, 200, self.answer(body, {"instance": self.about["instance"]}, new))
+            ids = body["prompt"]
+            if asked.get("answer"):
+                body["generated"] = self.generate(ids, body["max_tokens"], frozenset())
+                ids = [*ids, *body["generated"]][:-1]
+            self.states(asked["states"], ids)
+            reply(handler, 200, self.answer(body, {"instance": self.about["instance"]}))
 
     def chat(self, handler, body: dict, asked: dict) -> None:
         """The target's greedy answer and, if asked for, the states of all that was run for it."""
@@ -122,8 +125,8 @@ class FeatureServer(FakeHTTP):
             new.append(int(self.target.head.logits(self.run([*prompt, *new])[1][-1:]).argmax()))
         return new
 
-    def answer(self, body: dict, params: dict | None, new: list[int] | None = None) -> str:
-        choice: dict[str, Any] = {"text": ""} if new is None else {"text": "", "token_ids": new}
+    def answer(self, body: dict, params: dict | None) -> str:
+        choice: dict[str, Any] = {"text": "", "token_ids": body.get("generated")}
         if "logprobs" in body:
             _, f = self.run(body["prompt"])
             top = self.target.head.logits(f[-1:])[0].log_softmax(-1).topk(body["logprobs"])
