@@ -26,6 +26,7 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import bf16_is_slow, speed
 from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.serving import dtype_name
 from fastdraft.model.target_config import read_target_config
 from fastdraft.run.draft import make_step
 from fastdraft.run.dtypes import compute_dtype, name_dtypes, saved_dtypes, target_dtype
@@ -269,4 +270,7 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
         findings = verify(out, target_dir)
         if findings.errors:
             raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
-        return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]
+        return [
+            *findings.warnings,
+            f"{out}: {which} checkpoint of {run_dir}, {dtype_name(dtype)}; verified for SGLang and vLLM",
+        ]
