@@ -42,7 +42,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 5  # raised when the same input makes other samples than before
+FORMAT = 6  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
@@ -123,7 +123,8 @@ class Stats:
             (
                 self.unopened,
                 "trained turns have no reasoning, but the generation prompt opens it: they are trained behind a prompt "
-                "without that, which is not served",
+                "that lacks or closes it, which is not served; if the target answered with reasoning off, say so in "
+                "data.chat_template_kwargs (most templates read enable_thinking: false)",
             ),
         ):
             if count:

@@ -14,9 +14,10 @@ from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.head import SelectorHead
 from fastdraft.model.dflash2.loss import SelectorLoss
 from fastdraft.model.dflash2.mixer import ConvolutionMixer
-from fastdraft.model.dflash2.parity import OWN, read_selector_as, selector_readings
+from fastdraft.model.dflash2.parity import OWN, selector_readings
 from fastdraft.model.dflash2.propose import SelectorDrafter
 from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.reading import read_as
 from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import Target
@@ -48,7 +49,7 @@ def trained() -> Trained:
 def served(trained, reading) -> list[Output]:
     """What an engine does that reads the draft so: its walks on the target's text."""
     target, draft, asked, texts = trained
-    wrong = read_selector_as(draft, reading)
+    wrong = read_as(draft, reading)
     states, outputs = Target(target.model, reading.layers or draft.config.layers), []
     for prompt, text in zip(asked, texts, strict=True):
         ids = torch.tensor(prompt + text)
@@ -88,9 +89,9 @@ def test_what_an_engine_reads_otherwise_is_named(reading, trained):
 def test_what_an_engine_reads_otherwise_of_the_block_is_named(fault, words, trained):
     """What can go wrong with every draft of blocks, found through the selector's walk."""
     target, draft, asked, _ = trained
-    wrong = reading_of(trained, fault, words)
-    told = diagnose(Parity(target, draft, asked, served(trained, wrong), STEPS))
-    assert not told.agrees and told.served_as[0].reading == wrong, told
+    told = diagnose(Parity(target, draft, asked, served(trained, reading_of(trained, fault, words)), STEPS))
+    assert not told.agrees and told.served_as[0].reading.fault == fault, told
+    assert words in told.served_as[0].reading.says
 
 
 @pytest.mark.parametrize("fault, words", [f for f in FAULTS if f[0] in ("labels", "layer ids", "mask token")])
@@ -98,7 +99,7 @@ def test_a_checkpoint_that_was_trained_otherwise_is_named(fault, words, trained)
     """The config says one thing and the weights were trained with another: the other would be accepted more often."""
     target, draft, asked, texts = trained
     c = draft.config
-    mistaken = read_selector_as(draft, selector_readings(draft, target.num_layers)[0])
+    mistaken = read_as(draft, selector_readings(draft, target.num_layers)[0])
     mistaken.config = c.model_copy(
         update={
             "labels": {"labels": "shifted"},
@@ -129,5 +130,5 @@ def test_a_reading_leaves_the_draft_as_it_was(trained):
     _, draft, _, _ = trained
     before = {name: p.clone() for name, p in draft.state_dict().items()}
     for reading in OWN:
-        read_selector_as(draft, reading)
+        read_as(draft, reading)
     assert all(torch.equal(p, before[name]) for name, p in draft.state_dict().items())
