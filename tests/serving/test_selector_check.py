@@ -14,9 +14,10 @@ from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.head import SelectorHead
 from fastdraft.model.dflash2.loss import SelectorLoss
 from fastdraft.model.dflash2.mixer import ConvolutionMixer
-from fastdraft.model.dflash2.parity import OWN, read_selector_as, selector_readings
+from fastdraft.model.dflash2.parity import OWN, selector_readings
 from fastdraft.model.dflash2.propose import SelectorDrafter
 from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.reading import read_as
 from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
 
@@ -36,7 +37,7 @@ def trained() -> Trained:
 def served(trained, reading) -> list[Output]:
     """What an engine does that reads the draft so: its walks on the target's text."""
     target, draft, asked, texts = trained
-    wrong = read_selector_as(draft, reading)
+    wrong = read_as(draft, reading)
     outputs = []
     for prompt, text in zip(asked, texts, strict=True):
         ids = torch.tensor(prompt + text)
@@ -85,5 +86,5 @@ def test_a_reading_leaves_the_draft_as_it_was(trained):
     _, draft, _, _ = trained
     before = {name: p.clone() for name, p in draft.state_dict().items()}
     for reading in OWN:
-        read_selector_as(draft, reading)
+        read_as(draft, reading)
     assert all(torch.equal(p, before[name]) for name, p in draft.state_dict().items())
