@@ -593,8 +593,15 @@ def train_until_a_kill(file: Path, module: str, name: str, number: int) -> None:
     def die(*_args, **_more) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    place = pkgutil.resolve_name(module)
-    at_step(pytest.MonkeyPatch(), 4, lambda _: os.environ["RANK"] == str(number) and setattr(place, name, die))
+    place, run_dir = pkgutil.resolve_name(module), Path(yaml.safe_load(file.read_text())["run_dir"])
+
+    def begin_to_die(_batches) -> None:
+        while not list_checkpoints(run_dir):  # it is written while training goes on
+            time.sleep(0.01)
+        if os.environ["RANK"] == str(number):
+            setattr(place, name, die)
+
+    at_step(pytest.MonkeyPatch(), 4, begin_to_die)
     sys.argv = ["fastdraft", "train", str(file)]
     with (file.parent / f"said by rank {os.environ['RANK']}").open("w") as sys.stderr:
         cli.main()
