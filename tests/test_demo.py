@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import torch
 import yaml
 from rich.console import Console
 from tiny import make_tokenizer, random_draft
+from transformers import AutoModelForCausalLM, GgufConfig, LlamaConfig, LlamaForCausalLM
 
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.run.draft import draft_shape
@@ -135,6 +137,51 @@ def test_one_thread_where_others_are_busy(demo, monkeypatch):
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_files_weights_are_those_that_transformers_reads(demo, tmp_path, tied):
+    """Bit for bit, with several quantisations, fewer key heads than query heads, and the head tied or not."""
+    gguf = pytest.importorskip("gguf")
+    small = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(small)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, small.num_hidden_layers)
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(small.hidden_size)
+    writer.add_block_count(small.num_hidden_layers)
+    writer.add_feed_forward_length(small.intermediate_size)
+    writer.add_head_count(small.num_attention_heads)
+    writer.add_head_count_kv(small.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(small.vocab_size)
+    kinds = itertools.cycle(gguf.GGMLQuantizationType[name] for name in ("Q4_1", "Q8_0", "Q5_1", "Q4_0"))
+    for name, weight in model.named_parameters():
+        if name == "lm_head.weight" and tied:
+            continue
+        kind = next(kinds) if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(torch.randn(weight.shape).numpy(), kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = demo.llama_from_gguf(str(tmp_path), "small.gguf")
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="small.gguf", dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    assert ours.config.tie_word_embeddings is tied and ours.config.to_dict() == plain.config.to_dict()
+    mine, theirs = ours.state_dict(), plain.state_dict()
+    assert mine.keys() == theirs.keys() and "lm_head.weight" in mine
+    for name, weight in theirs.items():
+        assert mine[name].dtype == weight.dtype == torch.bfloat16 and torch.equal(mine[name], weight), name
 
 
 @pytest.mark.slow

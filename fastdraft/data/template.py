@@ -219,6 +219,13 @@ class ChatTemplate:
     def _stop_after_calls(self) -> str:
         return self._stop_before(CALLED, TOOL_RESULT)
 
+    def stop_within(self, turn: str) -> str | None:
+        """A token that stops the model and stands before the end of a turn's text; None if there is none."""
+        found = [self.added[i] for i in self.stops if i in self.added and self.added[i] in turn]
+        if all(turn.find(content) + len(content) == len(turn) for content in found):
+            return None  # nearly every turn: there is nothing to tokenise
+        return next((self.added[i] for i in self.encode(turn).ids[:-1] if i in self.stops), None)
+
     def _stop_before(self, messages: Sequence[dict], following: dict) -> str:
         """`stop_after` of these messages: what the rendering with a following turn has at once behind their rendering."""
         if not self.stops:

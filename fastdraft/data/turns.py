@@ -31,6 +31,7 @@ EMPTY = "they are empty"
 NO_TEXT = "the chat template does not render all of their text"
 NO_CALLS = "the chat template does not render their tool calls"
 FRAMES_KEPT = 1000
+_OPENED = re.compile(r"<think>(\s*)$")  # what a prompt ends with that opens the reasoning
 
 
 class LeftOut(Exception):
@@ -43,7 +44,8 @@ class Turn:
     span: Span  # what the model produces
     lost_reasoning: bool = False  # the turn has reasoning that is not in the text
     raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
-    unopened: bool = False  # the text lacks a block that the generation prompt opens, because the answer has no reasoning
+    cut: bool = False  # a limit of tokens ended it, so what the template writes behind its words is not the model's
+    unopened: bool = False  # the text lacks or closes what the generation prompt opens, because the answer has no reasoning
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ class Turns:
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
         turn = _as_served(message, full, prompt, located, self.template.lead)
         start, end = turn.span
+        if message.get("finish_reason") == "length":
+            return _cut(message, turn, own_leaves(message, len(messages) - 1, self.template.tags))
+        if (stop := self.template.stop_within(turn.text[start:end])) is not None:
+            raise LeftOut(f"they hold {stop!r}, which stops the served model, before their end")
         stop = self.template.stop_after(bool(message.get("tool_calls")))
         if not stop or turn.text[end:].strip():
             return turn
@@ -153,7 +159,11 @@ class Turns:
         _refuse_cut(message, full, own, marks.pairs(last), how, begin)
         if prefix:
             start, lacks = len(prompt), ""
-            if not self.template.header and self.template.marks:
+            # After an assistant's turn some templates write no generation prompt. The header then comes with the turn.
+            header, gap = self.template.header, full[start : own[0].start]
+            if header.strip() and not prompt.endswith(header) and header in gap:
+                start += gap.index(header) + len(header)
+            if not header and self.template.marks:
                 start = self._marked_start(messages, tools, given, full, own[0].start) or start
         else:
             start, lacks = self._after_prompt(messages, tools, how, given, full, prompt, own[0].start)
@@ -246,7 +256,10 @@ class Turns:
                 return before + len(tail), ""
         for base, opened in self.template.headers:
             if gap.count(base) == 1 and (prompt is None or prompt.endswith(base + opened)):
-                return before + gap.index(base) + len(base), opened
+                start = before + gap.index(base) + len(base)
+                # What differs from the prompt in white space alone is the prompt's, and no block that the turn lacks.
+                same = opened.strip() and full[start:first].strip() == opened.strip()
+                return (first, "") if same else (start, opened)
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
             return start, ""
         raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
@@ -335,17 +348,46 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
         return Turn(prompt + raw + full[end:], (len(prompt), len(prompt) + len(raw)), raw_reasoning=True)
     lost = thinks and not located.reasoning
     if prompt is None or full.startswith(prompt):
-        return Turn(full, (start, end), lost)
-    closed = re.search(r"(</[^<>]+>|\[/[A-Z_]+\])\s*$", located.lacks)
-    unopened = bool(located.lacks) and not closed
+        opens = prompt is not None and full[:start] == prompt and _OPENED.search(prompt)
+        block = _empty_block(message, full[start:end]) if opens else 0
+        return Turn(full, (start + block, end), lost, unopened=block > 0)
+    unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
+
+
+def _cut(message: dict, turn: Turn, leaves: list[Leaf]) -> Turn:
+    """The turn up to its last word, behind which the model had more to say. LeftOut where that place is not known."""
+    start, end = turn.span
+    last = turn.text.rfind(leaves[-1].text, start, end) if leaves else -1
+    if message.get("tool_calls") or last < 0:
+        raise LeftOut("a limit of tokens cut them, and their last word cannot be found")
+    return replace(turn, span=(start, last + len(leaves[-1].text)), cut=True)
+
+
+def _empty_block(message: dict, answer: str) -> int:
+    """The length of what closes the reasoning that the prompt opens (Qwen 3.5), where the message has no reasoning."""
+    closing = re.match(r"\s*</think>\s*", answer)
+    return closing.end() if closing and not _reasoning(message) and "</think>" not in message["content"] else 0
+
+
+def _closed(block: str) -> bool:
+    """Whether what a prompt opens at its end is closed there: with a closing tag (</think>), or with the second of a pair
+    (Gemma 4: <|channel>thought, <channel|>; Command: <|START_THINKING|><|END_THINKING|>)."""
+    if re.search(r"(</[^<>]+>|\[/[A-Z_]+\])\s*$", block):
+        return True
+    pair = re.match(r"<\|?(?P<begin>[^<>|]+)\|?>.*<\|?(?P<end>[^<>|]+)\|?>\s*$", block, re.DOTALL)
+    if not pair:
+        return False
+    begin, end = pair["begin"], pair["end"]
+    mirrored = f"<|{begin}>" in block and f"<{begin}|>" in block and begin == end
+    return mirrored or (begin != end and begin.upper().replace("START", "END").replace("BEGIN", "END") == end.upper())
 
 
 def _raw(message: dict, prompt: str, answer: str) -> str | None:
     """What the model said to this prompt, reasoning included, whose answer the template renders alone; None if that cannot
     be told. `answer` ends with the token that stops the turn."""
-    opened, closed = (re.search(rf"{tag}(\s*)$", prompt) for tag in ("<think>", "</think>"))
+    opened, closed = _OPENED.search(prompt), re.search(r"</think>\s*$", prompt)
     if closed:
         return None
     content, reasoning = message["content"], message.get("reasoning_content")

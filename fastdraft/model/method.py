@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Ends, Features, Rows, StepWeights, TargetHead
 from fastdraft.model.proposal import DecodeSettings, Proposals
+from fastdraft.model.reading import Reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,17 +81,12 @@ class Drafter(Protocol):
 
 
 class Readings(NamedTuple):
-    """How a checkpoint could be read, as documented or with one fault, and what is drafted so (`serving/parity.py`).
+    """How a checkpoint could be read, as documented or with one fault, and what is drafted so (`serving/parity.py`)."""
 
-    A reading says its `fault` in a word, what it `says`, and the `layers` of the target that it reads, None for the
-    draft's own.
-    """
-
-    every: Callable[[nn.Module, int], list[Any]]  # of a draft and the number of its target's layers; documented first
-    read_as: Callable[[nn.Module, Any], nn.Module]  # a copy of the draft, read so
-    # Of the draft read so, the reading, the target's head, ids [L], g [L, ...] and tokens [L-1, S]: the draft's choice of
-    # every place and step, and how far the token is below it as a share of the largest logit [L-1, S] each.
-    run: Callable[[nn.Module, Any, TargetHead, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    every: Callable[[nn.Module, int], list[Reading]]  # of a draft and the number of its target's layers; documented first
+    # Of the draft `read_as` the reading, the reading, the target's head, ids [L], g [L, ...], tokens [L-1, S]: its choice
+    # at every place and step, and how far the token is below it as a share of the largest logit.
+    run: Callable[[nn.Module, Reading, TargetHead, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class GoldenCase(Protocol):
@@ -140,7 +136,6 @@ class Method(NamedTuple):
     refuse_settings: Callable[[BaseModel, DecodeSettings], None] = lambda shape, settings: None  # ValueError where it must
     # The steps that an engine is asked for, of a draft's shape and what the user asked for; ValueError where it must.
     served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
-    readings: Readings | None = None  # None: chains as EAGLE-3 drafts them, which serving/parity.py knows
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     step_rows: Callable[[Config], float] = lambda config: 1.0  # live rows of step 0 that `step_cost` counts for a token
     recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
@@ -152,6 +147,7 @@ class Method(NamedTuple):
     # and loss mask [M] of documents end to end and their lengths [n].
     refuse_useless: Callable[[str, Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]], None] = lambda name, pieces: None
     mask_token: Callable[[Any], int | None] = lambda shape: None  # of a shape: a token that no document may have
+    readings: Readings | None = None  # None: no engine serves the method, and `check --engine` has nothing to compare
     has_vocabulary_map: bool = True  # whether a checkpoint holds d2t and t2d
     # For processes that share a step (config section dist); None where they cannot. Where the part of a parameter lies in
     # the whole one, by its name, the whole shape, rank and size; what leaves a whole draft with a rank's parts; and the

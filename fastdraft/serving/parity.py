@@ -1,161 +1,35 @@
 """What an engine drafted beside what fastdraft drafts from the same checkpoint, and which reading explains a difference.
 
 The engine's output is given, so nothing is generated here: the target runs prompt and output once, and the draft's chains
-start at every position of it at once, as in training-time test. With x the tokens, t a position and c^i_t the token that
-stands at depth i of the chain from t:
+or blocks start at every position of it at once. With x the tokens, t a position and c^i_t the token that stands at depth i
+of what is drafted from t:
 
-    step i reads    x_{t+1} (i = 0) or c^{i-1}_t, at RoPE position t + i, attends to K^0_s for s <= t and to its own chain
     parity          c = the engine's proposals where it made them: is each the draft's own choice at that place?
     acceptance      c^i_t = x_{t+2+i}, the output itself: a round from t keeps the leading steps whose choice is c. Greedy
                     rounds follow from that alone, so the accepted length of any reading is known without decoding again
 
 A `Reading` is one way to understand a checkpoint: the documented one, or that with one fault. If the engine's proposals are
-another reading's, the engine reads the checkpoint so; if another reading would be accepted more, it was trained so. RoPE
-sees only differences of positions, so an offset common to all steps is no fault and cannot be seen.
+another reading's, the engine reads the checkpoint so; if another reading would be accepted more, it was trained so.
 
-# L tokens of prompt and output, S draft steps, H / Ht draft / target hidden, Vd draft vocabulary
+# L tokens of prompt and output, S draft steps, Ht target hidden
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdraft.model.eagle3.draft import Draft
-from fastdraft.model.eagle3.ref import attention_ref
-from fastdraft.model.method import Readings
 from fastdraft.model.methods import method_of
-from fastdraft.model.rope import Rope
-from fastdraft.model.target_config import default_layers
+from fastdraft.model.reading import Reading, read_as
 from fastdraft.serving.engines import Output
 from fastdraft.target.hf import Target
 
 # a token may be another than ours where its logit is this near to the best, as a share of the largest logit
 NEAR_TIE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 SAME_ROUNDS = 0.03  # relative difference in verifying rounds that near-ties may make
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One way to read a checkpoint; the defaults are the documented way. `fault` names what differs from it."""
-
-    fault: str = ""  # layer ids, position, vocabulary map, norm, dtype, token, config field
-    says: str = "as the checkpoint says"
-    layers: tuple[int, int, int] | None = None  # outputs of the target's layers, from 0
-    advances: bool = True  # step i at position t + i; else all at t
-    late: int = 0  # added to the position of every step but the first
-    shift: int = 1  # step 0 at t reads x_{t+shift}
-    rope: tuple[tuple[str, object], ...] | None = None  # rope_parameters
-    vocabulary: str = "offset"  # d2t is an offset, "absolute" ids, or "ignored"
-    norm_output: bool | None = None  # the next step reads the state after the final norm; None: as the checkpoint says
-    feature_norms: bool = True  # the norms before fc, where the draft has them
-    rms_norm_eps: float | None = None
-    dtype: torch.dtype | None = None  # that the draft runs in
-
-
-def readings(draft: Draft, num_layers: int) -> list[Reading]:
-    """The documented reading first, then every single fault that would be another reading of this draft."""
-    c, n = draft.config, num_layers
-    found = [Reading()]
-    moved = [default_layers(n)] + [tuple(layer + by for layer in c.layers) for by in (-1, 1)]
-    for layers in dict.fromkeys(moved):
-        if layers != c.layers and 0 <= layers[0] < layers[1] < layers[2] < n:
-            why = "the default" if layers == default_layers(n) else "off by one"
-            found.append(Reading("layer ids", f"outputs of layers {list(layers)} ({why})", layers=layers))
-    found.append(Reading("position", "every step at the position of the first", advances=False))
-    found.append(Reading("position", "steps after the first one position late", late=1))
-    found.append(Reading("token", "step 0 reads the token at its own position, not the next one", shift=0))
-    if c.draft_vocab_size < c.vocab_size:
-        if int(draft.d2t.min()) >= 0 and int(draft.d2t.max()) < c.vocab_size:
-            found.append(Reading("vocabulary map", "d2t read as target ids, not as offsets", vocabulary="absolute"))
-        found.append(Reading("vocabulary map", "d2t ignored, draft ids taken for target ids", vocabulary="ignored"))
-    fed = "before the final norm goes to the next step (no norm_output)"
-    if not c.norm_output:
-        fed = "after the final norm goes to the next step (norm_output)"
-    found.append(Reading("norm", f"the state {fed}", norm_output=not c.norm_output))
-    if c.feature_norms:
-        found.append(Reading("norm", f"{'fc_norm' if c.fc_norm else 'norm_before_fc'} left out", feature_norms=False))
-    plain = {"rope_theta": c.rope_parameters["rope_theta"], "rope_type": "default"}
-    ropes = {"RoPE without its scaling": plain, "rope_theta 10000": dict(c.rope_parameters) | {"rope_theta": 10000.0}}
-    for says, rope in ropes.items():
-        if rope != c.rope_parameters:
-            found.append(Reading("config field", f"{says} (rope_parameters)", rope=tuple(rope.items())))
-    for eps in (1e-5, 1e-6):
-        if eps != c.rms_norm_eps:
-            found.append(Reading("config field", f"rms_norm_eps {eps}", rms_norm_eps=eps))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if dtype != draft.fc.weight.dtype:
-            found.append(Reading("dtype", f"the draft runs in {str(dtype).removeprefix('torch.')}", dtype=dtype))
-    return found
-
-
-def read_as(draft: Draft, reading: Reading) -> Draft:
-    """A copy of the draft with what a reading changes about its weights, map, norms and frequencies."""
-    draft = copy.deepcopy(draft)
-    c = draft.config
-    if reading.dtype is not None:
-        draft.to(reading.dtype)
-    if reading.rope is not None:
-        draft.rope = Rope(dict(reading.rope), c.head_dim, c.max_position_embeddings).to(draft.fc.weight.device)
-    changes = {} if reading.feature_norms else {"fc_norm": False, "norm_before_fc": False}
-    if reading.norm_output is not None:
-        changes["norm_output"] = reading.norm_output
-    draft.config = c.model_copy(update=changes)
-    if reading.vocabulary != "offset":
-        # draft_ids adds arange back
-        arange = torch.arange(c.draft_vocab_size, device=draft.d2t.device)
-        draft.d2t.copy_(draft.d2t - arange if reading.vocabulary == "absolute" else torch.zeros_like(arange))
-    if reading.rms_norm_eps is not None:
-        for norm in (m for m in draft.modules() if hasattr(m, "eps")):
-            norm.eps = reading.rms_norm_eps
-    return draft
-
-
-@dataclass(frozen=True)
-class Chains:
-    """Of every position and depth: the draft's choice, and how far the chain's own token is below it."""
-
-    choice: Tensor  # [L-1, S] int64 target ids
-    gap: Tensor  # [L-1, S] logit of the choice minus that of the chain's token, over the largest logit; inf: not in Vd
-
-
-@torch.no_grad()
-def run_chains(
-    draft: Draft,  # `read_as` the reading
-    reading: Reading,
-    ids: Tensor,  # [L] int64
-    g: Tensor,  # [L, 3*Ht]
-    chain: Tensor,  # [L-1, S] int64 target ids, c
-) -> Chains:
-    rows = len(ids) - 1
-    positions = torch.arange(rows, device=ids.device)
-    h = draft.combine(g[:rows].to(draft.fc.weight.dtype))
-    token = ids[reading.shift :][:rows]
-    place = torch.full((draft.config.vocab_size,), -1, dtype=torch.int64, device=ids.device)  # [V] draft id of a target id
-    known = (draft.draft_ids >= 0) & (draft.draft_ids < draft.config.vocab_size)
-    place[draft.draft_ids[known]] = known.nonzero().flatten()
-    keys, values, choices, gaps = [], [], [], []
-    for i in range(chain.shape[1]):
-        if i:
-            token = chain[:, i - 1]
-        at = positions + (i * reading.advances + reading.late * (i > 0))
-        q, k, v = draft.qkv(token, h, at)
-        keys.append(k)
-        values.append(v)
-        y = draft.finish(h, attention_ref(q, keys, values, (rows,)))
-        logits = draft.logits(y).float()
-        best, top = logits.max(-1)
-        draft_id = place[chain[:, i]]
-        theirs = logits.gather(1, draft_id.clamp_min(0)[:, None])[:, 0]
-        gap = (best - theirs) / logits.abs().amax(-1)
-        gaps.append(gap.where(draft_id >= 0, torch.inf))
-        choices.append(draft.draft_ids[top])
-        h = draft.fed_back(y)
-    return Chains(torch.stack(choices, 1), torch.stack(gaps, 1))
 
 
 @dataclass(frozen=True)
@@ -197,27 +71,19 @@ class TargetEvidence:
         return (self.num_equal + self.num_near) / max(self.num_tokens, 1)
 
 
-def _run_chains(draft, reading, _head, ids, g, chain) -> tuple[Tensor, Tensor]:
-    found = run_chains(draft, reading, ids, g, chain)
-    return found.choice, found.gap
-
-
-CHAINS = Readings(readings, read_as, _run_chains)
-
-
 class Parity:
     """The target's states of every prompt with its output, captured once per choice of layers."""
 
     def __init__(
-        self, target: Target, draft: Draft, prompts: Sequence[list[int]], outputs: Sequence[Output], num_steps: int
+        self, target: Target, draft: nn.Module, prompts: Sequence[list[int]], outputs: Sequence[Output], num_steps: int
     ):
-        self.readings = method_of(draft).readings or CHAINS
+        self.readings = method_of(draft).readings
         self.target, self.draft, self.outputs, self.num_steps = target, draft, outputs, num_steps
         self.prompts = [len(p) for p in prompts]
         self.ids = [torch.tensor(p + o.tokens, device=target.device) for p, o in zip(prompts, outputs, strict=True)]
-        self._states: dict[tuple[int, int, int], list[Tensor]] = {}
+        self._states: dict[tuple[int, ...], list[Tensor]] = {}
 
-    def states(self, layers: tuple[int, int, int]) -> list[Tensor]:  # [L, 3*Ht] each
+    def states(self, layers: tuple[int, ...]) -> list[Tensor]:  # [L, 3*Ht] each
         if layers not in self._states:
             target = self.target if layers == self.target.layers else Target(self.target.model, layers)
             self._states[layers] = [target.forward(ids[None])[0][0] for ids in self.ids]
@@ -236,7 +102,7 @@ class Parity:
         return TargetEvidence(total, equal, near)
 
     def evidence(self, reading: Reading) -> Evidence:
-        draft = self.readings.read_as(self.draft, reading)
+        draft = read_as(self.draft, reading)
         tie = NEAR_TIE[draft.fc.weight.dtype]
         states = self.states(reading.layers or self.draft.config.layers)
         proposed = equal = near = tokens = 0
@@ -262,7 +128,7 @@ class Parity:
                 near += int((~same & (gap <= tie)).sum())
         return Evidence(reading, proposed, equal, near, tokens, tuple(rounds), torch.cat(lengths))
 
-    def _hits(self, draft: Draft, reading: Reading, ids: Tensor, g: Tensor) -> Tensor:  # [L-1, S] bool
+    def _hits(self, draft: nn.Module, reading: Reading, ids: Tensor, g: Tensor) -> Tensor:  # [L-1, S] bool
         """Where the reading's choice is the token that the output has there."""
         wanted = (
             torch.arange(len(ids) - 1, device=ids.device)[:, None] + 2 + torch.arange(self.num_steps, device=ids.device)

@@ -1,5 +1,6 @@
 """A trained token is one that the served model would itself have produced after the prompt as served."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -366,7 +367,7 @@ CALLS_BESIDE = (
 )
 def test_a_call_is_trained_whole_where_the_template_compares_texts_of_tools_and_calls(optional, test, arguments):
     template = CALLS_BESIDE.replace("OPTIONAL", optional).replace("TEST", test)
-    tags = [{"content": f"<|{name}|>"} for name in ("end", "start", "message", "call")]
+    tags = [{"content": f"<|{name}|>"} for name in ("call", "start", "message", "end")]
     tokenizer = byte_tokenizer(tags, template)
     function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}, "required": ["city"]}}
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
@@ -377,6 +378,137 @@ def test_a_call_is_trained_whole_where_the_template_compares_texts_of_tools_and_
     first = f"<|message|>look<|end|><|start|>assistant to=weather{sign}<|message|>{json.dumps(arguments)}<|call|>"
     assert [runs(tokenizer, sample) for sample in done.samples] == [[first, "<|message|>No.<|end|>"]]
     assert done.left_out == []
+
+
+# Turns of users and assistants, and a block that the generation prompt may have behind its header.
+BLOCKS = (
+    "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + m.content + '<|stop|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn|>assistant:BLOCK' }}{% endif %}"
+)
+
+
+def block_tokenizer(template, *added):
+    return byte_tokenizer([{"content": tag} for tag in ("<|stop|>", "<|turn|>", "<think>", "</think>", *added)], template)
+
+
+def marked(tokenizer, messages, **options):
+    """Each sample's text with its trained tokens in brackets, and what came of the conversation."""
+    done = ChatTokenizer(tokenizer, **options)(Conversation("f:1", 0, tuple(messages)))
+    texts = []
+    for sample in done.samples:
+        ids, mask = sample.input_ids, sample.loss_mask
+        edges = [0, *(np.flatnonzero(np.diff(mask.astype(np.int8))) + 1), len(ids)]
+        pieces = [(tokenizer.decode(ids[a:b]), mask[a]) for a, b in itertools.pairwise(edges)]
+        texts.append("".join(f"[[{text}]]" if trained else text for text, trained in pieces))
+    return texts, done
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "<|channel>thought\n<channel|>",  # as Gemma 4's where it does not think
+        "<|START_THINKING|><|END_THINKING|>",  # as Command's
+        "<|begin_thought|>\n<|end_thought|>\n",
+        "<think>\n\n</think>\n\n",
+    ],
+)
+def test_a_block_that_the_prompt_opens_and_closes_is_part_of_the_prompt(block):
+    """The template renders it in no turn, and yet the model answers behind it."""
+    template = BLOCKS.replace("BLOCK", block.replace("\n", "\\n"))
+    tokenizer = block_tokenizer(template, *re.findall(r"<[^<>]+>", block))
+    texts, done = marked(tokenizer, chat("q", "yes", "r", "no"))
+    first = f"<|turn|>user:q<|stop|><|turn|>assistant:{block}[[yes<|stop|>]]<|turn|>user"
+    assert texts == [
+        first.removesuffix("<|turn|>user"),
+        f"<|turn|>user:q<|stop|><|turn|>assistant:yes<|stop|><|turn|>user:r<|stop|><|turn|>assistant:{block}[[no<|stop|>]]",
+    ]
+    assert done.unopened == 0
+
+
+@pytest.mark.parametrize("block", ["<think>\n", "<|channel>thought\n", "<|channel|>analysis<|message|>"])
+def test_a_block_that_the_prompt_opens_only_is_left_out_and_counted(block):
+    template = BLOCKS.replace("BLOCK", block.replace("\n", "\\n"))
+    texts, done = marked(block_tokenizer(template, *re.findall(r"<[^<>]+>", block)), chat("q", "yes"))
+    assert texts == ["<|turn|>user:q<|stop|><|turn|>assistant:[[yes<|stop|>]]"] and done.unopened == 1
+
+
+def test_white_space_that_only_the_prompt_has_is_the_prompts():
+    """Else the last tag of the header, which the turn has too, would be taken for a block that the turn lacks."""
+    template = (
+        "{% for m in messages %}{{ '<|head|>' + m.role + '<|text|>\n' + m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|head|>assistant<|text|>\n\n' }}{% endif %}"
+    )
+    texts, done = marked(block_tokenizer(template, "<|head|>", "<|text|>"), chat("q", "yes"))
+    assert texts == ["<|head|>user<|text|>\nq<|stop|><|head|>assistant<|text|>\n\n[[yes<|stop|>]]"]
+    assert done.unopened == 0
+
+
+def test_a_header_is_never_trained_where_the_template_asks_for_no_answer_after_an_answer():
+    """Two assistant's turns in a row: the prompt of the second has no header (Reka), which comes with the turn."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}{{ 'assistant:' }}{% endif %}"
+    )
+    messages = [*chat("q", "yes"), {"role": "assistant", "content": "no"}]
+    texts, _ = marked(block_tokenizer(template), messages)
+    assert texts == ["user: q<|stop|>assistant:[[ yes<|stop|>]]assistant:[[ no<|stop|>]]"]
+
+
+def test_a_turn_that_goes_on_behind_a_token_that_stops_the_model_is_left_out():
+    """The served model would have ended there, so what follows is not its own."""
+    tokenizer = block_tokenizer(BLOCKS.replace("BLOCK", ""), "<|eos|>")
+    texts, done = marked(tokenizer, chat("q", "yes<|stop|>more", "r", "no"))
+    before = "<|turn|>user:q<|stop|><|turn|>assistant:yes<|stop|>more<|stop|>"
+    assert texts == [f"{before}<|turn|>user:r<|stop|><|turn|>assistant:[[no<|stop|>]]"]
+    assert done.left_out == [("f:1, message 2", "they hold '<|stop|>', which stops the served model, before their end")]
+    stops = [tokenizer.convert_tokens_to_ids("<|eos|>")]
+    texts, done = marked(tokenizer, chat("q", "a<|eos|>b"), stop_ids=stops)
+    assert texts == [] and "'<|eos|>'" in done.left_out[0][1]
+    texts, done = marked(tokenizer, chat("<|stop|>?", "a <|eos|> b"))  # a user's may, and this one stops no model here
+    assert texts == ["<|turn|>user:<|stop|>?<|stop|><|turn|>assistant:[[a <|eos|> b<|stop|>]]"] and not done.left_out
+
+
+def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word():
+    """The token behind it is the template's: the model had more to say. `data regenerate` writes such rows."""
+    tokenizer, before = block_tokenizer(BLOCKS.replace("BLOCK", "")), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    row = {"messages": chat("q", "yes", "r", "no and"), "finish_reasons": ["stop", "length"], "length_cut": True}
+    conversation = parse(Line("f:1", row))
+    texts, done = marked(tokenizer, conversation.messages)
+    assert texts == [f"{before}[[yes<|stop|>]]<|turn|>user:r<|stop|><|turn|>assistant:[[no and]]<|stop|>"]
+    assert done.cut == 1 and not done.left_out
+    uncut = parse(Line("f:1", row | {"finish_reasons": ["stop", "stop"]}))
+    assert uncut == parse(Line("f:1", {"messages": row["messages"]}))
+    thought = {"role": "assistant", "content": "<think>\nsince it", "finish_reason": "length"}
+    texts, _ = marked(block_tokenizer(BLOCKS.replace("BLOCK", "<think>\\n")), [chat("q")[0], thought])
+    assert texts == [f"{before}<think>\n[[since it]]<|stop|>"]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "yes"}}}
+    calls = "m.content + (m.tool_calls | tojson if m.tool_calls else '')"
+    template = BLOCKS.replace("BLOCK", "").replace("m.content", calls)
+    _, done = marked(block_tokenizer(template), [chat("q")[0], thought | {"content": "", "tool_calls": [call]}])
+    assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
+
+
+# The last answer has a block for its reasoning, also where there is none, and the prompt opens that block (Qwen 3.5).
+EMPTY_BLOCK = (
+    "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
+    "{% set parts = m.content.split('</think>') %}"
+    "{% set thought = m.reasoning_content or (parts[0] | replace('<think>', '') if parts | length > 1 else '') %}"
+    "{{ '<think>\n' + thought.strip() + '\n</think>\n\n' + parts[-1].strip() }}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|stop|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\n' }}{% endif %}"
+)
+
+
+def test_an_empty_block_for_reasoning_that_the_data_does_not_have_is_not_trained():
+    """No model writes it behind a prompt that opens its reasoning; where reasoning is off it is part of the prompt."""
+    tokenizer, before = block_tokenizer(EMPTY_BLOCK), "<|turn|>user:q<|stop|><|turn|>assistant:<think>\n"
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == [f"{before}\n</think>\n\n[[yes<|stop|>]]"] and done.unopened == 1
+    reasoned = {"role": "assistant", "content": "yes", "reasoning_content": "since"}
+    for answer in (reasoned, {"role": "assistant", "content": "<think>\nsince\n</think>\n\nyes"}):
+        texts, done = marked(tokenizer, [chat("q")[0], answer])
+        assert texts == [f"{before}[[since\n</think>\n\nyes<|stop|>]]"] and done.unopened == 0
+    texts, done = marked(tokenizer, chat("q", "<think>\n\n</think>\n\nyes"))  # what the model said by itself
+    assert texts == [f"{before}[[\n</think>\n\nyes<|stop|>]]"] and done.unopened == 0
 
 
 def test_a_call_that_stands_before_the_text_beside_it_is_rendered():

@@ -58,7 +58,7 @@ sys.meta_path.insert(0, Patch())
 """
 
 FAULTS = {
-    "layer ids": "outputs of layers [0, 2, 3] (off by one)",
+    "layer ids": "outputs of layers [0, 2, 3] (off by one, - 1)",
     "norm": "the state after the final norm goes to the next step (norm_output)",
     "vocabulary map": "d2t ignored, draft ids taken for target ids",
     "config field": "RoPE without its scaling (rope_parameters)",

@@ -13,7 +13,8 @@ from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.loss import BlockLoss
-from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
+from fastdraft.model.dflash.parity import block_readings, run_blocks, served_steps
+from fastdraft.model.reading import read_as
 from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import Target
@@ -29,7 +30,7 @@ def trained() -> Trained:
 def served(trained, reading) -> list[Output]:
     """What an engine does that reads the draft so: its rounds on the target's text."""
     target, draft, asked, texts = trained
-    wrong = read_block_as(draft, reading)
+    wrong = read_as(draft, reading)
     states = Target(target.model, reading.layers or draft.config.layers)
     outputs = []
     for prompt, text in zip(asked, texts, strict=True):
@@ -101,7 +102,7 @@ def test_a_checkpoint_that_was_trained_otherwise_is_named(fault, words, trained)
         "layer ids": {"layers": tuple(x + (1 if "+" in words else -1) for x in c.layers)},
         "mask token": {"mask_token_id": c.pad_token_id, "pad_token_id": c.mask_token_id},
     }[fault]
-    mistaken = read_block_as(draft, readings_of(trained)[0])
+    mistaken = read_as(draft, readings_of(trained)[0])
     mistaken.config = c.model_copy(update=wrong)
     outputs = [Output(text) for text in texts]
     told = diagnose(Parity(target, mistaken, asked, outputs, STEPS))
@@ -116,7 +117,7 @@ def test_a_reading_leaves_the_draft_as_it_was(trained):
     documented = readings_of(trained)[0]
     want, _ = run_blocks(draft, documented, target.head, ids, g, chain)
     for other in readings_of(trained):
-        read_block_as(draft, other)
+        read_as(draft, other)
     assert torch.equal(run_blocks(draft, documented, target.head, ids, g, chain)[0], want)
     assert all(torch.equal(x, before[name]) for name, x in draft.state_dict().items())
 

@@ -16,12 +16,24 @@ from fastdraft.decode import generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.eagle3.parity import chain_readings, run_chains
 from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.reading import Reading, read_as
 from fastdraft.model.target_config import read_target_config
 from fastdraft.serving import check as checks
-from fastdraft.serving.engines import EnginePlace, Output, Round, Run, Served, engine_version, refuse_old_engine, run_engine
+from fastdraft.serving.engines import (
+    EnginePlace,
+    Output,
+    Round,
+    Run,
+    Served,
+    engine_version,
+    note_on_newer,
+    refuse_old_engine,
+    run_engine,
+)
 from fastdraft.serving.export import export_draft, load_draft
-from fastdraft.serving.parity import Parity, Reading, _best_of_each_fault, _gain, diagnose, read_as, run_chains
+from fastdraft.serving.parity import Parity, _best_of_each_fault, _gain, diagnose
 from fastdraft.target.hf import Target
 
 NEW_TOKENS, STEPS = 30, 3
@@ -50,7 +62,7 @@ def serve(target, draft, reading=None, shows=True) -> Served:
         (g,) = Parity(target, draft, [prompt], [Output(tokens)], STEPS).states(reading.layers or draft.config.layers)
         chain = torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)
         for i in range(STEPS):
-            chain[:, i] = run_chains(wrong, reading, ids, g, chain).choice[:, i]
+            chain[:, i] = run_chains(wrong, reading, target.head, ids, g, chain)[0][:, i]
         rounds, after = [], 1
         while after < len(tokens):
             drafted = chain[len(prompt) + after - 2].tolist()
@@ -85,13 +97,20 @@ def test_the_documented_reading_is_what_decode_does(target, draft):
 
 
 FAULTS = {
-    "layer ids": Reading("layer ids", layers=(0, 1, 2)),
-    "position": Reading("position", advances=False),
-    "token": Reading("token", shift=0),
-    "vocabulary map": Reading("vocabulary map", vocabulary="absolute"),
-    "norm": Reading("norm", norm_output=True),
-    "config field": Reading("config field", rope=(("rope_theta", 1e4), ("rope_type", "default"))),
+    "position": "every step at the position of the first",
+    "token": "step 0 reads the token at its own position",
+    "vocabulary map": "d2t read as target ids",
+    "norm": "(norm_output)",
+    "config field": "RoPE without its scaling",
 }
+
+
+OTHER_LAYERS = Reading("layer ids", layers=(0, 1, 2))
+
+
+def reading(target, draft, fault: str, words: str) -> Reading:
+    (found,) = [r for r in chain_readings(draft, target.num_layers) if r.fault == fault and words in r.says]
+    return found
 
 
 def scaled(draft) -> Draft:
@@ -102,10 +121,11 @@ def scaled(draft) -> Draft:
     return made
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["layer ids", *FAULTS])
 def test_an_engine_that_reads_otherwise_is_told_how(target, draft, fault):
     mine = scaled(draft) if fault == "config field" else draft
-    served = serve(target, mine, FAULTS[fault])
+    wrong = OTHER_LAYERS if fault == "layer ids" else reading(target, mine, fault, FAULTS[fault])
+    served = serve(target, mine, wrong)
     proposed = sum(len(r.drafted) for o in served.outputs for r in o.rounds)
     first = compare(target, mine, served).errors[0]
     assert first.startswith(f"{fault}: vllm drafts as with")
@@ -118,7 +138,7 @@ def test_a_draft_run_in_another_dtype_is_told(target):
     draft.lm_head.weight.data *= 1e-3
     draft.lm_head.weight.data += 1.0
     draft.norm.weight.data.fill_(1.0)
-    told = diagnosis(target, draft, serve(target, draft, Reading("dtype", dtype=torch.bfloat16)))
+    told = diagnosis(target, draft, serve(target, draft, reading(target, draft, "dtype", "bfloat16")))
     assert not told.agrees and told.served_as[0].reading.fault == "dtype"
 
 
@@ -169,7 +189,7 @@ def test_a_draft_trained_with_another_recurrence_than_its_files_say_is_told(targ
         assert wrong.config.norm_output is not trained
         told = diagnosis(target, wrong, serve(target, wrong))
         assert told.agrees and not told.served_as  # the engine does what the files say
-        assert told.trained_as[0].reading.norm_output is trained
+        assert read_as(wrong, told.trained_as[0].reading).config.norm_output is trained
         (error,) = compare(target, wrong, serve(target, wrong)).errors
         state = "after the final norm goes to the next step (norm_output)"
         if not trained:
@@ -181,8 +201,8 @@ def test_an_engine_that_does_not_know_norm_output_is_told(target):
     draft = tiny_draft(target, norm_output=True, norm_before_fc=True)
     train_on_own_output(target, draft, NEW_TOKENS, steps=60)
     assert not compare(target, draft, serve(target, draft)).errors
-    for fault, words in (({"norm_output": False}, "no norm_output"), ({"feature_norms": False}, "norm_before_fc left out")):
-        first = compare(target, draft, serve(target, draft, Reading("norm", **fault))).errors[0]
+    for words in ("no norm_output", "norm_before_fc left out"):
+        first = compare(target, draft, serve(target, draft, reading(target, draft, "norm", words))).errors[0]
         assert first.startswith("norm: vllm drafts as with") and words in first
 
 
@@ -195,7 +215,7 @@ def load_with_embedding(folder, target) -> Draft:
 
 def test_an_engine_without_proposals_is_judged_by_its_rounds(target, draft):
     assert diagnosis(target, draft, serve(target, draft, shows=False)).agrees
-    told = diagnosis(target, draft, serve(target, draft, FAULTS["layer ids"], shows=False))
+    told = diagnosis(target, draft, serve(target, draft, OTHER_LAYERS, shows=False))
     assert not told.agrees and "layer ids" in [e.reading.fault for e in told.served_as]
 
 
@@ -332,6 +352,7 @@ def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target
     code, out, _ = fastdraft(*call, "--prompts", tmp_path / "p.jsonl")
     assert [run.stop_ids for run in started] == [[2], [2]]
     assert "equal for 2 of 2 prompts" in out and "the target was not loaded here" in out
+    assert "newer than" not in out
     assert "what the engine drafts is what fastdraft drafts" not in out
     if rounds:
         assert code == 0 and "accepted length, chain: 1.500 in vllm (which itself says 1.450)" in out
@@ -341,6 +362,25 @@ def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target
 
 def test_a_version_that_will_do(fake):
     assert refuse_old_engine(fake("0.32.0.post1")) == "0.32.0.post1"
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "0.33.1rc1.dev5+g1", "1.0"])
+def test_a_newer_engine_is_tried_with_a_warning(tmp_path, target_dir, monkeypatch, fastdraft, fake, version):
+    shape = DraftConfig.from_target(read_target_config(target_dir), draft_vocab_size=64)
+    export_draft(random_draft(shape, torch.zeros(192, 32)), tmp_path / "draft", torch.float32)
+    place = fake(version)
+    outputs = [Output([5, 6, 7, 8], num_rounds=2)]
+    monkeypatch.setattr(checks, "run_engine", lambda *_: [Served("vllm", version, "float32", outputs, 1.5, 2)])
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ba be"}\n')
+    call = ["check", "--checkpoint", tmp_path / "draft", "--target", target_dir, "--engine", "vllm", "--engine-alone"]
+    more = ["--engine-python", place.python, "--engine-pythonpath", place.pythonpath]
+    code, out, _ = fastdraft(*call, *more, "--prompts", tmp_path / "p.jsonl")
+    assert code == 0 and f"warning: vllm {version} is newer than 0.32, the newest that fastdraft was run with" in out
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.1rc2"])
+def test_a_patch_is_not_newer(version):
+    assert note_on_newer("vllm", version) is None
 
 
 def test_an_engine_that_fails_says_why(fake):
@@ -421,7 +461,8 @@ def test_the_command_says_what_is_missing(fastdraft, target_dir, tmp_path):
             assert f"{idle[0]} belongs to --engine vllm or sglang, which was not given" in refusal(fastdraft(*given, *idle))
     two = refusal(fastdraft("check", "--golden", tmp_path, "--timeout", 5, "--step", "fused", "--num-steps", 3))
     assert "--num-steps, --timeout belong to --engine vllm or sglang" in two
-    assert "--engine 'slow' is not one of vllm, sglang" in refusal(fastdraft(*there, "--engine", "slow"))
+    said = refusal(fastdraft(*there, "--engine", "vlm"))
+    assert "--engine 'vlm' is not one of vllm, sglang" in said and "golden" not in said
     said = refusal(fastdraft(*there, "--engine", "sglang"))
     assert "sglang is not installed" in said and "--engine-python" in said
     assert "--dtype int8 is none that engines serve" in refusal(

@@ -13,9 +13,10 @@ from fastdraft.model.dspark.config import DSparkConfig
 from fastdraft.model.dspark.draft import DSparkDraft
 from fastdraft.model.dspark.head import DSparkHead
 from fastdraft.model.dspark.loss import DSparkLoss
-from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
+from fastdraft.model.dspark.parity import dspark_readings
 from fastdraft.model.dspark.propose import MarkovDrafter
 from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.reading import read_as
 from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import Target
@@ -34,7 +35,7 @@ def trained() -> Trained:
 def served(trained, reading) -> list[Output]:
     """What an engine does that reads the draft so: its rounds on the target's text, each token after its own last."""
     target, draft, asked, texts = trained
-    wrong = read_dspark_as(draft, reading)
+    wrong = read_as(draft, reading)
     states = Target(target.model, reading.layers or draft.config.layers)
     outputs = []
     for prompt, text in zip(asked, texts, strict=True):
@@ -61,6 +62,7 @@ FAULTS = [
     ("mask token", "pad token"),
     ("norm", "hidden_norm left out"),
     ("norm", "the final norm left out"),
+    ("norm", "queries and keys"),
     ("markov head", "the Markov head left out"),
     ("markov head", "swapped"),
 ]
@@ -100,7 +102,7 @@ def test_a_checkpoint_that_was_trained_otherwise_is_named(fault, words, trained)
     """The file says one thing and the weights were trained with another: the other would be accepted more often."""
     target, draft, asked, texts = trained
     wrong = reading(trained, fault, words)
-    mistaken = read_dspark_as(draft, wrong)  # swapped twice is as trained
+    mistaken = read_as(draft, wrong)  # swapped twice is as trained
     if fault == "layer ids":
         by = -1 if "+" in words else 1
         mistaken.config = draft.config.model_copy(update={"layers": tuple(x - by for x in draft.config.layers)})

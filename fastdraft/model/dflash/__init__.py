@@ -20,7 +20,7 @@ from fastdraft.model.dflash.graph_engine import GraphBlockEngine
 from fastdraft.model.dflash.head import BlockHead, TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
 from fastdraft.model.dflash.mixer import Mixer
-from fastdraft.model.dflash.parity import block_readings, read_block_as, run_blocks, served_steps
+from fastdraft.model.dflash.parity import block_readings, run_blocks, served_steps
 from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, block_ref_step, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
@@ -196,7 +196,7 @@ METHOD = Method(
     from_tokenizer=choose_mask_token,
     refuse_settings=refuse_settings,
     served_steps=served_steps,
-    readings=Readings(block_readings, read_block_as, run_blocks),
+    readings=Readings(block_readings, run_blocks),
     recipe=recipe,
     cost_options=cost_options,
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),

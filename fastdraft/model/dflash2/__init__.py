@@ -21,7 +21,7 @@ from fastdraft.model.dflash2.golden import load_selector_golden
 from fastdraft.model.dflash2.head import SelectorHead, selector_engine_step
 from fastdraft.model.dflash2.loss import SelectorLoss
 from fastdraft.model.dflash2.mixer import ConvolutionMixer
-from fastdraft.model.dflash2.parity import read_selector_as, selector_readings
+from fastdraft.model.dflash2.parity import selector_readings
 from fastdraft.model.dflash2.propose import SelectorDrafter
 from fastdraft.model.dflash2.ref import selector_losses_ref, selector_ref_step
 from fastdraft.model.dflash2.serving import DFLASH2, load_or_widen
@@ -70,5 +70,5 @@ METHOD = dflash.METHOD._replace(
     recipe=recipe,
     tables=("candidate_selector.*_codebook",),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),
-    readings=Readings(selector_readings, read_selector_as, run_blocks),
+    readings=Readings(selector_readings, run_blocks),
 )

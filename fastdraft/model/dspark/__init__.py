@@ -21,7 +21,7 @@ from fastdraft.model.dspark.draft import DSparkDraft
 from fastdraft.model.dspark.golden import load_dspark_golden
 from fastdraft.model.dspark.head import DSparkHead, dspark_engine_step
 from fastdraft.model.dspark.loss import DSparkLoss
-from fastdraft.model.dspark.parity import dspark_readings, read_dspark_as
+from fastdraft.model.dspark.parity import dspark_readings
 from fastdraft.model.dspark.propose import MarkovDrafter
 from fastdraft.model.dspark.ref import dspark_losses_ref, dspark_ref_step
 from fastdraft.model.dspark.serving import DSPARK
@@ -80,7 +80,7 @@ METHOD = dflash.METHOD._replace(
     check_config=check_config,
     engine_names={"vllm": "dspark", "sglang": "DSPARK"},
     recipe=recipe,
-    readings=Readings(dspark_readings, read_dspark_as, run_blocks),
+    readings=Readings(dspark_readings, run_blocks),
     cost_options=lambda config: {"anchors": config.block.anchors, "needs_teacher": True},
     tables=("markov_head.*", "confidence_head.*"),
     golden=golden_cases(load_dspark_golden, {"reference": dspark_ref_step, "fused": dspark_engine_step}),

@@ -15,12 +15,13 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
 from fastdraft.model.eagle3.golden import golden_law, load_golden, worst_errors
 from fastdraft.model.eagle3.graph_engine import GraphEngine
+from fastdraft.model.eagle3.parity import chain_readings, run_chains
 from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
-from fastdraft.model.method import GoldenCases, Method
+from fastdraft.model.method import GoldenCases, Method, Readings
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -120,6 +121,7 @@ METHOD = Method(
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},
+    readings=Readings(chain_readings, run_chains),
     tables=("lm_head.weight",),  # its embedding is not trained
     part=part,
     cut=cut_draft,
