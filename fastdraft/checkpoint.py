@@ -89,6 +89,7 @@ class Writer:
         self._group = mesh.group_beside()
         self._copies: dict[str, Tensor] = {}
         self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
+        self.failed = False  # `wait` will raise; one process may know it before another
         self._failure: BaseException | None = None
         self._saved = math.inf  # when `save` was called
         self._said = False
@@ -111,11 +112,6 @@ class Writer:
         finally:
             mesh.tidy_at_end(None)
             self._jobs.put(None)
-
-    @property
-    def failed(self) -> bool:
-        """Whether `wait` will raise. One process may know it before another."""
-        return self._failure is not None
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises ValueError where something could not be written, and what a library
@@ -182,7 +178,7 @@ class Writer:
                 if self._failure is None:
                     job()
             except BaseException as error:  # it is the training's to raise
-                self._failure = error
+                self._failure, self.failed = error, True
             finally:
                 self._jobs.task_done()
 

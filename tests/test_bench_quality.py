@@ -12,6 +12,7 @@ import torch
 import yaml
 from tiny import save_target, write_chats
 
+import bench.quality
 import fastdraft.train
 from bench.gate import load
 from bench.quality import BLOCK, HERE, Clock, check_recipes, main, parse, read_recipes, recipe_config, steps_for
