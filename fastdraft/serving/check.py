@@ -11,7 +11,7 @@ from torch import nn
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.model.methods import method_of
 from fastdraft.model.target_config import language_config, named_dtype, read_target_config
-from fastdraft.serving.engines import EnginePlace, Run, Served, refuse_old_engine, run_engine
+from fastdraft.serving.engines import EnginePlace, Run, Served, note_on_newer, refuse_old_engine, run_engine
 from fastdraft.serving.export import load_draft
 from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.target.hf import Target, load_target, load_tokenizer
@@ -73,7 +73,7 @@ def check_engine(check: EngineCheck) -> Report:
     dtype = check.dtype or own
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
-    refuse_old_engine(check.place)
+    newer = note_on_newer(check.place.name, refuse_old_engine(check.place))
     draft = load_draft(check.checkpoint, facts)
     method = method_of(draft)
     num_steps = method.served_steps(draft.config, check.num_steps)
@@ -98,9 +98,13 @@ def check_engine(check: EngineCheck) -> Report:
     # a process each, before the target takes the GPU
     (served,), (plain,) = (run_engine(check.place, [r], check.timeout_s) for r in (run, replace(run, checkpoint=None)))
     if check.alone:
-        return report_alone(served, plain)
-    target = Target(target.model.to(device), draft.config.layers)
-    return compare(target, draft, prompts, served, plain, num_steps)
+        report = report_alone(served, plain)
+    else:
+        target = Target(target.model.to(device), draft.config.layers)
+        report = compare(target, draft, prompts, served, plain, num_steps)
+    if newer is not None:
+        report.warnings.insert(0, newer)
+    return report
 
 
 def report_alone(served: Served, plain: Served) -> Report:
