@@ -156,8 +156,6 @@ def fleet_plan(
             f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because "
             + target.apart
         )
-    if muon_bytes is not None and layout.tensor > 1:
-        raise ValueError(f"dist.tensor={layout.tensor}: Muon orthogonalises whole matrices; set optim.optimizer=adamw")
     s, t, h = layout.sequence, layout.tensor, layout.holders
     count = draft.num_parameters()
     trainable = count["trainable"] / t

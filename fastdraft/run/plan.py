@@ -103,7 +103,6 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     shape, method = draft_shape(config), named_method(config.draft.method)
     target = target_sizes(load_target_config(config.target.path, config.target.trust_remote_code))
     precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
-
     stepped = muon_matrices(config, shape)
 
     def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
@@ -131,7 +130,8 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
 
     def planned(layout: fleet.Layout) -> fleet.FleetPlan:
         dist = config.dist.model_copy(update={"sequence": layout.sequence, "tensor": layout.tensor})
-        found = fleet.fleet_plan(
+        check_layout(config.model_copy(update={"dist": dist}), shape)
+        return fleet.fleet_plan(
             layout,
             hardware,
             target,
@@ -146,8 +146,6 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             target_bytes=4 if config.target.dtype == "fp32" else 2,
             draft_bytes=4 if precision == "fp32" else 2,
         )
-        check_layout(config.model_copy(update={"dist": dist}), shape)
-        return found
 
     return planned
 
