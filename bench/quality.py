@@ -3,11 +3,14 @@
     python -m bench.quality --target DIR --answers answers.jsonl.gz --seconds 20 --recipes base:3,lr-2e-3
 
 A recipe is a name and settings of `bench/quality.yaml`, or of another file of that form; with :3 it is trained with the
-seeds 0, 1 and 2, which are those of its weights and of its order. All recipes run in this process, one after the other, by
-`fastdraft.train.train` itself: what is timed is what a user runs. Of it four functions are wrapped here: what opens the
-source, so that the target is loaded once and its forwards are timed, and the step, the evaluation and the checkpoint, so
-that the clock stands while held-out data are evaluated and while the one checkpoint is written, at the end. What is decoded
-with is that checkpoint; the best is not kept.
+seeds 0, 1 and 2, which are those of its weights and of its order. Without --recipes all of the file are trained, with
+--seeds 3 all with three seeds. A recipe may train on other answers: its data.paths are names in the folder of --answers.
+Then --held-out must name conversations that none of the answers has, on which all recipes are measured.
+
+All recipes run in this process, one after the other, by `fastdraft.train.train` itself: what is timed is what a user runs.
+Of it four functions are wrapped here: what opens the source, so that the target is loaded once and its forwards are timed,
+and the step, the evaluation and the checkpoint, so that the clock stands while held-out data are evaluated and while the
+one checkpoint is written, at the end. What is decoded with is that checkpoint; the best is not kept.
 
 With --steps a recipe has so many steps. With --seconds it has as many as take that long: a first run of TRIAL steps says
 how fast it is. Either way the learning rate ends where the recipe lets it end.
@@ -25,6 +28,7 @@ curve                               [steps, tokens, seconds, target_seconds, hel
 tau_sim, acceptance                 held-out at the end, over all steps; of each TTT step
 chain, long_chain, tree             real decoding of held-out prompts, of seeds below --decode: accepted length, acceptance
                                     of each depth, seconds; what a method does not draft is left out
+drawn_chain                         the same of a chain of 3 with tokens drawn at --temperature, where that is given
 prompts, max_new_tokens             of how many prompts of the held-out data, how many tokens each
 
 # T TTT steps
@@ -63,10 +67,10 @@ from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import TauReport, evaluate_decode, evaluate_tau
 from fastdraft.metrics import read_metrics
 from fastdraft.model.method import DraftStep
-from fastdraft.model.methods import method_of
+from fastdraft.model.methods import METHODS, method_of
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.run.draft import draft_shape, fit_to_target, make_step, new_draft
-from fastdraft.run.dtypes import compute_dtype, name_dtypes
+from fastdraft.run.dtypes import check_precision, compute_dtype, name_dtypes
 from fastdraft.run.finished import read_draft
 from fastdraft.run.inputs import load_data, open_target
 from fastdraft.target.hf import Target
@@ -77,12 +81,16 @@ HERE = Path(__file__).parent
 TRIAL = 60  # steps of the run that says how long a step takes; the second half is timed
 BLOCK = 5  # of which the median counts: whatever is compiled or recorded for the first time falls into few
 POINTS = 6  # evaluations of a run
-SAME_SPEED = ("optim.lr", "optim.warmup_ratio", "optim.min_lr_ratio", "loss.step_decay")
+SAME_SPEED = (
+    *("optim.lr", "optim.warmup_ratio", "optim.min_lr_ratio", "optim.schedule", "optim.wsd_decay", "optim.betas"),
+    *("optim.clip", "optim.muon_lr", "loss.step_decay", "draft.init", "data.paths"),
+)
 DECODED = {
     "chain": DecodeSettings(num_steps=3),
     "long_chain": DecodeSettings(num_steps=7),
     "tree": DecodeSettings(num_steps=3, eagle_topk=4, num_draft_tokens=16),  # as the demo's
 }
+DRAWN = "drawn_chain"
 LONGEST_PROMPT = 512
 
 
@@ -191,6 +199,7 @@ class Stick:
     max_new_tokens: int
     plain: list[DecodeResult]  # the target's own output for the prompts
     folder: Path
+    decoded: dict[str, DecodeSettings] = field(default_factory=lambda: DECODED)
 
     @property
     def device(self) -> torch.device:
@@ -199,7 +208,7 @@ class Stick:
     def judge(self, draft: nn.Module) -> dict[str, Any]:
         """Real decoding of the held-out prompts with a draft in the run's dtype."""
         found: dict[str, Any] = {"prompts": len(self.prompts), "max_new_tokens": self.max_new_tokens}
-        for name, settings in DECODED.items():
+        for name, settings in self.decoded.items():
             try:
                 method_of(draft).refuse_settings(draft.config, settings)
             except ValueError:  # a method that drafts no trees, or blocks of another length
@@ -227,7 +236,7 @@ def open_stick(args: argparse.Namespace, folder: Path) -> Stick:
     target = open_target(config, draft_shape(config).layers, device)
     data = load_data(config, target.vocab_size)
     if not len(data.eval):
-        raise ValueError("no conversation is held out; raise data.eval_fraction of the recipes' file")
+        raise ValueError("no conversation is held out; raise data.eval_fraction of the recipes' file, or give --held-out")
     prompts = held_out_prompts(data, config.data.pack_tokens, args.prompts)
     began = time.perf_counter()
     if why_apart(target) is None:
@@ -235,7 +244,10 @@ def open_stick(args: argparse.Namespace, folder: Path) -> Stick:
     else:
         plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]
     print(f"the target alone: {sum(len(p.tokens) for p in plain)} tokens, {time.perf_counter() - began:.1f} s", flush=True)
-    return Stick(config, target, data, prompts, args.max_new_tokens, plain, folder)
+    decoded = dict(DECODED)
+    if args.temperature is not None:
+        decoded[DRAWN] = DecodeSettings(num_steps=3, temperature=args.temperature)
+    return Stick(config, target, data, prompts, args.max_new_tokens, plain, folder, decoded)
 
 
 def held_out_prompts(data: Prepared, pack_tokens: int, count: int) -> list[list[int]]:
@@ -252,8 +264,9 @@ def held_out_prompts(data: Prepared, pack_tokens: int, count: int) -> list[list[
 # --- our recipes ---------------------------------------------------------------------------------------------------------
 
 
-def read_recipes(path: Path, names: str) -> dict[str, tuple[dict[str, Any], int]]:
-    """The settings of each recipe, and how many seeds it has. ValueError for a name that is none."""
+def read_recipes(path: Path, names: str, seeds_of_all: int = 1) -> dict[str, tuple[dict[str, Any], int]]:
+    """The settings of each recipe, and how many seeds it has: `seeds_of_all` where it says nothing. ValueError for a name
+    that is none."""
     known, found = read_yaml(path)["recipes"], {}
     for wanted in names.split(",") if names else known:
         name, _, seeds = wanted.partition(":")
@@ -261,7 +274,7 @@ def read_recipes(path: Path, names: str) -> dict[str, tuple[dict[str, Any], int]
             raise ValueError(f"{path} has no recipe {name!r}; it has {', '.join(known)}")
         if seeds and not (seeds.isdigit() and int(seeds)):
             raise ValueError(f"{wanted!r} is not NAME:N with a number of seeds N")
-        found[name] = known[name] or {}, int(seeds or 1)
+        found[name] = known[name] or {}, int(seeds or seeds_of_all)
     return found
 
 
@@ -276,13 +289,46 @@ def recipe_config(
     tree["data"] = dict(tree.get("data", {})) | {"paths": [str(args.answers)], "num_workers": 0}
     if args.cache_dir is not None:
         tree["data"]["cache_dir"] = str(args.cache_dir)
+    if args.held_out is not None:
+        tree["data"]["eval_paths"] = [str(args.held_out)]
     tree |= {"run_dir": str(run_dir), "checkpoint": {"every": 10**6, "keep": 1}}
     settings = {**recipe, "seed": seed, "data.seed": seed, "max_steps": steps}
+    if "data.paths" in recipe:
+        settings["data.paths"] = other_answers(args, recipe["data.paths"])
     settings["eval.every"] = max(1, -(-steps // points))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(tree, file)
         file.flush()
         return load_config(file.name, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+
+
+def other_answers(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """Where the answers lie that a recipe trains on instead. ValueError where the held-out data would be others, too, and
+    for a file that is not there."""
+    paths = [args.answers.parent / name for name in names]
+    if args.held_out is None:
+        raise ValueError(
+            f"it trains on {', '.join(names)}, of which other conversations would be held out; give all recipes the same "
+            "with --held-out FILE, or leave it out of --recipes"
+        )
+    for path in paths:
+        if not path.exists():
+            raise ValueError(
+                f"it trains on {path}, which does not exist; make it by `fastdraft data regenerate --temperature` of the "
+                f"prompts that {args.answers.name} answers, or leave it out of --recipes"
+            )
+    return [str(path) for path in paths]
+
+
+def check_recipes(args: argparse.Namespace, recipes: dict[str, tuple[dict[str, Any], int]]) -> None:
+    """Before anything long. ValueError names the recipe that cannot be trained here."""
+    for name, (recipe, _) in recipes.items():
+        try:
+            config = recipe_config(args, recipe, 0, Path("none"), 1)
+            METHODS[config.draft.method].check_config(config)
+            check_precision(config, start_process(config.device))
+        except ValueError as error:
+            raise ValueError(f"recipe {name}: {error}") from error
 
 
 @contextmanager
@@ -445,8 +491,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answers", required=True, type=Path, help="its own answers, as data.paths")
     parser.add_argument("--config", type=Path, default=HERE / "quality.yaml")
     parser.add_argument(
-        "--recipes", default="", help="names of the file, with commas, NAME:N for N seeds; none: all, one seed"
+        "--recipes", default="", help="names of the file, with commas, NAME:N for N seeds; none: all of the file"
     )
+    parser.add_argument("--seeds", type=int, default=1, help="of each recipe for which --recipes says nothing else")
+    parser.add_argument(
+        "--held-out", type=Path, help="conversations held out for all recipes, instead of a part of --answers"
+    )
+    parser.add_argument("--temperature", type=float, help="decode a chain also with tokens drawn at this temperature")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--seconds", type=float, default=20.0, help="of a recipe's training loop")
     budget.add_argument("--steps", type=int, help="instead: optimizer steps of every recipe")
@@ -469,9 +520,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    recipes = {} if args.no_ours else read_recipes(args.config, args.recipes)
-    for recipe, _ in recipes.values():  # before anything long
-        recipe_config(args, recipe, 0, Path("none"), 1)
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: a recipe is trained with one seed or more")
+    if args.temperature is not None and args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature}: greedy decoding is measured anyway; give one above 0, or none")
+    recipes = {} if args.no_ours else read_recipes(args.config, args.recipes, args.seeds)
+    check_recipes(args, recipes)
     rates = numbers(args.peer_lr)
     batches = numbers(args.peer_batch, int)
     if len(batches) not in (1, len(rates)):
@@ -491,7 +545,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def say_and_write(row: dict[str, Any], args: argparse.Namespace) -> None:
     row = rounded(row) | {"target": args.target.name, "answers": args.answers.name}
     append("quality", row, args.commit, args.results)
-    lengths = ", ".join(f"{name} {row[name]['accepted_length']:.3f}" for name in DECODED if name in row)
+    lengths = ", ".join(f"{name} {row[name]['accepted_length']:.3f}" for name in (*DECODED, DRAWN) if name in row)
     print(
         f"{row['provider']} {row['recipe']} seed {row['seed']}: {row['steps']} steps, {row['tokens']} tokens, "
         f"{row['seconds']:.1f} s ({row['target_seconds']:.1f} s the target's), tau_sim {row['tau_sim']:.4f}, {lengths}",

@@ -15,7 +15,7 @@ from tiny import save_target, write_chats
 import bench.quality
 import fastdraft.train
 from bench.gate import load
-from bench.quality import BLOCK, HERE, Clock, main, parse, read_recipes, recipe_config, steps_for
+from bench.quality import BLOCK, HERE, Clock, check_recipes, main, parse, read_recipes, recipe_config, steps_for
 from bench.quality_plot import draw, table
 from fastdraft.model.methods import METHODS
 
@@ -40,6 +40,9 @@ RECIPES = {
         "base": {},
         **BLOCKS,
         "slow": {"optim.lr": 1e-6},
+        "drawn": {"data.paths": ["drawn.jsonl"]},
+        "missing": {"data.paths": ["nowhere.jsonl"]},
+        "fp8": {"precision": "fp8"},
         "other target": {"target.dtype": "fp32"},
         "typo": {"optim.rl": 1},
     },
@@ -100,14 +103,51 @@ def test_recipes_of_every_method_stand_side_by_side(place, tmp_path):
         measure(place, tmp_path, "--recipes", "other layers", "--steps", 1)
 
 
-def test_the_committed_recipes_are_runs(place):
-    """Those of the committed file, which are for SmolLM2: the target's size is all that is not checked here."""
+def test_the_committed_recipes_are_runs(place, monkeypatch):
+    """Those of the committed file, which are for SmolLM2: the target's size is all that is not checked here. Every setting
+    of the issue's levers that there is has its recipe, and each changes the run that it belongs to."""
     recipes = read_recipes(HERE / "quality.yaml", "")
-    assert {"base", "dflash", "dspark", "dflash2"} <= recipes.keys()
-    args = parse(["--target", str(place / "target"), "--answers", str(place / "answers.jsonl")])
-    for recipe, _ in recipes.values():
-        config = recipe_config(args, recipe, 0, place / "none", 1)
-        METHODS[config.draft.method].check_config(config)
+    args = parse(
+        ["--target", str(place / "target"), "--answers", str(place / "answers.jsonl"), "--held-out", "held_out.jsonl"]
+    )
+    monkeypatch.setattr(bench.quality.Path, "exists", lambda _: True)  # of the answers that a recipe names
+    monkeypatch.setattr(bench.quality, "check_precision", lambda *_: None)  # fp8 is for GPUs
+    check_recipes(args, recipes)
+    configs = {name: recipe_config(args, recipe, 0, place / "none", 1) for name, (recipe, _) in recipes.items()}
+    base = configs["base"].model_dump()
+    assert [name for name, config in configs.items() if config.model_dump() == base] == ["base"]
+    changed = {key for recipe, _ in recipes.values() for key in recipe}
+    assert changed >= {
+        *("optim.lr", "optim.warmup_ratio", "optim.schedule", "optim.wsd_decay", "optim.betas", "optim.clip"),
+        *("data.pack_tokens", "optim.packs_per_step", "sampled_depth", "ttt_length", "loss.step_decay", "loss.kind"),
+        *("optim.optimizer", "optim.muon_lr", "draft.init", "draft.overrides", "draft.method", "block.loss", "precision"),
+        "data.paths",
+    }
+    assert {config.draft.method for config in configs.values()} == set(METHODS)
+    assert read_recipes(HERE / "quality.yaml", "base,lr-2e-3:2", 3).items() >= {"base": ({}, 3)}.items()
+    assert read_recipes(HERE / "quality.yaml", "base,lr-2e-3:2", 3)["lr-2e-3"][1] == 2
+
+
+def test_a_recipe_of_other_answers_is_measured_on_the_same_held_out_ones(place, tmp_path):
+    write_chats(place / "held_out.jsonl", 6)
+    write_chats(place / "drawn.jsonl", 20)
+    evaluated = []
+    held_out = bench.quality.evaluate_tau
+
+    def noted(rows, batches, *more, **settings):
+        batches = list(batches)
+        evaluated.append([batch.input_ids.tolist() for batch in batches])
+        return held_out(rows, batches, *more, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.quality, "evaluate_tau", noted)
+        more = ["--held-out", place / "held_out.jsonl", "--temperature", 1.0, "--seeds", 1]
+        base, drawn = measure(place, tmp_path, "--recipes", "base,drawn", "--steps", 2, *more)
+    assert evaluated and all(batches == evaluated[0] for batches in evaluated)
+    assert base["curve"] != drawn["curve"] and drawn["settings"] == {"data.paths": ["drawn.jsonl"]}
+    for row in (base, drawn):
+        assert row["drawn_chain"]["accepted_length"] >= 1 and row["drawn_chain"]["num_equal"] is None
+        assert row["chain"]["num_equal"] == row["prompts"]
 
 
 def test_seconds_become_steps(place, tmp_path, monkeypatch):
@@ -172,9 +212,12 @@ def test_the_clock_counts_training_alone():
         ("typo", "did you mean 'lr'"),
         (
             "nothing",
-            "has no recipe 'nothing'; it has base, dflash, dflash2, dspark, other layers, other target, slow, typo",
+            "has no recipe 'nothing'; it has base, dflash, dflash2, drawn, dspark, fp8, missing, other layers, "
+            "other target, slow, typo",
         ),
         ("base:0", "not NAME:N"),
+        ("base,drawn", "recipe drawn: it trains on drawn.jsonl, of which other .* with --held-out FILE"),
+        ("base,fp8", "recipe fp8: precision: fp8 needs a GPU"),
     ],
 )
 def test_recipes_that_cannot_be(place, tmp_path, recipes, says):
@@ -182,6 +225,12 @@ def test_recipes_that_cannot_be(place, tmp_path, recipes, says):
         measure(place, tmp_path, "--recipes", recipes, "--steps", 1)
     with pytest.raises(ValueError, match="2 numbers for 3 learning rates"):
         measure(place, tmp_path, "--recipes", "base", "--steps", 1, "--peer-lr", "1,2,3", "--peer-batch", "1,2")
+    with pytest.raises(ValueError, match=r"recipe missing: it trains on .*nowhere.jsonl, which does not exist"):
+        measure(place, tmp_path, "--recipes", "missing", "--steps", 1, "--held-out", place / "answers.jsonl")
+    with pytest.raises(ValueError, match=r"--temperature 0.0: greedy"):
+        measure(place, tmp_path, "--recipes", "base", "--steps", 1, "--temperature", 0)
+    with pytest.raises(ValueError, match="--seeds 0"):
+        measure(place, tmp_path, "--recipes", "base", "--steps", 1, "--seeds", 0)
 
 
 def test_the_page_says_what_the_rows_say(tmp_path):

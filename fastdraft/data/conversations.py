@@ -40,7 +40,9 @@ SHAREGPT_ROLES = {
 SHAPES = ("messages", "conversations", "input_ids")
 MEDIA = {"image", "images", "img", "imgs", "pixel", "video", "videos", "audio", "audios"}  # words of keys
 # Keys of a message that chat templates, servers or training read, so that none of them may be left out without a word.
-READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "weight")
+READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "weight", "finish_reason")
+# Other trainers' keys of a message, which say by `false` that it is not trained on.
+NOT_TRAINED = ("train", "trainable", "training", "loss")
 NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")  # ends of files' names
 
 
@@ -175,6 +177,8 @@ def parse(line: Line, prompts: bool = False) -> Conversation:
     except RecursionError as error:
         raise BadLine(line.where, "JSON nested too deeply") from error
     except UnicodeDecodeError as error:
+        if error.object.startswith(b"\x1f\x8b"):
+            raise BadLine(line.where, "gzip by its first bytes; end the file's name in .gz") from error
         byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
         raise BadLine(line.where, f"not UTF-8: {byte}") from error
     except UnicodeEncodeError as error:
@@ -192,7 +196,8 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
         try:
             row = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"not JSON: {error}") from error
+            lines = "; if a JSON value goes over several lines, write it on one: jq -c . FILE > NEW.jsonl"
+            raise ValueError(f"not JSON: {error}{lines if text.strip() == '{' else ''}") from error
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {_kind(row)}")
     shapes = [name for name in SHAPES if row.get(name) is not None]
@@ -206,6 +211,9 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
     if shapes == ["input_ids"]:
         return _tokens(line.where, row)
     tools = _json_if_string(row.get("tools") or None, "tools") or None
+    if tools is None and row.get("functions"):  # as OpenAI called them first
+        functions = _json_if_string(row["functions"], "functions")
+        tools = [{"type": "function", "function": f} for f in functions] if isinstance(functions, list) else functions
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ValueError(f"tools must be a list of objects, got {_kind(tools)}")
     _refuse_beyond_json(tools, "tools")
@@ -218,7 +226,23 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
         raise ValueError(f"system must be a string, got {_kind(system)}")
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+    _take_finish_reasons(row.get("finish_reasons"), messages)
     return Conversation(line.where, _key([messages, tools]), tuple(messages), tools)
+
+
+def _take_finish_reasons(reasons: Any, messages: list[dict]) -> None:
+    """Says in each answer why it ended, as `data regenerate` writes it for all of them together."""
+    if reasons is None:
+        return
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not isinstance(reasons, list) or len(reasons) != len(answers):
+        counted = f"{len(reasons)} of them" if isinstance(reasons, list) else _kind(reasons)
+        raise ValueError(
+            f"finish_reasons must be a list with a reason for each of the {len(answers)} answers, got {counted}"
+        )
+    for message, reason in zip(answers, reasons, strict=True):
+        if reason == "length":
+            message["finish_reason"] = reason
 
 
 def _tokens(where: str, row: dict) -> Conversation:
@@ -258,6 +282,11 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     if message["role"] not in ROLES:
         known = (*ROLES, *SHAREGPT_ROLES) if sharegpt else ROLES
         raise ValueError(f"message {number} has role {role!r}; known roles: {', '.join(known)}")
+    if message.get("function_call") and "tool_calls" not in message:  # as OpenAI called them first
+        message["tool_calls"] = [message.pop("function_call")]
+    for key in NOT_TRAINED:
+        if message.get(key) is False:
+            raise ValueError(f'message {number} has {key!r}: false, which is not read; write "weight": 0 instead')
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
     for name in ("reasoning", "thinking"):  # other servers' names for it
         if isinstance(message.get(name), str):

@@ -42,7 +42,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 6  # raised when the same input makes other samples than before
+FORMAT = 7  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
@@ -61,6 +61,7 @@ class Stats:
     untrained_samples: int = 0  # left out: no trained token in them
     lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
     raw_reasoning: int = 0  # trained turns with reasoning that the template cuts, as the model produced them
+    cut: int = 0  # trained turns that a limit of tokens ended
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: dict[str, list] = field(default_factory=dict)  # turns not trained: how many, where the first, by reason
     skipped_lines: int = 0
@@ -87,6 +88,7 @@ class Stats:
         self.untrained_samples += done.untrained
         self.lost_reasoning += done.lost_reasoning
         self.raw_reasoning += done.raw_reasoning
+        self.cut += done.cut
         self.unopened += done.unopened
         for where, reason in done.left_out:
             self.left_out.setdefault(reason, [0, where])[0] += 1
@@ -120,6 +122,7 @@ class Stats:
                 "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
                 "behind the prompt as served",
             ),
+            (self.cut, "trained turns were cut by a limit of tokens: what the template writes behind them is not trained"),
             (
                 self.unopened,
                 "trained turns have no reasoning, but the generation prompt opens it: they are trained behind a prompt "

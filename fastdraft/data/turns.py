@@ -44,6 +44,7 @@ class Turn:
     span: Span  # what the model produces
     lost_reasoning: bool = False  # the turn has reasoning that is not in the text
     raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
+    cut: bool = False  # a limit of tokens ended it, so what the template writes behind its words is not the model's
     unopened: bool = False  # the text lacks or closes what the generation prompt opens, because the answer has no reasoning
 
 
@@ -110,6 +111,8 @@ class Turns:
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
         turn = _as_served(message, full, prompt, located, self.template.lead)
         start, end = turn.span
+        if message.get("finish_reason") == "length":
+            return _cut(message, turn, own_leaves(message, len(messages) - 1, self.template.tags))
         if (stop := self.template.stop_within(turn.text[start:end])) is not None:
             raise LeftOut(f"they hold {stop!r}, which stops the served model, before their end")
         stop = self.template.stop_after(bool(message.get("tool_calls")))
@@ -351,6 +354,15 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
+
+
+def _cut(message: dict, turn: Turn, leaves: list[Leaf]) -> Turn:
+    """The turn up to its last word, behind which the model had more to say. LeftOut where that place is not known."""
+    start, end = turn.span
+    last = turn.text.rfind(leaves[-1].text, start, end) if leaves else -1
+    if message.get("tool_calls") or last < 0:
+        raise LeftOut("a limit of tokens cut them, and their last word cannot be found")
+    return replace(turn, span=(start, last + len(leaves[-1].text)), cut=True)
 
 
 def _empty_block(message: dict, answer: str) -> int:

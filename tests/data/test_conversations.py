@@ -89,6 +89,22 @@ def test_null_is_as_good_as_not_there():
     assert parsed({"conversations": turns, "messages": None, "tools": "[]"}) == parsed({"messages": chat("q", "a")})
 
 
+def test_functions_and_a_function_call_are_openais_first_names_of_tools_and_calls():
+    """Left as they are the call would be lost, and the answer trained as if it ended without it."""
+    function = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    turns = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "I look.", "function_call": function},
+        {"role": "function", "name": "weather", "content": "dry"},
+    ]
+    done = parsed({"messages": turns, "functions": [TOOL["function"]]})
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    assert done.messages[1] == {"role": "assistant", "content": "I look.", "tool_calls": [call]}
+    assert done.tools == [TOOL]
+    turns[1]["content"] = None
+    assert parsed({"messages": turns}).messages[1]["tool_calls"] == [call]
+
+
 def test_a_prompt_is_one_users_message_where_prompts_are_read(tmp_path):
     with pytest.raises(BadLine, match=r"input_ids or prompt \(text\); has none \(keys: prompt\)"):
         parse(Line("f:1", {"prompt": ["x"]}), prompts=True)
@@ -124,6 +140,16 @@ def test_key_is_the_content():
         (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at position 14"),
         (b"[" * 100_000, "nested too deeply"),
         (b"[1, 2]", "expected a JSON object, got a list"),
+        (b"{\n", r"not JSON: .* goes over several lines, write it on one: jq -c \. FILE"),
+        (b"\x1f\x8b\x08\x00", r"gzip by its first bytes; end the file's name in \.gz"),
+        (
+            {"messages": [*chat("a"), {"role": "assistant", "content": "b", "train": False}]},
+            "'train': false.*\"weight\": 0",
+        ),
+        ({"conversations": [{"from": "gpt", "value": "b", "loss": False}]}, "message 1 has 'loss': false"),
+        ({"messages": chat("a", "b"), "functions": {"name": "f"}}, "tools must be a list of objects, got an object"),
+        ({"messages": chat("a", "b"), "finish_reasons": ["stop"] * 2}, "a reason for each of the 1 answers, got 2 of them"),
+        ({"messages": chat("a", "b"), "finish_reasons": "stop"}, "finish_reasons must be a list .* got a string: stop"),
         (b'[{"messages": []}]', "expected a JSON object, got a list: .* one JSON array, write a conversation a line"),
         (b"[", "not JSON: .* one JSON array"),
         ({"prompt": "x"}, r"expected exactly one of messages, conversations or input_ids; has none \(keys: prompt\)"),

@@ -468,6 +468,26 @@ def test_a_turn_that_goes_on_behind_a_token_that_stops_the_model_is_left_out():
     assert texts == ["<|turn|>user:<|stop|>?<|stop|><|turn|>assistant:[[a <|eos|> b<|stop|>]]"] and not done.left_out
 
 
+def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word():
+    """The token behind it is the template's: the model had more to say. `data regenerate` writes such rows."""
+    tokenizer, before = block_tokenizer(BLOCKS.replace("BLOCK", "")), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    row = {"messages": chat("q", "yes", "r", "no and"), "finish_reasons": ["stop", "length"], "length_cut": True}
+    conversation = parse(Line("f:1", row))
+    texts, done = marked(tokenizer, conversation.messages)
+    assert texts == [f"{before}[[yes<|stop|>]]<|turn|>user:r<|stop|><|turn|>assistant:[[no and]]<|stop|>"]
+    assert done.cut == 1 and not done.left_out
+    uncut = parse(Line("f:1", row | {"finish_reasons": ["stop", "stop"]}))
+    assert uncut == parse(Line("f:1", {"messages": row["messages"]}))
+    thought = {"role": "assistant", "content": "<think>\nsince it", "finish_reason": "length"}
+    texts, _ = marked(block_tokenizer(BLOCKS.replace("BLOCK", "<think>\\n")), [chat("q")[0], thought])
+    assert texts == [f"{before}<think>\n[[since it]]<|stop|>"]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "yes"}}}
+    calls = "m.content + (m.tool_calls | tojson if m.tool_calls else '')"
+    template = BLOCKS.replace("BLOCK", "").replace("m.content", calls)
+    _, done = marked(block_tokenizer(template), [chat("q")[0], thought | {"content": "", "tool_calls": [call]}])
+    assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
+
+
 # The last answer has a block for its reasoning, also where there is none, and the prompt opens that block (Qwen 3.5).
 EMPTY_BLOCK = (
     "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
