@@ -130,8 +130,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
 
     def planned(layout: fleet.Layout) -> fleet.FleetPlan:
         dist = config.dist.model_copy(update={"sequence": layout.sequence, "tensor": layout.tensor})
-        check_layout(config.model_copy(update={"dist": dist}), shape)
-        return fleet.fleet_plan(
+        found = fleet.fleet_plan(
             layout,
             hardware,
             target,
@@ -146,6 +145,8 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             target_bytes=4 if config.target.dtype == "fp32" else 2,
             draft_bytes=4 if precision == "fp32" else 2,
         )
+        check_layout(config.model_copy(update={"dist": dist}), shape)
+        return found
 
     return planned
 
