@@ -295,11 +295,14 @@ process, and `later` where the same process has run another length before.""",
 - `us/row` is the time of the whole step by block row, B of them for each anchor; its percentiles are in brackets.
   `no optimizer` is forward and backward alone, `by trained token` the same by rows that have a label.
 - `MFU` counts only products that are needed (`bench.block_work.flop_parts`), `lasting` is as above.
-- `times faster` is of the whole step / without the optimizer, both sides in one process, in turns, on the same weights,
-  inputs and anchors. SpecForge pads conversations, four a batch; speculators computes a teacher too, as its trainer does
-  for this loss. The program that writes a peer's row fails where its loss is not ours to 1 %.""",
+- `times faster` is of the whole step / without the optimizer, of the newest run that timed both sides: in one process, in
+  turns, on the same weights, inputs and anchors. The peer's us/row is of that run; ours may have been timed alone since,
+  so that the two need not divide to the ratio. SpecForge pads conversations, four a batch; speculators computes a
+  teacher too, as its trainer does for this loss. The program that writes a peer's row fails where its loss is not ours
+  to 1 %.""",
     "block_memory": """What the step holds above weights and inputs, beside the peers' transient memory; the numbers
-behind it are their first step's seconds, kernels and host synchronisations in a step.""",
+behind it are their first step's seconds, kernels and host synchronisations in a step. The peers' numbers are of the newest
+run with ours in one process; ours may have been measured alone since.""",
 }
 KERNEL_TEXT = """Times are medians, in bf16 where nothing else is said. The roof of a row is the larger of two times:
 its FLOPs over the GPU's matrix rate, and its bytes over its copy rate, both measured in the same process. Our kernel

@@ -545,9 +545,8 @@ def check(
         raise ValueError("--target belongs to --checkpoint; name the checkpoint to verify against it")
     serving = engine is not None
     if serving and engine not in ENGINES:
-        raise ValueError(
-            f"--engine {engine!r} is not one of {', '.join(ENGINES)}; --golden takes --step reference or fused"
-        )
+        of_golden = "" if golden is None else "; --golden takes --step reference or fused"
+        raise ValueError(f"--engine {engine!r} is not one of {', '.join(ENGINES)}{of_golden}")
     if golden is None:
         refuse_idle(context, ("step",), "--golden")
     if not serving:

@@ -93,7 +93,11 @@ class FeatureServer(FakeHTTP):
         with self.lock:
             self.requests.append(body)
         if not self.act(self, handler, body):
-            self.states(asked["states"], body["prompt"])
+            ids = body["prompt"]
+            if asked.get("answer"):
+                body["generated"] = self.generate(ids, body["max_tokens"], frozenset())
+                ids = [*ids, *body["generated"]][:-1]
+            self.states(asked["states"], ids)
             reply(handler, 200, self.answer(body, {"instance": self.about["instance"]}))
 
     def chat(self, handler, body: dict, asked: dict) -> None:
@@ -103,21 +107,26 @@ class FeatureServer(FakeHTTP):
         if self.act(self, handler, body):
             return
         prompt = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
-        ids, ends = list(prompt), self.target.eos_ids
-        while len(ids) < len(prompt) + body["max_tokens"] and (len(ids) == len(prompt) or ids[-1] not in ends):
-            ids.append(int(self.target.head.logits(self.run(ids)[1][-1:]).argmax()))
+        ids = [*prompt, *self.generate(prompt, body["max_tokens"], self.target.eos_ids)]
         if asked.get("answer"):
             self.states(asked["states"], ids[:-1])
         said = {"role": "assistant", "content": self.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)}
-        reason = "stop" if ids[-1] in ends else "length"
+        reason = "stop" if ids[-1] in self.target.eos_ids else "length"
         choice = {"message": said, "finish_reason": reason, "token_ids": ids[len(prompt) :]}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(ids) - len(prompt)}
         params = {"instance": self.about["instance"]} if "states" in asked else None
         answer = {"choices": [choice], "usage": usage, "prompt_token_ids": list(prompt), "kv_transfer_params": params}
         reply(handler, 200, json.dumps(answer))
 
+    def generate(self, prompt: list[int], max_tokens: int, ends: frozenset[int]) -> list[int]:
+        """The target's greedy answer."""
+        new: list[int] = []
+        while len(new) < max_tokens and (not new or new[-1] not in ends):
+            new.append(int(self.target.head.logits(self.run([*prompt, *new])[1][-1:]).argmax()))
+        return new
+
     def answer(self, body: dict, params: dict | None) -> str:
-        choice: dict[str, Any] = {"text": ""}
+        choice: dict[str, Any] = {"text": "", "token_ids": body.get("generated")}
         if "logprobs" in body:
             _, f = self.run(body["prompt"])
             top = self.target.head.logits(f[-1:])[0].log_softmax(-1).topk(body["logprobs"])

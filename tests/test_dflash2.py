@@ -141,6 +141,9 @@ FAULTS = {
     "a cap": (lambda c: c["dflash_config"].update(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0"),
     "DFlash's name": (lambda c: c.update(architectures=["DFlashDraftModel"]), "leave it out"),
     "causal": (lambda c: c.update(is_causal=True), "is_causal is true, with which engines make the block causal"),
+    "shifted": (lambda c: c.update(sample_from_anchor=True), "its labels are shifted by one slot"),
+    "pad": (lambda c: c["dflash_config"].update(mask_token_id=2), "mask_token_id 2 is the target's eos token"),
+    "layers": (lambda c: c["dflash_config"].update(target_layer_ids=[1, 7]), "must ascend and lie in 0..6"),
 }
 
 

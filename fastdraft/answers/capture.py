@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdraft.answers.dialogue import ASKING_ROLES
 from fastdraft.batch import Batch
-from fastdraft.data.conversations import BadLine, Line, parse
+from fastdraft.data.conversations import BadLine, Conversation, Line, parse
 from fastdraft.data.samples import Sample
 from fastdraft.data.tokenize import ChatTokenizer
 from fastdraft.features.store import SHARD_BYTES, Store, document_keys, list_shards, needed, shard_number
@@ -41,8 +43,16 @@ class Ran:
 class AnswerCapture:
     """Takes the states of answers and writes those of finished conversations; a context manager, which writes the rest."""
 
-    def __init__(self, source: ServedSource, store: Store, chat: ChatTokenizer, shard_bytes: int = SHARD_BYTES):
-        self.source, self.store, self.chat, self.shard_bytes = source, store, chat, shard_bytes
+    def __init__(
+        self,
+        source: ServedSource,
+        store: Store,
+        chat: ChatTokenizer,
+        mask_token: int | None = None,  # of a draft of blocks: no document may have it
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        self.source, self.store, self.chat = source, store, chat
+        self.mask_token, self.shard_bytes = mask_token, shard_bytes
         self.stored = 0  # documents of this run
         self.missed: str | None = None  # why an answer came without its states, the last time
         self._writer = ShardWriter(store.folder, store.meta)
@@ -82,15 +92,29 @@ class AnswerCapture:
             raise ValueError(f"{asked.server.url} handed over the states of {len(rows)} tokens, and ran {len(ids)}")
         return Ran(ids, rows)
 
-    async def keep(self, row: dict[str, Any], turns: list[Ran]) -> None:
-        """Stores the documents that training will make of a finished conversation, as far as their states are there."""
-        await asyncio.get_running_loop().run_in_executor(self._worker, self._keep, row, turns)
+    async def keep(
+        self,
+        row: dict[str, Any],
+        turns: list[Ran],  # of those turns whose states came
+        where: str,  # the prompt's FILE:LINE
+    ) -> None:
+        """Stores the documents that training will make of a finished conversation, as far as their states are there.
 
-    def _keep(self, row: dict[str, Any], turns: list[Ran]) -> None:
+        ValueError where one has the draft's mask token: training would refuse the whole file of answers.
+        """
+        await asyncio.get_running_loop().run_in_executor(self._worker, self._keep, row, turns, where)
+
+    def _keep(self, row: dict[str, Any], turns: list[Ran], where: str) -> None:
         try:
-            samples = self.chat(parse(Line("an answer", json.dumps(row).encode()))).samples
+            samples = self.chat(parse(Line(where, json.dumps(row).encode()))).samples
         except BadLine:  # whoever reads the finished file names it, or skips it where data.on_bad_line says so
             return
+        if self.mask_token is not None and any((s.input_ids == self.mask_token).any() for s in samples):
+            raise ValueError(
+                f"the conversation of {where} has, with its answers, token {self.mask_token}, which is the draft's "
+                "mask_token_id: a block would read it as a token still to be drafted. Choose an id that no text of yours "
+                "has with draft.overrides.mask_token_id; the same command then goes on behind what is answered"
+            )
         for sample in samples:
             self._keep_document(sample, turns)
         if self._writer.open_bytes >= self.shard_bytes:
@@ -111,6 +135,34 @@ class AnswerCapture:
         self._writer.add(batch, self.source.features(rows), [0])
         self._written.add(key)
         self.stored += 1
+
+
+def refuse_masked_prompts(
+    conversations: Iterable[Conversation],
+    chat: ChatTokenizer,
+    token: int,  # of the draft
+) -> None:
+    """ValueError where a document has the draft's mask token before its first answer, whatever that will be.
+
+    Each conversation is tokenised as training will do it, with one word for the answer.
+    """
+    for conversation in conversations:
+        messages = []
+        for message in conversation.messages:
+            if message["role"] == "assistant" and any(m["role"] in ASKING_ROLES for m in messages):
+                break
+            messages.append(message)
+        asked = replace(conversation, messages=(*messages, {"role": "assistant", "content": "yes"}))
+        try:
+            samples = chat(asked).samples
+        except BadLine:  # as when the conversation is finished
+            continue
+        if any(((s.input_ids == token) & ~s.loss_mask).any() for s in samples):
+            raise ValueError(
+                f"{conversation.where} has token {token}, which is the draft's mask_token_id: a block would read it as a "
+                "token still to be drafted. Leave that prompt out, or choose an id that no text of yours has with "
+                "draft.overrides.mask_token_id"
+            )
 
 
 def without_covered(

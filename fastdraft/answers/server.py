@@ -150,8 +150,8 @@ class Servers:
             except Again as error:
                 job.failed(dialogue, f"{error} ({self.retries + 1} attempts)")
             else:
-                if ran:
-                    await self.capture.keep(dialogue.row(), ran)
+                if self.capture is not None:
+                    await self.capture.keep(dialogue.row(), ran, dialogue.conversation.where)
                 job.answered(dialogue)
 
     async def _turn(self, client: httpx.AsyncClient, servers: list[Server], home: Server, dialogue: Dialogue) -> Answer:

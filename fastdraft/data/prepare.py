@@ -150,15 +150,19 @@ def _kind_of(skipped: str) -> str:
 
 class Prepared(NamedTuple):
     train: Dataset  # of a stream, a sample
-    eval: Dataset  # empty only when eval_fraction is 0 or too small for the data
+    eval: Dataset  # empty only where `none_held_out` says why
     stats: Stats
     stream: Stream | None
     template_date: str | None  # what the chat template writes as today; None: it writes no date
+    none_held_out: str | None = None  # why `eval` is empty, and what to do; None: it is not
 
     def lines(self) -> list[str]:
         """The statistics as sentences for people."""
         begin = ["streaming; of a sample of the data:"] if self.stream else []
-        return [*begin, *self.stats.lines(), *date_lines(self.template_date)]
+        lines = [*begin, *self.stats.lines(), *date_lines(self.template_date)]
+        if self.none_held_out is not None:
+            lines.append(f"nothing is held out, so no tau_sim is measured: {self.none_held_out}")
+        return lines
 
 
 def date_lines(template_date: str | None) -> list[str]:
@@ -213,7 +217,7 @@ def divide(
     if config.eval_paths and not len(held_out):
         raise ValueError(f"{', '.join(config.eval_paths)}: no trained token in them; eval data needs assistant turns too")
     stats.train_samples, stats.eval_samples = len(train), len(held_out)
-    return Prepared(train, held_out, stats, stream, template_date)
+    return Prepared(train, held_out, stats, stream, template_date, None if len(held_out) else _why_none(train, config))
 
 
 def first_samples(
@@ -286,6 +290,23 @@ def _split(data: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
     elif held_out.all():
         held_out = np.zeros(len(keys), dtype=bool)
     return tuple(data.select(np.flatnonzero(rows), keep_in_memory=True) for rows in (~held_out, held_out))
+
+
+def _why_none(train: Dataset, config: DataConfig) -> str:
+    """Why no conversation is held out, and what to do, for a user who may have asked for some."""
+    if not config.eval_fraction:
+        return "data.eval_fraction is 0; raise it, or name conversations in data.eval_paths"
+    asked = f"data.eval_fraction is {config.eval_fraction:g}"
+    if config.streaming:
+        count = len(train.unique("conversation"))
+        return (
+            f"{asked}, but by it the {count:,} conversations that were read first cannot be parted; read more of them with "
+            "data.vocab_samples, or name conversations in data.eval_paths"
+        )
+    return (
+        f"{asked}, but there is only one conversation with a trained token ({len(train):,} samples of it), and it is "
+        "trained on; add others, or name conversations in data.eval_paths"
+    )
 
 
 def tokenized(files: list[str], config: DataConfig, chat: ChatTokenizer) -> tuple[Dataset, Stats]:

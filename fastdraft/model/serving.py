@@ -128,6 +128,11 @@ def module_shapes(make: Callable[[Any], nn.Module], shape: Any) -> dict[str, tup
     return {name: tuple(t.shape) for name, t in draft.state_dict().items()}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json and users write it: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def exported(draft: nn.Module, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a draft's state on the CPU, weights in `dtype`. ValueError for one that is not finite there."""
     state, tensors = draft.state_dict(), {}
@@ -136,7 +141,7 @@ def exported(draft: nn.Module, names: Iterable[str], dtype: torch.dtype) -> dict
         if t.is_floating_point():
             t = t.to(dtype)
             if not bool(t.isfinite().all()):
-                raise ValueError(f"{name} has NaN or infinite values in {dtype}; export an earlier checkpoint")
+                raise ValueError(f"{name} has NaN or infinite values in {dtype_name(dtype)}; export an earlier checkpoint")
         tensors[name] = t.contiguous()
     return tensors
 
@@ -156,20 +161,20 @@ def weight_problems(
         if tuple(t.shape) != shape:
             problems.append(f"{name} is {list(t.shape)}, config.json makes it {list(shape)}.")
         if t.dtype not in dtypes:
-            problems.append(f"{name} is {t.dtype}; weights must be bfloat16, float16 or float32.")
+            problems.append(f"{name} is {dtype_name(t.dtype)}; weights must be bfloat16, float16 or float32.")
             continue
         found.setdefault(t.dtype, name)
         if not bool(t.isfinite().all()):
             problems.append(f"{name} has {int((~t.isfinite()).sum())} NaN or infinite values; export a sound checkpoint.")
     if len(found) > 1:
-        mixed = ", ".join(f"{name} {dtype}" for dtype, name in found.items())
+        mixed = ", ".join(f"{name} {dtype_name(dtype)}" for dtype, name in found.items())
         problems.append(f"weights are of several dtypes ({mixed}); all must be the target's.")
     return problems
 
 
 def dtype_problems(tensors: dict[str, Tensor], config: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """The weights' dtype against both spellings in config.json and against the target's."""
-    weights = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
+    weights = {dtype_name(t.dtype) for t in tensors.values() if t.is_floating_point()}
     theirs = named_dtype(target)
     said = [
         f"{key} is {config[key]}, the weights are {', '.join(sorted(weights))}; they must be the same."

@@ -13,15 +13,16 @@ import filelock
 from pydantic import BaseModel
 from rich.console import Console
 
-from fastdraft.answers.capture import AnswerCapture
-from fastdraft.answers.job import Sampling
+from fastdraft.answers.capture import AnswerCapture, refuse_masked_prompts
+from fastdraft.answers.job import PromptFiles, Sampling
 from fastdraft.answers.regenerate import Outcome, regenerate
 from fastdraft.answers.server import Servers
 from fastdraft.config import Config, FeaturesConfig
+from fastdraft.data.conversations import expand
 from fastdraft.data.prepare import chat_tokenizer
 from fastdraft.dist import mesh
 from fastdraft.features.meta import Meta, refuse_file
-from fastdraft.features.store import Store, census
+from fastdraft.features.store import Store, census, list_shards
 from fastdraft.files import GIB
 from fastdraft.model.methods import method_of
 from fastdraft.run.draft import draft_shape
@@ -60,6 +61,12 @@ def capture_answers(
             f"data.paths is {', '.join(config.data.paths)}, and the answers go to {out}: name that file in "
             "data.paths, so that the run which reads the store trains on them"
         )
+    if job.get("fresh") and list_shards(store):
+        raise ValueError(
+            f"--capture {store} holds the features of documents already, and --fresh begins the answers anew: the old ones "
+            "would stay beside the new. Name another store, or delete this one; to go on where an earlier call was stopped "
+            "leave --fresh out"
+        )
     shape = draft_shape(config)
     device = mesh.start_process(config.device)
     config, told = name_dtypes(config, device, store=store, runs_target=False, trains=False)
@@ -70,13 +77,16 @@ def capture_answers(
     target = config.target.path, config.target.trust_remote_code
     check_target(config)
     chat = chat_tokenizer(config.data, load_tokenizer(*target), shape.vocab_size, stop_ids(*target))
+    if (mask_token := method_of(shape).mask_token(shape)) is not None:
+        refuse_masked_prompts((d.conversation for d in PromptFiles(expand(prompts)).dialogues()), chat, mask_token)
     source = open_served(config, shape.layers, device, widened=False)
     try:
         for line in source.notes:
             say(line)
+        source.prove_answers(sampling.chosen())
         meta = begin_store(store, wanted, source.ends)
         with _alone(store):
-            with AnswerCapture(source, Store(store), chat) as capture:
+            with AnswerCapture(source, Store(store), chat, mask_token) as capture:
                 servers = Servers(urls, sampling=sampling, capture=capture, **server)
                 outcome = regenerate(prompts, out, servers, console, **job)
             say(f"{store}: {capture.stored:,} documents came with their answers")

@@ -26,6 +26,7 @@ from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluat
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import bf16_is_slow, speed
 from fastdraft.model.proposal import DecodeSettings
+from fastdraft.model.serving import dtype_name
 from fastdraft.model.target_config import read_target_config
 from fastdraft.run.draft import make_step
 from fastdraft.run.dtypes import compute_dtype, name_dtypes, saved_dtypes, target_dtype
@@ -166,12 +167,14 @@ def evaluate_run(
             tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
             asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
             ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
-        eval_set = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config)).eval
+        data = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config))
         held_out = decoded = None
-        if len(eval_set):
-            held_out = evaluate_held_out(config, InProcess(target), draft, eval_set)
+        if len(data.eval):
+            held_out = evaluate_held_out(config, InProcess(target), draft, data.eval)
         elif prompts is None:
-            raise ValueError(f"{run_dir} has no held-out data; give --prompts, or the run an eval_fraction above 0")
+            raise ValueError(
+                f"{run_dir} has no held-out data: {data.none_held_out}, and train anew; or give --prompts, which needs none"
+            )
         if ids is not None:
             # One forward may read many prompts, and is only sometimes the first.
             timed = target.decoder.register_forward_pre_hook(lambda *_: mesh.begin("decoding prompts", config.dist.disk_s))
@@ -223,16 +226,16 @@ def evaluate_served(
     draft.to(device, compute_dtype(config, device))
     if compute_dtype(config, device) == torch.bfloat16:
         config = _in_fp32_where_bf16_is_slow(config, draft, device, say)
-    eval_set = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config)).eval
-    if not len(eval_set):
-        raise ValueError(f"{saved.path} is of a run without held-out data; give the run an eval_fraction above 0")
-    source = open_source(config, draft.config.layers, device, [eval_set])
+    data = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config))
+    if not len(data.eval):
+        raise ValueError(f"{saved.path} is of a run without held-out data: {data.none_held_out}, and train anew")
+    source = open_source(config, draft.config.layers, device, [data.eval])
     try:
         for line in source.notes:
             say(line)
         refuse_other_target(saved, source.ends.fingerprint, config)
         draft.take_from_target(source.ends.embedding)
-        return evaluate_held_out(config, source, draft, eval_set)
+        return evaluate_held_out(config, source, draft, data.eval)
     finally:
         source.close()
 
@@ -269,4 +272,7 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
         findings = verify(out, target_dir)
         if findings.errors:
             raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
-        return [*findings.warnings, f"{out}: {which} checkpoint of {run_dir}, {dtype}; verified for SGLang and vLLM"]
+        return [
+            *findings.warnings,
+            f"{out}: {which} checkpoint of {run_dir}, {dtype_name(dtype)}; verified for SGLang and vLLM",
+        ]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.model.methods import method_of
 from fastdraft.model.target_config import language_config, named_dtype, read_target_config
-from fastdraft.serving.engines import EnginePlace, Run, Served, refuse_old_engine, run_engine
+from fastdraft.serving.engines import EnginePlace, Run, Served, note_on_newer, refuse_old_engine, run_engine
 from fastdraft.serving.export import load_draft
 from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.target.hf import Target, load_target, load_tokenizer
@@ -68,7 +68,7 @@ def check_engine(
     dtype = dtype or named_dtype(facts) or "bfloat16"
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
-    refuse_old_engine(place)
+    newer = note_on_newer(place.name, refuse_old_engine(place))
     draft = load_draft(checkpoint, facts)
     method = method_of(draft)
     num_steps = method.served_steps(draft.config, num_steps)
@@ -100,9 +100,13 @@ def check_engine(
     # a process each, before the target takes the GPU
     (served,), (plain,) = (run_engine(place, [r], timeout_s) for r in (run, replace(run, checkpoint=None)))
     if alone:
-        return report_alone(served, plain)
-    target = Target(target.model.to(device), draft.config.layers)
-    return compare(target, draft, ids, served, plain, num_steps)
+        report = report_alone(served, plain)
+    else:
+        target = Target(target.model.to(device), draft.config.layers)
+        report = compare(target, draft, ids, served, plain, num_steps)
+    if newer is not None:
+        report.warnings.insert(0, newer)
+    return report
 
 
 def report_alone(served: Served, plain: Served) -> Report:

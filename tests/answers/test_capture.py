@@ -21,7 +21,9 @@ from fastdraft.data.conversations import expand
 from fastdraft.features.store import Store, list_shards
 from fastdraft.model.target_config import default_layers
 from fastdraft.run.answers import _finds
+from fastdraft.target.served.source import ANSWERS, PROBES
 
+PROOFS = PROBES + 2 * ANSWERS  # requests before the first answer
 QUESTIONS = ["ba be", "se lu so", "wan", "wo bu ba", "zu zi", "pe", "te ta to", "ka ke ku"]
 
 
@@ -57,7 +59,9 @@ def config(tree, tmp_path) -> Path:
 
 
 @pytest.fixture
-def regenerate(fastdraft, prompts, config, server, tmp_path):
+def regenerate(fastdraft, prompts, config, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdraft.target.served.source.ANSWER_TOKENS", 8)  # the server here runs one forward for each
+
     def call(*more) -> tuple[int, str, str]:
         own = ["--url", server.url, "--capture", tmp_path / "store", "--config", config, "--temperature", "0"]
         out = ["--out", tmp_path / "out.jsonl", "--max-new-tokens", "24"]
@@ -71,8 +75,7 @@ def test_the_store_is_what_a_capture_would_make(regenerate, fastdraft, config, s
     assert code == 0, err
     assert len(server.chats) == len(QUESTIONS) + 2
     came = int(printed.split(f"{tmp_path / 'store'}: ")[1].split()[0])
-    probes = 8
-    again = len(server.requests) - probes
+    again = len(server.requests) - PROOFS
     assert came > again and came + again == len(QUESTIONS) + 1
     assert again > 0  # an answer that was cut has an end which the target did not write
     code, _, err = fastdraft("features", "capture", config, tmp_path / "captured", f"target.url={server.url}")
@@ -173,12 +176,64 @@ def test_the_last_turn_has_the_states_of_those_it_begins_with():
     assert without_covered([first], other) == [first, other]
 
 
-def test_the_drafts_mask_token_in_an_answer_is_named(regenerate, config, tree):
-    tree["draft"] = {"method": "dflash", "overrides": {"layers": list(default_layers(8)), "block_size": 4}}
-    tree["draft"]["overrides"] |= {"num_hidden_layers": 1, "mask_token_id": make_tokenizer().get_vocab()["ba"]}
-    del tree["ttt_length"]
-    config.write_text(yaml.safe_dump(tree))
-    assert "out.jsonl:1 has token" in refusal(regenerate())
+@pytest.fixture
+def train_blocks(config, tree):
+    """Makes the run one of a DFlash draft whose mask token this word is."""
+
+    def call(word: str) -> None:
+        tree["draft"] = {"method": "dflash", "overrides": {"layers": list(default_layers(8)), "block_size": 4}}
+        tree["draft"]["overrides"] |= {"num_hidden_layers": 1, "mask_token_id": make_tokenizer().get_vocab()[word]}
+        tree.pop("ttt_length", None)
+        config.write_text(yaml.safe_dump(tree))
+
+    return call
+
+
+def test_the_drafts_mask_token_in_a_prompt_is_named_before_anything_is_asked(regenerate, train_blocks, prompts, server):
+    train_blocks("ka")
+    assert f"{prompts}:8 has token" in refusal(regenerate())
+    assert not server.chats and not server.requests
+
+
+def test_the_drafts_mask_token_in_an_answer_ends_the_run_there(regenerate, train_blocks, server, prompts, tmp_path):
+    """And with another mask token the same command goes on."""
+    train_blocks("ga")
+    decode = server.tokenizer.decode
+    server.tokenizer.decode = lambda ids, **more: "ga" if len(server.chats) == 3 else decode(ids, **more)
+    said = refusal(regenerate("--concurrency", "1"))
+    assert f"the conversation of {prompts}:3 has, with its answers, token" in said
+    assert len(server.chats) == 3
+    train_blocks("zus")
+    code, _, err = regenerate("--concurrency", "1")
+    assert code == 0, err
+    assert len(server.chats) == len(QUESTIONS) + 2 + 1
+    assert len(documents(tmp_path / "store")) == len(QUESTIONS) + 1
+
+
+def test_states_of_other_tokens_than_the_answers_are_refused_before_anything_is_asked(regenerate, server):
+    """A server whose processes go on with different tokens: from one on its rows are those of other ids."""
+    run = server.states
+
+    def states(name: str, ids: list[int]) -> None:
+        drawn = server.requests[-1].get("kv_transfer_params", {}).get("answer")
+        run(name, [*ids[:-5], *(5 for _ in ids[-5:])] if drawn else ids)
+
+    server.states = states
+    said = refusal(regenerate())
+    assert "gives states of an answer that are" in said and "away from those of the same ids as a document" in said
+    assert not server.chats
+    proofs = [body for body in server.requests if body["kv_transfer_params"].get("answer")]
+    assert all(body["temperature"] == 0 and body["max_tokens"] == 8 for body in proofs)
+    assert any("cache_salt" in body for body in server.requests)
+
+
+def test_fresh_answers_do_not_go_beside_old_documents(regenerate, server, tmp_path):
+    assert regenerate("--fresh")[0] == 0  # nothing is there yet
+    server.chats.clear()
+    said = refusal(regenerate("--fresh"))
+    assert "holds the features of documents already" in said and not server.chats
+    assert len(documents(tmp_path / "store")) == len(QUESTIONS) + 1
+    assert (tmp_path / "out.jsonl").exists()
 
 
 def test_an_answered_conversation_that_training_skips_is_skipped(regenerate, config, tree, tmp_path):
@@ -230,5 +285,5 @@ def test_again_after_the_end_nothing_is_asked(regenerate, server, tmp_path):
     server.chats.clear()
     server.requests.clear()
     assert regenerate()[0] == 0
-    assert not server.chats and len(server.requests) == 8  # probes
+    assert not server.chats and len(server.requests) == PROOFS
     assert written == {path.name: path.stat().st_mtime_ns for path in list_shards(tmp_path / "store")}

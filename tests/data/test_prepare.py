@@ -49,9 +49,13 @@ def test_small_data_leaves_neither_side_empty(config, tokenizer):
     for fraction in (1e-9, 0.999999):
         done = prepare(config(*CHATS[:2], eval_fraction=fraction), tokenizer)
         assert (len(done.train), len(done.eval)) == (1, 1)
-        done = prepare(config(*CHATS[:1], eval_fraction=fraction), tokenizer)
-        assert (len(done.train), len(done.eval)) == (1, 0)
-    assert len(prepare(config(*CHATS, eval_fraction=0), tokenizer).eval) == 0
+        assert done.none_held_out is None and "held out" not in " ".join(done.lines())
+        done = prepare(config(*CHATS[:1], *CHATS[:1], eval_fraction=fraction), tokenizer)
+        assert (len(done.train), len(done.eval)) == (2, 0)
+        assert f"nothing is held out, so no tau_sim is measured: data.eval_fraction is {fraction:g}" in done.lines()[-1]
+        assert "only one conversation with a trained token (2 samples of it)" in done.lines()[-1]
+    done = prepare(config(*CHATS, eval_fraction=0), tokenizer)
+    assert len(done.eval) == 0 and "data.eval_fraction is 0; raise it" in done.lines()[-1]
 
 
 def test_eval_paths(config, tokenizer, write):

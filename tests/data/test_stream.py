@@ -167,3 +167,12 @@ def test_compressed_columnar_and_remote_files(settings, loader, tmp_path):
     for url, reason in (("memory://chats/*.json", "no such file"), ("nothing://a", "cannot be listed")):
         with pytest.raises(ValueError, match=reason):
             loader(paths=[url])
+
+
+def test_a_stream_whose_first_conversations_give_nothing_to_hold_out_says_so(settings, tmp_path):
+    few = dict(cache_dir=str(tmp_path / "cache"), eval_fraction=1e-9)
+    prepared = open_stream(DataConfig(**settings | few | {"vocab_samples": 6}), make_tokenizer())
+    prepared.stream.close()
+    assert len(prepared.eval) == 0
+    assert "data.eval_fraction is 1e-09, but by it the 6 conversations that were read first" in prepared.lines()[-1]
+    assert "data.vocab_samples" in prepared.lines()[-1]

@@ -3,6 +3,7 @@ in the same order, through chunked prefill, a shared prefix cache and preemption
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -27,13 +28,14 @@ from cases import engine_place
 from safetensors.torch import load_file, save_file
 from small_runs import documents, losses, same_documents
 from test_target_families import build
-from tiny import WORDS, make_tokenizer, save_answering, save_target, write_chats
+from tiny import WORDS, make_tokenizer, refusal, save_answering, save_target, write_chats
 
 from fastdraft.batch import Batch
 from fastdraft.config import Config, parse_config
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.inputs import open_source
 from fastdraft.target.hf import load_target
+from fastdraft.target.served.links import NotYet
 from fastdraft.train import train
 
 CPU = torch.device("cpu")
@@ -43,6 +45,14 @@ WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "
 # then so sharp that rounding grows from layer to layer.
 GRANITE = {"attention_multiplier": 32**-0.5, "logits_scaling": 8.0, "initializer_range": 0.1}
 
+# Sinks, windows, and experts whose width is a multiple of 32, as vLLM's CPU build wants it. The weights are smaller than
+# others' for Granite's reason.
+GPT_OSS = {"sliding_window": 16, "intermediate_size": 64, "initializer_range": 0.1}
+# Gemma 2's shape: caps on attention's scores and on the logits, and windows. vLLM has no model of its own for it, and runs
+# transformers' modules with its own attention.
+VAULTGEMMA = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.5, "query_pre_attn_scalar": 32}
+VAULTGEMMA |= {"sliding_window": 16, "initializer_range": 0.1}
+
 # name: how the target is made, and vLLM's further flags
 TARGETS = {
     "dense": (lambda folder: save_target(folder, **WIDE), []),
@@ -51,6 +61,8 @@ TARGETS = {
     "experts": (lambda folder: save_family(folder, "qwen3_moe", **WIDE), []),
     "sliding windows": (lambda folder: save_family(folder, "mistral", **WIDE, sliding_window=16), []),
     "logit scale": (lambda folder: save_family(folder, "granite", **WIDE | GRANITE), []),
+    "sinks": (lambda folder: save_family(folder, "gpt_oss", **WIDE | GPT_OSS), []),
+    "soft caps": (lambda folder: save_family(folder, "vaultgemma", **WIDE | VAULTGEMMA), []),
 }
 
 
@@ -192,7 +204,8 @@ def served(target: Path, folder: Path, flags: list[str]):
         running.kill()
         for name in set(os.listdir("/dev/shm")) - before:  # what vLLM leaves when it is killed
             if name.startswith(("psm_", "sem.mp-", "vllm_dist_")) and not _is_open(name):
-                os.unlink(f"/dev/shm/{name}")
+                with suppress(FileNotFoundError):  # its maker has taken it away meanwhile
+                    os.unlink(f"/dev/shm/{name}")
         shutil.rmtree(folder / "shared", ignore_errors=True)
 
 
@@ -297,9 +310,11 @@ def test_states_and_losses_are_those_of_transformers(name, tmp_path):
     make, flags = TARGETS[name]
     target = make(tmp_path / "target")
     with served(target, tmp_path, ["--max-num-batched-tokens", "64", *flags]) as server:
-        config = config_of(target, tmp_path, **{"target.url": server.url, "run_dir": str(tmp_path / "served")})
+        # Gemma's norms multiply by 1 + weight, which no draft's final norm can start from.
+        more = {"draft.init": "random"} if name == "soft caps" else {}
+        config = config_of(target, tmp_path, **{"target.url": server.url, "run_dir": str(tmp_path / "served")} | more)
         layers = draft_shape(config).layers
-        here = config_of(target, tmp_path, **{"run_dir": str(tmp_path / "here")})
+        here = config_of(target, tmp_path, **{"run_dir": str(tmp_path / "here")} | more)
         source = open_source(config, layers, CPU, [])
         assert_same_states(source, open_source(here, layers, CPU, []), packs())
         assert server.metric("vllm:prefix_cache_hits_total") > 256
@@ -396,6 +411,90 @@ def test_answers_and_features_in_one_pass(tmp_path):
         assert os.listdir(tmp_path / "shared") == ["server.json"]
     same_documents(tmp_path / "store", tmp_path / "captured")
     assert len(documents(tmp_path / "store")) == len(questions)
+
+
+def test_however_an_answer_ends(tmp_path):
+    """By its length, at an eos or another id, at a string, or by a client that hangs up: the states come for all that was
+    run, or the reason why not is said at once; nothing stays behind, and the server's blocks are free again."""
+    target = save_answering(tmp_path / "target", **WIDE)
+    with served(target, tmp_path, ["--max-num-batched-tokens", "64"]) as server:
+        config = config_of(target, tmp_path, **{"target.url": server.url})
+        layers = draft_shape(config).layers
+        source = open_source(config, layers, CPU, [])
+        here = load_target(str(target), torch.float32, "cpu", layers)
+
+        async def end(timeout_s: float, **body) -> tuple[dict | None, torch.Tensor | str]:
+            """The answer's choice, and its states or the sentence about them."""
+            asked = await source.ask_answer(server.url)
+            body |= {"model": source.servers[0].model, "messages": [{"role": "user", "content": "ba be"}], **asked.fields}
+            answer = None
+            with suppress(httpx.TimeoutException):
+                async with httpx.AsyncClient(timeout=timeout_s) as client:
+                    answer = (await client.post(f"{server.url}/v1/chat/completions", json=body)).json()
+            choice, begin = answer and answer["choices"][0], time.monotonic()
+            try:
+                rows = await source.take_answer(asked, answer)
+            except NotYet as error:
+                assert time.monotonic() - begin < 1
+                return choice, str(error)
+            ids = [*answer["prompt_token_ids"], *choice["token_ids"]][:-1]
+            theirs, ours = source.features(rows), here.forward(torch.tensor([ids]))
+            torch.testing.assert_close(theirs.g, ours[0][0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(theirs.f, ours[1][0], rtol=1e-3, atol=1e-4)
+            return choice, rows
+
+        def whole(reason: str, **body) -> int | None:
+            """The id at which it ended, if it is not the eos."""
+            choice, rows = asyncio.run(end(START_S, **body))
+            assert choice["finish_reason"] == reason and isinstance(rows, torch.Tensor), (choice, rows)
+            return choice["stop_reason"]
+
+        whole("length", max_tokens=9, min_tokens=9)
+        whole("length", max_tokens=1, min_tokens=1)
+        assert whole("stop", max_tokens=200) is None
+        assert whole("stop", max_tokens=200, min_tokens=3, stop_token_ids=[*range(3, 192)]) in range(3, 192)
+        choice, said = asyncio.run(end(START_S, max_tokens=200, min_tokens=20, stop=["a", "e", "o", "u"]))
+        assert choice["stop_reason"] in ("a", "e", "o", "u")
+        assert f"ended an answer at the string {choice['stop_reason']!r}, where vLLM drops the states" in said
+        assert source.servers[0].about is not None, "a server that answers so was not restarted"
+        choice, said = asyncio.run(end(0.1, max_tokens=200, min_tokens=200))
+        assert choice is None and said.endswith("gave no answer")
+        whole("length", max_tokens=9, min_tokens=9)
+        deadline = time.monotonic() + 30
+        while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
+            assert time.monotonic() < deadline, "blocks of an answer that ended are held"
+            time.sleep(0.1)
+        source.close()
+        assert os.listdir(tmp_path / "shared") == ["server.json"]
+
+
+def test_answers_and_features_from_several_processes_over_tcp(tmp_path, monkeypatch, fastdraft):
+    """A server of two tensor-parallel processes, and a client on another host. When they draw, the two processes of vLLM's
+    build for CPUs go on with different tokens while states are kept, and that is seen before the first question."""
+    target = save_answering(tmp_path / "target", **WIDE | {"num_key_value_heads": 2})
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{w} ba"}) + "\n" for w in WORDS[:12]))
+    tree = config_of(target, tmp_path, **{"data.paths": [str(tmp_path / "out.jsonl")]}).model_dump()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    flags = ["--max-num-batched-tokens", "64", "-tp", "2", "--states-port", str(port)]
+    with served(target, tmp_path, flags) as server:
+        monkeypatch.setattr("fastdraft.target.served.source.read_server", lambda folder: {})
+        more = ["--url", server.url, "--capture", tmp_path / "store", "--config", tmp_path / "run.yaml"]
+        more += ["--out", tmp_path / "out.jsonl", "--max-new-tokens", "60"]
+        more += ["--extra-body", '{"min_tokens": 3}']
+        drawn = fastdraft("data", "regenerate", tmp_path / "prompts.jsonl", *more, "--temperature", "1")
+        assert "away from those of the same ids as a document" in refusal(drawn)
+        code, printed, err = fastdraft("data", "regenerate", tmp_path / "prompts.jsonl", *more, "--temperature", "0")
+        assert code == 0, err
+        assert f"states over TCP from 127.0.0.1:{port}" in printed and "without their states" not in printed
+        assert int(re.search(r"store: (\d+) documents came with", printed)[1]) > 3
+        assert os.listdir(tmp_path / "shared") == ["server.json"]
+    code, _, err = fastdraft("features", "capture", tmp_path / "run.yaml", tmp_path / "captured")
+    assert code == 0, err
+    same_documents(tmp_path / "store", tmp_path / "captured")
+    assert len(documents(tmp_path / "store")) == 12
 
 
 def test_states_over_tcp(tmp_path, monkeypatch):

@@ -22,7 +22,17 @@ from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.reading import Reading, read_as
 from fastdraft.model.target_config import read_target_config
 from fastdraft.serving import check as checks
-from fastdraft.serving.engines import EnginePlace, Output, Round, Run, Served, engine_version, refuse_old_engine, run_engine
+from fastdraft.serving.engines import (
+    EnginePlace,
+    Output,
+    Round,
+    Run,
+    Served,
+    engine_version,
+    note_on_newer,
+    refuse_old_engine,
+    run_engine,
+)
 from fastdraft.serving.export import export_draft, load_draft
 from fastdraft.serving.parity import Parity, _best_of_each_fault, _gain, diagnose
 from fastdraft.target.hf import Target
@@ -341,6 +351,7 @@ def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target
     code, out, _ = fastdraft(*call, "--prompts", tmp_path / "p.jsonl")
     assert [run.stop_ids for run in started] == [[2], [2]]
     assert "equal for 2 of 2 prompts" in out and "the target was not loaded here" in out
+    assert "newer than" not in out
     assert "what the engine drafts is what fastdraft drafts" not in out
     if rounds:
         assert code == 0 and "accepted length, chain: 1.500 in vllm (which itself says 1.450)" in out
@@ -350,6 +361,25 @@ def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target
 
 def test_a_version_that_will_do(fake):
     assert refuse_old_engine(fake("0.32.0.post1")) == "0.32.0.post1"
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "0.33.1rc1.dev5+g1", "1.0"])
+def test_a_newer_engine_is_tried_with_a_warning(tmp_path, target_dir, monkeypatch, fastdraft, fake, version):
+    shape = DraftConfig.from_target(read_target_config(target_dir), draft_vocab_size=64)
+    export_draft(random_draft(shape, torch.zeros(192, 32)), tmp_path / "draft", torch.float32)
+    place = fake(version)
+    outputs = [Output([5, 6, 7, 8], num_rounds=2)]
+    monkeypatch.setattr(checks, "run_engine", lambda *_: [Served("vllm", version, "float32", outputs, 1.5, 2)])
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ba be"}\n')
+    call = ["check", "--checkpoint", tmp_path / "draft", "--target", target_dir, "--engine", "vllm", "--engine-alone"]
+    more = ["--engine-python", place.python, "--engine-pythonpath", place.pythonpath]
+    code, out, _ = fastdraft(*call, *more, "--prompts", tmp_path / "p.jsonl")
+    assert code == 0 and f"warning: vllm {version} is newer than 0.32, the newest that fastdraft was run with" in out
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.1rc2"])
+def test_a_patch_is_not_newer(version):
+    assert note_on_newer("vllm", version) is None
 
 
 def test_an_engine_that_fails_says_why(fake):
@@ -430,7 +460,8 @@ def test_the_command_says_what_is_missing(fastdraft, target_dir, tmp_path):
             assert f"{idle[0]} belongs to --engine vllm or sglang, which was not given" in refusal(fastdraft(*given, *idle))
     two = refusal(fastdraft("check", "--golden", tmp_path, "--timeout", 5, "--step", "fused", "--num-steps", 3))
     assert "--num-steps, --timeout belong to --engine vllm or sglang" in two
-    assert "--engine 'slow' is not one of vllm, sglang" in refusal(fastdraft(*there, "--engine", "slow"))
+    said = refusal(fastdraft(*there, "--engine", "vlm"))
+    assert "--engine 'vlm' is not one of vllm, sglang" in said and "golden" not in said
     said = refusal(fastdraft(*there, "--engine", "sglang"))
     assert "sglang is not installed" in said and "--engine-python" in said
     assert "--dtype int8 is none that engines serve" in refusal(

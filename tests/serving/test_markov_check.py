@@ -62,6 +62,7 @@ FAULTS = [
     ("mask token", "pad token"),
     ("norm", "hidden_norm left out"),
     ("norm", "the final norm left out"),
+    ("norm", "queries and keys"),
     ("markov head", "the Markov head left out"),
     ("markov head", "swapped"),
 ]

@@ -20,6 +20,18 @@ from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.reading import read_as
 from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
+from fastdraft.target.hf import Target
+
+FAULTS = [
+    ("labels", "labels shifted by one"),
+    ("layer ids", "off by one, + 1"),
+    ("layer ids", "off by one, - 1"),
+    ("block", "a causal block"),
+    ("mask token", "pad token"),
+    ("norm", "hidden_norm left out"),
+    ("norm", "the final norm left out"),
+    ("norm", "queries and keys"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +43,17 @@ def trained() -> Trained:
         return BlockEngine(draft, head, SelectorLoss(gamma=4.0), draw, None, SelectorHead, ConvolutionMixer(draft))
 
     make = lambda target: DFlash2Draft(DFlash2Config.from_target(target, **changes))  # noqa: E731
-    return train_briefly(make, engine_of, steps=14, std=0.3)
+    return train_briefly(make, engine_of, steps=18, std=0.3)
 
 
 def served(trained, reading) -> list[Output]:
     """What an engine does that reads the draft so: its walks on the target's text."""
     target, draft, asked, texts = trained
     wrong = read_as(draft, reading)
-    outputs = []
+    states, outputs = Target(target.model, reading.layers or draft.config.layers), []
     for prompt, text in zip(asked, texts, strict=True):
         ids = torch.tensor(prompt + text)
-        g, known = target.forward(ids[None])[0][0], len(prompt) - 1
+        g, known = states.forward(ids[None])[0][0], len(prompt) - 1
 
         def walk(after: int, ids=ids, g=g, known=known) -> list[int]:
             root, drafter = known + after, One(SelectorDrafter(wrong, target.head, 1, len(ids)))
@@ -61,11 +73,43 @@ def test_an_engine_that_reads_as_documented_agrees(trained):
     assert 1.2 < told.reference.accepted_length < 5.5
 
 
+def reading_of(trained, fault: str, words: str):
+    (found,) = [r for r in selector_readings(trained[1], trained[0].num_layers) if r.fault == fault and words in r.says]
+    return found
+
+
 @pytest.mark.parametrize("reading", OWN, ids=lambda reading: reading.says)
 def test_what_an_engine_reads_otherwise_is_named(reading, trained):
     target, draft, asked, _ = trained
     told = diagnose(Parity(target, draft, asked, served(trained, reading), STEPS))
     assert not told.agrees and told.served_as[0].reading == reading, told
+
+
+@pytest.mark.parametrize("fault, words", FAULTS)
+def test_what_an_engine_reads_otherwise_of_the_block_is_named(fault, words, trained):
+    """What can go wrong with every draft of blocks, found through the selector's walk."""
+    target, draft, asked, _ = trained
+    told = diagnose(Parity(target, draft, asked, served(trained, reading_of(trained, fault, words)), STEPS))
+    assert not told.agrees and told.served_as[0].reading.fault == fault, told
+    assert words in told.served_as[0].reading.says
+
+
+@pytest.mark.parametrize("fault, words", [f for f in FAULTS if f[0] in ("labels", "layer ids", "mask token")])
+def test_a_checkpoint_that_was_trained_otherwise_is_named(fault, words, trained):
+    """The config says one thing and the weights were trained with another: the other would be accepted more often."""
+    target, draft, asked, texts = trained
+    c = draft.config
+    mistaken = read_as(draft, selector_readings(draft, target.num_layers)[0])
+    mistaken.config = c.model_copy(
+        update={
+            "labels": {"labels": "shifted"},
+            "layer ids": {"layers": tuple(x + (1 if "+" in words else -1) for x in c.layers)},
+            "mask token": {"mask_token_id": c.pad_token_id, "pad_token_id": c.mask_token_id},
+        }[fault]
+    )
+    told = diagnose(Parity(target, mistaken, asked, [Output(text) for text in texts], STEPS))
+    named = [evidence.reading.fault for evidence in told.trained_as]
+    assert named and named[0] == fault, told
 
 
 def test_a_token_that_is_no_candidate_is_infinitely_far(trained):

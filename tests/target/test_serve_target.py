@@ -65,7 +65,15 @@ def test_a_hub_name_is_served_from_the_files_that_a_trainer_reads(target_dir, mo
 
 
 @pytest.mark.parametrize(
-    "flag", ["--speculative-config={}", "--kv_transfer_config", "--skip-tokenizer-init", "--hf-overrides", "--model"]
+    "flag",
+    [
+        "--speculative-config={}",
+        "--kv_transfer_config",
+        "--skip-tokenizer-init",
+        "--hf-overrides",
+        "--model",
+        "--model-impl",
+    ],
 )
 def test_a_flag_that_is_the_commands_own_is_refused_with_the_reason(target_dir, flag):
     with pytest.raises(ValueError, match=r"serve-target does not take vLLM's --"):

@@ -1,7 +1,7 @@
 """The shape of a DSpark draft: DFlash's backbone with shifted labels, a Markov head and a confidence head.
 
 The engines look for what is DSpark's at the root of config.json. SGLang's parser would find it elsewhere too, but builds
-the head from the root alone.
+the head from the root alone. The layers stand in dflash_config as well, for an older vLLM.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ class DSparkConfig(DFlashConfig):
         }
 
     def block_fields(self) -> dict[str, Any]:
+        layers = list(self.layers)
         return {
-            "target_layer_ids": list(self.layers),
+            "target_layer_ids": layers,
+            # vLLM 0.26 counts the states that fc reads here alone; where they are missing it takes one a draft layer.
+            "dflash_config": {"target_layer_ids": layers},
             "mask_token_id": self.mask_token_id,
             "markov_rank": self.markov_rank,
             "markov_head_type": self.markov_head_type,

@@ -28,6 +28,7 @@ from fastdraft.model.eagle3.config import (
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.method import CONFIG, Findings
 from fastdraft.model.serving import (
+    dtype_name,
     dtype_notes,
     dtype_problems,
     exported,
@@ -192,7 +193,7 @@ def _tensor_problems(tensors: dict[str, Tensor], c: DraftConfig, lenient: bool) 
         if tuple(t.shape) != shape:
             problems.append(f"{name} is {list(t.shape)}, config.json makes it {list(shape)}.")
         if t.dtype != law:
-            problems.append(f"{name} is {t.dtype}, it must be {law}.")
+            problems.append(f"{name} is {dtype_name(t.dtype)}, it must be {dtype_name(law)}.")
     weights = {name: shape for name, shape in allowed.items() if name not in MAP_DTYPES}
     return problems + weight_problems(tensors, weights, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 

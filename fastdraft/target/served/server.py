@@ -26,6 +26,8 @@ OWN_FLAGS = {
     "--revision": "give a folder, or a name that the cache has in one revision",
     "--hf-overrides": "a trainer could not see that the model is another; change the folder's config.json",
     "--hf-config-path": "a trainer could not see that the model is another; change the folder's config.json",
+    "--model-impl": "vLLM then looks there for the model that keeps the states, too, and does not start; a target that has "
+    "no model of vLLM's own runs by transformers' modules anyway",
     "--skip-tokenizer-init": "without a tokenizer vLLM does not check token ids, and a wrong one ends the engine",
 }
 
@@ -125,7 +127,8 @@ def refuse_other_version(version: str) -> None:
     if not is_tested(version):
         raise ValueError(
             f"vLLM {version} is outside of the versions that the connector was tested with, {tested()}; its interface for "
-            "connectors is experimental and changes between versions, so no other is started"
+            "connectors is experimental and changes between versions, so no other is started: install one of these, and "
+            "name its Python with --engine-python"
         )
 
 

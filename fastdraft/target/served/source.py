@@ -19,7 +19,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,6 +41,8 @@ IN_FLIGHT = 64  # requests at a time for each server
 CONNECT_S = 10.0
 LONGEST_WAIT_S = 30.0  # between two attempts
 PROBES = 8
+ANSWERS, ANSWER_TOKENS = 4, 32  # that are drawn to compare their states with those of the same ids as a document
+SAME = 0.3  # of a row's size: what other kernels may change in bf16; a row of another token is off by about 1
 TOP = 5  # log-probabilities compared of each probe
 NEAR = 0.02  # of the largest logit: what bf16 may change, as for a target in this process
 NAMES = {"bfloat16": "bf16", "float32": "fp32"}
@@ -427,6 +429,8 @@ class ServedSource(Source):
         try:
             if answer is None:
                 raise NotYet(f"{asked.server.url} gave no answer")
+            if (text := _stopped_at(answer)) is not None:
+                raise NotYet(f"{asked.server.url} ended an answer at the string {text!r}, where vLLM drops the states")
             _refuse_restarted(asked.server, asked.about, answer)
             content = await asked.link.take(asked.name, self.timeout_s)
         finally:
@@ -488,14 +492,58 @@ class ServedSource(Source):
             self.notes.append(f"{left} files of states that ended runs had left in {folder} were removed")
         return self._folders[folder]
 
+    def prove_answers(self, sampling: Mapping[str, float]) -> None:
+        """ValueError where a server's states of answers, drawn as `sampling` says, are not those of the ids it names.
+
+        Tensor-parallel processes that draw for themselves may go on with different tokens, and the rows behind are then no
+        text's. A few answers are drawn, and their ids run again as documents, which see nothing of the prefix cache.
+        """
+        asyncio.run_coroutine_threadsafe(self._prove_answers(sampling), self._loop).result()
+
+    async def _prove_answers(self, sampling: Mapping[str, float]) -> None:
+        for server in self.servers:
+            try:
+                off = max(await asyncio.gather(*(self._answer_off(server, i, sampling) for i in range(ANSWERS))))
+            except NotYet as error:
+                raise ValueError(f"{server.url} failed at an answer to compare: {error}") from error
+            if not off <= SAME:
+                raise ValueError(
+                    f"{server.url} gives states of an answer that are {off:.0%} away from those of the same ids as a "
+                    "document: the tokens that it ran are not those that it names, as with tensor-parallel processes of "
+                    "vLLM's build for CPUs when they draw; leave --capture out and use features capture afterwards, or ask "
+                    "with --temperature 0"
+                )
+
+    async def _answer_off(self, server: FeatureServer, i: int, sampling: Mapping[str, float]) -> float:
+        """How far the later half of an answer's states is from the same ids' as a document, by a row's size."""
+        ids = self._probe_ids(i, min(4 + 5 * i, self.wanted.max_length // 2))
+        asked = await self._ask_answer(server.url)
+        count = min(ANSWER_TOKENS, self.wanted.max_length - len(ids))
+        body = {"model": server.model, "prompt": ids, "max_tokens": count, "ignore_eos": True, **sampling, **asked.fields}
+        try:
+            answer = await _answer(server, "/v1/completions", body)
+        except (NotYet, ValueError):
+            asked.link.forget(asked.name)
+            raise
+        ran = await self._take_answer(asked, answer)
+        ids = [*ids, *answer["choices"][0]["token_ids"]][:-1]
+        again = torch.empty(len(ids), *ran.shape[1:], dtype=self._state_dtype)
+        await self._ask(server, ids, again, cache_salt=f"{asked.name}-again")
+        if len(ran) != len(ids):
+            raise ValueError(f"{server.url} handed over the states of {len(ran)} tokens, and ran {len(ids)}")
+        last = slice(-(count // 2 + 1), None)
+        return float(((ran - again)[last].float().norm(dim=-1) / again[last].float().norm(dim=-1)).mean())
+
+    def _probe_ids(self, i: int, length: int) -> list[int]:
+        return [(7 + 7919 * i + 104729 * k) % len(self.ends.embedding) for k in range(length)]
+
     async def _prove(self, server: FeatureServer) -> None:
         """ValueError unless the states of a few probes, by this process's norm and head, give the server's own
         log-probabilities of its likeliest next tokens: then the ids, the order of the states, the final norm, and the
         head's scale and cap are the server's."""
-        vocabulary = len(self.ends.embedding)
         for i in range(PROBES):
             length = min(4 + 5 * i, self.wanted.max_length)
-            ids = [(7 + 7919 * i + 104729 * k) % vocabulary for k in range(length)]
+            ids = self._probe_ids(i, length)
             rows = torch.empty(length, len(self._boundaries), self.wanted.hidden_size, dtype=self._state_dtype)
             more = {"logprobs": TOP, "return_tokens_as_token_ids": True, "return_token_ids": True}
             try:
@@ -521,6 +569,13 @@ class ServedSource(Source):
 class _Read:
     rows: Tensor  # [N, B, Ht]
     ready: torch.cuda.Event | None
+
+
+def _stopped_at(answer: dict[str, Any]) -> str | None:
+    """The string at which an answer ended, where one did; ids that end one leave their id there."""
+    choices = answer.get("choices") or [{}]
+    reason = choices[0].get("stop_reason") if isinstance(choices[0], dict) else None
+    return reason if isinstance(reason, str) else None
 
 
 def _refuse_restarted(server: FeatureServer, about: About, answer: dict[str, Any]) -> None:
