@@ -58,7 +58,6 @@ import fastdraft.train
 from bench.timing import append
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, Rows
-from fastdraft.checkpoint import save_checkpoint
 from fastdraft.config import Config, load_config, read_yaml
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared
@@ -361,13 +360,19 @@ def train_timed(config: Config, stick: Stick, trial: bool = False) -> Timed:
         made[-1].pause()
         return evaluate_tau(*args, **more)
 
-    def paused_saving(*args: Any) -> None:
-        made[-1].pause()
-        save_checkpoint(*args)
+    class PausedWriter(checkpoint.Writer):
+        """Writes while nothing is timed, and no more than the checkpoints that the config asks for."""
+
+        def save(self, *args: Any) -> None:
+            made[-1].pause()
+            super().save(*args)
+            self.wait()
+
+        def beats_best(self, tau_sim: float) -> bool:
+            return False
 
     loop = {"make_step": timed_step, "open_source": kept_source, "evaluate_tau": paused_evaluation}
-    files = {"save_checkpoint": paused_saving, "beats_best": lambda *_: False}
-    with replaced(fastdraft.train, **loop), replaced(checkpoint, **files):
+    with replaced(fastdraft.train, **loop), replaced(checkpoint, Writer=PausedWriter):
         fastdraft.train.train(config, fresh=True)
     clock.stop()
     return made[0]

@@ -3,9 +3,10 @@
 What a draft step itself takes is its method's to say (`model/eagle3/cost.py`).
 
 On the CPU a run's peak may lie outside the step. AdamW there is plain PyTorch with two temporaries as long as the weights
-(Muon's are of one matrix at a time, and its norm is taken in float64);
-and to write a checkpoint, safetensors first copies all of its tensors and then lays the file out in memory. What of it goes
-beyond a step's short-lived tensors is counted. With a GPU those copies are the host's, whose memory is not predicted.
+(Muon's are of one matrix at a time, and its norm is taken in float64); what of it goes beyond a step's short-lived tensors
+is counted.
+From the first checkpoint on a process keeps a copy of what checkpoints hold, from which they are written while training
+goes on (`checkpoint.py`). With a GPU it is the host's memory; nothing else of that is predicted.
 
 Not counted: the target's own forward, a second g and f for a small draft's graphs (`model/eagle3/graph_engine.py`),
 allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch, a CPU library's own copies of bf16 weights.
@@ -56,6 +57,7 @@ class Plan:
     memory: tuple[Row, ...]  # bytes on one device at the peak of a step
     disk: tuple[Row, ...]  # bytes
     flops: tuple[Row, ...]  # forward and backward, per packed token
+    host: tuple[Row, ...] = ()  # bytes of the host's memory for the process of a GPU; what it needs beside is not known
 
     @property
     def memory_bytes(self) -> int:
@@ -90,6 +92,7 @@ def plan(
     options: dict[str, Any] | None = None,  # more that the method's `step_cost` reads
     replicas: int = 1,  # processes that divide masters and moments among themselves (dist/shard.py)
     muon_bytes: int = 0,  # `optim.muon_bytes`
+    tensor: int = 1,  # processes that share the draft's weights
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows. ValueError for fp8 on a CPU, where no run is."""
     if precision == "fp8" and device == "cpu":
@@ -101,7 +104,7 @@ def plan(
     count = draft.num_parameters()
     trainable, frozen = count["trainable"], count["embedding"]
     method = method_of(draft)
-    maps = 8 * draft.draft_vocab_size + draft.vocab_size if method.has_vocabulary_map else 0  # d2t int64, t2d bool
+    maps = map_bytes(draft)
     draft_step, work = method.step_cost(
         draft,
         pack_tokens=pack_tokens,
@@ -115,13 +118,15 @@ def plan(
         chunk_rows=chunk_rows,
         **(options or {}),
     )
-    checkpoint = 12 * trainable + maps  # fp32 master, two moments, vocabulary map
-    if draft.hidden_size != draft.target_hidden_size:  # an embedding of its own, not the target's
-        checkpoint += frozen * b
+    beside = frozen_bytes(draft, b)
+    checkpoint = 12 * trainable + beside  # fp32 master, two moments
     share = -(-trainable // replicas)
     between: tuple[Row, ...] = (Row("Muon's directions and temporaries", muon_bytes),) if muon_bytes else ()
+    host = checkpoint_copies(trainable, beside, replicas, tensor, pinned=device == "cuda")
     if device == "cpu":
-        between = _between_steps(max(8 * share, muon_bytes), -(-checkpoint // replicas), draft_step)
+        short_lived = sum(row.size for row in draft_step if row.short_lived)
+        update = max(0, max(8 * share, muon_bytes) - short_lived)
+        between = Row("the optimizer's temporaries, beyond a step's", update), *host
     shares_masters = replicas > 1
     weights = trainable + frozen if b < 4 or shares_masters else frozen  # alone, fp32 masters are the weights
     # What a process sends and gets is its slice of the gradient and, where they are no masters, of the weights.
@@ -154,18 +159,37 @@ def plan(
         *([Row("cache of features, at most", cache_bytes)] if cache_bytes else []),
     )
     flops = work if stored else (Row("target forward (every parameter active)", 2 * target_params), *work)
-    return Plan(trainable, frozen, target_params, memory, disk, flops)
+    return Plan(trainable, frozen, target_params, memory, disk, flops, host if device == "cuda" else ())
 
 
-def _between_steps(update: int, checkpoint: int, step: tuple[Row, ...]) -> tuple[Row, ...]:
-    """What a run on the CPU needs between two steps, beyond what a step had and no longer has."""
-    short_lived = sum(row.size for row in step if row.short_lived)
-    update = max(0, update - short_lived)
-    writing = max(0, 2 * checkpoint - short_lived - update)
-    return (
-        Row("the optimizer's temporaries, beyond a step's", update),
-        Row("copies while a checkpoint is written, beyond those", writing),
-    )
+def map_bytes(draft: BaseModel) -> int:
+    """Of the vocabulary map: d2t int64, t2d bool."""
+    return 8 * draft.draft_vocab_size + draft.vocab_size if method_of(draft).has_vocabulary_map else 0
+
+
+def frozen_bytes(
+    draft: BaseModel,  # the draft's shape
+    b: int,  # bytes of a number
+) -> int:
+    """Of what a checkpoint holds beside masters and moments: the map of the vocabulary, and an embedding of its own."""
+    own_embedding = draft.hidden_size != draft.target_hidden_size
+    return map_bytes(draft) + (draft.num_parameters()["embedding"] * b if own_embedding else 0)
+
+
+def checkpoint_copies(trainable: int, frozen: int, replicas: int, tensor: int, pinned: bool) -> tuple[Row, ...]:
+    """Bytes of the host's memory that rank 0 takes for writing checkpoints; the others have no copy of what is `frozen`
+    (bytes) or, with `tensor`, of the weights. `pinned`: for a GPU, whose copies PyTorch gives page-locked memory in powers
+    of two."""
+    if tensor > 1:  # the weights are joined on the host, in ordinary memory, and copied from there
+        return (
+            Row("copy for writing checkpoints, of the whole draft", 12 * trainable + frozen),
+            Row("the draft's joined weights, while they are copied", 12 * trainable),
+        )
+    flat = 4 * -(-trainable // replicas)
+    if pinned:
+        flat = 1 << max(0, flat - 1).bit_length()
+    of_several = f", 1/{replicas}" if replicas > 1 else ""
+    return (Row(f"copy for writing checkpoints{of_several}", 3 * flat + frozen),)
 
 
 def render(plan: Plan, console: Console) -> None:
@@ -174,8 +198,10 @@ def render(plan: Plan, console: Console) -> None:
         f"parameters: draft {plan.trainable_params:,} trained + {plan.frozen_params:,} frozen embedding, "
         f"target {plan.target_params:,}"
     )
+    of_host = [("Memory of the host, for one device", plan.host, sum(row.size for row in plan.host))] if plan.host else []
     for title, rows, total in (
         ("Memory of one device", plan.memory, plan.memory_bytes),
+        *of_host,
         ("Disk", plan.disk, plan.disk_bytes),
     ):
         table = Table(title=title, title_justify="left", show_footer=True)

@@ -28,14 +28,18 @@ def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 def publish(aside: Path, final: Path) -> None:
     """Gives a file that was written aside its name, once it is on the disk."""
-    for path, flags in ((aside, os.O_RDONLY), (final.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        opened = os.open(path, flags)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-        if path == aside:
-            os.replace(aside, final)
+    sync(aside)
+    os.replace(aside, final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def file_checksum(path: Path) -> str:

@@ -8,6 +8,8 @@ the progress line and the report know, each also with "eval/" before it for held
     tau_sim        simulated accepted length, tokens per target forward, of the steps before the first without a row
     tokens_per_s   packed training tokens per second
     data_wait      share of the time that training waited for its packs, 0..1
+    checkpoint_wait  share of the time that training stood still for checkpoints, 0..1: each is copied, once the one before
+                   is written; what an evaluation does, and the wait for the last one, are not in it
     lr, grad_norm  learning rate; gradient norm before clipping
     mfu            share of the GPUs' dense bf16 FLOP/s that the target's weights and the trained tokens' draft steps use,
                    by the arithmetic of `--plan`; only where `cost.py` PEAK_FLOPS has the GPU and the target has no experts

@@ -58,6 +58,8 @@ FREE_BETWEEN_HOSTS = (
     *("dist.silent_s", "dist.stuck_s", "dist.disk_s", "dist.timeout_s"),
 )
 
+WRITE_FAILED = 256  # above all numbers of signals
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -136,13 +138,15 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         return batch, features if share.size == 1 or source.gives_share else own_features(features, share)
 
     def save(step: int) -> None:
-        mesh.begin("writing a checkpoint", config.dist.disk_s)
+        """Begins a checkpoint, which is written while training goes on."""
+        writer.wait_for_last()
+        mesh.begin("writing down the features of a checkpoint", config.dist.disk_s)
         source.flush()
         tensors = run_tensors(optimizer, draft, window)
         free_disk(run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
         state = {"step": step, "loader": ahead.state_dict(), "target": source.ends.fingerprint}
         state |= {"draft": draft.config.model_dump(), "config": config.model_dump()}
-        checkpoint.save_checkpoint(run_dir, tensors, state, config.checkpoint.keep)
+        writer.save(tensors, state)
 
     def add_up(sums: Tensor) -> Tensor:
         source.meet()  # a process may have fewer packs than those that hold the target with it
@@ -167,12 +171,12 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     def evaluate(step: int, saved: int) -> int:  # the step of the newest checkpoint
         values = held_out()
         mesh.begin("writing down what an evaluation gave", config.dist.disk_s)
-        if checkpoint.beats_best(run_dir, values["eval/tau_sim"]):
+        if writer.beats_best(values["eval/tau_sim"]):
             if saved != step:
                 save(step)
-            checkpoint.mark_best(run_dir, step, values["eval/tau_sim"], config.checkpoint.keep)
+            writer.mark_best(step, values["eval/tau_sim"])
             saved = step
-        if metrics:  # last: the line says that nothing of this evaluation is left to do
+        if metrics:
             metrics.log(step, values)
         return saved
 
@@ -203,10 +207,20 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             for line in messages:
                 metrics.say(line)
         stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
+        writer = stack.enter_context(
+            checkpoint.Writer(
+                run_dir, config.checkpoint.keep, config.dist.disk_s, metrics.say if metrics else lambda _: None
+            )
+        )
         recent: list[Recent] = []  # the steps since the last look at the device
         saved = first_step
-        if first_step and hold_out_after(first_step) and not was_evaluated(run_dir, first_step):
-            saved = evaluate(first_step, saved)  # killed between the checkpoint and the end of its evaluation
+        if first_step and hold_out_after(first_step):
+            # The run may have been killed between this checkpoint and the end of its evaluation, or before it was marked.
+            tau_sim = mesh.from_rank_0(held_out_tau(run_dir, first_step) if rank == 0 else None)
+            if tau_sim is None:
+                saved = evaluate(first_step, saved)
+            elif writer.beats_best(tau_sim):
+                writer.mark_best(first_step, tau_sim)
         clock = time.perf_counter()
 
         for step in range(first_step + 1, total_steps + 1):
@@ -230,9 +244,11 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
             met = time.perf_counter()
-            stopping = stop.agreed()
+            stopping = stop.agreed(writer.failed)
             if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
                 optimizer.waited += time.perf_counter() - met
+            if stop.failed:
+                writer.wait()  # and raises what it failed of
             if look or hold_out or keep or stopping:
                 mesh.begin("reading the numbers of its steps from its device", config.dist.stuck_s)
                 finish_step()
@@ -252,8 +268,9 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
                     if work is not None:
                         values["mfu"] = work.flops(tokens, window["sums"]) / (seconds * mesh.world() * work.peak)
                     values["data_wait"] = (ahead.waited + source.waited) / seconds
+                    values["checkpoint_wait"] = writer.stood / seconds
                     metrics.log(step, values)
-                ahead.waited = source.waited = 0.0
+                ahead.waited = source.waited = writer.stood = 0.0
                 for numbers in window.values():
                     numbers.zero_()
                 recent.clear()
@@ -261,11 +278,12 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
                 save(step)
                 saved = step
             if hold_out:
-                began, waited = time.perf_counter(), source.waited
+                began, waited, stood = time.perf_counter(), source.waited, writer.stood
                 saved = evaluate(step, saved)
                 clock += time.perf_counter() - began  # the clock is of training alone, and so is the waiting
-                source.waited = waited
+                source.waited, writer.stood = waited, stood
             if stopping:
+                writer.wait()
                 if metrics:
                     metrics.say(
                         f"stopped by {signal.Signals(stop.number).name} after step {step}; its checkpoint is written"
@@ -334,10 +352,10 @@ def resume(
     return 0, told
 
 
-def was_evaluated(run_dir: Path, step: int) -> bool:
-    """Whether metrics.jsonl has the held-out numbers of a step."""
+def held_out_tau(run_dir: Path, step: int) -> float | None:
+    """The held-out tau_sim of a step in metrics.jsonl. None: it has none."""
     found = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-    return any(record["step"] == step and "eval/loss" in record for record in found)
+    return next((record["eval/tau_sim"] for record in found if record["step"] == step and "eval/loss" in record), None)
 
 
 def refuse_other_run(
@@ -472,6 +490,8 @@ def all_finite(features: Features) -> Tensor:  # scalar bool
 class StopSignal:
     """Remembers SIGTERM or SIGINT instead of dying of it; a second one of them does kill."""
 
+    failed = False
+
     def __enter__(self) -> StopSignal:
         self.number: int | None = None
         self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -485,9 +505,10 @@ class StopSignal:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
-    def agreed(self) -> bool:
-        """True on every rank once any rank got a signal."""
-        self.number = mesh.largest(self.number or 0) or None
+    def agreed(self, failed: bool = False) -> bool:
+        """True on every rank once any rank got a signal; so is `self.failed` once any has `failed`."""
+        of_all = mesh.largest(WRITE_FAILED * failed + (self.number or 0))
+        self.failed, self.number = of_all >= WRITE_FAILED, of_all % WRITE_FAILED or None
         return self.number is not None
 
 

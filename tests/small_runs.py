@@ -14,7 +14,7 @@ from fastdraft.data.loader import Ahead
 from fastdraft.features.store import Store
 from fastdraft.metrics import read_metrics
 
-CLOCKS = ("time", "tokens_per_s", "data_wait", "tokens_per_s_gpu", "wait_reduce", "wait_slowest", "mfu")
+CLOCKS = ("time", "tokens_per_s", "data_wait", "checkpoint_wait", "tokens_per_s_gpu", "wait_reduce", "wait_slowest", "mfu")
 
 
 def losses(run_dir) -> list[dict]:

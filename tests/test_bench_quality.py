@@ -17,6 +17,7 @@ import fastdraft.train
 from bench.gate import load
 from bench.quality import BLOCK, HERE, Clock, check_recipes, main, parse, read_recipes, recipe_config, steps_for
 from bench.quality_plot import draw, table
+from fastdraft import checkpoint
 from fastdraft.model.methods import METHODS
 
 SHAPE = {"num_hidden_layers": 1, "block_size": 8, "layers": [1, 3, 4], "mask_token_id": 0}
@@ -182,8 +183,8 @@ def test_the_clock_stands_while_the_checkpoint_is_written(place, tmp_path, monke
         time.sleep(3.0)
         saved(*args)
 
-    saved = bench.quality.save_checkpoint
-    monkeypatch.setattr(bench.quality, "save_checkpoint", slow)
+    saved = checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
     row = measure(place, tmp_path, "--recipes", "base", "--steps", 3, "--decode", 0)[0]
     before_the_last, last = (point[2] for point in row["curve"][-2:])
     assert row["steps"] == 3 and last - before_the_last < 2.5

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import shutil
+import threading
 import warnings
 
 import pytest
@@ -13,8 +15,8 @@ import torch
 from fastdraft import checkpoint
 from fastdraft.checkpoint import (
     Unreadable,
+    Writer,
     alone_in,
-    beats_best,
     checkpoints_of_run,
     list_checkpoints,
     load_tensors,
@@ -39,6 +41,10 @@ def make_tensors(step: int) -> dict[str, torch.Tensor]:
 
 def save(run_dir, step, keep=2, **state):
     return save_checkpoint(run_dir, make_tensors(step), {"step": step, **state}, keep)
+
+
+def beats_best(run_dir, tau_sim) -> bool:
+    return Writer(run_dir, keep=2).beats_best(tau_sim)
 
 
 def empty_like(tensors):
@@ -117,7 +123,7 @@ def test_a_full_disk_is_a_sentence_and_the_previous_stays(tmp_path, monkeypatch,
         raise full
 
     if where == "tensors":
-        monkeypatch.setattr(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", fail)
+        monkeypatch.setattr(checkpoint, "save_file", fail)
     elif where == "state":
         monkeypatch.setattr(checkpoint.json, "dump", fail)
     else:
@@ -269,3 +275,141 @@ def test_rng_state_goes_on(tmp_path):
     load_tensors(read_state(checkpoints_of_run(tmp_path)[0]), into)
     checkpoint.set_rng_state(into)
     assert torch.equal(torch.rand(4), expected)
+
+
+# --- beside the training --------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Safetensors' `save_file`, which waits until it is let through; what it was given, by call."""
+
+    def __init__(self, monkeypatch):
+        self.open, self.reached, self.given = threading.Event(), threading.Semaphore(0), []
+        self._save_file = checkpoint.save_file
+        monkeypatch.setattr(checkpoint, "save_file", self)
+
+    def __call__(self, tensors, file, metadata):
+        self.given.append(tensors)
+        self.reached.release()
+        assert self.open.wait(60)
+        self._save_file(tensors, file, metadata)
+
+
+def test_what_is_written_is_what_was_when_it_was_saved(tmp_path, monkeypatch):
+    gate, tensors, state = Gate(monkeypatch), make_tensors(1), {"step": 1, "loader": {"pack": 7}}
+    with Writer(tmp_path, keep=2) as writer:
+        writer.save(tensors, state)
+        assert gate.reached.acquire(timeout=60)
+        for tensor in tensors.values():
+            tensor.zero_()
+        state["loader"]["pack"] = 8
+        assert steps(tmp_path) == [] and not writer.failed
+        gate.open.set()
+    saved, into = read_state(checkpoints_of_run(tmp_path)[0]), empty_like(make_tensors(1))
+    load_tensors(saved, into)
+    assert saved.state["loader"] == {"pack": 7}
+    assert all(torch.equal(into[name], tensor) for name, tensor in make_tensors(1).items())
+
+
+def test_the_next_checkpoint_waits_for_the_one_before_and_takes_its_memory(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    with Writer(tmp_path, keep=2) as writer:
+        writer.save(make_tensors(1), {"step": 1})
+        assert gate.reached.acquire(timeout=60)
+        stood = writer.stood
+        threading.Timer(0.5, gate.open.set).start()
+        writer.save(make_tensors(2), {"step": 2})
+        assert steps(tmp_path)[0] == 1 and writer.stood - stood >= 0.4
+    assert steps(tmp_path) == [1, 2] and len(gate.given) == 2
+    into = empty_like(make_tensors(2))
+    load_tensors(read_state(checkpoints_of_run(tmp_path, "last")[0]), into)
+    assert all(torch.equal(into[name], tensor) for name, tensor in make_tensors(2).items())
+    first, second = ({name: x.data_ptr() for name, x in tensors.items()} for tensors in gate.given)
+    assert first == second
+
+
+def test_the_best_is_one_that_has_its_name(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    with Writer(tmp_path, keep=1) as writer:
+        assert writer.beats_best(1.5)
+        writer.save(make_tensors(1), {"step": 1})
+        writer.mark_best(1, 1.5)
+        assert gate.reached.acquire(timeout=60)
+        assert not writer.beats_best(1.5) and writer.beats_best(1.6)
+        assert checkpoint.read_best(tmp_path) is None
+        gate.open.set()
+        writer.save(make_tensors(2), {"step": 2})
+        assert checkpoint.read_best(tmp_path) == {"step": 1, "tau_sim": 1.5}
+    assert steps(tmp_path) == [1, 2] and not beats_best(tmp_path, 1.5)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_a_write_that_fails_is_raised_by_whoever_waits_next(tmp_path, monkeypatch, at_end):
+    said = r"step-00000002 could not be written .*the previous ones are untouched"
+    with pytest.raises(ValueError, match=said), Writer(tmp_path, keep=2) as writer:
+        writer.save(make_tensors(1), {"step": 1})
+        writer.wait()
+        monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        writer.save(make_tensors(2), {"step": 2})
+        writer.mark_best(2, 1.5)
+        if not at_end:
+            with pytest.raises(ValueError, match=said):
+                writer.save(make_tensors(3), {"step": 3})
+            assert writer.failed
+    assert steps(tmp_path) == [1] and checkpoint.read_best(tmp_path) is None
+
+
+def test_an_error_leaves_after_the_checkpoint_before_it(tmp_path, monkeypatch):
+    gate, told = Gate(monkeypatch), []
+    threading.Timer(0.3, gate.open.set).start()
+    with pytest.raises(ValueError, match="not finite"), Writer(tmp_path, keep=2, say=told.append) as writer:
+        writer.save(make_tensors(1), {"step": 1})
+        raise ValueError("not finite")
+    assert steps(tmp_path) == [1] and told == []
+    monkeypatch.setattr(checkpoint.os, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(ValueError, match="not finite"), Writer(tmp_path, keep=2, say=told.append) as writer:
+        writer.save(make_tensors(2), {"step": 2})
+        raise ValueError("not finite")
+    assert steps(tmp_path) == [1] and len(told) == 1 and "step-00000002 could not be written (" in told[0]
+
+
+def test_a_slow_disk_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LONG_S", 0.05)
+    save_file, told = checkpoint.save_file, []
+    monkeypatch.setattr(checkpoint, "save_file", lambda *given: (threading.Event().wait(0.2), save_file(*given)))
+    with Writer(tmp_path, keep=2, say=told.append) as writer:
+        for step in (1, 2, 3):
+            writer.wait_for_last()
+            writer.save(make_tensors(step), {"step": step})
+    assert len(told) == 1 and "a larger checkpoint.every would wait less" in told[0]
+    with Writer(tmp_path, keep=2, say=told.append) as writer:  # where training lasts longer than the writing
+        for step in (4, 5):
+            writer.wait()
+            writer.wait_for_last()
+            writer.save(make_tensors(step), {"step": step})
+    assert len(told) == 1
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
+    save(tmp_path, 1)
+    torn = tmp_path / "checkpoints" / ".writing-step-00000007"
+    torn.mkdir()
+    (torn / "model-00001-of-00001.safetensors").write_bytes(b"torn")
+    with Writer(tmp_path, keep=2):
+        assert not torn.exists()
+    assert steps(tmp_path) == [1]
+
+
+def test_a_file_that_cannot_grow_is_a_sentence(tmp_path):
+    """As the system says it, through safetensors: here a process may write 64 KiB to a file."""
+    save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"master": torch.zeros(1 << 16)}
+    said = r"step-00000002 could not be written \(.*File too large"
+    try:
+        with pytest.raises(ValueError, match=said), Writer(tmp_path, keep=2) as writer:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+            writer.save(large, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(tmp_path) == [1] and not list((tmp_path / "checkpoints").glob(".writing*"))

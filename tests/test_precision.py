@@ -121,7 +121,7 @@ def test_a_checkpoint_that_says_auto_is_of_what_auto_was(make_config, cpu, monke
     cpu(20.0)
     config = make_config(**{"target.dtype": "bf16", "precision": "fp32"}, max_steps=6)
 
-    def stop(self) -> bool:
+    def stop(self, failed) -> bool:
         self.number = signal.SIGTERM
         return True
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import pkgutil
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -225,6 +229,102 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config, whole, monke
     assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
 
 
+SELDOM = {"eval.every": 100}
+
+
+def write_late(monkeypatch, step: int, write=checkpoint.save_file) -> None:
+    """The first checkpoint is written (`write`) when training has begun that step, and not before."""
+    begun, files = threading.Event(), itertools.count(1)
+    at_step(monkeypatch, step, lambda _: begun.set())
+
+    def late(*given):
+        first = next(files) == 1
+        assert not first or begun.wait(60)
+        (write if first else checkpoint_file)(*given)
+
+    checkpoint_file = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", late)
+
+
+def no_room(*_given):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_is_of_its_step(make_config, whole, monkeypatch):
+    expected = whole(**SELDOM)
+    write_late(monkeypatch, 4)
+    config = make_config(**SELDOM, **{"checkpoint.keep": 9})
+    train(config)
+    assert steps_kept(config.run_dir) == [2, 4, 6]
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    for later in ("step-00000004", "step-00000006"):
+        shutil.rmtree(Path(config.run_dir) / "checkpoints" / later)
+    monkeypatch.undo()
+    assert train(config).steps == 6
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+
+
+def test_checkpoints_that_take_longer_than_the_steps_between_them(make_config, whole, monkeypatch):
+    expected, write = whole(**SELDOM), checkpoint.save_file
+
+    def slowly(*given):
+        time.sleep(0.5)
+        write(*given)
+
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
+    config = make_config(**SELDOM, **{"checkpoint.every": 1, "checkpoint.keep": 9, "metrics.log_every": 2})
+    train(config)
+    assert steps_kept(config.run_dir) == [1, 2, 3, 4, 5, 6]
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    stood = [line["checkpoint_wait"] for line in read_metrics(config.run_dir) if "loss" in line]
+    assert 0 <= stood[0] < 1 and min(stood[1:]) > 0.2
+
+
+def test_a_disk_that_fills_while_training_goes_on_ends_it_with_a_sentence(make_config, whole, monkeypatch):
+    expected, config = whole(**SELDOM), make_config(**SELDOM)
+    with monkeypatch.context() as patch:
+        write_late(patch, 4, no_room)
+        with pytest.raises(
+            ValueError, match=r"step-00000002 could not be written \(\[Errno 28\] No space left on device\)"
+        ):
+            train(config)
+    assert steps_kept(config.run_dir) == [] and not list(Path(config.run_dir).glob("checkpoints/.writing*"))
+    assert train(config).steps == 6
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+
+
+def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(make_config, whole):
+    """Half of the file is there when the process is killed; training is further."""
+    expected, config = whole(**SELDOM), make_config(**SELDOM)
+
+    def run() -> None:
+        write, files = checkpoint.save_file, itertools.count(1)
+        further = threading.Event()
+        at_step(pytest.MonkeyPatch(), 5, lambda _: further.set())
+
+        def die(tensors, file, metadata):
+            write(tensors, file, metadata)
+            if next(files) == 2:
+                os.truncate(file, file.stat().st_size // 2)
+                assert further.wait(60)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint.save_file = die
+        train(config)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
+    assert sorted(path.name for path in Path(config.run_dir).glob("checkpoints/*")) == [
+        ".writing-step-00000004",
+        "step-00000002",
+    ]
+    assert train(config).steps == 6 and steps_kept(config.run_dir) == [4, 6]
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert not list(Path(config.run_dir).glob("checkpoints/.writing*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "name", "call"),  # evaluations: steps 3 and 6; checkpoints: 2, 3 (the best), 4, 6; lines of metrics: 2, 3 ...
@@ -366,11 +466,11 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
 def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engine, step, make_config, monkeypatch):
     write = checkpoint.save_checkpoint
 
-    def as_before(run_dir, tensors, state, keep):
+    def as_before(run_dir, tensors, state, keep, group):
         state["config"]["features"]["memory_gib"] = 1.0
         state["config"]["engine"] = engine
         del state["config"]["step"]
-        write(run_dir, tensors, state, keep)
+        write(run_dir, tensors, state, keep, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", as_before)
@@ -383,9 +483,9 @@ def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engin
 def test_a_run_goes_on_whose_checkpoint_was_written_before_its_draft_could_be_of_eagle_3_1(make_config, monkeypatch):
     write = checkpoint.save_checkpoint
 
-    def as_before(run_dir, tensors, state, keep):
+    def as_before(run_dir, tensors, state, keep, group):
         del state["draft"]["norm_before_fc"], state["draft"]["norm_output"]
-        write(run_dir, tensors, state, keep)
+        write(run_dir, tensors, state, keep, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", as_before)
@@ -493,8 +593,15 @@ def train_until_a_kill(file: Path, module: str, name: str, number: int) -> None:
     def die(*_args, **_more) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    place = pkgutil.resolve_name(module)
-    at_step(pytest.MonkeyPatch(), 4, lambda _: os.environ["RANK"] == str(number) and setattr(place, name, die))
+    place, run_dir = pkgutil.resolve_name(module), Path(yaml.safe_load(file.read_text())["run_dir"])
+
+    def begin_to_die(_batches) -> None:
+        while not list_checkpoints(run_dir):  # it is written while training goes on
+            time.sleep(0.01)
+        if os.environ["RANK"] == str(number):
+            setattr(place, name, die)
+
+    at_step(pytest.MonkeyPatch(), 4, begin_to_die)
     sys.argv = ["fastdraft", "train", str(file)]
     with (file.parent / f"said by rank {os.environ['RANK']}").open("w") as sys.stderr:
         cli.main()

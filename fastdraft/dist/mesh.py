@@ -33,6 +33,7 @@ from fastdraft.dist.watch import BEAT_S, Member, Progress, Watch
 from fastdraft.files import json_checksum
 
 T = TypeVar("T")
+Group = dist.ProcessGroup
 # PyTorch 2.13 has other names for these, and warns of the older ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -148,6 +149,7 @@ _axes: dict[AxisName, Axis] = {}  # of `lay_out`
 _holders: dict[int, Axis] = {}  # by their number
 _timeout = timedelta(minutes=30)  # of `start_process`
 _progress = Progress(_timeout.total_seconds())  # of this process, for `ending_together`
+_tidy: Callable[[], None] | None = None  # of `tidy_at_end`
 
 
 def own_device(device: str) -> torch.device:
@@ -268,6 +270,18 @@ def holders(size: int) -> Axis:
     return _holders[size]
 
 
+def group_beside() -> Group | None:
+    """Connections between all processes for a thread beside the training: what the two do must not mix. Every process calls
+    it, in its main thread. None: this process is alone."""
+    return dist.new_group(backend="gloo", timeout=_timeout) if world() > 1 else None
+
+
+def slice_on_host(x: DTensor, own: Tensor) -> DTensor:
+    """x with `own`, a copy on the host, as this process's slice."""
+    hosts = DeviceMesh.from_group(x.device_mesh.get_group(), "cpu")
+    return DTensor.from_local(own, hosts, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
 def end_process() -> None:
     """Leaves the group that `start_process` joined."""
     _axes.clear()
@@ -293,7 +307,9 @@ def ending_together(silent_s: float, then: str = "the same command, given again,
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     store = dist.PrefixStore(from_rank_0(f"fastdraft-{uuid.uuid4().hex}"), store)
-    watch = Watch(store, rank(), from_all(Member.here(host())), silent_s, _progress, speaker(), then)
+    watch = Watch(
+        store, rank(), from_all(Member.here(host())), silent_s, _progress, speaker(), then, lambda: _tidy and _tidy()
+    )
     watch.start()
     try:
         yield
@@ -314,6 +330,12 @@ def ending_together(silent_s: float, then: str = "the same command, given again,
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
+
+
+def tidy_at_end(act: Callable[[], None] | None) -> None:
+    """Within `ending_together`: what is done before this process is ended without its training's help. None: nothing."""
+    global _tidy
+    _tidy = act
 
 
 def begin(work: str | None, least_s: float = 0.0) -> None:
@@ -410,11 +432,17 @@ def largest(number: int) -> int:
     return int(of_all)
 
 
-def from_all(thing: T) -> list[T]:  # by rank
-    """What each process has: anything that can be pickled. Their hosts meet here, no GPU is waited for."""
+def from_all(thing: T, group: Group | None = None) -> list[T]:  # by rank
+    """What each process has: anything that can be pickled. Their hosts meet here, no GPU is waited for. `group`: of
+    `group_beside`, where a thread beside the training asks."""
     if not dist.is_initialized():
         return [thing]
     things: list[T] = [thing] * dist.get_world_size()
+    if group is not None:
+        # The training does not wait here, so that only how far each thread has come is said.
+        _progress.count("beside the training")
+        dist.all_gather_object(things, thing, group=group)
+        return things
     with _progress.meeting("all"):
         dist.all_gather_object(things, thing)
     return things

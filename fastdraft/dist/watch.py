@@ -146,9 +146,11 @@ class Watch:
         progress: Progress,
         speaker: str,  # how this process names itself in a message
         then: str,  # what the user can do, the end of each sentence
+        tidy: Callable[[], None] = lambda: None,  # before this process is ended from here, for at most GRACE_S
     ):
         self.store, self.rank, self.members, self.silent_s = store, rank, members, silent_s
         self.progress, self.speaker, self.then = progress, speaker, then
+        self.tidy = tidy
         self._main = threading.main_thread().ident
         self.heard: str | None = None  # the sentence of what has ended the run
         self._beats = 0
@@ -217,6 +219,10 @@ class Watch:
                 self.heard = self._unreachable("no answer")
             if self.heard is not None and not self._stopped.wait(GRACE_S):
                 print(f"{self.speaker}: {self.sentence(self.heard)}", file=sys.stderr, flush=True)
+                # A file system that hangs may be why, and must not keep this process.
+                tidying = threading.Thread(target=self.tidy, daemon=True)
+                tidying.start()
+                tidying.join(GRACE_S)
                 os._exit(1)
 
     def _waits_for_another(self) -> bool:

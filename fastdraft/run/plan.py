@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastdraft.config import Config, asks_servers, reads_store
-from fastdraft.cost import Plan, peak_flops, plan, render
+from fastdraft.cost import Plan, checkpoint_copies, frozen_bytes, peak_flops, plan, render
 from fastdraft.dist import fleet, mesh
 from fastdraft.files import GIB
 from fastdraft.model.method import Row
@@ -95,6 +95,7 @@ def predict(config: Config, device: torch.device) -> Plan:
             shape.num_parameters()["trainable"],
             replicas,
         ),
+        tensor=config.dist.tensor,
     )
 
 
@@ -227,3 +228,7 @@ def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, conso
         with contextlib.suppress(ValueError):  # it does not divide this run
             others.append(planned(layout))
     fleet.render_fleet(chosen, others, hardware, console)
+    shape, b = draft_shape(config), 4 if config.precision == "fp32" else 2
+    trainable, tensor = shape.num_parameters()["trainable"], config.dist.tensor
+    for row in checkpoint_copies(trainable, frozen_bytes(shape, b), world // tensor, tensor, pinned=True):
+        console.print(f"memory of the host of rank 0: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)

@@ -11,6 +11,7 @@ import platform
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,7 +77,24 @@ def full_disk() -> None:
     def fail(*_args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    on_rank_1(lambda: setattr(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", fail))
+    on_rank_1(lambda: setattr(checkpoint, "save_file", fail))
+
+
+def disk_of_rank_0_fills() -> None:
+    """While training goes on: it has come to step 4."""
+    begun = threading.Event()
+
+    def fail(*_args):
+        assert begun.wait(60)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if os.environ["RANK"] == "0":
+        at_step(pytest.MonkeyPatch(), 4, lambda _: begun.set())
+        checkpoint.save_file = fail
+
+
+def writing_hangs() -> None:
+    on_rank_1(lambda: setattr(checkpoint, "save_file", lambda *_: time.sleep(100)))
 
 
 def other_settings() -> None:
@@ -146,6 +164,9 @@ SPOILT = {
         "step-00000002 could not be written (rank 1 on {host}: ",
         "step-00000002 could not be written (rank 1 on {host}: ",
     ),
+    disk_of_rank_0_fills: ("step-00000002 could not be written (rank 0 on {host}: [Errno 28] No space left on device)",)
+    * 2,
+    writing_hangs: ("rank 1 on {host}, which is alive and has ",) * 2,
     other_settings: ("optim.lr is 0.01 on rank 0 ({host}) and 0.5 on rank 1 ({host}); start all",) * 2,
     other_code: ("fastdraft's code is '",) * 2,
     stopped: (
@@ -174,8 +195,8 @@ SPOILT = {
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
 def test_all_end_in_time_and_say_who_it_was(make_config, tmp_path, spoil):
-    limits = {"dist.silent_s": 5, "dist.timeout_s": 4 if spoil is late else 100, "dist.stuck_s": 5}
-    limits["dist.disk_s"] = 5 if spoil is reading else 100
+    limits = {"dist.silent_s": 5, "dist.timeout_s": {late: 4, writing_hangs: 10}.get(spoil, 100), "dist.stuck_s": 5}
+    limits["dist.disk_s"] = 5 if spoil in (reading, writing_hangs) else 100
     config = make_config(**limits, **{"eval.every": 100})
     began = time.monotonic()
     ranks = start_ranks(2, command, written(config, tmp_path), spoil)
@@ -197,14 +218,14 @@ def test_all_end_in_time_and_say_who_it_was(make_config, tmp_path, spoil):
 
 def slow_but_alive() -> None:
     """Kernels are compiled in the first steps, and a disk is slow later on."""
-    write = checkpoint.dcp.HuggingFaceStorageWriter.write_data
+    write = checkpoint.save_file
 
     def slowly(*args):
         time.sleep(8)
         return write(*args)
 
     on_rank_1(lambda: at_call(1, lambda: time.sleep(8)))
-    on_rank_1(lambda: setattr(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", slowly))
+    on_rank_1(lambda: setattr(checkpoint, "save_file", slowly))
 
 
 @pytest.mark.slow
