@@ -29,6 +29,7 @@ from fastdraft.model.serving import (
     module_shapes,
     other_target,
     rope_notes,
+    rope_problems,
     serving_rope,
     weight_problems,
 )
@@ -205,7 +206,7 @@ def config_problems(config: dict[str, Any], facts: dict[str, Any], written: Form
         )
     said += _layer_problems(config, block, facts, written.where) + _block_problems(config, block, facts, written.where)
     said += _read_otherwise(config, title)
-    return said + written.problems(config, block) + _rope_problems(config)
+    return said + written.problems(config, block) + rope_problems(config)
 
 
 def _read_otherwise(config: dict[str, Any], title: str) -> list[str]:
@@ -299,14 +300,6 @@ def _block_problems(config: dict[str, Any], block: dict[str, Any], facts: dict[s
             "first, SGLang the second: leave the first out."
         )
     return said
-
-
-def _rope_problems(config: dict[str, Any]) -> list[str]:
-    try:
-        serving_rope(config)
-    except ValueError as error:
-        return [f"{error}."]
-    return []
 
 
 def _token_problems(
