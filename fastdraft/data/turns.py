@@ -49,6 +49,7 @@ class Turn:
     span: Span  # what the model produces
     lost_reasoning: bool = False  # the turn has reasoning that is not in the text
     raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
+    endless: bool = False  # its last token is none that stops the model
     cut: bool = False  # a limit of tokens ended it, so what the template writes behind its words is not the model's
     unopened: bool = False  # the text lacks or closes what the generation prompt opens, because the answer has no reasoning
 
@@ -121,9 +122,9 @@ class Turns:
         if (stop := self.template.stop_within(turn.text[start:end])) is not None:
             raise LeftOut(f"they hold {stop!r}, which stops the served model, before their end")
         stop = self.template.stop_after(bool(message.get("tool_calls")))
-        if not stop or turn.text[end:].strip():
-            return turn
-        return replace(turn, text=turn.text[:end] + stop, span=(start, end + len(stop)))
+        if stop and not turn.text[end:].strip():
+            return replace(turn, text=turn.text[:end] + stop, span=(start, end + len(stop)))
+        return replace(turn, endless=not self.template.stops_at(turn.text, end))
 
     def _prompt(self, before: Sequence[dict], tools: list[dict] | None) -> str | None:
         """What is served before the turn. None where nothing asks for it yet: templates refuse to render that."""

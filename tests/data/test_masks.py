@@ -488,6 +488,20 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
 
 
+def test_turns_that_nothing_ends_are_counted():
+    """A template without an eos token, or one whose end of a turn the target's files do not name as eos."""
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    texts, done = marked(block_tokenizer(template), chat("q", "yes", "r", "no"))
+    assert texts == ["user: q\nassistant:[[ yes]]\nuser: r\nassistant:[[ no]]\n"] and done.endless == 2
+    tokenizer = block_tokenizer(BLOCKS.replace("BLOCK", "").replace("<|stop|>", "<|end|>"), "<|end|>")
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == ["<|turn|>user:q<|end|><|turn|>assistant:[[yes<|end|>]]"] and done.endless == 1
+    for stop, endless in ((tokenizer.convert_tokens_to_ids("<|end|>"), 0), (len(tokenizer) + 1, 1)):
+        _, done = marked(tokenizer, chat("q", "yes"), stop_ids=[stop])
+        assert done.endless == endless
+
+
 # The last answer has a block for its reasoning, also where there is none, and the prompt opens that block (Qwen 3.5).
 EMPTY_BLOCK = (
     "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
