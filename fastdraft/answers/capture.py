@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdraft.answers.dialogue import ASKING_ROLES
+from fastdraft.answers.dialogue import Dialogue
 from fastdraft.batch import Batch
-from fastdraft.data.conversations import BadLine, Conversation, Line, parse
+from fastdraft.data.conversations import BadLine, Line, parse
 from fastdraft.data.samples import Sample
 from fastdraft.data.tokenize import ChatTokenizer
 from fastdraft.features.store import SHARD_BYTES, Store, document_keys, list_shards, needed, shard_number
@@ -138,7 +138,7 @@ class AnswerCapture:
 
 
 def refuse_masked_prompts(
-    conversations: Iterable[Conversation],
+    dialogues: Iterable[Dialogue],  # nothing answered yet
     chat: ChatTokenizer,
     token: int,  # of the draft
 ) -> None:
@@ -146,13 +146,11 @@ def refuse_masked_prompts(
 
     Each conversation is tokenised as training will do it, with one word for the answer.
     """
-    for conversation in conversations:
-        messages = []
-        for message in conversation.messages:
-            if message["role"] == "assistant" and any(m["role"] in ASKING_ROLES for m in messages):
-                break
-            messages.append(message)
-        asked = replace(conversation, messages=(*messages, {"role": "assistant", "content": "yes"}))
+    for dialogue in dialogues:
+        if not dialogue.wants_answer():
+            continue
+        conversation, answer = dialogue.conversation, {"role": "assistant", "content": "yes"}
+        asked = replace(conversation, messages=(*dialogue.messages, answer))
         try:
             samples = chat(asked).samples
         except BadLine:  # as when the conversation is finished

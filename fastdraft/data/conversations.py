@@ -41,7 +41,7 @@ SHAPES = ("messages", "conversations", "input_ids")
 MEDIA = {"image", "images", "img", "imgs", "pixel", "video", "videos", "audio", "audios"}  # words of keys
 # Keys of a message that chat templates, servers or training read, so that none of them may be left out without a word.
 READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "weight", "finish_reason")
-# Other trainers' keys of a message, which say by `false` that it is not trained on.
+# Other trainers' keys of an assistant's message, which say by `false` that it is not trained on.
 NOT_TRAINED = ("train", "trainable", "training", "loss")
 NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")  # ends of files' names
 
@@ -210,12 +210,12 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
     _refuse_media(row, "the line")
     if shapes == ["input_ids"]:
         return _tokens(line.where, row)
-    tools = _json_if_string(row.get("tools") or None, "tools") or None
-    if tools is None and row.get("functions"):  # as OpenAI called them first
-        functions = _json_if_string(row["functions"], "functions")
-        tools = [{"type": "function", "function": f} for f in functions] if isinstance(functions, list) else functions
+    name = "tools" if row.get("tools") or not row.get("functions") else "functions"  # as OpenAI called them first
+    tools = _json_if_string(row.get(name) or None, name) or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise ValueError(f"tools must be a list of objects, got {_kind(tools)}")
+        raise ValueError(f"{name} must be a list of objects, got {_kind(tools)}")
+    if tools is not None and name == "functions":
+        tools = [f if "function" in f else {"type": "function", "function": f} for f in tools]
     _refuse_beyond_json(tools, "tools")
     turns = _json_if_string(row[shapes[0]], shapes[0])
     if not isinstance(turns, list) or not turns:
@@ -284,7 +284,7 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
         raise ValueError(f"message {number} has role {role!r}; known roles: {', '.join(known)}")
     if message.get("function_call") and "tool_calls" not in message:  # as OpenAI called them first
         message["tool_calls"] = [message.pop("function_call")]
-    for key in NOT_TRAINED:
+    for key in NOT_TRAINED if message["role"] == "assistant" else ():  # nobody trains on the others
         if message.get(key) is False:
             raise ValueError(f'message {number} has {key!r}: false, which is not read; write "weight": 0 instead')
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)

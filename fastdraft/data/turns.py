@@ -118,13 +118,24 @@ class Turns:
         turn = _as_served(message, full, prompt, located, self.template.lead)
         start, end = turn.span
         if message.get("finish_reason") == "length":
-            return _cut(message, turn, own_leaves(message, len(messages) - 1, self.template.tags))
+            return self._cut(message, turn, own_leaves(message, len(messages) - 1, self.template.tags))
         if (stop := self.template.stop_within(turn.text[start:end])) is not None:
             raise LeftOut(f"they hold {stop!r}, which stops the served model, before their end")
         stop = self.template.stop_after(bool(message.get("tool_calls")))
         if stop and not turn.text[end:].strip():
             return replace(turn, text=turn.text[:end] + stop, span=(start, end + len(stop)))
         return replace(turn, endless=not self.template.stops_at(turn.text, end))
+
+    def _cut(self, message: dict, turn: Turn, leaves: list[Leaf]) -> Turn:
+        """The turn up to its last word, behind which the model had more to say. LeftOut where that place is not known."""
+        start, end = turn.span
+        last = leaves[-1].text if leaves else ""
+        # An answer may be "|>", with which <|im_end|> ends, too.
+        places = [text.rfind(last, start, end) for text in (self.template.without_added(turn.text), turn.text)]
+        at = next((place for place in places if place >= 0), -1)
+        if message.get("tool_calls") or not last or at < 0:
+            raise LeftOut("a limit of tokens cut them, and their last word cannot be found")
+        return replace(turn, span=(start, at + len(last)), cut=True)
 
     def _prompt(self, before: Sequence[dict], tools: list[dict] | None) -> str | None:
         """What is served before the turn. None where nothing asks for it yet: templates refuse to render that."""
@@ -367,15 +378,6 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
-
-
-def _cut(message: dict, turn: Turn, leaves: list[Leaf]) -> Turn:
-    """The turn up to its last word, behind which the model had more to say. LeftOut where that place is not known."""
-    start, end = turn.span
-    last = turn.text.rfind(leaves[-1].text, start, end) if leaves else -1
-    if message.get("tool_calls") or last < 0:
-        raise LeftOut("a limit of tokens cut them, and their last word cannot be found")
-    return replace(turn, span=(start, last + len(leaves[-1].text)), cut=True)
 
 
 def _closed(block: str) -> bool:

@@ -78,7 +78,7 @@ def capture_answers(
     check_target(config)
     chat = chat_tokenizer(config.data, load_tokenizer(*target), shape.vocab_size, stop_ids(*target))
     if (mask_token := method_of(shape).mask_token(shape)) is not None:
-        refuse_masked_prompts((d.conversation for d in PromptFiles(expand(prompts)).dialogues()), chat, mask_token)
+        refuse_masked_prompts(PromptFiles(expand(prompts)).dialogues(), chat, mask_token)
     source = open_served(config, shape.layers, device, widened=False)
     try:
         for line in source.notes:

@@ -16,8 +16,10 @@ from feature_server import FeatureServer
 from small_runs import documents, losses, same_documents
 from tiny import CHATML, make_tokenizer, refusal, save_answering
 
-from fastdraft.answers.capture import Ran, without_covered
-from fastdraft.data.conversations import expand
+from fastdraft.answers.capture import Ran, refuse_masked_prompts, without_covered
+from fastdraft.answers.dialogue import Dialogue
+from fastdraft.data.conversations import Conversation, expand
+from fastdraft.data.tokenize import ChatTokenizer
 from fastdraft.features.store import Store, list_shards
 from fastdraft.model.target_config import default_layers
 from fastdraft.run.answers import _finds
@@ -193,6 +195,19 @@ def test_the_drafts_mask_token_in_a_prompt_is_named_before_anything_is_asked(reg
     train_blocks("ka")
     assert f"{prompts}:8 has token" in refusal(regenerate())
     assert not server.chats and not server.requests
+
+
+def test_a_given_turn_that_no_answer_keeps_may_have_the_drafts_mask_token():
+    """An assistant's turn before the first question is left out of what is asked and stored."""
+    tokenizer = make_tokenizer()
+    turns = {"role": "assistant", "content": "ka"}, {"role": "user", "content": "ba"}
+    dialogue, (kept, left_out) = (
+        Dialogue(0, Conversation("f:1", 0, turns)),
+        (tokenizer.get_vocab()[x] for x in ("ba", "ka")),
+    )
+    refuse_masked_prompts([dialogue], ChatTokenizer(tokenizer), left_out)
+    with pytest.raises(ValueError, match="f:1 has token"):
+        refuse_masked_prompts([dialogue], ChatTokenizer(tokenizer), kept)
 
 
 def test_the_drafts_mask_token_in_an_answer_ends_the_run_there(regenerate, train_blocks, server, prompts, tmp_path):

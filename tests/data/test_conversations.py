@@ -103,6 +103,13 @@ def test_functions_and_a_function_call_are_openais_first_names_of_tools_and_call
     assert done.tools == [TOOL]
     turns[1]["content"] = None
     assert parsed({"messages": turns}).messages[1]["tool_calls"] == [call]
+    assert parsed({"messages": turns, "functions": [TOOL]}).tools == [TOOL]  # the new form by the old name
+
+
+def test_a_users_message_that_another_trainer_leaves_out_is_like_any_other():
+    """Axolotl's files say `train: false` of users and systems, too."""
+    turns = [turn | {"train": turn["role"] == "assistant"} for turn in chat("a", "b")]
+    assert [turn["role"] for turn in parsed({"messages": turns}).messages] == ["user", "assistant"]
 
 
 def test_a_prompt_is_one_users_message_where_prompts_are_read(tmp_path):
@@ -147,7 +154,8 @@ def test_key_is_the_content():
             "'train': false.*\"weight\": 0",
         ),
         ({"conversations": [{"from": "gpt", "value": "b", "loss": False}]}, "message 1 has 'loss': false"),
-        ({"messages": chat("a", "b"), "functions": {"name": "f"}}, "tools must be a list of objects, got an object"),
+        ({"messages": chat("a", "b"), "functions": {"name": "f"}}, "functions must be a list of objects, got an object"),
+        ({"messages": chat("a", "b"), "functions": ["f"]}, "functions must be a list of objects, got a list"),
         ({"messages": chat("a", "b"), "finish_reasons": ["stop"] * 2}, "a reason for each of the 1 answers, got 2 of them"),
         ({"messages": chat("a", "b"), "finish_reasons": "stop"}, "finish_reasons must be a list .* got a string: stop"),
         (b'[{"messages": []}]', "expected a JSON object, got a list: .* one JSON array, write a conversation a line"),

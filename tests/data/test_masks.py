@@ -478,6 +478,9 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     assert done.cut == 1 and not done.left_out
     uncut = parse(Line("f:1", row | {"finish_reasons": ["stop", "stop"]}))
     assert uncut == parse(Line("f:1", {"messages": row["messages"]}))
+    word = {"role": "assistant", "content": "|>", "finish_reason": "length"}  # with which the token behind it ends, too
+    texts, _ = marked(tokenizer, [chat("q")[0], word])
+    assert texts == [f"{before}[[|>]]<|stop|>"]
     thought = {"role": "assistant", "content": "<think>\nsince it", "finish_reason": "length"}
     texts, _ = marked(block_tokenizer(BLOCKS.replace("BLOCK", "<think>\\n")), [chat("q")[0], thought])
     assert texts == [f"{before}<think>\n[[since it]]<|stop|>"]
