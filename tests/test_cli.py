@@ -144,7 +144,12 @@ def test_plan_says_the_recipe_and_why(fastdraft, config_file):
 def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
     code, out, err = fastdraft("train", config_file, "--plan", "device=cuda")
     assert code == 0 and "predicted for one cuda device and the fused step" in out, err
-    assert "one cpu device and the fused step" in fastdraft("train", config_file, "--plan", "device=cpu")[1]
+    assert out.index("Memory of the host") < out.index("copy for writing checkpoints")
+    out = fastdraft("train", config_file, "--plan", "device=cpu")[1]
+    assert "one cpu device and the fused step" in out
+    assert "copy for writing checkpoints" in out and "Memory of the host" not in out
+    out = fastdraft("train", config_file, "--plan", "--world", 2)[1]
+    assert "host memory of rank 0's process: 0.000 GiB, copy for writing checkpoints, 1/2" in out
     said = refusal(fastdraft("train", config_file, "--plan", "device=cpu", "precision=fp8"))
     assert said.startswith("fastdraft: precision: fp8 needs a GPU")
     assert fastdraft("train", config_file, "--plan", "device=cuda", "precision=fp8")[0] == 0

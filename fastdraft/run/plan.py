@@ -231,4 +231,4 @@ def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, conso
     shape, b = draft_shape(config), 4 if config.precision == "fp32" else 2
     trainable, tensor = shape.num_parameters()["trainable"], config.dist.tensor
     for row in checkpoint_copies(trainable, frozen_bytes(shape, b), world // tensor, tensor, pinned=True):
-        console.print(f"memory of the host of rank 0: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)
+        console.print(f"host memory of rank 0's process: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)
