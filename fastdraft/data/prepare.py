@@ -194,6 +194,24 @@ def prepare(
     return divide(parts, config, chat.template_date)
 
 
+def find_prepared(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    stop_ids: Collection[int] = (),
+) -> Prepared | None:
+    """`prepare` of what is in the cache, without the look for a mask token. None: a file would have to be tokenised. Errors
+    as `prepare`'s."""
+    chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
+    parts = []
+    for paths, setting in ((config.paths, "data.paths"), (config.eval_paths, "data.eval_paths")):
+        files = expand(paths, setting=setting)
+        if files and not _samples_folder(files, config, chat).is_dir():
+            return None
+        parts += [_read(_samples_folder(files, config, chat))] if files else []
+    return divide(parts, config, chat.template_date)
+
+
 def divide(
     parts: list[tuple[Dataset, Stats]],  # what became of data.paths and, if given, of data.eval_paths
     config: DataConfig,
@@ -311,10 +329,6 @@ def _why_none(train: Dataset, config: DataConfig) -> str:
 
 def tokenized(files: list[str], config: DataConfig, chat: ChatTokenizer) -> tuple[Dataset, Stats]:
     """All samples of the files, tokenised now or before."""
-    key = settings_key(config, chat)
-    for file in files:
-        with open(file, "rb") as opened:
-            key.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
     workers = config.num_workers
     if workers is None:
         workers = (os.cpu_count() or 1) if sum(map(os.path.getsize, files)) > 32 * 2**20 else 0
@@ -323,7 +337,16 @@ def tokenized(files: list[str], config: DataConfig, chat: ChatTokenizer) -> tupl
         with mapper(chat, config.on_bad_line == "skip", workers) as mapped:
             return write_samples((line for path in files for line in read_lines(path)), mapped, file)
 
-    return cached(cache_dir(config) / f"samples-{key.hexdigest()}", write)
+    return cached(_samples_folder(files, config, chat), write)
+
+
+def _samples_folder(files: list[str], config: DataConfig, chat: ChatTokenizer) -> Path:
+    """Where the cache keeps the samples of files, once it has them."""
+    key = settings_key(config, chat)
+    for file in files:
+        with open(file, "rb") as opened:
+            key.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
+    return cache_dir(config) / f"samples-{key.hexdigest()}"
 
 
 def cache_dir(config: DataConfig) -> Path:
