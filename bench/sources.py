@@ -25,7 +25,7 @@ ENGINE = [
     "csrc/*",
     *(
         f"fastdraft/model/eagle3/{name}.py"
-        for name in ("attention", "chunks", "depth", "draft", "engine", "graph_engine", "memory", "shard")
+        for name in ("attention", "chunks", "draft", "engine", "graph_engine", "memory", "shard")
     ),
     "fastdraft/model/buffers.py",
     "fastdraft/model/draws.py",

@@ -481,8 +481,7 @@ def serve(
     """Accepted length, acceptance by depth, speed and latency in a running server."""
     from fastdraft.data.prompts import read_prompts
     from fastdraft.files import write_file
-    from fastdraft.serving.load import ServeReport, bench_serve, parse_load, read_report
-    from fastdraft.serving.load_report import render_serve
+    from fastdraft.serving.load import ServeReport, bench_serve, parse_load, read_report, render_serve
 
     load = parse_load(
         concurrency,
@@ -571,14 +570,13 @@ def check(
         count = "1 error" if len(findings.errors) == 1 else f"{len(findings.errors)} errors"
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else count))
         if serving:
-            from fastdraft.serving.check import EngineCheck, check_engine
+            from fastdraft.serving.check import check_engine
 
             place = EnginePlace(engine, str(engine_python or sys.executable), engine_pythonpath)
             lengths = (max_prompts, max_new_tokens, num_steps)
-            what = EngineCheck(
+            report = check_engine(
                 place, checkpoint, target, prompts, *lengths, dtype, timeout, trust_remote_code, engine_alone
             )
-            report = check_engine(what)
             for line in report.lines():
                 say(line)
             good &= not report.errors

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fastdraft.batch import LossKind
 from fastdraft.data.config import DataConfig
@@ -39,13 +39,8 @@ class TargetConfig(Section):
     trust_remote_code: bool = False
     # servers of `fastdraft serve-target` that run the target instead of this process (docs/served.md); with
     # them dtype: auto is theirs, and `path` gives config, tokenizer, embedding and head
-    url: list[str] = []
+    url: Annotated[list[str], BeforeValidator(lambda url: [url] if isinstance(url, str) else url)] = []
     timeout_s: float = Field(600.0, gt=0)  # with url: how long no server may give states before the run ends
-
-    @field_validator("url", mode="before")
-    @classmethod
-    def _one_or_several(cls, url: Any) -> Any:
-        return [url] if isinstance(url, str) else url
 
 
 class DraftSection(Section):
@@ -200,46 +195,26 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights and what a step draws; data.seed is the order's
 
     @model_validator(mode="after")
-    def _run_dir_is_the_methods(self) -> Config:
+    def _settings_fit_together(self) -> Config:
         self.run_dir = self.run_dir or f"runs/{self.draft.method}"
-        return self
-
-    @model_validator(mode="after")
-    def _fp8_is_the_fused_steps(self) -> Config:
         if self.precision == "fp8" and self.step == "reference":
             raise ValueError("precision: fp8 is the fused step's; set step=fused or precision=bf16")
-        return self
-
-    @model_validator(mode="after")
-    def _one_step_has_no_depth(self) -> Config:
         if self.sampled_depth < 1 and self.ttt_length == 1:
             raise ValueError(
                 f"sampled_depth {self.sampled_depth} leaves out later steps of a chain, and ttt_length 1 has none; take it "
                 "out, or raise ttt_length"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _a_cache_is_of_a_target_here(self) -> Config:
         if self.target.url and self.features.mode == "cache":
             raise ValueError(
                 "features.mode: cache keeps what a target in this process gives, and target.url names servers; fill a "
                 "store with `fastdraft features capture`, or leave out features"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _servers_give_each_pack_once(self) -> Config:
         if self.target.url and self.dist.tensor * self.dist.sequence > 1 and self.features.path is None:
             raise ValueError(
                 "processes that share a pack (dist.tensor, dist.sequence) need the same features bit for bit, and two "
                 "answers of a server may differ in their last bits; leave both at 1, or fill a store with `fastdraft "
                 "features capture`"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _streams_say_where_they_end(self) -> Config:
         if self.data.streaming and self.max_steps is None:
             raise ValueError("data.streaming needs max_steps: how long a stream is, is not known before its end")
         if self.data.streaming and self.features.path is not None and self.features.mode != "cache":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from fastdraft.model.target_config import language_config, read_json, read_targe
 
 class LinearShape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    architecture: ClassVar[str] = "LinearDraft"
 
     hidden_size: int
     target_hidden_size: int
@@ -132,7 +134,6 @@ def verify(path, target_dir):
 LINEAR = Method(
     shape=LinearShape,
     draft=LinearDraft,
-    architecture="LinearDraft",
     num_steps=lambda config, shape: 1,
     build_step=LinearStep,
     fit=lambda draft, settings, ends, counts: ["the linear draft takes nothing from its target"],

@@ -30,8 +30,40 @@ from transformers import LlamaConfig
 from bench.work import Work, make_draft, make_head
 from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
+from fastdraft.model.eagle3.config import DraftConfig
 
 # B conversations of a batch, L tokens of the longest
+
+
+def find_checkout(checkout: Path, device: torch.device) -> None:
+    """Makes SpecForge importable from its checkout. ValueError where it is none."""
+    if not (checkout / "specforge").is_dir():
+        raise ValueError(f"{checkout} has no folder specforge; --specforge needs the root of a SpecForge checkout")
+    if device.type == "cpu":
+        torch._dynamo.config.disable = True
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+
+
+def llama_config(c: DraftConfig, longest: int) -> LlamaConfig:
+    """The config of SpecForge's draft of our shape."""
+    config = LlamaConfig(
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.vocab_size,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_parameters=dict(c.rope_parameters),
+        max_position_embeddings=longest,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        initializer_range=c.initializer_range,
+    )
+    config.draft_vocab_size, config.pretraining_tp = c.draft_vocab_size, 1
+    return config
 
 
 class SpecForge:
@@ -41,12 +73,7 @@ class SpecForge:
     per_token_bytes = None
 
     def __init__(self, work: Work, checkout: Path, attention: str, batch_size: int):
-        if not (checkout / "specforge").is_dir():
-            raise ValueError(f"{checkout} has no folder specforge; --specforge needs the root of a SpecForge checkout")
-        if work.device.type == "cpu":
-            torch._dynamo.config.disable = True
-        if str(checkout) not in sys.path:
-            sys.path.insert(0, str(checkout))
+        find_checkout(checkout, work.device)
         from specforge.algorithms.eagle3.model import OnlineEagle3Model
         from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
         from specforge.optimizer import BF16Optimizer
@@ -54,21 +81,7 @@ class SpecForge:
 
         c, optim = work.config, OptimConfig()
         longest = max(max(batch.lengths) for batch in work.batches)
-        config = LlamaConfig(
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=1,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            vocab_size=c.vocab_size,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_parameters=dict(c.rope_parameters),
-            max_position_embeddings=longest + 16,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-        )
-        config.draft_vocab_size, config.pretraining_tp = c.draft_vocab_size, 1
+        config = llama_config(c, longest + 16)
         with torch.device(work.device):
             draft = LlamaForCausalLMEagle3(config, attention_backend=attention)
         draft = draft.to(work.dtype)

@@ -16,18 +16,16 @@ Nothing is stubbed. On a CPU `--peer-attention sdpa` takes the place of flex_att
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bench.block_work import BlockWork, make_draft, make_embedding, make_head, qwen3_config
-from bench.peers.specforge import split
+from bench.peers.specforge import find_checkout, split
 from fastdraft.config import OptimConfig
 from fastdraft.model.dspark.loss import DSparkLoss
 
@@ -44,12 +42,7 @@ class SpecForgeDFlash:
     per_token_bytes = None
 
     def __init__(self, work: BlockWork, checkout: Path, attention: str, batch_size: int):
-        if not (checkout / "specforge").is_dir():
-            raise ValueError(f"{checkout} has no folder specforge; --specforge needs the root of a SpecForge checkout")
-        if work.device.type == "cpu":
-            torch._dynamo.config.disable = True
-        if str(checkout) not in sys.path:
-            sys.path.insert(0, str(checkout))
+        find_checkout(checkout, work.device)
         from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel, OnlineDSparkModel
         from specforge.modeling.draft.dflash import DFlashDraftModel
         from specforge.modeling.draft.dspark import DSparkDraftModel

@@ -14,16 +14,14 @@ Chosen here, in its favour where there was a choice:
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig
 
+from bench.peers.specforge import find_checkout, llama_config
 from bench.quality import Clock, Stick, fitted_draft
 from fastdraft.batch import Batch
 from fastdraft.config import OptimConfig
@@ -38,12 +36,7 @@ class SpecForgeRecipe:
     def __init__(
         self, stick: Stick, checkout: Path, attention: str, batch_size: int, lr: float, seed: int, total_steps: int
     ):
-        if not (checkout / "specforge").is_dir():
-            raise ValueError(f"{checkout} has no folder specforge; --specforge needs the root of a SpecForge checkout")
-        if stick.device.type == "cpu":
-            torch._dynamo.config.disable = True
-        if str(checkout) not in sys.path:
-            sys.path.insert(0, str(checkout))
+        find_checkout(checkout, stick.device)
         from specforge.algorithms.eagle3.model import OnlineEagle3Model
         from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
         from specforge.optimizer import BF16Optimizer
@@ -52,22 +45,7 @@ class SpecForgeRecipe:
         self.stick, self.padding, self.batch_size = stick, padding, batch_size
         self.ours = fitted_draft(stick)
         c, optim = self.ours.config, OptimConfig()
-        config = LlamaConfig(
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=1,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
-            vocab_size=c.vocab_size,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_parameters=dict(c.rope_parameters),
-            max_position_embeddings=stick.config.data.max_length + 16,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            initializer_range=c.initializer_range,
-        )
-        config.draft_vocab_size, config.pretraining_tp = c.draft_vocab_size, 1
+        config = llama_config(c, stick.config.data.max_length + 16)
         torch.manual_seed(seed)
         with torch.device(stick.device):
             draft = LlamaForCausalLMEagle3(config, attention_backend=attention)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 # What rendering a conversation sets itself; continue_final_message would leave out the end of the last turn.
 RENDERED_WITH = (
@@ -76,18 +76,10 @@ class DataConfig(BaseModel):
     block_conversations: int = Field(20_000, gt=0)  # streaming: shuffled and packed together
     vocab_samples: int = Field(100_000, gt=0)  # streaming: conversations for the vocabulary map and held-out data
     chat_template: str | None = None  # path of a Jinja file used instead of the tokenizer's template
-    chat_template_kwargs: dict[str, Any] = {}  # passed to the template, e.g. enable_thinking: false
-    template_date: str = TEMPLATE_DATE  # what a template that writes today's date (strftime_now) is told, YYYY-MM-DD
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _are_for_the_template(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return checked_template_kwargs(kwargs)
-
-    @field_validator("template_date", mode="before")
-    @classmethod
-    def _is_a_date(cls, date: Any) -> str:
-        return checked_date(str(date))  # YAML reads 2026-01-31 without quotes as a date
+    # passed to the template, e.g. enable_thinking: false
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(checked_template_kwargs)] = {}
+    # what a template that writes today's date (strftime_now) is told, YYYY-MM-DD; YAML reads one without quotes as a date
+    template_date: Annotated[str, BeforeValidator(lambda date: checked_date(str(date)))] = TEMPLATE_DATE
 
     @model_validator(mode="after")
     def _packs_hold_samples(self) -> DataConfig:

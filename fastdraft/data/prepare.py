@@ -42,7 +42,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 7  # raised when the same input makes other samples than before
+FORMAT = 8  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
@@ -61,6 +61,7 @@ class Stats:
     untrained_samples: int = 0  # left out: no trained token in them
     lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
     raw_reasoning: int = 0  # trained turns with reasoning that the template cuts, as the model produced them
+    endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: dict[str, list] = field(default_factory=dict)  # turns not trained: how many, where the first, by reason
@@ -88,6 +89,7 @@ class Stats:
         self.untrained_samples += done.untrained
         self.lost_reasoning += done.lost_reasoning
         self.raw_reasoning += done.raw_reasoning
+        self.endless += done.endless
         self.cut += done.cut
         self.unopened += done.unopened
         for where, reason in done.left_out:
@@ -121,6 +123,11 @@ class Stats:
                 self.raw_reasoning,
                 "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
                 "behind the prompt as served",
+            ),
+            (
+                self.endless,
+                "trained turns end without a token that stops the target: the template writes none of the eos ids that its "
+                "generation_config.json or its tokenizer names, so no draft learns where an answer ends",
             ),
             (self.cut, "trained turns were cut by a limit of tokens: what the template writes behind them is not trained"),
             (
@@ -322,8 +329,8 @@ def _why_none(train: Dataset, config: DataConfig) -> str:
             "data.vocab_samples, or name conversations in data.eval_paths"
         )
     return (
-        f"{asked}, but there is only one conversation with a trained token ({len(train):,} samples of it), and it is "
-        "trained on; add others, or name conversations in data.eval_paths"
+        f"{asked}, but the data have one conversation with a trained token, which is trained on; add others, or name "
+        "conversations in data.eval_paths"
     )
 
 

@@ -219,6 +219,15 @@ class ChatTemplate:
     def _stop_after_calls(self) -> str:
         return self._stop_before(CALLED, TOOL_RESULT)
 
+    def stops_at(self, text: str, end: int) -> bool:
+        """Whether a token that stops the model ends there in a text."""
+        return any(text.endswith(content, 0, end) for content in self._stop_texts)
+
+    @cached_property
+    def _stop_texts(self) -> list[str]:
+        texts = (self.added.get(i) or self.backend.decode([i], skip_special_tokens=False) for i in self.stops)
+        return [text for text in texts if text]  # an id beyond the tokenizer has none
+
     def stop_within(self, turn: str) -> str | None:
         """A token that stops the model and stands before the end of a turn's text; None if there is none."""
         found = [self.added[i] for i in self.stops if i in self.added and self.added[i] in turn]

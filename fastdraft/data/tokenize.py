@@ -41,6 +41,7 @@ class Tokenized:
     untrained: int = 0  # samples or pieces left out because nothing in them is trained
     lost_reasoning: int = 0  # trained turns whose reasoning the template does not render
     raw_reasoning: int = 0  # trained turns as the model produced them, with reasoning that the template cuts
+    endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: list[tuple[str, str]] = field(default_factory=list)  # of turns that are not trained: where, and why
@@ -106,6 +107,7 @@ class ChatTokenizer:
             untrained=len(pieces) - len(kept) if samples else 1,
             lost_reasoning=sum(turn.lost_reasoning for turn in turns),
             raw_reasoning=sum(turn.raw_reasoning for turn in turns),
+            endless=sum(turn.endless for turn in turns),
             cut=sum(turn.cut for turn in turns),
             unopened=sum(turn.unopened for turn in turns),
             left_out=left_out,

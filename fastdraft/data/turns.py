@@ -31,7 +31,12 @@ EMPTY = "they are empty"
 NO_TEXT = "the chat template does not render all of their text"
 NO_CALLS = "the chat template does not render their tool calls"
 FRAMES_KEPT = 1000
+CLOSED = (
+    "they have reasoning, but the generation prompt closes it, so the served model would give none; "
+    "data.chat_template_kwargs turns it on (most templates read enable_thinking: true)"
+)
 _OPENED = re.compile(r"<think>(\s*)$")  # what a prompt ends with that opens the reasoning
+_CLOSED = re.compile(r"</(\w+:)?think(:\w+)?>\s*$")  # and that closes it
 
 
 class LeftOut(Exception):
@@ -44,6 +49,7 @@ class Turn:
     span: Span  # what the model produces
     lost_reasoning: bool = False  # the turn has reasoning that is not in the text
     raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
+    endless: bool = False  # its last token is none that stops the model
     cut: bool = False  # a limit of tokens ended it, so what the template writes behind its words is not the model's
     unopened: bool = False  # the text lacks or closes what the generation prompt opens, because the answer has no reasoning
 
@@ -116,9 +122,9 @@ class Turns:
         if (stop := self.template.stop_within(turn.text[start:end])) is not None:
             raise LeftOut(f"they hold {stop!r}, which stops the served model, before their end")
         stop = self.template.stop_after(bool(message.get("tool_calls")))
-        if not stop or turn.text[end:].strip():
-            return turn
-        return replace(turn, text=turn.text[:end] + stop, span=(start, end + len(stop)))
+        if stop and not turn.text[end:].strip():
+            return replace(turn, text=turn.text[:end] + stop, span=(start, end + len(stop)))
+        return replace(turn, endless=not self.template.stops_at(turn.text, end))
 
     def _prompt(self, before: Sequence[dict], tools: list[dict] | None) -> str | None:
         """What is served before the turn. None where nothing asks for it yet: templates refuse to render that."""
@@ -340,17 +346,24 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     Reasoning that is cut is not put back where answers have a lead: the model would not begin with the reasoning.
     """
     start, end = located.start, located.end
-    thinks = bool(_reasoning(message))
+    thinks, answer = bool(_reasoning(message)), full[start:end]
+    opens = prompt is not None and full[:start] == prompt and _OPENED.search(prompt)
+    block = re.match(r"\s*</think>\s*", answer) if opens else None  # by which the template closes what the prompt opens
+    twice = block and "</think>" in message["content"] and "</think>" in answer[block.end() :]
     raw = None
-    if thinks and not located.reasoning and prompt is not None and not lead:
-        raw = _raw(message, prompt, full[start:end])
+    if prompt is not None and not lead and (twice or (thinks and (block or not located.reasoning))):
+        raw = _raw(message, prompt, answer)
     if raw is not None:
         return Turn(prompt + raw + full[end:], (len(prompt), len(prompt) + len(raw)), raw_reasoning=True)
+    closes = prompt is not None and (_CLOSED.search(prompt) or (located.lacks and _closed(prompt)))
+    if closes and ((thinks and located.reasoning) or answer.lstrip().startswith("<think>")):
+        raise LeftOut(CLOSED)
     lost = thinks and not located.reasoning
     if prompt is None or full.startswith(prompt):
-        opens = prompt is not None and full[:start] == prompt and _OPENED.search(prompt)
-        block = _empty_block(message, full[start:end]) if opens else 0
-        return Turn(full, (start + block, end), lost, unopened=block > 0)
+        # An empty block for reasoning that the message does not have is the template's own, and not what the model said.
+        if block and "</think>" not in message["content"]:
+            return Turn(full, (start + block.end(), end), lost, unopened=True)
+        return Turn(full, (start, end), lost)
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
@@ -365,38 +378,32 @@ def _cut(message: dict, turn: Turn, leaves: list[Leaf]) -> Turn:
     return replace(turn, span=(start, last + len(leaves[-1].text)), cut=True)
 
 
-def _empty_block(message: dict, answer: str) -> int:
-    """The length of what closes the reasoning that the prompt opens (Qwen 3.5), where the message has no reasoning."""
-    closing = re.match(r"\s*</think>\s*", answer)
-    return closing.end() if closing and not _reasoning(message) and "</think>" not in message["content"] else 0
-
-
 def _closed(block: str) -> bool:
     """Whether what a prompt opens at its end is closed there: with a closing tag (</think>), or with the second of a pair
     (Gemma 4: <|channel>thought, <channel|>; Command: <|START_THINKING|><|END_THINKING|>)."""
     if re.search(r"(</[^<>]+>|\[/[A-Z_]+\])\s*$", block):
         return True
-    pair = re.match(r"<\|?(?P<begin>[^<>|]+)\|?>.*<\|?(?P<end>[^<>|]+)\|?>\s*$", block, re.DOTALL)
+    pair = re.search(r"<\|?(?P<begin>[^<>|]+)\|?>[^<>]*<\|?(?P<end>[^<>|]+)\|?>\s*$", block)
     if not pair:
         return False
     begin, end = pair["begin"], pair["end"]
-    mirrored = f"<|{begin}>" in block and f"<{begin}|>" in block and begin == end
+    mirrored = begin == end and pair.group().startswith(f"<|{begin}>") and f"<{begin}|>" in pair.group()
     return mirrored or (begin != end and begin.upper().replace("START", "END").replace("BEGIN", "END") == end.upper())
 
 
 def _raw(message: dict, prompt: str, answer: str) -> str | None:
     """What the model said to this prompt, reasoning included, whose answer the template renders alone; None if that cannot
     be told. `answer` ends with the token that stops the turn."""
-    opened, closed = _OPENED.search(prompt), re.search(r"</think>\s*$", prompt)
-    if closed:
+    opened = _OPENED.search(prompt)
+    if _CLOSED.search(prompt):
         return None
     content, reasoning = message["content"], message.get("reasoning_content")
     if "</think>" in content:
         at = content.rfind("</think>") + len("</think>")
         said = content[at:].strip()
         before = answer[: answer.rfind(said)] if said else answer
-        if "</think>" in before:  # the template renders part of the reasoning
-            answer = answer[before.index("</think>") + len("</think>") :]
+        if "</think>" in before:  # the template renders part of the reasoning, or closes it before
+            answer = answer[before.rindex("</think>") + len("</think>") :]
         white = content[at:][: len(content[at:]) - len(content[at:].lstrip())]
         thought = content[:at] + white
         if opened and thought.lstrip().startswith("<think>"):
@@ -404,6 +411,8 @@ def _raw(message: dict, prompt: str, answer: str) -> str | None:
             thought = thought.lstrip() if opened.group(1) else thought
         return thought + answer.lstrip()
     if reasoning and opened:
+        if answer.lstrip().startswith("</think>"):  # the template closes it itself (DeepSeek V3.1)
+            return reasoning.strip() + answer
         return f"{'' if opened.group(1) else chr(10)}{reasoning.strip()}\n</think>\n\n{answer.lstrip()}"
     return None
 

@@ -150,14 +150,12 @@ def fleet_plan(
     muon_bytes: Callable[[int], int] | None = None,  # `optim.muon_bytes` of a number of replicas; None: AdamW alone
 ) -> FleetPlan:
     """What a layout needs. ValueError naming the setting where it does not divide what it is to divide."""
-    refuse_uneven(layout, draft, packs_per_step)
+    refuse_uneven(layout, packs_per_step)
     if layout.sequence > 1 and target.apart is not None:
         raise ValueError(
             f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because "
             + target.apart
         )
-    if muon_bytes is not None and layout.tensor > 1:
-        raise ValueError(f"dist.tensor={layout.tensor}: Muon orthogonalises whole matrices; set optim.optimizer=adamw")
     s, t, h = layout.sequence, layout.tensor, layout.holders
     count = draft.num_parameters()
     trainable = count["trainable"] / t
@@ -182,7 +180,7 @@ def fleet_plan(
         Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
         Row("fp32 gradient", int(4 * trainable)),
         Row("Muon's directions and temporaries", muon_bytes(replicas) if muon_bytes else 0),
-        Row("features g and f", 4 * target.hidden_size * own_tokens * target_bytes),
+        Row("features g and f", (len(draft.layers) + 1) * target.hidden_size * own_tokens * target_bytes),
         Row("keys and values of the others' tokens, and gradients", gathered_kv),
         *step,
     ]
@@ -231,8 +229,8 @@ def tensor_part(draft: BaseModel, n: int) -> BaseModel:
     return draft if n == 1 else draft.model_copy(update={k: -(-getattr(draft, k) // n) for k in names if hasattr(draft, k)})
 
 
-def refuse_uneven(layout: Layout, draft: BaseModel, packs_per_step: int) -> None:
-    """ValueError where a layout does not divide processes, packs or the draft's heads."""
+def refuse_uneven(layout: Layout, packs_per_step: int) -> None:
+    """ValueError where a layout does not divide processes or packs; a draft's parts are its method's to check."""
     s, t, world = layout.sequence, layout.tensor, layout.world
     if world % (s * t):
         raise ValueError(f"dist.sequence={s} and dist.tensor={t} need a multiple of {s * t} processes, not {world}")
@@ -242,9 +240,6 @@ def refuse_uneven(layout: Layout, draft: BaseModel, packs_per_step: int) -> None
             f"packs of their own ({world} processes, dist.sequence={s}, dist.tensor={t}); set it to {layout.data} or a "
             "multiple of that"
         )
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        if getattr(draft, name, t) % t:
-            raise ValueError(f"dist.tensor={t} does not divide the draft's {name}, {getattr(draft, name)}")
 
 
 def holder_choices(world: int, host: int) -> Iterator[int]:

@@ -110,12 +110,12 @@ class Method(NamedTuple):
     """A draft method. `shape` and `draft` are classes; what they must offer is said beside them."""
 
     # A pydantic model with vocab_size, draft_vocab_size, hidden_size, target_hidden_size, layers (those of the target that
-    # are read, outputs from 0), initializer_range, num_parameters(), to_serving(dtype) and from_target(config, **changes).
+    # are read, outputs from 0), initializer_range, num_parameters(), to_serving(dtype), from_target(config, **changes) and
+    # of the class architecture, its name in the engines' config.json.
     shape: type[BaseModel]
     # A module made of a shape, which it keeps as `config`, with trainable(), frozen() (what a checkpoint holds beside the
     # trained weights), init_weights(std, generator) and take_from_target(embedding) (what a checkpoint leaves to it).
     draft: type[nn.Module]
-    architecture: str  # in the engines' config.json
     num_steps: Callable[[Config, BaseModel], int]  # T, the steps that `Rows` has of every token, for a draft's shape
     build_step: Callable[..., DraftStep]  # of config, draft, head, device; where processes share a step: tensor, sequence
     fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data

@@ -34,6 +34,14 @@ def serving_rope(config: dict[str, Any]) -> dict[str, Any]:
     return spelled[0]
 
 
+def rope_problems(config: dict[str, Any]) -> list[str]:
+    try:
+        serving_rope(config)
+    except ValueError as error:
+        return [f"{error}."]
+    return []
+
+
 def rope_notes(config: dict[str, Any], target: dict[str, Any]) -> list[str]:
     """A sentence where the draft's RoPE is another than its target's."""
     with suppress(ValueError, TypeError):  # what is wrong with the draft's own is said elsewhere

@@ -29,7 +29,6 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "truncate")),
 }
 
-
 TOO_DEEP = "nested too deeply to be read; it is no file of a model"
 
 

@@ -20,13 +20,12 @@ from fastdraft.data.prepare import find_prepared
 from fastdraft.dist import fleet, mesh
 from fastdraft.files import GIB
 from fastdraft.model.method import Row
-from fastdraft.model.methods import named_method
+from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import DTYPES, bf16_is_slow, pick_dtype
 from fastdraft.model.target_config import language_config, longest_context, named_dtype
 from fastdraft.optim import muon_bytes
 from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
-from fastdraft.run.recipe import recipe_lines
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
 from fastdraft.target.identity import stop_ids
 
@@ -108,7 +107,6 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     shape, method = draft_shape(config), named_method(config.draft.method)
     target = target_sizes(load_target_config(config.target.path, config.target.trust_remote_code))
     precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
-
     stepped = muon_matrices(config, shape)
 
     def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
@@ -240,6 +238,39 @@ def print_plan(config: Config, console: Console) -> None:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)
+
+
+def recipe_lines(config: Config, shape: BaseModel) -> list[str]:
+    """What a run of this draft's shape would train with, and why. ValueError where its optimizer cannot have the draft."""
+    optim, tokens = config.optim, config.optim.packs_per_step * config.data.pack_tokens
+    packs = "one pack" if optim.packs_per_step == 1 else f"{optim.packs_per_step} packs"
+    batch = (
+        f"An optimizer step takes {packs} of up to {config.data.pack_tokens:,} tokens, {tokens:,} in all, however many "
+        "GPUs share them. The gradient is a sum over all of them, which is divided once."
+    )
+    return [batch, _optimizer(config, shape), _schedule(config), *method_of(shape).recipe(config, shape)]
+
+
+def _optimizer(config: Config, shape: BaseModel) -> str:
+    optim, stepped = config.optim, muon_matrices(config, shape)
+    clipped = f"Gradients are clipped to a norm of {optim.clip:g}, so that one odd batch moves the weights little."
+    if not stepped:
+        return f"AdamW steps all weights at a rate of {optim.lr:.2g}. {clipped}"
+    share = sum(m.end - m.start for m in stepped) / shape.num_parameters()["trainable"]
+    return (
+        f"Muon steps {len(stepped)} matrices, {share:.0%} of the trained weights, at a rate of "
+        f"{optim.muon_lr or optim.lr:.2g}: such a step is as large along every direction of a matrix, and on the whole as "
+        f"large as AdamW's usually is. AdamW steps the rest at {optim.lr:.2g}. {clipped}"
+    )
+
+
+def _schedule(config: Config) -> str:
+    optim = config.optim
+    last = f"{optim.min_lr_ratio:g} of that" if optim.min_lr_ratio else "0"
+    begin = f"The rate rises over the first {optim.warmup_ratio:.1%} of the steps"
+    if optim.schedule == "wsd":
+        return f"{begin}, stays, and falls to {last} over the last {optim.decay_share:.0%}: it is high for most of the run."
+    return f"{begin}, then falls to {last} by a cosine. Its end is the run's: half of a long run is no short run."
 
 
 def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, console: Console) -> None:

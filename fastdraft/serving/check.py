@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.model.methods import method_of
@@ -32,23 +33,6 @@ LOW = 1.15  # tokens a verifying forward, below which a draft is hardly worth it
 
 
 @dataclass(frozen=True)
-class EngineCheck:
-    """What to serve and for how long. `prompts`: a JSONL file; None: eight of our own."""
-
-    place: EnginePlace
-    checkpoint: Path
-    target: Path
-    prompts: Path | None = None
-    max_prompts: int = 16
-    max_new_tokens: int = 64
-    num_steps: int | None = None  # None: the method's own
-    dtype: str | None = None  # None: the one the target's config.json names
-    timeout_s: float = 1800
-    trust_remote_code: bool = False
-    alone: bool = False  # the target is not loaded here, so nothing is compared but the engine with itself
-
-
-@dataclass(frozen=True)
 class Report:
     """Sentences for the user: what was measured, what to look at, what is wrong."""
 
@@ -62,46 +46,64 @@ class Report:
         return [*self.facts, *(f"warning: {x}" for x in self.warnings), *(f"error: {x}" for x in self.errors), *good]
 
 
-def check_engine(check: EngineCheck) -> Report:
+def check_engine(
+    place: EnginePlace,
+    checkpoint: Path,
+    target_dir: Path,
+    prompts: Path | None = None,  # JSONL; None: eight of our own
+    max_prompts: int = 16,
+    max_new_tokens: int = 64,
+    num_steps: int | None = None,  # None: the method's own
+    dtype: str | None = None,  # None: the one the target's config.json names
+    timeout_s: float = 1800,  # for a serving with the draft, and for one without
+    trust_remote_code: bool = False,
+    alone: bool = False,  # the target is not loaded here, so nothing is compared but the engine with itself
+) -> Report:
     """Serves the checkpoint in the engine and compares what it drafted with fastdraft's own reading.
 
     Raises ValueError when the checkpoint cannot be read as a draft of this target, the engine is missing, too old, fails or
     runs out of time, or a prompt leaves no room in the target's context.
     """
-    facts = language_config(read_target_config(check.target))
-    own = named_dtype(facts) or "bfloat16"
-    dtype = check.dtype or own
+    facts = language_config(read_target_config(target_dir))
+    dtype = dtype or named_dtype(facts) or "bfloat16"
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
-    newer = note_on_newer(check.place.name, refuse_old_engine(check.place))
-    draft = load_draft(check.checkpoint, facts)
+    newer = note_on_newer(place.name, refuse_old_engine(place))
+    draft = load_draft(checkpoint, facts)
     method = method_of(draft)
-    num_steps = method.served_steps(draft.config, check.num_steps)
-    prompts = _prompt_ids(check, facts["max_position_embeddings"], num_steps)
+    num_steps = method.served_steps(draft.config, num_steps)
+    tokenizer = load_tokenizer(str(target_dir), trust_remote_code)
+    asked = [Prompt([{"role": "user", "content": text}]) for text in PROMPTS] if prompts is None else read_prompts(prompts)
+    ids, context = _prompt_ids(asked[:max_prompts], tokenizer), facts["max_position_embeddings"]
+    if (longest := max(map(len, ids))) > context - max_new_tokens - num_steps - 1:
+        raise ValueError(
+            f"a prompt has {longest} tokens; with {max_new_tokens} new and {num_steps} drafted ones it does not fit the "
+            f"target's context of {context}: shorten it, or lower --max-new-tokens"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if check.alone:
-        ends_at = sorted(stop_ids(str(check.target), check.trust_remote_code))
+    if alone:
+        ends_at = sorted(stop_ids(str(target_dir), trust_remote_code))
     else:
-        target = load_target(str(check.target), getattr(torch, dtype), "cpu", trust_remote_code=check.trust_remote_code)
+        target = load_target(str(target_dir), getattr(torch, dtype), "cpu", trust_remote_code=trust_remote_code)
         ends_at = sorted(target.eos_ids)
     run = Run(
-        str(check.target.resolve()),
-        str(check.checkpoint.resolve()),
-        prompts,
-        check.max_new_tokens,
+        str(target_dir.resolve()),
+        str(checkpoint.resolve()),
+        ids,
+        max_new_tokens,
         ends_at,
         dtype,
         num_steps,
-        trust_remote_code=check.trust_remote_code,
-        algorithm=method.engine_names[check.place.name],
+        trust_remote_code=trust_remote_code,
+        algorithm=method.engine_names[place.name],
     )
     # a process each, before the target takes the GPU
-    (served,), (plain,) = (run_engine(check.place, [r], check.timeout_s) for r in (run, replace(run, checkpoint=None)))
-    if check.alone:
+    (served,), (plain,) = (run_engine(place, [r], timeout_s) for r in (run, replace(run, checkpoint=None)))
+    if alone:
         report = report_alone(served, plain)
     else:
         target = Target(target.model.to(device), draft.config.layers)
-        report = compare(target, draft, prompts, served, plain, num_steps)
+        report = compare(target, draft, ids, served, plain, num_steps)
     if newer is not None:
         report.warnings.insert(0, newer)
     return report
@@ -161,24 +163,13 @@ def compare(
     return report
 
 
-def _prompt_ids(check: EngineCheck, context: int, num_steps: int) -> list[list[int]]:
-    tokenizer = load_tokenizer(str(check.target), check.trust_remote_code)
-    if check.prompts is None:
-        asked = [Prompt([{"role": "user", "content": text}]) for text in PROMPTS]
-    else:
-        asked = read_prompts(check.prompts)
+def _prompt_ids(asked: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if tokenizer.chat_template is None:  # a base model's target completes the last message's text
-        prompts = [tokenizer(p.messages[-1]["content"])["input_ids"] for p in asked[: check.max_prompts]]
+        prompts = [tokenizer(p.messages[-1]["content"])["input_ids"] for p in asked]
     else:
-        prompts = prompt_ids(asked[: check.max_prompts], tokenizer)
+        prompts = prompt_ids(asked, tokenizer)
     if not all(prompts):
         raise ValueError(f"prompt {prompts.index([]) + 1} has no token; give it some text")
-    room = context - check.max_new_tokens - num_steps - 1
-    if (longest := max(map(len, prompts))) > room:
-        raise ValueError(
-            f"a prompt has {longest} tokens; with {check.max_new_tokens} new and {num_steps} drafted ones it does "
-            f"not fit the target's context of {context}: shorten it, or lower --max-new-tokens"
-        )
     return prompts
 
 

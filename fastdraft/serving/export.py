@@ -98,4 +98,4 @@ def _method_of_checkpoint(path: Path) -> Method:
     architectures = read_json(path / CONFIG).get("architectures")
     named = architectures if isinstance(architectures, list) else []
     methods = list(METHODS.values())
-    return next((method for method in methods if method.architecture in named), methods[0])
+    return next((method for method in methods if method.shape.architecture in named), methods[0])

@@ -11,7 +11,6 @@ take shards that nobody holds. A lock dies with its process.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import shutil
 import threading
@@ -179,15 +178,15 @@ def fill_store(
     progress = _Progress(range(first, first + len(plan.shards)), folder, say)
     with ShardWriter(folder, meta) as writer:
         for number, packs in enumerate(plan.shards, first):
-            batches = [pack.read() for pack in packs]
-            source.expect(batches)
-            for pack, batch in zip(packs, batches, strict=True):
-                writer.add(*source.capture(batch), pack.documents)
-            writer.finish(number, functools.partial(_say_written, progress, number, packs))
+            _add_packs(source, packs, writer)
+            writer.finish(number, lambda _, number=number, packs=packs: progress.wrote(number, packs))
 
 
-def _say_written(progress: _Progress, number: int, packs: tuple[Pack, ...], _path: Path) -> None:
-    progress.wrote(number, packs)
+def _add_packs(source: Source, packs: tuple[Pack, ...], writer: ShardWriter) -> None:
+    batches = [pack.read() for pack in packs]
+    source.expect(batches)
+    for pack, batch in zip(packs, batches, strict=True):
+        writer.add(*source.capture(batch), pack.documents)
 
 
 def _capture_shard(
@@ -215,10 +214,7 @@ def _capture_shard(
         progress.wrote(number, packs)
         lock.release()
 
-    batches = [pack.read() for pack in packs]
-    source.expect(batches)
-    for pack, batch in zip(packs, batches, strict=True):
-        writer.add(*source.capture(batch), pack.documents)
+    _add_packs(source, packs, writer)
     writer.finish(number, written)
 
 

@@ -488,6 +488,20 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
 
 
+def test_turns_that_nothing_ends_are_counted():
+    """A template without an eos token, or one whose end of a turn the target's files do not name as eos."""
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    texts, done = marked(block_tokenizer(template), chat("q", "yes", "r", "no"))
+    assert texts == ["user: q\nassistant:[[ yes]]\nuser: r\nassistant:[[ no]]\n"] and done.endless == 2
+    tokenizer = block_tokenizer(BLOCKS.replace("BLOCK", "").replace("<|stop|>", "<|end|>"), "<|end|>")
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == ["<|turn|>user:q<|end|><|turn|>assistant:[[yes<|end|>]]"] and done.endless == 1
+    for stop, endless in ((tokenizer.convert_tokens_to_ids("<|end|>"), 0), (len(tokenizer) + 1, 1)):
+        _, done = marked(tokenizer, chat("q", "yes"), stop_ids=[stop])
+        assert done.endless == endless
+
+
 # The last answer has a block for its reasoning, also where there is none, and the prompt opens that block (Qwen 3.5).
 EMPTY_BLOCK = (
     "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' and loop.last %}"
@@ -509,6 +523,44 @@ def test_an_empty_block_for_reasoning_that_the_data_does_not_have_is_not_trained
         assert texts == [f"{before}[[since\n</think>\n\nyes<|stop|>]]"] and done.unopened == 0
     texts, done = marked(tokenizer, chat("q", "<think>\n\n</think>\n\nyes"))  # what the model said by itself
     assert texts == [f"{before}[[\n</think>\n\nyes<|stop|>]]"] and done.unopened == 0
+
+
+def test_reasoning_inside_the_content_is_not_doubled_where_the_template_reads_it_beside_the_content_alone():
+    """The template then writes an empty block before it, which closes what the prompt opened (Qwen 3.8)."""
+    template = EMPTY_BLOCK.replace("m.content.split('</think>')", "[m.content]")
+    tokenizer, before = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:<think>\n"
+    texts, done = marked(tokenizer, chat("q", "<think>\nsince\n</think>\n\nyes"))
+    assert texts == [f"{before}[[since\n</think>\n\nyes<|stop|>]]"] and done.raw_reasoning == 1
+    texts, done = marked(tokenizer, chat("q", "<think>\n\n</think>\n\nyes"))
+    assert texts == [f"{before}[[</think>\n\nyes<|stop|>]]"] and done.raw_reasoning == 1
+
+
+def test_a_block_that_the_template_closes_before_an_answer_gets_the_reasoning_and_is_closed_once():
+    """DeepSeek V3.1 renders no reasoning, and ends its generation prompt with <think> where it is asked to think."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + ('<think></think>' if m.role == 'assistant' else '') }}"
+        "{{ m.content + '<|stop|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>' }}{% endif %}"
+    )
+    tokenizer, before = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:<think>"
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "since"}
+    texts, done = marked(tokenizer, [chat("q")[0], answer])
+    assert texts == [f"{before}[[since</think>yes<|stop|>]]"] and done.raw_reasoning == 1
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == [f"{before}</think>[[yes<|stop|>]]"] and done.unopened == 1
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>"])
+def test_reasoning_is_not_trained_behind_a_prompt_that_closes_it(block):
+    """As with enable_thinking: false. What would stand behind the closed block is a second one, or the rest of its own."""
+    tokenizer = block_tokenizer(EMPTY_BLOCK.replace("assistant:<think>\n'", f"assistant:{block}'"))
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "since"}
+    for message in (answer, {"role": "assistant", "content": "<think>\nsince\n</think>\n\nyes"}):
+        texts, done = marked(tokenizer, [chat("q")[0], message])
+        assert texts == [] and len(done.left_out) == 1
+        assert "the generation prompt closes it" in done.left_out[0][1]
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == [f"<|turn|>user:q<|stop|><|turn|>assistant:{block}[[yes<|stop|>]]"]
+    assert not done.left_out and done.unopened == 0
 
 
 def test_a_call_that_stands_before_the_text_beside_it_is_rendered():

@@ -18,8 +18,7 @@ from fastdraft.batch import Batch, Features, PackShare, Rows, TargetHead, own_fe
 from fastdraft.dist import mesh
 from fastdraft.dist.tensor import Parts
 from fastdraft.model.buffers import flat_gradients
-from fastdraft.model.eagle3.chunks import deal_chains
-from fastdraft.model.eagle3.depth import SampledDepth
+from fastdraft.model.eagle3.chunks import SampledDepth, deal_chains
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step

@@ -141,6 +141,8 @@ def test_a_draft_of_blocks_shares_the_keys_of_all_its_layers(tmp_path):
     assert seconds["draft's keys, values and their gradients"] == pytest.approx(packs * kv * n * 6 * 3 / 4 / 360e9)
     rows = {row.name: row.size for row in shared.memory}
     assert rows["keys and values of the others' tokens, and gradients"] == kv * n * 3 // 4 * 6
+    # of five layers of the target and its last, in bf16, of this process's tokens
+    assert rows["features g and f"] == (5 + 1) * 4096 * n // 4 * 2
     with pytest.raises(ValueError, match=r"dist\.tensor=2: the weights of a DFlash draft are not divided"):
         planned(Layout(8, tensor=2))
 
@@ -154,7 +156,7 @@ def test_a_draft_of_blocks_shares_the_keys_of_all_its_layers(tmp_path):
             "optim.packs_per_step=32 is not a multiple of the 64 groups of processes that have packs of their own "
             "(64 processes, dist.sequence=1, dist.tensor=1); set it to 64 or a multiple of that",
         ),
-        (Layout(16, tensor=16), "dist.tensor=16 does not divide the draft's num_key_value_heads, 8"),
+        (Layout(16, tensor=16), "dist.tensor=16 does not divide the draft's num_key_value_heads 8; set dist.tensor to"),
         (Layout(2, sequence=2), "because it has layers of sliding_attention"),
     ],
 )

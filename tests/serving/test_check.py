@@ -12,6 +12,7 @@ import torch
 from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
 from tiny import make_tokenizer, random_draft, refusal
 
+from fastdraft.data.prompts import Prompt
 from fastdraft.decode import generate, generate_plain
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3.config import DraftConfig
@@ -320,15 +321,13 @@ def test_an_engine_python_that_is_none(tmp_path, content, said):
         engine_version(EnginePlace("vllm", str(other)))
 
 
-def test_a_prompt_without_a_token_is_named(target_dir, tmp_path, monkeypatch):
+def test_a_prompt_without_a_token_is_named():
     """A base model's tokenizer has no template, and an empty prompt then nothing at all."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    monkeypatch.setattr(checks, "load_tokenizer", lambda *_: tokenizer)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "ba"}\n{"prompt": ""}\n')
-    check = checks.EngineCheck(EnginePlace("vllm"), tmp_path, target_dir, tmp_path / "p.jsonl")
+    asked = [Prompt([{"role": "user", "content": text}]) for text in ("ba", "")]
     with pytest.raises(ValueError, match="prompt 2 has no token"):
-        checks._prompt_ids(check, 512, 3)
+        checks._prompt_ids(asked, tokenizer)
 
 
 @pytest.mark.parametrize("rounds", [4, 0])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Group, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
-from fastdraft.model.dflash.config import ARCHITECTURE, DFlashConfig, choose_mask_token, init_config
+from fastdraft.model.dflash.config import DFlashConfig, choose_mask_token, init_config
 from fastdraft.model.dflash.cost import blocks_of_a_token, pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
@@ -73,7 +73,8 @@ def refuse_parts(shape: DFlashConfig, size: int) -> None:
     if size > 1:
         raise ValueError(
             f"dist.tensor={size}: the weights of a {shape.title} draft are not divided among processes; set dist.tensor=1, "
-            "and dist.sequence above 1 where a pack is too long for one process"
+            "and dist.sequence above 1 where a pack is too long for one process. Masters and moments of the optimizer are "
+            "divided among all processes as it is"
         )
 
 
@@ -179,7 +180,6 @@ def cost_options(config: Config) -> dict[str, int | bool]:
 METHOD = Method(
     shape=DFlashConfig,
     draft=DFlashDraft,
-    architecture=ARCHITECTURE,
     num_steps=lambda config, shape: shape.num_drafted,
     build_step=build_step,
     fit=fit,

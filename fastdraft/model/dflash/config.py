@@ -21,12 +21,10 @@ from fastdraft.model.buffers import Table
 from fastdraft.model.shape import DraftShape
 from fastdraft.model.target_config import language_config, read_target_config
 
-ARCHITECTURE = "DFlashDraftModel"
 MASK_TOKEN = "<|MASK|>"  # SGLang refuses another id where a tokenizer has this token
 LayerType = Literal["full_attention", "sliding_attention"]
 Labels = Literal["fill_in", "shifted"]
 DRAFTS: dict[Labels, str] = {"fill_in": "x_{a+k}", "shifted": "x_{a+k+1}"}  # what slot k of a block at anchor a drafts
-
 
 COMMENTS = {  # of `fastdraft init`, setting by setting
     "num_hidden_layers": "draft layers",
@@ -51,7 +49,7 @@ class DFlashConfig(DraftShape):
 
     # What a method with this backbone and another head says of itself.
     title: ClassVar[str] = "DFlash"
-    architecture: ClassVar[str] = ARCHITECTURE
+    architecture: ClassVar[str] = "DFlashDraftModel"
     served_type: ClassVar[str] = "qwen3"
     facts: ClassVar[dict[str, str]] = {
         "hidden_size": "hidden_size",

@@ -17,6 +17,7 @@ Sequences have lengths of their own: what lies past one's own positions is writt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -141,3 +142,36 @@ class BlockDrafter:
         place = places[:, None, :, None].expand(k.shape)
         self.keys[layer].scatter_(2, place, k)
         self.values[layer].scatter_(2, place, v)
+
+
+class WalkingDrafter(BlockDrafter):
+    """A drafter whose slots are drafted one after the other, each given the token before it; the root is before slot 0."""
+
+    def choices(
+        self,
+        states: Tensor,  # [S, m, H]
+    ) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
+        """Of a slot and the tokens before it [S]: logits [S, K], and the tokens that they are of, None for all of V."""
+        raise NotImplementedError
+
+    def draw(
+        self,
+        states: Tensor,  # [S, m, H]
+        roots: Tensor,  # [S] int64
+        depths: list[int],
+        settings: DecodeSettings,
+        generators: list[torch.Generator],
+    ) -> tuple[Tensor, Tensor | None]:
+        token, tokens, drawn_from, choices = roots, [], [], self.choices(states)
+        for slot in range(states.shape[1]):
+            logits, ids = choices(slot, token)
+            if settings.draws_chain:
+                p = probabilities(logits, settings)
+                place = draw_each(p[:, None], generators, [int(slot < depth) for depth in depths])[:, 0]
+                whole = p if ids is None else p.new_zeros(len(p), len(self.draft_ids)).scatter(1, ids, p)
+                drawn_from.append(whole)
+            else:
+                place = logits.argmax(-1)
+            token = place if ids is None else ids.gather(1, place[:, None])[:, 0]
+            tokens.append(token)
+        return torch.stack(tokens, 1), torch.stack(drawn_from, 1) if drawn_from else None

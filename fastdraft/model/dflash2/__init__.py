@@ -15,7 +15,7 @@ from fastdraft.model.dflash.golden import golden_cases
 from fastdraft.model.dflash.parity import run_blocks
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import verify
-from fastdraft.model.dflash2.config import ARCHITECTURE, DFlash2Config
+from fastdraft.model.dflash2.config import DFlash2Config
 from fastdraft.model.dflash2.draft import DFlash2Draft
 from fastdraft.model.dflash2.golden import load_selector_golden
 from fastdraft.model.dflash2.head import SelectorHead, selector_engine_step
@@ -60,7 +60,6 @@ def recipe(config: Config, shape: DFlash2Config) -> list[str]:
 METHOD = dflash.METHOD._replace(
     shape=DFlash2Config,
     draft=DFlash2Draft,
-    architecture=ARCHITECTURE,
     build_step=build_step,
     drafter=SelectorDrafter,
     load=load_or_widen,

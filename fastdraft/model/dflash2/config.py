@@ -14,7 +14,6 @@ from fastdraft.kernels.block_conv import PROGRAMS
 from fastdraft.model.buffers import Table
 from fastdraft.model.dflash.config import COMMENTS, DFlashConfig
 
-ARCHITECTURE = "DFlash2DraftModel"
 NESTED = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")  # in the engines' dflash_config
 
 
@@ -22,7 +21,7 @@ class DFlash2Config(DFlashConfig):
     """Field names of the convolutions and the selector follow the engines' `dflash_config`."""
 
     title: ClassVar[str] = "DFlash2"
-    architecture: ClassVar[str] = ARCHITECTURE
+    architecture: ClassVar[str] = "DFlash2DraftModel"
     mixes: ClassVar[bool] = True
     comments: ClassVar[dict[str, str]] = COMMENTS | {
         "conv_kernel_size": "rows of its block that a row is made of around attention and MLP: its own and those before",

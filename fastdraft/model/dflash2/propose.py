@@ -9,37 +9,17 @@ scores, which is what the target's verification then needs as Q: 0 at all other 
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
-from fastdraft.model.dflash.propose import BlockDrafter
-from fastdraft.model.dflash2.draft import DFlash2Draft
-from fastdraft.model.proposal import DecodeSettings, draw_each, probabilities
+from fastdraft.model.dflash.propose import WalkingDrafter
 
 
-class SelectorDrafter(BlockDrafter):
-    draft: DFlash2Draft
-
-    def draw(
+class SelectorDrafter(WalkingDrafter):
+    def choices(
         self,
-        states: Tensor,  # [S, m, H] of the slots that draft
-        roots: Tensor,  # [S] int64
-        depths: list[int],
-        settings: DecodeSettings,
-        generators: list[torch.Generator],
-    ) -> tuple[Tensor, Tensor | None]:
-        """The walk of each sequence."""
-        draft, token, tokens, drawn_from = self.draft, roots, [], []
-        logits, ids, query = draft.candidates(states, self.head)
-        for slot in range(states.shape[1]):
-            mine = ids[:, slot]
-            scores = draft.scores(logits[:, slot], mine, query[:, slot], token)
-            if settings.draws_chain:
-                p = probabilities(scores, settings)
-                place = draw_each(p[:, None], generators, [int(slot < depth) for depth in depths])[:, 0]
-                drawn_from.append(p.new_zeros(len(p), draft.config.vocab_size).scatter(1, mine, p))
-            else:
-                place = scores.argmax(-1)
-            token = mine.gather(1, place[:, None])[:, 0]
-            tokens.append(token)
-        return torch.stack(tokens, 1), torch.stack(drawn_from, 1) if drawn_from else None
+        states: Tensor,  # [S, m, H]
+    ) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+        logits, ids, query = self.draft.candidates(states, self.head)
+        return lambda slot, token: (self.draft.scores(logits[:, slot], ids[:, slot], query[:, slot], token), ids[:, slot])

@@ -16,7 +16,7 @@ from fastdraft.model.dflash.loss import default_gamma
 from fastdraft.model.dflash.parity import run_blocks
 from fastdraft.model.dflash.ref import BlockReferenceEngine
 from fastdraft.model.dflash.serving import load_draft, verify
-from fastdraft.model.dspark.config import ARCHITECTURE, DSparkConfig
+from fastdraft.model.dspark.config import DSparkConfig
 from fastdraft.model.dspark.draft import DSparkDraft
 from fastdraft.model.dspark.golden import load_dspark_golden
 from fastdraft.model.dspark.head import DSparkHead, dspark_engine_step
@@ -70,7 +70,6 @@ def recipe(config: Config, shape: DSparkConfig) -> list[str]:
 METHOD = dflash.METHOD._replace(
     shape=DSparkConfig,
     draft=DSparkDraft,
-    architecture=ARCHITECTURE,
     build_step=build_step,
     drafter=MarkovDrafter,
     load=partial(load_draft, written=DSPARK),

@@ -14,14 +14,12 @@ from pydantic import Field, field_validator
 from fastdraft.model.buffers import Table
 from fastdraft.model.dflash.config import COMMENTS, DFlashConfig, Labels
 
-ARCHITECTURE = "Qwen3DSparkModel"
-
 
 class DSparkConfig(DFlashConfig):
     """`block_size` is B, the tokens that a block drafts: slot k of a block at anchor a drafts x_{a+k+1}."""
 
     title: ClassVar[str] = "DSpark"
-    architecture: ClassVar[str] = ARCHITECTURE
+    architecture: ClassVar[str] = "Qwen3DSparkModel"
     served_labels: ClassVar[Labels] = "shifted"
     live_prefix: ClassVar[bool] = True
     comments: ClassVar[dict[str, str]] = {

@@ -9,30 +9,16 @@ chain leaves the target's distribution as it is.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
-from fastdraft.model.dflash.propose import BlockDrafter
-from fastdraft.model.proposal import DecodeSettings, draw_each, probabilities
+from fastdraft.model.dflash.propose import WalkingDrafter
 
 
-class MarkovDrafter(BlockDrafter):
-    def draw(
+class MarkovDrafter(WalkingDrafter):
+    def choices(
         self,
-        states: Tensor,  # [S, m, H] of the slots that draft
-        roots: Tensor,  # [S] int64
-        depths: list[int],
-        settings: DecodeSettings,
-        generators: list[torch.Generator],
-    ) -> tuple[Tensor, Tensor | None]:
-        tokens, drawn_from, previous = [], [], roots
-        for slot, state in enumerate(states.unbind(1)):
-            logits = self.draft.logits(state, previous, self.head)  # [S, V]
-            if settings.draws_chain:
-                drawn_from.append(probabilities(logits, settings))
-                counts = [int(slot < depth) for depth in depths]
-                previous = draw_each(drawn_from[-1][:, None], generators, counts)[:, 0]
-            else:
-                previous = logits.argmax(-1)
-            tokens.append(previous)
-        return torch.stack(tokens, 1), torch.stack(drawn_from, 1) if drawn_from else None
+        states: Tensor,  # [S, m, H]
+    ) -> Callable[[int, Tensor], tuple[Tensor, None]]:
+        return lambda slot, token: (self.draft.logits(states[:, slot], token, self.head), None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdraft.batch import TargetHead
 from fastdraft.kernels.ce_l1 import ce_l1_losses_ref
 from fastdraft.kernels.teacher import teacher_ref
-from fastdraft.model.dflash.ref import LiveRows, block_ref_step, block_rows_ref
+from fastdraft.model.dflash.ref import LiveRows, block_ref_step
 from fastdraft.model.dspark.draft import DSparkDraft
 from fastdraft.model.dspark.loss import DSparkLoss
 
@@ -37,4 +37,3 @@ def dspark_losses_ref(
 
 
 dspark_ref_step = partial(block_ref_step, row_losses=dspark_losses_ref)
-dspark_rows_ref = partial(block_rows_ref, row_losses=dspark_losses_ref)

@@ -8,9 +8,9 @@ import torch
 
 from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.kernels.rms_norm import MAX_HIDDEN
-from fastdraft.model.eagle3.config import ARCHITECTURE, DraftConfig, init_config
+from fastdraft.model.eagle3.chunks import SampledDepth
+from fastdraft.model.eagle3.config import DraftConfig, init_config
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
-from fastdraft.model.eagle3.depth import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
 from fastdraft.model.eagle3.golden import golden_law, load_golden, worst_errors
@@ -107,7 +107,6 @@ def recipe(config: Config, shape: DraftConfig) -> list[str]:
 METHOD = Method(
     shape=DraftConfig,
     draft=Draft,
-    architecture=ARCHITECTURE,
     num_steps=lambda config, shape: config.ttt_length,
     build_step=build_step,
     fit=fit,

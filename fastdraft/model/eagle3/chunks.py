@@ -1,8 +1,8 @@
 """Which rows of a batch the TTT engine computes: planned on the host, from the loss mask and the drawn depths alone.
 
 Row (i, t) is TTT step i of the chain at token row t. It is trained on when x_{t+2+i} exists in the document and the loss
-mask has it, and, where depths are drawn (`depth.py`), the chain's is more than i; it is computed when some (j, t), j >= i,
-is trained on. A chunk takes up to `chunk_rows` chains in order of t and sorts them by depth, deepest first, so that step
+mask has it, and, where depths are drawn (`SampledDepth`), the chain's is more than i; it is computed when some (j, t),
+j >= i, is trained on. A chunk takes up to `chunk_rows` chains in order of t and sorts them by depth, deepest first: step
 i's rows are a prefix of step i-1's and every step is a slice of the stack. A chunk's rows read at most `chunk_rows` + T - 1
 tokens, and as many teacher rows. Where all steps are run, a token read by step i of one chain is read by step 0 of another,
 save at the chunk's end. Drawn depths may leave that other chain out, so there a chunk also ends where it has read enough.
@@ -25,6 +25,36 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import Batch, PackShare, to_device
+from fastdraft.model.draws import token_uniforms
+
+
+@dataclass(frozen=True)
+class SampledDepth:
+    """How many steps of a chain are trained where `sampled_depth` is p < 1: step i is run with probability p^i, and its
+    loss weighs 1 / p^i more. A row's loss does not depend on which other rows are run, so the gradient is expected to be
+    that of all rows, for sum_i p^i of the work of T. What is measured on held-out data is never sampled."""
+
+    p: float  # a chain that ran a step runs the next one with this probability, 0 < p < 1
+    seed: int  # of the run
+
+    def shares(self, ttt_length: int) -> np.ndarray:  # [T] float64, of the chains that run each step
+        return np.cumprod([1.0] + [self.p] * (ttt_length - 1))
+
+    def weigh(
+        self,
+        step_weights: Tensor,  # [T]
+    ) -> Tensor:  # [T] of the rows that are run
+        return step_weights / torch.from_numpy(self.shares(len(step_weights))).to(step_weights)
+
+    def draw(
+        self,
+        batch: Batch,  # on the host
+        step: int,  # of the optimizer, from 1
+        ttt_length: int,
+    ) -> np.ndarray:  # [N] int64, steps that the chain of each token runs, 1..T
+        """One number u of (0, 1] for each token of a document; step i is run where u <= p^i."""
+        u = token_uniforms(batch, self.seed, step)
+        return ttt_length - np.searchsorted(self.shares(ttt_length)[::-1], u, side="left")
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,11 @@ import torch
 from pydantic import Field, model_validator
 
 from fastdraft.model import shape
-from fastdraft.model.serving import other_target, serving_rope
+from fastdraft.model.serving import other_target, rope_problems, serving_rope
 from fastdraft.model.shape import DraftShape
 from fastdraft.model.target_config import default_layers, language_config, read_target_config
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-
 
 # serving fields that change an engine's forward, and the only value the draft here is trained for
 TRAINED_AS: dict[str, Any] = {
@@ -41,15 +39,8 @@ TRAINED_AS: dict[str, Any] = {
 # what a serving field must be where it is given; a float may be written as an integer
 SERVING_TYPES: dict[type, tuple[str, ...]] = {
     int: (
-        "hidden_size",
-        "target_hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-        "draft_vocab_size",
-        "max_position_embeddings",
+        *("hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "vocab_size", "draft_vocab_size", "max_position_embeddings"),
     ),
     float: ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "initializer_range"),
     bool: ("fc_norm", "use_aux_norm", "norm_before_fc", "norm_output"),
@@ -57,7 +48,6 @@ SERVING_TYPES: dict[type, tuple[str, ...]] = {
     dict: ("rope_parameters", "rope_scaling", "eagle_config"),
     list: (LAYER_IDS, "layer_types"),
 }
-
 
 COMMENTS = {  # of `fastdraft init`, setting by setting
     "hidden_size": "width of the draft; other than the target's, the embedding is shipped with it",
@@ -75,7 +65,7 @@ class DraftConfig(DraftShape):
     """Shape of an EAGLE-3 draft. draft_vocab_size is min(32000, vocab_size) unless overridden."""
 
     title: ClassVar[str] = "EAGLE-3"
-    architecture: ClassVar[str] = ARCHITECTURE
+    architecture: ClassVar[str] = "LlamaForCausalLMEagle3"
     served_type: ClassVar[str] = "llama"
     facts: ClassVar[dict[str, str]] = {
         "target_hidden_size": "hidden_size",
@@ -158,13 +148,8 @@ class DraftConfig(DraftShape):
         sizes = num_target_layers, target_hidden_size, target_vocab_size
         problems = serving_malformed(config) or serving_problems(config, *sizes)
         needed = (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "vocab_size",
-            "draft_vocab_size",
-            "rms_norm_eps",
-            "max_position_embeddings",
+            *("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "draft_vocab_size"),
+            *("rms_norm_eps", "max_position_embeddings"),
         )
         problems += [f"{key} is missing." for key in needed if config.get(key) is None]
         if problems:
@@ -222,8 +207,8 @@ def serving_problems(
     """Sentences on what a config.json asks of the engines that the draft here does not compute, says to each of them in
     another way, or says of another target; empty when nothing."""
     said = []
-    if config.get("architectures") != [ARCHITECTURE]:
-        said.append(f"architectures is {config.get('architectures')!r}; both engines need [{ARCHITECTURE!r}].")
+    if config.get("architectures") != [DraftConfig.architecture]:
+        said.append(f"architectures is {config.get('architectures')!r}; both engines need [{DraftConfig.architecture!r}].")
     for key, only in TRAINED_AS.items():
         value = config.get(key)
         if value is not None and value != only:
@@ -239,10 +224,7 @@ def serving_problems(
         )
     if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
         said.append(f"layer_types is {config['layer_types']!r}; the draft attends to everything, leave it out.")
-    try:
-        serving_rope(config)
-    except ValueError as error:
-        said.append(f"{error}.")
+    said += rope_problems(config)
     try:
         layers = serving_layers(config, num_target_layers)
         last = num_target_layers - 2  # SGLang captures where a layer begins

@@ -5,7 +5,7 @@ Computes what `ttt_ref_step` computes (the specification) by four facts (docs/ma
 1 Once K^0, V^0 of the whole pack exist, a position's chain depends on no other: steps 0..T-1, all losses and the backward
   run for `chunk_rows` chains at a time (`chunks.py`). Kept for every token are h^0, K^0, V^0 and their gradients.
 2 Row (t, i) is computed only while some step j >= i at t is trained on, its head only if (t, i) itself is. With drawn
-  depths (`depth.py`) a training step has fewer such rows; `rows` always has all.
+  depths (`chunks.py`) a training step has fewer such rows; `rows` always has all.
 3 The embedding's half of QKV depends on the token alone: a chunk computes it once for each token its rows read, step i
   reads the row of token t+1+i, and its gradient is collected once.
 4 A chunk's weight gradients are one product per weight over the rows of all steps, added in float32.
@@ -50,8 +50,7 @@ from fastdraft.kernels.teacher import PermutedHead, TeacherRows, teacher
 from fastdraft.model.buffers import Buffers, end_to_end, flat_gradients, table_bytes
 from fastdraft.model.eagle3 import memory
 from fastdraft.model.eagle3.attention import ChainAttention
-from fastdraft.model.eagle3.chunks import Chunk, Fetched, deal_chains, plan_chunks
-from fastdraft.model.eagle3.depth import SampledDepth
+from fastdraft.model.eagle3.chunks import Chunk, Fetched, SampledDepth, deal_chains, plan_chunks
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.shard import cut_head, local_config
 

@@ -10,7 +10,7 @@ Step i = 0 .. T-1 at token t of a document with tokens x_0 .. x_{L-1}:
     student         Q = softmax(lm_head(norm(y^i_t)))            over the draft vocabulary
     teacher         P = softmax(target_logits(f_u)), u = t+1+i   the distribution of x_{u+1}
     live            x_{u+1} exists in the document, loss_mask[u+1] = 1, argmax P is a draft-vocabulary token, and the
-                    chain runs so many steps where its number of steps was drawn (`depth.py`)
+                    chain runs so many steps where its number of steps was drawn (`chunks.py`)
 
 Runs in any dtype; float64 is the truth. Memory is O(T * N * V): for tests and small drafts.
 Sources: EAGLE-3 (arXiv 2503.01840), section 3; norm_output: EAGLE-3.1 (arXiv 2605.09992).
@@ -28,7 +28,7 @@ from torch import Tensor
 from fastdraft.batch import Batch, Features, LossKind, Rows, TargetHead
 from fastdraft.kernels.linear_kl import row_losses_ref
 from fastdraft.kernels.teacher import teacher_ref
-from fastdraft.model.eagle3.depth import SampledDepth
+from fastdraft.model.eagle3.chunks import SampledDepth
 from fastdraft.model.eagle3.draft import Draft
 
 
@@ -41,7 +41,7 @@ def ttt_ref(
     kind: LossKind = "kl",
     lk_scale: float = 1.0,
     lk_decay: float = 1.0,
-    drawn: Tensor | None = None,  # [N] int64, steps of each token's chain that count (`depth.py`); None: all
+    drawn: Tensor | None = None,  # [N] int64, steps of each token's chain that count (`chunks.py`); None: all
 ) -> Rows:
     """All T steps over a batch; `Rows.loss` carries the autograd graph. The caller weighs the steps and sums."""
     row = torch.arange(batch.num_tokens, device=batch.input_ids.device)

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from fastdraft.model.eagle3.config import (
-    ARCHITECTURE,
     DraftConfig,
     serving_layers,
     serving_malformed,
@@ -41,38 +40,17 @@ from fastdraft.model.serving import (
 from fastdraft.model.target_config import default_layers, language_config, read_json, read_target_config
 
 MANDATORY = (
-    "architectures",
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "attention_bias",
-    "rms_norm_eps",
-    "vocab_size",
-    "draft_vocab_size",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-    "rope_parameters",
-    "rope_theta",
-    "dtype",
-    "torch_dtype",
+    *("architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "rms_norm_eps", "vocab_size"),
+    *("draft_vocab_size", "tie_word_embeddings", "max_position_embeddings", "rope_parameters", "rope_theta"),
+    *("dtype", "torch_dtype"),
 )
-
-
 SIZES = {"hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "vocab_size"}
-
-
 MAP_DTYPES = {"d2t": torch.int64, "t2d": torch.bool}
 MAPS = {
     "d2t": "engines would take draft ids for target ids",
     "t2d": "engines read d2t alone, but without it nothing tells whether that is the map of these weights; write it",
 }
-
-
 OLD_NAMES = {f"aux_norm_{part}.weight": f"fc_norm.{j}.weight" for j, part in enumerate(("low", "mid", "high"))}  # SGLang's
 
 
@@ -138,7 +116,8 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> D
     path = Path(path)
     config = read_json(path / CONFIG)
     try:
-        c = _config_for(config, target)
+        facts = _target_facts(target)
+        c = DraftConfig.from_serving(config, facts["num_hidden_layers"], facts["hidden_size"], facts["vocab_size"])
         tensors = _with_t2d({OLD_NAMES.get(name, name): t for name, t in load_weights(path, _own_name).items()}, c)
         problems = _tensor_problems(tensors, c, lenient=True)
         if problems := problems or _map_problems(tensors.get("d2t"), tensors["t2d"], c):
@@ -172,11 +151,6 @@ def _with_t2d(tensors: dict[str, Tensor], c: DraftConfig) -> dict[str, Tensor]:
     t2d = torch.zeros(c.vocab_size, dtype=torch.bool)
     t2d[ids[(ids >= 0) & (ids < c.vocab_size)]] = True
     return tensors | {"t2d": t2d}
-
-
-def _config_for(config: dict[str, Any], target: dict[str, Any] | PretrainedConfig) -> DraftConfig:
-    facts = _target_facts(target)
-    return DraftConfig.from_serving(config, facts["num_hidden_layers"], facts["hidden_size"], facts["vocab_size"])
 
 
 def _target_facts(target: dict[str, Any] | PretrainedConfig) -> dict[str, Any]:
@@ -311,7 +285,7 @@ def _shape_only(config: dict[str, Any]) -> DraftConfig:
     """The sizes in config.json, whatever the rest of it says. Raises ValueError when they are missing or do not fit."""
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     fields = {key: config.get(key) for key in (*sizes, "draft_vocab_size", "rms_norm_eps", "max_position_embeddings")}
-    plain = {"architectures": [ARCHITECTURE], "rope_parameters": {"rope_theta": 1e4}}
+    plain = {"architectures": [DraftConfig.architecture], "rope_parameters": {"rope_theta": 1e4}}
     read = ("target_hidden_size", "fc_norm", "use_aux_norm")
     rest = {key: config[key] for key in read if config.get(key) is not None}
     rest["norm_before_fc"] = serving_norm_before_fc(config)

@@ -17,8 +17,7 @@ from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.draws import token_uniforms
 from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3 import graph_engine as graph
-from fastdraft.model.eagle3.chunks import pad_batch, pad_chunk, plan_chunks
-from fastdraft.model.eagle3.depth import SampledDepth
+from fastdraft.model.eagle3.chunks import SampledDepth, pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.eagle3.engine import TTTEngine
 from fastdraft.model.eagle3.graph_engine import GraphEngine
 from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
