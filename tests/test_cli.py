@@ -304,7 +304,8 @@ def test_evaluate_uses_the_runs_template_and_needs_no_held_out_data(fastdraft, c
     code, out, err = fastdraft("evaluate", run_dir, "--prompts", prompts, "--max-new-tokens", "8")
     assert code == 0 and json.loads(out)["held_out"] is None, err
     assert seen == [[[make_tokenizer().convert_tokens_to_ids(x) for x in ("ba", "be", "bi", "<|im_end|>")]]]
-    assert "give --prompts" in refusal(fastdraft("evaluate", run_dir))
+    said = refusal(fastdraft("evaluate", run_dir))
+    assert "no held-out data: data.eval_fraction is 0; raise it" in said and "or give --prompts" in said
 
 
 def test_options_that_would_do_nothing_are_refused(fastdraft, trained, tmp_path):

@@ -97,6 +97,42 @@ def test_answers_end_with_the_time(demo, target):
         assert row["input_ids"][: len(part["input_ids"])] == part["input_ids"]  # the target's own words, fewer of them
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_second_answer_is_drawn_for_prompts_that_are_not_held_out(demo, tmp_path, monkeypatch, device, apart):
+    """Forty prompts, known by their first tokens, the longest first; what a batch holds is the device's."""
+    prompts = [[place] + [1] * (100 - place) for place in range(40)]
+    asked = []
+
+    def said(target, batch, max_new_tokens, max_time, **sampling):
+        asked.append((len(batch), sampling["do_sample"]))
+        return [[int(sampling["do_sample"])]] * len(batch)
+
+    monkeypatch.setattr(demo, "load_tokenizer", lambda _: make_tokenizer())
+    monkeypatch.setattr(demo, "prompt_ids", lambda *_: prompts)
+    monkeypatch.setattr(demo, "answer_batch", said)
+    monkeypatch.setattr(demo, "ANSWER_BATCH", 32)
+    target = SimpleNamespace(device=torch.device(device), model=SimpleNamespace(name_or_path=""))
+    answers, held_out, clock = tmp_path / "answers.jsonl", tmp_path / "held_out.jsonl" if apart else None, demo.Clock()
+    demo.answer(target, answers, held_out, clock)
+    read = lambda file: [json.loads(line) for line in file.read_text().splitlines()]  # noqa: E731
+    by_length = list(range(39, -1, -1))
+    greedy = [place for place in by_length if not apart or place not in (39, 23, 7)]
+    trained = read(answers)
+    assert [row["input_ids"][0] for row in trained] == greedy + (greedy if apart else [])
+    assert [row["input_ids"][-1] for row in trained] == [0] * len(greedy) + [1] * (len(greedy) if apart else 0)
+    if apart:
+        kept = read(held_out)
+        assert [(row["input_ids"][0], row["input_ids"][-1]) for row in kept] == [(39, 0), (23, 0), (7, 0)]
+    assert all(row["loss_mask"] == [0] * (len(row["input_ids"]) - 1) + [1] for row in trained)
+    batches = {"cpu": [(32, False), (8, False), (32, True), (5, True)], "cuda": [(40, False), (37, True)]}
+    assert asked == [batch for batch in batches[device] if apart or not batch[1]]
+    assert clock.cuts == []
+    monkeypatch.setattr(demo, "ANSWER_SECONDS", 0)
+    demo.answer(target, answers, held_out, clock)
+    assert clock.cuts == [f"0 of {77 if apart else 40} answers"] and read(answers) == []
+
+
 def test_the_prompts_and_tokens_are_those_that_the_clock_has_room_for(demo, make_config, target, monkeypatch):
     """A plain decoding of 4 s and one with the draft of 6 s: 16 s for each prompt, 9 s more for each of up to three by the
     untrained draft, 6 s for the one that is shown, and 3 s for the trials where there is more than one. Where eight have

@@ -318,8 +318,8 @@ def _why_none(train: Dataset, config: DataConfig) -> str:
             "data.vocab_samples, or name conversations in data.eval_paths"
         )
     return (
-        f"{asked}, but there is only one conversation with a trained token ({len(train):,} samples of it), and it is "
-        "trained on; add others, or name conversations in data.eval_paths"
+        f"{asked}, but the data have one conversation with a trained token, which is trained on; add others, or name "
+        "conversations in data.eval_paths"
     )
 
 

@@ -180,7 +180,7 @@ def fleet_plan(
         Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
         Row("fp32 gradient", int(4 * trainable)),
         Row("Muon's directions and temporaries", muon_bytes(replicas) if muon_bytes else 0),
-        Row("features g and f", 4 * target.hidden_size * own_tokens * target_bytes),
+        Row("features g and f", (len(draft.layers) + 1) * target.hidden_size * own_tokens * target_bytes),
         Row("keys and values of the others' tokens, and gradients", gathered_kv),
         *step,
     ]

@@ -53,7 +53,7 @@ def test_small_data_leaves_neither_side_empty(config, tokenizer):
         done = prepare(config(*CHATS[:1], *CHATS[:1], eval_fraction=fraction), tokenizer)
         assert (len(done.train), len(done.eval)) == (2, 0)
         assert f"nothing is held out, so no tau_sim is measured: data.eval_fraction is {fraction:g}" in done.lines()[-1]
-        assert "only one conversation with a trained token (2 samples of it)" in done.lines()[-1]
+        assert "but the data have one conversation with a trained token, which is trained on" in done.lines()[-1]
     done = prepare(config(*CHATS, eval_fraction=0), tokenizer)
     assert len(done.eval) == 0 and "data.eval_fraction is 0; raise it" in done.lines()[-1]
 

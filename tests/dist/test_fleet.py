@@ -141,6 +141,8 @@ def test_a_draft_of_blocks_shares_the_keys_of_all_its_layers(tmp_path):
     assert seconds["draft's keys, values and their gradients"] == pytest.approx(packs * kv * n * 6 * 3 / 4 / 360e9)
     rows = {row.name: row.size for row in shared.memory}
     assert rows["keys and values of the others' tokens, and gradients"] == kv * n * 3 // 4 * 6
+    # of five layers of the target and its last, in bf16, of this process's tokens
+    assert rows["features g and f"] == (5 + 1) * 4096 * n // 4 * 2
     with pytest.raises(ValueError, match=r"dist\.tensor=2: the weights of a DFlash draft are not divided"):
         planned(Layout(8, tensor=2))
 

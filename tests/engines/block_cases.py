@@ -42,6 +42,14 @@ class BlockCase:
     run: Run
 
 
+def far_apart(draft: torch.nn.Module) -> None:
+    """Norms of the layers' keys as after long training, where one layer's cannot stand for another's."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in draft.layers:
+        weight = layer.self_attn.k_norm.weight
+        weight.data *= (0.5 * torch.randn(weight.shape, generator=generator)).exp()
+
+
 def engine_of(method: str, draft: torch.nn.Module, target: Target) -> BlockEngine:
     draw = lambda batch, step: draw_anchors(batch, 64, 0, step)  # noqa: E731
     if method == "dspark":
@@ -57,6 +65,7 @@ def make_block_case(
     method: str = "dflash",
     start: Callable[[torch.nn.Module], None] = lambda draft: None,  # changes a new draft's weights
     steps: int = 16,
+    end: Callable[[torch.nn.Module], None] = lambda draft: None,  # changes the trained draft before it is exported
 ) -> BlockCase:
     model = tiny_llama(0, **SHAPE)
     model.save_pretrained(folder / "target")
@@ -79,6 +88,7 @@ def make_block_case(
         for name, p in draft.trainable().items():
             p.grad = grads[name] / rows.live.sum()
         optimizer.step()
+    end(draft)
     checkpoint = export_draft(draft, folder / "draft", torch.float32)
     assert not verify(checkpoint, folder / "target").errors
     name = METHODS[method].engine_names["vllm"]

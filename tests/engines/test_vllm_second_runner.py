@@ -15,8 +15,7 @@ import os
 from dataclasses import replace
 
 import pytest
-import torch
-from block_cases import make_block_case
+from block_cases import far_apart, make_block_case
 from cases import engine_place
 
 from fastdraft.serving.check import compare
@@ -82,13 +81,6 @@ CASES = {
     "dspark": ("dspark", {"layers": (1, 4, 6)}),
     "dflash2": ("dflash2", {"layers": (1, 4, 6)}),
 }
-
-
-def far_apart(draft: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for layer in draft.layers:
-        weight = layer.self_attn.k_norm.weight
-        weight.data *= (0.5 * torch.randn(weight.shape, generator=generator)).exp()
 
 
 @pytest.fixture(scope="module")

@@ -292,7 +292,7 @@ def test_a_missing_engine(tmp_path):
 
 
 def test_an_old_engine(fake):
-    with pytest.raises(ValueError, match=r"vllm 0\.10\.2 is too old .* 0\.32\.0 and newer"):
+    with pytest.raises(ValueError, match=r"vllm 0\.10\.2 is too old .* 0\.26\.0 and newer"):
         refuse_old_engine(fake("0.10.2"))
 
 
@@ -359,8 +359,9 @@ def test_an_engine_alone_is_reported_without_loading_the_target(tmp_path, target
         assert code == 1 and "vllm drafted nothing" in out
 
 
-def test_a_version_that_will_do(fake):
-    assert refuse_old_engine(fake("0.32.0.post1")) == "0.32.0.post1"
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0.post1"])
+def test_a_version_that_will_do(fake, version):
+    assert refuse_old_engine(fake(version)) == version
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.33.1rc1.dev5+g1", "1.0"])

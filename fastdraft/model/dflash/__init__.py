@@ -73,7 +73,8 @@ def refuse_parts(shape: DFlashConfig, size: int) -> None:
     if size > 1:
         raise ValueError(
             f"dist.tensor={size}: the weights of a {shape.title} draft are not divided among processes; set dist.tensor=1, "
-            "and dist.sequence above 1 where a pack is too long for one process"
+            "and dist.sequence above 1 where a pack is too long for one process. Masters and moments of the optimizer are "
+            "divided among all processes as it is"
         )
 
 

@@ -99,14 +99,23 @@ def _flops(c: DFlashConfig, n: int, length: int, blocks: int, needs_teacher: boo
         layers = 3 * c.num_hidden_layers * rows * (all_rows + c.own_layer_weights)
     context = n * (2 * len(c.layers) * h * h + 3 * c.num_hidden_layers * 2 * h * kv)
     head = (2 + needs_teacher * n / max(live, 1)) * live * h * c.vocab_size + 3 * live * c.own_head_weights
-    seen = min(length, n) // 2 + c.block_size
-    attention = 7 * 2 * c.num_hidden_layers * rows * e * seen
+    attention = 7 * 2 * rows * e * sum(_keys_seen(c, kind, min(length, n)) for kind in c.layer_types)
     per_token = lambda size: int(2 * size // n)  # noqa: E731
     return (
         Row("context and draft layers but for attention", per_token(layers + context)),
         Row("head of the live rows", per_token(head)),
         Row("draft's attention", int(attention // n)),
     )
+
+
+def _keys_seen(c: DFlashConfig, kind: str, length: int) -> float:
+    """Keys that a row of a block sees in a layer, as a mean over the block's rows and over anchors anywhere in a document
+    of `length` tokens. A row k of a sliding layer sees W - 1 - k tokens before the anchor, as far as there are so many."""
+    if kind == "full_attention":
+        return length // 2 + c.block_size
+    own = (c.block_size + 1) / 2  # rows up to its own; W is no less than B
+    reach = [min(c.sliding_window - 1 - k, length) for k in range(c.block_size)]
+    return own + sum(tokens - tokens**2 / (2 * max(length, 1)) for tokens in reach) / c.block_size
 
 
 def pair_cost(c: DFlashConfig, target_params: int, anchors: int) -> float:

@@ -117,13 +117,11 @@ def dflash_problems(config: dict[str, Any], nested: dict[str, Any]) -> list[str]
             f"target_layer_ids is {config['target_layer_ids']!r} beside dflash_config.target_layer_ids "
             f"{nested.get('target_layer_ids')!r}; engines differ, leave it out."
         )
-    for where, flag in (
-        ("sample_from_anchor", config.get("sample_from_anchor")),
-        ("dflash_config.sample_from_anchor", nested.get("sample_from_anchor")),
-    ):
-        if flag:
+    for where, section in {"": config, "dflash_config.": nested}.items():
+        if section.get("sample_from_anchor"):
             said.append(
-                f"{where} is true: its labels are shifted by one slot, which DFlash in the engines is not; leave it out."
+                f"{where}sample_from_anchor is true: its labels are shifted by one slot, which DFlash in the engines is "
+                "not; leave it out."
             )
     return said
 
@@ -264,15 +262,13 @@ def _block_problems(config: dict[str, Any], block: dict[str, Any], facts: dict[s
             f"{where}mask_token_id is {mask!r}; it must be an id of the target's vocabulary of "
             f"{facts.get('vocab_size')}, which engines embed."
         )
-    nested = dflash_section(config) or {}
-    for name, flag in (("is_causal", config.get("is_causal")), ("dflash_config.causal", nested.get("causal"))):
+    nested, kinds, count = dflash_section(config) or {}, config.get("layer_types"), config.get("num_hidden_layers")
+    for name, flag in {"is_causal": config.get("is_causal"), "dflash_config.causal": nested.get("causal")}.items():
         if flag:
             said.append(
                 f"{name} is true, with which engines make the block causal; it is trained so that each row sees all: "
                 "leave it out."
             )
-    kinds, count = config.get("layer_types"), config.get("num_hidden_layers")
-    for name, flag in (("is_causal", config.get("is_causal")), ("dflash_config.causal", nested.get("causal"))):
         if flag is False and "sliding_attention" in (kinds or ()):
             said.append(
                 f"{name} is false, with which engines let a row of a sliding layer see later rows of its block; here it is "
