@@ -128,8 +128,8 @@ class Stats:
             ),
             (
                 self.joined,
-                "trained turns begin in the middle of a token, which is not trained: its first characters are the prompt's, "
-                "mostly where a template's generation prompt ends with white space",
+                "trained turns begin in the middle of a token, which is not trained: its first characters are the prompt's "
+                "(mostly white space at the end of a template's generation prompt)",
             ),
             (
                 self.endless,
