@@ -61,6 +61,7 @@ class Stats:
     untrained_samples: int = 0  # left out: no trained token in them
     lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
     raw_reasoning: int = 0  # trained turns with reasoning that the template cuts, as the model produced them
+    joined: int = 0  # trained turns whose first token began before them, which is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
     unopened: int = 0  # trained turns without the block that the generation prompt opens
@@ -89,6 +90,7 @@ class Stats:
         self.untrained_samples += done.untrained
         self.lost_reasoning += done.lost_reasoning
         self.raw_reasoning += done.raw_reasoning
+        self.joined += done.joined
         self.endless += done.endless
         self.cut += done.cut
         self.unopened += done.unopened
@@ -123,6 +125,11 @@ class Stats:
                 self.raw_reasoning,
                 "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
                 "behind the prompt as served",
+            ),
+            (
+                self.joined,
+                "trained turns begin in the middle of a token, which is not trained: its first characters are the prompt's "
+                "(mostly white space at the end of a template's generation prompt)",
             ),
             (
                 self.endless,

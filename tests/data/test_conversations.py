@@ -105,6 +105,11 @@ def test_functions_and_a_function_call_are_openais_first_names_of_tools_and_call
     assert parsed({"messages": turns}).messages[1]["tool_calls"] == [call]
 
 
+def test_a_users_turn_may_say_that_it_is_not_trained():
+    turns = [{"role": "user", "content": "a", "train": False}, {"role": "assistant", "content": "b", "train": True}]
+    assert [message["content"] for message in parsed({"messages": turns}).messages] == ["a", "b"]
+
+
 def test_a_prompt_is_one_users_message_where_prompts_are_read(tmp_path):
     with pytest.raises(BadLine, match=r"input_ids or prompt \(text\); has none \(keys: prompt\)"):
         parse(Line("f:1", {"prompt": ["x"]}), prompts=True)
