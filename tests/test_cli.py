@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +21,12 @@ from tiny import make_tokenizer, refusal, save_target
 
 from fastdraft import cli
 from fastdraft import train as training
+from fastdraft.data.loader import Loader
+from fastdraft.model.methods import named_method
 from fastdraft.run import finished
+from fastdraft.run.draft import draft_shape
+from fastdraft.run.inputs import load_data
+from fastdraft.run.plan import predict
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -144,10 +150,50 @@ def test_plan_says_the_recipe_and_why(fastdraft, config_file):
 def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
     code, out, err = fastdraft("train", config_file, "--plan", "device=cuda")
     assert code == 0 and "predicted for one cuda device and the fused step" in out, err
-    assert "one cpu device and the fused step" in fastdraft("train", config_file, "--plan", "device=cpu")[1]
+    assert out.index("Memory of the host") < out.index("copy for writing checkpoints")
+    out = fastdraft("train", config_file, "--plan", "device=cpu")[1]
+    assert "one cpu device and the fused step" in out
+    assert "copy for writing checkpoints" in out and "Memory of the host" not in out
+    out = fastdraft("train", config_file, "--plan", "--world", 2)[1]
+    assert "host memory of rank 0's process: 0.000 GiB, copy for writing checkpoints, 1/2" in out
     said = refusal(fastdraft("train", config_file, "--plan", "device=cpu", "precision=fp8"))
     assert said.startswith("fastdraft: precision: fp8 needs a GPU")
     assert fastdraft("train", config_file, "--plan", "device=cuda", "precision=fp8")[0] == 0
+
+
+def test_plan_says_how_unequal_the_processes_packs_are(fastdraft, config_file, make_config, tmp_path):
+    """Once the data are prepared, and with nothing prepared by it. Counted by hand from what each process is dealt."""
+    cache = tmp_path / "cache"
+    plan = ("train", config_file, "--plan", "--world", 4, f"data.cache_dir={cache}", "optim.packs_per_step=4")
+    plan += ("dist.sequence=2",)
+    code, out, err = fastdraft(*plan)
+    assert code == 0 and "is not known before `fastdraft data prepare`" in out, err
+    assert not cache.exists()
+    assert fastdraft("data", "prepare", config_file, f"data.cache_dir={cache}")[0] == 0
+    config = make_config(**{"data.cache_dir": str(cache), "optim.packs_per_step": 4})
+    shape, predicted = draft_shape(config), predict(config, torch.device("cuda"))
+    token = 2 * predicted.target_params
+    row = predicted.flops_per_token - token
+    pairs = named_method("eagle3").pair_cost(shape, predicted.target_params, config)
+    data = load_data(config, shape.vocab_size).train
+    loaders = [Loader(data, config.data.pack_tokens, 4, config.data.seed, rank, 2, pairs) for rank in range(2)]
+    work = np.zeros((loaders[0].num_packs // 4, 2))
+    for step in work:
+        for rank, loader in enumerate(loaders):
+            for batch in next(loader):
+                masks = zip(batch.loss_mask.split(batch.lengths), batch.lengths, strict=True)
+                step[rank] += sum(token * n + row * int(m[2:].sum()) + pairs * (token + row) * n * n for m, n in masks)
+    slowest = work.max(axis=1).sum() / work.mean(axis=1).sum()
+    assert 1.001 < slowest < 2
+    said = fastdraft(*plan)[1]
+    assert "the 2 groups of processes that have packs of their own wait for the slowest" in said
+    assert f"whose work is {slowest:.3f} times the mean: counted over the {len(work)} whole steps" in said
+    assert "training would be refused: optim.packs_per_step 400 is more" in fastdraft(*plan, "optim.packs_per_step=400")[1]
+    assert "is predicted for EAGLE-3 drafts" in fastdraft(*plan, "data.streaming=true", "max_steps=3")[1]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(config.target.path) / "config.json", bare)
+    assert "is not known before `fastdraft data prepare`" in fastdraft(*plan, f"target.path={bare}")[1]
 
 
 def test_a_finished_run_says_so(fastdraft, trained, config_file):

@@ -19,7 +19,7 @@ from fastdraft import checkpoint as checkpoints
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.cost import plan, render
+from fastdraft.cost import checkpoint_copies, plan, render
 from fastdraft.files import free_disk
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.cost import pair_cost
@@ -414,6 +414,53 @@ def test_sampled_depth_counts_the_share_of_each_step(device):
 def test_fp8_is_predicted_for_no_cpu():
     with pytest.raises(ValueError, match=r"precision: fp8 is for GPUs, a run on the CPU refuses it; set precision=bf16"):
         fused_plan(config(), 64, 2, 8, BF16, BF16, precision="fp8", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"draft.overrides": {"hidden_size": 64}}],
+)
+def test_the_copy_that_is_written_is_as_large_as_predicted(make_config, monkeypatch, changes):
+    """But for the state of the random numbers and the sums since the last line of metrics."""
+    writers, init = [], checkpoints.Writer.__init__
+    monkeypatch.setattr(
+        checkpoints.Writer, "__init__", lambda self, *a, **k: (writers.append(self), init(self, *a, **k))[0]
+    )
+    config = make_config(max_steps=2, **{"eval.every": 100}, **changes)
+    train(config)
+    (writer,) = writers
+    small = ("rng.cpu", "window.sums", "window.skipped_steps", "updates", "step_count")
+    copied = sum(x.nbytes for name, x in writer._copies.items() if name not in small)
+    assert sizes(predict(config, torch.device("cpu")).memory)["copy for writing checkpoints"] == copied > 0
+
+
+@pytest.mark.parametrize(
+    ("replicas", "tensor", "expected"),
+    [
+        # 12 bytes a weight, in three pieces, each rounded up to a power of two
+        (1, 1, {"copy for writing checkpoints": 3 * 2**17}),
+        (4, 1, {"copy for writing checkpoints, 1/4": 3 * 2**15}),
+        (
+            2,
+            2,
+            {
+                "copy for writing checkpoints, of the whole draft": 12 * 30_000,
+                "the draft's joined weights, while they are copied": 12 * 30_000,
+            },
+        ),
+    ],
+)
+def test_the_copy_for_a_gpu_lies_on_its_host(replicas, tensor, expected):
+    maps = 1000
+    rows = checkpoint_copies(30_000, maps, replicas, tensor, pinned=True)
+    first = next(iter(expected))
+    assert sizes(rows) == expected | {first: expected[first] + maps}
+    c = config()
+    common = dict(target_params=0, target_dtype=torch.bfloat16, pack_tokens=300, ttt_length=2, replicas=replicas)
+    host = {device: plan(c, step="fused", device=device, tensor=tensor, **common).host for device in ("cpu", "cuda")}
+    trainable = c.num_parameters()["trainable"]
+    assert host["cpu"] == ()
+    assert host["cuda"] == checkpoint_copies(trainable, 8 * 100 + 320, replicas, tensor, pinned=True)
 
 
 def test_a_checkpoint_asks_for_the_room_it_takes(make_config, monkeypatch):

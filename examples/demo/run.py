@@ -217,8 +217,8 @@ def smollm2() -> Path:
 
 def llama_from_gguf(pretrained_model_name_or_path: str, gguf_file: str) -> PreTrainedModel:
     """What AutoModelForCausalLM makes of a Llama's GGUF file with GgufConfig(dequantize=True), in bf16. With transformers'
-    own reader the whole conversion took 17 s of processor time, and takes 11: that reads the file once more, and looks all
-    names up again for each module of the model."""
+    own reader the whole conversion takes 17 s of processor time instead of 11: that one reads the file once more, and looks
+    all names up again for each module of the model."""
     from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map  # not needed once the model is there
 
     config = AutoConfig.from_pretrained(pretrained_model_name_or_path, gguf_file=gguf_file)

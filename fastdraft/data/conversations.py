@@ -284,8 +284,8 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
         raise ValueError(f"message {number} has role {role!r}; known roles: {', '.join(known)}")
     if message.get("function_call") and "tool_calls" not in message:  # as OpenAI called them first
         message["tool_calls"] = [message.pop("function_call")]
-    for key in NOT_TRAINED if message["role"] == "assistant" else ():  # nobody trains on the others
-        if message.get(key) is False:
+    for key in NOT_TRAINED:
+        if message["role"] == "assistant" and message.get(key) is False:
             raise ValueError(f'message {number} has {key!r}: false, which is not read; write "weight": 0 instead')
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
     for name in ("reasoning", "thinking"):  # other servers' names for it

@@ -114,9 +114,34 @@ class Loader:
             self._next += 1
             if self._next == len(self._block.packs):
                 self._block, self._next = self._open(self._block.after), 0
-        costs = [float((n + self.pair_cost * n**2).sum()) for n in (block.pack_lengths[p] for block, p in step)]
-        mine = (step[i] for i in deal(costs, self.world_size)[self.rank])
+        mine = (step[i] for i in self._deal([block.pack_lengths[p] for block, p in step])[self.rank])
         return [read_pack(block.table, block.packs[p]) for block, p in mine]
+
+    def work(
+        self,
+        token: float,  # work for a token of a pack
+        row: float,  # and for one that is trained on
+    ) -> np.ndarray:  # [steps, world_size]
+        """What each rank does in each whole optimizer step of this block, beside the pairs of tokens that attention sees:
+        those of a document of L tokens take `pair_cost` L^2 (token + row). No pack is read."""
+        block, k = self._block, self.packs_per_step
+        trained = np.concatenate([_trained(mask, n) for _, mask, n in scan(block.table)])
+        costs = [
+            float((token * n + row * trained[rows] + self.pair_cost * (token + row) * n**2).sum())
+            for rows, n in zip(block.packs, block.pack_lengths, strict=True)
+        ]
+        steps = range(0, len(costs) - k + 1, k)
+        dealt = [self._deal(block.pack_lengths[first : first + k]) for first in steps]
+        return np.array(
+            [
+                [sum(costs[first + i] for i in packs) for packs in of_ranks]
+                for first, of_ranks in zip(steps, dealt, strict=True)
+            ]
+        )
+
+    def _deal(self, pack_lengths: list[np.ndarray]) -> list[list[int]]:
+        """For each rank which packs of a step it takes."""
+        return deal([float((n + self.pair_cost * n**2).sum()) for n in pack_lengths], self.world_size)
 
     def _identity(self, block: _Block) -> dict[str, Any]:
         return {"data": block.data, "pack_tokens": self.pack_tokens, "seed": self.seed}
@@ -227,10 +252,7 @@ def _survey(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
     lengths, trains = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
     digests = [hashlib.blake2b(digest_size=16) for _ in range(3)]
     for ids, mask, n in scan(dataset):
-        starts = np.cumsum(n) - n
-        place = np.arange(len(ids)) - np.repeat(starts, n)  # of the token in its sample; 0 and 1 are never predicted
-        owner = np.repeat(np.arange(len(n)), n)
-        trains.append(np.bincount(owner[mask & (place >= 2)], minlength=len(n)) > 0)
+        trains.append(_trained(mask, n) > 0)
         lengths.append(n)
         for digest, values in zip(digests, (ids.astype(np.int32), mask, n), strict=True):
             digest.update(np.ascontiguousarray(values))
@@ -239,6 +261,16 @@ def _survey(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:
         raise ValueError(f"none of the {len(dataset)} samples has a trained token; check the roles and the chat template")
     data = hashlib.blake2b(b"".join(d.digest() for d in digests), digest_size=16).hexdigest()
     return usable, np.concatenate(lengths)[usable], data
+
+
+def _trained(
+    mask: np.ndarray,  # [M] bool, of samples end to end
+    lengths: np.ndarray,  # [n]
+) -> np.ndarray:  # [n]
+    """Tokens of each sample that are trained on: the first two are never predicted."""
+    place = np.arange(len(mask)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    return np.bincount(owner[mask & (place >= 2)], minlength=len(lengths))
 
 
 def read_pack(

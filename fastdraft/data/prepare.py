@@ -61,6 +61,7 @@ class Stats:
     untrained_samples: int = 0  # left out: no trained token in them
     lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
     raw_reasoning: int = 0  # trained turns with reasoning that the template cuts, as the model produced them
+    joined: int = 0  # trained turns whose first token began before them, which is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
     unopened: int = 0  # trained turns without the block that the generation prompt opens
@@ -89,6 +90,7 @@ class Stats:
         self.untrained_samples += done.untrained
         self.lost_reasoning += done.lost_reasoning
         self.raw_reasoning += done.raw_reasoning
+        self.joined += done.joined
         self.endless += done.endless
         self.cut += done.cut
         self.unopened += done.unopened
@@ -123,6 +125,11 @@ class Stats:
                 self.raw_reasoning,
                 "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
                 "behind the prompt as served",
+            ),
+            (
+                self.joined,
+                "trained turns begin in the middle of a token, which is not trained: its first characters are the prompt's "
+                "(mostly white space at the end of a template's generation prompt)",
             ),
             (
                 self.endless,
@@ -198,6 +205,24 @@ def prepare(
     if mask_token is not None:
         for files, (samples, _) in zip((train_files, eval_files), parts, strict=False):
             refuse_mask_token(samples, mask_token, (line for file in files for line in read_lines(file)))
+    return divide(parts, config, chat.template_date)
+
+
+def find_prepared(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    stop_ids: Collection[int] = (),
+) -> Prepared | None:
+    """`prepare` of what is in the cache, without the look for a mask token. None: a file would have to be tokenised. Errors
+    as `prepare`'s."""
+    chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
+    parts = []
+    for paths, setting in ((config.paths, "data.paths"), (config.eval_paths, "data.eval_paths")):
+        files = expand(paths, setting=setting)
+        if files and not _samples_folder(files, config, chat).is_dir():
+            return None
+        parts += [_read(_samples_folder(files, config, chat))] if files else []
     return divide(parts, config, chat.template_date)
 
 
@@ -318,10 +343,6 @@ def _why_none(train: Dataset, config: DataConfig) -> str:
 
 def tokenized(files: list[str], config: DataConfig, chat: ChatTokenizer) -> tuple[Dataset, Stats]:
     """All samples of the files, tokenised now or before."""
-    key = settings_key(config, chat)
-    for file in files:
-        with open(file, "rb") as opened:
-            key.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
     workers = config.num_workers
     if workers is None:
         workers = (os.cpu_count() or 1) if sum(map(os.path.getsize, files)) > 32 * 2**20 else 0
@@ -330,7 +351,16 @@ def tokenized(files: list[str], config: DataConfig, chat: ChatTokenizer) -> tupl
         with mapper(chat, config.on_bad_line == "skip", workers) as mapped:
             return write_samples((line for path in files for line in read_lines(path)), mapped, file)
 
-    return cached(cache_dir(config) / f"samples-{key.hexdigest()}", write)
+    return cached(_samples_folder(files, config, chat), write)
+
+
+def _samples_folder(files: list[str], config: DataConfig, chat: ChatTokenizer) -> Path:
+    """Where the cache keeps the samples of files, once it has them."""
+    key = settings_key(config, chat)
+    for file in files:
+        with open(file, "rb") as opened:
+            key.update(hashlib.file_digest(opened, hashlib.blake2b).digest())
+    return cache_dir(config) / f"samples-{key.hexdigest()}"
 
 
 def cache_dir(config: DataConfig) -> Path:

@@ -41,6 +41,7 @@ class Tokenized:
     untrained: int = 0  # samples or pieces left out because nothing in them is trained
     lost_reasoning: int = 0  # trained turns whose reasoning the template does not render
     raw_reasoning: int = 0  # trained turns as the model produced them, with reasoning that the template cuts
+    joined: int = 0  # trained turns whose first token began before them, which is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
     unopened: int = 0  # trained turns without the block that the generation prompt opens
@@ -86,11 +87,12 @@ class ChatTokenizer:
         """Samples of one conversation. BadLine when the template refuses it or a token id is out of range."""
         turns: list[Turn] = []
         left_out: list[tuple[str, str]] = []
+        joined = 0
         if conversation.input_ids is not None:
             samples = [self._pretokenized(conversation)]
         else:
             turns, left_out = self._turns_of(conversation)
-            samples = self._samples(_texts(turns), conversation.key)
+            samples, joined = self._samples(_texts(turns), conversation.key)
         largest = max((int(sample.input_ids.max(initial=0)) for sample in samples), default=0)
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise BadLine(conversation.where, f"token id {largest} is not in the vocabulary of {self.vocab_size}")
@@ -107,6 +109,7 @@ class ChatTokenizer:
             untrained=len(pieces) - len(kept) if samples else 1,
             lost_reasoning=sum(turn.lost_reasoning for turn in turns),
             raw_reasoning=sum(turn.raw_reasoning for turn in turns),
+            joined=joined,
             endless=sum(turn.endless for turn in turns),
             cut=sum(turn.cut for turn in turns),
             unopened=sum(turn.unopened for turn in turns),
@@ -121,14 +124,15 @@ class ChatTokenizer:
             mask = mask & (np.arange(len(mask)) > (before[-1] if len(before) else -1))
         return Sample(ids, mask, conversation.key)
 
-    def _samples(self, texts: list[tuple[str, list[Span]]], key: int) -> list[Sample]:
+    def _samples(self, texts: list[tuple[str, list[Span]]], key: int) -> tuple[list[Sample], int]:
+        """A sample of each text, and in how many of all spans the first characters are one token with what is before."""
         if not texts:
-            return []
+            return [], 0
         whole, (ids, offsets) = texts[-1][0], self._tokens(texts[-1][0])
         # Added tokens are found before anything else, so what is before one does not depend on what follows, and the many
         # turns of a conversation need not be tokenised from its beginning.
         cuts = self._cuts(whole, ids, offsets) if len(texts) > 1 else np.zeros(0, np.int64)
-        samples = []
+        samples, joined = [], _joined(offsets, texts[-1][1])
         for text, spans in texts[:-1]:
             common = _common_length(text, whole)
             before = cuts[offsets[cuts, 0] + self._longest_added <= common]
@@ -136,9 +140,10 @@ class ChatTokenizer:
             at = int(offsets[first, 0]) if first else 0
             more, more_offsets = self._tokens(text[at:])
             all_ids = np.concatenate([ids[:first], more])
-            mask = self._mask(text, all_ids, np.concatenate([offsets[:first], more_offsets + at]), spans)
-            samples.append(Sample(all_ids, mask, key))
-        return [*samples, Sample(ids, self._mask(whole, ids, offsets, texts[-1][1]), key)]
+            all_offsets = np.concatenate([offsets[:first], more_offsets + at])
+            samples.append(Sample(all_ids, self._mask(text, all_ids, all_offsets, spans), key))
+            joined += _joined(all_offsets, spans)
+        return [*samples, Sample(ids, self._mask(whole, ids, offsets, texts[-1][1]), key)], joined
 
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:  # [L] int32, [L, 2] begin and end of each
         encoding = self.backend.encode(text, add_special_tokens=False)
@@ -248,6 +253,11 @@ def _texts(turns: list[Turn]) -> list[tuple[str, list[Span]]]:
     if all(whole.startswith(turn.text[: turn.span[1]]) for turn in turns):
         return [(whole, [turn.span for turn in turns])]
     return [(turn.text, [turn.span]) for turn in turns]
+
+
+def _joined(offsets: np.ndarray, spans: list[Span]) -> int:  # [L, 2]
+    """In how many spans a token begins before the span and ends in it."""
+    return sum(bool(((offsets[:, 0] < a) & (offsets[:, 1] > a)).any()) for a, _ in spans)
 
 
 def _common_length(a: str, b: str) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastdraft.config import Config, asks_servers, reads_store
 from fastdraft.cost import Plan, checkpoint_copies, frozen_bytes, peak_flops, plan, render
+from fastdraft.data.loader import Loader
+from fastdraft.data.prepare import find_prepared
 from fastdraft.dist import fleet, mesh
 from fastdraft.files import GIB
 from fastdraft.model.method import Row
@@ -24,7 +26,8 @@ from fastdraft.model.target_config import language_config, longest_context, name
 from fastdraft.optim import muon_bytes
 from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
-from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, target_sizes
+from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
+from fastdraft.target.identity import stop_ids
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
@@ -185,6 +188,35 @@ def known_work(config: Config, device: torch.device) -> Work | None:
     return Work(max(0, forward - 2 * ends), draft, peak)
 
 
+def imbalance_line(config: Config, groups: int) -> str:
+    """How unequal the work of `groups` of processes is that have packs of their own, in an epoch of the documents and masks
+    of the prepared data. Nothing is tokenised."""
+    if config.draft.method != "eagle3" or config.data.streaming:
+        return "how unequal the processes' packs are is predicted for EAGLE-3 drafts on data that are not streamed"
+    target, shape = (config.target.path, config.target.trust_remote_code), draft_shape(config)
+    data = None
+    with contextlib.suppress(OSError, ValueError):  # without a tokenizer nothing is prepared; the run says what it lacks
+        tokenizer = load_tokenizer(*target)
+        data = find_prepared(config.data, tokenizer, shape.vocab_size, stop_ids(*target))
+    if data is None:
+        return "how unequal the processes' packs are is not known before `fastdraft data prepare`"
+    predicted, method = predict(config, torch.device("cuda")), named_method(config.draft.method)
+    token = 0 if reads_store(config) or asks_servers(config) else 2 * predicted.target_params
+    row = (predicted.flops_per_token - token) / method.step_rows(config)
+    pairs = method.pair_cost(shape, predicted.target_params, config)
+    sizes = config.data.pack_tokens, config.optim.packs_per_step, config.data.seed
+    try:
+        work = Loader(data.train, *sizes, world_size=groups, pair_cost=pairs).work(token, row)
+    except ValueError as error:
+        return f"training would be refused: {error}"
+    slowest = work.max(axis=1).sum() / work.mean(axis=1).sum()
+    return (
+        f"the {groups} groups of processes that have packs of their own wait for the slowest of them, whose work is "
+        f"{slowest:.3f} times the mean: counted over the {len(work)} whole steps of an epoch, with the documents and loss "
+        "masks of the prepared data"
+    )
+
+
 def print_plan(config: Config, console: Console) -> None:
     """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too. No document is read."""
     device = mesh.planned_device(config.device)
@@ -242,8 +274,8 @@ def _schedule(config: Config) -> str:
 
 
 def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, console: Console) -> None:
-    """What one GPU of `world` needs in the config's layout, and in every other one. ValueError where that layout divides
-    processes, packs or heads unevenly."""
+    """What one GPU of `world` needs in the config's layout, and in every other one; how unequal the processes' work is, if
+    the data are prepared. ValueError where that layout divides processes, packs or heads unevenly."""
     check_target(config)
     planned = fleet_planner(config, hardware)
     axes = (world, config.dist.sequence, config.dist.tensor)
@@ -262,4 +294,6 @@ def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, conso
     shape, b = draft_shape(config), 4 if config.precision == "fp32" else 2
     trainable, tensor = shape.num_parameters()["trainable"], config.dist.tensor
     for row in checkpoint_copies(trainable, frozen_bytes(shape, b), world // tensor, tensor, pinned=True):
-        console.print(f"memory of the host of rank 0: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)
+        console.print(f"host memory of rank 0's process: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)
+    if chosen.layout.data > 1:
+        console.print(imbalance_line(config, chosen.layout.data), soft_wrap=True)

@@ -106,10 +106,9 @@ def test_functions_and_a_function_call_are_openais_first_names_of_tools_and_call
     assert parsed({"messages": turns, "functions": [TOOL]}).tools == [TOOL]  # the new form by the old name
 
 
-def test_a_users_message_that_another_trainer_leaves_out_is_like_any_other():
-    """Axolotl's files say `train: false` of users and systems, too."""
-    turns = [turn | {"train": turn["role"] == "assistant"} for turn in chat("a", "b")]
-    assert [turn["role"] for turn in parsed({"messages": turns}).messages] == ["user", "assistant"]
+def test_a_users_turn_may_say_that_it_is_not_trained():
+    turns = [{"role": "user", "content": "a", "train": False}, {"role": "assistant", "content": "b", "train": True}]
+    assert [message["content"] for message in parsed({"messages": turns}).messages] == ["a", "b"]
 
 
 def test_a_prompt_is_one_users_message_where_prompts_are_read(tmp_path):

@@ -121,6 +121,29 @@ def test_ranks_get_equal_work_by_cost():
     assert len(set(loads[1.0])) == 1 < len(set(loads[0.0]))
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("pair_cost", [0.0, 0.1])
+def test_the_work_of_ranks_is_that_of_the_packs_they_are_dealt(world, pair_cost):
+    """Also where a document trains nothing, so that no pack has it, and only some of the others' tokens are trained."""
+    masked = [Sample(s.input_ids, np.zeros(len(s.input_ids), bool)) for s in samples(5, seed=1)]
+    data = to_dataset([*masked, *DATA])
+    ranks = [Loader(data, 64, 4, 5, rank, world, pair_cost) for rank in range(world)]
+    predicted = ranks[0].work(token=2.0, row=5.0)
+    steps = ranks[0].num_packs // 4
+    assert predicted.shape == (steps, world) and steps > 2
+
+    def counted(batch) -> float:
+        work = 2.0 * batch.num_tokens
+        for mask, n in zip(batch.loss_mask.split(batch.lengths), batch.lengths, strict=True):
+            work += 5.0 * int(mask[2:].sum()) + pair_cost * 7.0 * n**2
+        return work
+
+    for step in predicted:
+        assert step.tolist() == pytest.approx([sum(map(counted, next(loader))) for loader in ranks])
+    if world > 1:
+        assert (predicted.max(axis=1) > predicted.mean(axis=1)).any()
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=8), st.integers(1, 5))
 def test_deal_gives_every_pack_to_one_rank(costs, ranks):

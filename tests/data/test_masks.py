@@ -491,6 +491,17 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
 
 
+def test_turns_that_begin_within_a_token_are_counted():
+    """The white space at the prompt's end is the first of the answer's token, where both are tokenised together."""
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:SPACE' }}{% endif %}"
+    for space, joined in ((" ", 2), ("", 0)):
+        tokenizer = make_tokenizer(template.replace("SPACE", space))
+        texts, done = marked(tokenizer, chat("is two", "two", "is four", "four"))
+        begins = ("assistant: two", "") if joined else ("assistant:", " two")
+        assert begins[0] + f"[[{begins[1]}<|im_end|>]]" in texts[0] and done.joined == joined
+
+
 def test_turns_that_nothing_ends_are_counted():
     """A template without an eos token, or one whose end of a turn the target's files do not name as eos."""
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
