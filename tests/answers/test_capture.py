@@ -4,6 +4,7 @@ answers. The server is `feature_server.FeatureServer`; tests/engines has the rea
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -240,6 +241,14 @@ def test_states_of_other_tokens_than_the_answers_are_refused_before_anything_is_
     proofs = [body for body in server.requests if body["kv_transfer_params"].get("answer")]
     assert all(body["temperature"] == 0 and body["max_tokens"] == 8 for body in proofs)
     assert any("cache_salt" in body for body in server.requests)
+
+
+def test_states_that_are_no_numbers_are_refused_before_anything_is_asked(regenerate, server, monkeypatch):
+    async def off(_source, _server, i, _sampling) -> float:
+        return math.nan if i == 2 else 0.0
+
+    monkeypatch.setattr("fastdraft.target.served.source.ServedSource._answer_off", off)
+    assert "nan% away" in refusal(regenerate()) and not server.chats
 
 
 def test_fresh_answers_do_not_go_beside_old_documents(regenerate, server, tmp_path):

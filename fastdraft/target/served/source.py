@@ -16,6 +16,7 @@ server if there is one, until nothing has come for `timeout_s`.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -503,12 +504,13 @@ class ServedSource(Source):
     async def _prove_answers(self, sampling: Mapping[str, float]) -> None:
         for server in self.servers:
             try:
-                off = max(await asyncio.gather(*(self._answer_off(server, i, sampling) for i in range(ANSWERS))))
+                off = await asyncio.gather(*(self._answer_off(server, i, sampling) for i in range(ANSWERS)))
             except NotYet as error:
                 raise ValueError(f"{server.url} failed at an answer to compare: {error}") from error
-            if not off <= SAME:
+            worst = next((share for share in off if math.isnan(share)), max(off))  # `max` may pass over a NaN
+            if not worst <= SAME:
                 raise ValueError(
-                    f"{server.url} gives states of an answer that are {off:.0%} away from those of the same ids as a "
+                    f"{server.url} gives states of an answer that are {worst:.0%} away from those of the same ids as a "
                     "document: the tokens that it ran are not those that it names, as with tensor-parallel processes of "
                     "vLLM's build for CPUs when they draw; leave --capture out and use features capture afterwards, or ask "
                     "with --temperature 0"
