@@ -73,14 +73,15 @@ class Writer:
     the same order, and makes the same calls.
 
     What fails in the thread is raised by the next call that waits, in every process. Leaving waits for what is under way,
-    also where an error leaves: that one goes on, and of a checkpoint that could not be written it is only said.
+    also where an error leaves, but then for `limit_s` at most, since the disk of another process may hang. That error goes
+    on, and of a checkpoint that could not be written it is only said.
     """
 
     def __init__(
         self,
         run_dir: Path,
         keep: int,  # latest checkpoints kept, besides the best one
-        limit_s: float = 0.0,  # for which the thread may be waited for, as `mesh.begin` knows it
+        limit_s: float = 600.0,  # for which the thread may be waited for, as `mesh.begin` knows it
         say: Callable[[str], None] = print,
     ):
         self.run_dir, self.keep, self.limit_s, self.say = run_dir, keep, limit_s, say
@@ -103,15 +104,16 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
-            self.wait()
-        except BaseException as failure:
             if error is None:
-                raise
-            if failure is not error and isinstance(failure, ValueError):
-                self.say(str(failure))
+                self.wait()
         finally:
-            mesh.tidy_at_end(None)
             self._jobs.put(None)
+            mesh.begin("waiting for a checkpoint to be written", self.limit_s)
+            self._thread.join(self.limit_s)
+            mesh.tidy_at_end(None)
+        failure = self._failure
+        if error is not None and failure is not None and failure is not error and not mesh.is_lost_peer(failure):
+            self.say(str(failure) if isinstance(failure, ValueError) else repr(failure))
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises ValueError where something could not be written, and what a library

@@ -373,6 +373,26 @@ def test_an_error_leaves_after_the_checkpoint_before_it(tmp_path, monkeypatch):
     assert steps(tmp_path) == [1] and len(told) == 1 and "step-00000002 could not be written (" in told[0]
 
 
+def test_an_error_leaves_though_the_disk_hangs(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    with pytest.raises(ValueError, match="not finite"), Writer(tmp_path, keep=2, limit_s=0.2) as writer:
+        writer.save(make_tensors(1), {"step": 1})
+        raise ValueError("not finite")
+    assert steps(tmp_path) == []
+    gate.open.set()
+    writer._thread.join(60)
+    assert steps(tmp_path) == [1]
+
+
+def test_a_fault_of_the_writing_is_said_beside_the_error_that_leaves(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: {}["no such key"])
+    with pytest.raises(ValueError, match="not finite"), Writer(tmp_path, keep=2, say=told.append) as writer:
+        writer.save(make_tensors(1), {"step": 1})
+        raise ValueError("not finite")
+    assert len(told) == 1 and "no such key" in told[0]
+
+
 def test_a_slow_disk_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "LONG_S", 0.05)
     save_file, told = checkpoint.save_file, []

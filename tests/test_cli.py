@@ -193,7 +193,9 @@ def test_plan_says_how_unequal_the_processes_packs_are(fastdraft, config_file, m
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(Path(config.target.path) / "config.json", bare)
-    assert "is not known before `fastdraft data prepare`" in fastdraft(*plan, f"target.path={bare}")[1]
+    for unreadable, why in ((f"target.path={bare}", "tokenizer"), (f"data.paths=[{bare}/none.jsonl]", "none.jsonl")):
+        said = next(line for line in fastdraft(*plan, unreadable)[1].splitlines() if "is not known: " in line)
+        assert why in said
 
 
 def test_a_finished_run_says_so(fastdraft, trained, config_file):

@@ -285,8 +285,9 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     if message.get("function_call") and "tool_calls" not in message:  # as OpenAI called them first
         message["tool_calls"] = [message.pop("function_call")]
     for key in NOT_TRAINED:
-        if message["role"] == "assistant" and message.get(key) is False:
-            raise ValueError(f'message {number} has {key!r}: false, which is not read; write "weight": 0 instead')
+        if message["role"] == "assistant" and message.get(key) in (False, "false", "False"):  # 0, too
+            said = json.dumps(message[key])
+            raise ValueError(f'message {number} has {key!r}: {said}, which is not read; write "weight": 0 instead')
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
     for name in ("reasoning", "thinking"):  # other servers' names for it
         if isinstance(message.get(name), str):

@@ -194,10 +194,11 @@ def imbalance_line(config: Config, groups: int) -> str:
     if config.draft.method != "eagle3" or config.data.streaming:
         return "how unequal the processes' packs are is predicted for EAGLE-3 drafts on data that are not streamed"
     target, shape = (config.target.path, config.target.trust_remote_code), draft_shape(config)
-    data = None
-    with contextlib.suppress(OSError, ValueError):  # without a tokenizer nothing is prepared; the run says what it lacks
+    try:
         tokenizer = load_tokenizer(*target)
         data = find_prepared(config.data, tokenizer, shape.vocab_size, stop_ids(*target))
+    except (OSError, ValueError) as error:  # the run would end with it; a plan needs no data
+        return f"how unequal the processes' packs are is not known: {str(error).splitlines()[0]}"
     if data is None:
         return "how unequal the processes' packs are is not known before `fastdraft data prepare`"
     predicted, method = predict(config, torch.device("cuda")), named_method(config.draft.method)

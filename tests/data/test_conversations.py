@@ -153,6 +153,8 @@ def test_key_is_the_content():
             "'train': false.*\"weight\": 0",
         ),
         ({"conversations": [{"from": "gpt", "value": "b", "loss": False}]}, "message 1 has 'loss': false"),
+        ({"conversations": [{"from": "gpt", "value": "b", "loss": 0}]}, "message 1 has 'loss': 0, which is not read"),
+        ({"conversations": [{"from": "gpt", "value": "b", "train": "false"}]}, "message 1 has 'train': \"false\""),
         ({"messages": chat("a", "b"), "functions": {"name": "f"}}, "functions must be a list of objects, got an object"),
         ({"messages": chat("a", "b"), "functions": ["f"]}, "functions must be a list of objects, got a list"),
         ({"messages": chat("a", "b"), "finish_reasons": ["stop"] * 2}, "a reason for each of the 1 answers, got 2 of them"),
