@@ -527,7 +527,10 @@ def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
         g = torch.Generator().manual_seed(1)
         many = [pack([torch.randint(3, 192, (n,), generator=g) for n in (200, 180, 150, 220, 90, 256)]) for _ in range(6)]
         with generating(server, 3):
-            assert_same_states(source, here, many)
+            for _ in range(10):  # whether an answer meets a half-read document is the machine's to say
+                assert_same_states(source, here, many)
+                if server.metric("vllm:num_preemptions_total") > 0:
+                    break
         assert server.metric("vllm:num_preemptions_total") > 0
 
         source.expect(many)
