@@ -13,9 +13,11 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.data.pack import pack
@@ -127,6 +129,28 @@ def make_draft(config: DraftConfig, dtype: torch.dtype, device: torch.device) ->
             p.fill_(1.0) if p.ndim == 1 else p.normal_(0.0, config.initializer_range, generator=generator)
     draft.set_vocab(draft_ids(config))
     return draft
+
+
+def llama_config(c: DraftConfig, longest: int, **more: Any) -> LlamaConfig:
+    """Our draft's shape in the words of a peer's draft; `more` are other fields of transformers' class."""
+    config = LlamaConfig(
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.vocab_size,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_parameters=dict(c.rope_parameters),
+        max_position_embeddings=longest,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        initializer_range=c.initializer_range,
+        **more,
+    )
+    config.draft_vocab_size, config.pretraining_tp = c.draft_vocab_size, 1
+    return config
 
 
 def make_head(config: DraftConfig, dtype: torch.dtype, device: torch.device) -> TargetHead:

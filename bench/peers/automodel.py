@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.peers import torch_flash
 from bench.timing import append
-from bench.work import CHATS, SHAPES, chat_batches, draft_ids, live_batch, make_draft
+from bench.work import CHATS, SHAPES, chat_batches, draft_ids, live_batch, llama_config, make_draft
 from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, parse_config
 from fastdraft.dist import mesh
@@ -149,22 +149,9 @@ class Automodel:
 
         self.model = model
         device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-        draft_config = LlamaConfig(
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=1,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            head_dim=shape.head_dim,
-            vocab_size=shape.vocab_size,
-            rms_norm_eps=shape.rms_norm_eps,
-            rope_parameters=dict(shape.rope_parameters),
-            max_position_embeddings=1 << 17,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            dtype=dtype,  # also of its rotation, else queries become fp32; the recipe has it from the target's config
-        )
-        draft_config.draft_vocab_size, draft_config.target_hidden_size = shape.draft_vocab_size, shape.target_hidden_size
+        # `dtype` is also that of its rotation, else queries become fp32; the recipe has it from the target's config
+        draft_config = llama_config(shape, 1 << 17, dtype=dtype)
+        draft_config.target_hidden_size = shape.target_hidden_size
         draft_config.attn_implementation = attention
         draft_config.rope_theta = shape.rope_parameters["rope_theta"]
         with torch.device(device):

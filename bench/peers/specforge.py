@@ -25,12 +25,10 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig
 
-from bench.work import Work, make_draft, make_head
+from bench.work import Work, llama_config, make_draft, make_head
 from fastdraft.batch import Batch, Features
 from fastdraft.config import OptimConfig
-from fastdraft.model.eagle3.config import DraftConfig
 
 # B conversations of a batch, L tokens of the longest
 
@@ -43,27 +41,6 @@ def find_checkout(checkout: Path, device: torch.device) -> None:
         torch._dynamo.config.disable = True
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
-
-
-def llama_config(c: DraftConfig, longest: int) -> LlamaConfig:
-    """The config of SpecForge's draft of our shape."""
-    config = LlamaConfig(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=1,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        head_dim=c.head_dim,
-        vocab_size=c.vocab_size,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters=dict(c.rope_parameters),
-        max_position_embeddings=longest,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        initializer_range=c.initializer_range,
-    )
-    config.draft_vocab_size, config.pretraining_tp = c.draft_vocab_size, 1
-    return config
 
 
 class SpecForge:

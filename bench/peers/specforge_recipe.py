@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from bench.peers.specforge import find_checkout, llama_config
+from bench.peers.specforge import find_checkout
 from bench.quality import Clock, Stick, fitted_draft
+from bench.work import llama_config
 from fastdraft.batch import Batch
 from fastdraft.config import OptimConfig
 from fastdraft.data.loader import read_pack

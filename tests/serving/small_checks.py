@@ -14,12 +14,24 @@ from fastdraft.decode import generate_plain
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.reading import Reading
 from fastdraft.serving.engines import Output, Round
+from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import Target
 
 STEPS = 5  # drafted tokens of a block
 Trained = tuple[Target, nn.Module, list[list[int]], list[list[int]]]
 Draw = Callable[[Batch, int], Tensor]
+FAULTS = [  # what can go wrong with every draft of blocks, and words of what is said
+    ("labels", "labels shifted by one"),
+    ("layer ids", "off by one, + 1"),
+    ("layer ids", "off by one, - 1"),
+    ("block", "a causal block"),
+    ("mask token", "pad token"),
+    ("norm", "hidden_norm left out"),
+    ("norm", "the final norm left out"),
+    ("norm", "queries and keys"),
+]
 
 
 def train_briefly(
@@ -63,3 +75,25 @@ def output_of(
         right = [a == b for a, b in zip(drafted, text[after:], strict=False)]
         after += 1 + (right.index(False) if False in right else len(right))
     return Output(text, rounds)
+
+
+def the_reading(readings: list[Reading], fault: str, words: str) -> Reading:
+    (found,) = [r for r in readings if r.fault == fault and words in r.says]
+    return found
+
+
+def assert_agrees(trained: Trained, outputs: list[Output]) -> None:
+    """Of an engine that reads the draft as documented."""
+    target, draft, asked, _ = trained
+    told = diagnose(Parity(target, draft, asked, outputs, STEPS))
+    assert told.agrees and not told.served_as and not told.trained_as
+    assert told.reference.num_equal == told.reference.num_proposed > 20
+    assert 1.2 < told.reference.accepted_length < 5.5
+
+
+def assert_named(trained: Trained, outputs: list[Output], fault: str, words: str) -> None:
+    """Of an engine that reads the draft with a fault."""
+    target, draft, asked, _ = trained
+    told = diagnose(Parity(target, draft, asked, outputs, STEPS))
+    assert not told.agrees and told.served_as[0].reading.fault == fault, told
+    assert words in told.served_as[0].reading.says

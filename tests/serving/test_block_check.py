@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_checks import STEPS, Trained, output_of, train_briefly
+from small_checks import FAULTS, STEPS, Trained, assert_agrees, assert_named, output_of, the_reading, train_briefly
 from tiny import tiny_llama
 
 from fastdraft.model.dflash.config import DFlashConfig
@@ -47,36 +47,16 @@ def readings_of(trained):
 
 
 def reading(trained, fault: str, words: str):
-    (found,) = [r for r in readings_of(trained) if r.fault == fault and words in r.says]
-    return found
-
-
-FAULTS = [
-    ("labels", "labels shifted by one"),
-    ("layer ids", "off by one, + 1"),
-    ("layer ids", "off by one, - 1"),
-    ("block", "a causal block"),
-    ("mask token", "pad token"),
-    ("norm", "hidden_norm left out"),
-    ("norm", "the final norm left out"),
-    ("norm", "queries and keys"),
-]
+    return the_reading(readings_of(trained), fault, words)
 
 
 def test_an_engine_that_reads_as_documented_agrees(trained):
-    target, draft, asked, _ = trained
-    told = diagnose(Parity(target, draft, asked, served(trained, readings_of(trained)[0]), STEPS))
-    assert told.agrees and not told.served_as and not told.trained_as
-    assert told.reference.num_equal == told.reference.num_proposed > 20
-    assert 1.2 < told.reference.accepted_length < 5.5
+    assert_agrees(trained, served(trained, readings_of(trained)[0]))
 
 
 @pytest.mark.parametrize("fault, words", FAULTS)
 def test_what_an_engine_reads_otherwise_is_named(fault, words, trained):
-    target, draft, asked, _ = trained
-    told = diagnose(Parity(target, draft, asked, served(trained, reading(trained, fault, words)), STEPS))
-    assert not told.agrees and told.served_as[0].reading.fault == fault, told
-    assert words in told.served_as[0].reading.says
+    assert_named(trained, served(trained, reading(trained, fault, words)), fault, words)
 
 
 def test_keys_normed_by_the_first_layers_norm_are_named(trained):

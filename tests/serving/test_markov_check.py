@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from drafting import One
-from small_checks import STEPS, Trained, output_of, train_briefly
+from small_checks import FAULTS as BLOCK_FAULTS
+from small_checks import STEPS, Trained, assert_agrees, assert_named, output_of, the_reading, train_briefly
 
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.parity import run_blocks
@@ -50,30 +51,19 @@ def served(trained, reading) -> list[Output]:
 
 
 def reading(trained, fault: str, words: str):
-    (found,) = [r for r in dspark_readings(trained[1], trained[0].num_layers) if r.fault == fault and words in r.says]
-    return found
+    return the_reading(dspark_readings(trained[1], trained[0].num_layers), fault, words)
 
 
 FAULTS = [
     ("labels", "labels shifted by one: slot k drafts x_{a+k}"),
-    ("layer ids", "off by one, + 1"),
-    ("layer ids", "off by one, - 1"),
-    ("block", "a causal block"),
-    ("mask token", "pad token"),
-    ("norm", "hidden_norm left out"),
-    ("norm", "the final norm left out"),
-    ("norm", "queries and keys"),
+    *BLOCK_FAULTS[1:],
     ("markov head", "the Markov head left out"),
     ("markov head", "swapped"),
 ]
 
 
 def test_an_engine_that_reads_as_documented_agrees(trained):
-    target, draft, asked, _ = trained
-    told = diagnose(Parity(target, draft, asked, served(trained, dspark_readings(draft, target.num_layers)[0]), STEPS))
-    assert told.agrees and not told.served_as and not told.trained_as
-    assert told.reference.num_equal == told.reference.num_proposed > 20
-    assert 1.2 < told.reference.accepted_length < 5.5
+    assert_agrees(trained, served(trained, dspark_readings(trained[1], trained[0].num_layers)[0]))
 
 
 def test_what_an_engine_drafts_is_what_our_drafter_drafts(trained):
@@ -91,10 +81,7 @@ def test_what_an_engine_drafts_is_what_our_drafter_drafts(trained):
 
 @pytest.mark.parametrize("fault, words", FAULTS)
 def test_what_an_engine_reads_otherwise_is_named(fault, words, trained):
-    target, draft, asked, _ = trained
-    told = diagnose(Parity(target, draft, asked, served(trained, reading(trained, fault, words)), STEPS))
-    assert not told.agrees and told.served_as[0].reading.fault == fault, told
-    assert words in told.served_as[0].reading.says
+    assert_named(trained, served(trained, reading(trained, fault, words)), fault, words)
 
 
 @pytest.mark.parametrize("fault, words", [f for f in FAULTS if "off by one" in f[1] or "swapped" in f[1]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from drafting import One
-from small_checks import STEPS, Trained, output_of, train_briefly
+from small_checks import FAULTS, STEPS, Trained, assert_agrees, assert_named, output_of, the_reading, train_briefly
 
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.parity import run_blocks
@@ -21,17 +21,6 @@ from fastdraft.model.reading import read_as
 from fastdraft.serving.engines import Output
 from fastdraft.serving.parity import Parity, diagnose
 from fastdraft.target.hf import Target
-
-FAULTS = [
-    ("labels", "labels shifted by one"),
-    ("layer ids", "off by one, + 1"),
-    ("layer ids", "off by one, - 1"),
-    ("block", "a causal block"),
-    ("mask token", "pad token"),
-    ("norm", "hidden_norm left out"),
-    ("norm", "the final norm left out"),
-    ("norm", "queries and keys"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +54,11 @@ def served(trained, reading) -> list[Output]:
 
 
 def test_an_engine_that_reads_as_documented_agrees(trained):
-    target, draft, asked, _ = trained
-    documented = selector_readings(draft, target.num_layers)[0]
-    told = diagnose(Parity(target, draft, asked, served(trained, documented), STEPS))
-    assert told.agrees and not told.served_as and not told.trained_as
-    assert told.reference.num_equal == told.reference.num_proposed > 20
-    assert 1.2 < told.reference.accepted_length < 5.5
+    assert_agrees(trained, served(trained, selector_readings(trained[1], trained[0].num_layers)[0]))
 
 
 def reading_of(trained, fault: str, words: str):
-    (found,) = [r for r in selector_readings(trained[1], trained[0].num_layers) if r.fault == fault and words in r.says]
-    return found
+    return the_reading(selector_readings(trained[1], trained[0].num_layers), fault, words)
 
 
 @pytest.mark.parametrize("reading", OWN, ids=lambda reading: reading.says)
@@ -87,11 +70,8 @@ def test_what_an_engine_reads_otherwise_is_named(reading, trained):
 
 @pytest.mark.parametrize("fault, words", FAULTS)
 def test_what_an_engine_reads_otherwise_of_the_block_is_named(fault, words, trained):
-    """What can go wrong with every draft of blocks, found through the selector's walk."""
-    target, draft, asked, _ = trained
-    told = diagnose(Parity(target, draft, asked, served(trained, reading_of(trained, fault, words)), STEPS))
-    assert not told.agrees and told.served_as[0].reading.fault == fault, told
-    assert words in told.served_as[0].reading.says
+    """Found through the selector's walk."""
+    assert_named(trained, served(trained, reading_of(trained, fault, words)), fault, words)
 
 
 @pytest.mark.parametrize("fault, words", [f for f in FAULTS if f[0] in ("labels", "layer ids", "mask token")])
