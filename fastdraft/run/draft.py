@@ -19,6 +19,7 @@ from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.target_config import language_config
 from fastdraft.optim import Matrix, matrices
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
+from fastdraft.target.layers import layer_weights
 
 
 def draft_shape(config: Config) -> BaseModel:
@@ -62,7 +63,9 @@ def new_draft(config: Config) -> nn.Module:
 
 def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train_set: Dataset) -> list[str]:
     """Sets what a new draft takes from the target and the data, and says what it was."""
-    return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
+    method, counts = method_of(draft), partial(token_counts, train_set, draft.config.vocab_size)
+    lines = method.fit(draft, config.draft, target, counts)
+    return lines + method.start(draft, config.draft, layer_weights(config.target.path))
 
 
 def check_layout(config: Config, shape: BaseModel) -> None:
