@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
-from fastdraft.data.conversations import BadLine, Conversation, with_textual_arguments
+from fastdraft.data.conversations import BadLine, Conversation, with_reasoning, with_textual_arguments
 from fastdraft.data.history import long_renderings
 from fastdraft.data.samples import Sample
 from fastdraft.data.template import ChatTemplate, Refused, Span
@@ -176,7 +176,7 @@ class ChatTokenizer:
 
     def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]]]:
         where, tools = conversation.where, conversation.tools
-        messages = [_with_reasoning(message) for message in conversation.messages]
+        messages = [with_reasoning(message) for message in conversation.messages]
         try:
             return self._place(where, messages, tools)
         except _Stuck as error:
@@ -276,9 +276,3 @@ def _plain(backend: Tokenizer) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _with_reasoning(message: dict) -> dict:
-    """Reasoning under each of the names that templates know it by (gpt-oss: thinking)."""
-    reasoning = message.get("reasoning_content")
-    return {"thinking": reasoning, "reasoning": reasoning, **message} if reasoning else message

@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fastdraft.data.conversations import CUT
 from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, strings
 from fastdraft.data.template import ChatTemplate, Refused, Span
 
@@ -117,7 +118,7 @@ class Turns:
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
         turn = _as_served(message, full, prompt, located, self.template.lead)
         start, end = turn.span
-        if message.get("finish_reason") == "length":
+        if message.get("finish_reason") in CUT:
             return self._cut(message, turn, own_leaves(message, len(messages) - 1, self.template.tags))
         if (stop := self.template.stop_within(turn.text[start:end])) is not None:
             raise LeftOut(f"they hold {stop!r}, which stops the served model, before their end")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from fastdraft.data import tokenize
 from fastdraft.data.conversations import BadLine, Conversation, Line, parse
 from fastdraft.data.history import long_renderings
+from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.template import ChatTemplate
 from fastdraft.data.tokenize import ChatTokenizer
 
@@ -215,6 +216,27 @@ def test_plain_chats_are_trained_through_each_template(name):
         for run in found
     ]
     assert said == [text + ENDS[name] for text in ("same", "same", "b", "same")] and not done.left_out
+
+
+CALL_OF_WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+CALLED = [{"role": "assistant", "content": "", "reasoning_content": "look", "tool_calls": [CALL_OF_WEATHER]}]
+CALLED += [{"role": "tool", "name": "weather", "content": "dry"}, {"role": "assistant", "content": "It is dry."}]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools", "shown"),
+    [
+        ("parts", chat("Is it dry?", "Yes.", "Why?", "So."), None, "Why?"),
+        ("v3", [*chat("Is it dry?"), *CALLED], [TOOL], '{"city": "Rome"}'),
+        ("harmony", [*chat("Is it dry?"), *CALLED], [TOOL], "look"),
+    ],
+)
+def test_prompts_are_rendered_as_training_data_is(name, messages, tools, shown):
+    """Contents as parts, arguments as text, and reasoning under another name reach the prompt that is decoded, too."""
+    sample = _chats[name](Conversation("f:1", 0, tuple(messages), tools)).samples[-1]
+    answered = int(np.flatnonzero(np.diff(sample.loss_mask.astype(int)) == 1)[-1]) + 1
+    (ids,) = prompt_ids([Prompt(messages[:-1], tools)], _tokenizers[name])
+    assert ids == sample.input_ids[:answered].tolist() and shown in _tokenizers[name].decode(ids)
 
 
 @pytest.mark.parametrize("kind", ["marks", "marks_without_end", "marks_with_header", "marks_of_all"])
@@ -476,6 +498,10 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     texts, done = marked(tokenizer, conversation.messages)
     assert texts == [f"{before}[[yes<|stop|>]]<|turn|>user:r<|stop|><|turn|>assistant:[[no and]]<|stop|>"]
     assert done.cut == 1 and not done.left_out
+    for reason in ("max_tokens", "content_filter"):  # other servers' words, and others than the model that ended it
+        assert parse(Line("f:1", row | {"finish_reasons": ["stop", reason]})).messages[3]["finish_reason"] == reason
+        said = {"role": "assistant", "content": "no", "finish_reason": reason}
+        assert marked(tokenizer, [chat("q")[0], said])[0] == [f"{before}[[no]]<|stop|>"]
     uncut = parse(Line("f:1", row | {"finish_reasons": ["stop", "stop"]}))
     assert uncut == parse(Line("f:1", {"messages": row["messages"]}))
     word = {"role": "assistant", "content": "|>", "finish_reason": "length"}  # with which the token behind it ends, too
