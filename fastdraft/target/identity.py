@@ -63,11 +63,16 @@ def _samples(weight: Tensor, holders: Axis) -> Tensor:  # at most 64 numbers in 
     return values
 
 
+def local_folder(path: str) -> Path:
+    """Where a target's files lie on this machine, whose config.json was read before."""
+    return Path(cached_file(path, "config.json")).parent
+
+
 def checkpoint_fingerprint(path: str) -> str:
     """Names a checkpoint on disk without loading it: every tensor's name, shape and first 64 values, however they are
     spread over files. 16 hex digits. Raises ValueError when it is not in safetensors."""
     found: dict[str, bytes] = {}
-    for file in _weight_files(_folder(path)):
+    for file in _weight_files(local_folder(path)):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118, it is no dict
                 part = opened.get_slice(name)
@@ -75,10 +80,6 @@ def checkpoint_fingerprint(path: str) -> str:
                 values = part[(*(slice(0, 1) for _ in shape[:-1]), slice(0, 64))] if shape else opened.get_tensor(name)
                 found[name] = json.dumps([name, shape, values.float().flatten().tolist()]).encode()
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
-
-
-def _folder(path: str) -> Path:
-    return Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -94,7 +95,7 @@ def ends_fingerprint(path: str) -> str | None:
     """Names the embedding and head in a checkpoint on disk by values of 64 rows of each, whatever they are called, however
     they are spread over files, and whether they are in bf16 or fp32: so a quantised copy has those of its original. 16 hex
     digits; None where no tensor has a row for each token. Raises ValueError as `checkpoint_fingerprint`."""
-    folder = _folder(path)
+    folder = local_folder(path)
     facts = language_config(read_json(folder / "config.json"))
     vocab, hidden = facts.get("vocab_size"), facts.get("hidden_size")
     found: set[bytes] = set()  # a tied head is the embedding, also where both are there
@@ -156,7 +157,7 @@ def expected_meta(
 ) -> Meta:
     """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""
     facts = load_target_config(path, trust_remote_code)
-    written = read_json(Path(cached_file(path, "config.json")))  # without defaults, which change with transformers
+    written = read_json(local_folder(path) / "config.json")  # without defaults, which change with transformers
     return Meta(
         target="",
         weights=checkpoint_fingerprint(path),
