@@ -209,7 +209,11 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
         writer = stack.enter_context(
             checkpoint.Writer(
-                run_dir, config.checkpoint.keep, config.dist.disk_s, metrics.say if metrics else lambda _: None
+                run_dir,
+                config.checkpoint.keep,
+                config.dist.disk_s,
+                metrics.say if metrics else lambda _: None,
+                config.dist.timeout_s,
             )
         )
         recent: list[Recent] = []  # the steps since the last look at the device
@@ -244,11 +248,11 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
             met = time.perf_counter()
-            stopping = stop.agreed(writer.failed)
+            stopping = stop.agreed(writer.failed())
             if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
                 optimizer.waited += time.perf_counter() - met
             if stop.failed:
-                writer.wait()  # and raises what it failed of
+                writer.raise_failure()
             if look or hold_out or keep or stopping:
                 mesh.begin("reading the numbers of its steps from its device", config.dist.stuck_s)
                 finish_step()

@@ -349,6 +349,11 @@ def count(those: str) -> None:
     _progress.count(those)
 
 
+def counted(those: str) -> int:
+    """How often this process has said so (`count`)."""
+    return _progress.counts.get(those, 0)
+
+
 def _tell_why(watch: Watch, error: BaseException) -> None:
     """Tells the others why this process ends, and leaves them the time to hear it."""
     text = str(error).strip().splitlines()

@@ -6,7 +6,6 @@ Layers are counted here as outputs from 0. A method's shape adds its own fields 
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PretrainedConfig
 
+from fastdraft.config import nearest_key
 from fastdraft.model.target_config import active_width, canonical_rope, language_config, silent_layers, target_rope
 
 COUNTS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")  # that no target can lack
@@ -102,8 +102,10 @@ class DraftShape(BaseModel):
         """ValueError for a setting that such a draft has not."""
         for key in overrides:
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(key, list(cls.model_fields), 1, 0)[0]
-                raise ValueError(f"draft setting {key!r} does not exist; the nearest is {near!r}")
+                chosen = [name for name in cls.model_fields if name not in cls.facts]
+                near = nearest_key(key, chosen)
+                hint = f"the nearest is {near!r}" if near else f"those of {cls.title} are {', '.join(chosen)}"
+                raise ValueError(f"draft setting {key!r} does not exist; {hint}")
 
     @classmethod
     def own_defaults(cls, target: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def engine_place(name: str, environ: dict[str, str]) -> EnginePlace:
 def load_in_sglang(folder: Path, work: list[dict]) -> list[dict[str, torch.Tensor] | str]:
     """What one process of SGLang's loader (`sglang_loader.py`) made of each checkpoint, or its sentence of refusal."""
     place = engine_place("sglang", os.environ)
-    assert engine_version(place) == "0.5.21"
+    assert engine_version(place) == "0.5.23"
     outs = [folder / f"{i}.safetensors" for i in range(len(work))]
     (folder / "job.json").write_text(json.dumps([w | {"out": str(out)} for w, out in zip(work, outs, strict=True)]))
     script = Path(__file__).with_name("sglang_loader.py")
