@@ -31,6 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
@@ -39,7 +40,7 @@ from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, refuse_old_engine, run_engine, served_from
+from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, refuse_old_engine, run_engine
 from fastdraft.serving.export import load_draft, verify
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 
@@ -58,7 +59,7 @@ def answers(place: EnginePlace, run: Run, timeout_s: float, file: Path | None) -
         kept = json.loads(file.read_text())
         if other := [k for k, x in asdict(run).items() if k not in ("target", "checkpoint") and kept["run"][k] != x]:
             raise ValueError(f"{file} answers other {', '.join(other)}; give --served another folder")
-        return served_from(kept["served"]), kept["gpu"]
+        return TypeAdapter(Served).validate_python(kept["served"]), kept["gpu"]
     print(f"{place.name} {refuse_old_engine(place)}", flush=True)
     (served,) = run_engine(place, [run], timeout_s)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

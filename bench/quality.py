@@ -233,7 +233,7 @@ def open_stick(args: argparse.Namespace, folder: Path) -> Stick:
     for line in lines:
         print(line, flush=True)
     target = open_target(config, draft_shape(config).layers, device)
-    data = load_data(config, target.vocab_size)
+    data = load_data(config, draft_shape(config))
     if not len(data.eval):
         raise ValueError("no conversation is held out; raise data.eval_fraction of the recipes' file, or give --held-out")
     prompts = held_out_prompts(data, config.data.pack_tokens, args.prompts)

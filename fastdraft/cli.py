@@ -123,7 +123,6 @@ def prepare(
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
     from fastdraft.data.statistics import statistics
-    from fastdraft.model.methods import method_of
     from fastdraft.run.draft import draft_shape
     from fastdraft.run.inputs import load_data
 
@@ -131,7 +130,7 @@ def prepare(
     if report is not None and report.exists() and not report.is_dir():  # before the data are read, not after
         raise ValueError(f"--report {report} is a file; name a folder, in which data.png is to be drawn")
     shape = draft_shape(loaded)
-    prepared = load_data(loaded, shape.vocab_size, method_of(shape).mask_token(shape))
+    prepared = load_data(loaded, shape)
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
     for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)

@@ -42,6 +42,11 @@ class TargetConfig(Section):
     url: Annotated[list[str], BeforeValidator(lambda url: [url] if isinstance(url, str) else url)] = []
     timeout_s: float = Field(600.0, gt=0)  # with url: how long no server may give states before the run ends
 
+    @property
+    def files(self) -> tuple[str, bool]:
+        """Where its files are, and whether the code among them may run."""
+        return self.path, self.trust_remote_code
+
 
 class DraftSection(Section):
     method: str = "eagle3"  # one of fastdraft.model.methods
@@ -343,3 +348,8 @@ def reads_store(config: Config) -> bool:
 def asks_servers(config: Config) -> bool:
     """Whether servers run the target, so that of it only embedding, head and final norm are loaded here."""
     return bool(config.target.url) and not reads_store(config)
+
+
+def runs_target(config: Config) -> bool:
+    """Whether this process runs the target's layers."""
+    return not (reads_store(config) or asks_servers(config))

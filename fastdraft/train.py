@@ -41,7 +41,8 @@ from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_op
 from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
 from fastdraft.run.finished import saved_config
 from fastdraft.run.inputs import load_data, open_source
-from fastdraft.run.plan import known_work, target_parameters
+from fastdraft.run.plan import known_work
+from fastdraft.target.hf import count_target_parameters, load_target_config
 from fastdraft.target.served.ends import FILES
 from fastdraft.target.source import InProcess
 
@@ -91,9 +92,10 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     draft = new_draft(config)
     check_layout(config, draft.config)
     method = method_of(draft)
-    data = load_data(config, draft.config.vocab_size, method.mask_token(draft.config))
+    data = load_data(config, draft.config)
     train_set, eval_set = data.train, data.eval
-    pairs = method.pair_cost(draft.config, target_parameters(config), config)
+    target_size = count_target_parameters(load_target_config(*config.target.files))
+    pairs = method.pair_cost(draft.config, target_size, config)
     loader = Loader(
         data.stream or train_set,
         config.data.pack_tokens,

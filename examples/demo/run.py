@@ -46,7 +46,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.precision import speed
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.optim import FlatAdamW
-from fastdraft.run.draft import fit_to_target, make_step, new_draft
+from fastdraft.run.draft import draft_shape, fit_to_target, make_step, new_draft
 from fastdraft.run.dtypes import compute_dtype, name_dtypes
 from fastdraft.run.finished import evaluate_held_out, export_run, open_run
 from fastdraft.run.inputs import load_data, open_target
@@ -142,7 +142,7 @@ def main() -> None:
     prompts = prompt_ids(read_prompts(HERE / "heldout_prompts.jsonl")[:DECODE_PROMPTS], tokenizer)
     _, target, draft = open_run(run_dir)
     draft.to(target.dtype)
-    data = load_data(config, target.vocab_size)
+    data = load_data(config, draft.config)
     simulated = evaluate_held_out(config, InProcess(target), draft, data.eval)
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, data.train)
@@ -304,7 +304,7 @@ def with_affordable_steps(config: Config, target: Target, clock: Clock) -> Confi
     The first epoch pays for the target's forward over each pack, later ones find its features in memory.
     """
     began = time.perf_counter()
-    data = load_data(config, target.vocab_size)
+    data = load_data(config, draft_shape(config))
     packs = Loader(data.train, config.data.pack_tokens, 1, config.data.seed).num_steps(1)
     target_seconds, draft_seconds = pack_seconds(config, target, data)
     setup = time.perf_counter() - began  # what `train` does before its first step costs about the same again

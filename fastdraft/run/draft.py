@@ -26,10 +26,10 @@ def draft_shape(config: Config) -> BaseModel:
     if config.draft.init_from is not None:
         return _init_from(config).config
     method = checked_method(config)
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    facts = load_target_config(*config.target.files)
     changes = (read_yaml(config.draft.config, "draft.config:") if config.draft.config else {}) | config.draft.overrides
     if method.from_tokenizer is not None:
-        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        tokenizer = load_tokenizer(*config.target.files)
         changes = method.from_tokenizer(tokenizer, language_config(facts).get("vocab_size") or 0) | changes
     return method.shape.from_target(facts, **changes)
 
@@ -47,7 +47,7 @@ def _init_from(config: Config) -> nn.Module:
             "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
             "draft.vocab_map"
         )
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    facts = load_target_config(*config.target.files)
     return checked_method(config).load(config.draft.init_from, facts)
 
 

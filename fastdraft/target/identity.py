@@ -62,12 +62,16 @@ def _samples(weight: Tensor, holders: Axis) -> Tensor:  # at most 64 numbers in 
     return values
 
 
+def local_folder(path: str) -> Path:
+    """Where a target's files lie on this machine, whose config.json was read before."""
+    return Path(cached_file(path, "config.json")).parent
+
+
 def checkpoint_fingerprint(path: str) -> str:
     """Names a checkpoint on disk without loading it: every tensor's name, shape and first 64 values, however they are
     spread over files. 16 hex digits. Raises ValueError when it is not in safetensors."""
-    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
     found: dict[str, bytes] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in local_folder(path).glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118, it is no dict
                 part = opened.get_slice(name)
@@ -104,7 +108,7 @@ def expected_meta(
 ) -> Meta:
     """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""
     facts = load_target_config(path, trust_remote_code)
-    written = read_json(Path(cached_file(path, "config.json")))  # without defaults, which change with transformers
+    written = read_json(local_folder(path) / "config.json")  # without defaults, which change with transformers
     return Meta(
         target="",
         weights=checkpoint_fingerprint(path),

@@ -9,6 +9,7 @@ import torch
 from tiny import save_target
 
 from fastdraft.data.prepare import prepare
+from fastdraft.run.draft import draft_shape
 from fastdraft.run.inputs import load_data
 from fastdraft.target.hf import load_target, load_tokenizer
 from fastdraft.target.identity import stop_ids
@@ -45,9 +46,9 @@ def test_a_run_trains_the_token_that_its_targets_generation_config_says_stops(ma
     tokenizer.save_pretrained(folder)
     edit(folder, "generation_config.json", eos_token_id=[2, stop])
     changes = {"target.path": str(folder)}
-    config = make_config(**changes)
-    for streaming in (False, True):
-        data = load_data(make_config(**changes | {"data.streaming": streaming}), 192).train
+    for streaming in (True, False):
+        config = make_config(**changes | {"data.streaming": streaming})
+        data = load_data(config, draft_shape(config)).train
         for row in data:
             ids, mask = (np.array(row[name]) for name in ("input_ids", "loss_mask"))
             # The first header is the user's own; the one behind the answer is the model's, and the sample ends with it.
