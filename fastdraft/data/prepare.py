@@ -42,7 +42,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 9  # raised when the same input makes other samples than before
+FORMAT = 10  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
@@ -61,6 +61,7 @@ class Stats:
     untrained_samples: int = 0  # left out: no trained token in them
     lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
     raw_reasoning: int = 0  # trained turns with reasoning that the template cuts, as the model produced them
+    apart: int = 0  # trained turns that are tokenised apart from their prompt, as they are served
     joined: int = 0  # trained turns whose first token began before them, which is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
@@ -90,6 +91,7 @@ class Stats:
         self.untrained_samples += done.untrained
         self.lost_reasoning += done.lost_reasoning
         self.raw_reasoning += done.raw_reasoning
+        self.apart += done.apart
         self.joined += done.joined
         self.endless += done.endless
         self.cut += done.cut
@@ -125,6 +127,11 @@ class Stats:
                 self.raw_reasoning,
                 "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
                 "behind the prompt as served",
+            ),
+            (
+                self.apart,
+                "trained turns are tokenised apart from their prompts, as they are served, each in a sample of its own: "
+                "together their first characters and the prompt's last would make other tokens",
             ),
             (
                 self.joined,

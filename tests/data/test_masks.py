@@ -11,7 +11,7 @@ from chats import TOOL, chat, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import ADDED, ENDS, TEMPLATES
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastdraft.data import tokenize
@@ -50,6 +50,16 @@ def tokenized_case(name):
 def runs(tokenizer, sample):
     edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.loss_mask.astype(np.int8), [0]])))
     return [tokenizer.decode(sample.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def runs_in_order(tokenizer, done):
+    """The trained runs of all samples, as the turns were said. Turns that are tokenised apart have samples of their own;
+    prompts grow from turn to turn, so a run's place tells which is first."""
+    found = []
+    for sample in done.samples:
+        begins = np.flatnonzero(np.diff(np.concatenate([[0], sample.loss_mask.astype(np.int8)])) == 1)
+        found += zip(begins.tolist(), runs(tokenizer, sample), strict=True)
+    return [run for _, run in (sorted(found, key=lambda each: each[0]) if done.apart else found)]
 
 
 CALL = (
@@ -172,7 +182,7 @@ def test_no_other_role_is_trained_and_each_trained_turn_is_whole(name, made):
     except BadLine as error:
         assert str(error).startswith("f:1: up to message ")
         return
-    trained = [run for sample in done.samples for run in runs(tokenizer, sample)]
+    trained = runs_in_order(tokenizer, done)
     ends = (ENDS[name], "<|call|>")
     if ENDS[name]:  # turns in a row are one run where the template sets nothing between them
         trained = [
@@ -298,7 +308,7 @@ def test_a_stop_that_is_the_next_turns_first_token_ends_every_turn(made):
         return
     left_out = {int(place.rpartition(" ")[2]) for place, _ in done.left_out}
     calls = [bool(m.get("tool_calls")) for i, m in enumerate(messages, 1) if m["role"] == "assistant" and i not in left_out]
-    trained = [run for sample in done.samples for run in runs(tokenizer, sample)]
+    trained = runs_in_order(tokenizer, done)
     assert [run.endswith("<|observation|>") for run in trained] == calls
     for run in trained:
         said = run.removesuffix("<|observation|>").removesuffix("<|user|>")
@@ -350,7 +360,8 @@ def test_a_prompt_that_opens_what_the_answer_lacks_is_counted():
     closed = prompt.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
     tokenizer = make_tokenizer(TEMPLATES["chatml"].replace(prompt, closed))
     done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(chat("a", "b"))))
-    assert tokenizer.decode(done.samples[0].input_ids).endswith("assistant\n<think>\n\n</think>\n\nb<|im_end|>\n")
+    assert tokenizer.decode(done.samples[0].input_ids).endswith("assistant\n<think>\n\n</think>\n\nb<|im_end|>")
+    assert done.apart == 1  # this tokenizer writes a last line break before a word as a token of its own
     assert runs(tokenizer, done.samples[0]) == ["b<|im_end|>"] and done.unopened == 0
 
 
@@ -517,15 +528,82 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
 
 
-def test_turns_that_begin_within_a_token_are_counted():
-    """The white space at the prompt's end is the first of the answer's token, where both are tokenised together."""
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant:SPACE' }}{% endif %}"
-    for space, joined in ((" ", 2), ("", 0)):
-        tokenizer = make_tokenizer(template.replace("SPACE", space))
-        texts, done = marked(tokenizer, chat("is two", "two", "is four", "four"))
-        begins = ("assistant: two", "") if joined else ("assistant:", " two")
-        assert begins[0] + f"[[{begins[1]}<|im_end|>]]" in texts[0] and done.joined == joined
+SAID_BY_ROLE = (
+    "{% for m in messages %}{{ m.role + 'HEAD' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistantHEAD' }}{% endif %}"
+)
+
+
+def sentencepiece_like(template):
+    """Spaces are letters, one is put before every text, and line breaks are one piece with the word behind them."""
+    words = [
+        "user",
+        "assistant",
+        ":",
+        "\n",
+        "▁is",
+        "▁two",
+        "▁four",
+        "two",
+        "four",
+        "\ntwo",
+        "\nfour",
+        "▁user",
+        "▁assistant",
+    ]
+    letters = sorted({letter for word in words for letter in word} | {"▁"})
+    vocab = {token: i for i, token in enumerate(["<|im_end|>", *letters, *(w for w in words if len(w) > 1)])}
+    model = models.Unigram([(token, -float(len(vocab) - i)) for token, i in vocab.items()], unk_id=0)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=template)
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, sentencepiece_like])
+@pytest.mark.parametrize(
+    ("head", "messages", "apart"),
+    [
+        (": ", chat("is two", "two", "is four", "four"), 2),  # a space that the answer's first word would take
+        (":\n\n", chat("is two", "two", "is four", "four"), 2),  # line breaks that are other tokens before a word
+        (":", chat("is two", " two", "is four", " four"), 0),
+        (":", chat("is two", "two", "is four", "four"), 0),
+    ],
+)
+def test_a_turn_stands_behind_the_tokens_of_its_prompt_as_served(make, head, messages, apart):
+    """The tokens before each turn are those of the prompt alone, whatever the turn would make of them."""
+    tokenizer = make(SAID_BY_ROLE.replace("HEAD", head.replace("\n", "\\n")))
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages)))
+    assert (done.apart, done.joined, done.rewritten) == (apart, 0, False) and len(done.samples) == max(apart, 1)
+    said = [run.strip() for run in runs_in_order(tokenizer, done)]  # the decoder of the one takes a first space away
+    assert said == [m["content"].strip() + "<|im_end|>" for m in messages[1::2]]
+    prompts = [prompt_ids([Prompt(messages[:k])], tokenizer)[0] for k in (1, 3)]
+    for sample in done.samples:
+        edges = np.diff(np.concatenate([[0], sample.loss_mask.astype(np.int8)]))
+        for begin in np.flatnonzero(edges == 1):
+            assert sample.input_ids[:begin].tolist() in prompts
+
+
+def test_only_the_turns_that_need_it_are_tokenised_apart():
+    tokenizer = make_tokenizer(SAID_BY_ROLE.replace("HEAD", ":\\n"))
+    messages = chat("is two", "two", "is four", "\n\nfour", "is two", "two")
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 5, tuple(messages)))
+    assert [runs(tokenizer, sample) for sample in done.samples] == [["\n\nfour<|im_end|>"], ["two<|im_end|>"] * 2]
+    assert done.apart == 1 and [sample.conversation for sample in done.samples] == [5, 5]
+    before = prompt_ids([Prompt(messages[:3])], tokenizer)[0]
+    assert done.samples[0].input_ids[: len(before)].tolist() == before
+    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert done.samples[1].input_ids.tolist() == whole
+
+
+def test_turns_that_cannot_be_tokenised_apart_are_counted():
+    """A token that takes the space before it along leaves no way to tell what the tokens of the turn alone are read as."""
+    tokenizer = make_tokenizer(SAID_BY_ROLE.replace("HEAD", ": "))
+    tokenizer.add_tokens([AddedToken("<note>", lstrip=True)])
+    texts, done = marked(tokenizer, chat("is two", "<note> <note> four", "is four", "four"))
+    assert (done.apart, done.joined) == (1, 1)
+    assert any("assistant:<note>[[<note> four<|im_end|>]]" in text for text in texts)
 
 
 def test_turns_that_nothing_ends_are_counted():
