@@ -38,6 +38,7 @@ CLOSED = (
     "data.chat_template_kwargs turns it on (most templates read enable_thinking: true)"
 )
 _OPENED = re.compile(r"<think>(\s*)$")  # what a prompt ends with that opens the reasoning
+_EMPTY = re.compile(r"\s*<think>\s*</think>")
 _CLOSED = re.compile(r"</(\w+:)?think(:\w+)?>\s*$")  # and that closes it
 
 
@@ -53,6 +54,7 @@ class Turn:
     raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
     endless: bool = False  # its last token is none that stops the model
     cut: bool = False  # a limit of tokens ended it, so what the template writes behind its words is not the model's
+    empty_block: bool = False  # it begins with a block for reasoning that is empty, because the answer has none
     unopened: bool = False  # the text lacks or closes what the generation prompt opens, because the answer has no reasoning
 
 
@@ -379,7 +381,7 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
         # An empty block for reasoning that the message does not have is the template's own, and not what the model said.
         if block and not thought_end(message):
             return Turn(full, (start + block.end(), end), lost, unopened=True)
-        return Turn(full, (start, end), lost)
+        return Turn(full, (start, end), lost, empty_block=not thinks and bool(_EMPTY.match(answer)))
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)

@@ -681,6 +681,15 @@ def test_reasoning_is_not_trained_behind_a_prompt_that_closes_it(block):
     assert not done.left_out and done.unopened == 0
 
 
+def test_an_empty_block_that_the_template_writes_as_the_models_is_counted():
+    """As Qwen 3's does where its prompt opens nothing; the served model may have had the block in its prompt."""
+    messages = [*chat("q", "b", "r"), {"role": "assistant", "content": "c", "reasoning_content": "hm"}]
+    done = _chats["qwen3"](Conversation("f:1", 0, tuple(messages)))
+    said = [run for sample in done.samples for run in runs(_tokenizers["qwen3"], sample)]
+    assert said == ["<think>\n\n</think>\n\nb<|im_end|>", "<think>\nhm\n</think>\n\nc<|im_end|>"]
+    assert done.empty_block == 1 and done.unopened == 0
+
+
 QUOTES = "Use the `</think>` tag."
 
 
