@@ -556,7 +556,7 @@ def check(
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
     good = True
     if checkpoint is not None:
-        from fastdraft.serving.export import verify
+        from fastdraft.serving.export import told_target, verify
 
         if target is None:
             raise ValueError("--checkpoint needs --target, the directory of the model it drafts for")
@@ -568,6 +568,8 @@ def check(
         good = not findings.errors
         count = "1 error" if len(findings.errors) == 1 else f"{len(findings.errors)} errors"
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else count))
+        for line in told_target(checkpoint, target).notes:
+            say(line)
         if serving:
             from fastdraft.serving.check import check_engine
 

@@ -18,6 +18,7 @@ from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.target_config import language_config
 from fastdraft.optim import Matrix, matrices
+from fastdraft.serving.export import told_target
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 
 
@@ -61,8 +62,19 @@ def new_draft(config: Config) -> nn.Module:
 
 
 def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train_set: Dataset) -> list[str]:
-    """Sets what a new draft takes from the target and the data, and says what it was."""
-    return method_of(draft).fit(draft, config.draft, target, partial(token_counts, train_set, draft.config.vocab_size))
+    """Sets what a new draft takes from the target and the data, and says what it was; of draft.init_from, for which target
+    it was trained, since one that was tuned may well start from its base's draft."""
+    counts = partial(token_counts, train_set, draft.config.vocab_size)
+    return origin_lines(config) + method_of(draft).fit(draft, config.draft, target, counts)
+
+
+def origin_lines(config: Config) -> list[str]:
+    """For which target the checkpoint of draft.init_from, if there is one, was trained."""
+    if config.draft.init_from is None:
+        return []
+    told = told_target(config.draft.init_from, config.target.path)
+    others = [f"warning: {line} Training goes on from it all the same." for line in told.errors]
+    return [f"draft.init_from: {line}" for line in others + told.warnings + told.notes]
 
 
 def check_layout(config: Config, shape: BaseModel) -> None:

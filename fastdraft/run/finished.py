@@ -33,7 +33,7 @@ from fastdraft.run.inputs import choose_holders, load_data, open_source, open_ta
 from fastdraft.run.plan import own_dtype
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target, load_tokenizer
-from fastdraft.target.identity import local_folder, target_fingerprint
+from fastdraft.target.identity import local_folder, origin, target_fingerprint
 from fastdraft.target.served.ends import FILES, load_ends
 from fastdraft.target.source import InProcess, Source
 
@@ -260,11 +260,16 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
             return []
         target_dir = local_folder(config.target.path)
         dtype = own_dtype(read_target_config(target_dir)) or target.dtype
-        export_draft(draft, out, dtype, overwrite)
+        try:
+            told, trained_for = [], origin(config.target.path)
+        except ValueError as error:
+            told, trained_for = [f"{out} does not say which target it was trained for: {error}"], None
+        export_draft(draft, out, dtype, overwrite, trained_for)
         findings = verify(out, target_dir)
         if findings.errors:
             raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
         return [
             *findings.warnings,
+            *told,
             f"{out}: {which} checkpoint of {run_dir}, {dtype_name(dtype)}; verified for SGLang and vLLM",
         ]

@@ -25,6 +25,7 @@ from fastdraft.model.methods import METHODS
 from fastdraft.serving.engines import Run
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target
+from fastdraft.target.identity import origin
 
 NEW_TOKENS, MASK = 30, 190
 SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.15}
@@ -89,7 +90,7 @@ def make_block_case(
             p.grad = grads[name] / rows.live.sum()
         optimizer.step()
     end(draft)
-    checkpoint = export_draft(draft, folder / "draft", torch.float32)
+    checkpoint = export_draft(draft, folder / "draft", torch.float32, trained_for=origin(str(folder / "target")))
     assert not verify(checkpoint, folder / "target").errors
     name = METHODS[method].engine_names["vllm"]
     asked = str(folder / "target"), str(checkpoint), prompts(), NEW_TOKENS, [2], "float32", c.num_drafted
