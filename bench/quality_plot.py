@@ -36,7 +36,7 @@ def draw(rows: list[dict], num_steps: int, path: Path) -> None:
         style = "--" if row["provider"] != "fastdraft" else "-"
         label = ", ".join(name) if first else None
         axes.plot(seconds, tau, style, marker=".", color=f"C{names.index(name)}", label=label)
-    axes.set(xlabel="GPU seconds of the training loop", ylabel=f"held-out tau_sim over {num_steps} steps")
+    axes.set(xscale="log", xlabel="GPU seconds of the training loop", ylabel=f"held-out tau_sim over {num_steps} steps")
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ from torch.distributed.tensor import DTensor
 
 from fastdraft.dist import mesh
 from fastdraft.dist.mesh import Group, barrier, count, from_all, from_rank_0, host, is_rank_0, rank, world
+from fastdraft.dist.watch import Progress
 from fastdraft.files import file_checksum, json_checksum, sync, write_file
 
 T = TypeVar("T")
@@ -50,6 +51,9 @@ FORMAT = 2
 ASIDE = ".writing-"  # before the name of what is being written
 LONG_S = 1.0  # for which training waits for a checkpoint
 MUCH = 0.1  # of its time
+SLOW_S, SLOW = 60.0, 3  # a writing that lasts so long, and so many times as long as any before, is said to be slow
+LOOK_S = 1.0  # between two looks at a writing that is waited for
+PARTS = "parts of checkpoints written"  # what `mesh.count` counts of them
 
 
 class Unreadable(ValueError):
@@ -72,9 +76,11 @@ class Writer:
     """Writes checkpoints in a thread beside the training, one after the other. Every process of a run has one, enters it in
     the same order, and makes the same calls.
 
-    What fails in the thread is raised by the next call that waits, in every process. Leaving waits for what is under way,
-    also where an error leaves, but then for `limit_s` at most, since the disk of another process may hang. That error goes
-    on, and of a checkpoint that could not be written it is only said.
+    What fails in the thread is raised by the next call that waits, in every process. The training asks `failed` at each
+    step, which costs nothing, and once a process has a True all of them call `raise_failure`. A writing that lasts long is
+    said once; one that lasts longer than `Progress` allows has failed, since its disk or file system may hang for ever.
+    Leaving waits for what is under way, also where an error leaves, but then for `limit_s` at most. That error goes on, and
+    of a checkpoint that could not be written it is only said.
     """
 
     def __init__(
@@ -83,17 +89,20 @@ class Writer:
         keep: int,  # latest checkpoints kept, besides the best one
         limit_s: float = 600.0,  # for which the thread may be waited for, as `mesh.begin` knows it
         say: Callable[[str], None] = print,
+        first_s: float = 1800.0,  # for which the first two checkpoints may be written, as `mesh.start_process` knows it
     ):
         self.run_dir, self.keep, self.limit_s, self.say = run_dir, keep, limit_s, say
         self.stood = 0.0  # seconds for which the training stood still for checkpoints; the caller sets it back
         self.best = from_rank_0(read_best(run_dir) if is_rank_0() else None)
         self._group = mesh.group_beside()
         self._copies: dict[str, Tensor] = {}
-        self._jobs: queue.Queue[Callable[[], object] | None] = queue.Queue()
-        self.failed = False  # `wait` will raise; one process may know it before another
+        self._jobs: queue.Queue[tuple[str, int, Callable[[], object]] | None] = queue.Queue()  # what, of which step, how
         self._failure: BaseException | None = None
+        self._under_way = Progress(first_s)  # the thread's: what it writes, and how long it may
+        self._since: tuple[str, float] | None = None  # of what is being written: its name, and when it was begun
+        self._longest = 0.0  # seconds that a writing took
         self._saved = math.inf  # when `save` was called
-        self._said = False
+        self._said = self._said_long = False
         self._thread = threading.Thread(target=self._work, name="fastdraft-checkpoints", daemon=True)
 
     def __enter__(self) -> Writer:
@@ -109,22 +118,61 @@ class Writer:
         finally:
             self._jobs.put(None)
             mesh.begin("waiting for a checkpoint to be written", self.limit_s)
-            self._thread.join(self.limit_s)
+            self._thread.join(0 if self._hangs() else self.limit_s)
             mesh.tidy_at_end(None)
         failure = self._failure
         if error is not None and failure is not None and failure is not error and not mesh.is_lost_peer(failure):
             self.say(str(failure) if isinstance(failure, ValueError) else repr(failure))
 
+    def failed(self) -> bool:
+        """Whether something could not be written, or is being written for longer than it may. One process may know it
+        before another. What takes long is said here."""
+        since = self._since
+        if self._failure is None and since is not None and not self._said_long:
+            what, seconds = since[0], time.monotonic() - since[1]
+            if seconds > max(SLOW_S, SLOW * self._longest):
+                self._said_long = True
+                before = f"the longest before it took {self._longest:.1f} s" if self._longest else "it is the first"
+                self.say(
+                    f"{what} has been under way for {seconds:.0f} s, and {before}: is the disk of {self.run_dir} slow? "
+                    f"After {self._under_way.allowed_s():.0f} s the run ends"
+                )
+        return self._failure is not None or self._hangs()
+
+    def raise_failure(self) -> None:
+        """Every process calls it once one has `failed`. Raises ValueError that says why, the same in all of them; where a
+        process has failed of what the others do not see, it ends, and they with it."""
+        since, failure = self._since, self._failure
+        own = failure is not None and not mesh.is_lost_peer(failure)  # else a library is tired of waiting for another
+        came = mesh.counted("beside the training") + mesh.counted(PARTS)
+        of_all = from_all((own, came, host(), (time.monotonic() - since[1], since[0]) if since is not None else (0.0, "")))
+        if not any(own for own, *_ in of_all):
+            _, behind, where = min((came, other, where) for other, (_, came, where, _) in enumerate(of_all))
+            seconds, what = max(under_way for *_, under_way in of_all)
+            who = "" if world() == 1 else f" (rank {behind} on {where} has come less far than the others)"
+            raise ValueError(
+                f"{what} is not written after {seconds:.0f} s{who}: a disk or file system under {self.run_dir} hangs, or "
+                "is slower than dist.disk_s allows; the previous checkpoints are untouched. Mend it and run the same "
+                "command again to go on from the last one"
+            )
+        self.wait()
+
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises ValueError where something could not be written, and what a library
-        says where another process has ended."""
+        """Returns when nothing is being written. Raises ValueError where something could not be written, or where it lasts
+        longer than it may, and what a library says where another process has ended."""
         if self._jobs.unfinished_tasks:
             mesh.begin("waiting for a checkpoint to be written", self.limit_s)
         began = time.perf_counter()
-        self._jobs.join()
+        with self._jobs.all_tasks_done:
+            while self._jobs.unfinished_tasks:
+                self._jobs.all_tasks_done.wait(LOOK_S)
+                if world() == 1 and self.failed():  # of several processes the watch says who hangs
+                    break
         self.stood += time.perf_counter() - began
         if self._failure is not None:
             raise self._failure
+        if self._jobs.unfinished_tasks:
+            self.raise_failure()
 
     def wait_for_last(self) -> None:
         """`wait`, before the next `save`. Where that is long, and much of the time since the last one, it says so, once."""
@@ -149,7 +197,9 @@ class Writer:
         if any(x.is_cuda for x in tensors.values()):
             torch.cuda.current_stream().synchronize()
         then = json.loads(json.dumps(state))  # what it holds may change
-        self._jobs.put(lambda: save_checkpoint(self.run_dir, copies, then, self.keep, self._group))
+        self._jobs.put(
+            ("checkpoint", then["step"], lambda: save_checkpoint(self.run_dir, copies, then, self.keep, self._group))
+        )
         self._saved = time.perf_counter()
         self.stood += self._saved - began
 
@@ -159,7 +209,7 @@ class Writer:
     def mark_best(self, step: int, tau_sim: float) -> None:
         """Once the checkpoint of `step`, for which `save` was called, has its name, it is remembered as the best one."""
         self.best = {"step": step, "tau_sim": tau_sim}
-        self._jobs.put(lambda: mark_best(self.run_dir, step, tau_sim, self.keep, self._group))
+        self._jobs.put(("best.json", step, lambda: mark_best(self.run_dir, step, tau_sim, self.keep, self._group)))
 
     def _copy(self, name: str, x: Tensor) -> Tensor:
         own = x.to_local() if isinstance(x, DTensor) else x
@@ -174,14 +224,25 @@ class Writer:
         for left in (self.run_dir / "checkpoints").glob(f"{ASIDE}step-*") if is_rank_0() else ():
             shutil.rmtree(left, ignore_errors=True)
 
+    def _hangs(self) -> bool:
+        since = self._since
+        return since is not None and time.monotonic() - since[1] > self._under_way.allowed_s()
+
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            what, step, write = job
+            began = time.monotonic()
             try:
                 if self._failure is None:
-                    job()
+                    self._under_way.begin(what, self.limit_s)
+                    self._since = f"the {what} of step {step}", began
+                    write()
             except BaseException as error:  # it is the training's to raise
-                self._failure, self.failed = error, True
+                self._failure = error
             finally:
+                self._since = None
+                self._under_way.begin(None)
+                self._longest = max(self._longest, time.monotonic() - began)
                 self._jobs.task_done()
 
 
@@ -298,7 +359,7 @@ class _FileWriter(dcp.HuggingFaceStorageWriter):
         save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
         sync(file)
         # DCP's processes wait for each other where this program does not see it: each says here that its part is written.
-        count("parts of checkpoints written")
+        count(PARTS)
         written: torch.futures.Future[list[Any]] = torch.futures.Future()
         written.set_result(results)
         return written

@@ -105,7 +105,7 @@ def init(
     """Write a draft config derived from a target, to edit and name as draft.config."""
     from fastdraft.model.methods import named_method
 
-    text = named_method(method).init_config(target)
+    text = named_method(method).shape.init_config(target)
     if out is None:
         sys.stdout.write(text)
     elif out.exists():
@@ -123,7 +123,6 @@ def prepare(
     """Tokenise the data of a config into the cache, and say what came of it."""
     from fastdraft.config import load_config
     from fastdraft.data.statistics import statistics
-    from fastdraft.model.methods import method_of
     from fastdraft.run.draft import draft_shape
     from fastdraft.run.inputs import load_data
 
@@ -131,7 +130,7 @@ def prepare(
     if report is not None and report.exists() and not report.is_dir():  # before the data are read, not after
         raise ValueError(f"--report {report} is a file; name a folder, in which data.png is to be drawn")
     shape = draft_shape(loaded)
-    prepared = load_data(loaded, shape.vocab_size, method_of(shape).mask_token(shape))
+    prepared = load_data(loaded, shape)
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
     for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
@@ -557,7 +556,7 @@ def check(
         raise ValueError(f"--engine {engine} needs --checkpoint and --target, the draft to serve and its target")
     good = True
     if checkpoint is not None:
-        from fastdraft.serving.export import verify
+        from fastdraft.serving.export import told_target, verify
 
         if target is None:
             raise ValueError("--checkpoint needs --target, the directory of the model it drafts for")
@@ -569,6 +568,8 @@ def check(
         good = not findings.errors
         count = "1 error" if len(findings.errors) == 1 else f"{len(findings.errors)} errors"
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else count))
+        for line in told_target(checkpoint, target).notes:
+            say(line)
         if serving:
             from fastdraft.serving.check import check_engine
 

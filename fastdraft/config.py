@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -41,6 +41,11 @@ class TargetConfig(Section):
     # them dtype: auto is theirs, and `path` gives config, tokenizer, embedding and head
     url: Annotated[list[str], BeforeValidator(lambda url: [url] if isinstance(url, str) else url)] = []
     timeout_s: float = Field(600.0, gt=0)  # with url: how long no server may give states before the run ends
+
+    @property
+    def files(self) -> tuple[str, bool]:
+        """Where its files are, and whether the code among them may run."""
+        return self.path, self.trust_remote_code
 
 
 class DraftSection(Section):
@@ -296,14 +301,23 @@ def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:
         if model is Config and where in REMOVED:
             return f"key {where!r} is no longer a setting; {REMOVED[where]}"
         known = _known_keys(model, fault["loc"][:-1])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+        near = nearest_key(str(fault["loc"][-1]), known)
+        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {where!r}; {hint}"
     if fault["type"] == "missing":
         return f"missing key {where!r}"
     given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}: {message}{given}" if where else message
+
+
+def nearest_key(key: str, known: Collection[str]) -> str | None:
+    """The known key that an unknown one most likely means: one with all of its words or with just its letters, or one spelt
+    much alike. None: no key is so near that naming it would help."""
+    words = set(key.split("_"))
+    whole = [name for name in known if words <= set(name.split("_")) or sorted(key) == sorted(name)]
+    near = difflib.get_close_matches(key, whole or known, n=1, cutoff=0 if whole else 0.8)
+    return near[0] if near else None
 
 
 def _misread(tree: dict[str, Any], model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -333,3 +347,8 @@ def reads_store(config: Config) -> bool:
 def asks_servers(config: Config) -> bool:
     """Whether servers run the target, so that of it only embedding, head and final norm are loaded here."""
     return bool(config.target.url) and not reads_store(config)
+
+
+def runs_target(config: Config) -> bool:
+    """Whether this process runs the target's layers."""
+    return not (reads_store(config) or asks_servers(config))

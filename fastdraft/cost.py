@@ -11,7 +11,7 @@ goes on (`checkpoint.py`). With a GPU it is the host's memory; nothing else of t
 Not counted: the target's own forward, a second g and f for a small draft's graphs (`model/eagle3/graph_engine.py`),
 allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch, a CPU library's own copies of bf16 weights.
 
-# N tokens of a pack, L tokens of a document, T steps, M chains of a chunk
+# N tokens of a pack, L tokens of a document
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from fastdraft.batch import LossKind
 from fastdraft.files import GIB
-from fastdraft.model.method import Precision, Row, StepKind
+from fastdraft.model.method import Precision, Row
 from fastdraft.model.methods import method_of
 
 # Dense bf16 FLOP/s by what a GPU's name contains, from the maker's data sheets; the first that fits counts.
@@ -78,21 +77,17 @@ def plan(
     target_params: int,
     target_dtype: torch.dtype,
     pack_tokens: int,  # N
-    ttt_length: int,  # T
     precision: Precision = "bf16",
     document_tokens: int | None = None,  # longest document L; a pack is one document when left out
     keep: int = 2,  # latest checkpoints kept, besides the best one
-    loss: LossKind = "kl",
-    step: StepKind = "reference",
     device: Literal["cuda", "cpu"] = "cuda",  # the fused step's attention: kernels, or the reference that keeps scores
-    chunk_rows: int | None = None,  # M of the fused step; None: its own choice
     stored: bool = False,  # features are read from a store or come from servers: only embedding and head are loaded
     export_dtype: torch.dtype | None = None,  # None: target_dtype
     cache_bytes: int = 0,  # of disk that a cache of features may fill
-    options: dict[str, Any] | None = None,  # more that the method's `step_cost` reads
     replicas: int = 1,  # processes that divide masters and moments among themselves (dist/shard.py)
     muon_bytes: int = 0,  # `optim.muon_bytes`
     tensor: int = 1,  # processes that share the draft's weights
+    **step: Any,  # what else the method's `step_cost` reads
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows. ValueError for fp8 on a CPU, where no run is."""
     if precision == "fp8" and device == "cpu":
@@ -109,14 +104,10 @@ def plan(
         draft,
         pack_tokens=pack_tokens,
         document_tokens=length,
-        ttt_length=ttt_length,
         precision=precision,
         target_dtype=target_dtype,
-        loss=loss,
-        step=step,
         device=device,
-        chunk_rows=chunk_rows,
-        **(options or {}),
+        **step,
     )
     beside = frozen_bytes(draft, b)
     checkpoint = 12 * trainable + beside  # fp32 master, two moments

@@ -41,7 +41,8 @@ from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_op
 from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
 from fastdraft.run.finished import saved_config
 from fastdraft.run.inputs import load_data, open_source
-from fastdraft.run.plan import known_work, target_parameters
+from fastdraft.run.plan import known_work
+from fastdraft.target.hf import count_target_parameters, load_target_config
 from fastdraft.target.served.ends import FILES
 from fastdraft.target.source import InProcess
 
@@ -91,9 +92,10 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     draft = new_draft(config)
     check_layout(config, draft.config)
     method = method_of(draft)
-    data = load_data(config, draft.config.vocab_size, method.mask_token(draft.config))
+    data = load_data(config, draft.config)
     train_set, eval_set = data.train, data.eval
-    pairs = method.pair_cost(draft.config, target_parameters(config), config)
+    target_size = count_target_parameters(load_target_config(*config.target.files))
+    pairs = method.pair_cost(draft.config, target_size, config)
     loader = Loader(
         data.stream or train_set,
         config.data.pack_tokens,
@@ -209,7 +211,11 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
         writer = stack.enter_context(
             checkpoint.Writer(
-                run_dir, config.checkpoint.keep, config.dist.disk_s, metrics.say if metrics else lambda _: None
+                run_dir,
+                config.checkpoint.keep,
+                config.dist.disk_s,
+                metrics.say if metrics else lambda _: None,
+                config.dist.timeout_s,
             )
         )
         recent: list[Recent] = []  # the steps since the last look at the device
@@ -244,11 +250,11 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
             met = time.perf_counter()
-            stopping = stop.agreed(writer.failed)
+            stopping = stop.agreed(writer.failed())
             if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
                 optimizer.waited += time.perf_counter() - met
             if stop.failed:
-                writer.wait()  # and raises what it failed of
+                writer.raise_failure()
             if look or hold_out or keep or stopping:
                 mesh.begin("reading the numbers of its steps from its device", config.dist.stuck_s)
                 finish_step()

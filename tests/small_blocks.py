@@ -1,12 +1,15 @@
-"""Small runs of drafts that fill blocks, and what the commands' tests of each of these methods do with one."""
+"""Small runs of drafts that fill blocks, what the commands' tests of each such method do with one, and golden cases."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
 import yaml
 from small_runs import losses
+
+from fastdraft.model.dflash.golden import BlockGolden
 
 # Blocks that draft four tokens by two layers.
 OVERRIDES = {
@@ -47,3 +50,10 @@ def decode_all_ways(runs, run: Path, prompts: Path) -> None:
     assert len(report["held_out"]["overall"]["acceptance"]) == 4 and report["decode"]["num_tokens"] == 24
     greedy = json.loads(runs("evaluate", run, "--prompts", prompts, "--max-prompts", 2, "--max-new-tokens", 12))
     assert greedy["decode"]["num_equal"] == 2
+
+
+def in_float64(case: BlockGolden) -> BlockGolden:
+    """The case with float64 frequencies, as its trainer had them; a draft's are float32, as transformers makes them."""
+    dim = case.draft.config.head_dim
+    case.draft.rope.freqs = 1.0 / (10000.0 ** (torch.arange(0, dim, 2).double() / dim))
+    return case

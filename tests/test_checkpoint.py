@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import resource
 import shutil
 import threading
+import time
 import warnings
 
 import pytest
@@ -280,6 +282,13 @@ def test_rng_state_goes_on(tmp_path):
 # --- beside the training --------------------------------------------------------------------------------------------------
 
 
+def until(happened) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 class Gate:
     """Safetensors' `save_file`, which waits until it is let through; what it was given, by call."""
 
@@ -303,7 +312,7 @@ def test_what_is_written_is_what_was_when_it_was_saved(tmp_path, monkeypatch):
         for tensor in tensors.values():
             tensor.zero_()
         state["loader"]["pack"] = 8
-        assert steps(tmp_path) == [] and not writer.failed
+        assert steps(tmp_path) == [] and not writer.failed()
         gate.open.set()
     saved, into = read_state(checkpoints_of_run(tmp_path)[0]), empty_like(make_tensors(1))
     load_tensors(saved, into)
@@ -355,7 +364,7 @@ def test_a_write_that_fails_is_raised_by_whoever_waits_next(tmp_path, monkeypatc
         if not at_end:
             with pytest.raises(ValueError, match=said):
                 writer.save(make_tensors(3), {"step": 3})
-            assert writer.failed
+            assert writer.failed()
     assert steps(tmp_path) == [1] and checkpoint.read_best(tmp_path) is None
 
 
@@ -380,8 +389,40 @@ def test_an_error_leaves_though_the_disk_hangs(tmp_path, monkeypatch):
         raise ValueError("not finite")
     assert steps(tmp_path) == []
     gate.open.set()
-    writer._thread.join(60)
-    assert steps(tmp_path) == [1]
+    until(lambda: steps(tmp_path) == [1])  # the thread goes on
+
+
+def test_a_writing_that_lasts_is_said_once_and_then_is_a_failure(tmp_path, monkeypatch):
+    """Between two checkpoints, too: the training asks at each step."""
+    monkeypatch.setattr(checkpoint, "SLOW_S", 0.1)
+    gate, told = Gate(monkeypatch), []
+    gate.open.set()
+    said = r"the checkpoint of step 4 is not written after \d+ s: .* hangs, or is slower .*are untouched.*to go on"
+    with pytest.raises(ValueError, match=said), Writer(tmp_path, 2, limit_s=1.0, say=told.append, first_s=1.0) as writer:
+        for step in (1, 2, 3):
+            writer.save(make_tensors(step), {"step": step})
+            writer.wait()
+        assert not writer.failed() and told == []
+        gate.open.clear()
+        writer.save(make_tensors(4), {"step": 4})
+        until(lambda: told != [] or writer.failed())
+        assert not writer.failed() and len(told) == 1
+        words = r"the checkpoint of step 4 has been under way for \d+ s, and the longest before .*After \d+ s the run ends"
+        assert re.search(words, told[0])
+        until(writer.failed)
+        writer.raise_failure()
+    assert len(told) == 1 and steps(tmp_path) == [2, 3]
+    gate.open.set()
+
+
+def test_who_waits_for_a_writing_that_hangs_ends_too(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    said = r"the checkpoint of step 1 is not written after \d+ s: a disk"
+    with pytest.raises(ValueError, match=said), Writer(tmp_path, 2, limit_s=0.7, first_s=0.7) as writer:
+        writer.save(make_tensors(1), {"step": 1})
+        writer.save(make_tensors(2), {"step": 2})
+    assert steps(tmp_path) == []
+    gate.open.set()
 
 
 def test_a_fault_of_the_writing_is_said_beside_the_error_that_leaves(tmp_path, monkeypatch):

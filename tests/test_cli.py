@@ -175,7 +175,7 @@ def test_plan_says_how_unequal_the_processes_packs_are(fastdraft, config_file, m
     token = 2 * predicted.target_params
     row = predicted.flops_per_token - token
     pairs = named_method("eagle3").pair_cost(shape, predicted.target_params, config)
-    data = load_data(config, shape.vocab_size).train
+    data = load_data(config, shape).train
     loaders = [Loader(data, config.data.pack_tokens, 4, config.data.seed, rank, 2, pairs) for rank in range(2)]
     work = np.zeros((loaders[0].num_packs // 4, 2))
     for step in work:
@@ -391,7 +391,7 @@ def test_export_and_check(fastdraft, trained, target_dir, tmp_path):
     assert code == 0 and ", float32; verified for SGLang and vLLM" in out, err
     assert {p.name for p in out_dir.iterdir()} == {"config.json", "model.safetensors"}
     with pytest.MonkeyPatch.context() as patch:  # said before a target is loaded, which can take minutes
-        patch.setattr(finished, "load_target", None)
+        patch.setattr(finished, "open_target", None)
         refused = refusal(fastdraft("export", trained, out_dir))
     assert "exists; choose another directory, or replace it with --overwrite" in refused
     assert fastdraft("export", trained, out_dir, "--overwrite", "--which", "1")[0] == 0

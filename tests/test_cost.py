@@ -403,7 +403,7 @@ def test_the_peak_of_a_run_on_the_cpu_is_predicted(step, rel, make_config, tmp_p
 def test_sampled_depth_counts_the_share_of_each_step(device):
     def work(steps: int, p: float) -> list[int]:
         common = dict(target_params=0, target_dtype=torch.bfloat16, pack_tokens=300, step="fused", device=device)
-        predicted = plan(config(), ttt_length=steps, options={"sampled_depth": p}, **common)
+        predicted = plan(config(), ttt_length=steps, sampled_depth=p, **common)
         return [row.size for row in predicted.flops[1:]]
 
     upto = torch.tensor([work(steps, 1.0) for steps in (1, 2, 3)], dtype=torch.float64)

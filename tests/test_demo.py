@@ -54,7 +54,8 @@ def test_the_steps_are_those_that_the_clock_has_room_for(demo, make_config, targ
     """A second for the target's forward, which the first epoch alone pays, and two for the draft's step."""
     monkeypatch.setattr(demo, "pack_seconds", lambda *_: (1.0, 2.0))
     config = make_config(max_steps=300, **{"data.eval_fraction": 0.0})
-    packs = demo.Loader(load_data(config, target.vocab_size).train, config.data.pack_tokens, 1, config.data.seed).num_packs
+    data = load_data(config, draft_shape(config)).train
+    packs = demo.Loader(data, config.data.pack_tokens, 1, config.data.seed).num_packs
     assert packs > 5
     taken = []
     for left, expected in ((1e5, 300), (100.0, None), (3.0 * packs / 2, demo.MIN_STEPS), (-50.0, demo.MIN_STEPS)):
@@ -69,7 +70,7 @@ def test_the_steps_are_those_that_the_clock_has_room_for(demo, make_config, targ
 
 def test_what_a_pack_costs_is_measured(demo, make_config, target):
     config = make_config()
-    data = load_data(config, target.vocab_size)
+    data = load_data(config, draft_shape(config))
     assert all(seconds > 0 for seconds in demo.pack_seconds(config, target, data))
 
 
@@ -139,11 +140,9 @@ def test_the_prompts_and_tokens_are_those_that_the_clock_has_room_for(demo, make
     room so, all 24 are tried together, which take 2 s each alone and 3 s each with a draft: 192 s and the other 36."""
     share = demo.DECODE_TOKENS // 4
     seconds = lambda n: SimpleNamespace(seconds=n * share / demo.DECODE_TOKENS)  # noqa: E731
-    monkeypatch.setattr(demo, "generate_plain", lambda *_: seconds(4.0))
-    monkeypatch.setattr(demo, "generate", lambda *_: seconds(6.0))
-    of_all = lambda each: lambda target, *args: [SimpleNamespace(seconds=each * 6 / 52)] * 24  # noqa: E731
-    monkeypatch.setattr(demo, "generate_plain_batch", of_all(2.0))
-    monkeypatch.setattr(demo, "generate_batch", of_all(3.0))
+    monkeypatch.setattr(demo, "generate", lambda target, draft, *_: seconds(6.0 if draft else 4.0))
+    each = lambda draft: SimpleNamespace(seconds=(3.0 if draft else 2.0) * 6 / 52)  # noqa: E731
+    monkeypatch.setattr(demo, "generate_batch", lambda target, draft, *_: [each(draft)] * 24)
     draft = random_draft(draft_shape(make_config()), target.embedding)
     cases = (
         (1000.0, 24, 52),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_blocks import OVERRIDES, block_run, decode_all_ways, train_stop_and_resume
 from small_runs import losses
 from tiny import refusal, write_chats
@@ -119,55 +119,6 @@ def test_the_plan_says_what_the_selector_learns(run_yaml, runs):
 def test_the_selectors_weight_is_no_other_methods(run_yaml, fastdraft):
     line = refusal(fastdraft("train", run_yaml, "draft={method: dflash}", "block.selector_alpha=0.5"))
     assert "block.selector_alpha is DFlash2's" in line
-
-
-# --- verification: a fault of an export is named -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def exported(target_dir, tmp_path_factory):
-    from fastdraft.serving.export import export_draft
-
-    draft = DFlash2Draft(DFlash2Config.from_target(read_target_config(target_dir), mask_token_id=190, **BLOCKS))
-    draft.init_weights(0.1, torch.Generator().manual_seed(0))
-    return export_draft(draft, tmp_path_factory.mktemp("export") / "out", torch.float32)
-
-
-FAULTS = {
-    "no rank": (lambda c: c["dflash_config"].pop("selector_rank"), "dflash_config.selector_rank is None"),
-    "no taps": (lambda c: c["dflash_config"].update(conv_kernel_size=0), "dflash_config.conv_kernel_size is 0"),
-    "another rank": (lambda c: c["dflash_config"].update(selector_rank=16), "config.json makes it [192, 16]"),
-    "a scale": (lambda c: c["dflash_config"].update(output_multiplier=0.5), "dflash_config.output_multiplier is 0.5"),
-    "a cap": (lambda c: c["dflash_config"].update(final_logit_softcapping=30.0), "final_logit_softcapping is 30.0"),
-    "DFlash's name": (lambda c: c.update(architectures=["DFlashDraftModel"]), "leave it out"),
-    "causal": (lambda c: c.update(is_causal=True), "is_causal is true, with which engines make the block causal"),
-    "shifted": (lambda c: c.update(sample_from_anchor=True), "its labels are shifted by one slot"),
-    "pad": (lambda c: c["dflash_config"].update(mask_token_id=2), "mask_token_id 2 is the target's eos token"),
-    "layers": (lambda c: c["dflash_config"].update(target_layer_ids=[1, 7]), "must ascend and lie in 0..6"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_config_is_named(fault, exported, target_dir, tmp_path, fastdraft):
-    break_it, words = FAULTS[fault]
-    config = json.loads((exported / "config.json").read_text())
-    break_it(config)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes())
-    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
-    assert code == 1 and words in " ".join(out.split()), out
-
-
-def test_a_fault_in_the_tensors_is_named(exported, target_dir, tmp_path, fastdraft):
-    tensors = load_file(exported / "model.safetensors")
-    del tensors["candidate_selector.hidden_projection.weight"]
-    tensors["layers.0.mlp_conv.base_kernel"][0, 1] = torch.nan
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
-    code, out, _ = fastdraft("check", "--checkpoint", tmp_path, "--target", target_dir)
-    said = " ".join(out.split())
-    assert code == 1 and "missing: candidate_selector.hidden_projection.weight" in said
-    assert "layers.0.mlp_conv.base_kernel has 32 NaN" in said
 
 
 def test_check_replays_its_golden_case(runs, tmp_path):

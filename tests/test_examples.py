@@ -150,10 +150,11 @@ def test_dflash_draft_of_example(name: str, target: dict, mask: int):
     assert config.draft.method == "dflash" and config.run_dir == f"runs/{name}-dflash"
 
 
-def test_dflash_examples_train_alike():
+@pytest.mark.parametrize("method", ["dflash", "dspark"])
+def test_a_methods_examples_train_alike(method):
     seen = [
         load_config(path).model_dump(include={"block", "optim", "epochs", "checkpoint", "eval"})
-        for path in sorted((EXAMPLES / "dflash").glob("*.yaml"))
+        for path in sorted((EXAMPLES / method).glob("*.yaml"))
     ]
     assert len(seen) == 2 and seen[0] == seen[1]
 
@@ -183,11 +184,3 @@ def test_dspark_draft_of_example(name: str, target: dict, mask: int):
     heads = 2 * target["vocab_size"] * 256 + 4096 + 256 + 1
     assert draft.num_parameters()["trainable"] == plain.num_parameters()["trainable"] + heads
     assert config.draft.method == "dspark" and config.run_dir == f"runs/{name}-dspark"
-
-
-def test_dspark_examples_train_alike():
-    seen = [
-        load_config(path).model_dump(include={"block", "optim", "epochs", "checkpoint", "eval"})
-        for path in sorted((EXAMPLES / "dspark").glob("*.yaml"))
-    ]
-    assert len(seen) == 2 and seen[0] == seen[1]

@@ -19,7 +19,7 @@ from fastdraft.data.prepare import prepare
 from fastdraft.features.store import Store
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.target_config import language_config, longest_context
-from fastdraft.run.draft import new_draft
+from fastdraft.run.draft import draft_shape, new_draft
 from fastdraft.run.features import capture_features
 from fastdraft.run.inputs import load_data, open_target
 from fastdraft.run.plan import own_dtype, predict, print_plan
@@ -181,7 +181,7 @@ def test_as_many_tokens_as_positions_train(gpt2, make_config, tmp_path):
     tokens.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = {"target.path": str(gpt2), "data.paths": [str(tokens)], "data.max_length": 48}
     config = make_config(**GPT2 | path | {"max_steps": 1})
-    assert max(len(row["input_ids"]) for row in load_data(config, 192).train) == 48
+    assert max(len(row["input_ids"]) for row in load_data(config, draft_shape(config)).train) == 48
     capture_features(config, tmp_path / "store")
     assert train(config).steps == 1 and Store(tmp_path / "store").is_complete
 

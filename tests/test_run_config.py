@@ -38,6 +38,8 @@ def test_defaults(file):
         ("data.pack_token", "unknown key 'data.pack_token'; did you mean 'pack_tokens'?"),
         ("metrics.logevery", "unknown key 'metrics.logevery'; did you mean 'log_every'?"),
         ("target.dtyp", "unknown key 'target.dtyp'; did you mean 'dtype'?"),
+        ("steps", "unknown key 'steps'; did you mean 'max_steps'?"),
+        ("data.seq_length", "unknown key 'data.seq_length'; known keys: "),
         ("optmi.lr", "unknown key 'optmi'; did you mean 'optim'?"),
     ],
 )

@@ -91,7 +91,7 @@ def test_the_schedule_counts_optimizer_steps(make_config):
 def test_epochs_are_counted_in_packs(make_config):
     """A step that runs into the next epoch is not counted in both: 3 epochs of 7 packs are 6 steps of 4."""
     config = make_config(max_steps=None, epochs=3, **{"optim.packs_per_step": 4, "eval.every": 100})
-    assert Loader(load_data(config, 192).train, config.data.pack_tokens, 1).num_packs == 7
+    assert Loader(load_data(config, draft_shape(config)).train, config.data.pack_tokens, 1).num_packs == 7
     assert train(config).steps == 6
 
 
@@ -101,7 +101,7 @@ def test_accumulation_does_not_change_the_result(make_config, tmp_path):
     for pack_tokens, packs in ((4096, 1), (64, None)):
         config = make_config(run_dir=str(tmp_path / str(pack_tokens)), **{"data.pack_tokens": pack_tokens})
         if packs is None:
-            data = load_data(config, draft_shape(config).vocab_size).train
+            data = load_data(config, draft_shape(config)).train
             packs = Loader(data, pack_tokens, 1).num_packs
             assert packs > 5
         train(config.model_copy(update={"optim": config.optim.model_copy(update={"packs_per_step": packs})}))
@@ -713,7 +713,7 @@ def test_a_failed_evaluation_loses_no_step(make_config, monkeypatch):
 
 def test_packs_that_ranks_cannot_share_are_refused(make_config):
     config = make_config(**{"optim.packs_per_step": 3})
-    data = load_data(config, draft_shape(config).vocab_size).train
+    data = load_data(config, draft_shape(config)).train
     with pytest.raises(ValueError, match="packs_per_step 3 must be a positive multiple of the 2 ranks"):
         Loader(data, config.data.pack_tokens, 3, rank=1, world_size=2)
 
@@ -785,8 +785,9 @@ def test_bad_runs_are_sentences(make_config, target_dir, tmp_path):
         ({"draft.init_from": "x", "draft.overrides": {"fc_norm": True}}, "take out draft.config, draft.overrides"),
         ({"draft.config": str(tmp_path / "none.yaml")}, r"none\.yaml cannot be read"),
         ({"draft.config": str(numbered)}, r"numbered\.yaml has the key 1; keys are words"),
-        ({"draft.overrides": {"target_config": 1}}, "'target_config' does not exist; the nearest is"),
-        ({"draft.overrides": {"cls": 1}}, "'cls' does not exist; the nearest is"),
+        ({"draft.overrides": {"target_config": 1}}, "'target_config' does not exist; those of EAGLE-3 are hidden_size, "),
+        ({"draft.overrides": {"cls": 1}}, "'cls' does not exist; those of EAGLE-3 are hidden_size, .*norm_output$"),
+        ({"draft.overrides": {"num_layers": 1}}, "'num_layers' does not exist; those of EAGLE-3 are hidden_size, "),
         ({"draft.overrides": {"initializer_range": math.inf}}, r"initializer_range: .*finite number \(got inf\)"),
         ({"draft.overrides": {"rope_parameters": {"rope_theta": math.inf}}}, "rope_theta is inf; it must be a number"),
         ({"precision": "fp8"}, "precision: fp8 needs a GPU of compute capability 8.9 or newer"),
@@ -827,7 +828,7 @@ def test_overfit_export_and_an_independent_forward(make_config, tmp_path):
     with torch.enable_grad():
         train(config)
     last = losses(config.run_dir)[-1]
-    prepared = load_data(config, 192)
+    prepared = load_data(config, draft_shape(config))
     sample = prepared.train[0]
     ids, mask = torch.tensor(sample["input_ids"]), torch.tensor(sample["loss_mask"])
     _, target, draft = open_run(Path(config.run_dir))

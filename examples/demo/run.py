@@ -38,7 +38,7 @@ from fastdraft.config import Config, load_config
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import Prepared
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, generate, generate_batch, generate_plain, generate_plain_batch
+from fastdraft.decode import DecodeResult, generate, generate_batch
 from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
@@ -46,7 +46,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.precision import speed
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.optim import FlatAdamW
-from fastdraft.run.draft import fit_to_target, make_step, new_draft
+from fastdraft.run.draft import draft_shape, fit_to_target, make_step, new_draft
 from fastdraft.run.dtypes import compute_dtype, name_dtypes
 from fastdraft.run.finished import evaluate_held_out, export_run, open_run
 from fastdraft.run.inputs import load_data, open_target
@@ -142,14 +142,14 @@ def main() -> None:
     prompts = prompt_ids(read_prompts(HERE / "heldout_prompts.jsonl")[:DECODE_PROMPTS], tokenizer)
     _, target, draft = open_run(run_dir)
     draft.to(target.dtype)
-    data = load_data(config, target.vocab_size)
+    data = load_data(config, draft.config)
     simulated = evaluate_held_out(config, InProcess(target), draft, data.eval)
     untrained = new_draft(config)
     fit_to_target(untrained, config, target, data.train)
     untrained.to(target.device, target.dtype)
     number, tokens = affordable_decoding(target, draft, prompts, clock)
     prompts = prompts[:number]
-    plain = generate_plain_batch(target, prompts, tokens)
+    plain = generate_batch(target, None, prompts, tokens)
     few = min(UNTRAINED_PROMPTS, len(prompts))
     before = evaluate_decode(target, untrained, prompts[:few], TREE, tokens, plain[:few])
     after = evaluate_decode(target, draft, prompts, TREE, tokens, plain)
@@ -304,7 +304,7 @@ def with_affordable_steps(config: Config, target: Target, clock: Clock) -> Confi
     The first epoch pays for the target's forward over each pack, later ones find its features in memory.
     """
     began = time.perf_counter()
-    data = load_data(config, target.vocab_size)
+    data = load_data(config, draft_shape(config))
     packs = Loader(data.train, config.data.pack_tokens, 1, config.data.seed).num_steps(1)
     target_seconds, draft_seconds = pack_seconds(config, target, data)
     setup = time.perf_counter() - began  # what `train` does before its first step costs about the same again
@@ -384,7 +384,7 @@ def affordable_decoding(target: Target, draft: Draft, prompts: list[list[int]], 
     fits, it gets fewer tokens."""
     prompt = prompts[0]
     generate(target, draft, prompt, 2, TREE)  # warm
-    alone = generate_plain(target, prompt, DECODE_TOKENS // 4).seconds * 4
+    alone = generate(target, None, prompt, DECODE_TOKENS // 4).seconds * 4
     tree = generate(target, draft, prompt, DECODE_TOKENS // 4, TREE).seconds * 4
     left = DECODE_END - clock.seconds()
 
@@ -408,7 +408,7 @@ def affordable_decoding(target: Target, draft: Draft, prompts: list[list[int]], 
 def together(target: Target, draft: Draft, prompts: list[list[int]]) -> float:
     """Seconds that all prompts would take by the target alone, with a tree and with a chain, which costs no more."""
     tokens = DECODE_TOKENS // 8
-    plain = generate_plain_batch(target, prompts, tokens)
+    plain = generate_batch(target, None, prompts, tokens)
     tree = generate_batch(target, draft, prompts, tokens, TREE)
     return DECODE_TOKENS / tokens * (sum(r.seconds for r in plain) + 2 * sum(r.seconds for r in tree))
 

@@ -36,13 +36,25 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "tool_call": "assistant",
+    "tool_response": "tool",
 }
+CALLING = ("function_call", "tool_call")  # roles whose text is the JSON of calls
 SHAPES = ("messages", "conversations", "input_ids")
 MEDIA = {"image", "images", "img", "imgs", "pixel", "video", "videos", "audio", "audios"}  # words of keys
 # Keys of a message that chat templates, servers or training read, so that none of them may be left out without a word.
 READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id", "weight", "finish_reason")
 # Other trainers' keys of an assistant's message, which say by `false` that it is not trained on.
-NOT_TRAINED = ("train", "trainable", "training", "loss")
+NOT_TRAINED = ("train", "trainable", "training", "loss", "loss_weight", "loss_scale", "loss_mask")
+PREFIXED = ("prefix", "partial")  # APIs' keys of an assistant's message whose text the user wrote for the model to go on
+# Keys of a line that change the prompt it was served with and are not read.
+CHANGES_PROMPT = {
+    "chat_template_kwargs": "set data.chat_template_kwargs for lines that agree on them, and take the key out",
+    "documents": "write them into a message, or take the key out",
+    "continue_final_message": 'give the message that is gone on with "weight": 0, and take the key out',
+}
+SYSTEMS = ("system_prompt", "system_message")  # what some call `system`, and others something else
+CUT = ("length", "max_tokens", "model_length", "content_filter", "abort")  # reasons why an answer ends, not by the model
 NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")  # ends of files' names
 
 
@@ -208,6 +220,11 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
         known = [*SHAPES, "prompt (text)"] if prompts else SHAPES
         raise ValueError(f"expected exactly one of {', '.join(known[:-1])} or {known[-1]}; {has}")
     _refuse_media(row, "the line")
+    for key, remedy in CHANGES_PROMPT.items():
+        given = row.get(key)
+        said = any(v is not None for v in given.values()) if isinstance(given, dict) else _says_something(given)
+        if shapes != ["input_ids"] and said:  # `enable_thinking: false` says something, too
+            raise ValueError(f"the line has {key!r} ({_kind(given)}), which is not read; {remedy}")
     if shapes == ["input_ids"]:
         return _tokens(line.where, row)
     name = "tools" if row.get("tools") or not row.get("functions") else "functions"  # as OpenAI called them first
@@ -226,6 +243,11 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
         raise ValueError(f"system must be a string, got {_kind(system)}")
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+    for key in SYSTEMS:
+        if messages[0]["role"] not in ("system", "developer") and _says_something(row.get(key)):
+            raise ValueError(
+                f"the line has {key!r} and no system turn; call it 'system' if it was served as one, or take the key out"
+            )
     _take_finish_reasons(row.get("finish_reasons"), messages)
     return Conversation(line.where, _key([messages, tools]), tuple(messages), tools)
 
@@ -241,7 +263,7 @@ def _take_finish_reasons(reasons: Any, messages: list[dict]) -> None:
             f"finish_reasons must be a list with a reason for each of the {len(answers)} answers, got {counted}"
         )
     for message, reason in zip(answers, reasons, strict=True):
-        if reason == "length":
+        if reason in CUT:
             message["finish_reason"] = reason
 
 
@@ -270,6 +292,9 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     if not isinstance(turn, dict):
         raise ValueError(f"message {number} must be an object, got {_kind(turn)}")
     names = {"from": "role", "value": "content"} if sharegpt else {}
+    for key, name in names.items():
+        if None not in (turn.get(key), turn.get(name)) and turn[key] != turn[name]:
+            raise ValueError(f"message {number} has {key!r} and {name!r}, which differ; leave one of them")
     message = {names.get(k, k): v for k, v in turn.items() if v is not None}
     role = message.get("role")
     if not isinstance(role, str):
@@ -277,7 +302,7 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     _refuse_media(message, f"message {number}")
     if sharegpt:
         message["role"] = SHAREGPT_ROLES.get(role, role)
-        if role == "function_call":
+        if role in CALLING:
             message = _function_call(message, number)
     if message["role"] not in ROLES:
         known = (*ROLES, *SHAREGPT_ROLES) if sharegpt else ROLES
@@ -288,6 +313,15 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
         if message["role"] == "assistant" and message.get(key) in (False, "false", "False"):  # 0, too
             said = json.dumps(message[key])
             raise ValueError(f'message {number} has {key!r}: {said}, which is not read; write "weight": 0 instead')
+    for key in PREFIXED:
+        given = message["role"] == "assistant" and message.get(key) in (True, "true", "True")  # 1, too
+        if given and message.get("weight") != 0:
+            raise ValueError(
+                f"message {number} has {key!r}: {json.dumps(message[key])}, so its text was given to the model and not "
+                'written by it; write "weight": 0 with it'
+            )
+    if message.get("train_detail"):
+        raise ValueError(f"message {number} has 'train_detail', which is not read: only whole messages are left out")
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
     for name in ("reasoning", "thinking"):  # other servers' names for it
         if isinstance(message.get(name), str):
@@ -365,6 +399,9 @@ def _tool_call(call: Any, number: int) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number}: a tool call must be an object with a function name, got {_kind(call)}")
+    other = [key for key in ("parameters", "args", "input", "kwargs") if _says_something(function.get(key))]
+    if other and not function.get("arguments"):
+        raise ValueError(f"message {number}: the call of {function['name']} has {other[0]!r}; call them 'arguments'")
     arguments = _json_if_string(function.get("arguments") or {}, f"message {number}: arguments of {function['name']}")
     if not isinstance(arguments, dict):
         raise ValueError(f"message {number}: arguments of {function['name']} must be an object, got {_kind(arguments)}")
@@ -372,6 +409,12 @@ def _tool_call(call: Any, number: int) -> dict:
         raise ValueError(f"message {number}: the id of a tool call must be a string, got {_kind(call['id'])}")
     function = {**function, "arguments": arguments}
     return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+
+
+def with_reasoning(message: dict) -> dict:
+    """The message with its reasoning under each of the names that templates know it by (gpt-oss: thinking)."""
+    reasoning = message.get("reasoning_content")
+    return {"thinking": reasoning, "reasoning": reasoning, **message} if reasoning else message
 
 
 def with_textual_arguments(message: dict) -> dict:
@@ -388,7 +431,7 @@ def with_textual_arguments(message: dict) -> dict:
 
 
 def _function_call(message: dict, number: int) -> dict:
-    """ShareGPT's `function_call` turn: its text is the JSON of one call or of several."""
+    """ShareGPT's `function_call` or `tool_call` turn: its text is the JSON of one call or of several."""
     calls = _json_if_string(message.get("content"), f"message {number}: function_call")
     calls = calls if isinstance(calls, list) else [calls]
     return {**message, "content": "", "tool_calls": calls}

@@ -42,7 +42,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 9  # raised when the same input makes other samples than before
+FORMAT = 10  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
@@ -61,9 +61,11 @@ class Stats:
     untrained_samples: int = 0  # left out: no trained token in them
     lost_reasoning: int = 0  # trained turns whose reasoning the template leaves out
     raw_reasoning: int = 0  # trained turns with reasoning that the template cuts, as the model produced them
+    apart: int = 0  # trained turns that are tokenised apart from their prompt, as they are served
     joined: int = 0  # trained turns whose first token began before them, which is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
+    empty_block: int = 0  # trained turns that begin with an empty block for reasoning
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: dict[str, list] = field(default_factory=dict)  # turns not trained: how many, where the first, by reason
     skipped_lines: int = 0
@@ -90,9 +92,11 @@ class Stats:
         self.untrained_samples += done.untrained
         self.lost_reasoning += done.lost_reasoning
         self.raw_reasoning += done.raw_reasoning
+        self.apart += done.apart
         self.joined += done.joined
         self.endless += done.endless
         self.cut += done.cut
+        self.empty_block += done.empty_block
         self.unopened += done.unopened
         for where, reason in done.left_out:
             self.left_out.setdefault(reason, [0, where])[0] += 1
@@ -127,6 +131,11 @@ class Stats:
                 "behind the prompt as served",
             ),
             (
+                self.apart,
+                "trained turns are tokenised apart from their prompts, as they are served, each in a sample of its own: "
+                "together their first characters and the prompt's last would make other tokens",
+            ),
+            (
                 self.joined,
                 "trained turns begin in the middle of a token, which is not trained: its first characters are the prompt's "
                 "(mostly white space at the end of a template's generation prompt)",
@@ -137,6 +146,12 @@ class Stats:
                 "generation_config.json or its tokenizer names, so no draft learns where an answer ends",
             ),
             (self.cut, "trained turns were cut by a limit of tokens: what the template writes behind them is not trained"),
+            (
+                self.empty_block,
+                "trained turns have no reasoning, and the chat template begins them with an empty block for it, which is "
+                "trained as the model's; if the target answered with reasoning off, say so in data.chat_template_kwargs "
+                "(most templates read enable_thinking: false), which makes the block the prompt's",
+            ),
             (
                 self.unopened,
                 "trained turns have no reasoning, but the generation prompt opens it: they are trained behind a prompt "

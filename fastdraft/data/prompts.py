@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date
-from fastdraft.data.conversations import BadLine, parse, read_lines
+from fastdraft.data.conversations import BadLine, parse, read_lines, with_reasoning, with_textual_arguments
+from fastdraft.data.template import ChatTemplate, Refused
 
 
 class Prompt(NamedTuple):
@@ -38,17 +39,32 @@ def read_prompts(path: Path) -> list[Prompt]:
 def prompt_ids(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, template_date: str = TEMPLATE_DATE, **template_kwargs: Any
 ) -> list[list[int]]:
-    """Token ids of each prompt, ready for the assistant's turn. Raises ValueError when the chat template refuses one."""
-    options = {"tokenize": False, "add_generation_prompt": True, **template_kwargs}
+    """Token ids of each prompt, ready for the assistant's turn, rendered as training data is: contents as lists of parts
+    where the template shows text in no other form, reasoning under every name, a call's arguments as text where the
+    template refuses the object. Raises ValueError when the chat template refuses a prompt."""
+    kwargs = {**tokenizer.special_tokens_map, **template_kwargs}
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None  # rendering asks for none
+    templates: dict[bool, ChatTemplate] = {}  # by whether there are tools, for which some tokenizers have another one
 
     def render(prompt: Prompt) -> str:
-        template = with_date(tokenizer.get_chat_template(tools=prompt.tools), template_date)
-        return tokenizer.apply_chat_template(prompt.messages, tools=prompt.tools, chat_template=template, **options)
+        asks = prompt.tools is not None
+        if asks not in templates:
+            templates[asks] = ChatTemplate(
+                with_date(tokenizer.get_chat_template(tools=prompt.tools), template_date), kwargs, backend
+            )
+        messages = [with_reasoning(message) for message in prompt.messages]
+        try:
+            return templates[asks].render(messages, prompt.tools, add_generation_prompt=True)
+        except Refused:
+            textual = [with_textual_arguments(message) for message in messages]
+            if textual == messages:
+                raise
+            return templates[asks].render(textual, prompt.tools, add_generation_prompt=True)
 
     try:
         texts = [render(prompt) for prompt in prompts]
-    except Exception as error:  # a template runs any expression: TypeError, KeyError, its own raise_exception ...
-        raise ValueError(f"the chat template refuses a prompt: {type(error).__name__}: {error}") from error
+    except Refused as error:
+        raise ValueError(str(error).replace("refuses it", "refuses a prompt", 1)) from error
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 

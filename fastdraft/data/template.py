@@ -40,7 +40,7 @@ class ChatTemplate:
         self,
         jinja: str,
         kwargs: dict[str, Any],
-        backend: Tokenizer,
+        backend: Tokenizer | None,  # None where the template is only rendered
         stops: frozenset[int] = frozenset(),  # tokens at which a served answer ends
     ) -> None:
         self.jinja, self.kwargs, self.backend, self.stops = jinja, kwargs, backend, stops

@@ -1,9 +1,11 @@
 """A conversation to samples: tokens of the rendered chat template, and a mask of what the assistant generates.
 
 The mask is made on the TEXT of a rendering (`turns.py`) and carried to tokens by the offsets of one tokenisation of that
-whole text, so the tokens are those serving sees. A trained span is what the model must produce: from the end of the
-generation prompt to the end-of-turn token, without white space that the template sets after it. Nothing is known about any
-particular template.
+whole text. A trained span is what the model must produce: from the end of the generation prompt to the end-of-turn token,
+without white space that the template sets after it. Nothing is known about any particular template.
+
+A server tokenises the prompt alone. Where the whole text has other tokens before a turn than that (a prompt that ends in a
+space, which the answer's first word takes along), the turn becomes a sample of its own, prompt and answer tokenised apart.
 
 A template that renders a turn differently once later turns follow (reasoning dropped, another closing token) never shows
 the model the whole conversation as one text. Such a conversation becomes one sample per trained turn, each as it is then.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
-from fastdraft.data.conversations import BadLine, Conversation, with_textual_arguments
+from fastdraft.data.conversations import BadLine, Conversation, with_reasoning, with_textual_arguments
 from fastdraft.data.history import long_renderings
 from fastdraft.data.samples import Sample
 from fastdraft.data.template import ChatTemplate, Refused, Span
@@ -31,6 +34,8 @@ from fastdraft.data.turns import LeftOut, Turn, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+HEADER, HEADERS_KEPT = 200, 10_000  # characters of the end of a prompt, and how many of those have their tokens kept
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,11 @@ class Tokenized:
     untrained: int = 0  # samples or pieces left out because nothing in them is trained
     lost_reasoning: int = 0  # trained turns whose reasoning the template does not render
     raw_reasoning: int = 0  # trained turns as the model produced them, with reasoning that the template cuts
-    joined: int = 0  # trained turns whose first token began before them, which is not trained
+    apart: int = 0  # trained turns that are tokenised apart from their prompt, which the tokenizer would join them with
+    joined: int = 0  # and those that cannot be: what their first token has of the prompt, and so that token, is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
+    empty_block: int = 0  # trained turns that begin with an empty block for reasoning
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: list[tuple[str, str]] = field(default_factory=list)  # of turns that are not trained: where, and why
 
@@ -81,18 +88,21 @@ class ChatTokenizer:
         self.templates = [template and with_date(template, template_date) for template in self.templates]
         self.name = f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
         self.backend = _plain(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
+        self._prompts: dict[str, list[int]] = {}
         self._turns: dict[bool, Turns] = {}  # by whether there are tools
 
     def __call__(self, conversation: Conversation) -> Tokenized:
         """Samples of one conversation. BadLine when the template refuses it or a token id is out of range."""
         turns: list[Turn] = []
         left_out: list[tuple[str, str]] = []
-        joined = 0
+        apart = joined = rewritten = 0
         if conversation.input_ids is not None:
             samples = [self._pretokenized(conversation)]
         else:
             turns, left_out = self._turns_of(conversation)
-            samples, joined = self._samples(_texts(turns), conversation.key)
+            texts = _texts(turns)
+            rewritten = len(texts) > 1
+            samples, apart, joined = self._samples(texts, conversation.key)
         largest = max((int(sample.input_ids.max(initial=0)) for sample in samples), default=0)
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise BadLine(conversation.where, f"token id {largest} is not in the vocabulary of {self.vocab_size}")
@@ -104,14 +114,16 @@ class ChatTokenizer:
         kept = [piece for piece in pieces if piece.trains]
         return Tokenized(
             kept,
-            rewritten=len(samples) > 1,
+            rewritten=bool(rewritten),
             too_long=sum(len(sample.input_ids) > n for sample in samples),
             untrained=len(pieces) - len(kept) if samples else 1,
             lost_reasoning=sum(turn.lost_reasoning for turn in turns),
             raw_reasoning=sum(turn.raw_reasoning for turn in turns),
+            apart=apart,
             joined=joined,
             endless=sum(turn.endless for turn in turns),
             cut=sum(turn.cut for turn in turns),
+            empty_block=sum(turn.empty_block for turn in turns),
             unopened=sum(turn.unopened for turn in turns),
             left_out=left_out,
         )
@@ -124,26 +136,77 @@ class ChatTokenizer:
             mask = mask & (np.arange(len(mask)) > (before[-1] if len(before) else -1))
         return Sample(ids, mask, conversation.key)
 
-    def _samples(self, texts: list[tuple[str, list[Span]]], key: int) -> tuple[list[Sample], int]:
-        """A sample of each text, and in how many of all spans the first characters are one token with what is before."""
+    def _samples(
+        self, texts: list[tuple[str, list[Span]]], key: int
+    ) -> tuple[list[Sample], int, int]:  # the samples; how many turns are `apart` and `joined`
+        """A sample of each text, and one of each turn whose prompt has other tokens where it is served."""
         if not texts:
-            return [], 0
+            return [], 0, 0
         whole, (ids, offsets) = texts[-1][0], self._tokens(texts[-1][0])
         # Added tokens are found before anything else, so what is before one does not depend on what follows, and the many
         # turns of a conversation need not be tokenised from its beginning.
         cuts = self._cuts(whole, ids, offsets) if len(texts) > 1 else np.zeros(0, np.int64)
-        samples, joined = [], _joined(offsets, texts[-1][1])
-        for text, spans in texts[:-1]:
-            common = _common_length(text, whole)
-            before = cuts[offsets[cuts, 0] + self._longest_added <= common]
-            first = int(before[-1]) if len(before) else 0
-            at = int(offsets[first, 0]) if first else 0
-            more, more_offsets = self._tokens(text[at:])
-            all_ids = np.concatenate([ids[:first], more])
-            all_offsets = np.concatenate([offsets[:first], more_offsets + at])
-            samples.append(Sample(all_ids, self._mask(text, all_ids, all_offsets, spans), key))
-            joined += _joined(all_offsets, spans)
-        return [*samples, Sample(ids, self._mask(whole, ids, offsets, texts[-1][1]), key)], joined
+        samples, apart, joined = [], 0, 0
+        for text, spans in texts:
+            all_ids, all_offsets = ids, offsets
+            if text is not whole:
+                before = cuts[offsets[cuts, 0] + self._longest_added <= _common_length(text, whole)]
+                first = int(before[-1]) if len(before) else 0
+                at = int(offsets[first, 0]) if first else 0
+                more, more_offsets = self._tokens(text[at:])
+                all_ids = np.concatenate([ids[:first], more])
+                all_offsets = np.concatenate([offsets[:first], more_offsets + at])
+            kept = []
+            found = np.flatnonzero(self._firm[all_ids])
+            for span in spans:
+                first, at = self._cut_before(text, all_ids, all_offsets, found, span[0])
+                prompt = self._prompt_tokens(text[at : span[0]])
+                if _begins_with(all_ids[first:], all_offsets[first:], prompt, span[0]):
+                    kept.append(span)
+                elif (said := self._apart(text, at, prompt, span)) is None:
+                    joined += 1
+                    kept.append(span)
+                else:
+                    apart += 1
+                    served = np.concatenate([all_ids[:first], np.array(prompt + said, dtype=np.int32)])
+                    samples.append(Sample(served, np.arange(len(served)) >= len(served) - len(said), key))
+            if kept:
+                samples.append(Sample(all_ids, self._mask(text, all_ids, all_offsets, kept), key))
+        return samples, apart, joined
+
+    def _cut_before(
+        self,
+        text: str,
+        ids: np.ndarray,  # [L]
+        offsets: np.ndarray,  # [L, 2]
+        found: np.ndarray,  # those of the tokens that are `_firm`
+        end: int,
+    ) -> tuple[int, int]:
+        """The last token before a place that is found wherever it stands, and where that is; 0, 0 without one."""
+        for i in reversed(found[: np.searchsorted(offsets[found, 0], end)].tolist()):
+            begin, content = int(offsets[i, 0]), self._added[int(ids[i])].content
+            if begin + len(content) <= end and text.startswith(content, begin):
+                return i, begin
+        return 0, 0
+
+    def _prompt_tokens(self, text: str) -> list[int]:
+        """Tokens of a prompt's end, which is mostly one of a few headers."""
+        if (tokens := self._prompts.get(text)) is None:
+            tokens = self.backend.encode(text, add_special_tokens=False).ids
+            if len(text) <= HEADER and len(self._prompts) < HEADERS_KEPT:
+                self._prompts[text] = tokens
+        return tokens
+
+    def _apart(self, text: str, at: int, prompt: list[int], span: Span) -> list[int] | None:
+        """The tokens of a turn that goes on behind its prompt's, which begin at `at`. None if both together are read as
+        another text than the tokens of the whole, and than the prompt and the turn's characters."""
+        begin, end = span
+        said = self._continuing.encode(text[begin:end], add_special_tokens=False).ids
+        whole = self.backend.encode(text[at:end], add_special_tokens=False).ids
+        together, before, otherwise = (
+            self.backend.decode(tokens, skip_special_tokens=False) for tokens in (prompt + said, prompt, whole)
+        )
+        return said if said and together in (otherwise, before + text[begin:end]) else None
 
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:  # [L] int32, [L, 2] begin and end of each
         encoding = self.backend.encode(text, add_special_tokens=False)
@@ -170,13 +233,12 @@ class ChatTokenizer:
 
     def _cuts(self, text: str, ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """Tokens that are found wherever they stand, and stand where their offsets begin."""
-        firm = {i for i, t in self._added.items() if not (t.normalized or t.lstrip or t.single_word)}
-        found = np.flatnonzero(np.isin(ids, list(firm)))
+        found = np.flatnonzero(self._firm[ids])
         return found[[text.startswith(self._added[int(ids[i])].content, offsets[i, 0]) for i in found]]
 
     def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]]]:
         where, tools = conversation.where, conversation.tools
-        messages = [_with_reasoning(message) for message in conversation.messages]
+        messages = [with_reasoning(message) for message in conversation.messages]
         try:
             return self._place(where, messages, tools)
         except _Stuck as error:
@@ -235,6 +297,29 @@ class ChatTokenizer:
         return self.backend.get_added_tokens_decoder()
 
     @cached_property
+    def _firm(self) -> np.ndarray:  # [V] bool, of all tokens: whether one is found wherever it stands
+        firm = np.zeros(max([self.backend.get_vocab_size(), *(i + 1 for i in self._added)]), dtype=bool)
+        firm[[i for i, t in self._added.items() if not (t.normalized or t.lstrip or t.single_word)]] = True
+        return firm
+
+    @cached_property
+    def _continuing(self) -> Tokenizer:
+        """The tokenizer for a text that goes on: SentencePiece's and others put a space before a text that begins."""
+        parts = json.loads(self.backend.to_str())
+        for name in ("normalizer", "pre_tokenizer"):
+            part = parts[name] or {}
+            steps = part.get("normalizers") or part.get("pretokenizers") or [part]
+            for step in steps:
+                step.update(
+                    {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(
+                        step.get("type"), {}
+                    )
+                )
+                if step.get("type") == "Prepend":
+                    step["prepend"] = ""
+        return Tokenizer.from_str(json.dumps(parts))
+
+    @cached_property
     def _longest_added(self) -> int:
         return max((len(token.content) for token in self._added.values()), default=0)
 
@@ -255,9 +340,12 @@ def _texts(turns: list[Turn]) -> list[tuple[str, list[Span]]]:
     return [(turn.text, [turn.span]) for turn in turns]
 
 
-def _joined(offsets: np.ndarray, spans: list[Span]) -> int:  # [L, 2]
-    """In how many spans a token begins before the span and ends in it."""
-    return sum(bool(((offsets[:, 0] < a) & (offsets[:, 1] > a)).any()) for a, _ in spans)
+def _begins_with(ids: np.ndarray, offsets: np.ndarray, prompt: list[int], end: int) -> bool:  # [L], [L, 2]
+    """Whether tokens begin with those of a prompt, and no token lies across the place where its text ends."""
+    n = len(prompt)
+    if ids[:n].tolist() != prompt or (n and offsets[n - 1, 1] > end):
+        return False
+    return n == len(ids) or offsets[n, 0] >= end
 
 
 def _common_length(a: str, b: str) -> int:
@@ -276,9 +364,3 @@ def _plain(backend: Tokenizer) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _with_reasoning(message: dict) -> dict:
-    """Reasoning under each of the names that templates know it by (gpt-oss: thinking)."""
-    reasoning = message.get("reasoning_content")
-    return {"thinking": reasoning, "reasoning": reasoning, **message} if reasoning else message

@@ -242,14 +242,15 @@ def lay_out(sequence: int = 1, tensor: int = 1) -> None:
                 _axes[name] = Axis(ranks.index(rank()), len(ranks), group, f"{name} of {ranks[0]}")
 
 
+def everyone() -> Axis:
+    """All processes of the run."""
+    return Axis(rank(), world(), dist.group.WORLD) if dist.is_initialized() and world() > 1 else Axis()
+
+
 def axis(name: AxisName) -> Axis:
     """This process's neighbours on an axis. Replicas are those who have the same part of the weights, data x sequence of
     them: gradients are added up over them. Before `lay_out` all processes are along the data axis."""
-    if name in _axes:
-        return _axes[name]
-    if name in ("data", "replicas") and dist.is_initialized() and world() > 1:
-        return Axis(rank(), world(), dist.group.WORLD)
-    return Axis()
+    return _axes.get(name) or (everyone() if name in ("data", "replicas") else Axis())
 
 
 def host_size() -> int:
@@ -260,8 +261,8 @@ def host_size() -> int:
 def holders(size: int) -> Axis:
     """The `size` processes, consecutive in rank and this one among them, that hold a sharded target together. Every process
     of the run calls it, with the same number, a divisor of `world()`; groups that were made before are kept."""
-    if size == world() and dist.is_initialized() and size > 1:
-        return Axis(rank(), size, dist.group.WORLD)
+    if size == world():
+        return everyone()
     if size not in _holders:
         for first in range(0, world(), size):
             group = dist.new_group(list(range(first, first + size)), timeout=_timeout) if size > 1 else None
@@ -349,6 +350,11 @@ def count(those: str) -> None:
     _progress.count(those)
 
 
+def counted(those: str) -> int:
+    """How often this process has said so (`count`)."""
+    return _progress.counts.get(those, 0)
+
+
 def _tell_why(watch: Watch, error: BaseException) -> None:
     """Tells the others why this process ends, and leaves them the time to hear it."""
     text = str(error).strip().splitlines()
@@ -424,12 +430,7 @@ def barrier() -> None:
 
 def largest(number: int) -> int:
     """The largest of all ranks' numbers. Their hosts meet here, no GPU is waited for."""
-    if not dist.is_initialized():
-        return number
-    of_all = torch.tensor(number)
-    with _progress.meeting("all"):
-        dist.all_reduce(of_all, dist.ReduceOp.MAX)
-    return int(of_all)
+    return everyone().largest(number)
 
 
 def from_all(thing: T, group: Group | None = None) -> list[T]:  # by rank

@@ -753,8 +753,7 @@ def _bwd_keys(
     dk: Tensor,  # [N, Hkv, D]
     dv: Tensor,  # [N, Hkv, D]
     add: bool,  # to dk and dv, which are fp32 then; else they are written
-    parts: int = 1,  # that the rows are divided into, where add
-    partial: Tensor | None = None,  # [parts, 2, N, Hkv, D] fp32 scratch, where there are several
+    partial: Tensor | None = None,  # [parts, 2, N, Hkv, D] fp32 scratch, where add and several programs share a key block
 ) -> None:
     """Launches the kernel of the keys."""
     if len(q) == 0 or len(k) == 0:
@@ -764,7 +763,7 @@ def _bwd_keys(
         return
     tile = _config(q, k).bwd_kv
     tiles, counts = _index(start, end, len(k), tile)
-    into_dk, into_dv = (dk, dv) if parts == 1 else (partial[0, 0], partial[0, 1])
+    parts, into_dk, into_dv = (1, dk, dv) if partial is None else (len(partial), partial[0, 0], partial[0, 1])
     _block_attention_bwd_kv_kernel[(k.shape[1], len(tiles), parts)](
         *(_described(x, tile.rows, tile) for x in (dout, q)),
         *(_described(x, tile.keys, tile) for x in (k, v)),
@@ -782,11 +781,11 @@ def _bwd_keys(
         len(k),
         tiles.shape[1],
         *_strides(dout, q, k, v, into_dk, into_dv, lse, delta),
-        0 if parts == 1 else partial.stride(0),
-        ADD=add and parts == 1,
+        0 if partial is None else partial.stride(0),
+        ADD=add and partial is None,
         **_constants(q, k, tile),
     )
-    if parts > 1:
+    if partial is not None:
         width = dk.shape[1] * dk.shape[2]
         _add_parts_kernel[(len(k),)](
             partial,
@@ -810,9 +809,20 @@ def kv_parts(
     room: int,  # float32 numbers of scratch memory
 ) -> int:
     """How many programs share the query tiles of a key block."""
-    programs = kv_heads * -(-num_keys // keys_per_program)
+    programs = max(kv_heads * -(-num_keys // keys_per_program), 1)
     fit = room // max(2 * num_keys * kv_heads * dim, 1)
     return max(1, min(KV_PROGRAMS // programs, MAX_PARTS, num_tiles, fit))
+
+
+def kv_sums(
+    scratch: Tensor,  # [M] float32, M = block_attention_partials(D)
+    k: Tensor,  # [N, Hkv, D]
+    keys_per_program: int,
+    num_tiles: int,  # of query rows
+) -> Tensor | None:  # [parts, 2, N, Hkv, D], a part of the scratch; None: one program has each key block, however many keys
+    """Where the programs that share a key block leave their sums for dk and dv."""
+    parts = kv_parts(*k.shape, keys_per_program, num_tiles, len(scratch))
+    return None if parts == 1 else scratch[: 2 * parts * k.numel()].view(parts, 2, *k.shape)
 
 
 def block_attention_partials(dim: int) -> int:
@@ -1023,15 +1033,12 @@ def block_attention_bwd_kv(
     for name, x in {"dk_ctx": dk_ctx, "dv_ctx": dv_ctx}.items():
         check(name, x, k_ctx.shape, stats, q.device, "rows")
     if q.is_cuda:
-        start, end = rows.ctx_start, rows.ctx_end
-        parts = 1
         if partial is not None:
             check("partial", partial, ("M",), torch.float32, q.device, "whole")
-            tile, (num_keys, kv_heads, dim) = _config(q, k_ctx).bwd_kv, k_ctx.shape
-            num_tiles = triton.cdiv(len(q), tile.rows)
-            parts = kv_parts(num_keys, kv_heads, dim, tile.keys, num_tiles, len(partial))
-            partial = partial[: 2 * parts * k_ctx.numel()].view(parts, 2, *k_ctx.shape)
-        _bwd_keys(dout, q, k_ctx, v_ctx, start, end, lse, delta, scale, dk_ctx, dv_ctx, True, parts, partial)
+            tile = _config(q, k_ctx).bwd_kv
+            partial = kv_sums(partial, k_ctx, tile.keys, triton.cdiv(len(q), tile.rows))
+        start, end = rows.ctx_start, rows.ctx_end
+        _bwd_keys(dout, q, k_ctx, v_ctx, start, end, lse, delta, scale, dk_ctx, dv_ctx, True, partial)
     else:
         _block_attention_bwd_kv_cpu(dout, q, k_ctx, v_ctx, rows, lse, delta, scale, dk_ctx, dv_ctx)
 

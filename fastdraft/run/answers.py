@@ -74,9 +74,10 @@ def capture_answers(
         say(line)
     wanted = run_meta(config, shape.layers)
     urls = [url.rstrip("/").removesuffix("/v1") + "/v1" for url in config.target.url]
-    target = config.target.path, config.target.trust_remote_code
     check_target(config)
-    chat = chat_tokenizer(config.data, load_tokenizer(*target), shape.vocab_size, stop_ids(*target))
+    chat = chat_tokenizer(
+        config.data, load_tokenizer(*config.target.files), shape.vocab_size, stop_ids(*config.target.files)
+    )
     if (mask_token := method_of(shape).mask_token(shape)) is not None:
         refuse_masked_prompts(PromptFiles(expand(prompts)).dialogues(), chat, mask_token)
     source = open_served(config, shape.layers, device, widened=False)
@@ -134,7 +135,7 @@ def _finds(pattern: str, file: Path) -> bool:
 
 def _fill(config: Config, shape: BaseModel, source: Source, folder: Path, meta: Meta, say: Callable[[str], None]) -> None:
     """Captures the documents of a run that its store lacks."""
-    data, store = load_data(config, shape.vocab_size, method_of(shape).mask_token(shape)), Store(folder)
+    data, store = load_data(config, shape), Store(folder)
     (train, _), (held_out, _) = (lacking(store, dataset) for dataset in (data.train, data.eval))
     if train or held_out:
         say(f"{len(train) + len(held_out):,} documents are run again: not all that training reads of them was answered so")

@@ -18,6 +18,7 @@ from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.target_config import language_config
 from fastdraft.optim import Matrix, matrices
+from fastdraft.serving.export import told_target
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 from fastdraft.target.layers import layer_weights
 
@@ -27,10 +28,10 @@ def draft_shape(config: Config) -> BaseModel:
     if config.draft.init_from is not None:
         return _init_from(config).config
     method = checked_method(config)
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    facts = load_target_config(*config.target.files)
     changes = (read_yaml(config.draft.config, "draft.config:") if config.draft.config else {}) | config.draft.overrides
     if method.from_tokenizer is not None:
-        tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+        tokenizer = load_tokenizer(*config.target.files)
         changes = method.from_tokenizer(tokenizer, language_config(facts).get("vocab_size") or 0) | changes
     return method.shape.from_target(facts, **changes)
 
@@ -48,7 +49,7 @@ def _init_from(config: Config) -> nn.Module:
             "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
             "draft.vocab_map"
         )
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    facts = load_target_config(*config.target.files)
     return checked_method(config).load(config.draft.init_from, facts)
 
 
@@ -62,10 +63,20 @@ def new_draft(config: Config) -> nn.Module:
 
 
 def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train_set: Dataset) -> list[str]:
-    """Sets what a new draft takes from the target and the data, and says what it was."""
+    """Sets what a new draft takes from the target and the data, and says what it was; of draft.init_from, for which target
+    it was trained, since one that was tuned may well start from its base's draft."""
     method, counts = method_of(draft), partial(token_counts, train_set, draft.config.vocab_size)
-    lines = method.fit(draft, config.draft, target, counts)
+    lines = origin_lines(config) + method.fit(draft, config.draft, target, counts)
     return lines + method.start(draft, config.draft, layer_weights(config.target.path))
+
+
+def origin_lines(config: Config) -> list[str]:
+    """For which target the checkpoint of draft.init_from, if there is one, was trained."""
+    if config.draft.init_from is None:
+        return []
+    told = told_target(config.draft.init_from, config.target.path)
+    others = [f"warning: {line} Training goes on from it all the same." for line in told.errors]
+    return [f"draft.init_from: {line}" for line in others + told.warnings + told.notes]
 
 
 def check_layout(config: Config, shape: BaseModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastdraft import checkpoint
-from fastdraft.config import Config, asks_servers, reads_store
+from fastdraft.config import Config, asks_servers, runs_target
 from fastdraft.features.meta import read_meta
 from fastdraft.model.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line
 from fastdraft.target.served.source import served_dtype
@@ -72,8 +72,7 @@ def name_run_dtypes(
     """`name_dtypes` of a training in config.run_dir, which goes on there unless `fresh`."""
     begun = {} if fresh else begun_dtypes(Path(config.run_dir), device)
     store = None if config.features.path is None else Path(config.features.path)
-    runs_target = not (reads_store(config) or asks_servers(config))
-    return name_dtypes(config, device, begun, store, runs_target, plans=plans)
+    return name_dtypes(config, device, begun, store, runs_target(config), plans=plans)
 
 
 def saved_dtypes(settings: dict[str, Any], device: torch.device) -> dict[str, str]:

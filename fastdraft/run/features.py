@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import filelock
 
-from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, FeaturesConfig
 from fastdraft.dist import mesh
 from fastdraft.features.meta import refuse_file
 from fastdraft.features.store import SHARD_BYTES, Store, census
 from fastdraft.files import GIB, free_disk
-from fastdraft.model.methods import method_of
 from fastdraft.model.precision import DTYPES
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.dtypes import name_dtypes
 from fastdraft.run.inputs import choose_holders, load_data, open_served, open_target, run_meta
 from fastdraft.target.capture import missing_bytes, plan_capture, run_capture
 from fastdraft.target.identity import begin_store
-from fastdraft.target.source import InProcess, Source, ends_of
+from fastdraft.target.source import InProcess, ends_of
 from fastdraft.target.specforge import import_bytes, import_dumps, list_dumps
 
 
@@ -51,7 +49,7 @@ def capture_features(
         raise ValueError(
             "features capture needs the data whole; set data.streaming=false, or fill a cache: features.mode=cache"
         )
-    data = load_data(config, shape.vocab_size, method_of(shape).mask_token(shape))
+    data = load_data(config, shape)
     capture = plan_capture(data.train, data.eval, config.data.pack_tokens, config.data.seed, wanted, shard_bytes)
     ends_bytes = 2 * shape.vocab_size * wanted.hidden_size * DTYPES[wanted.target_dtype].itemsize  # at most
     needed_bytes = missing_bytes(capture, out, part) + ends_bytes
@@ -76,40 +74,13 @@ def capture_features(
             out.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(out / ".start.lock"):
                 meta = begin_store(out, wanted, source.ends, data=capture.data, shards=len(capture.shards))
-            timed = Timed(source, config, shared=holders is not None and holders.size > 1)
-            run_capture(timed, capture, out, meta, part, say, holders)
+            capture_s = max(config.dist.disk_s, config.target.timeout_s) if served else config.dist.stuck_s
+            run_capture(source, capture, out, meta, part, say, holders, capture_s, config.dist.disk_s)
         finally:
             source.close()
     (out / ".start.lock").unlink(missing_ok=True)
     found = census(Store(out))
     say(f"{out}: {found.documents:,} documents in {found.shards} of {meta.shards} shards, {found.num_bytes / GIB:.3f} GiB")
-
-
-class Timed:
-    """A source that says when it captures, so that a process which gets nowhere is found (dist/watch.py)."""
-
-    def __init__(self, source: Source, config: Config, shared: bool):
-        self.source, self.write_s, self.shared = source, config.dist.disk_s, shared
-        self.capture_s = max(config.dist.disk_s, config.target.timeout_s) if config.target.url else config.dist.stuck_s
-        self.until_met = True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def capture(self, batch: Batch) -> tuple[Batch, Features]:
-        if not self.until_met:
-            return self.source.capture(batch)
-        mesh.begin("running the target over a pack", self.capture_s)
-        captured = self.source.capture(batch)
-        mesh.begin("writing features", self.write_s)
-        return captured
-
-    def meet(self) -> None:
-        """What nobody else is at was captured. A process that holds its target alone now waits for locks of others, and how
-        long these are at it is not known."""
-        self.source.meet()
-        mesh.begin(None)
-        self.until_met = self.shared
 
 
 def import_specforge(

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Rows
@@ -30,11 +29,11 @@ from fastdraft.model.serving import dtype_name
 from fastdraft.model.target_config import read_target_config
 from fastdraft.run.draft import make_step
 from fastdraft.run.dtypes import compute_dtype, name_dtypes, saved_dtypes, target_dtype
-from fastdraft.run.inputs import choose_holders, load_data, open_source
+from fastdraft.run.inputs import choose_holders, load_data, open_source, open_target
 from fastdraft.run.plan import own_dtype
 from fastdraft.serving.export import export_draft, verify
-from fastdraft.target.hf import Target, load_target, load_tokenizer
-from fastdraft.target.identity import target_fingerprint
+from fastdraft.target.hf import Target, load_tokenizer
+from fastdraft.target.identity import local_folder, origin, target_fingerprint
 from fastdraft.target.served.ends import FILES, load_ends
 from fastdraft.target.source import InProcess, Source
 
@@ -50,15 +49,8 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
         raise ValueError(f"{saved.path} was trained on what servers gave, and their target is not loaded into this process")
     config, device = config_here(saved)
     holders, _ = choose_holders(config, device)
-    target = load_target(
-        config.target.path,
-        target_dtype(config, device),
-        device,
-        draft.config.layers,
-        config.target.trust_remote_code,
-        run_in=torch.float32 if bf16_is_slow(device) else None,
-        holders=holders,
-    )
+    run_in = torch.float32 if bf16_is_slow(device) else None
+    target = open_target(config, draft.config.layers, device, holders, run_in=run_in)
     refuse_other_target(saved, target_fingerprint(target), config)
     draft.take_from_target(target.embedding)
     return config, target, draft.to(device)
@@ -163,11 +155,11 @@ def evaluate_run(
             config = _in_fp32_where_bf16_is_slow(config, draft, target.device, say)
         ids = None
         if prompts is not None:  # read before anything long: they may be bad
-            tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+            tokenizer = load_tokenizer(*config.target.files)
             tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
             asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
             ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
-        data = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config))
+        data = load_data(config, draft.config)
         held_out = decoded = None
         if len(data.eval):
             held_out = evaluate_held_out(config, InProcess(target), draft, data.eval)
@@ -212,7 +204,8 @@ def evaluate_held_out(config: Config, source: Source, draft: nn.Module, eval_set
         source.meet()
         return mesh.axis("replicas").sum_(sums)
 
-    return evaluate_tau(step_rows, batches, method_of(draft).num_steps(config, draft.config), reduce=reduce)
+    weights = method_of(draft).step_weights(config, draft.config)
+    return evaluate_tau(step_rows, batches, len(weights.weight), reduce=reduce)
 
 
 def evaluate_served(
@@ -226,7 +219,7 @@ def evaluate_served(
     draft.to(device, compute_dtype(config, device))
     if compute_dtype(config, device) == torch.bfloat16:
         config = _in_fp32_where_bf16_is_slow(config, draft, device, say)
-    data = load_data(config, draft.config.vocab_size, method_of(draft).mask_token(draft.config))
+    data = load_data(config, draft.config)
     if not len(data.eval):
         raise ValueError(f"{saved.path} is of a run without held-out data: {data.none_held_out}, and train anew")
     source = open_source(config, draft.config.layers, device, [data.eval])
@@ -266,13 +259,18 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
             config, target, draft = open_run(run_dir, which)
         if not mesh.is_rank_0():  # it holds a part of the target, of which the draft takes what every process has
             return []
-        target_dir = Path(cached_file(config.target.path, "config.json")).parent
+        target_dir = local_folder(config.target.path)
         dtype = own_dtype(read_target_config(target_dir)) or target.dtype
-        export_draft(draft, out, dtype, overwrite)
+        try:
+            told, trained_for = [], origin(config.target.path)
+        except ValueError as error:
+            told, trained_for = [f"{out} does not say which target it was trained for: {error}"], None
+        export_draft(draft, out, dtype, overwrite, trained_for)
         findings = verify(out, target_dir)
         if findings.errors:
             raise ValueError(f"{out} was written but does not verify: " + " ".join(findings.errors))
         return [
             *findings.warnings,
+            *told,
             f"{out}: {which} checkpoint of {run_dir}, {dtype_name(dtype)}; verified for SGLang and vLLM",
         ]

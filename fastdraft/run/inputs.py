@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from datasets import Dataset
+from pydantic import BaseModel
 
 from fastdraft.config import Config, asks_servers
 from fastdraft.data.prepare import Prepared, prepare
@@ -17,7 +18,7 @@ from fastdraft.dist import fleet, mesh
 from fastdraft.features.meta import COMPARED, Meta, refuse_other
 from fastdraft.features.store import Store
 from fastdraft.files import GIB
-from fastdraft.model.methods import named_method
+from fastdraft.model.methods import method_of
 from fastdraft.model.precision import DTYPES, bf16_is_slow
 from fastdraft.run.dtypes import target_dtype
 from fastdraft.run.plan import check_target, fleet_planner, refuse_too_long
@@ -30,31 +31,28 @@ from fastdraft.target.source import InProcess, Source, ends_of
 from fastdraft.target.stored import StoreReader, check_documents
 
 
-def load_data(config: Config, vocab_size: int, mask_token: int | None = None) -> Prepared:
+def load_data(
+    config: Config,
+    shape: BaseModel,  # the draft's
+) -> Prepared:
     """The tokenised train and held-out sets; the latter may be empty. One rank fills the cache while the others wait.
 
     With data.streaming, the stream and sets made of a sample of it. ValueError where the target has too few positions,
-    where a document has `mask_token`, the draft's (`Method.mask_token`), and where no document can train the draft.
+    where a document has the draft's mask token, and where no document of a set can train, or measure, the draft.
     """
     check_target(config)
-    target = config.target.path, config.target.trust_remote_code
-    tokenizer, stops = load_tokenizer(*target), stop_ids(*target)
+    method = method_of(shape)
+    given = load_tokenizer(*config.target.files), shape.vocab_size, stop_ids(*config.target.files)
     if config.data.streaming:
-        data = open_stream(config.data, tokenizer, vocab_size, stops, mesh.machine_share(), mask_token)
-        _refuse_sets(config, data)
-        return data
-    data = prepare(config.data, tokenizer, vocab_size, stops, mask_token)
-    longest = max(map(longest_sample, (data.train, data.eval)))
-    refuse_too_long(config, longest, f"a document has {longest} tokens")
-    _refuse_sets(config, data)
-    return data
-
-
-def _refuse_sets(config: Config, data: Prepared) -> None:
-    """Raises ValueError for a set of which no document can train, or measure, a draft of the config's method."""
+        data = open_stream(config.data, *given, mesh.machine_share(), method.mask_token(shape))
+    else:
+        data = prepare(config.data, *given, method.mask_token(shape))
+        longest = max(map(longest_sample, (data.train, data.eval)))
+        refuse_too_long(config, longest, f"a document has {longest} tokens")
     for name, documents in {"train": data.train, "held-out": data.eval}.items():
         if len(documents):
-            named_method(config.draft.method).refuse_useless(name, scan(documents))
+            method.refuse_useless(name, scan(documents))
+    return data
 
 
 def open_target(
@@ -63,10 +61,11 @@ def open_target(
     device: torch.device,
     holders: mesh.Axis | None = None,  # `choose_holders`; None: it is whole here
     sequence: mesh.Axis | None = None,  # who share a pack's tokens; None: each process has packs of its own
+    run_in: torch.dtype | None = None,  # to compute with its weights in; None: their own
 ) -> Target:
-    dtype, path = target_dtype(config, device), config.target.path
-    more = {"holders": holders, "sequence": sequence}
-    return load_target(path, dtype, device, layers, config.target.trust_remote_code, **more)
+    path, trust_remote_code = config.target.files
+    more = {"run_in": run_in, "holders": holders, "sequence": sequence}
+    return load_target(path, target_dtype(config, device), device, layers, trust_remote_code, **more)
 
 
 def choose_holders(config: Config, device: torch.device) -> tuple[mesh.Axis | None, list[str]]:
@@ -172,5 +171,5 @@ def run_meta(config: Config, layers: tuple[int, ...], dtype: Literal["auto", "fp
     """What a store for this run says of the target, as far as files and a config of `name_dtypes` tell. `dtype` is that of
     its rows, auto what the target runs in."""
     assert config.target.dtype != "auto"
-    meta = expected_meta(config.target.path, config.target.trust_remote_code, layers, config.target.dtype)
+    meta = expected_meta(*config.target.files, layers, config.target.dtype)
     return replace(meta, dtype="fp8") if dtype == "fp8" else meta

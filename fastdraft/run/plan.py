@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from torch import Tensor
 
-from fastdraft.config import Config, asks_servers, reads_store
+from fastdraft.config import Config, runs_target
 from fastdraft.cost import Plan, checkpoint_copies, frozen_bytes, peak_flops, plan, render
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import find_prepared
@@ -46,7 +46,7 @@ def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
 def check_target(config: Config) -> None:
     """Raises ValueError, from the target's config.json alone, where its draft could not be exported, or where a stream may
     bring documents that are longer than it has positions."""
-    own_dtype(load_target_config(config.target.path, config.target.trust_remote_code))
+    own_dtype(load_target_config(*config.target.files))
     if config.data.streaming:
         refuse_too_long(config, config.data.max_length, "a stream may bring documents as long as that")
 
@@ -54,7 +54,7 @@ def check_target(config: Config) -> None:
 def refuse_too_long(config: Config, longest: int, documents: str) -> None:
     """ValueError where the target has fewer positions than `longest`: learned ones end there, and RoPE goes on into angles
     that the target never saw."""
-    most = longest_context(language_config(load_target_config(config.target.path, config.target.trust_remote_code)))
+    most = longest_context(language_config(load_target_config(*config.target.files)))
     if most is not None and longest > most:
         raise ValueError(
             f"data.max_length is {config.data.max_length}, and the target has {most} positions (max_position_embeddings in "
@@ -63,34 +63,25 @@ def refuse_too_long(config: Config, longest: int, documents: str) -> None:
         )
 
 
-def target_parameters(config: Config) -> int:
-    return count_target_parameters(load_target_config(config.target.path, config.target.trust_remote_code))
-
-
 def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
     check_target(config)
-    facts = load_target_config(config.target.path, config.target.trust_remote_code)
+    facts = load_target_config(*config.target.files)
     shape, replicas = draft_shape(config), max(1, mesh.world() // config.dist.tensor)
     precision: Any = "fp8" if config.precision == "fp8" else pick_dtype(config.precision, device)
-    widened = (reads_store(config) or asks_servers(config)) and bf16_is_slow(device)
+    widened = not runs_target(config) and bf16_is_slow(device)
     return plan(
         shape,
         target_params=count_target_parameters(facts),
         target_dtype=torch.float32 if widened else target_dtype(config, device),
         pack_tokens=config.data.pack_tokens,
-        ttt_length=config.ttt_length,
         precision=precision,
         document_tokens=config.data.max_length,
         keep=config.checkpoint.keep,
-        loss=config.loss.kind,
-        step=config.step,
-        chunk_rows=config.chunk_rows,
         device=device.type,
-        stored=reads_store(config) or asks_servers(config),
+        stored=not runs_target(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
-        options=named_method(config.draft.method).cost_options(config),
         replicas=replicas,
         muon_bytes=muon_bytes(
             muon_matrices(config, shape),
@@ -99,14 +90,20 @@ def predict(config: Config, device: torch.device) -> Plan:
             replicas,
         ),
         tensor=config.dist.tensor,
+        **step_options(config),
     )
+
+
+def step_options(config: Config) -> dict[str, Any]:
+    """What `step_cost` of the config's method reads of the config, whatever the layout."""
+    of_all = {"ttt_length": config.ttt_length, "loss": config.loss.kind, "step": config.step}
+    return of_all | {"chunk_rows": config.chunk_rows} | named_method(config.draft.method).cost_options(config)
 
 
 def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.Layout], fleet.FleetPlan]:
     """`fleet_plan` of a config as a function of the layout; GPUs are planned for, whatever this machine has."""
-    device = torch.device("cuda")
     shape, method = draft_shape(config), named_method(config.draft.method)
-    target = target_sizes(load_target_config(config.target.path, config.target.trust_remote_code))
+    target = target_sizes(load_target_config(*config.target.files))
     precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
     stepped = muon_matrices(config, shape)
 
@@ -116,15 +113,11 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
                 part,
                 pack_tokens=tokens,
                 document_tokens=min(config.data.max_length, tokens),
-                ttt_length=config.ttt_length,
                 precision=precision,
                 target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
-                loss=config.loss.kind,
-                step=config.step,
-                chunk_rows=config.chunk_rows,
-                device=device.type,
-                **({"tensor": tensor} if tensor > 1 else {}),
-                **method.cost_options(config),
+                device="cuda",
+                tensor=tensor,
+                **step_options(config),
             )
 
         # A process may have some of a pack's tokens only, and each of them sees as much as in the whole pack.
@@ -146,7 +139,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             run_tokens=RUN_TOKENS,
             packs_per_step=config.optim.packs_per_step,
             muon_bytes=of_muon if stepped else None,
-            sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
+            sums=4 * len(method.step_weights(config, shape).weight),  # after o and after down, forward and backward
             target_bytes=4 if config.target.dtype == "fp32" else 2,
             draft_bytes=4 if precision == "fp32" else 2,
         )
@@ -178,11 +171,11 @@ def known_work(config: Config, device: torch.device) -> Work | None:
     """None where it is not known: on a CPU, on a GPU that is not in `PEAK_FLOPS`, and for a target with experts, of which
     some run."""
     peak = peak_flops(device)
-    facts = language_config(load_target_config(config.target.path, config.target.trust_remote_code))
+    facts = language_config(load_target_config(*config.target.files))
     if peak is None or any("expert" in name and value for name, value in facts.items()):
         return None
     predicted, shape = predict(config, device), draft_shape(config)
-    forward = 0 if reads_store(config) or asks_servers(config) else 2 * predicted.target_params
+    forward = 2 * predicted.target_params if runs_target(config) else 0
     # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
     ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
     draft = (predicted.flops_per_token - forward) / named_method(config.draft.method).step_rows(config)
@@ -194,16 +187,16 @@ def imbalance_line(config: Config, groups: int) -> str:
     of the prepared data. Nothing is tokenised."""
     if config.draft.method != "eagle3" or config.data.streaming:
         return "how unequal the processes' packs are is predicted for EAGLE-3 drafts on data that are not streamed"
-    target, shape = (config.target.path, config.target.trust_remote_code), draft_shape(config)
+    shape = draft_shape(config)
     try:
-        tokenizer = load_tokenizer(*target)
-        data = find_prepared(config.data, tokenizer, shape.vocab_size, stop_ids(*target))
+        tokenizer, stops = load_tokenizer(*config.target.files), stop_ids(*config.target.files)
+        data = find_prepared(config.data, tokenizer, shape.vocab_size, stops)
     except (OSError, ValueError) as error:  # the run would end with it; a plan needs no data
         return f"how unequal the processes' packs are is not known: {str(error).splitlines()[0]}"
     if data is None:
         return "how unequal the processes' packs are is not known before `fastdraft data prepare`"
     predicted, method = predict(config, torch.device("cuda")), named_method(config.draft.method)
-    token = 0 if reads_store(config) or asks_servers(config) else 2 * predicted.target_params
+    token = 2 * predicted.target_params if runs_target(config) else 0
     row = (predicted.flops_per_token - token) / method.step_rows(config)
     pairs = method.pair_cost(shape, predicted.target_params, config)
     sizes = config.data.pack_tokens, config.optim.packs_per_step, config.data.seed
@@ -225,7 +218,8 @@ def print_plan(config: Config, console: Console) -> None:
     config, told = name_run_dtypes(config, device, plans=True)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
-    check_layout(config, draft_shape(config))
+    shape = draft_shape(config)
+    check_layout(config, shape)
     predicted = predict(config, device)
     try:
         refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
@@ -233,12 +227,9 @@ def print_plan(config: Config, console: Console) -> None:
         told.append(str(warning))
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
-    for line in told:
+    recipe = ["the recipe, and why (docs/recipe.md)", *recipe_lines(config, shape)]
+    for line in [*told, *recipe, f"predicted for one {device.type} device and the {config.step} step"]:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print("# the recipe, and why (docs/recipe.md)")
-    for line in recipe_lines(config, draft_shape(config)):
-        console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)
 
 

@@ -13,7 +13,7 @@ from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.model.methods import method_of
 from fastdraft.model.target_config import language_config, named_dtype, read_target_config
 from fastdraft.serving.engines import EnginePlace, Run, Served, note_on_newer, refuse_old_engine, run_engine
-from fastdraft.serving.export import load_draft
+from fastdraft.serving.export import load_draft, told_target
 from fastdraft.serving.parity import Diagnosis, Evidence, Parity, TargetEvidence, diagnose
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 from fastdraft.target.identity import stop_ids
@@ -61,8 +61,8 @@ def check_engine(
 ) -> Report:
     """Serves the checkpoint in the engine and compares what it drafted with fastdraft's own reading.
 
-    Raises ValueError when the checkpoint cannot be read as a draft of this target, the engine is missing, too old, fails or
-    runs out of time, or a prompt leaves no room in the target's context.
+    Raises ValueError when the checkpoint cannot be read as a draft of this target, or says that it is another's, when the
+    engine is missing, too old, fails or runs out of time, and when a prompt leaves no room in the target's context.
     """
     facts = language_config(read_target_config(target_dir))
     dtype = dtype or named_dtype(facts) or "bfloat16"
@@ -70,6 +70,8 @@ def check_engine(
         raise ValueError(f"--dtype {dtype} is none that engines serve; choose one of {', '.join(DTYPES)}")
     newer = note_on_newer(place.name, refuse_old_engine(place))
     draft = load_draft(checkpoint, facts)
+    if others := told_target(checkpoint, target_dir).errors:
+        raise ValueError(f"{others[0]} It is not served: give the target that it was trained for")
     method = method_of(draft)
     num_steps = method.served_steps(draft.config, num_steps)
     tokenizer = load_tokenizer(str(target_dir), trust_remote_code)

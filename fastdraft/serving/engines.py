@@ -17,7 +17,9 @@ import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 EngineName = Literal["vllm", "sglang"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "sglang")
@@ -154,15 +156,7 @@ def run_engine(place: EnginePlace, runs: list[Run], timeout_s: float) -> list[Se
         if code != 0 or not result.exists():
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
             raise ValueError(f"{place.name} {how}: {_last_error(said)}")
-        return [served_from(found) for found in json.loads(result.read_text())]
-
-
-def served_from(found: dict[str, Any]) -> Served:
-    """What `dataclasses.asdict` made of it, read from JSON."""
-    outputs = [
-        Output(o["tokens"], [Round(**r) for r in o.get("rounds", [])], o.get("num_rounds")) for o in found["outputs"]
-    ]
-    return Served(**found | {"outputs": outputs})
+        return TypeAdapter(list[Served]).validate_json(result.read_bytes())
 
 
 def _wait(command: list[str], environment: dict[str, str], timeout_s: float) -> tuple[int | None, str]:

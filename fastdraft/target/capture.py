@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset
 
-from fastdraft.batch import Batch
+from fastdraft.batch import Batch, Features
 from fastdraft.data.loader import Loader, eval_packs, read_pack
 from fastdraft.dist import mesh
 from fastdraft.features.meta import Meta
@@ -34,6 +34,7 @@ from fastdraft.files import GIB, free_disk
 from fastdraft.target.source import Source
 
 LOCKS = "claims"
+Capture = Callable[[Batch], tuple[Batch, Features]]  # `Source.capture`
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,10 @@ def plan_capture(
 
 
 def _packs(train_set: Dataset, eval_set: Dataset, pack_tokens: int, seed: int) -> Iterator[tuple[Dataset, np.ndarray]]:
-    table = train_set.with_format("arrow")
-    for rows in Loader(train_set, pack_tokens, 1, seed).packs:
-        yield table, rows
-    if len(eval_set):
-        table = eval_set.with_format("arrow")
-        for rows in eval_packs(eval_set, pack_tokens):
-            yield table, rows
+    held_out = eval_packs(eval_set, pack_tokens) if len(eval_set) else ()
+    for documents, packs in ((train_set, Loader(train_set, pack_tokens, 1, seed).packs), (eval_set, held_out)):
+        table = documents.with_format("arrow")
+        yield from ((table, rows) for rows in packs)
 
 
 def missing_bytes(plan: CapturePlan, folder: Path, part: tuple[int, int] = (0, 1)) -> int:
@@ -135,6 +133,8 @@ def run_capture(
     part: tuple[int, int] = (0, 1),  # (i, n): only shards i, i+n, ...; for machines that share no folder, to be merged
     say: Callable[[str], None] = lambda line: None,
     holders: mesh.Axis | None = None,  # the processes that hold the source's target together; None: each holds its own
+    capture_s: float = 0.0,  # of a pack and, below, of its rows to be written, as `mesh.begin` takes them
+    write_s: float = 0.0,
 ) -> None:
     """Fills the store; returns when every shard of the part is there, whoever wrote it. Goes on where it was killed.
 
@@ -148,14 +148,24 @@ def run_capture(
     order = [*mine[first:], *mine[:first]]  # ranks begin far apart
     progress = _Progress(mine, folder, say)
     alone = holders is None or holders.size == 1
+
+    def capture(batch: Batch) -> tuple[Batch, Features]:
+        mesh.begin("running the target over a pack", capture_s)
+        captured = source.capture(batch)
+        mesh.begin("writing features", write_s)
+        return captured
+
     # Take what is free; then wait for what others left behind when they died. Processes that hold the target together wait
-    # for no lock, which would keep the others from a forward: they look again together until all is there.
+    # for no lock, which would keep the others from a forward: they look again together until all is there. How long others
+    # are at what they have locked is not known, so that wait is not timed, nor what is run in it.
     passes = (False, True) if alone else itertools.repeat(False)
     for again, wait in enumerate(passes):
         with ShardWriter(folder, meta) as writer:
             for number in order:
-                _capture_shard(source, plan.shards[number], number, writer, wait, progress)
+                run = source.capture if wait else capture
+                _capture_shard(source, run, plan.shards[number], number, writer, wait, progress)
             source.meet()
+            mesh.begin(None)
         if not alone:
             if not holders.largest(missing_bytes(plan, folder, part)):
                 break
@@ -178,19 +188,25 @@ def fill_store(
     progress = _Progress(range(first, first + len(plan.shards)), folder, say)
     with ShardWriter(folder, meta) as writer:
         for number, packs in enumerate(plan.shards, first):
-            _add_packs(source, packs, writer)
+            _add_packs(source, source.capture, packs, writer)
             writer.finish(number, lambda _, number=number, packs=packs: progress.wrote(number, packs))
 
 
-def _add_packs(source: Source, packs: tuple[Pack, ...], writer: ShardWriter) -> None:
+def _add_packs(source: Source, capture: Capture, packs: tuple[Pack, ...], writer: ShardWriter) -> None:
     batches = [pack.read() for pack in packs]
     source.expect(batches)
     for pack, batch in zip(packs, batches, strict=True):
-        writer.add(*source.capture(batch), pack.documents)
+        writer.add(*capture(batch), pack.documents)
 
 
 def _capture_shard(
-    source: Source, packs: tuple[Pack, ...], number: int, writer: ShardWriter, wait: bool, progress: _Progress
+    source: Source,
+    capture: Capture,
+    packs: tuple[Pack, ...],
+    number: int,
+    writer: ShardWriter,
+    wait: bool,
+    progress: _Progress,
 ) -> None:
     if _is_there(writer.folder, number):
         return
@@ -214,7 +230,7 @@ def _capture_shard(
         progress.wrote(number, packs)
         lock.release()
 
-    _add_packs(source, packs, writer)
+    _add_packs(source, capture, packs, writer)
     writer.finish(number, written)
 
 

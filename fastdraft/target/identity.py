@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -26,6 +26,7 @@ from fastdraft.model.target_config import first_line, language_config, read_json
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 from fastdraft.target.sharded import local, own_rows
 
+PADDING = 1024  # rows that an embedding may have beyond the vocabulary, at most
 IDLE_FACTS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")  # of config.json
 
 
@@ -62,21 +63,73 @@ def _samples(weight: Tensor, holders: Axis) -> Tensor:  # at most 64 numbers in 
     return values
 
 
+def local_folder(path: str) -> Path:
+    """Where a target's files lie on this machine, whose config.json was read before."""
+    return Path(cached_file(path, "config.json")).parent
+
+
 def checkpoint_fingerprint(path: str) -> str:
     """Names a checkpoint on disk without loading it: every tensor's name, shape and first 64 values, however they are
     spread over files. 16 hex digits. Raises ValueError when it is not in safetensors."""
-    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
     found: dict[str, bytes] = {}
-    for file in folder.glob("*.safetensors"):
+    for file in _weight_files(local_folder(path)):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118, it is no dict
                 part = opened.get_slice(name)
                 shape = part.get_shape()
                 values = part[(*(slice(0, 1) for _ in shape[:-1]), slice(0, 64))] if shape else opened.get_tensor(name)
                 found[name] = json.dumps([name, shape, values.float().flatten().tolist()]).encode()
-    if not found:
-        raise ValueError(f"target {path!r} has no *.safetensors files to tell its weights by; save it as safetensors")
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"target {str(folder)!r} has no *.safetensors files to tell its weights by; save it as safetensors"
+        )
+    return files
+
+
+def ends_fingerprint(path: str) -> str | None:
+    """Names the embedding and head in a checkpoint on disk by values of 64 rows of each, whatever they are called, however
+    they are spread over files, and whether they are in bf16 or fp32: so a quantised copy has those of its original. 16 hex
+    digits; None where no tensor has a row for each token. Raises ValueError as `checkpoint_fingerprint`."""
+    folder = local_folder(path)
+    facts = language_config(read_json(folder / "config.json"))
+    vocab, hidden = facts.get("vocab_size"), facts.get("hidden_size")
+    found: set[bytes] = set()  # a tied head is the embedding, also where both are there
+    for file in _weight_files(folder):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                part = opened.get_slice(name)
+                shape = part.get_shape()
+                if len(shape) != 2 or shape[1] != hidden or not vocab or not vocab <= shape[0] < vocab + PADDING:
+                    continue
+                rows = range(0, vocab, -(-vocab // 64))
+                values = torch.cat([part[row : row + 1, :16] for row in rows])
+                if values.is_floating_point():
+                    found.add(values.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16] if found else None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which target a draft was trained for, as an export says it in its config.json."""
+
+    name: str  # for people
+    weights: str  # `checkpoint_fingerprint`
+    ends: str | None  # `ends_fingerprint`
+
+
+def origin(path: str) -> Origin:
+    """What tells the target at `path` from others. Of a local folder the name is its own alone, since an export may be
+    published. Raises ValueError where its files do not tell."""
+    name = Path(path).resolve().name if Path(path).is_dir() else path
+    try:
+        return Origin(name, checkpoint_fingerprint(path), ends_fingerprint(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"target {path!r} has weights that cannot be read: {first_line(error)}") from error
 
 
 def stop_ids(path: str, trust_remote_code: bool = False) -> frozenset[int]:
@@ -104,7 +157,7 @@ def expected_meta(
 ) -> Meta:
     """The `Meta` of a run, as far as it is known without the target's weights in memory: `COMPARED`."""
     facts = load_target_config(path, trust_remote_code)
-    written = read_json(Path(cached_file(path, "config.json")))  # without defaults, which change with transformers
+    written = read_json(local_folder(path) / "config.json")  # without defaults, which change with transformers
     return Meta(
         target="",
         weights=checkpoint_fingerprint(path),

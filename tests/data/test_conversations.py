@@ -155,6 +155,36 @@ def test_key_is_the_content():
         ({"conversations": [{"from": "gpt", "value": "b", "loss": False}]}, "message 1 has 'loss': false"),
         ({"conversations": [{"from": "gpt", "value": "b", "loss": 0}]}, "message 1 has 'loss': 0, which is not read"),
         ({"conversations": [{"from": "gpt", "value": "b", "train": "false"}]}, "message 1 has 'train': \"false\""),
+        ({"conversations": [{"from": "gpt", "value": "b", "loss_weight": 0.0}]}, "message 1 has 'loss_weight': 0.0"),
+        (
+            {"messages": [*chat("a"), {"role": "assistant", "content": "b", "prefix": True}]},
+            "message 2 has 'prefix': true, so its text was given to the model.*\"weight\": 0",
+        ),
+        ({"messages": [{"role": "assistant", "content": "b", "partial": 1}]}, "message 1 has 'partial': 1, so its text"),
+        (
+            {"messages": [{"role": "assistant", "content": "b", "train_detail": [{"begin_offset": 0}]}]},
+            "message 1 has 'train_detail'",
+        ),
+        ({"conversations": [{"from": "human", "role": "assistant", "value": "a"}]}, "'from' and 'role', which differ"),
+        ({"conversations": [{"from": "human", "value": "a", "content": "b"}]}, "'value' and 'content', which differ"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "parameters": {"x": 1}}]}]},
+            "message 1: the call of f has 'parameters'; call them 'arguments'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "input": {"x": 1}}}]}]},
+            "the call of f has 'input'",
+        ),
+        (
+            {"messages": chat("a", "b"), "chat_template_kwargs": {"enable_thinking": False}},
+            "the line has 'chat_template_kwargs' .*, which is not read; set data.chat_template_kwargs",
+        ),
+        (
+            {"messages": chat("a", "b"), "documents": [{"text": "x"}]},
+            "the line has 'documents' .* write them into a message",
+        ),
+        ({"messages": chat("a", "b"), "continue_final_message": True}, "the line has 'continue_final_message'"),
+        ({"messages": chat("a", "b"), "system_prompt": "x"}, "the line has 'system_prompt' and no system turn"),
         ({"messages": chat("a", "b"), "functions": {"name": "f"}}, "functions must be a list of objects, got an object"),
         ({"messages": chat("a", "b"), "functions": ["f"]}, "functions must be a list of objects, got a list"),
         ({"messages": chat("a", "b"), "finish_reasons": ["stop"] * 2}, "a reason for each of the 1 answers, got 2 of them"),
@@ -228,6 +258,25 @@ LLAVA = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "va
 def test_what_is_more_than_text_is_refused(row, reason):
     with pytest.raises(BadLine, match=f"^f:1: {reason}.*leave such lines out, or take the key out"):
         parse(Line("f:1", row), prompts=True)
+
+
+def test_keys_that_change_nothing_are_passed_over():
+    """What says nothing, a prefix that is not trained, and a system prompt beside the system turn that was served."""
+    said = chat("a", "b")
+    row = {"chat_template_kwargs": {"enable_thinking": None}, "documents": [], "continue_final_message": False}
+    assert parsed(row | {"messages": said, "system_prompt": ""}).messages == tuple(said)
+    told = [{"role": "system", "content": "Be brief."}, *said]
+    assert parsed({"messages": told, "system_prompt": "Be brief."}).messages == tuple(told)
+    prefix = {"role": "assistant", "content": "b", "prefix": True, "weight": 0}
+    assert parsed({"messages": [*chat("a"), prefix]}).messages[1] == prefix
+    assert parsed({"conversations": [{"from": "human", "value": "a", "content": "a"}]}).messages[0]["content"] == "a"
+
+
+def test_calls_and_responses_by_other_names():
+    turns = [("human", "q"), ("tool_call", '{"name": "f", "arguments": {"x": 1}}'), ("tool_response", "2")]
+    _, call, response = parsed({"conversations": [{"from": role, "value": text} for role, text in turns]}).messages
+    assert call["role"] == "assistant" and call["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert response == {"role": "tool", "content": "2"}
 
 
 def test_keys_that_say_there_is_no_picture_are_passed_over():

@@ -11,12 +11,13 @@ from chats import TOOL, chat, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import ADDED, ENDS, TEMPLATES
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastdraft.data import tokenize
 from fastdraft.data.conversations import BadLine, Conversation, Line, parse
 from fastdraft.data.history import long_renderings
+from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.template import ChatTemplate
 from fastdraft.data.tokenize import ChatTokenizer
 
@@ -49,6 +50,16 @@ def tokenized_case(name):
 def runs(tokenizer, sample):
     edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.loss_mask.astype(np.int8), [0]])))
     return [tokenizer.decode(sample.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def runs_in_order(tokenizer, done):
+    """The trained runs of all samples, as the turns were said. Turns that are tokenised apart have samples of their own;
+    prompts grow from turn to turn, so a run's place tells which is first."""
+    found = []
+    for sample in done.samples:
+        begins = np.flatnonzero(np.diff(np.concatenate([[0], sample.loss_mask.astype(np.int8)])) == 1)
+        found += zip(begins.tolist(), runs(tokenizer, sample), strict=True)
+    return [run for _, run in (sorted(found, key=lambda each: each[0]) if done.apart else found)]
 
 
 CALL = (
@@ -171,7 +182,7 @@ def test_no_other_role_is_trained_and_each_trained_turn_is_whole(name, made):
     except BadLine as error:
         assert str(error).startswith("f:1: up to message ")
         return
-    trained = [run for sample in done.samples for run in runs(tokenizer, sample)]
+    trained = runs_in_order(tokenizer, done)
     ends = (ENDS[name], "<|call|>")
     if ENDS[name]:  # turns in a row are one run where the template sets nothing between them
         trained = [
@@ -215,6 +226,27 @@ def test_plain_chats_are_trained_through_each_template(name):
         for run in found
     ]
     assert said == [text + ENDS[name] for text in ("same", "same", "b", "same")] and not done.left_out
+
+
+CALL_OF_WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+CALLED = [{"role": "assistant", "content": "", "reasoning_content": "look", "tool_calls": [CALL_OF_WEATHER]}]
+CALLED += [{"role": "tool", "name": "weather", "content": "dry"}, {"role": "assistant", "content": "It is dry."}]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools", "shown"),
+    [
+        ("parts", chat("Is it dry?", "Yes.", "Why?", "So."), None, "Why?"),
+        ("v3", [*chat("Is it dry?"), *CALLED], [TOOL], '{"city": "Rome"}'),
+        ("harmony", [*chat("Is it dry?"), *CALLED], [TOOL], "look"),
+    ],
+)
+def test_prompts_are_rendered_as_training_data_is(name, messages, tools, shown):
+    """Contents as parts, arguments as text, and reasoning under another name reach the prompt that is decoded, too."""
+    sample = _chats[name](Conversation("f:1", 0, tuple(messages), tools)).samples[-1]
+    answered = int(np.flatnonzero(np.diff(sample.loss_mask.astype(int)) == 1)[-1]) + 1
+    (ids,) = prompt_ids([Prompt(messages[:-1], tools)], _tokenizers[name])
+    assert ids == sample.input_ids[:answered].tolist() and shown in _tokenizers[name].decode(ids)
 
 
 @pytest.mark.parametrize("kind", ["marks", "marks_without_end", "marks_with_header", "marks_of_all"])
@@ -276,7 +308,7 @@ def test_a_stop_that_is_the_next_turns_first_token_ends_every_turn(made):
         return
     left_out = {int(place.rpartition(" ")[2]) for place, _ in done.left_out}
     calls = [bool(m.get("tool_calls")) for i, m in enumerate(messages, 1) if m["role"] == "assistant" and i not in left_out]
-    trained = [run for sample in done.samples for run in runs(tokenizer, sample)]
+    trained = runs_in_order(tokenizer, done)
     assert [run.endswith("<|observation|>") for run in trained] == calls
     for run in trained:
         said = run.removesuffix("<|observation|>").removesuffix("<|user|>")
@@ -328,7 +360,8 @@ def test_a_prompt_that_opens_what_the_answer_lacks_is_counted():
     closed = prompt.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
     tokenizer = make_tokenizer(TEMPLATES["chatml"].replace(prompt, closed))
     done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(chat("a", "b"))))
-    assert tokenizer.decode(done.samples[0].input_ids).endswith("assistant\n<think>\n\n</think>\n\nb<|im_end|>\n")
+    assert tokenizer.decode(done.samples[0].input_ids).endswith("assistant\n<think>\n\n</think>\n\nb<|im_end|>")
+    assert done.apart == 1  # this tokenizer writes a last line break before a word as a token of its own
     assert runs(tokenizer, done.samples[0]) == ["b<|im_end|>"] and done.unopened == 0
 
 
@@ -476,6 +509,10 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     texts, done = marked(tokenizer, conversation.messages)
     assert texts == [f"{before}[[yes<|stop|>]]<|turn|>user:r<|stop|><|turn|>assistant:[[no and]]<|stop|>"]
     assert done.cut == 1 and not done.left_out
+    for reason in ("max_tokens", "content_filter"):  # other servers' words, and others than the model that ended it
+        assert parse(Line("f:1", row | {"finish_reasons": ["stop", reason]})).messages[3]["finish_reason"] == reason
+        said = {"role": "assistant", "content": "no", "finish_reason": reason}
+        assert marked(tokenizer, [chat("q")[0], said])[0] == [f"{before}[[no]]<|stop|>"]
     uncut = parse(Line("f:1", row | {"finish_reasons": ["stop", "stop"]}))
     assert uncut == parse(Line("f:1", {"messages": row["messages"]}))
     word = {"role": "assistant", "content": "|>", "finish_reason": "length"}  # with which the token behind it ends, too
@@ -491,15 +528,82 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
 
 
-def test_turns_that_begin_within_a_token_are_counted():
-    """The white space at the prompt's end is the first of the answer's token, where both are tokenised together."""
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant:SPACE' }}{% endif %}"
-    for space, joined in ((" ", 2), ("", 0)):
-        tokenizer = make_tokenizer(template.replace("SPACE", space))
-        texts, done = marked(tokenizer, chat("is two", "two", "is four", "four"))
-        begins = ("assistant: two", "") if joined else ("assistant:", " two")
-        assert begins[0] + f"[[{begins[1]}<|im_end|>]]" in texts[0] and done.joined == joined
+SAID_BY_ROLE = (
+    "{% for m in messages %}{{ m.role + 'HEAD' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistantHEAD' }}{% endif %}"
+)
+
+
+def sentencepiece_like(template):
+    """Spaces are letters, one is put before every text, and line breaks are one piece with the word behind them."""
+    words = [
+        "user",
+        "assistant",
+        ":",
+        "\n",
+        "▁is",
+        "▁two",
+        "▁four",
+        "two",
+        "four",
+        "\ntwo",
+        "\nfour",
+        "▁user",
+        "▁assistant",
+    ]
+    letters = sorted({letter for word in words for letter in word} | {"▁"})
+    vocab = {token: i for i, token in enumerate(["<|im_end|>", *letters, *(w for w in words if len(w) > 1)])}
+    model = models.Unigram([(token, -float(len(vocab) - i)) for token, i in vocab.items()], unk_id=0)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=template)
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, sentencepiece_like])
+@pytest.mark.parametrize(
+    ("head", "messages", "apart"),
+    [
+        (": ", chat("is two", "two", "is four", "four"), 2),  # a space that the answer's first word would take
+        (":\n\n", chat("is two", "two", "is four", "four"), 2),  # line breaks that are other tokens before a word
+        (":", chat("is two", " two", "is four", " four"), 0),
+        (":", chat("is two", "two", "is four", "four"), 0),
+    ],
+)
+def test_a_turn_stands_behind_the_tokens_of_its_prompt_as_served(make, head, messages, apart):
+    """The tokens before each turn are those of the prompt alone, whatever the turn would make of them."""
+    tokenizer = make(SAID_BY_ROLE.replace("HEAD", head.replace("\n", "\\n")))
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, tuple(messages)))
+    assert (done.apart, done.joined, done.rewritten) == (apart, 0, False) and len(done.samples) == max(apart, 1)
+    said = [run.strip() for run in runs_in_order(tokenizer, done)]  # the decoder of the one takes a first space away
+    assert said == [m["content"].strip() + "<|im_end|>" for m in messages[1::2]]
+    prompts = [prompt_ids([Prompt(messages[:k])], tokenizer)[0] for k in (1, 3)]
+    for sample in done.samples:
+        edges = np.diff(np.concatenate([[0], sample.loss_mask.astype(np.int8)]))
+        for begin in np.flatnonzero(edges == 1):
+            assert sample.input_ids[:begin].tolist() in prompts
+
+
+def test_only_the_turns_that_need_it_are_tokenised_apart():
+    tokenizer = make_tokenizer(SAID_BY_ROLE.replace("HEAD", ":\\n"))
+    messages = chat("is two", "two", "is four", "\n\nfour", "is two", "two")
+    done = ChatTokenizer(tokenizer)(Conversation("f:1", 5, tuple(messages)))
+    assert [runs(tokenizer, sample) for sample in done.samples] == [["\n\nfour<|im_end|>"], ["two<|im_end|>"] * 2]
+    assert done.apart == 1 and [sample.conversation for sample in done.samples] == [5, 5]
+    before = prompt_ids([Prompt(messages[:3])], tokenizer)[0]
+    assert done.samples[0].input_ids[: len(before)].tolist() == before
+    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert done.samples[1].input_ids.tolist() == whole
+
+
+def test_turns_that_cannot_be_tokenised_apart_are_counted():
+    """A token that takes the space before it along leaves no way to tell what the tokens of the turn alone are read as."""
+    tokenizer = make_tokenizer(SAID_BY_ROLE.replace("HEAD", ": "))
+    tokenizer.add_tokens([AddedToken("<note>", lstrip=True)])
+    texts, done = marked(tokenizer, chat("is two", "<note> <note> four", "is four", "four"))
+    assert (done.apart, done.joined) == (1, 1)
+    assert any("assistant:<note>[[<note> four<|im_end|>]]" in text for text in texts)
 
 
 def test_turns_that_nothing_ends_are_counted():
@@ -575,6 +679,40 @@ def test_reasoning_is_not_trained_behind_a_prompt_that_closes_it(block):
     texts, done = marked(tokenizer, chat("q", "yes"))
     assert texts == [f"<|turn|>user:q<|stop|><|turn|>assistant:{block}[[yes<|stop|>]]"]
     assert not done.left_out and done.unopened == 0
+
+
+def test_an_empty_block_that_the_template_writes_as_the_models_is_counted():
+    """As Qwen 3's does where its prompt opens nothing; the served model may have had the block in its prompt."""
+    messages = [*chat("q", "b", "r"), {"role": "assistant", "content": "c", "reasoning_content": "hm"}]
+    done = _chats["qwen3"](Conversation("f:1", 0, tuple(messages)))
+    said = [run for sample in done.samples for run in runs(_tokenizers["qwen3"], sample)]
+    assert said == ["<think>\n\n</think>\n\nb<|im_end|>", "<think>\nhm\n</think>\n\nc<|im_end|>"]
+    assert done.empty_block == 1 and done.unopened == 0
+
+
+QUOTES = "Use the `</think>` tag."
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "expected"),
+    [
+        ("chatml", {"content": QUOTES}, QUOTES),
+        ("chatml", {"content": QUOTES, "reasoning_content": "hm"}, QUOTES),
+        ("qwen3", {"content": QUOTES}, None),  # Qwen 3's template takes what is before the tag for reasoning
+        ("qwen3", {"content": QUOTES, "reasoning_content": "hm"}, f"<think>\nhm\n</think>\n\n{QUOTES}"),
+        ("qwen3", {"content": f"<think>\nhm\n</think>\n\n{QUOTES}"}, f"<think>\nhm\n</think>\n\n{QUOTES}"),
+        ("r1", {"content": QUOTES, "reasoning_content": "hm"}, None),  # and R1's cuts it off
+        ("r1", {"content": QUOTES}, None),
+        ("r1", {"content": f"<think>\nhm\n</think>\n\n{QUOTES}"}, f"hm\n</think>\n\n{QUOTES}"),
+        ("r1", {"content": "<think>\nhm\n</think>\n\nb", "reasoning_content": "hm"}, "hm\n</think>\n\nb"),
+    ],
+)
+def test_an_answer_that_quotes_the_end_of_reasoning(name, said, expected):
+    """It is trained as it was said, or left out where the template would cut it there: no half of it is made reasoning."""
+    done = _chats[name](Conversation("f:1", 0, ({"role": "user", "content": "q"}, {"role": "assistant", **said})))
+    trained = [run.removesuffix(ENDS[name]) for sample in done.samples for run in runs(_tokenizers[name], sample)]
+    assert trained == ([] if expected is None else [expected]) and len(done.left_out) == (expected is None)
+    assert done.lost_reasoning == (name == "chatml" and "reasoning_content" in said)
 
 
 def test_a_call_that_stands_before_the_text_beside_it_is_rendered():

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from chats import CHATML, TOOL, chat, make_tokenizer
+from tokenizers import Regex, pre_tokenizers
 
 from fastdraft.data.conversations import BadLine, Conversation
 from fastdraft.data.prompts import Prompt, prompt_ids
@@ -77,6 +78,11 @@ TWO = chat("Hello there", "How are you?", "The capital?", " Paris. \n")
 def tokenize(template, messages, **kwargs):
     tools = kwargs.pop("tools", None)
     tokenizer = make_tokenizer(template)
+    if template == LLAMA3:  # whose tokenizer takes line breaks together, whatever follows
+        lines = pre_tokenizers.Split(Regex(r"[\r\n]+"), "isolated")
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [lines, tokenizer.backend_tokenizer.pre_tokenizer]
+        )
     return tokenizer, ChatTokenizer(tokenizer, **kwargs)(Conversation("f:1", 7, tuple(messages), tools))
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from tiny import write_chats
 from fastdraft import checkpoint, cli
 from fastdraft import train as training
 from fastdraft.checkpoint import list_checkpoints
+from fastdraft.data.loader import Ahead
 from fastdraft.dist import mesh, watch
 from fastdraft.dist.watch import Member, Progress
 from fastdraft.metrics import read_metrics
@@ -214,6 +216,29 @@ def test_all_end_in_time_and_say_who_it_was(make_config, tmp_path, spoil):
         assert spoil is stopped or said.startswith(f"fastdraft, rank {rank}: ")
     assert not list(Path(config.run_dir).glob("checkpoints/.writing*"))
     assert [path.name for path in list_checkpoints(Path(config.run_dir))] in ([], ["step-00000002"])
+
+
+def hangs_between_checkpoints() -> None:
+    writing_hangs()
+    original, count = Ahead.__next__, itertools.count(1)
+
+    def slowly(ahead):
+        time.sleep(0.4 if next(count) > 20 else 0)
+        return original(ahead)
+
+    Ahead.__next__ = slowly
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_hangs_ends_all_long_before_the_next(make_config, tmp_path):
+    limits = {"dist.stuck_s": 100, "dist.disk_s": 5, "dist.timeout_s": 5, "eval.every": 1000}
+    config = make_config(**limits, **{"checkpoint.every": 20, "max_steps": 400, "metrics.log_every": 1})
+    ranks = by_ranks(2, command, written(config, tmp_path), hangs_between_checkpoints)
+    assert ranks == [1, 1], said_by(tmp_path, 0)
+    for rank in (0, 1):
+        words = rf"fastdraft, rank {rank}: the checkpoint of step 20 is not written after \d+ s \(rank 1 on {HOST} has come"
+        assert re.match(words, said_by(tmp_path, rank)), said_by(tmp_path, rank)
+    assert 20 < read_metrics(config.run_dir)[-1]["step"] < 40 and list_checkpoints(Path(config.run_dir)) == []
 
 
 def slow_but_alive() -> None:

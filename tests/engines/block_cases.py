@@ -11,7 +11,7 @@ from test_decode import prompts
 from tiny import tiny_llama
 
 from fastdraft.batch import Batch
-from fastdraft.decode import generate_plain
+from fastdraft.decode import generate
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine
@@ -25,6 +25,7 @@ from fastdraft.model.methods import METHODS
 from fastdraft.serving.engines import Run
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target
+from fastdraft.target.identity import origin
 
 NEW_TOKENS, MASK = 30, 190
 SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.15}
@@ -75,7 +76,7 @@ def make_block_case(
     draft.init_weights(0.1, torch.Generator().manual_seed(0))
     start(draft)
     draft.take_from_target(target.embedding)
-    texts = [(p, generate_plain(target, p, 40).tokens) for p in prompts()]
+    texts = [(p, generate(target, None, p, 40).tokens) for p in prompts()]
     ids = torch.cat([torch.tensor(p + out) for p, out in texts])
     mask = torch.cat([torch.arange(len(p) + len(out)) >= len(p) for p, out in texts])
     batch = Batch(ids.where(ids != MASK, MASK - 1), mask, tuple(len(p) + len(out) for p, out in texts))
@@ -89,7 +90,7 @@ def make_block_case(
             p.grad = grads[name] / rows.live.sum()
         optimizer.step()
     end(draft)
-    checkpoint = export_draft(draft, folder / "draft", torch.float32)
+    checkpoint = export_draft(draft, folder / "draft", torch.float32, trained_for=origin(str(folder / "target")))
     assert not verify(checkpoint, folder / "target").errors
     name = METHODS[method].engine_names["vllm"]
     asked = str(folder / "target"), str(checkpoint), prompts(), NEW_TOKENS, [2], "float32", c.num_drafted

@@ -20,6 +20,7 @@ from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.engines import EnginePlace, Run, engine_version
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target
+from fastdraft.target.identity import origin
 
 NEW_TOKENS = 30
 CHAIN = DecodeSettings(num_steps=3)
@@ -70,7 +71,7 @@ def make_case(name: str, folder: Path, steps: int = 40) -> Case:
     target = Target(model, c.layers)
     draft = random_draft(c, target.embedding, 0.15)
     train_on_own_output(target, draft, NEW_TOKENS, steps)
-    checkpoint = export_draft(draft, folder / "draft", torch.float32)
+    checkpoint = export_draft(draft, folder / "draft", torch.float32, trained_for=origin(str(folder / "target")))
     findings = verify(checkpoint, folder / "target")
     assert not findings.errors
     return Case(name, target, draft, prompts(), folder / "target", checkpoint)
@@ -94,7 +95,7 @@ def engine_place(name: str, environ: dict[str, str]) -> EnginePlace:
 def load_in_sglang(folder: Path, work: list[dict]) -> list[dict[str, torch.Tensor] | str]:
     """What one process of SGLang's loader (`sglang_loader.py`) made of each checkpoint, or its sentence of refusal."""
     place = engine_place("sglang", os.environ)
-    assert engine_version(place) == "0.5.21"
+    assert engine_version(place) == "0.5.23"
     outs = [folder / f"{i}.safetensors" for i in range(len(work))]
     (folder / "job.json").write_text(json.dumps([w | {"out": str(out)} for w, out in zip(work, outs, strict=True)]))
     script = Path(__file__).with_name("sglang_loader.py")

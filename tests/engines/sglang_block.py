@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.speculative.dspark_components.dspark_draft import DraftNoise, draft_markov_block
 
 
 class Cache:
@@ -85,11 +86,15 @@ def attend(backend, layer):
 def through_markov_head(draft, target, states, root):
     draft.attach_shared_modules(embed_tokens=target.model.embed_tokens, lm_head=target.lm_head)
     logits, _ = draft.compute_base_logits(states)
-    tokens, _ = draft.markov_head.sample_block(
-        logits,
-        first_prev_tokens=root,
-        hidden_states=states,
-        sampler=lambda step_logits, _: step_logits.argmax(-1),
+    tokens, _ = draft_markov_block(
+        markov_head=draft.markov_head,
+        base_logits=logits,
+        anchor_tokens=root,
+        draft_hidden=states,
+        step_temperatures=torch.zeros(1),
+        noise=DraftNoise(key=0, offset=torch.zeros(1, dtype=torch.int64)),
+        tp_sync=SimpleNamespace(sync=lambda site, tokens: tokens),
+        greedy_draft=True,
     )
     before = torch.cat([root[None], tokens[:, :-1]], 1)
     confidence = draft.confidence_head(states, draft.markov_head.get_prev_embeddings(before))

@@ -57,7 +57,7 @@ def target(target_dir) -> Target:
 def dumps(make_config, target, tmp_path) -> Path:
     """Every document of the run in one file each, some compressed, and one in which nothing is trained."""
     config = make_config(**{"data.eval_fraction": 0})
-    samples = load_data(config, 192).train
+    samples = load_data(config, draft_shape(config)).train
     documents = [d for rows in Loader(samples, 96, 1).packs for d in rows]
     table = samples.with_format("arrow")
     for i, row in enumerate(documents):

@@ -263,7 +263,7 @@ def test_on_a_gpu(make_config, tmp_path, dtype):
     opened = Store(tmp_path / "store")
     reader = StoreReader(opened, torch.device("cuda"))
     target = open_target(config, draft_shape(config).layers, torch.device("cuda"))
-    data = load_data(config, 192).train
+    data = load_data(config, draft_shape(config)).train
     batches = [read_pack(data.with_format("arrow"), rows) for rows in Loader(data, 96, 1).packs]
     reader.expect(batches)
     for batch in batches:
@@ -490,7 +490,7 @@ def test_a_cache_runs_every_document_once(make_config, tmp_path, monkeypatch):
     tokens = count_target(monkeypatch)
     config = make_config(**changes)
     train(config)
-    prepared = load_data(config, 192)
+    prepared = load_data(config, draft_shape(config))
     assert sum(tokens) == sum(len(ids) for part in (prepared.train, prepared.eval) for ids in part["input_ids"])
     ours, theirs = losses(config.run_dir), losses(online.run_dir)
     assert [r for r in ours if r["step"] <= 4] == [r for r in theirs if r["step"] <= 4]

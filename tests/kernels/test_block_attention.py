@@ -291,7 +291,7 @@ def test_programs_that_share_a_key_block(dtype, parts):
     lse, delta = ours[1], (ours[0].float() * dout.float()).sum(-1).T.contiguous()
     partial = torch.empty(parts, 2, *k.shape, device=DEVICE)
     found = [torch.full(k.shape, 3.0, device=DEVICE) for _ in range(2)]
-    op._bwd_keys(dout, q, k, v, rows.ctx_start, rows.ctx_end, lse, delta, q.shape[2] ** -0.5, *found, True, parts, partial)
+    op._bwd_keys(dout, q, k, v, rows.ctx_start, rows.ctx_end, lse, delta, q.shape[2] ** -0.5, *found, True, partial)
     assert_close([t - 3 for t in found], plain[3:5], truth[3:5], dtype, NAMES[3:5])
 
 
@@ -302,6 +302,16 @@ def test_how_many_programs_share_a_key_block():
     assert counts == [8, 8, 4, 2, 1, 1, 1]
     assert op.kv_parts(2048, 8, 128, 64, 3, room) == 3 and op.kv_parts(2048, 8, 128, 64, 64, room // 2) == 2
     assert op.kv_parts(2048, 8, 128, 64, 64, 10) == 1
+
+
+@pytest.mark.parametrize("keys", [0, 1, 2047, 4096, 8193, 1 << 17])
+def test_the_scratch_memory_suffices_for_any_number_of_keys(keys):
+    scratch = torch.empty(op.block_attention_partials(128), device="meta")
+    k = torch.empty(keys, 8, 128, device="meta")
+    parts = op.kv_parts(keys, 8, 128, 64, 64, len(scratch))
+    sums = op.kv_sums(scratch, k, 64, 64)
+    assert sums is None if parts == 1 else sums.shape == (parts, 2, keys, 8, 128)
+    assert (parts > 1) == (keys <= 4096)
 
 
 @needs_kernels
@@ -346,6 +356,24 @@ def test_a_real_model(window, causal):
     anchors = torch.randperm(2048, generator=g)[:60].sort().values.tolist()
     live = some(60 * 16, 0.8)
     check([700, 1300, 48], anchors, 16, torch.bfloat16, live, window, causal, heads=(32, 8), dim=128)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="scratch memory is used on a GPU")
+@pytest.mark.parametrize("keys", [200, 8193])
+def test_keys_with_and_without_room_for_shared_sums(keys):
+    """Of 8193 keys with 8 heads of 128 the scratch memory cannot hold one sum."""
+    anchors, doc_start, num_keys = blocks([keys], [20, 90, keys - 1])
+    rows = block_rows(anchors, doc_start, 4)
+    *x, dout = tensors(rows, num_keys, 12, torch.float32, heads=(8, 8), dim=128)
+    truth = reference([t.double() for t in x], dout.double(), rows)
+    x, dout, rows = [t.to(DEVICE) for t in x], dout.to(DEVICE), to(rows, DEVICE)
+    plain, ours = reference(x, dout, rows), kernels(x, dout, rows)
+    found = [torch.zeros_like(t) for t in x[1:3]]
+    delta = (ours[0] * dout).sum(-1).T.contiguous()
+    scratch = torch.empty(op.block_attention_partials(128), device=DEVICE)
+    block_attention_bwd_kv(dout, *x[:3], rows, ours[1], delta, 128**-0.5, *found, scratch)
+    assert_close(found, plain[3:5], truth[3:5], torch.float32, NAMES[3:5])
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from small_runs import losses
 
 from fastdraft.config import Config, parse_config
 from fastdraft.data.loader import Loader
+from fastdraft.run.draft import draft_shape
 from fastdraft.run.features import capture_features
 from fastdraft.run.inputs import load_data
 from fastdraft.train import train
@@ -57,7 +58,8 @@ def test_offline_equals_online(smollm2, cache_dir, tmp_path, dtype, cpu):
         "ttt_length": 2,
         "device": "cpu",
     }
-    first = len(Loader(load_data(parse_config(tree, Config), 49152).train, 96, 1).packs)
+    config = parse_config(tree, Config)
+    first = len(Loader(load_data(config, draft_shape(config)).train, 96, 1).packs)
     tree["max_steps"] = first + 1
     found = []
     for name, features in (("online", {}), ("offline", {"path": str(tmp_path / "store")})):

@@ -145,8 +145,7 @@ def test_capture_fills_a_store_that_trains_as_the_server_does(served, server, fa
 def test_evaluate_and_export_load_no_layer_of_the_target(served, server, tmp_path, monkeypatch, fastdraft, target_dir):
     config = served()
     train(config)
-    for module in ("inputs", "finished"):
-        monkeypatch.setattr(f"fastdraft.run.{module}.load_target", lambda *_, **__: pytest.fail("the target was loaded"))
+    monkeypatch.setattr("fastdraft.run.inputs.load_target", lambda *_, **__: pytest.fail("the target was loaded"))
     run_dir = Path(config.run_dir)
     found = evaluate_run(run_dir, "last", None, 1, 8, DecodeSettings())
     assert found.held_out.overall.tau_sim == pytest.approx(losses(run_dir)[-1]["eval/tau_sim"], rel=1e-6)

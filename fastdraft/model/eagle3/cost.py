@@ -154,10 +154,10 @@ def step_cost(
     ttt_length: int,  # T
     precision: Precision,
     target_dtype: torch.dtype,
-    loss: LossKind,
-    step: StepKind,
     device: str,  # cuda or cpu
-    chunk_rows: int | None,  # M of the fused step; None: its own choice
+    loss: LossKind = "kl",
+    step: StepKind = "reference",
+    chunk_rows: int | None = None,  # M of the fused step; None: its own choice
     tensor: int = 1,  # processes that share the draft's weights, of whose part `c` is the shape
     sampled_depth: float = 1.0,
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a step, FLOPs per packed token

@@ -10,18 +10,17 @@ its quantised layers is ever read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from fastdraft.batch import Ends
 from fastdraft.model.target_config import first_line
 from fastdraft.target.hf import Target
-from fastdraft.target.identity import checkpoint_fingerprint
+from fastdraft.target.identity import checkpoint_fingerprint, local_folder
 
 FILES = "files:"  # begins the fingerprint of a target that servers run
 PLAIN = ("BF16", "F16", "F32")  # safetensors' names of the dtypes that need no scales
@@ -158,9 +157,8 @@ def _last_norm(target: Target) -> nn.Module:
 
 def _refuse_quantized(path: str, own: list[str]) -> None:
     """ValueError where a file keeps one of the weights that are read here in a dtype that stands for no number alone."""
-    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
     modules = {".".join(name.split(".")[-2:-1]) for name in own}  # lm_head, embed_tokens, norm
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(local_folder(path).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118, it is no dict
                 *parents, leaf = name.split(".")

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastdraft.batch import Batch, Features
+from fastdraft.model.precision import DTYPES
 from fastdraft.target.served.connector.fastdraft_handover import read_server, remove_dead
 from fastdraft.target.served.ends import FileEnds
 from fastdraft.target.served.links import Connection, Link, NotYet, Place, SharedMemory
@@ -79,6 +80,11 @@ class Wanted:
     hidden_size: int
     dtype: str  # bf16 or fp32
     max_length: int  # tokens of the longest document
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Those of `About.boundaries` that it reads."""
+        return sorted({layer + 1 for layer in self.layers} | {self.num_layers})
 
 
 @dataclass
@@ -185,12 +191,11 @@ def refuse_other_server(url: str, about: About, wanted: Wanted) -> None:
             f"{url} runs the target in {dtype}, and target.dtype is {wanted.dtype}; start it with --dtype "
             f"{next(k for k, v in NAMES.items() if v == wanted.dtype)}, or set target.dtype={dtype} for a new run"
         )
-    needed = sorted({layer + 1 for layer in wanted.layers} | {wanted.num_layers})
-    if about.hidden_size != wanted.hidden_size or not set(needed) <= set(about.boundaries):
+    if about.hidden_size != wanted.hidden_size or not set(wanted.boundaries) <= set(about.boundaries):
         layers = ",".join(map(str, wanted.layers))
         raise ValueError(
             f"{url} hands over the states at the boundaries {list(about.boundaries)}, {about.hidden_size} wide, and this "
-            f"run reads those at {needed}, {wanted.hidden_size} wide; start it with --layers {layers}"
+            f"run reads those at {wanted.boundaries}, {wanted.hidden_size} wide; start it with --layers {layers}"
         )
     if about.max_model_len <= wanted.max_length:
         raise ValueError(
@@ -223,8 +228,8 @@ class ServedSource(Source):
         self.notes: list[str] = []
         self.repeated = 0  # requests that were sent again
         self.servers: list[FeatureServer] = []
-        self._boundaries = sorted({layer + 1 for layer in wanted.layers} | {wanted.num_layers})  # of staged rows
-        self._state_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted.dtype]
+        self._boundaries = wanted.boundaries  # of staged rows
+        self._state_dtype = DTYPES[wanted.dtype]
         self._turn, self._number = first, 0
         self._folders: dict[str, SharedMemory] = {}  # by path: those of this host that servers write into
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -499,7 +504,7 @@ class ServedSource(Source):
         Tensor-parallel processes that draw for themselves may go on with different tokens, and the rows behind are then no
         text's. A few answers are drawn, and their ids run again as documents, which see nothing of the prefix cache.
         """
-        asyncio.run_coroutine_threadsafe(self._prove_answers(sampling), self._loop).result()
+        self._run(self._prove_answers(sampling))
 
     async def _prove_answers(self, sampling: Mapping[str, float]) -> None:
         for server in self.servers:

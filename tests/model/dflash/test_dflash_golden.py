@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_blocks import in_float64
 
 from fastdraft.batch import Batch
 from fastdraft.model.dflash import ref
@@ -23,13 +24,6 @@ CASES = sorted(path.stem for path in FOLDER.glob("dflash_*.safetensors"))
 
 def load(name):
     return load_block_golden(FOLDER / f"{name}.safetensors")
-
-
-def in_float64(case):
-    """The case with float64 frequencies, as its trainer had them; a draft's are float32, as transformers makes them."""
-    dim = case.draft.config.head_dim
-    case.draft.rope.freqs = 1.0 / (10000.0 ** (torch.arange(0, dim, 2).double() / dim))
-    return case
 
 
 def test_four_cases_are_here():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_blocks import in_float64
 
 from fastdraft.kernels import selector
 from fastdraft.model.dflash.engine import block_engine_step
@@ -23,11 +24,7 @@ FILE = Path(__file__).parents[2] / "golden_methods" / "dflash2.safetensors"
 
 
 def load():
-    """The case with float64 frequencies, as its trainer had them; a draft's are float32, as transformers makes them."""
-    case = load_selector_golden(FILE)
-    dim = case.draft.config.head_dim
-    case.draft.rope.freqs = 1.0 / (10000.0 ** (torch.arange(0, dim, 2).double() / dim))
-    return case
+    return in_float64(load_selector_golden(FILE))
 
 
 def reference(*args):

@@ -173,10 +173,7 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
         cache: torch.Tensor,  # as this version of vLLM lays it out
     ) -> torch.Tensor:  # [blocks, S, block_size, Ht], a view
         """ValueError where the shape leaves in doubt which axis is the token's."""
-        states = len(
-            set(self._vllm_config.speculative_config.draft_model_config.hf_config.eagle_aux_hidden_state_layer_ids)
-        )
-        axes, size = tuple(cache.shape[1:3]), self.block_size
+        states, axes, size = len(self._boundaries()), tuple(cache.shape[1:3]), self.block_size
         if cache.dim() != 4 or states == size or axes not in ((states, size), (size, states)):
             raise ValueError(
                 f"the cache of states is {tuple(cache.shape)}, which does not tell {states} states from {size} tokens"
