@@ -85,7 +85,7 @@ def why_not_copied(config: DFlashConfig, layers: dict[int, LayerWeights]) -> str
     for number in numbers:
         kept = {name: x for name, x in layers.get(number, {}).items() if not name.endswith("rotary_emb.inv_freq")}
         if not kept:
-            return f"the target's files have no model.layers.{number} in safetensors"
+            return f"the target's files have no layer {number} in safetensors"
         if missing := sorted(mine.keys() - HEAD_NORMS - kept.keys()):
             return f"the target's layer {number} has no {missing[0]}"
         if more := sorted(kept.keys() - mine.keys()):

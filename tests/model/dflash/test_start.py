@@ -158,7 +158,7 @@ def in_eight_bits(tensors):
         (with_a_bias, {}, "layer 7 has self_attn.q_proj.bias, which a draft's layer has not"),
         (without_a_gate, {}, "layer 6 has no mlp.gate_proj.weight"),
         (in_eight_bits, {}, "mlp.up_proj.weight of the target's layer 6 is quantised, F8_E4M3"),
-        (dict.clear, {}, "files have no model.layers.6 in safetensors"),
+        (dict.clear, {}, "files have no layer 6 in safetensors"),
         (
             lambda tensors: None,
             {"overrides": {"intermediate_size": 40}},
@@ -210,7 +210,7 @@ def test_a_checkpoint_is_where_a_warm_start_starts(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(warm.parameters(), draft.parameters(), strict=True))
 
 
-def test_layers_are_found_in_several_files_and_inside_a_model_with_pictures(tmp_path):
+def test_layers_are_found_in_the_files_that_can_be_read_and_inside_a_model_with_pictures(tmp_path):
     save_file({"model.language_model.layers.0.mlp.up_proj.weight": torch.ones(2, 3)}, tmp_path / "a.safetensors")
     save_file(
         {
@@ -220,6 +220,7 @@ def test_layers_are_found_in_several_files_and_inside_a_model_with_pictures(tmp_
         },
         tmp_path / "b.safetensors",
     )
+    (tmp_path / "c.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     (layer,) = layer_weights(str(tmp_path)).values()
     assert sorted(layer) == ["mlp.down_proj.weight", "mlp.up_proj.weight"]
     assert torch.equal(layer["mlp.up_proj.weight"][:], torch.ones(2, 3))
