@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
+_END_OF_THOUGHT = re.compile("(?<![`'\"“‘])</think>")  # not a quoted one
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -68,9 +69,9 @@ class Marks:
 
     def message(self, message: dict, index: int) -> dict:
         marked = dict(message)
-        if isinstance(content := message.get("content"), str):
+        if isinstance(message.get("content"), str):
             marked["content"] = "".join(
-                self._text(leaf) if isinstance(leaf, Leaf) else leaf for leaf in pieces(content, index, self._tags)
+                self._text(leaf) if isinstance(leaf, Leaf) else leaf for leaf in pieces(message, index, self._tags)
             )
         for key in REASONING_KEYS:
             if isinstance(reasoning := message.get(key), str):
@@ -152,12 +153,20 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
-def pieces(content: str, index: int, tags: re.Pattern[str]) -> list[Leaf | str]:
-    """A content cut at the tags that its template names: its texts, and between them tags and white space as they are.
+def thought_end(message: dict) -> int:
+    """Where the reasoning inside a content ends, behind its last </think>. 0 where the content only speaks of that tag: all
+    are quoted, or the reasoning stands beside a content that begins with none."""
+    content = message["content"]
+    beside = message.get("reasoning_content") and not content.lstrip().startswith("<think>")
+    if beside or not _END_OF_THOUGHT.search(content):
+        return 0
+    return content.rfind("</think>") + len("</think>")
 
-    What stands before the last </think> is reasoning.
-    """
-    thought = content.rfind("</think>")
+
+def pieces(message: dict, index: int, tags: re.Pattern[str]) -> list[Leaf | str]:
+    """A content cut at the tags that its template names: its texts, and between them tags and white space as they are."""
+    content = message["content"]
+    thought = thought_end(message)
     result, at = [], 0
     for start, end in [*(match.span() for match in tags.finditer(content)), (len(content),) * 2]:
         text = content[at:start]
@@ -172,7 +181,7 @@ def pieces(content: str, index: int, tags: re.Pattern[str]) -> list[Leaf | str]:
 
 def own_leaves(message: dict, index: int, tags: re.Pattern[str]) -> list[Leaf]:
     """The texts of an assistant's turn that a template renders, calls left out."""
-    leaves = [leaf for leaf in pieces(message["content"], index, tags) if isinstance(leaf, Leaf)]
+    leaves = [leaf for leaf in pieces(message, index, tags) if isinstance(leaf, Leaf)]
     reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
     return ([Leaf(index, "reasoning", core, reasoning)] if (core := reasoning.strip()) else []) + leaves
 

@@ -65,6 +65,7 @@ class Stats:
     joined: int = 0  # trained turns whose first token began before them, which is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
+    empty_block: int = 0  # trained turns that begin with an empty block for reasoning
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: dict[str, list] = field(default_factory=dict)  # turns not trained: how many, where the first, by reason
     skipped_lines: int = 0
@@ -95,6 +96,7 @@ class Stats:
         self.joined += done.joined
         self.endless += done.endless
         self.cut += done.cut
+        self.empty_block += done.empty_block
         self.unopened += done.unopened
         for where, reason in done.left_out:
             self.left_out.setdefault(reason, [0, where])[0] += 1
@@ -144,6 +146,12 @@ class Stats:
                 "generation_config.json or its tokenizer names, so no draft learns where an answer ends",
             ),
             (self.cut, "trained turns were cut by a limit of tokens: what the template writes behind them is not trained"),
+            (
+                self.empty_block,
+                "trained turns have no reasoning, and the chat template begins them with an empty block for it, which is "
+                "trained as the model's; if the target answered with reasoning off, say so in data.chat_template_kwargs "
+                "(most templates read enable_thinking: false), which makes the block the prompt's",
+            ),
             (
                 self.unopened,
                 "trained turns have no reasoning, but the generation prompt opens it: they are trained behind a prompt "

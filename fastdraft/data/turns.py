@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastdraft.data.conversations import CUT
-from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, strings
+from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, strings, thought_end
 from fastdraft.data.template import ChatTemplate, Refused, Span
 
 NOT_SHOWN = (
@@ -30,6 +30,7 @@ NOT_SHOWN = (
 NOTHING_BEFORE = "an assistant turn with nothing before it, and the template shows no place where it starts"
 EMPTY = "they are empty"
 NO_TEXT = "the chat template does not render all of their text"
+CHANGED = "the chat template changes their text"
 NO_CALLS = "the chat template does not render their tool calls"
 FRAMES_KEPT = 1000
 CLOSED = (
@@ -37,6 +38,7 @@ CLOSED = (
     "data.chat_template_kwargs turns it on (most templates read enable_thinking: true)"
 )
 _OPENED = re.compile(r"<think>(\s*)$")  # what a prompt ends with that opens the reasoning
+_EMPTY = re.compile(r"\s*<think>\s*</think>")
 _CLOSED = re.compile(r"</(\w+:)?think(:\w+)?>\s*$")  # and that closes it
 
 
@@ -52,6 +54,7 @@ class Turn:
     raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
     endless: bool = False  # its last token is none that stops the model
     cut: bool = False  # a limit of tokens ended it, so what the template writes behind its words is not the model's
+    empty_block: bool = False  # it begins with a block for reasoning that is empty, because the answer has none
     unopened: bool = False  # the text lacks or closes what the generation prompt opens, because the answer has no reasoning
 
 
@@ -118,6 +121,9 @@ class Turns:
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
         turn = _as_served(message, full, prompt, located, self.template.lead)
         start, end = turn.span
+        quotes = "</think>" in message["content"] and not thought_end(message)  # at which some templates cut all the same
+        if quotes and message["content"].strip() not in turn.text[start:end]:
+            raise LeftOut(CHANGED)
         if message.get("finish_reason") in CUT:
             return self._cut(message, turn, own_leaves(message, len(messages) - 1, self.template.tags))
         if (stop := self.template.stop_within(turn.text[start:end])) is not None:
@@ -325,7 +331,7 @@ def _refuse_cut(
     if not own or any(leaf.kind == "content" for leaf in missing):
         raise LeftOut(NO_TEXT)
     if any(full[p.start : p.end] != p.leaf.text for p in own if p.leaf.kind in ("content", "reasoning")):
-        raise LeftOut("the chat template changes their text")
+        raise LeftOut(CHANGED)
 
 
 def _call_texts(call: dict) -> list[tuple[str, ...]]:
@@ -361,7 +367,7 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     thinks, answer = bool(_reasoning(message)), full[start:end]
     opens = prompt is not None and full[:start] == prompt and _OPENED.search(prompt)
     block = re.match(r"\s*</think>\s*", answer) if opens else None  # by which the template closes what the prompt opens
-    twice = block and "</think>" in message["content"] and "</think>" in answer[block.end() :]
+    twice = block and thought_end(message) and "</think>" in answer[block.end() :]
     raw = None
     if prompt is not None and not lead and (twice or (thinks and (block or not located.reasoning))):
         raw = _raw(message, prompt, answer)
@@ -373,9 +379,9 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     lost = thinks and not located.reasoning
     if prompt is None or full.startswith(prompt):
         # An empty block for reasoning that the message does not have is the template's own, and not what the model said.
-        if block and "</think>" not in message["content"]:
+        if block and not thought_end(message):
             return Turn(full, (start + block.end(), end), lost, unopened=True)
-        return Turn(full, (start, end), lost)
+        return Turn(full, (start, end), lost, empty_block=not thinks and bool(_EMPTY.match(answer)))
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
@@ -401,8 +407,7 @@ def _raw(message: dict, prompt: str, answer: str) -> str | None:
     if _CLOSED.search(prompt):
         return None
     content, reasoning = message["content"], message.get("reasoning_content")
-    if "</think>" in content:
-        at = content.rfind("</think>") + len("</think>")
+    if at := thought_end(message):
         said = content[at:].strip()
         before = answer[: answer.rfind(said)] if said else answer
         if "</think>" in before:  # the template renders part of the reasoning, or closes it before
@@ -421,5 +426,5 @@ def _raw(message: dict, prompt: str, answer: str) -> str | None:
 
 
 def _reasoning(message: dict) -> str:
-    inline = message["content"].rpartition("</think>")[0].replace("<think>", "")
+    inline = message["content"][: thought_end(message)].removesuffix("</think>").replace("<think>", "")
     return (message.get("reasoning_content") or inline).strip()

@@ -681,6 +681,40 @@ def test_reasoning_is_not_trained_behind_a_prompt_that_closes_it(block):
     assert not done.left_out and done.unopened == 0
 
 
+def test_an_empty_block_that_the_template_writes_as_the_models_is_counted():
+    """As Qwen 3's does where its prompt opens nothing; the served model may have had the block in its prompt."""
+    messages = [*chat("q", "b", "r"), {"role": "assistant", "content": "c", "reasoning_content": "hm"}]
+    done = _chats["qwen3"](Conversation("f:1", 0, tuple(messages)))
+    said = [run for sample in done.samples for run in runs(_tokenizers["qwen3"], sample)]
+    assert said == ["<think>\n\n</think>\n\nb<|im_end|>", "<think>\nhm\n</think>\n\nc<|im_end|>"]
+    assert done.empty_block == 1 and done.unopened == 0
+
+
+QUOTES = "Use the `</think>` tag."
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "expected"),
+    [
+        ("chatml", {"content": QUOTES}, QUOTES),
+        ("chatml", {"content": QUOTES, "reasoning_content": "hm"}, QUOTES),
+        ("qwen3", {"content": QUOTES}, None),  # Qwen 3's template takes what is before the tag for reasoning
+        ("qwen3", {"content": QUOTES, "reasoning_content": "hm"}, f"<think>\nhm\n</think>\n\n{QUOTES}"),
+        ("qwen3", {"content": f"<think>\nhm\n</think>\n\n{QUOTES}"}, f"<think>\nhm\n</think>\n\n{QUOTES}"),
+        ("r1", {"content": QUOTES, "reasoning_content": "hm"}, None),  # and R1's cuts it off
+        ("r1", {"content": QUOTES}, None),
+        ("r1", {"content": f"<think>\nhm\n</think>\n\n{QUOTES}"}, f"hm\n</think>\n\n{QUOTES}"),
+        ("r1", {"content": "<think>\nhm\n</think>\n\nb", "reasoning_content": "hm"}, "hm\n</think>\n\nb"),
+    ],
+)
+def test_an_answer_that_quotes_the_end_of_reasoning(name, said, expected):
+    """It is trained as it was said, or left out where the template would cut it there: no half of it is made reasoning."""
+    done = _chats[name](Conversation("f:1", 0, ({"role": "user", "content": "q"}, {"role": "assistant", **said})))
+    trained = [run.removesuffix(ENDS[name]) for sample in done.samples for run in runs(_tokenizers[name], sample)]
+    assert trained == ([] if expected is None else [expected]) and len(done.left_out) == (expected is None)
+    assert done.lost_reasoning == (name == "chatml" and "reasoning_content" in said)
+
+
 def test_a_call_that_stands_before_the_text_beside_it_is_rendered():
     template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% for call in m.tool_calls or [] %}"
