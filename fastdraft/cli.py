@@ -108,7 +108,7 @@ def init(
     """Write a draft config derived from a target, to edit and name as draft.config."""
     from fastdraft.model.methods import named_method
 
-    text = named_method(method).init_config(target)
+    text = named_method(method).shape.init_config(target)
     if out is None:
         sys.stdout.write(text)
     elif out.exists():

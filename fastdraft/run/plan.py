@@ -223,7 +223,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             run_tokens=RUN_TOKENS,
             packs_per_step=config.optim.packs_per_step,
             muon_bytes=of_muon if stepped else None,
-            sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
+            sums=4 * len(method.step_weights(config, shape).weight),  # after o and after down, forward and backward
             target_bytes=4 if config.target.dtype == "fp32" else 2,
             draft_bytes=4 if precision == "fp32" else 2,
         )
@@ -303,7 +303,8 @@ def print_plan(config: Config, console: Console, gib: float | None = None) -> No
     config, told = name_run_dtypes(config, device, plans=True)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
-    check_layout(config, draft_shape(config))
+    shape = draft_shape(config)
+    check_layout(config, shape)
     predicted = predict(config, device)
     try:
         refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
@@ -311,12 +312,9 @@ def print_plan(config: Config, console: Console, gib: float | None = None) -> No
         told.append(str(warning))
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
-    for line in told:
+    recipe = ["the recipe, and why (docs/recipe.md)", *recipe_lines(config, shape)]
+    for line in [*told, *recipe, f"predicted for one {device.type} device and the {config.step} step"]:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print("# the recipe, and why (docs/recipe.md)")
-    for line in recipe_lines(config, draft_shape(config)):
-        console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)
     for line in memory_lines(config, device, gib):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
