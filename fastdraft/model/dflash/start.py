@@ -1,9 +1,9 @@
 """Where a new draft of blocks starts: embedding, final norm and layers from the target.
 
 With `init: target` the draft goes on where the target's last captured layer c ends. fc passes that layer's state,
-`hidden_norm` is the norm with which layer c + 1 reads it, and the draft's layers are the target's from c + 1 on, or its last
-ones, where there are fewer behind c. In a copy of layer c + 1 the context's values are those of that layer, and so are the
-keys, up to their lengths where the target has no norm over heads. Layers of another form are not copied, and start from
+`hidden_norm` is the norm with which layer c + 1 reads it, and the draft's layers are the target's from c + 1 on, or its
+last ones, where there are fewer behind c. In a copy of layer c + 1 the context's values are those of that layer, and so are
+the keys, up to their lengths where the target has no norm over heads. Layers of another form are not copied, and start from
 random weights.
 """
 
