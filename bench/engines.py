@@ -35,7 +35,7 @@ from pydantic import TypeAdapter
 
 from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, generate, generate_plain
+from fastdraft.decode import DecodeResult, generate
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3.draft import Draft
@@ -175,7 +175,7 @@ def main() -> None:
     draft = draft.to(device, dtype)
     if draft.config.hidden_size == draft.config.target_hidden_size:
         draft.set_embedding(target.embedding)
-    plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]
+    plain = [generate(target, None, prompt, args.max_new_tokens) for prompt in prompts]
     far = []
     for name, (theirs, gpu) in served.items():
         found = compare(target, draft, prompts, plain, theirs, SETTINGS[name], args.max_new_tokens)

@@ -61,7 +61,7 @@ from fastdraft.batch import Batch, Features, Rows
 from fastdraft.config import Config, load_config, read_yaml
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import Prepared
-from fastdraft.decode import DecodeResult, generate_plain, generate_plain_batch
+from fastdraft.decode import DecodeResult, generate, generate_batch
 from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import TauReport, evaluate_decode, evaluate_tau
 from fastdraft.metrics import read_metrics
@@ -239,9 +239,9 @@ def open_stick(args: argparse.Namespace, folder: Path) -> Stick:
     prompts = held_out_prompts(data, config.data.pack_tokens, args.prompts)
     began = time.perf_counter()
     if why_apart(target) is None:
-        plain = generate_plain_batch(target, prompts, args.max_new_tokens, batch_size=len(prompts))
+        plain = generate_batch(target, None, prompts, args.max_new_tokens, batch_size=len(prompts))
     else:
-        plain = [generate_plain(target, prompt, args.max_new_tokens) for prompt in prompts]
+        plain = [generate(target, None, prompt, args.max_new_tokens) for prompt in prompts]
     print(f"the target alone: {sum(len(p.tokens) for p in plain)} tokens, {time.perf_counter() - began:.1f} s", flush=True)
     decoded = dict(DECODED)
     if args.temperature is not None:
@@ -472,7 +472,7 @@ def held_out(stick: Stick, draft: nn.Module) -> TauReport:
     return evaluate_tau(
         lambda batch: step.rows(batch, stick.target.capture(batch.to(stick.device))),
         batches,
-        method_of(draft).num_steps(stick.config, draft.config),
+        len(method_of(draft).step_weights(stick.config, draft.config).weight),
     )
 
 

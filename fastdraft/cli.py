@@ -62,7 +62,9 @@ def train(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder's checkpoints and start anew.")] = False,
     world: Annotated[int | None, typer.Option(min=1, help="With --plan: plan for so many GPUs.")] = None,
-    gpu_gib: Annotated[float, typer.Option(min=1, help="With --world: memory of a GPU.")] = 80.0,
+    gpu_gib: Annotated[
+        float, typer.Option(min=1, help="With --plan: memory of a GPU; without --world of this machine's.")
+    ] = 80.0,
     gpus_per_host: Annotated[int, typer.Option(min=1, help="With --world: GPUs that fast links join.")] = 8,
     tflops: Annotated[float, typer.Option(min=1, help="With --world: what its products reach, not its rating.")] = 540.0,
     link: Annotated[float, typer.Option(min=0.1, help="With --world: GB/s of one GPU's link within its host.")] = 360.0,
@@ -76,15 +78,16 @@ def train(
     from fastdraft.train import train as run
 
     if not plan:
-        refuse_idle(context, ("world",), "--plan")
+        refuse_idle(context, ("world", "gpu_gib"), "--plan")
     if world is None:
-        refuse_idle(context, ("gpu_gib", "gpus_per_host", "tflops", "link", "host_link"), "--world")
+        refuse_idle(context, ("gpus_per_host", "tflops", "link", "host_link"), "--world")
     loaded = load_config(config, overrides or [])
     if plan:
         if mesh.rank() != 0:
             return
         if world is None:
-            print_plan(loaded, console)
+            given = context.get_parameter_source("gpu_gib").name == "COMMANDLINE"
+            print_plan(loaded, console, gpu_gib if given else None)
         else:
             print_fleet_plan(loaded, world, Hardware(gpu_gib, tflops, gpus_per_host, link, host_link), console)
         return
@@ -105,7 +108,7 @@ def init(
     """Write a draft config derived from a target, to edit and name as draft.config."""
     from fastdraft.model.methods import named_method
 
-    text = named_method(method).init_config(target)
+    text = named_method(method).shape.init_config(target)
     if out is None:
         sys.stdout.write(text)
     elif out.exists():
@@ -639,8 +642,8 @@ def _one_line(error: Exception) -> str | None:
     cpu_full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_full:
         return (
-            f"out of memory: {str(error).strip()}\nTo need less, lower data.pack_tokens (with data.max_length), ttt_length "
-            "or draft_vocab_size; `fastdraft train CONFIG.yaml --plan` predicts the memory"
+            f"out of memory: {str(error).strip()}\nTo need less, lower chunk_rows, data.pack_tokens (with "
+            "data.max_length), ttt_length or draft_vocab_size; `fastdraft train CONFIG.yaml --plan` predicts the memory"
         )
     return None
 

@@ -44,7 +44,7 @@ class DecodeResult:
 
     tokens: list[int]  # generated, the stop token included
     stopped_by: str  # "eos", "length" (max_new_tokens) or "context"
-    num_rounds: int  # 0 for `generate_plain`
+    num_rounds: int  # 0 without a draft
     drafted: tuple[int, ...]  # [num_steps] rounds that drafted to this depth
     accepted: tuple[int, ...]  # [num_steps] rounds that kept a drafted token at this depth
     per_round: tuple[int, ...]  # tokens of each round, in order; the prefill's token comes before them
@@ -64,7 +64,7 @@ class Difference:
 
 def generate(
     target: Target,
-    draft: nn.Module,
+    draft: nn.Module | None,  # None: the target alone, one token a forward, with the same cache, sampling and stops
     prompt: list[int],
     max_new_tokens: int,
     settings: DecodeSettings | None = None,
@@ -77,50 +77,52 @@ def generate(
 
     Raises ValueError when draft and target do not fit, or the prompt is empty, out of range or fills the context.
     """
-    settings = settings or DecodeSettings()
     if follow is not None:
         max_new_tokens = len(follow)
-        if settings.temperature > 0:
+        if settings is not None and settings.temperature > 0:
             raise ValueError(f"an output can only be followed greedily, not at temperature {settings.temperature}")
-    _check_fit(target, draft, settings)
-    return _in_groups(target, [prompt], max_new_tokens, None, settings, draft, follow)[0]
-
-
-def generate_plain(
-    target: Target, prompt: list[int], max_new_tokens: int, settings: DecodeSettings | None = None
-) -> DecodeResult:
-    """The target alone, one token a forward, with the same cache, sampling and stops as `generate`."""
-    return _in_groups(target, [prompt], max_new_tokens, None, settings or DecodeSettings(), None)[0]
+    return generate_batch(target, draft, [prompt], max_new_tokens, settings, None, follow)[0]
 
 
 def generate_batch(
     target: Target,
-    draft: nn.Module,
+    draft: nn.Module | None,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     settings: DecodeSettings | None = None,
-    batch_size: int | None = BATCH_SIZE,
+    batch_size: int | None = BATCH_SIZE,  # None: one at a time, in transformers' own cache, which any target can be given
+    follow: list[int] | None = None,  # as for `generate`, of the only prompt
 ) -> list[DecodeResult]:
     """What `generate` gives for each prompt, up to `batch_size` of them at a time; fewer where they are so long that they
-    would have more than BATCH_TOKENS tokens, padding included. None: one at a time, as `generate` decodes them.
+    would have more than BATCH_TOKENS tokens, padding included. Those of like length run together.
 
     ValueError as in `generate`, and where the memory is too small. Whether the target may run several sequences together is
     for the caller to ask: `target.ragged.why_apart`.
     """
     settings = settings or DecodeSettings()
-    _check_fit(target, draft, settings)
-    return _in_groups(target, prompts, max_new_tokens, batch_size, settings, draft)
-
-
-def generate_plain_batch(
-    target: Target,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    settings: DecodeSettings | None = None,
-    batch_size: int | None = BATCH_SIZE,
-) -> list[DecodeResult]:
-    """What `generate_plain` gives for each prompt, in the groups of `generate_batch`."""
-    return _in_groups(target, prompts, max_new_tokens, batch_size, settings or DecodeSettings(), None)
+    if draft is not None:
+        _check_fit(target, draft, settings)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least one prompt must be decoded at a time")
+    for prompt in prompts:
+        _limits(target, prompt, max_new_tokens)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        if groups and len(groups[-1]) < (batch_size or 1) and (len(groups[-1]) + 1) * len(prompts[i]) <= BATCH_TOKENS:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    results: dict[int, DecodeResult] = {}
+    for group in groups:
+        start = time.perf_counter()
+        try:
+            own = [prompts[i] for i in group]
+            made = _decode_together(target, own, max_new_tokens, settings, draft, batch_size is None, follow)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"out of memory with {len(group)} prompts at once: lower the batch size; {error}") from error
+        seconds = (time.perf_counter() - start) / len(group)
+        results |= {i: replace(result, seconds=seconds) for i, result in zip(group, made, strict=True)}
+    return [results[i] for i in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -221,39 +223,6 @@ class _Sequence:
         return DecodeResult(self.out, stopped_by, len(per_round), drafted, accepted, per_round, 0.0)
 
 
-def _in_groups(
-    target: Target,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int | None,  # None: one at a time, in a cache of transformers' own, which any target can be given
-    settings: DecodeSettings,
-    draft: nn.Module | None,
-    follow: list[int] | None = None,  # of the only prompt
-) -> list[DecodeResult]:
-    """Prompts of like length together, so that little is padded."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least one prompt must be decoded at a time")
-    for prompt in prompts:
-        _limits(target, prompt, max_new_tokens)
-    groups: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        if groups and len(groups[-1]) < (batch_size or 1) and (len(groups[-1]) + 1) * len(prompts[i]) <= BATCH_TOKENS:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    results: dict[int, DecodeResult] = {}
-    for group in groups:
-        start = time.perf_counter()
-        try:
-            own = [prompts[i] for i in group]
-            made = _decode_together(target, own, max_new_tokens, settings, draft, batch_size is None, follow)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(f"out of memory with {len(group)} prompts at once: lower the batch size; {error}") from error
-        seconds = (time.perf_counter() - start) / len(group)
-        results |= {i: replace(result, seconds=seconds) for i, result in zip(group, made, strict=True)}
-    return [results[i] for i in range(len(prompts))]
-
-
 @torch.no_grad()
 @sdpa_kernel(ANY_SHAPE)
 def _decode_together(
@@ -261,11 +230,11 @@ def _decode_together(
     prompts: list[list[int]],
     max_new_tokens: int,
     settings: DecodeSettings,
-    draft: nn.Module | None,  # None: the target alone
+    draft: nn.Module | None,
     single: bool,  # one prompt, in a `SingleCache`
     follow: list[int] | None,
 ) -> list[DecodeResult]:
-    """`generate` or `generate_plain` of all prompts. A sequence that ends leaves the batch, and its place is given up."""
+    """`generate` of all prompts. A sequence that ends leaves the batch, and its place is given up."""
     device, steps, nodes = target.device, 0, 0
     if draft is not None:
         steps, nodes = settings.num_steps, settings.num_verified - 1

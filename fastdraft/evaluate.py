@@ -16,15 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, Rows, tau_sim
-from fastdraft.decode import (
-    BATCH_SIZE,
-    DecodeResult,
-    Difference,
-    first_difference,
-    generate,
-    generate_batch,
-    generate_plain_batch,
-)
+from fastdraft.decode import BATCH_SIZE, DecodeResult, Difference, first_difference, generate, generate_batch
 from fastdraft.dist import mesh
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.target.hf import Target
@@ -152,7 +144,7 @@ def evaluate_decode(
     plain: Sequence[DecodeResult] | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> DecodeReport:
-    """Decodes every prompt with and without the draft. `plain`: `generate_plain` of the same prompts and limit, if made.
+    """Decodes every prompt with and without the draft. `plain`: `generate` of the same without the draft, if made.
 
     Up to `batch_size` prompts are decoded at once: each has the tokens and rounds that it has alone, up to rounding. A
     target or method that cannot do so decodes them one at a time, and the report says why. Several processes share the
@@ -170,10 +162,7 @@ def evaluate_decode(
     target.meet()
 
     def decode(own: Sequence[list[int]], draft: nn.Module | None) -> list[DecodeResult]:
-        together = None if size == 1 else size
-        if draft is None:
-            return generate_plain_batch(target, own, max_new_tokens, settings, together)
-        return generate_batch(target, draft, own, max_new_tokens, settings, together)
+        return generate_batch(target, draft, own, max_new_tokens, settings, None if size == 1 else size)
 
     plain = plain or _shared(target, lambda own: decode(own, None), prompts)
     results = _shared(target, lambda own: decode(own, draft), prompts)

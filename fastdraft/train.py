@@ -41,7 +41,7 @@ from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_op
 from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
 from fastdraft.run.finished import saved_config
 from fastdraft.run.inputs import load_data, open_source
-from fastdraft.run.plan import known_work
+from fastdraft.run.plan import known_work, memory_lines
 from fastdraft.target.hf import count_target_parameters, load_target_config
 from fastdraft.target.served.ends import FILES
 from fastdraft.target.source import InProcess
@@ -89,6 +89,9 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     dtype = compute_dtype(config, device)
     torch.manual_seed(config.seed)
 
+    if mesh.is_rank_0():  # said before anything is loaded, which may end the process
+        for line in memory_lines(config, device):
+            print(line, flush=True)
     draft = new_draft(config)
     check_layout(config, draft.config)
     method = method_of(draft)

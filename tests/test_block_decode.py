@@ -13,7 +13,7 @@ from small_dspark import dspark_shape
 from test_decode import prompts, timeless, tiny_target
 
 from fastdraft.batch import Batch
-from fastdraft.decode import generate, generate_batch, generate_plain, generate_plain_batch
+from fastdraft.decode import generate, generate_batch
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.loss import BlockLoss
@@ -73,7 +73,7 @@ def draft(request, target):
     made.double().take_from_target(target.embedding)
     texts = []
     for said in (DecodeSettings(), DecodeSettings(temperature=1.0)):
-        for prompt, own in zip(prompts(LENGTHS), generate_plain_batch(target, prompts(LENGTHS), NEW, said), strict=True):
+        for prompt, own in zip(prompts(LENGTHS), generate_batch(target, None, prompts(LENGTHS), NEW, said), strict=True):
             texts.append([token for token in prompt + own.tokens if token != config.mask_token_id])
     ids = torch.tensor([token for text in texts for token in text])
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), tuple(map(len, texts)))
@@ -117,7 +117,7 @@ def test_a_batch_decodes_as_each_prompt_alone(target, draft, settings, monkeypat
     kept, rounds = sum(result.accepted[0] for result in alone), sum(result.num_rounds for result in alone)
     assert 0 < kept < rounds  # paths that keep tokens were taken, and others
     if settings.temperature == 0:
-        assert [result.tokens for result in alone] == [generate_plain(target, prompt, NEW).tokens for prompt in asked]
+        assert [result.tokens for result in alone] == [generate(target, None, prompt, NEW).tokens for prompt in asked]
 
 
 @pytest.mark.parametrize("settings", [SETTINGS["greedy"], SETTINGS["drawn, by block"]], ids=["greedy", "drawn, by block"])

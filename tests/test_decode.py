@@ -10,14 +10,7 @@ from tiny import draft_shape, random_draft, tiny_llama
 
 from fastdraft.answers.local import answer_batch
 from fastdraft.batch import Batch, TargetHead
-from fastdraft.decode import (
-    _reject,
-    first_difference,
-    generate,
-    generate_batch,
-    generate_plain,
-    generate_plain_batch,
-)
+from fastdraft.decode import _reject, first_difference, generate, generate_batch
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.model.eagle3.ref import ttt_ref
@@ -54,7 +47,7 @@ def prompts(lengths=(9, 1, 17), vocab=VOCAB) -> list[list[int]]:
 
 def train_on_own_output(target: Target, draft: Draft, num_tokens: int, steps: int = 40) -> None:
     """Fits the draft to what the target says to `prompts()`, so that decoding them accepts some tokens but not all."""
-    texts = [p + generate_plain(target, p, num_tokens).tokens for p in prompts()]
+    texts = [p + generate(target, None, p, num_tokens).tokens for p in prompts()]
     ids = torch.tensor([token for text in texts for token in text])
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), tuple(len(x) for x in texts))
     features = target.capture(batch)
@@ -73,7 +66,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def plain(target) -> list[list[int]]:
-    return [generate_plain(target, prompt, 30).tokens for prompt in prompts()]
+    return [generate(target, None, prompt, 30).tokens for prompt in prompts()]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +186,7 @@ def test_greedy_output_is_the_targets_in_float32():
     draft = tiny_draft(target)
     train_on_own_output(target, draft, 12, steps=10)
     for settings in (CHAINS[1], TREES[1]):
-        assert generate(target, draft, prompts()[0], 16, settings).tokens == generate_plain(target, prompts()[0], 16).tokens
+        assert generate(target, draft, prompts()[0], 16, settings).tokens == generate(target, None, prompts()[0], 16).tokens
 
 
 @pytest.mark.parametrize("settings", [CHAINS[1], TREES[1]])
@@ -264,7 +257,7 @@ def test_stops_at_every_eos_position(target, trained, plain, settings):
         for eos in sorted(set(free)):
             target.eos_ids = frozenset([eos, VOCAB + 1])
             ours = generate(target, trained, prompt, 12, settings)
-            assert ours.tokens == free[: free.index(eos) + 1] == generate_plain(target, prompt, 12).tokens
+            assert ours.tokens == free[: free.index(eos) + 1] == generate(target, None, prompt, 12).tokens
             assert ours.stopped_by == "eos"
             stops += 1
     finally:
@@ -286,7 +279,7 @@ def test_stops_when_the_context_is_full(settings):
         ours = generate(target, draft, prompt, 50, settings)
         hook.remove()
         assert ours.stopped_by == "context" and len(prompt) + len(ours.tokens) == 24
-        assert ours.tokens == generate_plain(target, prompt, 50).tokens
+        assert ours.tokens == generate(target, None, prompt, 50).tokens
         assert max(used) <= 23
     with pytest.raises(ValueError, match="fills the target's context of 24"):
         generate(target, draft, prompts((24,))[0], 5, settings)
@@ -423,14 +416,14 @@ def narrow() -> tuple[Target, Draft]:
 def test_a_batch_decodes_as_each_prompt_alone(narrow, settings):
     target, draft = narrow
     asked, stops = prompts((9, 1, 36, 17, 3, 39)), set()
-    free = generate_plain(target, asked[0], 20, settings).tokens
+    free = generate(target, None, asked[0], 20, settings).tokens
     try:
         target.eos_ids = frozenset([free[5], free[-2]])
         alone = timeless(generate(target, draft, prompt, 20, settings) for prompt in asked)
-        plain = timeless(generate_plain(target, prompt, 20, settings) for prompt in asked)
+        plain = timeless(generate(target, None, prompt, 20, settings) for prompt in asked)
         for size in (1, 4, 64):
             assert timeless(generate_batch(target, draft, asked, 20, settings, size)) == alone
-        assert timeless(generate_plain_batch(target, asked, 20, settings, 4)) == plain
+        assert timeless(generate_batch(target, None, asked, 20, settings, 4)) == plain
         stops = {result.stopped_by for result in alone}
     finally:
         target.eos_ids = frozenset()
@@ -477,7 +470,7 @@ def test_what_a_batch_refuses(narrow):
     with pytest.raises(ValueError, match="this one has none"):
         generate_batch(target, draft, [[1], []], 4)
     with pytest.raises(ValueError, match="fills the target's context of 40"):
-        generate_plain_batch(target, [[1] * 40], 4)
+        generate_batch(target, None, [[1] * 40], 4)
     assert generate_batch(target, draft, [], 4) == []
 
 
@@ -525,7 +518,7 @@ def test_a_draft_or_prompt_that_does_not_fit_is_refused(target, trained):
     with pytest.raises(ValueError, match="this one has none"):
         generate(target, trained, [], 4)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        generate_plain(target, [1], 0)
+        generate(target, None, [1], 0)
     small = tiny_draft(target, num_draft_tokens=2)
     with pytest.raises(ValueError, match="more than the draft vocabulary of 2"):
         generate(target, small, [1], 4, TREES[1])

@@ -140,11 +140,9 @@ def test_the_prompts_and_tokens_are_those_that_the_clock_has_room_for(demo, make
     room so, all 24 are tried together, which take 2 s each alone and 3 s each with a draft: 192 s and the other 36."""
     share = demo.DECODE_TOKENS // 4
     seconds = lambda n: SimpleNamespace(seconds=n * share / demo.DECODE_TOKENS)  # noqa: E731
-    monkeypatch.setattr(demo, "generate_plain", lambda *_: seconds(4.0))
-    monkeypatch.setattr(demo, "generate", lambda *_: seconds(6.0))
-    of_all = lambda each: lambda target, *args: [SimpleNamespace(seconds=each * 6 / 52)] * 24  # noqa: E731
-    monkeypatch.setattr(demo, "generate_plain_batch", of_all(2.0))
-    monkeypatch.setattr(demo, "generate_batch", of_all(3.0))
+    monkeypatch.setattr(demo, "generate", lambda target, draft, *_: seconds(6.0 if draft else 4.0))
+    each = lambda draft: SimpleNamespace(seconds=(3.0 if draft else 2.0) * 6 / 52)  # noqa: E731
+    monkeypatch.setattr(demo, "generate_batch", lambda target, draft, *_: [each(draft)] * 24)
     draft = random_draft(draft_shape(make_config()), target.embedding)
     cases = (
         (1000.0, 24, 52),

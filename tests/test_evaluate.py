@@ -8,7 +8,7 @@ import torch
 from test_decode import prompts, tiny_draft, tiny_target
 
 from fastdraft.batch import Batch, Rows
-from fastdraft.decode import DecodeResult, generate, generate_plain
+from fastdraft.decode import DecodeResult, generate
 from fastdraft.evaluate import evaluate_decode, evaluate_tau
 from fastdraft.model.eagle3.ref import ttt_ref
 from fastdraft.model.proposal import DecodeSettings
@@ -150,7 +150,7 @@ def test_decode_report_is_the_total_of_its_prompts(target, draft, settings):
 
 
 def test_an_output_that_is_not_the_targets_is_reported(target, draft):
-    plain = [generate_plain(target, p, 8) for p in prompts()]
+    plain = [generate(target, None, p, 8) for p in prompts()]
     t = plain[1].tokens
     wrong = DecodeResult([*t[:5], (t[5] + 1) % 96, *t[6:]], "length", 0, (), (), (), 1.0)
     report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8, plain=[plain[0], wrong, plain[2]])
@@ -199,4 +199,4 @@ def test_prompts_that_give_no_round(target, draft):
     with pytest.raises(ValueError, match="no draft was ever verified"):
         evaluate_decode(target, draft, prompts(), DecodeSettings(), 1)
     with pytest.raises(ValueError, match="1 plain results were given for 3 prompts"):
-        evaluate_decode(target, draft, prompts(), DecodeSettings(), 8, plain=[generate_plain(target, [1], 2)])
+        evaluate_decode(target, draft, prompts(), DecodeSettings(), 8, plain=[generate(target, None, [1], 2)])

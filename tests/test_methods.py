@@ -44,6 +44,10 @@ class LinearShape(BaseModel):
         width, vocab = facts["hidden_size"], facts["vocab_size"]
         return cls(**dict(hidden_size=width, target_hidden_size=width, vocab_size=vocab, draft_vocab_size=vocab) | changes)
 
+    @classmethod
+    def init_config(cls, target):
+        return yaml.safe_dump(cls.from_target(read_target_config(target)).model_dump(mode="json"))
+
     def num_parameters(self):
         return {"trainable": self.vocab_size * self.hidden_size, "embedding": 0}
 
@@ -125,16 +129,15 @@ def load(path, target):
     return draft
 
 
-def verify(path, target_dir):
+def verify(config, path, target_dir):
     theirs = language_config(read_target_config(target_dir))["vocab_size"]
-    ours = read_json(Path(path) / "config.json")["vocab_size"]
+    ours = config["vocab_size"]
     return Findings([] if ours == theirs else [f"vocab_size is {ours}, the target's {theirs}."], [])
 
 
 LINEAR = Method(
     shape=LinearShape,
     draft=LinearDraft,
-    num_steps=lambda config, shape: 1,
     build_step=LinearStep,
     fit=lambda draft, settings, ends, counts: ["the linear draft takes nothing from its target"],
     step_cost=lambda shape, *, pack_tokens, **more: (
@@ -146,7 +149,6 @@ LINEAR = Method(
     serving_tensors=lambda draft, dtype: {"proj.weight": draft.proj.weight.detach().cpu().to(dtype)},
     load=load,
     verify=verify,
-    init_config=lambda target: yaml.safe_dump(LinearShape.from_target(read_target_config(target)).model_dump(mode="json")),
     step_weights=lambda config, shape: StepWeights(torch.ones(1), torch.ones(1), torch.ones(1)),
     check_config=lambda config: None,
     engine_names={},

@@ -38,7 +38,7 @@ from fastdraft.config import Config, load_config
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import Prepared
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import DecodeResult, generate, generate_batch, generate_plain, generate_plain_batch
+from fastdraft.decode import DecodeResult, generate, generate_batch
 from fastdraft.dist.mesh import start_process
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.metrics import read_metrics
@@ -149,7 +149,7 @@ def main() -> None:
     untrained.to(target.device, target.dtype)
     number, tokens = affordable_decoding(target, draft, prompts, clock)
     prompts = prompts[:number]
-    plain = generate_plain_batch(target, prompts, tokens)
+    plain = generate_batch(target, None, prompts, tokens)
     few = min(UNTRAINED_PROMPTS, len(prompts))
     before = evaluate_decode(target, untrained, prompts[:few], TREE, tokens, plain[:few])
     after = evaluate_decode(target, draft, prompts, TREE, tokens, plain)
@@ -384,7 +384,7 @@ def affordable_decoding(target: Target, draft: Draft, prompts: list[list[int]], 
     fits, it gets fewer tokens."""
     prompt = prompts[0]
     generate(target, draft, prompt, 2, TREE)  # warm
-    alone = generate_plain(target, prompt, DECODE_TOKENS // 4).seconds * 4
+    alone = generate(target, None, prompt, DECODE_TOKENS // 4).seconds * 4
     tree = generate(target, draft, prompt, DECODE_TOKENS // 4, TREE).seconds * 4
     left = DECODE_END - clock.seconds()
 
@@ -408,7 +408,7 @@ def affordable_decoding(target: Target, draft: Draft, prompts: list[list[int]], 
 def together(target: Target, draft: Draft, prompts: list[list[int]]) -> float:
     """Seconds that all prompts would take by the target alone, with a tree and with a chain, which costs no more."""
     tokens = DECODE_TOKENS // 8
-    plain = generate_plain_batch(target, prompts, tokens)
+    plain = generate_batch(target, None, prompts, tokens)
     tree = generate_batch(target, draft, prompts, tokens, TREE)
     return DECODE_TOKENS / tokens * (sum(r.seconds for r in plain) + 2 * sum(r.seconds for r in tree))
 

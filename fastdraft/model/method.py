@@ -110,13 +110,13 @@ class Method(NamedTuple):
     """A draft method. `shape` and `draft` are classes; what they must offer is said beside them."""
 
     # A pydantic model with vocab_size, draft_vocab_size, hidden_size, target_hidden_size, layers (those of the target that
-    # are read, outputs from 0), initializer_range, num_parameters(), to_serving(dtype), from_target(config, **changes) and
-    # of the class architecture, its name in the engines' config.json.
+    # are read, outputs from 0), initializer_range, num_parameters(), to_serving(dtype), from_target(config, **changes),
+    # init_config(target_dir), the commented YAML of `fastdraft init`, and of the class architecture, its name in the
+    # engines' config.json.
     shape: type[BaseModel]
     # A module made of a shape, which it keeps as `config`, with trainable(), frozen() (what a checkpoint holds beside the
     # trained weights), init_weights(std, generator) and take_from_target(embedding) (what a checkpoint leaves to it).
     draft: type[nn.Module]
-    num_steps: Callable[[Config, BaseModel], int]  # T, the steps that `Rows` has of every token, for a draft's shape
     build_step: Callable[..., DraftStep]  # of config, draft, head, device; where processes share a step: tensor, sequence
     fit: Callable[[nn.Module, DraftSection, Ends, Callable[[], np.ndarray]], list[str]]  # a new draft to target and data
     step_cost: Callable[..., tuple[tuple[Row, ...], tuple[Row, ...]]]  # bytes of a step, FLOPs a token: for --plan
@@ -126,9 +126,8 @@ class Method(NamedTuple):
     ]  # of a draft for its target: B, and room for so many tokens
     serving_tensors: Callable[[nn.Module, torch.dtype], dict[str, Tensor]]  # ValueError when it is not fit to export
     load: Callable[[Path, dict[str, Any] | PretrainedConfig], nn.Module]  # a checkpoint in serving format, for a target
-    verify: Callable[[Path, Path], Findings]  # a checkpoint in serving format, for a target's directory
-    init_config: Callable[[Path | str], str]  # the commented YAML of `fastdraft init`
-    step_weights: Callable[[Config, BaseModel], StepWeights]  # of a draft's shape
+    verify: Callable[[dict[str, Any], Path, Path], Findings]  # config.json of a checkpoint, its and a target's directory
+    step_weights: Callable[[Config, BaseModel], StepWeights]  # of the T steps that `Rows` has, for a draft's shape
     check_config: Callable[[Config], None]  # ValueError for settings that are another method's, or that it cannot have
     engine_names: dict[str, str]  # what each engine calls the method: vllm, sglang
     # Fields of the shape that the target's tokenizer decides, from it and the size of the vocabulary.

@@ -16,7 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from transformers import PretrainedConfig
 
 from fastdraft.config import nearest_key
-from fastdraft.model.target_config import active_width, canonical_rope, language_config, silent_layers, target_rope
+from fastdraft.model.target_config import (
+    active_width,
+    canonical_rope,
+    language_config,
+    read_target_config,
+    silent_layers,
+    target_rope,
+)
 
 COUNTS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")  # that no target can lack
 # What a draft of its own may have where a target has nothing of the kind.
@@ -206,19 +213,24 @@ class DraftShape(BaseModel):
             config["partial_rotary_factor"] = rope["partial_rotary_factor"]
         return config
 
-    def commented(self, target_dir: Path | str, kind: str, frozen: str) -> str:
-        """The settings for a target of a model_type as commented YAML, every line an override that `from_target` takes.
+    @property
+    def not_trained(self) -> str:
+        """What `fastdraft init` says behind the number of trained parameters."""
+        raise NotImplementedError
 
-        `frozen` says what is not trained. Ends in a newline.
-        """
-        trained = self.num_parameters()["trainable"]
+    @classmethod
+    def init_config(cls, target_dir: Path | str, **chosen: Any) -> str:
+        """A draft's settings for a target as commented YAML, every line an override that `from_target` takes. Ends in a
+        newline. `chosen` are settings that no config.json says."""
+        target = read_target_config(target_dir)
+        c, kind = cls.from_target(target, **chosen), language_config(target).get("model_type")
         lines = [
-            f"# {self.title} draft for {Path(target_dir).resolve().name} ({kind}): {self.num_target_layers} layers of "
-            f"{self.target_hidden_size}, vocabulary {self.vocab_size}",
-            f"# {trained / 1e6:.1f} M trained parameters{frozen}",
+            f"# {c.title} draft for {Path(target_dir).resolve().name} ({kind}): {c.num_target_layers} layers of "
+            f"{c.target_hidden_size}, vocabulary {c.vocab_size}",
+            f"# {c.num_parameters()['trainable'] / 1e6:.1f} M trained parameters{c.not_trained}",
         ]
-        for key, comment in self.comments.items():
-            value = getattr(self, key)
+        for key, comment in c.comments.items():
+            value = getattr(c, key)
             value = list(value) if isinstance(value, tuple) else value
             flow = None if isinstance(value, (list, dict)) else False
             line = yaml.safe_dump({key: value}, default_flow_style=flow, sort_keys=False, width=math.inf).strip()

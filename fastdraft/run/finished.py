@@ -204,7 +204,8 @@ def evaluate_held_out(config: Config, source: Source, draft: nn.Module, eval_set
         source.meet()
         return mesh.axis("replicas").sum_(sums)
 
-    return evaluate_tau(step_rows, batches, method_of(draft).num_steps(config, draft.config), reduce=reduce)
+    weights = method_of(draft).step_weights(config, draft.config)
+    return evaluate_tau(step_rows, batches, len(weights.weight), reduce=reduce)
 
 
 def evaluate_served(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,12 +68,16 @@ def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
     check_target(config)
     facts = load_target_config(*config.target.files)
-    shape, replicas = draft_shape(config), max(1, mesh.world() // config.dist.tensor)
+    return _predict(config, device, facts, count_target_parameters(facts), draft_shape(config))
+
+
+def _predict(config: Config, device: torch.device, facts: dict[str, Any], target_params: int, shape: BaseModel) -> Plan:
+    replicas = max(1, mesh.world() // config.dist.tensor)
     precision: Any = "fp8" if config.precision == "fp8" else pick_dtype(config.precision, device)
     widened = not runs_target(config) and bf16_is_slow(device)
     return plan(
         shape,
-        target_params=count_target_parameters(facts),
+        target_params=target_params,
         target_dtype=torch.float32 if widened else target_dtype(config, device),
         pack_tokens=config.data.pack_tokens,
         precision=precision,
@@ -91,6 +97,85 @@ def predict(config: Config, device: torch.device) -> Plan:
         tensor=config.dist.tensor,
         **step_options(config),
     )
+
+
+def memory_lines(config: Config, device: torch.device, gib: float | None = None) -> list[str]:
+    """A sentence where a process would need more memory than its device has, and which setting to lower; none where it
+    fits. `gib`: of a GPU that this machine lacks. Nothing is said where processes share a target or a pack, whose parts are
+    not predicted here (`fleet_planner`)."""
+    shared = config.dist.sequence > 1 or (mesh.world() > 1 and config.dist.target != "replicated" and device.type == "cuda")
+    limit = _memory_of(device) if gib is None else gib * GIB
+    if limit is None:
+        return ["no GPU is here to compare this with: --gpu-gib says how much memory it has"]
+    if shared:
+        return []
+    check_target(config)
+    facts = load_target_config(*config.target.files)
+    fixed = facts, count_target_parameters(facts), draft_shape(config)
+    planned = _predict(config, device, *fixed)
+    if planned.memory_bytes <= limit:
+        return []
+    largest = max(planned.memory, key=lambda row: row.size)
+    where = "the GPU" if device.type == "cuda" else "this machine"
+    processes = (
+        f" for each of {mesh.machine_share()} processes" if device.type == "cpu" and mesh.machine_share() > 1 else ""
+    )
+    settings = _lower(config, lambda lowered: _predict(lowered, device, *fixed).memory_bytes <= limit)
+    remedy = (
+        f"it would fit with {' and '.join(settings)}"
+        if settings
+        else "no setting of the step makes it fit: it takes a smaller target or draft, fewer bytes a weight (target.dtype, "
+        "precision), or several GPUs (--plan --world N)"
+    )
+    return [
+        f"warning: a step needs {planned.memory_bytes / GIB:,.1f} GiB by prediction, and {where} has "
+        f"{limit / GIB:,.1f} GiB{processes}; the most is {largest.name}, {largest.size / GIB:,.1f} GiB: {remedy}"
+    ]
+
+
+def _memory_of(device: torch.device) -> float | None:
+    """Bytes for a process: of its GPU, or its share of the machine's memory. None: a GPU that is not here."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, if it has one
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory / mesh.machine_share()
+
+
+def _lower(config: Config, fits: Callable[[Config], bool]) -> list[str]:
+    """Settings with which a step fits: one alone, or the fewest that do together when each of them but the last is as low
+    as makes sense. None where it never does. chunk_rows comes first, since it changes no result."""
+    steps = [("ttt_length", config.ttt_length, 1)] if config.draft.method == "eagle3" else []
+    steps += [] if config.draft.method == "eagle3" else [("block.anchors", config.block.anchors, 8)]
+    least = 64 if config.draft.method == "eagle3" else 1
+    lowest = [("chunk_rows", config.chunk_rows or 16384, least), ("data.pack_tokens", config.data.pack_tokens, 256), *steps]
+    so_far, told = config, []
+    for together in (False, True):
+        for name, now, least in lowest:
+            values = [value for value in (2**k for k in range(40, -1, -1)) if least <= value < now]
+            for value in values:
+                if fits(_with(so_far, name, value)):
+                    return [*told, *_assigned(config, name, value)]
+            if together and values:
+                so_far, told = _with(so_far, name, values[-1]), [*told, *_assigned(config, name, values[-1])]
+    return []
+
+
+def _assigned(config: Config, name: str, value: int) -> list[str]:
+    """What is to be written for `_with`; a document must fit into a pack."""
+    shorter = name == "data.pack_tokens" and value < config.data.max_length
+    return [f"{name}={value}", *([f"data.max_length={value}"] if shorter else [])]
+
+
+def _with(config: Config, name: str, value: int) -> Config:
+    section, _, key = name.rpartition(".")
+    changes = {key: value}
+    if name == "data.pack_tokens":
+        changes["max_length"] = min(value, config.data.max_length)
+    if not section:
+        return config.model_copy(update=changes)
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
 def step_options(config: Config) -> dict[str, Any]:
@@ -138,7 +223,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             run_tokens=RUN_TOKENS,
             packs_per_step=config.optim.packs_per_step,
             muon_bytes=of_muon if stepped else None,
-            sums=4 * method.num_steps(config, shape),  # after o and after down, forward and backward
+            sums=4 * len(method.step_weights(config, shape).weight),  # after o and after down, forward and backward
             target_bytes=4 if config.target.dtype == "fp32" else 2,
             draft_bytes=4 if precision == "fp32" else 2,
         )
@@ -211,13 +296,15 @@ def imbalance_line(config: Config, groups: int) -> str:
     )
 
 
-def print_plan(config: Config, console: Console) -> None:
-    """The resolved config and `predict` of it; `device: cuda` is predicted for without a GPU, too. No document is read."""
+def print_plan(config: Config, console: Console, gib: float | None = None) -> None:
+    """The resolved config and `predict` of it, and what does not fit; `device: cuda` is predicted for without a GPU, too,
+    whose memory is `gib`. No document is read."""
     device = mesh.planned_device(config.device)
     config, told = name_run_dtypes(config, device, plans=True)
     if device.type == "cpu" or torch.cuda.is_available():
         check_precision(config, device)
-    check_layout(config, draft_shape(config))
+    shape = draft_shape(config)
+    check_layout(config, shape)
     predicted = predict(config, device)
     try:
         refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
@@ -225,13 +312,12 @@ def print_plan(config: Config, console: Console) -> None:
         told.append(str(warning))
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
-    for line in told:
+    recipe = ["the recipe, and why (docs/recipe.md)", *recipe_lines(config, shape)]
+    for line in [*told, *recipe, f"predicted for one {device.type} device and the {config.step} step"]:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print("# the recipe, and why (docs/recipe.md)")
-    for line in recipe_lines(config, draft_shape(config)):
-        console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"# predicted for one {device.type} device and the {config.step} step")
     render(predicted, console)
+    for line in memory_lines(config, device, gib):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def recipe_lines(config: Config, shape: BaseModel) -> list[str]:

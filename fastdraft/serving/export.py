@@ -90,7 +90,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> nn.Module:
     """Reads a serving-format checkpoint in its own dtype, for a warm start or to decode with; `Method.load` says more."""
-    return _method_of_checkpoint(Path(path)).load(path, target)
+    return _method_of(read_json(Path(path) / CONFIG)).load(path, target)
 
 
 def verify(path: Path | str, target_dir: Path | str) -> Findings:
@@ -99,10 +99,10 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
     Reads every weight once. Raises ValueError only when the target's own config.json cannot be used.
     """
     try:
-        method = _method_of_checkpoint(Path(path))
+        config = read_json(Path(path) / CONFIG)
     except ValueError as error:
         return Findings([f"{error}."], [])
-    found, told = method.verify(path, target_dir), told_target(path, target_dir)
+    found, told = _method_of(config).verify(config, Path(path), target_dir), told_target(path, target_dir)
     return Findings(found.errors + told.errors, found.warnings + told.warnings)
 
 
@@ -140,9 +140,9 @@ def told_target(path: Path | str, target_dir: Path | str) -> ToldTarget:
     return ToldTarget([f"{trained}is another model of the same sizes: its embedding, head and layers are others."], [], [])
 
 
-def _method_of_checkpoint(path: Path) -> Method:
+def _method_of(config: dict[str, Any]) -> Method:
     """By its architecture. One that no method writes is left to the first of them, which says what it must be."""
-    architectures = read_json(path / CONFIG).get("architectures")
+    architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     methods = list(METHODS.values())
     return next((method for method in methods if method.shape.architecture in named), methods[0])

@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_llama
 
 from fastdraft.answers.local import answer_batch
-from fastdraft.decode import generate_plain
+from fastdraft.decode import generate
 from fastdraft.target.hf import Target
 
 PREFIX = list(range(20, 31))
@@ -23,11 +23,11 @@ def test_answers_are_the_targets_own(target, count, shared):
     tails = [[40, 41, 42], [50], [60 + i for i in range(9)], [45, 46], [70, 71, 72, 73], [81]]
     prompts = [shared + tail for tail in tails[:count]]
     answers = answer_batch(target, prompts, 12, do_sample=False)
-    assert answers == [generate_plain(target, prompt, 12).tokens for prompt in prompts]
+    assert answers == [generate(target, None, prompt, 12).tokens for prompt in prompts]
 
 
 def test_an_answer_ends_with_its_end_of_turn(target, monkeypatch):
-    first = generate_plain(target, [*PREFIX, 40], 6).tokens
+    first = generate(target, None, [*PREFIX, 40], 6).tokens
     monkeypatch.setattr(target, "eos_ids", frozenset({first[2]}))
     answers = answer_batch(target, [[*PREFIX, 40], [*PREFIX, 50]], 6, do_sample=False)
     assert answers[0] == first[: first.index(first[2]) + 1]

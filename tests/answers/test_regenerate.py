@@ -28,7 +28,7 @@ from fastdraft.answers.servers import check_status
 from fastdraft.data.config import DataConfig
 from fastdraft.data.prepare import prepare
 from fastdraft.data.prompts import Prompt, prompt_ids
-from fastdraft.decode import generate_plain
+from fastdraft.decode import generate
 from fastdraft.target.hf import Target
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
@@ -455,7 +455,7 @@ def test_a_local_target_answers_as_it_would_alone(run, target, few, tmp_path):
     for row in rows:
         for k, reason in zip(range(1, len(row["messages"]), 2), row["finish_reasons"], strict=True):
             (ids,) = prompt_ids([Prompt(row["messages"][:k])], tokenizer)
-            alone = generate_plain(target, ids, 8).tokens
+            alone = generate(target, None, ids, 8).tokens
             assert reason == ("stop" if alone[-1] in target.eos_ids else "length")
             said = alone[:-1] if reason == "stop" else alone
             assert row["messages"][k]["content"] == tokenizer.decode(said)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from small_runs import at_step, by_ranks, losses
 from tiny import draft_shape
 from torch import Tensor, nn
 
+from fastdraft import train as training
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state, save_checkpoint
 from fastdraft.config import OptimConfig
 from fastdraft.cost import peak_flops, plan
@@ -245,28 +248,60 @@ def test_the_target_runs_while_the_gradients_are_added_up(make_config):
 # --- what a run of several processes says of its time ---------------------------------------------------------------------
 
 
-def _train_with_a_slow_rank(config) -> None:
-    original = Ahead.__next__
+SLOW_S = 0.3
 
-    def slow(ahead):
-        time.sleep(0.5 if mesh.rank() == 1 else 0)
+
+def _train_with_a_slow_rank(config) -> None:
+    """Rank 1 begins each step SLOW_S after rank 0 has come to where it waits for it, however fast either of them is. Rank 0
+    notes what it is told of the waiting."""
+    folder, step = Path(config.run_dir).parent, itertools.count(1)
+    now = 0
+
+    def next_step(ahead, original=Ahead.__next__):
+        nonlocal now
+        now = next(step)
+        while mesh.rank() == 1 and not (folder / f"waits {now}").exists():
+            time.sleep(0.01)
+        time.sleep(SLOW_S if mesh.rank() == 1 else 0)
         return original(ahead)
 
+    def waits(original):
+        def noted(*given):
+            if mesh.rank() == 0:
+                (folder / f"waits {now}").touch()
+            return original(*given)
+
+        return noted
+
+    def told(tokens_per_s, waited, original=training.of_several):
+        with (folder / "told").open("a") as file:
+            file.write(json.dumps(waited) + "\n")
+        return original(tokens_per_s, waited)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ahead, "__next__", slow)
+        patch.setattr(Ahead, "__next__", next_step)
+        patch.setattr(SharedAdamW, "finish", waits(SharedAdamW.finish))
+        patch.setattr(training.StopSignal, "agreed", waits(training.StopSignal.agreed))
+        patch.setattr(training, "of_several", told)
         patch.setattr("fastdraft.run.plan.peak_flops", lambda device: 1e9)
         train(config)
 
 
-def test_metrics_say_how_long_the_others_waited_for_the_slowest(make_config):
+def test_metrics_say_how_long_the_others_waited_for_the_slowest(make_config, tmp_path):
     changes = {"max_steps": 8, "metrics.log_every": 4, "eval.every": 100, "checkpoint.every": 100}
     config = make_config(**changes)
-    assert by_ranks(2, _train_with_a_slow_rank, config) == [0, 0]
-    for line in (r for r in read_metrics(config.run_dir) if "loss" in r):
+    assert by_ranks(2, _train_with_a_slow_rank, config, seconds=300) == [0, 0]
+    lines = [record for record in read_metrics(config.run_dir) if "loss" in record]
+    shares = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    assert len(lines) == len(shares) == 2
+    for line, (first, second) in zip(lines, shares, strict=True):
         assert line["tokens_per_s_gpu"] == pytest.approx(line["tokens_per_s"] / 2)
-        # Rank 0 waits for most of the time, which is a half of the two ranks' time; rank 1 waits for nobody.
-        assert 0.3 < line["wait_slowest"] < 0.5 and 0 <= line["wait_reduce"] < 0.2
+        assert line["wait_reduce"] == min(first, second) and 0 <= second < 1
+        assert line["wait_slowest"] == pytest.approx(abs(first - second) / 2)
         assert 0 < line["mfu"] < 1
+    # Rank 0 waited in each of the four steps of a line, however long everything else took.
+    seconds = [line["time"] for line in lines]
+    assert shares[1][0] * (seconds[1] - seconds[0]) > 3 * SLOW_S
 
 
 def test_work_is_counted_by_hand(make_config, monkeypatch):

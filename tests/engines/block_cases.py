@@ -11,7 +11,7 @@ from test_decode import prompts
 from tiny import tiny_llama
 
 from fastdraft.batch import Batch
-from fastdraft.decode import generate_plain
+from fastdraft.decode import generate
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine
@@ -76,7 +76,7 @@ def make_block_case(
     draft.init_weights(0.1, torch.Generator().manual_seed(0))
     start(draft)
     draft.take_from_target(target.embedding)
-    texts = [(p, generate_plain(target, p, 40).tokens) for p in prompts()]
+    texts = [(p, generate(target, None, p, 40).tokens) for p in prompts()]
     ids = torch.cat([torch.tensor(p + out) for p, out in texts])
     mask = torch.cat([torch.arange(len(p) + len(out)) >= len(p) for p, out in texts])
     batch = Batch(ids.where(ids != MASK, MASK - 1), mask, tuple(len(p) + len(out) for p, out in texts))

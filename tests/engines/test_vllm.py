@@ -12,7 +12,7 @@ from cases import CASES, CHAIN, NEW_TOKENS, engine_place, make_case
 
 from fastdraft.config import load_config
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import generate, generate_plain
+from fastdraft.decode import generate
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3.propose import DraftState
 from fastdraft.run.finished import export_run
@@ -63,7 +63,7 @@ def assert_same(target, draft, prompts, served, alone, new_tokens, monkeypatch):
     for prompt, output, plain in zip(prompts, served.outputs, alone.outputs, strict=True):
         made.clear()
         ours = generate(target, draft, prompt, new_tokens, CHAIN)
-        assert output.tokens == plain.tokens == ours.tokens == generate_plain(target, prompt, new_tokens).tokens
+        assert output.tokens == plain.tokens == ours.tokens == generate(target, None, prompt, new_tokens).tokens
         assert [r.drafted for r in output.rounds] == made
         assert len(output.rounds) == ours.num_rounds
     monkeypatch.undo()

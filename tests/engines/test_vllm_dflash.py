@@ -10,7 +10,7 @@ from block_cases import NEW_TOKENS, make_block_case
 from cases import engine_place
 from drafting import One
 
-from fastdraft.decode import generate_plain
+from fastdraft.decode import generate
 from fastdraft.model.dflash.propose import BlockDrafter
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.engines import run_engine
@@ -37,7 +37,7 @@ def test_vllm_drafts_what_we_draft(name, served):
     steps = case.run.num_steps
     equal = total = right = 0
     for prompt, output in zip(case.run.prompts, found.outputs, strict=True):
-        assert output.tokens == generate_plain(case.target, prompt, NEW_TOKENS).tokens
+        assert output.tokens == generate(case.target, None, prompt, NEW_TOKENS).tokens
         ids = torch.tensor(prompt + output.tokens)
         g = case.target.forward(ids[None])[0][0]
         for r in output.rounds:

@@ -10,7 +10,7 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 
 from fastdraft.batch import Batch, TargetHead
-from fastdraft.decode import generate_plain
+from fastdraft.decode import generate
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.engine import BlockEngine
@@ -47,7 +47,7 @@ def train_briefly(
     draft.init_weights(std, torch.Generator().manual_seed(0))
     draft.take_from_target(target.embedding)
     asked = prompts()
-    texts = [generate_plain(target, prompt, 40).tokens for prompt in asked]
+    texts = [generate(target, None, prompt, 40).tokens for prompt in asked]
     ids = torch.cat([torch.tensor(prompt + text) for prompt, text in zip(asked, texts, strict=True)])
     lengths = tuple(len(prompt) + len(text) for prompt, text in zip(asked, texts, strict=True))
     mask = torch.cat([torch.arange(n) >= len(prompt) for n, prompt in zip(lengths, asked, strict=True)])

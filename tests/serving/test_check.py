@@ -14,7 +14,7 @@ from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
 from tiny import make_tokenizer, random_draft, refusal
 
 from fastdraft.data.prompts import Prompt
-from fastdraft.decode import generate, generate_plain
+from fastdraft.decode import generate
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
@@ -59,7 +59,7 @@ def serve(target, draft, reading=None, shows=True) -> Served:
     wrong = read_as(draft, reading)
     outputs = []
     for prompt in prompts():
-        tokens = generate_plain(target, prompt, NEW_TOKENS).tokens
+        tokens = generate(target, None, prompt, NEW_TOKENS).tokens
         ids = torch.tensor(prompt + tokens)
         (g,) = Parity(target, draft, [prompt], [Output(tokens)], STEPS).states(reading.layers or draft.config.layers)
         chain = torch.zeros(len(ids) - 1, STEPS, dtype=torch.int64)

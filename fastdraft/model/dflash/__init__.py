@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdraft.batch import Batch, Group, StepWeights, TargetHead
 from fastdraft.model.dflash.blocks import draw_anchors
-from fastdraft.model.dflash.config import DFlashConfig, choose_mask_token, init_config
+from fastdraft.model.dflash.config import DFlashConfig, choose_mask_token
 from fastdraft.model.dflash.cost import blocks_of_a_token, pair_cost, step_cost
 from fastdraft.model.dflash.draft import DFlashDraft
 from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse_head
@@ -180,7 +180,6 @@ def cost_options(config: Config) -> dict[str, int | bool]:
 METHOD = Method(
     shape=DFlashConfig,
     draft=DFlashDraft,
-    num_steps=lambda config, shape: shape.num_drafted,
     build_step=build_step,
     fit=fit,
     step_cost=step_cost,
@@ -189,7 +188,6 @@ METHOD = Method(
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,
-    init_config=init_config,
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "dflash", "sglang": "DFLASH"},

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastdraft.model import shape
 from fastdraft.model.buffers import Table
@@ -151,6 +151,17 @@ class DFlashConfig(DraftShape):
         del rows, room, dtype
         return {}
 
+    not_trained: ClassVar[str] = "; embedding and head are the target's"
+
+    @classmethod
+    def init_config(cls, target_dir: Path | str, **chosen: Any) -> str:
+        vocab_size = language_config(read_target_config(target_dir)).get("vocab_size") or 0
+        tokenizer = AutoTokenizer.from_pretrained(str(target_dir), local_files_only=True)
+        mask = choose_mask_token(tokenizer, vocab_size)
+        if not mask:
+            raise ValueError(no_mask_token(tokenizer, vocab_size))
+        return super().init_config(target_dir, **mask, **chosen)
+
     @classmethod
     def refuse_unknown(cls, overrides: dict[str, Any]) -> None:
         if "draft_vocab_size" in overrides:
@@ -227,21 +238,6 @@ def reserved_tokens(vocabulary: dict[str, int], vocab_size: int) -> list[int]:
     """Ids inside the vocabulary that texts hardly have, ascending: tokens whose names say that they are kept for later."""
     kept = ("reserved", "unused", "<|extra_", "<extra_id", "<|dummy")
     return sorted(id for name, id in vocabulary.items() if id < vocab_size and any(word in name.lower() for word in kept))
-
-
-def init_config(target_dir: Path | str, shape: type[DFlashConfig] = DFlashConfig) -> str:
-    """A draft's settings for a target as commented YAML, every line an override `from_target` takes. Ends in a newline."""
-    from transformers import AutoTokenizer
-
-    target = read_target_config(target_dir)
-    vocab_size = language_config(target).get("vocab_size") or 0
-    tokenizer = AutoTokenizer.from_pretrained(str(target_dir), local_files_only=True)
-    chosen = choose_mask_token(tokenizer, vocab_size)
-    if not chosen:
-        raise ValueError(no_mask_token(tokenizer, vocab_size))
-    c = shape.from_target(target, **chosen)
-    kind = str(language_config(target).get("model_type"))
-    return c.commented(target_dir, kind, "; embedding and head are the target's")
 
 
 def no_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:

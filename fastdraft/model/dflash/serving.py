@@ -152,17 +152,9 @@ def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig, writ
     return draft
 
 
-def verify(path: Path | str, target_dir: Path | str, written: Format = DFLASH) -> Findings:
-    """Everything that would make SGLang or vLLM fail, or draft wrongly without a word, for this checkpoint and target.
-
-    Reads every weight once. Raises ValueError only when the target's own config.json cannot be used.
-    """
-    path = Path(path)
+def verify(config: dict[str, Any], path: Path, target_dir: Path | str, written: Format = DFLASH) -> Findings:
+    """`serving.export.verify` of a directory with this config.json."""
     facts = language_config(read_target_config(target_dir))
-    try:
-        config = read_json(path / CONFIG)
-    except ValueError as error:
-        return Findings([f"{error}."], [])
     errors = config_problems(config, facts, written) + _file_problems(path)
     token_errors, warnings = _token_problems(written.block(config) or {}, target_dir, facts)
     errors += token_errors

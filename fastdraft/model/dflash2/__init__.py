@@ -9,7 +9,6 @@ import torch
 
 from fastdraft.batch import Group, TargetHead
 from fastdraft.model import dflash
-from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.golden import golden_cases
 from fastdraft.model.dflash.parity import run_blocks
@@ -42,11 +41,6 @@ def build_step(
     return dflash.make_block_step(config, draft, head, loss, selector_losses_ref, SelectorHead, axes, mixer)
 
 
-def check_config(config: Config) -> None:
-    """Raises ValueError for settings that a DFlash2 draft does not read, or cannot have."""
-    dflash.check_config(config, DFlash2Config.title)
-
-
 def recipe(config: Config, shape: DFlash2Config) -> list[str]:
     """DFlash's, and the selector's part of the loss."""
     return [
@@ -64,8 +58,7 @@ METHOD = dflash.METHOD._replace(
     drafter=SelectorDrafter,
     load=load_or_widen,
     verify=partial(verify, written=DFLASH2),
-    init_config=partial(init_config, shape=DFlash2Config),
-    check_config=check_config,
+    check_config=partial(dflash.check_config, title=DFlash2Config.title),
     recipe=recipe,
     tables=("candidate_selector.*_codebook",),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),

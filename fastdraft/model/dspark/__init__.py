@@ -9,7 +9,6 @@ import torch
 
 from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.model import dflash
-from fastdraft.model.dflash.config import init_config
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.golden import golden_cases
 from fastdraft.model.dflash.loss import default_gamma
@@ -74,7 +73,6 @@ METHOD = dflash.METHOD._replace(
     drafter=MarkovDrafter,
     load=partial(load_draft, written=DSPARK),
     verify=partial(verify, written=DSPARK),
-    init_config=partial(init_config, shape=DSparkConfig),
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "dspark", "sglang": "DSPARK"},

@@ -9,7 +9,7 @@ import torch
 from fastdraft.batch import Group, StepWeights, TargetHead
 from fastdraft.kernels.rms_norm import MAX_HIDDEN
 from fastdraft.model.eagle3.chunks import SampledDepth
-from fastdraft.model.eagle3.config import DraftConfig, init_config
+from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.cost import pair_cost, step_cost
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.eagle3.engine import TTTEngine, ttt_engine_step
@@ -107,7 +107,6 @@ def recipe(config: Config, shape: DraftConfig) -> list[str]:
 METHOD = Method(
     shape=DraftConfig,
     draft=Draft,
-    num_steps=lambda config, shape: config.ttt_length,
     build_step=build_step,
     fit=fit,
     step_cost=step_cost,
@@ -116,7 +115,6 @@ METHOD = Method(
     serving_tensors=serving_tensors,
     load=load_draft,
     verify=verify,
-    init_config=init_config,
     step_weights=step_weights,
     check_config=check_config,
     engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},

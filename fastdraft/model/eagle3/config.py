@@ -8,7 +8,6 @@ vLLM reads the top-level one first and takes it as it is.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from pydantic import Field, model_validator
 from fastdraft.model import shape
 from fastdraft.model.serving import other_target, rope_problems, serving_rope
 from fastdraft.model.shape import DraftShape
-from fastdraft.model.target_config import default_layers, language_config, read_target_config
+from fastdraft.model.target_config import default_layers
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -96,6 +95,10 @@ class DraftConfig(DraftShape):
     @property
     def uses_default_layers(self) -> bool:
         return self.layers == default_layers(self.num_target_layers)
+
+    @property
+    def not_trained(self) -> str:
+        return f", {self.num_parameters()['embedding'] / 1e6:.1f} M of embedding frozen"
 
     @property
     def feature_norms(self) -> int:
@@ -266,14 +269,3 @@ def serving_norm_before_fc(config: dict[str, Any]) -> bool:
     """Both engines look into eagle_config first."""
     nested = (config.get("eagle_config") or {}).get("norm_before_fc")
     return bool(config.get("norm_before_fc") if nested is None else nested)
-
-
-# --- fastdraft init --------------------------------------------------------------------------------------------------
-
-
-def init_config(target_dir: Path | str) -> str:
-    """A draft's settings for a target as commented YAML, every line an override `from_target` takes. Ends in a newline."""
-    target = read_target_config(target_dir)
-    c = DraftConfig.from_target(target)
-    frozen = f", {c.num_parameters()['embedding'] / 1e6:.1f} M of embedding frozen"
-    return c.commented(target_dir, str(language_config(target).get("model_type")), frozen)

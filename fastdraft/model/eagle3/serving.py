@@ -198,18 +198,10 @@ def _tensor_problems(tensors: dict[str, Tensor], c: DraftConfig, lenient: bool) 
     return problems + weight_problems(tensors, weights, (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
-def verify(path: Path | str, target_dir: Path | str) -> Findings:
-    """Everything that would make SGLang or vLLM fail, or draft wrongly without a word, for this checkpoint and target.
-
-    Reads every weight once. Raises ValueError only when the target's own config.json cannot be used.
-    """
-    path = Path(path)
+def verify(config: dict[str, Any], path: Path, target_dir: Path | str) -> Findings:
+    """`serving.export.verify` of a directory with this config.json."""
     target = language_config(read_target_config(target_dir))
     facts = _target_facts(target)
-    try:
-        config = read_json(path / CONFIG)
-    except ValueError as error:
-        return Findings([f"{error}."], [])
     if malformed := serving_malformed(config):
         return Findings(malformed, ["Nothing else was checked, config.json must be well-formed first."])
     errors, warnings = _field_problems(config, facts), _notes(config, target)

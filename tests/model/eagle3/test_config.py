@@ -9,7 +9,7 @@ import yaml
 from tiny import LLAMA_8B as LLAMA
 from transformers import Gemma3Config, GptOssConfig, LlamaConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3MoeConfig
 
-from fastdraft.model.eagle3.config import DraftConfig, init_config
+from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.target_config import canonical_rope, read_target_config
 
@@ -203,7 +203,7 @@ def test_parameter_counts_are_the_modules(overrides):
 
 def test_init_writes_overrides_that_give_the_same_draft(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    text = init_config(tmp_path)
+    text = DraftConfig.init_config(tmp_path)
     settings = yaml.safe_load(text)
     assert DraftConfig.from_target(LLAMA, **settings) == DraftConfig.from_target(LLAMA)
     assert settings["layers"] == [1, 15, 28] and settings["rope_parameters"]["factor"] == 8.0
