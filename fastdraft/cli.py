@@ -571,7 +571,7 @@ def check(
         good = not findings.errors
         count = "1 error" if len(findings.errors) == 1 else f"{len(findings.errors)} errors"
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else count))
-        for line in told_target(checkpoint, target).notes:
+        for line in told_target(checkpoint, target).notes if good else ():
             say(line)
         if serving:
             from fastdraft.serving.check import check_engine

@@ -48,7 +48,8 @@ class Loader:
     ) -> None:
         if packs_per_step < 1 or packs_per_step % world_size:
             raise ValueError(
-                f"packs_per_step {packs_per_step} must be a positive multiple of the {world_size} ranks that share a step"
+                f"optim.packs_per_step {packs_per_step} must be a positive multiple of the {world_size} ranks that share a "
+                f"step: set it to {-(-max(packs_per_step, 1) // world_size) * world_size}, or start another number of processes"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
