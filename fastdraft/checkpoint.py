@@ -76,9 +76,9 @@ class Writer:
     """Writes checkpoints in a thread beside the training, one after the other. Every process of a run has one, enters it in
     the same order, and makes the same calls.
 
-    What fails in the thread is raised by the next call that waits, in every process. The training asks `failed` at each
-    step, which costs nothing, and once a process has a True all of them call `raise_failure`. A writing that lasts long is
-    said once; one that lasts longer than `Progress` allows has failed, since its disk or file system may hang for ever.
+    What fails in the thread is raised by the next call that waits, in every process. Unless it is `idle` the training asks
+    `failed` at each step, and once a process has a True all of them call `raise_failure`. A writing that lasts long is said
+    once; one that lasts longer than `Progress` allows has failed, since its disk or file system may hang for ever.
     Leaving waits for what is under way, also where an error leaves, but then for `limit_s` at most. That error goes on, and
     of a checkpoint that could not be written it is only said.
     """
@@ -93,6 +93,7 @@ class Writer:
     ):
         self.run_dir, self.keep, self.limit_s, self.say = run_dir, keep, limit_s, say
         self.stood = 0.0  # seconds for which the training stood still for checkpoints; the caller sets it back
+        self.idle = True  # nothing is being written, and nothing has failed
         self.best = from_rank_0(read_best(run_dir) if is_rank_0() else None)
         self._group = mesh.group_beside()
         self._copies: dict[str, Tensor] = {}
@@ -235,12 +236,12 @@ class Writer:
             try:
                 if self._failure is None:
                     self._under_way.begin(what, self.limit_s)
-                    self._since = f"the {what} of step {step}", began
+                    self._since, self.idle = (f"the {what} of step {step}", began), False
                     write()
             except BaseException as error:  # it is the training's to raise
                 self._failure = error
             finally:
-                self._since = None
+                self._since, self.idle = None, self._failure is None
                 self._under_way.begin(None)
                 self._longest = max(self._longest, time.monotonic() - began)
                 self._jobs.task_done()

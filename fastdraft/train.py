@@ -253,7 +253,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
             hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
             met = time.perf_counter()
-            stopping = stop.agreed(writer.failed())
+            stopping = stop.agreed(not writer.idle and writer.failed())
             if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
                 optimizer.waited += time.perf_counter() - met
             if stop.failed:

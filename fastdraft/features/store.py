@@ -254,9 +254,6 @@ class Shard:
                 page = begin - begin % mmap.PAGESIZE
                 self._map.madvise(mmap.MADV_WILLNEED, page, begin + part.numel() * part.element_size() - page)
 
-    def is_sound(self, d: int) -> bool:
-        return document_checksum(self.parts(d)) == self.checksums[d]
-
 
 # --- a store -------------------------------------------------------------------------------------------------------------
 
@@ -363,7 +360,7 @@ def verify_store(folder: Path) -> Iterator[tuple[str, str | None]]:
         wrong = store.damaged.get(path.name)
         if wrong is None and file_checksum(path) != path.stem.split("-")[2]:
             shard = by_name[path.name]
-            bad = [d for d in range(len(shard)) if not shard.is_sound(d)]
+            bad = [d for d in range(len(shard)) if document_checksum(shard.parts(d)) != shard.checksums[d]]
             wrong = f"{path} is damaged: " + (
                 f"{len(bad)} of its {len(shard)} documents ({', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''})"
                 if bad

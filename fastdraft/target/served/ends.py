@@ -22,7 +22,7 @@ from fastdraft.model.target_config import first_line
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import checkpoint_fingerprint, local_folder
 
-FILES = "files:"  # begins the fingerprint of a target that servers run
+FILES = "files:"  # begins the fingerprint of a target whose weights were never in this process, before that of its files
 PLAIN = ("BF16", "F16", "F32")  # safetensors' names of the dtypes that need no scales
 PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "blocks", "absmax")  # names beside them
 COUNTS = ("num_hidden_layers", "num_nextn_predict_layers", "num_kv_shared_layers", "first_k_dense_replace")
@@ -34,11 +34,6 @@ class FileEnds:
     ends: Ends
     norm: nn.Module  # the final norm as the target's own class computes it, [n, Ht] -> [n, Ht]
     num_layers: int
-
-
-def files_fingerprint(path: str) -> str:
-    """Names a target whose weights were never in this process, by its files. Never equal to a `target_fingerprint`."""
-    return FILES + checkpoint_fingerprint(path)
 
 
 def load_ends(path: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> FileEnds:
@@ -79,7 +74,7 @@ def load_ends(path: str, dtype: torch.dtype, device: torch.device, trust_remote_
         bare.embedding.to(device),
         bare.head,
         None if bare.final_norm is None else bare.final_norm.to(device),
-        files_fingerprint(path),
+        FILES + checkpoint_fingerprint(path),
     )
     return FileEnds(_head_on(ends, bare), norm.to(device), num_layers)
 

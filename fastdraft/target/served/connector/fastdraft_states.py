@@ -25,7 +25,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Queue
@@ -272,7 +271,8 @@ class _Ring:
     ) -> torch.cuda.Event:  # reached when `host` has all rows
         forward = torch.cuda.current_stream(self.cache.device)
         blocks = blocks.to(self.cache.device, non_blocking=True)
-        for begin, end in self._spans(len(host)):
+        for begin in range(0, len(host), self.tokens):
+            end = min(begin + self.tokens, len(host))
             piece, free = self.pieces[self.next], self.free[self.next]
             self.next = (self.next + 1) % RING
             forward.wait_event(free)
@@ -284,6 +284,3 @@ class _Ring:
         copied = torch.cuda.Event()
         copied.record(self.stream)
         return copied
-
-    def _spans(self, tokens: int) -> Iterator[tuple[int, int]]:
-        return ((begin, min(begin + self.tokens, tokens)) for begin in range(0, tokens, self.tokens))
