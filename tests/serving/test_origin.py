@@ -51,9 +51,8 @@ def test_each_command_says_whose_draft_it_is(run_yaml, runs, fastdraft, target_d
     assert "verified" in said and f"{tuned} has its embedding and head with other layers: quantised, or tuned?" in said
 
     # A folder that is no draft is named, and nothing else is said of it.
-    said = (
-        f"{tmp_path / 'run'} is a run folder: write its draft with `fastdraft export {tmp_path / 'run'} OUT`, and name OUT"
-    )
+    run = tmp_path / "run"
+    said = f"{run} is a run folder: write its draft with `fastdraft export {run} OUT`, and name OUT"
     code, lines, _ = fastdraft("check", "--checkpoint", run, "--target", target_dir)
     assert code == 1 and lines.splitlines()[0] == f"error: {said}." and "trained for" not in lines
     warm = ("draft.overrides={}", f"draft.init_from={run}")
