@@ -49,7 +49,7 @@ NOT_TRAINED = ("train", "trainable", "training", "loss", "loss_weight", "loss_sc
 PREFIXED = ("prefix", "partial")  # APIs' keys of an assistant's message whose text the user wrote for the model to go on
 # Keys of a line that change the prompt it was served with and are not read.
 CHANGES_PROMPT = {
-    "chat_template_kwargs": "set data.chat_template_kwargs for lines that agree on them, and take the key out",
+    "chat_template_kwargs": "say it for all lines, in data.chat_template_kwargs or --extra-body, and take the key out",
     "documents": "write them into a message, or take the key out",
     "continue_final_message": 'give the message that is gone on with "weight": 0, and take the key out',
 }
@@ -231,8 +231,7 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
     tools = _json_if_string(row.get(name) or None, name) or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ValueError(f"{name} must be a list of objects, got {_kind(tools)}")
-    if tools is not None and name == "functions":
-        tools = [f if "function" in f else {"type": "function", "function": f} for f in tools]
+    tools = tools and [_tool(tool) for tool in tools]
     _refuse_beyond_json(tools, "tools")
     turns = _json_if_string(row[shapes[0]], shapes[0])
     if not isinstance(turns, list) or not turns:
@@ -250,6 +249,12 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
             )
     _take_finish_reasons(row.get("finish_reasons"), messages)
     return Conversation(line.where, _key([messages, tools]), tuple(messages), tools)
+
+
+def _tool(tool: dict) -> dict:
+    """A function on offer as servers take it, which refuse a bare one; templates render both, but not alike."""
+    bare = "function" not in tool and isinstance(tool.get("name"), str) and tool.get("type") in (None, "function")
+    return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
 
 
 def _take_finish_reasons(reasons: Any, messages: list[dict]) -> None:

@@ -177,7 +177,7 @@ def test_key_is_the_content():
         ),
         (
             {"messages": chat("a", "b"), "chat_template_kwargs": {"enable_thinking": False}},
-            "the line has 'chat_template_kwargs' .*, which is not read; set data.chat_template_kwargs",
+            "the line has 'chat_template_kwargs' .*, which is not read; say it for all lines, in data.chat_template_kwargs",
         ),
         (
             {"messages": chat("a", "b"), "documents": [{"text": "x"}]},
@@ -270,6 +270,14 @@ def test_keys_that_change_nothing_are_passed_over():
     prefix = {"role": "assistant", "content": "b", "prefix": True, "weight": 0}
     assert parsed({"messages": [*chat("a"), prefix]}).messages[1] == prefix
     assert parsed({"conversations": [{"from": "human", "value": "a", "content": "a"}]}).messages[0]["content"] == "a"
+
+
+def test_bare_tools_are_wrapped_as_servers_take_them():
+    function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    wrapped, search = {"type": "function", "function": function}, {"type": "web_search", "name": "s"}
+    for bare in (function, {"type": "function"} | function, wrapped):
+        assert parsed({"messages": chat("a", "b"), "tools": [bare, search]}).tools == [wrapped, search]
+        assert parsed({"messages": chat("a", "b"), "tools": json.dumps([bare])}).tools == [wrapped]
 
 
 def test_calls_and_responses_by_other_names():
