@@ -642,8 +642,8 @@ def _one_line(error: Exception) -> str | None:
     cpu_full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_full:
         return (
-            f"out of memory: {str(error).strip()}\nTo need less, lower data.pack_tokens (with data.max_length), chunk_rows, "
-            "ttt_length or draft_vocab_size; `fastdraft train CONFIG.yaml --plan` predicts the memory"
+            f"out of memory: {str(error).strip()}\nTo need less, lower data.pack_tokens (with data.max_length), "
+            "chunk_rows, ttt_length or draft_vocab_size; `fastdraft train CONFIG.yaml --plan` predicts the memory"
         )
     return None
 
