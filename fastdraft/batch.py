@@ -18,6 +18,19 @@ from torch import Tensor
 LossKind = Literal["kl", "lk_alpha", "lk_lambda"]
 
 
+class KeptTensor(Protocol):
+    """A tensor in a file, which is read when it is asked for: what safetensors' `get_slice` gives."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, part: slice) -> Tensor: ...
+
+
+LayerWeights = dict[str, KeptTensor]  # of one decoder layer, by their names in it
+
+
 def document_starts(lengths: tuple[int, ...]) -> Tensor:  # [N] int64 on the host, row of the first token of each's document
     sizes = np.array(lengths, dtype=np.int64)
     return torch.from_numpy(np.repeat(sizes.cumsum() - sizes, sizes))

@@ -54,9 +54,8 @@ class DraftSection(Section):
     vocab_map: str | None = None  # a SpecForge vocab_mapping.pt; None: the tokens trained on most often
     overrides: dict[str, Any] = {}  # DraftConfig fields, e.g. draft_vocab_size or layers; they win over `config`
     init_from: str | None = None  # warm start from an EAGLE-3 checkpoint in serving format, shape and vocabulary included
-    init: Literal["target", "random"] = (
-        "target"  # of a new draft; target: `Draft.start_from_target` if as wide, else random
-    )
+    # Of a new draft. target: what the method's `start.py` takes of the target, where their shapes allow it.
+    init: Literal["target", "random"] = "target"
 
 
 class LossConfig(Section):

@@ -20,6 +20,7 @@ from fastdraft.model.target_config import language_config
 from fastdraft.optim import Matrix, matrices
 from fastdraft.serving.export import serving_config, told_target
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
+from fastdraft.target.layers import layer_weights
 
 
 def draft_shape(config: Config) -> BaseModel:
@@ -65,8 +66,9 @@ def new_draft(config: Config) -> nn.Module:
 def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train_set: Dataset) -> list[str]:
     """Sets what a new draft takes from the target and the data, and says what it was; of draft.init_from, for which target
     it was trained, since one that was tuned may well start from its base's draft."""
-    counts = partial(token_counts, train_set, draft.config.vocab_size)
-    return origin_lines(config) + method_of(draft).fit(draft, config.draft, target, counts)
+    method, counts = method_of(draft), partial(token_counts, train_set, draft.config.vocab_size)
+    lines = origin_lines(config) + method.fit(draft, config.draft, target, counts)
+    return lines + method.start(draft, config.draft, layer_weights(config.target.path))
 
 
 def origin_lines(config: Config) -> list[str]:

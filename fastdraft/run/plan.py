@@ -30,6 +30,7 @@ from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
 from fastdraft.target.identity import stop_ids
+from fastdraft.target.layers import layer_weights
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
@@ -328,7 +329,9 @@ def recipe_lines(config: Config, shape: BaseModel) -> list[str]:
         f"An optimizer step takes {packs} of up to {config.data.pack_tokens:,} tokens, {tokens:,} in all, however many "
         "GPUs share them. The gradient is a sum over all of them, which is divided once."
     )
-    return [batch, _optimizer(config, shape), _schedule(config), *method_of(shape).recipe(config, shape)]
+    method = method_of(shape)
+    start = method.start_lines(shape, config.draft, layer_weights(config.target.path))
+    return [batch, _optimizer(config, shape), _schedule(config), *method.recipe(config, shape), *start]
 
 
 def _optimizer(config: Config, shape: BaseModel) -> str:

@@ -24,7 +24,7 @@ from fastdraft.model.dflash.parity import block_readings, run_blocks, served_ste
 from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, block_ref_step, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
-from fastdraft.model.dflash.start import fit
+from fastdraft.model.dflash.start import copy_layers, fit, start_lines
 from fastdraft.model.method import Method, Readings
 
 if TYPE_CHECKING:
@@ -196,6 +196,8 @@ METHOD = Method(
     served_steps=served_steps,
     readings=Readings(block_readings, run_blocks),
     recipe=recipe,
+    start=copy_layers,
+    start_lines=start_lines,
     cost_options=cost_options,
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),

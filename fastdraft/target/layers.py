@@ -1,0 +1,30 @@
+"""A target's decoder layers as its checkpoint keeps them: what a draft may start from, whoever runs the target."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from fastdraft.batch import LayerWeights
+
+# Of a text model, or of the one in a model with pictures.
+LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
+
+
+def layer_weights(path: str) -> dict[int, LayerWeights]:
+    """The weights of each layer that a folder or a cached repository has in safetensors, by their names in the layer. Only
+    names and shapes are read before a weight is asked for. Nothing is known of files that cannot be opened, as pointers to
+    what was never downloaded: a target that servers run may have no more here than its ends."""
+    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
+    layers: defaultdict[int, LayerWeights] = defaultdict(dict)
+    for file in sorted(folder.glob("*.safetensors")):
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                if found := LAYER.fullmatch(name):
+                    layers[int(found[1])][found[2]] = opened.get_slice(name)
+    return dict(layers)
