@@ -571,7 +571,7 @@ def check(
         good = not findings.errors
         count = "1 error" if len(findings.errors) == 1 else f"{len(findings.errors)} errors"
         say(f"{checkpoint}: " + ("verified for SGLang and vLLM" if good else count))
-        for line in told_target(checkpoint, target).notes:
+        for line in told_target(checkpoint, target).notes if good else ():
             say(line)
         if serving:
             from fastdraft.serving.check import check_engine
@@ -642,8 +642,8 @@ def _one_line(error: Exception) -> str | None:
     cpu_full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_full:
         return (
-            f"out of memory: {str(error).strip()}\nTo need less, lower chunk_rows, data.pack_tokens (with "
-            "data.max_length), ttt_length or draft_vocab_size; `fastdraft train CONFIG.yaml --plan` predicts the memory"
+            f"out of memory: {str(error).strip()}\nTo need less, lower data.pack_tokens (with data.max_length), "
+            "chunk_rows, ttt_length or draft_vocab_size; `fastdraft train CONFIG.yaml --plan` predicts the memory"
         )
     return None
 

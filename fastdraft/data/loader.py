@@ -47,8 +47,10 @@ class Loader:
         pair_cost: float = 0.0,  # of L^2 in a document's cost: attention's share; `cost.pair_cost`
     ) -> None:
         if packs_per_step < 1 or packs_per_step % world_size:
+            next_one = max(1, -(-packs_per_step // world_size)) * world_size
             raise ValueError(
-                f"packs_per_step {packs_per_step} must be a positive multiple of the {world_size} ranks that share a step"
+                f"optim.packs_per_step {packs_per_step} must be a positive multiple of the {world_size} ranks that share a "
+                f"step: set it to {next_one}, or start another number of processes"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")

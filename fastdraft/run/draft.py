@@ -18,7 +18,7 @@ from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.target_config import language_config
 from fastdraft.optim import Matrix, matrices
-from fastdraft.serving.export import told_target
+from fastdraft.serving.export import serving_config, told_target
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
 from fastdraft.target.layers import layer_weights
 
@@ -49,6 +49,7 @@ def _init_from(config: Config) -> nn.Module:
             "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
             "draft.vocab_map"
         )
+    serving_config(config.draft.init_from)
     facts = load_target_config(*config.target.files)
     return checked_method(config).load(config.draft.init_from, facts)
 

@@ -90,7 +90,14 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def load_draft(path: Path | str, target: dict[str, Any] | PretrainedConfig) -> nn.Module:
     """Reads a serving-format checkpoint in its own dtype, for a warm start or to decode with; `Method.load` says more."""
-    return _method_of(read_json(Path(path) / CONFIG)).load(path, target)
+    return _method_of(serving_config(path)).load(path, target)
+
+
+def serving_config(path: Path | str) -> dict[str, Any]:
+    """The config.json of a checkpoint in serving format. Raises ValueError where there is none."""
+    if (Path(path) / "checkpoints").is_dir() and not (Path(path) / CONFIG).exists():
+        raise ValueError(f"{path} is a run folder: write its draft with `fastdraft export {path} OUT`, and name OUT")
+    return read_json(Path(path) / CONFIG)
 
 
 def verify(path: Path | str, target_dir: Path | str) -> Findings:
@@ -99,7 +106,7 @@ def verify(path: Path | str, target_dir: Path | str) -> Findings:
     Reads every weight once. Raises ValueError only when the target's own config.json cannot be used.
     """
     try:
-        config = read_json(Path(path) / CONFIG)
+        config = serving_config(path)
     except ValueError as error:
         return Findings([f"{error}."], [])
     found, told = _method_of(config).verify(config, Path(path), target_dir), told_target(path, target_dir)

@@ -50,6 +50,14 @@ def test_each_command_says_whose_draft_it_is(run_yaml, runs, fastdraft, target_d
     said = runs("check", "--checkpoint", out, "--target", tuned)
     assert "verified" in said and f"{tuned} has its embedding and head with other layers: quantised, or tuned?" in said
 
+    # A folder that is no draft is named, and nothing else is said of it.
+    run = tmp_path / "run"
+    said = f"{run} is a run folder: write its draft with `fastdraft export {run} OUT`, and name OUT"
+    code, lines, _ = fastdraft("check", "--checkpoint", run, "--target", target_dir)
+    assert code == 1 and lines.splitlines()[0] == f"error: {said}." and "trained for" not in lines
+    warm = ("draft.overrides={}", f"draft.init_from={run}")
+    assert refusal(fastdraft("train", run_yaml, *warm)) == f"fastdraft: {said}"
+
     # A run goes on from it for a tuned target, and for another one with a warning.
     warm = ("draft.overrides={}", f"draft.init_from={out}", "--fresh")
     assert "draft.init_from: The draft was trained for this very target" in runs("train", run_yaml, *warm)
