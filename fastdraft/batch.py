@@ -31,6 +31,14 @@ class KeptTensor(Protocol):
 LayerWeights = dict[str, KeptTensor]  # of one decoder layer, by their names in it
 
 
+class TargetLayers(NamedTuple):
+    """A target's decoder layers, as its files and its config tell of them."""
+
+    weights: dict[int, LayerWeights]  # by number, those that are there
+    kind: str  # of the decoder: its model_type
+    activation: str  # of its MLP
+
+
 def document_starts(lengths: tuple[int, ...]) -> Tensor:  # [N] int64 on the host, row of the first token of each's document
     sizes = np.array(lengths, dtype=np.int64)
     return torch.from_numpy(np.repeat(sizes.cumsum() - sizes, sizes))

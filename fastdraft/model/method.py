@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastdraft.batch import Batch, Ends, Features, LayerWeights, Rows, StepWeights, TargetHead
+from fastdraft.batch import Batch, Ends, Features, Rows, StepWeights, TargetHead, TargetLayers
 from fastdraft.model.proposal import DecodeSettings, Proposals
 from fastdraft.model.reading import Reading
 
@@ -138,10 +138,10 @@ class Method(NamedTuple):
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     step_rows: Callable[[Config], float] = lambda config: 1.0  # live rows of step 0 that `step_cost` counts for a token
     recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
-    # After `fit`, of the draft, settings and the target's layers, by number, that its files have: copies what a new draft
-    # starts from. Then, of a shape, what it would say of it, for --plan.
-    start: Callable[[nn.Module, DraftSection, dict[int, LayerWeights]], list[str]] = lambda draft, settings, layers: []
-    start_lines: Callable[[BaseModel, DraftSection, dict[int, LayerWeights]], list[str]] = lambda shape, draft, layers: []
+    # After `fit`, of the draft, settings and the target's layers that its files have: copies what a new draft starts from.
+    # Then, of a shape, what it would say of it, for --plan.
+    start: Callable[[nn.Module, DraftSection, TargetLayers], list[str]] = lambda draft, settings, layers: []
+    start_lines: Callable[[BaseModel, DraftSection, TargetLayers], list[str]] = lambda shape, draft, layers: []
     golden: GoldenCases | None = None  # cases that say in their config which method they are of; None: there are none
     # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
     # that is asked for; * stands for anything. Muon leaves them to AdamW.

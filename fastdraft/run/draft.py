@@ -20,7 +20,7 @@ from fastdraft.model.target_config import language_config
 from fastdraft.optim import Matrix, matrices
 from fastdraft.serving.export import serving_config, told_target
 from fastdraft.target.hf import Target, load_target_config, load_tokenizer
-from fastdraft.target.layers import layer_weights
+from fastdraft.target.layers import target_layers
 
 
 def draft_shape(config: Config) -> BaseModel:
@@ -68,7 +68,7 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     it was trained, since one that was tuned may well start from its base's draft."""
     method, counts = method_of(draft), partial(token_counts, train_set, draft.config.vocab_size)
     lines = origin_lines(config) + method.fit(draft, config.draft, target, counts)
-    return lines + method.start(draft, config.draft, layer_weights(config.target.path))
+    return lines + method.start(draft, config.draft, target_layers(config.target.path, config.target.trust_remote_code))
 
 
 def origin_lines(config: Config) -> list[str]:

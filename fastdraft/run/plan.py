@@ -30,7 +30,7 @@ from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
 from fastdraft.target.identity import stop_ids
-from fastdraft.target.layers import layer_weights
+from fastdraft.target.layers import target_layers
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
@@ -330,7 +330,7 @@ def recipe_lines(config: Config, shape: BaseModel) -> list[str]:
         "GPUs share them. The gradient is a sum over all of them, which is divided once."
     )
     method = method_of(shape)
-    start = method.start_lines(shape, config.draft, layer_weights(config.target.path))
+    start = method.start_lines(shape, config.draft, target_layers(config.target.path, config.target.trust_remote_code))
     return [batch, _optimizer(config, shape), _schedule(config), *method.recipe(config, shape), *start]
 
 

@@ -10,10 +10,19 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from fastdraft.batch import LayerWeights
+from fastdraft.batch import LayerWeights, TargetLayers
+from fastdraft.model.target_config import language_config
+from fastdraft.target.hf import load_target_config
 
 # Of a text model, or of the one in a model with pictures.
 LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
+
+
+def target_layers(path: str, trust_remote_code: bool = False) -> TargetLayers:
+    """The layers of a folder or a cached repository. ValueError as `load_target_config`."""
+    decoder = language_config(load_target_config(path, trust_remote_code))
+    activation = decoder.get("hidden_act") or decoder.get("hidden_activation")
+    return TargetLayers(layer_weights(path), str(decoder.get("model_type")), str(activation))
 
 
 def layer_weights(path: str) -> dict[int, LayerWeights]:

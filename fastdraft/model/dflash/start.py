@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdraft.batch import Ends, LayerWeights
+from fastdraft.batch import Ends, TargetLayers
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Of the target's final norm. A mask's row begins as the mask's embedding, of which a tied head is sure that the mask itself
 # comes: with random layers SmolLM2-135M's first losses are 63 to 78 a row without it.
 SURE = 0.4
+# Kinds of decoders whose layers compute, of weights of these names, what a draft's layers do. Others with the same names do
+# not: Gemma's norms add 1 to their weight, Granite scales what a layer adds, SmolLM3 leaves out some rotations.
+ALIKE = ("llama", "mistral", "qwen3")
 NUMBERS = ("BF16", "F16", "F32")  # safetensors' names of the dtypes that need no scales
 HEAD_NORMS = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}  # of Qwen3's kind
 
@@ -57,7 +60,7 @@ def fit(
     return lines
 
 
-def start_lines(config: DFlashConfig, settings: DraftSection, layers: dict[int, LayerWeights]) -> list[str]:
+def start_lines(config: DFlashConfig, settings: DraftSection, layers: TargetLayers) -> list[str]:
     """What a new draft starts from, a sentence; none for one that starts from a checkpoint."""
     if settings.init_from is not None:
         return []
@@ -75,15 +78,19 @@ def copied_layers(config: DFlashConfig) -> range:
     return range(first, first + config.num_hidden_layers)
 
 
-def why_not_copied(config: DFlashConfig, layers: dict[int, LayerWeights]) -> str:
+def why_not_copied(config: DFlashConfig, layers: TargetLayers) -> str:
     """Empty where the target's layers have the form of the draft's. Nothing is read but names, shapes and dtypes."""
+    if layers.kind not in ALIKE:
+        return f"the target's layers are those of {layers.kind}, and a draft's compute as those of {', '.join(ALIKE)} do"
+    if layers.activation not in ("silu", "swish"):
+        return f"the target's MLP has the activation {layers.activation}, and a draft's silu"
     numbers = copied_layers(config)
     if numbers[0] < 0:
         return f"the target has {config.num_target_layers} layers, the draft {config.num_hidden_layers}"
     with torch.device("meta"):
         mine = {name: list(p.shape) for name, p in backbone(DFlashDraft(config).layers[0]).items()}
     for number in numbers:
-        kept = {name: x for name, x in layers.get(number, {}).items() if not name.endswith("rotary_emb.inv_freq")}
+        kept = {name: x for name, x in layers.weights.get(number, {}).items() if not name.endswith("rotary_emb.inv_freq")}
         if not kept:
             return f"the target's files have no layer {number} in safetensors"
         if missing := sorted(mine.keys() - HEAD_NORMS - kept.keys()):
@@ -102,7 +109,7 @@ def why_not_copied(config: DFlashConfig, layers: dict[int, LayerWeights]) -> str
 def copy_layers(
     draft: DFlashDraft,
     settings: DraftSection,
-    layers: dict[int, LayerWeights],  # the target's, by number, as far as they can be read
+    layers: TargetLayers,
 ) -> list[str]:  # what to tell the user
     """Copies the target's layers into a new draft, with `init: target` and where they have its form."""
     c, h = draft.config, draft.config.hidden_size
@@ -111,9 +118,9 @@ def copy_layers(
         return lines
     draft.fc.weight.zero_()
     draft.fc.weight[:, -h:] = torch.eye(h)
-    draft.hidden_norm.weight.copy_(layers[c.layers[-1] + 1]["input_layernorm.weight"][:])
+    draft.hidden_norm.weight.copy_(layers.weights[c.layers[-1] + 1]["input_layernorm.weight"][:])
     for layer, number in zip(draft.layers, copied_layers(c), strict=True):
-        kept = layers[number]
+        kept = layers.weights[number]
         for name, p in backbone(layer).items():
             if name in kept:
                 p.copy_(kept[name][:])

@@ -179,6 +179,25 @@ def test_layers_of_another_form_are_left_random_and_it_is_said(tmp_path, change,
     assert changed == {"norm.weight"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "why"),
+    [
+        ("llama", {"model_type": "granite"}, "those of granite, and a draft's compute as those of llama, mistral, qwen3"),
+        ("llama", {"model_type": "gemma"}, "those of gemma"),
+        ("qwen3", {"hidden_act": "gelu"}, "the activation gelu, and a draft's silu"),
+    ],
+)
+def test_layers_of_the_same_names_that_compute_otherwise_are_not_copied(tmp_path, kind, fields, why):
+    model = make_target(tmp_path, kind)
+    config_file = tmp_path / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | fields))
+    made, lines = fitted(model, config := config_of(tmp_path))
+    (said,) = [line for line in lines if line.startswith("draft.init target")]
+    assert why in said
+    untouched = dict(new_draft(config).named_parameters())
+    assert {name for name, p in made.named_parameters() if not torch.equal(p, untouched[name])} == {"norm.weight"}
+
+
 def test_random_weights_stay_random(tmp_path):
     model = make_target(tmp_path)
     config = config_of(tmp_path, init="random")
