@@ -367,8 +367,8 @@ def peaks_of_runs(small, large, pipe) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a part of a run")
-@pytest.mark.parametrize(("step", "rel"), [("fused", 0.1), ("reference", 0.15)])
-def test_the_peak_of_a_run_on_the_cpu_is_predicted(step, rel, make_config, tmp_path):
+@pytest.mark.parametrize(("step", "rel"), [("fused", 0.05), ("reference", 0.15)])
+def test_the_peak_of_a_run_on_the_cpu_is_predicted(step, rel, make_config, tmp_path, monkeypatch):
     """Tiny chunks and a long MLP: AdamW's temporaries are the most that a run takes, then beside a checkpoint's copy."""
 
     def config(name: str, width: int, every: int):
@@ -386,16 +386,16 @@ def test_the_peak_of_a_run_on_the_cpu_is_predicted(step, rel, make_config, tmp_p
     predicted = predict(large, torch.device("cpu"))
     copy = sizes(predicted.memory)["copy for writing checkpoints"]
     expected = {"before the first": predicted.memory_bytes - copy, "whole": predicted.memory_bytes}
-    for _ in range(3):  # a peak counts pages of libraries too, which other processes may have pushed out or brought in
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=peaks_of_runs, args=(small, [once, large], theirs))
-        process.start()
-        theirs.close()
-        first, peaks = ours.recv()
-        process.join()
-        measured = {"before the first": max(first["step"], first["update"]), "whole": max(peaks.values())}
-        if measured == pytest.approx(expected, rel=rel):
-            break
+    # glibc keeps freed matrices of this size for later, at times, and counts them as the process's. With a threshold of our
+    # own it gives them back at once.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "100000")
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=peaks_of_runs, args=(small, [once, large], theirs))
+    process.start()
+    theirs.close()
+    first, peaks = ours.recv()
+    process.join()
+    measured = {"before the first": max(first["step"], first["update"]), "whole": max(peaks.values())}
     assert measured == pytest.approx(expected, rel=rel)
 
 
