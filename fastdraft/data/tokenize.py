@@ -95,7 +95,8 @@ class ChatTokenizer:
         """Samples of one conversation. BadLine when the template refuses it or a token id is out of range."""
         turns: list[Turn] = []
         left_out: list[tuple[str, str]] = []
-        apart = joined = rewritten = 0
+        apart = joined = 0
+        rewritten = False
         if conversation.input_ids is not None:
             samples = [self._pretokenized(conversation)]
         else:
@@ -114,7 +115,7 @@ class ChatTokenizer:
         kept = [piece for piece in pieces if piece.trains]
         return Tokenized(
             kept,
-            rewritten=bool(rewritten),
+            rewritten=rewritten,
             too_long=sum(len(sample.input_ids) > n for sample in samples),
             untrained=len(pieces) - len(kept) if samples else 1,
             lost_reasoning=sum(turn.lost_reasoning for turn in turns),

@@ -140,8 +140,8 @@ class Method(NamedTuple):
     recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
     # After `fit`, of the draft, settings and the target's layers that its files have: copies what a new draft starts from.
     # Then, of a shape, what it would say of it, for --plan.
-    start: Callable[[nn.Module, DraftSection, TargetLayers], list[str]] = lambda draft, settings, layers: []
-    start_lines: Callable[[BaseModel, DraftSection, TargetLayers], list[str]] = lambda shape, draft, layers: []
+    start: Callable[[nn.Module, DraftSection, Callable[[], TargetLayers]], list[str]] = lambda draft, settings, read: []
+    start_lines: Callable[[BaseModel, DraftSection, Callable[[], TargetLayers]], list[str]] = lambda shape, draft, read: []
     golden: GoldenCases | None = None  # cases that say in their config which method they are of; None: there are none
     # Names of weights of two dimensions that are no matrix between states: they have a row for each token, or for a number
     # that is asked for; * stands for anything. Muon leaves them to AdamW.

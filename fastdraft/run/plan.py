@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,9 @@ def recipe_lines(config: Config, shape: BaseModel) -> list[str]:
         "GPUs share them. The gradient is a sum over all of them, which is divided once."
     )
     method = method_of(shape)
-    start = method.start_lines(shape, config.draft, target_layers(config.target.path, config.target.trust_remote_code))
+    start = method.start_lines(
+        shape, config.draft, partial(target_layers, config.target.path, config.target.trust_remote_code)
+    )
     return [batch, _optimizer(config, shape), _schedule(config), *method.recipe(config, shape), *start]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from contextlib import suppress
-from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
 
 from fastdraft.batch import LayerWeights, TargetLayers
 from fastdraft.model.target_config import language_config
 from fastdraft.target.hf import load_target_config
+from fastdraft.target.identity import local_folder
 
 # Of a text model, or of the one in a model with pictures.
 LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.(.+)")
@@ -29,9 +28,8 @@ def layer_weights(path: str) -> dict[int, LayerWeights]:
     """The weights of each layer that a folder or a cached repository has in safetensors, by their names in the layer. Only
     names and shapes are read before a weight is asked for. Nothing is known of files that cannot be opened, as pointers to
     what was never downloaded: a target that servers run may have no more here than its ends."""
-    folder = Path(path) if Path(path).is_dir() else Path(cached_file(path, "config.json")).parent
     layers: defaultdict[int, LayerWeights] = defaultdict(dict)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(local_folder(path).glob("*.safetensors")):
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118, it is no dict
                 if found := LAYER.fullmatch(name):

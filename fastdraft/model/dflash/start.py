@@ -60,13 +60,13 @@ def fit(
     return lines
 
 
-def start_lines(config: DFlashConfig, settings: DraftSection, layers: TargetLayers) -> list[str]:
+def start_lines(config: DFlashConfig, settings: DraftSection, layers: Callable[[], TargetLayers]) -> list[str]:
     """What a new draft starts from, a sentence; none for one that starts from a checkpoint."""
     if settings.init_from is not None:
         return []
     if settings.init == "random":
         return ["draft.init random: the draft starts from random weights"]
-    if why := why_not_copied(config, layers):
+    if why := why_not_copied(config, layers()):
         return [f"draft.init target: the draft's layers start from random weights: {why}"]
     numbers = list(copied_layers(config))
     return [f"draft.init target: the draft's layers start as the target's layers {numbers}"]
@@ -109,18 +109,21 @@ def why_not_copied(config: DFlashConfig, layers: TargetLayers) -> str:
 def copy_layers(
     draft: DFlashDraft,
     settings: DraftSection,
-    layers: TargetLayers,
+    layers: Callable[[], TargetLayers],  # read only for a draft that may start from them
 ) -> list[str]:  # what to tell the user
     """Copies the target's layers into a new draft, with `init: target` and where they have its form."""
     c, h = draft.config, draft.config.hidden_size
-    lines = start_lines(c, settings, layers)
-    if settings.init_from is not None or settings.init == "random" or why_not_copied(c, layers):
+    if settings.init_from is not None or settings.init == "random":
+        return start_lines(c, settings, layers)
+    found = layers()
+    lines = start_lines(c, settings, lambda: found)
+    if why_not_copied(c, found):
         return lines
     draft.fc.weight.zero_()
     draft.fc.weight[:, -h:] = torch.eye(h)
-    draft.hidden_norm.weight.copy_(layers.weights[c.layers[-1] + 1]["input_layernorm.weight"][:])
+    draft.hidden_norm.weight.copy_(found.weights[c.layers[-1] + 1]["input_layernorm.weight"][:])
     for layer, number in zip(draft.layers, copied_layers(c), strict=True):
-        kept = layers.weights[number]
+        kept = found.weights[number]
         for name, p in backbone(layer).items():
             if name in kept:
                 p.copy_(kept[name][:])

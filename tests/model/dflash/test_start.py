@@ -19,7 +19,7 @@ from fastdraft.model.dflash.start import SURE, backbone, typical_size
 from fastdraft.model.methods import METHODS
 from fastdraft.run.draft import draft_shape, fit_to_target, new_draft
 from fastdraft.run.plan import recipe_lines
-from fastdraft.target.layers import layer_weights
+from fastdraft.target.layers import layer_weights, target_layers
 
 BLOCKS = ("dflash", "dspark", "dflash2")
 SIZES = dict(
@@ -179,6 +179,15 @@ def test_layers_of_another_form_are_left_random_and_it_is_said(tmp_path, change,
     assert changed == {"norm.weight"}
 
 
+@pytest.mark.parametrize("init", ["target", "random"])
+def test_layers_are_read_only_by_a_draft_that_may_start_from_them(tmp_path, monkeypatch, init):
+    read = []
+    monkeypatch.setattr("fastdraft.run.draft.target_layers", lambda *args: read.append(args) or target_layers(*args))
+    model = make_target(tmp_path)
+    fitted(model, config_of(tmp_path, init=init))
+    assert len(read) == (init == "target")
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "why"),
     [
@@ -239,6 +248,7 @@ def test_layers_are_found_in_the_files_that_can_be_read_and_inside_a_model_with_
         },
         tmp_path / "b.safetensors",
     )
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "c.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     (layer,) = layer_weights(str(tmp_path)).values()
     assert sorted(layer) == ["mlp.down_proj.weight", "mlp.up_proj.weight"]
