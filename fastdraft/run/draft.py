@@ -68,9 +68,7 @@ def fit_to_target(draft: nn.Module, config: Config, target: Target | Ends, train
     it was trained, since one that was tuned may well start from its base's draft."""
     method, counts = method_of(draft), partial(token_counts, train_set, draft.config.vocab_size)
     lines = origin_lines(config) + method.fit(draft, config.draft, target, counts)
-    return lines + method.start(
-        draft, config.draft, partial(target_layers, config.target.path, config.target.trust_remote_code)
-    )
+    return lines + method.start(draft, config.draft, partial(target_layers, *config.target.files))
 
 
 def origin_lines(config: Config) -> list[str]:

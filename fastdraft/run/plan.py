@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,13 +149,12 @@ def _memory_of(device: torch.device) -> float | None:
 def _lower(config: Config, fits: Callable[[Config], bool]) -> list[str]:
     """Settings with which a step fits: one alone, or the fewest that do together when each of them but the last is as low
     as makes sense. None where it never does. chunk_rows comes first, since it changes no result."""
-    steps = [("ttt_length", config.ttt_length, 1)] if config.draft.method == "eagle3" else []
-    steps += [] if config.draft.method == "eagle3" else [("block.anchors", config.block.anchors, 8)]
-    least = 64 if config.draft.method == "eagle3" else 1
-    lowest = [("chunk_rows", config.chunk_rows or 16384, least), ("data.pack_tokens", config.data.pack_tokens, 256), *steps]
+    own = named_method(config.draft.method).lowest
+    lowest = {"chunk_rows": own["chunk_rows"], "data.pack_tokens": 256} | own
     so_far, told = config, []
     for together in (False, True):
-        for name, now, least in lowest:
+        for name, least in lowest.items():
+            now = operator.attrgetter(name)(config) or 16384  # chunk_rows may be left to the step
             values = [value for value in (2**k for k in range(40, -1, -1)) if least <= value < now]
             for value in values:
                 if fits(_with(so_far, name, value)):
@@ -331,9 +331,7 @@ def recipe_lines(config: Config, shape: BaseModel) -> list[str]:
         "GPUs share them. The gradient is a sum over all of them, which is divided once."
     )
     method = method_of(shape)
-    start = method.start_lines(
-        shape, config.draft, partial(target_layers, config.target.path, config.target.trust_remote_code)
-    )
+    start = method.start_lines(shape, config.draft, partial(target_layers, *config.target.files))
     return [batch, _optimizer(config, shape), _schedule(config), *method.recipe(config, shape), *start]
 
 

@@ -199,6 +199,7 @@ METHOD = Method(
     start=copy_layers,
     start_lines=start_lines,
     cost_options=cost_options,
+    lowest={"chunk_rows": 1, "block.anchors": 8},
     step_rows=lambda config: blocks_of_a_token(config.data.pack_tokens, config.data.max_length, config.block.anchors),
     golden=golden_cases(load_block_golden, {"reference": block_ref_step, "fused": block_engine_step}),
     refuse_useless=refuse_useless,
