@@ -137,7 +137,7 @@ class Method(NamedTuple):
     served_steps: Callable[[BaseModel, int | None], int] = lambda shape, asked: 3 if asked is None else asked
     cost_options: Callable[[Config], dict[str, Any]] = lambda config: {}  # more of a config that `step_cost` reads
     # Settings that a step's memory falls with, chunk_rows among them, and the lowest value of each that makes sense.
-    lowest: dict[str, int] = {"chunk_rows": 1}
+    lowest: tuple[tuple[str, int], ...] = (("chunk_rows", 1),)
     step_rows: Callable[[Config], float] = lambda config: 1.0  # live rows of step 0 that `step_cost` counts for a token
     recipe: Callable[[Config, BaseModel], list[str]] = lambda config, shape: []  # how a step trains it and why, for --plan
     # After `fit`, of the draft, settings and the target's layers that its files have: copies what a new draft starts from.

@@ -149,7 +149,7 @@ def _memory_of(device: torch.device) -> float | None:
 def _lower(config: Config, fits: Callable[[Config], bool]) -> list[str]:
     """Settings with which a step fits: one alone, or the fewest that do together when each of them but the last is as low
     as makes sense. None where it never does. chunk_rows comes first, since it changes no result."""
-    own = named_method(config.draft.method).lowest
+    own = dict(named_method(config.draft.method).lowest)
     lowest = {"chunk_rows": own["chunk_rows"], "data.pack_tokens": 256} | own
     so_far, told = config, []
     for together in (False, True):

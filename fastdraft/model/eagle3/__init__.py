@@ -124,7 +124,7 @@ METHOD = Method(
     cut=cut_draft,
     check_cut=check_cut,
     recipe=recipe,
-    lowest={"chunk_rows": 64, "ttt_length": 1},
+    lowest=(("chunk_rows", 64), ("ttt_length", 1)),
     cost_options=lambda config: {"sampled_depth": config.sampled_depth},
     golden=GoldenCases(
         load_golden,
