@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,46 @@ def test_under_torchrun_and_with_experts(run_yaml, tmp_path):
         assert "WRONG" not in succeeds(process)
     assert_trained(tmp_path / "run", 6)
     assert_trained(tmp_path / "experts", 6)
+
+
+LAYOUTS = {
+    "sequence": ("dist.sequence=2",),
+    "tensor": ("dist.tensor=2",),
+    "sharded": ("dist.target=sharded",),
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_resume_each_others_layouts(long_chats, tmp_path):
+    """A run of two processes over NCCL, each with packs of its own, is continued from its first checkpoint by every layout
+    that two GPUs have, and evaluated and exported under torchrun."""
+    random_llama(SMOLLM2 | dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4)).save_pretrained(
+        tmp_path / "even"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "even")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    run_yaml, run = write_run(tmp_path, tmp_path / "even", long_chats), tmp_path / "run"
+    steps = ("checkpoint.every=2", "checkpoint.keep=3", "metrics.log_every=1")
+    succeeds(start("train", run_yaml, *steps, launcher=torchrun))
+    resumed = {}
+    for name in LAYOUTS:
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        shutil.copytree(run / "checkpoints" / "step-00000002", tmp_path / name / "checkpoints" / "step-00000002")
+        for file in run.iterdir():
+            if file.is_file() and not file.name.startswith("."):
+                shutil.copy(file, tmp_path / name)
+    for name, layout in LAYOUTS.items():
+        line = ("train", run_yaml, *steps, *layout, f"run_dir={tmp_path / name}")
+        resumed[name] = start(*line, launcher=torchrun)
+    reads = [start("evaluate", run, launcher=torchrun), start("export", run, tmp_path / "out", launcher=torchrun)]
+    for process in (*resumed.values(), *reads):
+        succeeds(process)
+    assert "WRONG" not in succeeds(start("check", "--checkpoint", tmp_path / "out", "--target", tmp_path / "even"))
+    whole = {r["step"]: r["loss"] for r in read_metrics(run) if "loss" in r}
+    for name in LAYOUTS:
+        ours = {r["step"]: r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r}
+        assert ours.keys() == whole.keys() == {*range(1, 7)}, name
+        assert [ours[i] for i in whole] == pytest.approx([*whole.values()], rel=0.02), name  # bf16, in other orders of sums
 
 
 def test_many_commands_in_one_process(run_yaml, target, tmp_path, fastdraft):
