@@ -31,7 +31,7 @@ from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
-from fastdraft.model.eagle3 import start
+from fastdraft.model.eagle3 import serving, start
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
 from fastdraft.run.draft import draft_shape
@@ -880,6 +880,31 @@ def test_a_warm_start_continues_where_the_export_was(make_config, tmp_path, chan
     assert losses(warm.run_dir)[-1]["eval/tau_sim"] == losses(config.run_dir)[-1]["eval/tau_sim"]
     for name in ("master", "d2t", "t2d"):
         assert torch.equal(weights(warm.run_dir)[name], weights(config.run_dir)[name]), name
+
+
+def test_a_checkpoint_to_start_from_is_read_once_for_its_shape(make_config, tmp_path, monkeypatch):
+    """And again where it, or the target, is another than before."""
+    train(make_config(max_steps=1))
+    export_run(Path(make_config().run_dir), tmp_path / "draft", "last", overwrite=False)
+    config, reads = make_config(draft={"init_from": str(tmp_path / "draft")}), []
+    original = serving.load_weights
+    monkeypatch.setattr(serving, "load_weights", lambda *given: reads.append(given) or original(*given))
+    shapes = [draft_shape(config) for _ in range(3)]
+    assert shapes[0] == shapes[1] == shapes[2] and shapes[0].draft_vocab_size == 64 and len(reads) == 1
+    file = tmp_path / "draft" / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"draft_vocab_size": 32}))
+    with pytest.raises(ValueError, match=r"is not a draft to start from: .*config\.json makes it"):
+        draft_shape(config)
+    file.write_text(json.dumps(fields))
+    assert draft_shape(config) == shapes[0] and len(reads) == 3
+    target = shutil.copytree(config.target.path, tmp_path / "target")
+    elsewhere = config.model_copy(update={"target": config.target.model_copy(update={"path": str(target)})})
+    assert draft_shape(elsewhere) == shapes[0] and len(reads) == 4
+    facts = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(facts | {"vocab_size": 200}))
+    with pytest.raises(ValueError, match="is not a draft to start from"):
+        draft_shape(elsewhere)
 
 
 def test_a_warm_start_from_a_checkpoint_of_another_trainer_says_what_its_flag_may_mean(make_config, tmp_path, capsys):
