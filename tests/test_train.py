@@ -557,6 +557,58 @@ def test_a_run_goes_on_with_and_without_a_gpu(make_config, monkeypatch, capsys, 
     assert [r["step"] for r in losses(config.run_dir) if "loss" in r] == [2, 4, 6]
 
 
+BEFORE_TRAINING = ("load_data", "open_source", "make_step", "resume")
+
+
+@pytest.mark.parametrize(
+    ("place", "number"), [*((place, signal.SIGTERM) for place in BEFORE_TRAINING), ("fit_to_target", signal.SIGINT)]
+)
+def test_a_signal_before_training_begins_ends_the_run_with_a_sentence(
+    make_config, whole, tmp_path, fastdraft, monkeypatch, place, number
+):
+    """In a first start, and in one that goes on from a checkpoint: what comes then is the uninterrupted run."""
+    config = make_config()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+
+    def stopped(*given, **more):
+        signal.raise_signal(number)
+        raise AssertionError("it went on")
+
+    said = (
+        f"fastdraft: {number.name} came before training began, so no step is lost; the same command, given again, goes on"
+    )
+    for steps in (0, 3):
+        if steps:
+            with monkeypatch.context() as patch:
+                at_step(patch, steps, lambda _: signal.raise_signal(signal.SIGTERM))
+                assert fastdraft("train", tmp_path / "run.yaml")[0] == 128 + signal.SIGTERM
+            assert steps_kept(config.run_dir)[-1] == 3
+        before = steps_kept(config.run_dir) if steps else []
+        with monkeypatch.context() as patch:
+            patch.setattr(training, place, stopped)
+            code, _, err = fastdraft("train", tmp_path / "run.yaml")
+        assert code == 128 + number and err.strip() == said
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert [path.name for path in list_checkpoints(Path(config.run_dir))] == [f"step-{n:08d}" for n in before]
+    assert fastdraft("train", tmp_path / "run.yaml")[0] == 0
+    expected = whole()
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+
+
+def test_a_forked_process_dies_of_a_signal_that_training_remembers():
+    """Workers that read data are forked; whoever ends them sends SIGTERM."""
+    forked = multiprocessing.get_context("fork")
+    for early in (False, True):
+        with StopSignal(early) as stop:
+            works = forked.Event()
+            worker = forked.Process(target=lambda works=works: (works.set(), time.sleep(60)))
+            worker.start()
+            assert works.wait(30)
+            worker.terminate()
+            worker.join(30)
+        assert worker.exitcode == -signal.SIGTERM and stop.number is None
+
+
 def test_stop_signal_restores_what_was_there():
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with StopSignal() as stop:
