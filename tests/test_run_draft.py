@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from tiny import LLAMA_8B, make_tokenizer
 from transformers import LlamaConfig
 
 from fastdraft.config import Config, parse_config
 from fastdraft.model.methods import METHODS
-from fastdraft.run.draft import muon_matrices, named_optim
+from fastdraft.run.draft import draft_shape, muon_matrices, named_optim
+from fastdraft.run.plan import recipe_lines
 
 VOCAB = 311  # no other size of the target
 
@@ -33,6 +37,20 @@ def test_muon_steps_every_matrix_between_states_and_no_table(method):
     matrices = {name: p.shape for name, p in trained.items() if p.ndim == 2}
     assert stepped == {name for name, size in matrices.items() if VOCAB not in size and 1 not in size}
     assert {"fc.weight"} < stepped
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_whose_rope_is_scaled_is_planned_for(tmp_path, method):
+    """Its draft is made for the shapes of its weights alone, without memory; RoPE's frequencies are numbers there, too."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    make_tokenizer().save_pretrained(tmp_path)
+    draft = {"method": method, "overrides": {} if method == "eagle3" else {"mask_token_id": 5}}
+    tree = {"target": {"path": str(tmp_path)}, "data": {"paths": ["d"]}, "draft": draft, "optim": {"optimizer": "muon"}}
+    config = parse_config(tree, Config)
+    shape = draft_shape(config)
+    assert shape.rope_parameters["rope_type"] == "llama3" and muon_matrices(config, shape)
+    start = recipe_lines(config, shape)[-1]
+    assert method == "eagle3" or "the target's files have no layer" in start
 
 
 @pytest.mark.parametrize("method", METHODS)

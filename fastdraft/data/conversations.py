@@ -16,7 +16,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -433,6 +433,16 @@ def with_textual_arguments(message: dict) -> dict:
 
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [textual(call) for call in calls]} if calls else message
+
+
+def spellings(messages: Iterable[dict]) -> Iterator[list[dict]]:
+    """The messages as chat templates may want them, each to be tried where the one before is refused: reasoning under every
+    name. Most templates write a call's arguments from the object, some (DeepSeek) join them on as text."""
+    usual = [with_reasoning(message) for message in messages]
+    yield usual
+    textual = [with_textual_arguments(message) for message in usual]
+    if textual != usual:
+        yield textual
 
 
 def _function_call(message: dict, number: int) -> dict:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date
-from fastdraft.data.conversations import BadLine, parse, read_lines, with_reasoning, with_textual_arguments
+from fastdraft.data.conversations import BadLine, parse, read_lines, spellings
 from fastdraft.data.template import ChatTemplate, Refused
 
 
@@ -52,14 +52,12 @@ def prompt_ids(
             templates[asks] = ChatTemplate(
                 with_date(tokenizer.get_chat_template(tools=prompt.tools), template_date), kwargs, backend
             )
-        messages = [with_reasoning(message) for message in prompt.messages]
-        try:
-            return templates[asks].render(messages, prompt.tools, add_generation_prompt=True)
-        except Refused:
-            textual = [with_textual_arguments(message) for message in messages]
-            if textual == messages:
-                raise
-            return templates[asks].render(textual, prompt.tools, add_generation_prompt=True)
+        for messages in spellings(prompt.messages):
+            try:
+                return templates[asks].render(messages, prompt.tools, add_generation_prompt=True)
+            except Refused as error:
+                refusal = error
+        raise refusal
 
     try:
         texts = [render(prompt) for prompt in prompts]

@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
-from fastdraft.data.conversations import BadLine, Conversation, with_reasoning, with_textual_arguments
+from fastdraft.data.conversations import BadLine, Conversation, spellings
 from fastdraft.data.history import long_renderings
 from fastdraft.data.samples import Sample
 from fastdraft.data.template import ChatTemplate, Refused, Span
@@ -239,19 +239,14 @@ class ChatTokenizer:
 
     def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]]]:
         where, tools = conversation.where, conversation.tools
-        messages = [with_reasoning(message) for message in conversation.messages]
-        try:
-            return self._place(where, messages, tools)
-        except _Stuck as error:
-            # Most templates write a tool call's arguments from the object, some (DeepSeek) join them on as text.
-            stuck = error
-            textual = [with_textual_arguments(message) for message in messages]
-            if textual != messages:
-                try:
-                    return self._place(where, textual, tools)
-                except _Stuck as error:  # the true reason is that of the attempt that came further
-                    stuck = max(stuck, error, key=lambda error: error.message)
-            raise BadLine(where, f"up to message {stuck.message}: {stuck.reason}") from stuck.__cause__
+        stuck: list[_Stuck] = []
+        for messages in spellings(conversation.messages):
+            try:
+                return self._place(where, messages, tools)
+            except _Stuck as error:
+                stuck.append(error)
+        furthest = max(stuck, key=lambda error: error.message)  # the true reason is that of the attempt that came further
+        raise BadLine(where, f"up to message {furthest.message}: {furthest.reason}") from furthest.__cause__
 
     def _place(
         self, where: str, messages: list[dict], tools: list[dict] | None

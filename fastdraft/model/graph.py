@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -27,9 +29,7 @@ class GraphPool:
         if self._keeper is None:
             self._handle = torch.cuda.graph_pool_handle()
             keeper = torch.cuda.CUDAGraph()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-                self._record(keeper, lambda: None)
+            self._record(keeper, lambda: None)
             self._keeper = keeper
         graph = torch.cuda.CUDAGraph()
         self._record(graph, launch)
@@ -38,17 +38,31 @@ class GraphPool:
     def _record(self, graph: torch.cuda.CUDAGraph, launch: Callable[[], object]) -> None:
         """What `torch.cuda.graph` does, but for giving back all memory that PyTorch keeps, pinned memory too: whoever comes
         next would wait for it again, at every recording. A recording cannot give memory back itself, so it is done where
-        memory is scarce."""
+        memory is scarce. Python's collector of cycles waits until the end: it may find the graphs of an earlier run, and
+        CUDA breaks off a recording in whose thread a graph is freed."""
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         if free < SCARCE * total:
             torch.cuda.empty_cache()
         if GraphPool.stream is None:
             GraphPool.stream = torch.cuda.Stream()
-        with torch.cuda.stream(GraphPool.stream):
+        with torch.cuda.stream(GraphPool.stream), _no_cycles_collected():
             # Other threads pin memory and copy meanwhile (the loader, a store's reader), which recording must not forbid.
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             try:
                 launch()
             finally:
-                graph.capture_end()
+                with warnings.catch_warnings():  # of a launch that enqueues nothing: the end of a pack without gradients
+                    warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                    graph.capture_end()
+
+
+@contextmanager
+def _no_cycles_collected() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

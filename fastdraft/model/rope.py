@@ -33,7 +33,8 @@ def inverse_frequencies(
         max_position_embeddings=max_positions,
         rope_parameters=dict(rope_parameters),
     )
-    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    with torch.device("cpu"):  # it makes numbers of its own, also where a draft is made for its shapes, on meta
+        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
 
 
 class Rope(nn.Module):

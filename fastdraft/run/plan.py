@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from fastdraft.model.method import Row
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import DTYPES, bf16_is_slow, pick_dtype
 from fastdraft.model.target_config import language_config, longest_context, named_dtype
-from fastdraft.optim import muon_bytes
+from fastdraft.optim import MuonCost, muon_cost
 from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
@@ -75,7 +76,8 @@ def predict(config: Config, device: torch.device) -> Plan:
 
 
 def _predict(config: Config, device: torch.device, facts: dict[str, Any], target_params: int, shape: BaseModel) -> Plan:
-    replicas = max(1, mesh.world() // config.dist.tensor)
+    tensor = config.dist.tensor
+    replicas = max(1, mesh.world() // tensor)
     precision: Any = "fp8" if config.precision == "fp8" else pick_dtype(config.precision, device)
     widened = not runs_target(config) and bf16_is_slow(device)
     return plan(
@@ -91,15 +93,16 @@ def _predict(config: Config, device: torch.device, facts: dict[str, Any], target
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
         replicas=replicas,
-        muon_bytes=muon_bytes(
-            muon_matrices(config, shape),
-            4 if precision == "fp32" else 2,
-            shape.num_parameters()["trainable"],
-            replicas,
-        ),
-        tensor=config.dist.tensor,
+        muon_bytes=_muon_cost(config, shape, 4 if precision == "fp32" else 2, replicas).num_bytes,
+        tensor=tensor,
         **step_options(config),
     )
+
+
+def _muon_cost(config: Config, shape: BaseModel, itemsize: int, replicas: int) -> MuonCost:
+    tensor = config.dist.tensor
+    count = -(-shape.num_parameters()["trainable"] // tensor)
+    return muon_cost(muon_matrices(config, shape), itemsize, count, replicas, tensor)
 
 
 def memory_lines(config: Config, device: torch.device, gib: float | None = None) -> list[str]:
@@ -191,7 +194,6 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
     shape, method = draft_shape(config), named_method(config.draft.method)
     target = target_sizes(load_target_config(*config.target.files))
     precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
-    stepped = muon_matrices(config, shape)
 
     def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         def cost(tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
@@ -209,12 +211,12 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
         # A process may have some of a pack's tokens only, and each of them sees as much as in the whole pack.
         return cost(tokens)[0], cost(config.data.pack_tokens)[1]
 
-    def of_muon(replicas: int) -> int:
-        return muon_bytes(stepped, 4 if precision == "fp32" else 2, shape.num_parameters()["trainable"], replicas)
-
     def planned(layout: fleet.Layout) -> fleet.FleetPlan:
         dist = config.dist.model_copy(update={"sequence": layout.sequence, "tensor": layout.tensor})
-        found = fleet.fleet_plan(
+        laid_out, draft_bytes = config.model_copy(update={"dist": dist}), 4 if precision == "fp32" else 2
+        fleet.refuse_uneven(layout, config.optim.packs_per_step)
+        check_layout(laid_out, shape)
+        return fleet.fleet_plan(
             layout,
             hardware,
             target,
@@ -224,13 +226,11 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             document_tokens=config.data.max_length,
             run_tokens=RUN_TOKENS,
             packs_per_step=config.optim.packs_per_step,
-            muon_bytes=of_muon if stepped else None,
+            muon=_muon_cost(laid_out, shape, draft_bytes, layout.world // layout.tensor),
             sums=4 * len(method.step_weights(config, shape).weight),  # after o and after down, forward and backward
             target_bytes=4 if config.target.dtype == "fp32" else 2,
-            draft_bytes=4 if precision == "fp32" else 2,
+            draft_bytes=draft_bytes,
         )
-        check_layout(config.model_copy(update={"dist": dist}), shape)
-        return found
 
     return planned
 
@@ -340,7 +340,7 @@ def _optimizer(config: Config, shape: BaseModel) -> str:
     clipped = f"Gradients are clipped to a norm of {optim.clip:g}, so that one odd batch moves the weights little."
     if not stepped:
         return f"AdamW steps all weights at a rate of {optim.lr:.2g}. {clipped}"
-    share = sum(m.end - m.start for m in stepped) / shape.num_parameters()["trainable"]
+    share = sum(math.prod(m.whole) for m in stepped) / shape.num_parameters()["trainable"]
     return (
         f"Muon steps {len(stepped)} matrices, {share:.0%} of the trained weights, at a rate of "
         f"{optim.muon_lr or optim.lr:.2g}: such a step is as large along every direction of a matrix, and on the whole as "

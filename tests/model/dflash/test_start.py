@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TINY
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -22,16 +23,7 @@ from fastdraft.run.plan import recipe_lines
 from fastdraft.target.layers import layer_weights, target_layers
 
 BLOCKS = ("dflash", "dspark", "dflash2")
-SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=64,
-    tie_word_embeddings=True,
-)
+SIZES = TINY | {"vocab_size": 64, "tie_word_embeddings": True, "initializer_range": 0.02}
 KINDS = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 MASK = 63
 
