@@ -384,6 +384,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     block = re.match(rf"\s*</{re.escape(opened['tag'])}>\s*", answer) if opened else None
     if block and thought_end(message) and opened["tag"] != "think":
         raise LeftOut(OTHER_TAG)
+    if opened and answer.lstrip().startswith(f"<{opened['tag']}>"):
+        return _opened_once(answer, opened, prompt, full[end:])
     twice = block and thought_end(message) and "</think>" in answer[block.end() :]
     raw = None
     if prompt is not None and not template.lead and (twice or (thinks and (block or not located.reasoning))):
@@ -399,14 +401,41 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
         if filled is not None:
             before = full[:start] if prompt is None else prompt
             return Turn(before + filled + full[end:], (len(before), len(before) + len(filled)), raw_reasoning=True)
+    # A block for reasoning that the message does not have is the template's or the prompt's, and not what the model said.
     if prompt is None or full.startswith(prompt):
-        # An empty block for reasoning that the message does not have is the template's own, and not what the model said.
         if block and not thought_end(message):
-            return Turn(full, (start + block.end(), end), lost, unopened=True)
+            return Turn(full, (start + _without_own_white(message, block), end), lost, unopened=True)
+        if opened and not thinks and not thought_end(message) and message.get("finish_reason") not in CUT:
+            before = prompt[: opened.start()]  # the template writes the answer into the block, and closes it nowhere
+            return Turn(before + full[start:], (len(before), len(before) + end - start), unopened=True)
         return Turn(full, (start, end), lost, empty_block=not thinks and bool(empty))
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
-    return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
+    first = len(before)
+    if lacked := _OPENED.search(located.lacks) if unopened else None:
+        tag = re.escape(lacked["tag"])
+        own = re.match(rf"\s*(?:<{tag}>\s*)?</{tag}>\s*", answer)
+        if own and thought_end(message) and answer.startswith("<think>", own.end()):
+            if lacked["tag"] != "think":
+                raise LeftOut(OTHER_TAG)
+            return _opened_once(answer[own.end() :], lacked, prompt, full[end:])
+        if own and not thinks:
+            first += _without_own_white(message, own)
+    return Turn(before + full[start:], (first, len(before) + end - start), lost, unopened=unopened)
+
+
+def _opened_once(said: str, opened: re.Match[str], prompt: str, after: str) -> Turn:
+    """A turn whose content opens the reasoning as the prompt does, which the model did not do again."""
+    said = said.lstrip().removeprefix(f"<{opened['tag']}>")
+    said = said.lstrip() if opened["white"] else said
+    return Turn(prompt + said + after, (len(prompt), len(prompt) + len(said)), raw_reasoning=True)
+
+
+def _without_own_white(message: dict, block: re.Match[str]) -> int:
+    """Where a block of the template's before an answer ends, without white space that the answer itself begins with."""
+    content = message["content"]
+    white = content[: len(content) - len(content.lstrip())]
+    return block.end() - len(white) if white and block.group().endswith(white) else block.end()
 
 
 def _filled(message: dict, answer: str, empty: re.Match[str], lost: bool, template: ChatTemplate) -> str | None:
