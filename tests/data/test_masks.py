@@ -800,7 +800,8 @@ def test_what_the_template_writes_for_a_block_that_an_answer_lacks_is_not_the_mo
     template = (
         "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' %}{% if m.reasoning_content %}"
         "{{ '<think>\\n' + m.reasoning_content + '</think>' }}{% else %}BLOCK{% endif %}{% endif %}"
-        "{{ m.content + '<|stop|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\\n' }}{% endif %}"
+        "{{ m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\\n' }}{% endif %}"
     ).replace("BLOCK", block)
     tokenizer, before = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:"
     for content in ("yes", "\n yes"):
