@@ -298,6 +298,17 @@ class Turns:
                 if shown.strip() and opened.strip().endswith(shown.strip()):
                     return start + len(shown.rstrip()), ""
                 return start, opened
+        # Where a block is all of the generation prompt, the turn begins where the messages before it end (Hunyuan A13B).
+        header = self.template.header
+        if (
+            prompt is not None
+            and header.strip()
+            and prompt.endswith(header)
+            and (_OPENED.search(header) or _closed(header))
+        ):
+            start = len(prompt) - len(header)
+            if before <= start <= first and full.startswith(prompt[:start]) and not full[start:first].strip():
+                return start, header
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
             return start, ""
         raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)

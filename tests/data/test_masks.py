@@ -813,6 +813,22 @@ def test_what_the_template_writes_for_a_block_that_an_answer_lacks_is_not_the_mo
     assert texts == [f"{before}<think>\n[[since</think>yes<|stop|>]]"] and done.unopened == 0
 
 
+@pytest.mark.parametrize(("block", "shown"), [("<think>\n\n</think>\n", True), ("<think>\n", False)])
+def test_a_block_that_is_all_of_the_generation_prompt(block, shown):
+    """Hunyuan A13B's answers begin behind the user's last token; with reasoning off the prompt has an empty block there."""
+    template = (
+        "{% for m in messages %}{{ m.content + ('<|stop|>' if m.role == 'assistant' else '<|turn|>') }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'BLOCK' }}{% endif %}"
+    ).replace("BLOCK", block.replace("\n", "\\n"))
+    texts, done = marked(block_tokenizer(template), chat("q", "yes", "r", "no"))
+    served = block if shown else ""
+    second = f"q<|turn|>yes<|stop|>r<|turn|>{served}[[no<|stop|>]]"
+    expected = (
+        [f"q<|turn|>{served}[[yes<|stop|>]]", second] if shown else ["q<|turn|>[[yes<|stop|>]]r<|turn|>[[no<|stop|>]]"]
+    )
+    assert texts == expected and done.unopened == (0 if shown else 2)
+
+
 QUOTES = "Use the `</think>` tag."
 
 
