@@ -16,7 +16,7 @@ allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch, a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from rich.table import Table
 from fastdraft.files import GIB
 from fastdraft.model.method import Precision, Row
 from fastdraft.model.methods import method_of
-from fastdraft.optim import Matrix, muon_bytes
+from fastdraft.optim import Matrix, MuonCost, muon_cost
 
 # Dense bf16 FLOP/s by what a GPU's name contains, from the maker's data sheets; the first that fits counts.
 PEAK_FLOPS = {
@@ -84,7 +84,8 @@ class Training:
     document_tokens: int  # longest document L
     precision: Precision = "bf16"
     device: Literal["cuda", "cpu"] = "cuda"  # the fused step's attention: kernels, or the reference that keeps scores
-    muon: Sequence[Matrix] = ()  # the weights that Muon steps
+    # The weights that Muon steps, of one of so many processes that share the draft's.
+    muon: Callable[[int], list[Matrix]] = lambda tensor: []
     step: dict[str, Any] = field(default_factory=dict)  # what else the method's `step_cost` reads
 
     @property
@@ -117,8 +118,8 @@ class Training:
         """Of g and f: the states of the layers that are read, and of the last."""
         return (len(self.draft.layers) + 1) * self.draft.target_hidden_size * tokens * self.target_dtype.itemsize
 
-    def muon_bytes(self, replicas: int) -> int:
-        return muon_bytes(self.muon, self.itemsize, self.trainable, replicas)
+    def muon_cost(self, replicas: int, tensor: int) -> MuonCost:
+        return muon_cost(self.muon(tensor), self.itemsize, -(-self.trainable // tensor), replicas, tensor)
 
     def checkpoint_copies(self, replicas: int, tensor: int) -> tuple[Row, ...]:
         beside = frozen_bytes(self.draft, self.itemsize)
@@ -147,7 +148,7 @@ def plan(
     draft_step, work = training.step_cost(draft, training.pack_tokens)
     checkpoint = 12 * trainable + frozen_bytes(draft, b)  # fp32 master, two moments
     share = -(-trainable // replicas)
-    muon = training.muon_bytes(replicas)
+    muon = training.muon_cost(replicas, tensor).num_bytes
     between: tuple[Row, ...] = (Row("Muon's directions and temporaries", muon),) if muon else ()
     host = training.checkpoint_copies(replicas, tensor)
     if training.device == "cpu":

@@ -105,6 +105,7 @@ class FleetPlan:
     memory: tuple[Row, ...]  # bytes at the peak
     target_s: float
     draft_s: float
+    muon_s: float  # in which matrices are orthogonalised; the rest of an optimizer's step is not counted
     collectives: tuple[Collective, ...]
     tokens: float  # of an optimizer step, over all GPUs
     gpu_gib: float
@@ -119,7 +120,7 @@ class FleetPlan:
 
     @property
     def step_s(self) -> float:
-        return self.target_s + self.draft_s + sum(c.exposed for c in self.collectives)
+        return self.target_s + self.draft_s + self.muon_s + sum(c.exposed for c in self.collectives)
 
     @property
     def exposed_share(self) -> float:
@@ -156,6 +157,7 @@ def fleet_plan(
     replicas = layout.world // t
     own_tokens = pack_tokens if s == 1 else 2 * -(-pack_tokens // (2 * s))  # two slices, of which the last are filled up
     packs = packs_per_step / layout.data  # of one process
+    muon = training.muon_cost(replicas, t)
     length = min(training.document_tokens, pack_tokens)
 
     # Memory. A target whose documents share processes runs the pack at once, another one `run_tokens` at a time.
@@ -173,7 +175,7 @@ def fleet_plan(
         Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + embedding * draft_bytes),
         Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
         Row("fp32 gradient", int(4 * trainable)),
-        Row("Muon's directions and temporaries", training.muon_bytes(replicas)),
+        Row("Muon's directions and temporaries", muon.num_bytes),
         Row("features g and f", training.feature_bytes(own_tokens)),
         Row("keys and values of the others' tokens, and gradients", gathered_kv),
         *step,
@@ -188,6 +190,7 @@ def fleet_plan(
     target_s = tokens * (2 * target.active + attention) / rate
     draft_s = tokens * sum(row.size for row in flops) / rate
     runs = packs * (1 if s > 1 else math.ceil(pack_tokens / max(run_tokens, length)))
+    muon_s = muon.flops / rate
     gather_s = hardware.seconds(runs * target.layers * target_bytes * _others(h), h)
     pack_kv = packs * target.num_layers * target.kv_width * pack_tokens * target_bytes * _others(s)
     draft_kv = packs * kv * pack_tokens * (draft_bytes + 4) * _others(s)
@@ -196,7 +199,8 @@ def fleet_plan(
     for name, num_bytes, span in (
         ("gradient summed", 4 * trainable * _others(replicas), layout.world),
         ("draft's weights gathered", draft_bytes * trainable * _others(replicas), layout.world),
-        ("Muon's directions gathered", draft_bytes * trainable * _others(replicas) if training.muon else 0, layout.world),
+        ("Muon's directions gathered", draft_bytes * trainable * _others(replicas) if muon.flops else 0, layout.world),
+        ("Muon's matrices joined and taken apart", muon.sent, t),
         ("target's keys and values gathered", pack_kv, s * t),
         ("draft's keys, values and their gradients", draft_kv, s * t),
         ("sums over the tensor axis", chain_sums, t),
@@ -208,6 +212,7 @@ def fleet_plan(
         tuple(row for row in memory if row.size),
         target_s,
         draft_s,
+        muon_s,
         tuple(c for c in collectives if c.seconds),
         packs_per_step * pack_tokens,
         hardware.gpu_gib,
@@ -279,6 +284,8 @@ def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware,
     table.add_column("on its link, hidden or not", justify="right")
     table.add_row("target", f"{chosen.target_s:.3f}", "")
     table.add_row("draft", f"{chosen.draft_s:.3f}", "")
+    if chosen.muon_s:
+        table.add_row("Muon's matrices orthogonalised", f"{chosen.muon_s:.3f}", "")
     for c in chosen.collectives:
         table.add_row(c.name, f"{c.exposed:.3f}", f"{c.seconds:.3f}")
     console.print(table)

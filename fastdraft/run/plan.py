@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def _training(config: Config, device: torch.device, shape: BaseModel) -> Trainin
         document_tokens=config.data.max_length,
         precision="fp8" if config.precision == "fp8" else pick_dtype(config.precision, device),
         device=device.type,
-        muon=muon_matrices(config, shape),
+        muon=lambda tensor: muon_matrices(_with(config, "dist.tensor", tensor), shape),
         step=of_all | {"chunk_rows": config.chunk_rows} | own,
     )
 
@@ -188,7 +189,9 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
 
     def planned(layout: fleet.Layout) -> fleet.FleetPlan:
         dist = config.dist.model_copy(update={"sequence": layout.sequence, "tensor": layout.tensor})
-        found = fleet.fleet_plan(
+        fleet.refuse_uneven(layout, config.optim.packs_per_step)
+        check_layout(config.model_copy(update={"dist": dist}), shape)
+        return fleet.fleet_plan(
             layout,
             hardware,
             target,
@@ -197,8 +200,6 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             packs_per_step=config.optim.packs_per_step,
             sums=4 * len(weighed),  # after o and after down, forward and backward
         )
-        check_layout(config.model_copy(update={"dist": dist}), shape)
-        return found
 
     return planned
 
@@ -312,7 +313,7 @@ def _optimizer(config: Config, shape: BaseModel) -> str:
     clipped = f"Gradients are clipped to a norm of {optim.clip:g}, so that one odd batch moves the weights little."
     if not stepped:
         return f"AdamW steps all weights at a rate of {optim.lr:.2g}. {clipped}"
-    share = sum(m.end - m.start for m in stepped) / shape.num_parameters()["trainable"]
+    share = sum(math.prod(m.whole) for m in stepped) / shape.num_parameters()["trainable"]
     return (
         f"Muon steps {len(stepped)} matrices, {share:.0%} of the trained weights, at a rate of "
         f"{optim.muon_lr or optim.lr:.2g}: such a step is as large along every direction of a matrix, and on the whole as "
