@@ -17,7 +17,7 @@ bound where messages are small.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,14 +25,12 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from fastdraft.cost import Training
 from fastdraft.files import GIB
 from fastdraft.model.method import Row
-from fastdraft.optim import MuonCost
 
 GATHERED = 3  # layers of a sharded target that are whole at a time: one runs, one arrives, one is copied out of its message
 UNCOUNTED = 0.06  # share of a GPU that is left to the CUDA context, libraries' scratch and the allocator
-
-StepCost = Callable[[BaseModel, int, int], tuple[tuple[Row, ...], tuple[Row, ...]]]
 
 
 @dataclass(frozen=True)
@@ -139,17 +137,11 @@ def fleet_plan(
     layout: Layout,
     hardware: Hardware,
     target: TargetSizes,
-    draft: BaseModel,  # the draft's shape
-    step_cost: StepCost,  # of a part's shape, its tokens of a pack, T: bytes at the peak of a step, FLOPs a token
+    training: Training,
     *,
-    pack_tokens: int,  # N
-    document_tokens: int,  # the longest document
     run_tokens: int,  # the target runs so many tokens at a time, or a longer document
     packs_per_step: int,
     sums: int,  # [M, H] sums over the tensor axis that a token's chain takes forward and backward
-    target_bytes: int,  # of a number
-    draft_bytes: int,
-    muon: MuonCost,  # of this layout; nothing with AdamW alone
 ) -> FleetPlan:
     """What a layout needs. ValueError naming the setting where it does not divide what it is to divide."""
     refuse_uneven(layout, packs_per_step)
@@ -159,16 +151,18 @@ def fleet_plan(
             + target.apart
         )
     s, t, h = layout.sequence, layout.tensor, layout.holders
-    count = draft.num_parameters()
-    trainable = count["trainable"] / t
+    draft, pack_tokens = training.draft, training.pack_tokens
+    target_bytes, draft_bytes = training.target_dtype.itemsize, training.itemsize
+    trainable, embedding = training.trainable / t, draft.num_parameters()["embedding"]
     replicas = layout.world // t
     own_tokens = pack_tokens if s == 1 else 2 * -(-pack_tokens // (2 * s))  # two slices, of which the last are filled up
     packs = packs_per_step / layout.data  # of one process
-    length = min(document_tokens, pack_tokens)
+    muon = training.muon_cost(replicas, t)
+    length = min(training.document_tokens, pack_tokens)
 
     # Memory. A target whose documents share processes runs the pack at once, another one `run_tokens` at a time.
     part = tensor_part(draft, t)
-    step, flops = step_cost(part, own_tokens, t)
+    step, _ = training.step_cost(part, own_tokens, t)
     running = own_tokens if s > 1 else min(pack_tokens, max(run_tokens, length))
     activations = running * (6 * target.hidden_size + target.attention_width + 3 * target.mlp_width) * target_bytes
     kv = 2 * part.num_key_value_heads * part.head_dim * getattr(part, "num_hidden_layers", 1)  # of all layers of the draft
@@ -178,16 +172,18 @@ def fleet_plan(
         Row("target's layers" + (f", 1/{h}" if h > 1 else ""), -(-target.layers // h) * target_bytes),
         Row(f"{GATHERED} layers of the target whole", (GATHERED * target.largest_layer if h > 1 else 0) * target_bytes),
         Row("target's activations", activations),
-        Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + count["embedding"] * draft_bytes),
+        Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + embedding * draft_bytes),
         Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
         Row("fp32 gradient", int(4 * trainable)),
         Row("Muon's directions and temporaries", muon.num_bytes),
-        Row("features g and f", (len(draft.layers) + 1) * target.hidden_size * own_tokens * target_bytes),
+        Row("features g and f", training.feature_bytes(own_tokens)),
         Row("keys and values of the others' tokens, and gradients", gathered_kv),
         *step,
     ]
 
-    # Work of one GPU in a step, and what its links move. Processes of a tensor axis run the target on the same tokens.
+    # Work of one GPU in a step, and what its links move. Processes of a tensor axis run the target on the same tokens. Of a
+    # pack that is shared a process has some tokens only, and each of them sees as much as in the whole pack.
+    _, flops = training.step_cost(part, pack_tokens, t)
     tokens = packs * pack_tokens / s
     rate = hardware.tflops * 1e12
     attention = 2 * target.attention_width * length * target.num_layers  # two products over half the pairs
