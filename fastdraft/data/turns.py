@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastdraft.data.conversations import CUT
-from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, strings, thought_end
+from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, pieces, strings, thought_end
 from fastdraft.data.template import ChatTemplate, Refused, Span
 
 NOT_SHOWN = (
@@ -273,7 +273,7 @@ class Turns:
         if not how.given:
             raise Refused(NOT_SHOWN)
         nearest = max((place for place in given if place.end <= first), key=lambda place: place.end, default=None)
-        before = nearest.end if nearest else 0
+        before, all_marked = self._words_end(messages, nearest, full, first)
         gap = full[before:first]
         if prompt is not None:
             marks, marked, marked_tools = mark_all(messages[:-1], tools, how, self.template.tags)
@@ -282,7 +282,7 @@ class Turns:
             except Refused:
                 plain, places = "", []
             last = max(places, key=lambda place: place.end, default=None)
-            tail = prompt[last.end if last else 0 :]
+            tail = prompt[self._words_end(messages, last, prompt, len(prompt))[0] :] if all_marked else ""
             # The prompt may end with words that the rendering with the turn has dropped. Then the gap is another one.
             same = (last and last.leaf) == (nearest and nearest.leaf)
             if plain == prompt and tail and same and gap.startswith(tail):
@@ -312,6 +312,34 @@ class Turns:
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
             return start, ""
         raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
+
+    def _words_end(
+        self, messages: Sequence[dict], nearest: Occurrence | None, text: str, first: int
+    ) -> tuple[int, bool]:  # the place; whether marks show all messages behind those words
+        """Where the last words before a turn end, with the tags of their message behind them: tags have no marks, and one
+        that is quoted there is no header. Refused where that place is not certain."""
+        end, index = (nearest.end, nearest.leaf.message) if nearest else (0, -1)
+        if nearest and index >= 0:
+            parts = pieces(messages[index], index, self.template.tags)
+            at = max((i for i, part in enumerate(parts) if part == nearest.leaf), default=None)
+            behind = [] if at is None else parts[at + 1 :]
+            if behind and not any(isinstance(part, Leaf) for part in behind):
+                whole, core = nearest.leaf.whole, nearest.leaf.text
+                tags = whole[whole.index(core) + len(core) :] + "".join(behind)
+                form = next((form for form in (tags, tags.rstrip()) if text.startswith(form, end)), None)
+                if form is None:
+                    raise Refused(NOT_SHOWN)
+                end += len(form)
+        all_marked = True
+        for i in range(index + 1, len(messages) - 1):
+            content = messages[i]["content"].strip()
+            if not content or any(isinstance(part, Leaf) for part in pieces(messages[i], i, self.template.tags)):
+                continue
+            all_marked = False  # a message of tags alone
+            if text.count(content, end, first) > 1:
+                raise Refused(NOT_SHOWN)
+            end = max(end, text.find(content, end, first) + len(content)) if content in text[end:first] else end
+        return end, all_marked
 
     def _marked_start(
         self, messages: Sequence[dict], tools: list[dict] | None, given: list[Occurrence], full: str, first: int

@@ -829,6 +829,26 @@ def test_a_block_that_is_all_of_the_generation_prompt(block, shown):
     assert texts == expected and done.unopened == (0 if shown else 2)
 
 
+# A header that is a tag alone, as DeepSeek's.
+TAG_HEADER = (
+    "{% for m in messages %}{{ ('<|ask|>' if m.role == 'user' else '<|head|>') + m.content }}"
+    "{{ '<|stop|>' if m.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|><think>\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("said", ["x<|head|><think>\n ", "<|head|><think>\n", "x<|head|>", "<|head|>y<think>\n"])
+def test_a_header_of_tags_that_a_user_quotes_is_no_header(said):
+    """Tags have no marks, so the words before a turn end behind the tags of their message."""
+    texts, done = marked(block_tokenizer(TAG_HEADER, "<|ask|>", "<|head|>"), chat(said, "yes"))
+    assert texts == [f"<|ask|>{said}<|head|>[[yes<|stop|>]]"] and done.unopened == 1
+
+
+def test_a_message_of_the_headers_tag_alone_is_refused_where_the_header_cannot_be_told_from_it():
+    with pytest.raises(BadLine, match="its start cannot be found"):
+        marked(block_tokenizer(TAG_HEADER, "<|ask|>", "<|head|>"), chat("<|head|>", "yes"))
+
+
 QUOTES = "Use the `</think>` tag."
 
 
