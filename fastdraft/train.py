@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import time
@@ -34,6 +35,7 @@ from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.dist.tensor import Parts
+from fastdraft.dist.watch import StoppedEarly
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
@@ -71,20 +73,23 @@ class TrainResult:
 
 
 def train(config: Config, fresh: bool = False) -> TrainResult:
-    """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
+    """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`.
+
+    A signal ends it after the step that is under way, with a checkpoint. Raises StoppedEarly for one that comes before.
+    """
     device = mesh.start_process(config.device, config.dist.timeout_s)
-    with mesh.ending_together(config.dist.silent_s):
+    with mesh.ending_together(config.dist.silent_s), StopSignal(early=True) as stop:
         mesh.refuse_unlike(lambda: started_with(config, fresh))
         mesh.lay_out(config.dist.sequence, config.dist.tensor)
         # every rank computes in what rank 0 chose, though their CPUs may differ
         config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
         check_precision(config, device)
         with checkpoint.alone_in(Path(config.run_dir)):
-            return _train(config, fresh, device, dtype_lines)
+            return _train(config, fresh, device, dtype_lines, stop)
 
 
-def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
-    run = Run(config, fresh, device, messages)
+def _train(config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> TrainResult:
+    run = Run(config, fresh, device, messages, stop)
     with ExitStack() as stack:
         run.begin(stack)
         for step in range(run.first_step + 1, run.total_steps + 1):
@@ -115,9 +120,10 @@ class Run:
     """This process's part of a run: what it trains and on what, and what it has to tell of the steps since the last line of
     metrics."""
 
-    def __init__(self, config: Config, fresh: bool, device: torch.device, messages: list[str]) -> None:
+    def __init__(self, config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> None:
         self.config = config
         self.device = device
+        self.stop = stop
         self.run_dir = Path(config.run_dir)
         self.data_axis = mesh.axis("data")
         self.replicas = mesh.axis("replicas")
@@ -180,9 +186,9 @@ class Run:
         self.saved = self.first_step  # the step of the newest checkpoint
 
     def begin(self, stack: ExitStack) -> None:
-        """Opens what `stack` closes: threads, files, handlers of signals."""
+        """Opens what `stack` closes: threads and files. A checkpoint of before is evaluated now where it was not."""
         config = self.config
-        self.stop = stack.enter_context(StopSignal())
+        self.stop.early = False
         stack.callback(self.source.close)
         self.ahead = stack.enter_context(Ahead(self.loader, self.device.type == "cuda", announce=self.source.expect))
         if self.data.stream:
@@ -526,12 +532,17 @@ def all_finite(features: Features) -> Tensor:  # scalar bool
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT instead of dying of it; a second one of them does kill."""
+    """Remembers SIGTERM or SIGINT instead of dying of it; `early`, before there is a step to end, it raises StoppedEarly. A
+    second one of them does kill. Processes that are forked meanwhile die of the first."""
 
     failed = False
 
+    def __init__(self, early: bool = False):
+        self.early = early
+
     def __enter__(self) -> StopSignal:
         self.number: int | None = None
+        self._process = os.getpid()
         self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -542,6 +553,10 @@ class StopSignal:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != self._process:
+            signal.raise_signal(number)
+        if self.early:
+            raise StoppedEarly(number)
 
     def agreed(self, failed: bool = False) -> bool:
         """True on every rank once any rank got a signal; so is `self.failed` once any has `failed`."""
