@@ -1,5 +1,5 @@
 """The training loop: packs of documents -> the target's features -> a TTT step -> one optimizer step, read top to bottom.
-`_train` is the loop, `Run.take_step` a step of it.
+`_train` is the loop, `TrainingRun.take_step` a step of it.
 
 One process per GPU, started alone or under torchrun. The global batch of an optimizer step is optim.packs_per_step packs
 whatever the number of processes; each adds un-normalised gradient sums, and the optimizer divides once by the global
@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 
 def _train(config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> TrainResult:
-    run = Run(config, fresh, device, messages, stop)
+    run = TrainingRun(config, fresh, device, messages, stop)
     with ExitStack() as stack:
         run.begin(stack)
         for step in range(run.first_step + 1, run.total_steps + 1):
@@ -116,7 +117,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
     return TrainResult(run.run_dir, run.total_steps, None)
 
 
-class Run:
+class TrainingRun:
     """This process's part of a run: what it trains and on what, and what it has to tell of the steps since the last line of
     metrics."""
 
@@ -194,11 +195,13 @@ class Run:
         if self.data.stream:
             stack.callback(self.data.stream.close)
         self.metrics = None
+        self.say: Callable[[str], None] = lambda line: None
         if mesh.is_rank_0():
             write_run_files(config, self.draft.config)
             going_on = self.first_step or None
             metrics = Metrics(self.run_dir, config.metrics, self.total_steps, going_on, config.model_dump())
             self.metrics = stack.enter_context(metrics)
+            self.say = metrics.say  # no method of the run: the writer, which keeps it, would keep the run's memory
             for line in self.messages:
                 self.say(line)
         stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
@@ -213,10 +216,6 @@ class Run:
                 self.evaluate(self.first_step)
             elif self.writer.beats_best(tau_sim):
                 self.writer.mark_best(self.first_step, tau_sim)
-
-    def say(self, line: str) -> None:
-        if self.metrics:
-            self.metrics.say(line)
 
     def take_step(self, step: int) -> None:
         """Runs target and draft over this process's packs, and begins the optimizer's step."""
