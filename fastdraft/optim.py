@@ -280,7 +280,7 @@ class Muon:
         lr: float,  # AdamW's
     ) -> None:
         c = self.config
-        lr *= (c.muon_lr or c.lr) / c.lr
+        lr *= c.muon_rate / c.lr
         everyone = None
         if self.gather is not None:
             mine = torch.zeros(len(grad), dtype=self.dtype, device=grad.device)
