@@ -2,13 +2,15 @@
 python -m bench.quality_plot
 
 A line is one run of bench/results/quality.jsonl: held-out tau_sim at each evaluation over the seconds of its training loop.
-Only runs of one number of TTT steps are drawn together, since tau_sim counts all of them.
+Of each trainer the runs of at least half the seconds of its longest are drawn, and only those of one number of TTT steps,
+since tau_sim counts all of them. A line of the table is one recipe for so many steps, with all its seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -23,7 +25,7 @@ IMAGE = Path(__file__).parents[1] / "docs" / "img" / "quality.svg"
 
 def draw(rows: list[dict], num_steps: int, path: Path) -> None:
     """ValueError where no row has so many TTT steps."""
-    rows = [row for row in rows if len(row["acceptance"]) == num_steps]
+    rows = long_runs([row for row in rows if len(row["acceptance"]) == num_steps])
     if not rows:
         raise ValueError(f"no row has {num_steps} TTT steps")
     plt.rcParams.update({"svg.hashsalt": "fastdraft", "svg.fonttype": "none"})  # the same file from the same rows
@@ -44,17 +46,31 @@ def draw(rows: list[dict], num_steps: int, path: Path) -> None:
     plt.close(figure)
 
 
+def long_runs(rows: list[dict]) -> list[dict]:
+    """Of each trainer those of at least half the seconds of its longest."""
+    longest = {row["provider"]: max(r["seconds"] for r in rows if r["provider"] == row["provider"]) for row in rows}
+    return [row for row in rows if row["seconds"] >= longest[row["provider"]] / 2]
+
+
 def table(rows: list[dict]) -> list[str]:
-    """The lines of docs/quality.md that say what came of each run."""
+    """The lines of docs/quality.md that say what came of each recipe, for so many steps of one commit: means over seeds."""
     lines = [
-        "| trainer | recipe | seed | steps | tokens | seconds | of these the target's | tau_sim | chain | of 7 | tree |",
+        "| trainer | recipe | seeds | steps | tokens | seconds | of these the target's | tau_sim | chain | of 7 | tree |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    of_recipe: dict[tuple, list[dict]] = {}
     for row in rows:
-        decoded = (f"{row[name]['accepted_length']:.2f}" if name in row else "" for name in ("chain", "long_chain", "tree"))
-        numbers = f"{row['seconds']:.1f} | {row['target_seconds']:.1f} | {row['tau_sim']:.3f} | {' | '.join(decoded)}"
-        about = f"{row['provider']} | {row['recipe']} | {row['seed']} | {row['steps']} | {row['tokens']:,}"
-        lines.append(f"| {about} | {numbers} |")
+        of_recipe.setdefault(tuple(row[key] for key in ("provider", "recipe", "commit", "steps")), []).append(row)
+    for (provider, recipe, _, steps), runs in of_recipe.items():
+        low, high = (f"{of(run['tau_sim'] for run in runs):.3f}" for of in (min, max))
+        tau = f"{mean(run['tau_sim'] for run in runs):.3f}" + (f" ({low} to {high})" if low != high else "")
+        decoded = []
+        for name in ("chain", "long_chain", "tree"):
+            found = [run[name]["accepted_length"] for run in runs if name in run]
+            decoded.append(f"{mean(found):.2f}" if found else "")
+        seconds, of_target = (f"{mean(run[key] for run in runs):.1f}" for key in ("seconds", "target_seconds"))
+        about = f"{provider} | {recipe} | {len({run['seed'] for run in runs})} | {steps} | {runs[0]['tokens']:,}"
+        lines.append(f"| {about} | {seconds} | {of_target} | {tau} | {' | '.join(decoded)} |")
     return lines
 
 

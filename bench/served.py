@@ -1,7 +1,8 @@
 """What features from a server cost: python -m bench.served --engine-python PYTHON [--layers 32] [--parts states train ...]
 
 A random target of an 8B's shape is written to a folder, `fastdraft serve-target` starts it, and rows of
-bench/results/served.jsonl say how fast it is. Server and trainer share one GPU. Parts:
+bench/results/served.jsonl say how fast it is. Server and trainer share one GPU; with --server-gpu N the server has that one
+alone, and the trainer the one that CUDA_VISIBLE_DEVICES gives this process. Parts:
 
   states   tokens/s of the server's prefill with plain prompts, and when their states are read into this process's memory
            (on the GPU, where there is one) and nothing is trained; in turns, each prompt sent once, so no prefix is cached
@@ -259,10 +260,16 @@ class Bench(NamedTuple):
     commit: str | None
     out: Path
     flags: list[str]
+    gpus: int  # 2 where the server has one alone
 
     def write(self, op: str, row: dict) -> None:
         shape = {"shape": self.sizes.shape, "target_layers": self.layers, "dtype": self.sizes.dtype}
-        shape |= {"engine_flags": self.flags, "max_length": self.sizes.max_length, "pack_tokens": self.sizes.pack_tokens}
+        shape |= {
+            "gpus": self.gpus,
+            "engine_flags": self.flags,
+            "max_length": self.sizes.max_length,
+            "pack_tokens": self.sizes.pack_tokens,
+        }
         append(f"served/{op}", shape | row, self.commit, self.out)
         print(op, row, flush=True)
 
@@ -396,6 +403,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--port", type=int, default=8765)
     parser.add_argument("--folder", help="where the target and the runs lie; default: a temporary folder")
+    parser.add_argument("--server-gpu", help="its number or UUID, as CUDA_VISIBLE_DEVICES takes it; default: the trainer's")
     parser.add_argument("--shared", help="serve-target's --folder; default: its own, in /dev/shm")
     for name in ("packs", "rounds", "steps"):
         parser.add_argument(f"--{name}", type=int, help=f"default: {getattr(FULL, name)}")
@@ -415,7 +423,9 @@ def main() -> None:
         if {*args.parts} - {"links"}:
             write_target(target, sizes, layers)
             print("target written", flush=True)
-        bench = Bench(folder, target, sizes, layers, args.commit, Path(args.out), args.engine_flags)
+        gpus = 1 if args.server_gpu is None else 2
+        bench = Bench(folder, target, sizes, layers, args.commit, Path(args.out), args.engine_flags, gpus)
+        servers_own = os.environ | ({} if args.server_gpu is None else {"CUDA_VISIBLE_DEVICES": args.server_gpu})
         usual = ["--enforce-eager", "--max-model-len", str(sizes.max_length + 1), *sizes.flags]
         usual += [f"--{flag}" for flag in args.engine_flags]
         own = ["--engine-python", args.engine_python]
@@ -433,7 +443,7 @@ def main() -> None:
                 str(args.port),
                 *usual,
             ]
-            with server(command, dict(os.environ), args.port, folder / "server.log") as url:
+            with server(command, servers_own, args.port, folder / "server.log") as url:
                 version = httpx.get(f"{url}/version").json()["version"]
                 if "states" in args.parts:
                     bench.states(url, version)
@@ -449,7 +459,7 @@ def main() -> None:
         if "plain" in args.parts and time.monotonic() < until:
             command = [args.engine_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), *usual]
             command += ["--port", str(args.port + 1)]
-            environment = os.environ | {"PYTHONPATH": args.engine_pythonpath}
+            environment = servers_own | {"PYTHONPATH": args.engine_pythonpath}
             with server(command, environment, args.port + 1, folder / "plain.log") as url:
                 version = httpx.get(f"{url}/version").json()["version"]
                 vocabulary = SHAPES[sizes.shape].vocab_size

@@ -16,7 +16,8 @@ allocator slack, the CUDA context (0.5-1 GiB), Triton's and cuBLAS's scratch, a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from rich.table import Table
 from fastdraft.files import GIB
 from fastdraft.model.method import Precision, Row
 from fastdraft.model.methods import method_of
+from fastdraft.optim import Matrix, MuonCost, muon_cost
 
 # Dense bf16 FLOP/s by what a GPU's name contains, from the maker's data sheets; the first that fits counts.
 PEAK_FLOPS = {
@@ -71,59 +73,93 @@ class Plan:
         return sum(row.size for row in self.flops)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a run trains and how, wherever that is. `plan` says what it takes on one device, `dist/fleet.py` on one GPU of
+    many that share it."""
+
+    draft: BaseModel  # the draft's shape
+    target_dtype: torch.dtype
+    pack_tokens: int  # N
+    document_tokens: int  # longest document L
+    precision: Precision = "bf16"
+    device: Literal["cuda", "cpu"] = "cuda"  # the fused step's attention: kernels, or the reference that keeps scores
+    # The weights that Muon steps, of one of so many processes that share the draft's.
+    muon: Callable[[int], list[Matrix]] = lambda tensor: []
+    step: dict[str, Any] = field(default_factory=dict)  # what else the method's `step_cost` reads
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that the draft is computed in."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def trainable(self) -> int:
+        return self.draft.num_parameters()["trainable"]
+
+    def step_cost(
+        self,
+        part: BaseModel,  # the shape of what one of `tensor` processes has
+        tokens: int,  # of a pack, that this process has
+        tensor: int = 1,
+    ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a draft step, FLOPs per packed token
+        return method_of(self.draft).step_cost(
+            part,
+            pack_tokens=tokens,
+            document_tokens=min(self.document_tokens, tokens),
+            precision=self.precision,
+            target_dtype=self.target_dtype,
+            device=self.device,
+            tensor=tensor,
+            **self.step,
+        )
+
+    def feature_bytes(self, tokens: int) -> int:
+        """Of g and f: the states of the layers that are read, and of the last."""
+        return (len(self.draft.layers) + 1) * self.draft.target_hidden_size * tokens * self.target_dtype.itemsize
+
+    def muon_cost(self, replicas: int, tensor: int) -> MuonCost:
+        return muon_cost(self.muon(tensor), self.itemsize, -(-self.trainable // tensor), replicas, tensor)
+
+    def checkpoint_copies(self, replicas: int, tensor: int) -> tuple[Row, ...]:
+        beside = frozen_bytes(self.draft, self.itemsize)
+        return checkpoint_copies(self.trainable, beside, replicas, tensor, pinned=self.device == "cuda")
+
+
 def plan(
-    draft: BaseModel,  # the draft's shape
+    training: Training,
     *,
     target_params: int,
-    target_dtype: torch.dtype,
-    pack_tokens: int,  # N
-    precision: Precision = "bf16",
-    document_tokens: int | None = None,  # longest document L; a pack is one document when left out
     keep: int = 2,  # latest checkpoints kept, besides the best one
-    device: Literal["cuda", "cpu"] = "cuda",  # the fused step's attention: kernels, or the reference that keeps scores
     stored: bool = False,  # features are read from a store or come from servers: only embedding and head are loaded
-    export_dtype: torch.dtype | None = None,  # None: target_dtype
+    export_dtype: torch.dtype | None = None,  # None: the target's
     cache_bytes: int = 0,  # of disk that a cache of features may fill
     replicas: int = 1,  # processes that divide masters and moments among themselves (dist/shard.py)
-    muon_bytes: int = 0,  # `optim.muon_bytes`
     tensor: int = 1,  # processes that share the draft's weights
-    **step: Any,  # what else the method's `step_cost` reads
 ) -> Plan:
     """Predicted needs of a run on one device, for what `Config` allows. ValueError for fp8 on a CPU, where no run is."""
-    if precision == "fp8" and device == "cpu":
+    draft, target_dtype, b = training.draft, training.target_dtype, training.itemsize
+    if training.precision == "fp8" and training.device == "cpu":
         raise ValueError(
             "precision: fp8 is for GPUs, a run on the CPU refuses it; set precision=bf16, or plan for device=cuda"
         )
-    length = pack_tokens if document_tokens is None else min(document_tokens, pack_tokens)
-    b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
-    count = draft.num_parameters()
-    trainable, frozen = count["trainable"], count["embedding"]
-    method = method_of(draft)
-    maps = map_bytes(draft)
-    draft_step, work = method.step_cost(
-        draft,
-        pack_tokens=pack_tokens,
-        document_tokens=length,
-        precision=precision,
-        target_dtype=target_dtype,
-        device=device,
-        **step,
-    )
-    beside = frozen_bytes(draft, b)
-    checkpoint = 12 * trainable + beside  # fp32 master, two moments
+    trainable, frozen = training.trainable, draft.num_parameters()["embedding"]
+    maps, compute = map_bytes(draft), "fp32" if b == 4 else "bf16"
+    draft_step, work = training.step_cost(draft, training.pack_tokens)
+    checkpoint = 12 * trainable + frozen_bytes(draft, b)  # fp32 master, two moments
     share = -(-trainable // replicas)
-    between: tuple[Row, ...] = (Row("Muon's directions and temporaries", muon_bytes),) if muon_bytes else ()
-    host = checkpoint_copies(trainable, beside, replicas, tensor, pinned=device == "cuda")
-    if device == "cpu":
+    muon = training.muon_cost(replicas, tensor).num_bytes
+    between: tuple[Row, ...] = (Row("Muon's directions and temporaries", muon),) if muon else ()
+    host = training.checkpoint_copies(replicas, tensor)
+    if training.device == "cpu":
         short_lived = sum(row.size for row in draft_step if row.short_lived)
-        update = max(0, max(8 * share, muon_bytes) - short_lived)
+        update = max(0, max(8 * share, muon) - short_lived)
         between = Row("the optimizer's temporaries, beyond a step's", update), *host
     shares_masters = replicas > 1
     weights = trainable + frozen if b < 4 or shares_masters else frozen  # alone, fp32 masters are the weights
     # What a process sends and gets is its slice of the gradient and, where they are no masters, of the weights.
     slices = (4 + (b if b < 4 else 0)) * share if shares_masters else 0
     of_several = f", 1/{replicas}" if shares_masters else ""
-    states = len(draft.layers) + 1  # of a token: the layers', and the last
     memory = (
         Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_dtype.itemsize)
         if stored
@@ -134,7 +170,7 @@ def plan(
         Row("fp32 gradient", 4 * trainable),
         *([Row("slices of gradient and weights, on their way", slices)] if slices else []),
         *between,
-        Row("features g and f of a pack", states * draft.target_hidden_size * pack_tokens * target_dtype.itemsize),
+        Row("features g and f of a pack", training.feature_bytes(training.pack_tokens)),
         *draft_step,
     )
     served = (export_dtype or target_dtype).itemsize
@@ -150,7 +186,7 @@ def plan(
         *([Row("cache of features, at most", cache_bytes)] if cache_bytes else []),
     )
     flops = work if stored else (Row("target forward (every parameter active)", 2 * target_params), *work)
-    return Plan(trainable, frozen, target_params, memory, disk, flops, host if device == "cuda" else ())
+    return Plan(trainable, frozen, target_params, memory, disk, flops, host if training.device == "cuda" else ())
 
 
 def map_bytes(draft: BaseModel) -> int:

@@ -28,10 +28,11 @@ Sources: AdamW (arXiv 1711.05101); Muon (Keller Jordan, 2024), its factor: Moonl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -186,18 +187,23 @@ def _ranges(pairs: list[tuple[int, int]], device: torch.device) -> Tensor:  # [S
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight that Muon steps, and where it lies among all weights laid end to end."""
+    """A weight that Muon steps, or this process's part of it, and where that lies among all weights laid end to end."""
 
     name: str
     start: int
     shape: tuple[int, int]
+    whole: tuple[int, int]  # the weight's shape, of which processes that share weights have parts
 
     @property
     def end(self) -> int:
         return self.start + self.shape[0] * self.shape[1]
 
 
-def matrices(shapes: dict[str, Sequence[int]], config: OptimConfig) -> list[Matrix]:
+def matrices(
+    shapes: dict[str, Sequence[int]],
+    config: OptimConfig,
+    whole: dict[str, Sequence[int]] | None = None,  # of the weights that `shapes` are parts of; None: they are whole
+) -> list[Matrix]:
     """The weights that `optim.muon_weights` names. Where a user names none, `run/draft.py` `named_optim` has named those of
     the method, which alone knows what is a matrix of a linear map and what a table with a row for each token.
 
@@ -218,34 +224,85 @@ def matrices(shapes: dict[str, Sequence[int]], config: OptimConfig) -> list[Matr
                 "leave it to AdamW"
             )
         if chosen:
-            found.append(Matrix(name, start, tuple(shape)))
+            found.append(Matrix(name, start, tuple(shape), tuple((whole or shapes)[name])))
         start += math.prod(shape)
     if not found:
         raise ValueError("optim.optimizer is muon, and no weight is left to it; set optim.optimizer=adamw")
     return found
 
 
-def muon_bytes(
+class MuonCost(NamedTuple):
+    """Of an optimizer step, for the process that has most of each."""
+
+    num_bytes: int  # beside the flat buffers, at most
+    sent: int  # bytes that go to those who share the weights
+    flops: int
+
+
+def muon_cost(
     weights: list[Matrix],
     itemsize: int,  # of a number of the compute dtype
-    count: int,  # P
+    count: int,  # weights of a process, before replicas divide them
     replicas: int = 1,
-) -> int:
-    """What a step of Muon takes beside the flat buffers, at most; 0 without matrices. Several processes gather all P
-    directions. Then a matrix [r, c] has its direction, the iterate before and behind a product and, in turn, two squares of
-    the short side or its step in fp32."""
+    tensor: int = 1,  # processes that share the weights, of which `weights` are one's parts
+) -> MuonCost:
+    """What Muon takes; nothing without matrices.
+
+    Several replicas gather the directions of all weights. Then a matrix [r, c] has its direction, the iterate before and
+    behind a product and, in turn, two squares of the short side or its step in fp32. Processes that share the weights first
+    send each other the parts of all matrices that they step, and keep whole those that they orthogonalise.
+    """
     if not weights:
-        return 0
-    slices = (replicas + 1) * -(-count // replicas) * itemsize if replicas > 1 else 0
-    one = (3 * itemsize * r * c + max(2 * itemsize * min(r, c) ** 2, 4 * r * c) for r, c in (w.shape for w in weights))
-    return slices + max(one)
+        return MuonCost(0, 0, 0)
+    size = -(-count // replicas)
+    slices = (replicas + 1) * size * itemsize if replicas > 1 else 0
+    costs = []
+    for first in range(0, size * replicas, size):
+        stepped = [w for w in weights if w.start < first + size and first < w.end]
+        parts = itemsize * sum(w.end - w.start for w in stepped)
+        for mine in shared_out(stepped, tensor):
+            one = max((_bytes_of_one(w.whole, itemsize) for w in mine), default=0)
+            peak = one
+            if tensor > 1:
+                wholes = tensor * itemsize * sum(w.end - w.start for w in mine)
+                step = 4 * max((w.end - w.start for w in stepped), default=0)
+                peak = max(wholes + max(parts, one), parts + step)
+            costs.append((peak, 2 * parts * (tensor - 1) // tensor, muon_flops(mine)))
+    most = [max(of_each) for of_each in zip(*costs, strict=True)]
+    return MuonCost(slices + most[0], most[1], most[2])
+
+
+def _bytes_of_one(shape: tuple[int, int], itemsize: int) -> int:
+    r, c = shape
+    return 3 * itemsize * r * c + max(2 * itemsize * min(r, c) ** 2, 4 * r * c)
+
+
+def muon_flops(weights: Iterable[Matrix]) -> int:
+    """Of orthogonalising the whole matrices: NS_STEPS times three products."""
+    sides = (sorted(w.whole) for w in weights)
+    return sum(NS_STEPS * 2 * short**2 * (2 * long + short) for short, long in sides)
+
+
+def shared_out(weights: list[Matrix], n: int) -> list[list[Matrix]]:
+    """Which of `weights` each of n processes orthogonalises: the costliest first, to whoever has least to do."""
+    theirs: list[list[Matrix]] = [[] for _ in range(n)]
+    for matrix in sorted(weights, key=lambda w: -muon_flops([w])):  # a stable sort: all processes find the same
+        min(theirs, key=muon_flops).append(matrix)
+    return theirs
+
+
+def one_by_one(weights: list[Matrix], directions: Iterable[Tensor]) -> Iterator[Tensor]:  # of each, as many elements
+    """The directions of whole matrices orthogonalised, each when it is asked for."""
+    for matrix, direction in zip(weights, directions, strict=True):
+        yield orthogonalized(direction.view(matrix.shape)).reshape(-1)
 
 
 class Muon:
     """Steps matrices of a flat buffer, of which this process has the elements from mine[0] up to mine[1].
 
-    A step orthogonalises whole matrices. Where others have the rest of them, `gather` gives every process the directions of
-    all, and each goes on with the matrices that its own elements are of.
+    A step orthogonalises whole matrices. Where replicas have the rest of a buffer, `gather` gives every process the
+    directions of all, and each goes on with the matrices that its own elements are of. Where the buffer holds parts of
+    matrices, `orthogonalize` is asked for the same parts of the whole ones' results.
     """
 
     def __init__(
@@ -255,8 +312,9 @@ class Muon:
         config: OptimConfig,
         dtype: torch.dtype,  # that directions are orthogonalised in
         gather: Callable[[Tensor], Tensor] | None = None,  # everyone's [n] end to end; None: this process has all elements
+        orthogonalize: Callable[[list[Matrix], Iterable[Tensor]], Iterator[Tensor]] = one_by_one,  # of all that are stepped
     ):
-        self.config, self.dtype, self.gather = config, dtype, gather
+        self.config, self.dtype, self.gather, self.orthogonalize = config, dtype, gather, orthogonalize
         self.parts: list[tuple[Matrix, slice, slice]] = []  # a matrix, what is mine of it, where that lies in my buffers
         for matrix in weights:
             lo, hi = max(matrix.start, mine[0]), min(matrix.end, mine[1])
@@ -281,21 +339,20 @@ class Muon:
     ) -> None:
         c = self.config
         lr *= c.muon_rate / c.lr
-        everyone = None
-        if self.gather is not None:
+        if self.gather is None:
+            directions = (self._direction(grad[here], m[here], factor, go) for _, _, here in self.parts)
+        else:
             mine = torch.zeros(len(grad), dtype=self.dtype, device=grad.device)
             for _, _, here in self.parts:
                 mine[here] = self._direction(grad[here], m[here], factor, go)
             everyone = self.gather(mine)
-        for matrix, within, here in self.parts:
-            if everyone is None:
-                direction = self._direction(grad[here], m[here], factor, go)
-            else:
-                direction = everyone[matrix.start : matrix.end]
-            step = orthogonalized(direction.view(matrix.shape)).reshape(-1)[within].to(master.dtype)
+            directions = (everyone[matrix.start : matrix.end] for matrix, _, _ in self.parts)
+        found = self.orthogonalize([matrix for matrix, _, _ in self.parts], directions)
+        for (matrix, within, here), direction in zip(self.parts, found, strict=True):
+            step = direction[within].to(master.dtype)
             if c.weight_decay:
                 master[here].mul_(1 - go * (lr * c.weight_decay))
-            master[here].sub_(step.mul_(go * (lr * 0.2 * math.sqrt(max(matrix.shape)))))
+            master[here].sub_(step.mul_(go * (lr * 0.2 * math.sqrt(max(matrix.whole)))))
             if weights is not None:
                 weights[here] = master[here]
             grad[here].zero_()

@@ -16,7 +16,7 @@ import bench.quality
 import fastdraft.train
 from bench.gate import load
 from bench.quality import BLOCK, HERE, Clock, check_recipes, main, parse, read_recipes, recipe_config, steps_for
-from bench.quality_plot import draw, table
+from bench.quality_plot import draw, long_runs, table
 from fastdraft import checkpoint
 from fastdraft.model.methods import METHODS
 
@@ -242,6 +242,17 @@ def test_the_page_says_what_the_rows_say(tmp_path):
     draw(rows, 7, tmp_path / "drawn.svg")
     for picture in (tmp_path / "drawn.svg", root / "docs/img/quality.svg"):
         text = picture.read_text()
-        assert all(row["recipe"] in text for row in rows)  # every recipe has its line
-    with pytest.raises(ValueError, match="no row has 5 TTT steps"):
-        draw(rows, 5, tmp_path / "none.svg")
+        assert all(row["recipe"] in text for row in long_runs([row for row in rows if len(row["acceptance"]) == 7]))
+    with pytest.raises(ValueError, match="no row has 6 TTT steps"):
+        draw(rows, 6, tmp_path / "none.svg")
+
+
+def test_a_line_of_the_table_is_one_recipe_with_all_its_seeds():
+    about = {"provider": "fastdraft", "recipe": "a", "commit": "c", "steps": 2, "tokens": 8, "seconds": 4.0}
+    runs = [about | {"target_seconds": 1.0, "seed": seed, "tau_sim": 1.5 + seed / 10} for seed in range(3)]
+    runs[0]["chain"] = {"accepted_length": 1.25}
+    other = runs[1] | {"steps": 3, "tau_sim": 2.0, "seconds": 1.9}
+    lines = table([*runs, other])[2:]
+    assert lines[0] == "| fastdraft | a | 3 | 2 | 8 | 4.0 | 1.0 | 1.600 (1.500 to 1.700) | 1.25 |  |  |"
+    assert lines[1] == "| fastdraft | a | 1 | 3 | 8 | 1.9 | 1.0 | 2.000 |  |  |  |"
+    assert long_runs([*runs, other]) == runs

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.work import SHAPES
 from fastdraft import checkpoint as checkpoints
+from fastdraft import cost
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.cost import checkpoint_copies, plan, render
+from fastdraft.cost import Training, checkpoint_copies, render
 from fastdraft.files import free_disk
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.cost import pair_cost
@@ -36,6 +37,13 @@ from fastdraft.train import train
 def config(**changes):
     wide = dict(hidden_size=48, target_hidden_size=48, intermediate_size=112, num_attention_heads=4, num_key_value_heads=2)
     return draft_shape(**wide | dict(head_dim=16, vocab_size=320, draft_vocab_size=100) | changes)
+
+
+def plan(c, *, target_params, target_dtype, pack_tokens, document_tokens=None, precision="bf16", device="cuda", **more):
+    """Of a draft's shape, and of what its step takes; a pack is one document where no length is given."""
+    of_plan = {name: more.pop(name) for name in ("keep", "replicas", "tensor") if name in more}
+    told = Training(c, target_dtype, pack_tokens, document_tokens or pack_tokens, precision, device, step=more)
+    return cost.plan(told, target_params=target_params, **of_plan)
 
 
 def sizes(rows):

@@ -22,7 +22,8 @@ ORDER = (
     ("model.eagle3", "model.dflash", "optim"),
     ("model.dflash2", "model.dspark"),  # the backbone is DFlash's
     ("model.methods",),
-    ("dist", "cost"),
+    ("cost",),
+    ("dist",),
     ("target", "checkpoint"),
     ("decode", "answers"),
     ("evaluate", "serving"),

@@ -10,7 +10,7 @@ from meta_step import LiveBytes
 from torch import nn
 
 from fastdraft.config import OptimConfig
-from fastdraft.optim import FlatAdamW, matrices, muon_bytes, orthogonalized
+from fastdraft.optim import FlatAdamW, matrices, muon_cost, orthogonalized
 
 SHAPES = {"matrix": (4, 3), "norm": (5,), "head": (2, 6)}
 
@@ -348,7 +348,7 @@ def test_the_memory_of_a_step_of_muon_is_predicted():
             args = flat.grad, flat.master, flat.m, weights, torch.ones(()), torch.ones(())
             with LiveBytes([x for x in args if x is not None], device="cpu") as live:
                 flat.muon.step_(*args, 0.1)
-            predicted = muon_bytes(matrices({"w": shape}, config), dtype.itemsize, math.prod(shape))
+            predicted = muon_cost(matrices({"w": shape}, config), dtype.itemsize, math.prod(shape)).num_bytes
             assert predicted * 0.6 <= live.peak <= predicted * 1.01, (dtype, shape, live.peak / predicted)
 
 

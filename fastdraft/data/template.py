@@ -17,10 +17,11 @@ from tokenizers import Encoding, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastdraft.data.config import DATE_MACRO
+from fastdraft.data.marking import REASONING_KEYS
 
 Span = tuple[int, int]  # character positions in a rendered text, end exclusive
 
-QUESTION, ANSWER = "fastdraft-question", "fastdraft-answer"
+QUESTION, ANSWER, THOUGHT = "fastdraft-question", "fastdraft-answer", "fastdraft-thought"
 EXCHANGE = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
 _FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}}
 PROBE_TOOLS = [{"type": "function", "function": _FUNCTION}]
@@ -119,6 +120,20 @@ class ChatTemplate:
         before = text.partition(ANSWER)[0]
         within = before.removeprefix(prompt) if self.header and before.startswith(prompt) else ""
         return self.tags.sub("", within).strip()
+
+    def thought_block(self, tag: str) -> tuple[str, str] | None:
+        """What the template writes before an answer's reasoning and behind it, with white space inside the tags alone; None
+        if it shows that nowhere: in an answer, a call, or an answer behind another."""
+        thought = dict.fromkeys(REASONING_KEYS, THOUGHT)
+        for before, said in (
+            (EXCHANGE[:1], EXCHANGE[1]),
+            (EXCHANGE[:1], CALLED[1]),
+            ((*EXCHANGE, EXCHANGE[0]), EXCHANGE[1]),
+        ):
+            text = self._probe([*before, {**said, **thought}]) or ""
+            if found := re.search(rf"(<{re.escape(tag)}>\s*){THOUGHT}(\s*</{re.escape(tag)}>)", text):
+                return found[1], found[2]
+        return None
 
     @cached_property
     def headers(self) -> list[tuple[str, str]]:

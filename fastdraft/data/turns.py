@@ -38,9 +38,15 @@ CLOSED = (
     "they have reasoning, but the generation prompt closes it, so the served model would give none; "
     "data.chat_template_kwargs turns it on (most templates read enable_thinking: true)"
 )
-_OPENED = re.compile(r"<think>(\s*)$")  # what a prompt ends with that opens the reasoning
-_EMPTY = re.compile(r"\s*<think>\s*</think>")
-_CLOSED = re.compile(r"</(\w+:)?think(:\w+)?>\s*$")  # and that closes it
+OTHER_TAG = "they have <think> in their text, but the generation prompt opens reasoning with another tag"
+EMPTY_BLOCK = (
+    "the chat template writes an empty block where they have reasoning, and nowhere shows how it writes one that is full"
+)
+HEADERLESS = "the generation prompt behind a tool's result lacks the header that the chat template writes before their text"
+_THINK = r"(?:\w+:)?think(?::\w+)?"  # the name of a tag for reasoning: think, seed:think, think:opensource
+_OPENED = re.compile(rf"<(?P<tag>{_THINK})>(?P<white>\s*)$")  # what a prompt ends with that opens the reasoning
+_EMPTY = re.compile(rf"\s*<(?P<tag>{_THINK})>\s*</(?P=tag)>\s*")
+_CLOSED = re.compile(rf"</{_THINK}>\s*$")  # and that closes it
 
 
 class LeftOut(Exception):
@@ -120,7 +126,7 @@ class Turns:
         full = self.template.render(messages, tools) if full is None else full
         prompt = self._prompt(messages[:-1], tools) if prompt is None else prompt
         located = self._by_frame(messages, full, prompt) or self._by_marks(messages, tools, full, prompt)
-        turn = _as_served(message, full, prompt, located, self.template.lead)
+        turn = _as_served(message, full, prompt, located, self.template)
         start, end = turn.span
         quotes = "</think>" in message["content"] and not thought_end(message)  # at which some templates cut all the same
         if quotes and message["content"].strip() not in turn.text[start:end]:
@@ -187,6 +193,8 @@ class Turns:
             # After an assistant's turn some templates write no generation prompt. The header then comes with the turn.
             header, gap = self.template.header, full[start : own[0].start]
             if header.strip() and not prompt.endswith(header) and header in gap:
+                if messages[-2]["role"] in ("tool", "function"):  # which is served, and who writes the header is not shown
+                    raise LeftOut(HEADERLESS)
                 start += gap.index(header) + len(header)
             if not header and self.template.marks:
                 start = self._marked_start(messages, tools, given, full, own[0].start) or start
@@ -282,9 +290,14 @@ class Turns:
         for base, opened in self.template.headers:
             if gap.count(base) == 1 and (prompt is None or prompt.endswith(base + opened)):
                 start = before + gap.index(base) + len(base)
-                # What differs from the prompt in white space alone is the prompt's, and no block that the turn lacks.
-                same = opened.strip() and full[start:first].strip() == opened.strip()
-                return (first, "") if same else (start, opened)
+                # What differs from the prompt in white space alone is the prompt's, and no block that the turn lacks. So is
+                # the end of a block, where the template writes no more of it in a turn (DeepSeek V3.2: </think>).
+                shown = full[start:first]
+                if shown.strip() and (shown.strip() == opened.strip() or opened.endswith(shown)):
+                    return first, ""
+                if shown.strip() and opened.strip().endswith(shown.strip()):
+                    return start + len(shown.rstrip()), ""
+                return start, opened
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
             return start, ""
         raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
@@ -359,18 +372,21 @@ def _said(message: dict, full: str, end: int) -> int:
     return end + len(white) if full.startswith(white, end) else end
 
 
-def _as_served(message: dict, full: str, prompt: str | None, located: _Located, lead: str) -> Turn:
+def _as_served(message: dict, full: str, prompt: str | None, located: _Located, template: ChatTemplate) -> Turn:
     """The turn behind the prompt that is served, where the rendering with the turn has another text before it.
 
     Reasoning that is cut is not put back where answers have a lead: the model would not begin with the reasoning.
     """
     start, end = located.start, located.end
     thinks, answer = bool(_reasoning(message)), full[start:end]
-    opens = prompt is not None and full[:start] == prompt and _OPENED.search(prompt, len(prompt) - TAIL)
-    block = re.match(r"\s*</think>\s*", answer) if opens else None  # by which the template closes what the prompt opens
+    opened = _OPENED.search(prompt, len(prompt) - TAIL) if prompt is not None and full[:start] == prompt else None
+    # by which the template closes what the prompt opens
+    block = re.match(rf"\s*</{re.escape(opened['tag'])}>\s*", answer) if opened else None
+    if block and thought_end(message) and opened["tag"] != "think":
+        raise LeftOut(OTHER_TAG)
     twice = block and thought_end(message) and "</think>" in answer[block.end() :]
     raw = None
-    if prompt is not None and not lead and (twice or (thinks and (block or not located.reasoning))):
+    if prompt is not None and not template.lead and (twice or (thinks and (block or not located.reasoning))):
         raw = _raw(message, prompt, answer)
     if raw is not None:
         return Turn(prompt + raw + full[end:], (len(prompt), len(prompt) + len(raw)), raw_reasoning=True)
@@ -378,14 +394,34 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     if closes and ((thinks and located.reasoning) or answer.lstrip().startswith("<think>")):
         raise LeftOut(CLOSED)
     lost = thinks and not located.reasoning
+    if (empty := _EMPTY.match(answer)) and not located.lacks and not closes:
+        filled = _filled(message, answer, empty, lost, template)
+        if filled is not None:
+            before = full[:start] if prompt is None else prompt
+            return Turn(before + filled + full[end:], (len(before), len(before) + len(filled)), raw_reasoning=True)
     if prompt is None or full.startswith(prompt):
         # An empty block for reasoning that the message does not have is the template's own, and not what the model said.
         if block and not thought_end(message):
             return Turn(full, (start + block.end(), end), lost, unopened=True)
-        return Turn(full, (start, end), lost, empty_block=not thinks and bool(_EMPTY.match(answer)))
+        return Turn(full, (start, end), lost, empty_block=not thinks and bool(empty))
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
+
+
+def _filled(message: dict, answer: str, empty: re.Match[str], lost: bool, template: ChatTemplate) -> str | None:
+    """An answer whose reasoning the model gave where the template writes an empty block of its own before it (Kimi K2
+    Thinking). None: the answer has none. LeftOut where the template shows no block that is full, to write it alike."""
+    rest = answer[empty.end() :]
+    if message["content"].lstrip().startswith("<think>") and rest.startswith("<think>"):
+        return rest  # the content has a block, which the template takes for text
+    if not lost:
+        return None
+    block = template.thought_block(empty["tag"])
+    if block is None:
+        raise LeftOut(EMPTY_BLOCK)
+    white = empty.group()[len(empty.group().rstrip()) :]
+    return f"{block[0]}{_reasoning(message)}{block[1]}{white}{rest}"
 
 
 def _closed(block: str) -> bool:
@@ -417,12 +453,12 @@ def _raw(message: dict, prompt: str, answer: str) -> str | None:
         thought = content[:at] + white
         if opened and thought.lstrip().startswith("<think>"):
             thought = thought.lstrip().removeprefix("<think>")
-            thought = thought.lstrip() if opened.group(1) else thought
+            thought = thought.lstrip() if opened["white"] else thought
         return thought + answer.lstrip()
     if reasoning and opened:
-        if answer.lstrip().startswith("</think>"):  # the template closes it itself (DeepSeek V3.1)
+        if answer.lstrip().startswith(f"</{opened['tag']}>"):  # the template closes it itself (DeepSeek V3.1)
             return reasoning.strip() + answer
-        return f"{'' if opened.group(1) else chr(10)}{reasoning.strip()}\n</think>\n\n{answer.lstrip()}"
+        return f"{'' if opened['white'] else chr(10)}{reasoning.strip()}\n</{opened['tag']}>\n\n{answer.lstrip()}"
     return None
 
 

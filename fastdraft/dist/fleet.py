@@ -17,7 +17,7 @@ bound where messages are small.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,13 +25,12 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from fastdraft.cost import Training
 from fastdraft.files import GIB
 from fastdraft.model.method import Row
 
 GATHERED = 3  # layers of a sharded target that are whole at a time: one runs, one arrives, one is copied out of its message
 UNCOUNTED = 0.06  # share of a GPU that is left to the CUDA context, libraries' scratch and the allocator
-
-StepCost = Callable[[BaseModel, int, int], tuple[tuple[Row, ...], tuple[Row, ...]]]
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ class FleetPlan:
     memory: tuple[Row, ...]  # bytes at the peak
     target_s: float
     draft_s: float
+    muon_s: float  # in which matrices are orthogonalised; the rest of an optimizer's step is not counted
     collectives: tuple[Collective, ...]
     tokens: float  # of an optimizer step, over all GPUs
     gpu_gib: float
@@ -120,7 +120,7 @@ class FleetPlan:
 
     @property
     def step_s(self) -> float:
-        return self.target_s + self.draft_s + sum(c.exposed for c in self.collectives)
+        return self.target_s + self.draft_s + self.muon_s + sum(c.exposed for c in self.collectives)
 
     @property
     def exposed_share(self) -> float:
@@ -137,17 +137,11 @@ def fleet_plan(
     layout: Layout,
     hardware: Hardware,
     target: TargetSizes,
-    draft: BaseModel,  # the draft's shape
-    step_cost: StepCost,  # of a part's shape, its tokens of a pack, T: bytes at the peak of a step, FLOPs a token
+    training: Training,
     *,
-    pack_tokens: int,  # N
-    document_tokens: int,  # the longest document
     run_tokens: int,  # the target runs so many tokens at a time, or a longer document
     packs_per_step: int,
     sums: int,  # [M, H] sums over the tensor axis that a token's chain takes forward and backward
-    target_bytes: int,  # of a number
-    draft_bytes: int,
-    muon_bytes: Callable[[int], int] | None = None,  # `optim.muon_bytes` of a number of replicas; None: AdamW alone
 ) -> FleetPlan:
     """What a layout needs. ValueError naming the setting where it does not divide what it is to divide."""
     refuse_uneven(layout, packs_per_step)
@@ -157,16 +151,18 @@ def fleet_plan(
             + target.apart
         )
     s, t, h = layout.sequence, layout.tensor, layout.holders
-    count = draft.num_parameters()
-    trainable = count["trainable"] / t
+    draft, pack_tokens = training.draft, training.pack_tokens
+    target_bytes, draft_bytes = training.target_dtype.itemsize, training.itemsize
+    trainable, embedding = training.trainable / t, draft.num_parameters()["embedding"]
     replicas = layout.world // t
     own_tokens = pack_tokens if s == 1 else 2 * -(-pack_tokens // (2 * s))  # two slices, of which the last are filled up
     packs = packs_per_step / layout.data  # of one process
-    length = min(document_tokens, pack_tokens)
+    muon = training.muon_cost(replicas, t)
+    length = min(training.document_tokens, pack_tokens)
 
     # Memory. A target whose documents share processes runs the pack at once, another one `run_tokens` at a time.
     part = tensor_part(draft, t)
-    step, flops = step_cost(part, own_tokens, t)
+    step, _ = training.step_cost(part, own_tokens, t)
     running = own_tokens if s > 1 else min(pack_tokens, max(run_tokens, length))
     activations = running * (6 * target.hidden_size + target.attention_width + 3 * target.mlp_width) * target_bytes
     kv = 2 * part.num_key_value_heads * part.head_dim * getattr(part, "num_hidden_layers", 1)  # of all layers of the draft
@@ -176,22 +172,25 @@ def fleet_plan(
         Row("target's layers" + (f", 1/{h}" if h > 1 else ""), -(-target.layers // h) * target_bytes),
         Row(f"{GATHERED} layers of the target whole", (GATHERED * target.largest_layer if h > 1 else 0) * target_bytes),
         Row("target's activations", activations),
-        Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + count["embedding"] * draft_bytes),
+        Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + embedding * draft_bytes),
         Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
         Row("fp32 gradient", int(4 * trainable)),
-        Row("Muon's directions and temporaries", muon_bytes(replicas) if muon_bytes else 0),
-        Row("features g and f", (len(draft.layers) + 1) * target.hidden_size * own_tokens * target_bytes),
+        Row("Muon's directions and temporaries", muon.num_bytes),
+        Row("features g and f", training.feature_bytes(own_tokens)),
         Row("keys and values of the others' tokens, and gradients", gathered_kv),
         *step,
     ]
 
-    # Work of one GPU in a step, and what its links move. Processes of a tensor axis run the target on the same tokens.
+    # Work of one GPU in a step, and what its links move. Processes of a tensor axis run the target on the same tokens. Of a
+    # pack that is shared a process has some tokens only, and each of them sees as much as in the whole pack.
+    _, flops = training.step_cost(part, pack_tokens, t)
     tokens = packs * pack_tokens / s
     rate = hardware.tflops * 1e12
     attention = 2 * target.attention_width * length * target.num_layers  # two products over half the pairs
     target_s = tokens * (2 * target.active + attention) / rate
     draft_s = tokens * sum(row.size for row in flops) / rate
     runs = packs * (1 if s > 1 else math.ceil(pack_tokens / max(run_tokens, length)))
+    muon_s = muon.flops / rate
     gather_s = hardware.seconds(runs * target.layers * target_bytes * _others(h), h)
     pack_kv = packs * target.num_layers * target.kv_width * pack_tokens * target_bytes * _others(s)
     draft_kv = packs * kv * pack_tokens * (draft_bytes + 4) * _others(s)
@@ -200,7 +199,8 @@ def fleet_plan(
     for name, num_bytes, span in (
         ("gradient summed", 4 * trainable * _others(replicas), layout.world),
         ("draft's weights gathered", draft_bytes * trainable * _others(replicas), layout.world),
-        ("Muon's directions gathered", draft_bytes * trainable * _others(replicas) if muon_bytes else 0, layout.world),
+        ("Muon's directions gathered", draft_bytes * trainable * _others(replicas) if muon.flops else 0, layout.world),
+        ("Muon's matrices joined and taken apart", muon.sent, t),
         ("target's keys and values gathered", pack_kv, s * t),
         ("draft's keys, values and their gradients", draft_kv, s * t),
         ("sums over the tensor axis", chain_sums, t),
@@ -212,6 +212,7 @@ def fleet_plan(
         tuple(row for row in memory if row.size),
         target_s,
         draft_s,
+        muon_s,
         tuple(c for c in collectives if c.seconds),
         packs_per_step * pack_tokens,
         hardware.gpu_gib,
@@ -283,6 +284,8 @@ def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware,
     table.add_column("on its link, hidden or not", justify="right")
     table.add_row("target", f"{chosen.target_s:.3f}", "")
     table.add_row("draft", f"{chosen.draft_s:.3f}", "")
+    if chosen.muon_s:
+        table.add_row("Muon's matrices orthogonalised", f"{chosen.muon_s:.3f}", "")
     for c in chosen.collectives:
         table.add_row(c.name, f"{c.exposed:.3f}", f"{c.seconds:.3f}")
     console.print(table)

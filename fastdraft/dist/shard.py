@@ -15,8 +15,9 @@ Where processes share the draft's weights, all of this is done by the replicas o
 parts, in which a weight that every process has whole counts once; a checkpoint holds whole weights, which rank 0 writes.
 Bytes on the wire, a process: 4 P (n - 1) / n out, and b P (n - 1) / n back for weights of b bytes.
 Muon (`optim.py`) orthogonalises whole matrices, of which a slice may have a part: the directions are gathered, which is
-b P (n - 1) / n more, and each process orthogonalises the matrices that its slice is of. A part of the draft's weights, as
-processes that share them have it, is no whole matrix: `run/draft.py` `check_layout` refuses Muon there.
+b P (n - 1) / n more, and each process orthogonalises the matrices that its slice is of. Where processes share the draft's
+weights, slices with the same place in their parts are of the same matrices: those who have them join them and share that
+work (`dist/tensor.py`).
 Source: ZeRO (arXiv 1910.02054), stage 1.
 """
 
@@ -26,14 +27,15 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fastdraft.config import OptimConfig
 from fastdraft.dist.mesh import Axis
-from fastdraft.dist.tensor import Parts
-from fastdraft.optim import FlatAdamW, Muon, matrices
+from fastdraft.dist.tensor import Parts, orthogonalized_together
+from fastdraft.optim import FlatAdamW, Muon, matrices, one_by_one
 
 FLAT = ("master", "m", "v")  # of the optimizer's state: a number of each weight
 
@@ -57,16 +59,16 @@ class SharedAdamW:
         self._sums: Tensor | None = None  # of the step that is under way
         # `_update` clips, by the norm over all slices and parts; a slice's own must not.
         unclipped = config.model_copy(update={"clip": math.inf})
-        assert parts is None or config.optimizer == "adamw"
         self.uncut = [] if parts is None else parts.uncut  # elements of the own slice that other parts have, too
-        if replicas.size == 1:
-            self.own = FlatAdamW(parameters, config if parts is None else unclipped, total_steps, dtype)
-            self.grad, self.grads = self.own.grad, self.own.grads
-            return
-        first = next(iter(parameters.values()))
         self.count = sum(p.numel() for p in parameters.values())
         size = -(-self.count // replicas.size)  # elements of a slice
         mine = (replicas.rank * size, (replicas.rank + 1) * size)
+        muon = self._muon(parameters, mine, dtype)
+        if replicas.size == 1:
+            self.own = FlatAdamW(parameters, config if parts is None else unclipped, total_steps, dtype, muon=muon)
+            self.grad, self.grads = self.own.grad, self.own.grads
+            return
+        first = next(iter(parameters.values()))
 
         # The masters are cut from the parameters as they are: the weights may be rounded.
         master = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=first.device)
@@ -86,15 +88,25 @@ class SharedAdamW:
             start = end
         inside = ((max(lo, mine[0]) - mine[0], min(hi, mine[1]) - mine[0]) for lo, hi in self.uncut)
         self.uncut = [(lo, hi) for lo, hi in inside if lo < hi]
-        muon = None
-        if config.optimizer == "muon":
-            self.directions = torch.empty(replicas.size * size, dtype=dtype, device=first.device)
-            shapes = {name: p.shape for name, p in parameters.items()}
-            muon = Muon(matrices(shapes, config), mine, config, dtype, self._gather_directions)
         self.own = FlatAdamW({"slice": nn.Parameter(master)}, unclipped, total_steps, dtype, norms, muon)
         self.stream = torch.cuda.Stream(first.device) if first.is_cuda else None
         self._clocks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._share_weights()
+
+    def _muon(self, parameters: dict[str, nn.Parameter], mine: tuple[int, int], dtype: torch.dtype) -> Muon | None:
+        """None where the config has AdamW alone."""
+        if self.config.optimizer != "muon":
+            return None
+        shapes = {name: p.shape for name, p in parameters.items()}
+        weights = matrices(shapes, self.config, None if self.parts is None else self.parts.shapes)
+        gather, together = None, one_by_one
+        if self.replicas.size > 1:
+            device = next(iter(parameters.values())).device
+            self.directions = torch.empty(self.replicas.size * (mine[1] - mine[0]), dtype=dtype, device=device)
+            gather = self._gather_directions
+        if self.parts is not None:
+            together = partial(orthogonalized_together, self.parts)
+        return Muon(weights, mine, self.config, dtype, gather, together)
 
     def lr(self, step: int) -> float:
         return self.own.lr(step)

@@ -3,18 +3,23 @@
 A process's flat buffers hold its parts one behind the other. A checkpoint holds whole weights, so that it goes on in any
 layout. They are joined on the host, parameter by parameter, and every process of the axis has all of them there for as long
 as the checkpoint is written or read: 12 bytes a trainable weight for the master and two moments.
+
+Muon's directions of whole matrices are joined on the device, each on the one process that orthogonalises it
+(`orthogonalized_together`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastdraft.dist.mesh import Axis
+from fastdraft.optim import Matrix, orthogonalized, shared_out
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,44 @@ class Parts:
                 found.append((start, end))
             start = end
         return found
+
+
+def orthogonalized_together(parts: Parts, weights: list[Matrix], directions: Iterable[Tensor]) -> Iterator[Tensor]:
+    """This process's parts of the orthogonalised directions of whole matrices, from its parts of the directions.
+
+    Each matrix is the work of one process of the axis: it gets the others' parts, orthogonalises the whole, and gives the
+    parts back. All of the axis call it with the same matrices, in the same order.
+    """
+    if not weights:
+        return
+    axis = parts.axis
+    theirs = shared_out(weights, axis.size)
+    sizes = [sum(w.end - w.start for w in those) for those in theirs]
+    places = [parts.places(rank) for rank in range(axis.size)]
+
+    # The parts for one process lie one behind the other, in the order in which it orthogonalises.
+    ends = itertools.accumulate(w.end - w.start for those in theirs for w in those)
+    here = {w.name: slice(end - (w.end - w.start), end) for w, end in zip(itertools.chain(*theirs), ends, strict=True)}
+    message: Tensor | None = None  # [the elements of all parts]
+    for matrix, direction in zip(weights, directions, strict=True):
+        if message is None:
+            message = direction.new_empty(sum(sizes))
+        message[here[matrix.name]] = direction
+    own = sizes[axis.rank]
+    wholes = axis.exchange(message, sizes, [own] * axis.size).view(axis.size, own)  # a row: one process's parts
+    del message
+
+    end = 0
+    for matrix in theirs[axis.rank]:
+        start, end = end, end + matrix.end - matrix.start
+        whole = wholes.new_empty(matrix.whole)
+        for place, piece in zip(places, wholes, strict=True):
+            whole[place[matrix.name]] = piece[start:end].view(matrix.shape)
+        whole = orthogonalized(whole)
+        for place, piece in zip(places, wholes, strict=True):
+            piece[start:end].view(matrix.shape).copy_(whole[place[matrix.name]])
+        del whole
+    message = axis.exchange(wholes.view(-1), [own] * axis.size, sizes)
+    del wholes
+    for matrix in weights:
+        yield message[here[matrix.name]]

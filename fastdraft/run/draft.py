@@ -14,6 +14,8 @@ from fastdraft.batch import Ends
 from fastdraft.config import Config, OptimConfig, read_yaml
 from fastdraft.data.vocab import token_counts
 from fastdraft.dist import mesh
+from fastdraft.dist.mesh import Axis
+from fastdraft.dist.tensor import Parts
 from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.target_config import language_config
@@ -101,11 +103,6 @@ def check_layout(config: Config, shape: BaseModel) -> None:
             f"{asked}: features.on_bad_shard=skip leaves out documents that one process cannot read and another perhaps "
             "can, and those that share a step need the same ones; set features.on_bad_shard=error"
         )
-    if config.dist.tensor > 1 and config.optim.optimizer == "muon":
-        raise ValueError(
-            f"dist.tensor={config.dist.tensor}: Muon orthogonalises whole matrices, of which each process would have a "
-            "part; set dist.tensor=1, or optim.optimizer=adamw"
-        )
     method.check_cut(shape, config.dist.tensor)
 
 
@@ -123,12 +120,16 @@ def named_optim(config: Config, draft: nn.Module) -> OptimConfig:
 
 
 def muon_matrices(config: Config, shape: BaseModel) -> list[Matrix]:
-    """The weights of a draft of this shape that Muon steps; none with AdamW. ValueError as `optim.matrices`."""
+    """The weights of a draft of this shape that Muon steps, with `dist.tensor` a process's parts of them; none with
+    AdamW. ValueError as `optim.matrices`."""
     if config.optim.optimizer != "muon":
         return []
     with torch.device("meta"):
         draft = method_of(shape).draft(shape)
-    return matrices({name: p.shape for name, p in draft.trainable().items()}, named_optim(config, draft))
+    whole = {name: p.shape for name, p in draft.trainable().items()}
+    part, tensor = method_of(shape).part, config.dist.tensor
+    shapes = whole if tensor == 1 else Parts(whole, part, Axis(0, tensor)).local_shapes
+    return matrices(shapes, named_optim(config, draft), whole)
 
 
 def make_step(config: Config, draft: nn.Module, target: Target | Ends, shared: bool = False) -> DraftStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 from collections.abc import Callable
@@ -18,16 +19,14 @@ from rich.console import Console
 from torch import Tensor
 
 from fastdraft.config import Config, runs_target
-from fastdraft.cost import Plan, checkpoint_copies, frozen_bytes, peak_flops, plan, render
+from fastdraft.cost import Plan, Training, peak_flops, plan, render
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import find_prepared
 from fastdraft.dist import fleet, mesh
 from fastdraft.files import GIB
-from fastdraft.model.method import Row
 from fastdraft.model.methods import method_of, named_method
-from fastdraft.model.precision import DTYPES, bf16_is_slow, pick_dtype
+from fastdraft.model.precision import bf16_is_slow, pick_dtype
 from fastdraft.model.target_config import language_config, longest_context, named_dtype
-from fastdraft.optim import muon_bytes
 from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
@@ -74,31 +73,32 @@ def predict(config: Config, device: torch.device) -> Plan:
     return _predict(config, device, facts, count_target_parameters(facts), draft_shape(config))
 
 
-def _predict(config: Config, device: torch.device, facts: dict[str, Any], target_params: int, shape: BaseModel) -> Plan:
-    replicas = max(1, mesh.world() // config.dist.tensor)
-    precision: Any = "fp8" if config.precision == "fp8" else pick_dtype(config.precision, device)
+def _training(config: Config, device: torch.device, shape: BaseModel) -> Training:
     widened = not runs_target(config) and bf16_is_slow(device)
-    return plan(
-        shape,
-        target_params=target_params,
+    of_all = {"ttt_length": config.ttt_length, "loss": config.loss.kind, "step": config.step}
+    own = named_method(config.draft.method).cost_options(config)
+    return Training(
+        draft=shape,
         target_dtype=torch.float32 if widened else target_dtype(config, device),
         pack_tokens=config.data.pack_tokens,
-        precision=precision,
         document_tokens=config.data.max_length,
-        keep=config.checkpoint.keep,
+        precision="fp8" if config.precision == "fp8" else pick_dtype(config.precision, device),
         device=device.type,
+        muon=lambda tensor: muon_matrices(_with(config, "dist.tensor", tensor), shape),
+        step=of_all | {"chunk_rows": config.chunk_rows} | own,
+    )
+
+
+def _predict(config: Config, device: torch.device, facts: dict[str, Any], target_params: int, shape: BaseModel) -> Plan:
+    return plan(
+        _training(config, device, shape),
+        target_params=target_params,
+        keep=config.checkpoint.keep,
         stored=not runs_target(config),
         export_dtype=own_dtype(facts),
         cache_bytes=int((config.features.max_gib or 0) * GIB),
-        replicas=replicas,
-        muon_bytes=muon_bytes(
-            muon_matrices(config, shape),
-            4 if precision == "fp32" else 2,
-            shape.num_parameters()["trainable"],
-            replicas,
-        ),
+        replicas=max(1, mesh.world() // config.dist.tensor),
         tensor=config.dist.tensor,
-        **step_options(config),
     )
 
 
@@ -180,57 +180,26 @@ def _with(config: Config, name: str, value: int) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
-def step_options(config: Config) -> dict[str, Any]:
-    """What `step_cost` of the config's method reads of the config, whatever the layout."""
-    of_all = {"ttt_length": config.ttt_length, "loss": config.loss.kind, "step": config.step}
-    return of_all | {"chunk_rows": config.chunk_rows} | named_method(config.draft.method).cost_options(config)
-
-
 def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.Layout], fleet.FleetPlan]:
     """`fleet_plan` of a config as a function of the layout; GPUs are planned for, whatever this machine has."""
-    shape, method = draft_shape(config), named_method(config.draft.method)
+    shape = draft_shape(config)
+    training = _training(config, torch.device("cuda"), shape)
     target = target_sizes(load_target_config(*config.target.files))
-    precision: Any = {"auto": "bf16"}.get(config.precision, config.precision)
-    stepped = muon_matrices(config, shape)
-
-    def step_cost(part: BaseModel, tokens: int, tensor: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-        def cost(tokens: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-            return method.step_cost(
-                part,
-                pack_tokens=tokens,
-                document_tokens=min(config.data.max_length, tokens),
-                precision=precision,
-                target_dtype=DTYPES["fp32" if config.target.dtype == "fp32" else "bf16"],
-                device="cuda",
-                tensor=tensor,
-                **step_options(config),
-            )
-
-        # A process may have some of a pack's tokens only, and each of them sees as much as in the whole pack.
-        return cost(tokens)[0], cost(config.data.pack_tokens)[1]
-
-    def of_muon(replicas: int) -> int:
-        return muon_bytes(stepped, 4 if precision == "fp32" else 2, shape.num_parameters()["trainable"], replicas)
+    weighed = named_method(config.draft.method).step_weights(config, shape).weight
 
     def planned(layout: fleet.Layout) -> fleet.FleetPlan:
         dist = config.dist.model_copy(update={"sequence": layout.sequence, "tensor": layout.tensor})
-        found = fleet.fleet_plan(
+        fleet.refuse_uneven(layout, config.optim.packs_per_step)
+        check_layout(config.model_copy(update={"dist": dist}), shape)
+        return fleet.fleet_plan(
             layout,
             hardware,
             target,
-            shape,
-            step_cost,
-            pack_tokens=config.data.pack_tokens,
-            document_tokens=config.data.max_length,
+            training,
             run_tokens=RUN_TOKENS,
             packs_per_step=config.optim.packs_per_step,
-            muon_bytes=of_muon if stepped else None,
-            sums=4 * len(method.step_weights(config, shape).weight),  # after o and after down, forward and backward
-            target_bytes=4 if config.target.dtype == "fp32" else 2,
-            draft_bytes=4 if precision == "fp32" else 2,
+            sums=4 * len(weighed),  # after o and after down, forward and backward
         )
-        check_layout(config.model_copy(update={"dist": dist}), shape)
-        return found
 
     return planned
 
@@ -261,11 +230,16 @@ def known_work(config: Config, device: torch.device) -> Work | None:
     if peak is None or any("expert" in name and value for name, value in facts.items()):
         return None
     predicted, shape = predict(config, device), draft_shape(config)
-    forward = 2 * predicted.target_params if runs_target(config) else 0
+    forward, draft = _flops(config, predicted)
     # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
     ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
-    draft = (predicted.flops_per_token - forward) / named_method(config.draft.method).step_rows(config)
     return Work(max(0, forward - 2 * ends), draft, peak)
+
+
+def _flops(config: Config, predicted: Plan) -> tuple[int, float]:
+    """Of the target's forward for a token, and of the draft for a live row of step 0."""
+    forward = 2 * predicted.target_params if runs_target(config) else 0
+    return forward, (predicted.flops_per_token - forward) / named_method(config.draft.method).step_rows(config)
 
 
 def imbalance_line(config: Config, groups: int) -> str:
@@ -282,8 +256,7 @@ def imbalance_line(config: Config, groups: int) -> str:
     if data is None:
         return "how unequal the processes' packs are is not known before `fastdraft data prepare`"
     predicted, method = predict(config, torch.device("cuda")), named_method(config.draft.method)
-    token = 2 * predicted.target_params if runs_target(config) else 0
-    row = (predicted.flops_per_token - token) / method.step_rows(config)
+    token, row = _flops(config, predicted)
     pairs = method.pair_cost(shape, predicted.target_params, config)
     sizes = config.data.pack_tokens, config.optim.packs_per_step, config.data.seed
     try:
@@ -340,7 +313,7 @@ def _optimizer(config: Config, shape: BaseModel) -> str:
     clipped = f"Gradients are clipped to a norm of {optim.clip:g}, so that one odd batch moves the weights little."
     if not stepped:
         return f"AdamW steps all weights at a rate of {optim.lr:.2g}. {clipped}"
-    share = sum(m.end - m.start for m in stepped) / shape.num_parameters()["trainable"]
+    share = sum(math.prod(m.whole) for m in stepped) / shape.num_parameters()["trainable"]
     return (
         f"Muon steps {len(stepped)} matrices, {share:.0%} of the trained weights, at a rate of "
         f"{optim.muon_rate:.2g}: such a step is as large along every direction of a matrix, and on the whole as "
@@ -375,9 +348,8 @@ def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, conso
         with contextlib.suppress(ValueError):  # it does not divide this run
             others.append(planned(layout))
     fleet.render_fleet(chosen, others, hardware, console)
-    shape, b = draft_shape(config), 4 if config.precision == "fp32" else 2
-    trainable, tensor = shape.num_parameters()["trainable"], config.dist.tensor
-    for row in checkpoint_copies(trainable, frozen_bytes(shape, b), world // tensor, tensor, pinned=True):
+    training = _training(config, torch.device("cuda"), draft_shape(config))
+    for row in training.checkpoint_copies(world // config.dist.tensor, config.dist.tensor):
         console.print(f"host memory of rank 0's process: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)
     if chosen.layout.data > 1:
         console.print(imbalance_line(config, chosen.layout.data), soft_wrap=True)

@@ -690,6 +690,88 @@ def test_an_empty_block_that_the_template_writes_as_the_models_is_counted():
     assert done.empty_block == 1 and done.unopened == 0
 
 
+# As Kimi K2 Thinking's: an answer that no call follows belongs to the past at once, where every block is empty.
+PAST_EMPTY = (
+    "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' %}<think>"
+    "{{ m.reasoning_content if m.tool_calls and m.reasoning_content else '' }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '[' + c.function.name + c.function.arguments | tojson + ']' }}{% endfor %}<|stop|>"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant:' }}{% endif %}"
+)
+
+
+def test_an_empty_block_in_the_place_of_reasoning_is_filled_as_the_template_fills_others():
+    """The served model gives its reasoning first, and not an empty block."""
+    tokenizer, before = block_tokenizer(PAST_EMPTY), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "since"}
+    texts, done = marked(tokenizer, [chat("q")[0], answer, *chat("r", "no")])
+    assert texts == [
+        f"{before}[[<think>since</think>yes<|stop|>]]",
+        f"{before}<think></think>yes<|stop|><|turn|>user:r<|stop|><|turn|>assistant:[[<think></think>no<|stop|>]]",
+    ]
+    assert (done.raw_reasoning, done.lost_reasoning, done.empty_block) == (1, 0, 1)
+
+
+def test_an_empty_block_in_the_place_of_reasoning_is_left_out_where_the_template_fills_none():
+    tokenizer = block_tokenizer(
+        PAST_EMPTY.replace("m.reasoning_content if m.tool_calls and m.reasoning_content else ''", "''")
+    )
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "since"}
+    texts, done = marked(tokenizer, [chat("q")[0], answer, *chat("r", "no")])
+    assert [text.count("[[") for text in texts] == [1] and texts[0].endswith("assistant:[[<think></think>no<|stop|>]]")
+    assert done.left_out[0][0] == "f:1, message 2" and "writes an empty block where they have" in done.left_out[0][1]
+
+
+@pytest.mark.parametrize("thought", ["since", ""])
+def test_reasoning_inside_the_content_has_no_empty_block_of_the_templates_before_it(thought):
+    content = f"<think>\n{thought}\n</think>\n\nyes"
+    texts, done = marked(block_tokenizer(PAST_EMPTY), chat("q", content))
+    assert texts == [f"<|turn|>user:q<|stop|><|turn|>assistant:[[{content}<|stop|>]]"]
+    assert done.raw_reasoning == 1 and done.empty_block == 0
+
+
+@pytest.mark.parametrize(("said", "kept"), [("yes", "yes"), ("\n yes", "\n yes")])
+def test_the_end_of_a_block_that_the_prompt_opens_and_closes_is_not_the_models(said, kept):
+    """DeepSeek V3.2 asks with <think></think> and writes </think> alone in a turn."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + ('</think>' if m.role == 'assistant' else '') }}"
+        "{{ m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:<think></think>' }}{% endif %}"
+    )
+    texts, done = marked(block_tokenizer(template), chat("q", said))
+    assert texts == [f"<|turn|>user:q<|stop|><|turn|>assistant:<think></think>[[{kept}<|stop|>]]"]
+    assert done.unopened == 0 and not done.left_out
+
+
+def test_a_block_for_reasoning_by_a_longer_name():
+    """Hunyuan 3 opens <think:opensource> where it is asked to think; its empty block is the template's own."""
+    tag = "think:opensource"
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' %}{{ '<TAG>' }}"
+        "{{ m.reasoning_content or '' }}{{ '</TAG>' }}{% endif %}{{ m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:<TAG>' }}{% endif %}"
+    ).replace("TAG", tag)
+    tokenizer = block_tokenizer(template, f"<{tag}>", f"</{tag}>")
+    before = f"<|turn|>user:q<|stop|><|turn|>assistant:<{tag}>"
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == [f"{before}</{tag}>[[yes<|stop|>]]"] and done.unopened == 1
+    texts, done = marked(tokenizer, [chat("q")[0], {"role": "assistant", "content": "yes", "reasoning_content": "since"}])
+    assert texts == [f"{before}[[since</{tag}>yes<|stop|>]]"] and done.unopened == 0
+    texts, done = marked(tokenizer, chat("q", "<think>since</think>yes"))
+    assert texts == [] and "opens reasoning with another tag" in done.left_out[0][1]
+
+
+def test_an_answer_to_a_tool_whose_prompt_has_no_header_is_left_out():
+    """The template writes the header before the answer, and nothing shows whether the served model would."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<|turn|>assistant:' }}{% endif %}"
+    )
+    messages = [*chat("q", "look"), {"role": "tool", "content": "dry"}, {"role": "assistant", "content": "no"}]
+    texts, done = marked(block_tokenizer(template), messages)
+    assert texts == ["<|turn|>user:q<|stop|><|turn|>assistant:[[look<|stop|>]]"]
+    assert done.left_out[0][0] == "f:1, message 4" and "behind a tool's result lacks the header" in done.left_out[0][1]
+
+
 QUOTES = "Use the `</think>` tag."
 
 

@@ -130,6 +130,34 @@ def test_what_divides_on_the_other_axes(tmp_path):
     }
 
 
+def test_muon_is_planned_in_every_layout(tmp_path):
+    """Of Llama-3.1-8B's draft, by hand: the products of a whole, and what goes to those who have the other parts."""
+    planned = fleet_planner(make_config(tmp_path, LLAMA_8B, optim={"packs_per_step": 32, "optimizer": "muon"}), Hardware())
+    of = {
+        name: s for s, names in ((14336, "gate up down"), (12288, "fc"), (8192, "q"), (4096, "o")) for name in names.split()
+    }
+    flops = {name: 5 * 2 * 4096**2 * (2 * long + 4096) for name, long in of.items()}
+    flops |= dict.fromkeys("kv", 5 * 2 * 1024**2 * (2 * 8192 + 1024))
+    elements = 4096 * sum(of.values()) + 2 * 1024 * 8192
+
+    alone, two, four = (planned(Layout(t, tensor=t)) for t in (1, 2, 4))
+    assert alone.muon_s == pytest.approx(sum(flops.values()) / 540e12)
+    # The costliest first, to whoever has least: down, o, k and v are one's of two; of four one has fc and q.
+    assert two.muon_s == pytest.approx((flops["gate"] + flops["fc"] + flops["q"]) / 540e12)
+    assert four.muon_s == pytest.approx((flops["fc"] + flops["q"]) / 540e12)
+    for plan, n in ((two, 2), (four, 4)):
+        seconds = {c.name: c.seconds for c in plan.collectives}
+        assert seconds["Muon's matrices joined and taken apart"] == pytest.approx(
+            2 * 2 * elements / n * (n - 1) / n / 360e9
+        )
+        assert "Muon's directions gathered" not in seconds
+        assert plan.step_s == pytest.approx(plan.target_s + plan.draft_s + plan.muon_s + sum(seconds.values()))
+    row = "Muon's directions and temporaries"
+    assert {r.name: r.size for r in alone.memory}[row] == 2 * (3 * 14336 * 4096 + 2 * 14336 * 4096)  # a step in fp32
+    assert all(2 * elements < {r.name: r.size for r in plan.memory}[row] < 4 * elements for plan in (two, four))
+    assert "Muon's directions gathered" in {c.name for c in planned(Layout(8, tensor=2)).collectives}
+
+
 def test_a_draft_of_blocks_shares_the_keys_of_all_its_layers(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)  # which names the mask token
     draft = {"method": "dflash", "overrides": {"num_hidden_layers": 5}}

@@ -57,10 +57,12 @@ def assert_same_run(ours, theirs, tolerance: float) -> None:
         torch.testing.assert_close(mine[name], other[name], rtol=tolerance, atol=tolerance)
 
 
-def test_a_run_goes_on_in_other_layouts_as_if_one_process_had_run_it(make_config, tmp_path, in_float64):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_in_other_layouts_as_if_one_process_had_run_it(make_config, tmp_path, in_float64, optimizer):
     """Two steps by four processes (2 x 2), two by two that share weights, two by four of which two share the tokens."""
     changes = {"loss.kind": "lk_lambda", "optim.packs_per_step": 4, "eval.every": 2, "optim.clip": 0.05}
     changes |= {"draft.overrides": {"draft_vocab_size": 64, "fc_norm": True, "layers": [0, 2, 5]}}
+    changes |= {"optim.optimizer": optimizer} | ({"optim.muon_lr": 0.02} if optimizer == "muon" else {})
     alone = make_config(run_dir=str(tmp_path / "alone"), **changes)
     train(alone)
     run = make_config(run_dir=str(tmp_path / "run"), **changes)
@@ -156,7 +158,6 @@ def command(*arguments: str) -> None:
             {"dist.sequence": 2, "draft.method": "dspark", "draft.overrides": {}, "ttt_length": 7, "step": "reference"},
             "dist.sequence=2: step=reference runs in one process; set step=fused",
         ),
-        ({"dist.tensor": 2, "optim.optimizer": "muon"}, "set dist.tensor=1, or optim.optimizer=adamw"),
         (
             {"dist.tensor": 2, "features.path": "x", "features.mode": "cache", "features.max_gib": 1},
             "set features.mode=read",

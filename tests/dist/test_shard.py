@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastdraft import train as training
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state, save_checkpoint
 from fastdraft.config import OptimConfig
-from fastdraft.cost import peak_flops, plan
+from fastdraft.cost import Training, peak_flops, plan
 from fastdraft.data.loader import Ahead
 from fastdraft.dist import mesh
 from fastdraft.dist.mesh import Axis
@@ -130,15 +130,8 @@ def _together(run_dir: Path, config: OptimConfig) -> None:
         shared = SharedAdamW(draft.trainable(), of_draft, 10, dtype, mesh.axis("replicas"))
         own = shared.own
         buffers = {x.data_ptr(): x for x in (own.master, own.m, own.v, own.grad, own.weights, shared.grad, shared.weights)}
-        planned = plan(
-            draft.config,
-            target_params=0,
-            target_dtype=torch.bfloat16,
-            pack_tokens=8,
-            ttt_length=2,
-            precision=precision,
-            replicas=mesh.world(),
-        )
+        training = Training(draft.config, torch.bfloat16, 8, 8, precision, step={"ttt_length": 2})
+        planned = plan(training, target_params=0, replicas=mesh.world())
         alike = ("fp32", "slices", "draft weights")
         rows = sum(row.size for row in planned.memory if row.name.startswith(alike))
         frozen = draft.config.num_parameters()["embedding"] * dtype.itemsize + draft.d2t.nbytes + draft.t2d.nbytes
