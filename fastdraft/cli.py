@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fastdraft.dist.watch import StoppedEarly
+
 app = typer.Typer(
     help="Train draft models for speculative decoding (EAGLE-3, DFlash, DFlash2, DSpark) that SGLang and vLLM load.",
     no_args_is_help=True,
@@ -610,14 +612,21 @@ def show_errors(what: str, rows: list[tuple[str, str, float, float]]) -> bool:
 def main() -> None:
     try:
         app(standalone_mode=True)
+    except StoppedEarly as stopped:
+        _say_why(f"{stopped}; the same command, given again, goes on")
+        sys.exit(128 + stopped.number)
     except Exception as error:
         said = _one_line(error)
         if said is None:
             raise
-        from fastdraft.dist.mesh import speaker
-
-        Console(stderr=True).print(f"{speaker()}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say_why(said)
         sys.exit(1)
+
+
+def _say_why(said: str) -> None:
+    from fastdraft.dist.mesh import speaker
+
+    Console(stderr=True).print(f"{speaker()}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _one_line(error: Exception) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import time
@@ -33,6 +34,7 @@ from fastdraft.data.loader import Ahead, Loader, eval_batches
 from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.dist.tensor import Parts
+from fastdraft.dist.watch import StoppedEarly
 from fastdraft.evaluate import TauReport, evaluate_tau
 from fastdraft.files import file_checksum, free_disk, json_checksum
 from fastdraft.metrics import Metrics, read_metrics
@@ -70,19 +72,22 @@ class TrainResult:
 
 
 def train(config: Config, fresh: bool = False) -> TrainResult:
-    """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`."""
+    """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`.
+
+    A signal ends it after the step that is under way, with a checkpoint. Raises StoppedEarly for one that comes before.
+    """
     device = mesh.start_process(config.device, config.dist.timeout_s)
-    with mesh.ending_together(config.dist.silent_s):
+    with mesh.ending_together(config.dist.silent_s), StopSignal(early=True) as stop:
         mesh.refuse_unlike(lambda: started_with(config, fresh))
         mesh.lay_out(config.dist.sequence, config.dist.tensor)
         # every rank computes in what rank 0 chose, though their CPUs may differ
         config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
         check_precision(config, device)
         with checkpoint.alone_in(Path(config.run_dir)):
-            return _train(config, fresh, device, dtype_lines)
+            return _train(config, fresh, device, dtype_lines, stop)
 
 
-def _train(config: Config, fresh: bool, device: torch.device, messages: list[str]) -> TrainResult:
+def _train(config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> TrainResult:
     rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
     tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
     run_dir = Path(config.run_dir)
@@ -198,7 +203,7 @@ def _train(config: Config, fresh: bool, device: torch.device, messages: list[str
         return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
 
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
+        stop.early = False
         stack.callback(source.close)
         ahead = stack.enter_context(Ahead(loader, device.type == "cuda", announce=source.expect))
         if data.stream:
@@ -497,12 +502,17 @@ def all_finite(features: Features) -> Tensor:  # scalar bool
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT instead of dying of it; a second one of them does kill."""
+    """Remembers SIGTERM or SIGINT instead of dying of it; `early`, before there is a step to end, it raises StoppedEarly. A
+    second one of them does kill. Processes that are forked meanwhile die of the first."""
 
     failed = False
 
+    def __init__(self, early: bool = False):
+        self.early = early
+
     def __enter__(self) -> StopSignal:
         self.number: int | None = None
+        self._process = os.getpid()
         self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -513,6 +523,10 @@ class StopSignal:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != self._process:
+            signal.raise_signal(number)
+        if self.early:
+            raise StoppedEarly(number)
 
     def agreed(self, failed: bool = False) -> bool:
         """True on every rank once any rank got a signal; so is `self.failed` once any has `failed`."""

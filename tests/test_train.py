@@ -31,7 +31,7 @@ from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
-from fastdraft.model.eagle3 import start
+from fastdraft.model.eagle3 import serving, start
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
 from fastdraft.run.draft import draft_shape
@@ -557,6 +557,58 @@ def test_a_run_goes_on_with_and_without_a_gpu(make_config, monkeypatch, capsys, 
     assert [r["step"] for r in losses(config.run_dir) if "loss" in r] == [2, 4, 6]
 
 
+BEFORE_TRAINING = ("load_data", "open_source", "make_step", "resume")
+
+
+@pytest.mark.parametrize(
+    ("place", "number"), [*((place, signal.SIGTERM) for place in BEFORE_TRAINING), ("fit_to_target", signal.SIGINT)]
+)
+def test_a_signal_before_training_begins_ends_the_run_with_a_sentence(
+    make_config, whole, tmp_path, fastdraft, monkeypatch, place, number
+):
+    """In a first start, and in one that goes on from a checkpoint: what comes then is the uninterrupted run."""
+    config = make_config()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+
+    def stopped(*given, **more):
+        signal.raise_signal(number)
+        raise AssertionError("it went on")
+
+    said = (
+        f"fastdraft: {number.name} came before training began, so no step is lost; the same command, given again, goes on"
+    )
+    for steps in (0, 3):
+        if steps:
+            with monkeypatch.context() as patch:
+                at_step(patch, steps, lambda _: signal.raise_signal(signal.SIGTERM))
+                assert fastdraft("train", tmp_path / "run.yaml")[0] == 128 + signal.SIGTERM
+            assert steps_kept(config.run_dir)[-1] == 3
+        before = steps_kept(config.run_dir) if steps else []
+        with monkeypatch.context() as patch:
+            patch.setattr(training, place, stopped)
+            code, _, err = fastdraft("train", tmp_path / "run.yaml")
+        assert code == 128 + number and err.strip() == said
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert [path.name for path in list_checkpoints(Path(config.run_dir))] == [f"step-{n:08d}" for n in before]
+    assert fastdraft("train", tmp_path / "run.yaml")[0] == 0
+    expected = whole()
+    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+
+
+def test_a_forked_process_dies_of_a_signal_that_training_remembers():
+    """Workers that read data are forked; whoever ends them sends SIGTERM."""
+    forked = multiprocessing.get_context("fork")
+    for early in (False, True):
+        with StopSignal(early) as stop:
+            works = forked.Event()
+            worker = forked.Process(target=lambda works=works: (works.set(), time.sleep(60)))
+            worker.start()
+            assert works.wait(30)
+            worker.terminate()
+            worker.join(30)
+        assert worker.exitcode == -signal.SIGTERM and stop.number is None
+
+
 def test_stop_signal_restores_what_was_there():
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with StopSignal() as stop:
@@ -880,6 +932,31 @@ def test_a_warm_start_continues_where_the_export_was(make_config, tmp_path, chan
     assert losses(warm.run_dir)[-1]["eval/tau_sim"] == losses(config.run_dir)[-1]["eval/tau_sim"]
     for name in ("master", "d2t", "t2d"):
         assert torch.equal(weights(warm.run_dir)[name], weights(config.run_dir)[name]), name
+
+
+def test_a_checkpoint_to_start_from_is_read_once_for_its_shape(make_config, tmp_path, monkeypatch):
+    """And again where it, or the target, is another than before."""
+    train(make_config(max_steps=1))
+    export_run(Path(make_config().run_dir), tmp_path / "draft", "last", overwrite=False)
+    config, reads = make_config(draft={"init_from": str(tmp_path / "draft")}), []
+    original = serving.load_weights
+    monkeypatch.setattr(serving, "load_weights", lambda *given: reads.append(given) or original(*given))
+    shapes = [draft_shape(config) for _ in range(3)]
+    assert shapes[0] == shapes[1] == shapes[2] and shapes[0].draft_vocab_size == 64 and len(reads) == 1
+    file = tmp_path / "draft" / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps(fields | {"draft_vocab_size": 32}))
+    with pytest.raises(ValueError, match=r"is not a draft to start from: .*config\.json makes it"):
+        draft_shape(config)
+    file.write_text(json.dumps(fields))
+    assert draft_shape(config) == shapes[0] and len(reads) == 3
+    target = shutil.copytree(config.target.path, tmp_path / "target")
+    elsewhere = config.model_copy(update={"target": config.target.model_copy(update={"path": str(target)})})
+    assert draft_shape(elsewhere) == shapes[0] and len(reads) == 4
+    facts = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(facts | {"vocab_size": 200}))
+    with pytest.raises(ValueError, match="is not a draft to start from"):
+        draft_shape(elsewhere)
 
 
 def test_a_warm_start_from_a_checkpoint_of_another_trainer_says_what_its_flag_may_mean(make_config, tmp_path, capsys):

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastdraft.data.conversations import CUT
-from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, strings, thought_end
+from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, pieces, strings, thought_end
 from fastdraft.data.template import ChatTemplate, Refused, Span
 
 NOT_SHOWN = (
@@ -273,7 +273,7 @@ class Turns:
         if not how.given:
             raise Refused(NOT_SHOWN)
         nearest = max((place for place in given if place.end <= first), key=lambda place: place.end, default=None)
-        before = nearest.end if nearest else 0
+        before, all_marked = self._words_end(messages, nearest, full, first)
         gap = full[before:first]
         if prompt is not None:
             marks, marked, marked_tools = mark_all(messages[:-1], tools, how, self.template.tags)
@@ -282,7 +282,7 @@ class Turns:
             except Refused:
                 plain, places = "", []
             last = max(places, key=lambda place: place.end, default=None)
-            tail = prompt[last.end if last else 0 :]
+            tail = prompt[self._words_end(messages, last, prompt, len(prompt))[0] :] if all_marked else ""
             # The prompt may end with words that the rendering with the turn has dropped. Then the gap is another one.
             same = (last and last.leaf) == (nearest and nearest.leaf)
             if plain == prompt and tail and same and gap.startswith(tail):
@@ -298,9 +298,48 @@ class Turns:
                 if shown.strip() and opened.strip().endswith(shown.strip()):
                     return start + len(shown.rstrip()), ""
                 return start, opened
+        # Where a block is all of the generation prompt, the turn begins where the messages before it end (Hunyuan A13B).
+        header = self.template.header
+        if (
+            prompt is not None
+            and header.strip()
+            and prompt.endswith(header)
+            and (_OPENED.search(header) or _closed(header))
+        ):
+            start = len(prompt) - len(header)
+            if before <= start <= first and full.startswith(prompt[:start]) and not full[start:first].strip():
+                return start, header
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
             return start, ""
         raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
+
+    def _words_end(
+        self, messages: Sequence[dict], nearest: Occurrence | None, text: str, first: int
+    ) -> tuple[int, bool]:  # the place; whether marks show all messages behind those words
+        """Where the last words before a turn end, with the tags of their message behind them: tags have no marks, and one
+        that is quoted there is no header. Refused where that place is not certain."""
+        end, index = (nearest.end, nearest.leaf.message) if nearest else (0, -1)
+        if nearest and index >= 0:
+            parts = pieces(messages[index], index, self.template.tags)
+            at = max((i for i, part in enumerate(parts) if part == nearest.leaf), default=None)
+            behind = [] if at is None else parts[at + 1 :]
+            if behind and not any(isinstance(part, Leaf) for part in behind):
+                whole, core = nearest.leaf.whole, nearest.leaf.text
+                tags = whole[whole.index(core) + len(core) :] + "".join(behind)
+                form = next((form for form in (tags, tags.rstrip()) if text.startswith(form, end)), None)
+                if form is None:
+                    raise Refused(NOT_SHOWN)
+                end += len(form)
+        all_marked = True
+        for i in range(index + 1, len(messages) - 1):
+            content = messages[i]["content"].strip()
+            if not content or any(isinstance(part, Leaf) for part in pieces(messages[i], i, self.template.tags)):
+                continue
+            all_marked = False  # a message of tags alone
+            if text.count(content, end, first) > 1:
+                raise Refused(NOT_SHOWN)
+            end = max(end, text.find(content, end, first) + len(content)) if content in text[end:first] else end
+        return end, all_marked
 
     def _marked_start(
         self, messages: Sequence[dict], tools: list[dict] | None, given: list[Occurrence], full: str, first: int
@@ -384,6 +423,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     block = re.match(rf"\s*</{re.escape(opened['tag'])}>\s*", answer) if opened else None
     if block and thought_end(message) and opened["tag"] != "think":
         raise LeftOut(OTHER_TAG)
+    if opened and answer.lstrip().startswith(f"<{opened['tag']}>"):
+        return _opened_once(answer, opened, prompt, full[end:])
     twice = block and thought_end(message) and "</think>" in answer[block.end() :]
     raw = None
     if prompt is not None and not template.lead and (twice or (thinks and (block or not located.reasoning))):
@@ -399,14 +440,41 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
         if filled is not None:
             before = full[:start] if prompt is None else prompt
             return Turn(before + filled + full[end:], (len(before), len(before) + len(filled)), raw_reasoning=True)
+    # A block for reasoning that the message does not have is the template's or the prompt's, and not what the model said.
     if prompt is None or full.startswith(prompt):
-        # An empty block for reasoning that the message does not have is the template's own, and not what the model said.
         if block and not thought_end(message):
-            return Turn(full, (start + block.end(), end), lost, unopened=True)
+            return Turn(full, (start + _without_own_white(message, block), end), lost, unopened=True)
+        if opened and not thinks and not thought_end(message) and message.get("finish_reason") not in CUT:
+            before = prompt[: opened.start()]  # the template writes the answer into the block, and closes it nowhere
+            return Turn(before + full[start:], (len(before), len(before) + end - start), unopened=True)
         return Turn(full, (start, end), lost, empty_block=not thinks and bool(empty))
     unopened = bool(located.lacks) and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
-    return Turn(before + full[start:], (len(before), len(before) + end - start), lost, unopened=unopened)
+    first = len(before)
+    if lacked := _OPENED.search(located.lacks) if unopened else None:
+        tag = re.escape(lacked["tag"])
+        own = re.match(rf"\s*(?:<{tag}>\s*)?</{tag}>\s*", answer)
+        if own and thought_end(message) and answer.startswith("<think>", own.end()):
+            if lacked["tag"] != "think":
+                raise LeftOut(OTHER_TAG)
+            return _opened_once(answer[own.end() :], lacked, prompt, full[end:])
+        if own and not thinks:
+            first += _without_own_white(message, own)
+    return Turn(before + full[start:], (first, len(before) + end - start), lost, unopened=unopened)
+
+
+def _opened_once(said: str, opened: re.Match[str], prompt: str, after: str) -> Turn:
+    """A turn whose content opens the reasoning as the prompt does, which the model did not do again."""
+    said = said.lstrip().removeprefix(f"<{opened['tag']}>")
+    said = said.lstrip() if opened["white"] else said
+    return Turn(prompt + said + after, (len(prompt), len(prompt) + len(said)), raw_reasoning=True)
+
+
+def _without_own_white(message: dict, block: re.Match[str]) -> int:
+    """Where a block of the template's before an answer ends, without white space that the answer itself begins with."""
+    content = message["content"]
+    white = content[: len(content) - len(content.lstrip())]
+    return block.end() - len(white) if white and block.group().endswith(white) else block.end()
 
 
 def _filled(message: dict, answer: str, empty: re.Match[str], lost: bool, template: ChatTemplate) -> str | None:

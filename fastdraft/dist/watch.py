@@ -20,6 +20,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
 import sys
 import threading
 import time
@@ -37,6 +39,21 @@ FAILED = "failed"  # the message's key
 
 class LostPeer(RuntimeError):
     """Another process of the run has ended; the message is a sentence for the user."""
+
+
+class StoppedEarly(BaseException):
+    """A signal came, here or to another process of the run, before training began. It is no Exception, so that nothing that
+    loads or reads takes it for a fault of its own."""
+
+    def __init__(self, number: int, sentence: str | None = None):
+        self.number = number
+        super().__init__(sentence or f"{signal.Signals(number).name} came before training began, so no step is lost")
+
+    @classmethod
+    def told_in(cls, heard: str) -> StoppedEarly | None:
+        """What another process's message says of it: messages between processes are sentences, and name what ended them."""
+        found = re.search(rf", which said: {cls.__name__}: (SIG[A-Z]+)", heard)
+        return cls(signal.Signals[found[1]], heard) if found else None
 
 
 class KeyValueStore(Protocol):
@@ -223,7 +240,8 @@ class Watch:
                 tidying = threading.Thread(target=self.tidy, daemon=True)
                 tidying.start()
                 tidying.join(GRACE_S)
-                os._exit(1)
+                stopped = StoppedEarly.told_in(self.heard)
+                os._exit(128 + stopped.number if stopped else 1)
 
     def _waits_for_another(self) -> bool:
         """Whether one of those who share work with this process has come less far in it."""
@@ -261,12 +279,12 @@ class Watch:
     def lost_peer(self, error: BaseException, timeout_s: float) -> NoReturn:
         """After `error`, with which a library said that another process does not answer: finds out which, for some
         seconds, and raises LostPeer. The process that is missed may have been heard of, or it no longer gives signs; where
-        all live, one of them did not come for `timeout_s`."""
+        all live, one of them did not come for `timeout_s`. Raises StoppedEarly where a signal has ended it."""
         self._wait_for(lambda: self.heard is not None, 3 * BEAT_S)
         if self.heard is None:
             self.heard = self._find_missing(error, timeout_s)
         time.sleep(2 * BEAT_S)  # the store may end with this process, and the others are to hear it too
-        raise LostPeer(self.sentence(self.heard)) from error
+        raise StoppedEarly.told_in(self.heard) or LostPeer(self.sentence(self.heard)) from error
 
     def _find_missing(self, error: BaseException, timeout_s: float) -> str:
         keys = [f"sign/{rank}" for rank in range(len(self.members))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -16,6 +18,7 @@ from fastdraft.data.vocab import token_counts
 from fastdraft.dist import mesh
 from fastdraft.dist.mesh import Axis
 from fastdraft.dist.tensor import Parts
+from fastdraft.files import json_checksum
 from fastdraft.model.method import DraftStep, Method
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.target_config import language_config
@@ -28,7 +31,11 @@ from fastdraft.target.layers import target_layers
 def draft_shape(config: Config) -> BaseModel:
     """The shape of the draft to train: the target's, changed by draft.config and draft.overrides; or draft.init_from's."""
     if config.draft.init_from is not None:
-        return _init_from(config).config
+        _check_init_from(config)
+        checkpoint = Path(config.draft.init_from)
+        files = ((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(checkpoint.iterdir()))
+        target = json_checksum(load_target_config(*config.target.files))
+        return _shape_to_start_from(config.draft.method, checkpoint, config.target.files, target, *files)
     method = checked_method(config)
     facts = load_target_config(*config.target.files)
     changes = (read_yaml(config.draft.config, "draft.config:") if config.draft.config else {}) | config.draft.overrides
@@ -45,21 +52,28 @@ def checked_method(config: Config) -> Method:
     return method
 
 
-def _init_from(config: Config) -> nn.Module:
+def _check_init_from(config: Config) -> Method:
     if config.draft.config or config.draft.overrides or config.draft.vocab_map:
         raise ValueError(
             "draft.init_from brings the draft's shape and vocabulary; take out draft.config, draft.overrides and "
             "draft.vocab_map"
         )
     serving_config(config.draft.init_from)
-    facts = load_target_config(*config.target.files)
-    return checked_method(config).load(config.draft.init_from, facts)
+    return checked_method(config)
+
+
+@lru_cache(maxsize=1)
+def _shape_to_start_from(method: str, checkpoint: Path, target: tuple[str, bool], *_unchanged: Hashable) -> BaseModel:
+    """The shape of a checkpoint, which is read whole, and refused where it is damaged. `_unchanged` is what it was read of:
+    the same is not read twice."""
+    return named_method(method).load(checkpoint, load_target_config(*target)).config
 
 
 def new_draft(config: Config) -> nn.Module:
     """An fp32 draft of the configured shape, its vocabulary and embedding unset; or the warm start of draft.init_from."""
     if config.draft.init_from is not None:
-        return _init_from(config).float()
+        method = _check_init_from(config)
+        return method.load(config.draft.init_from, load_target_config(*config.target.files)).float()
     draft = named_method(config.draft.method).draft(draft_shape(config))
     draft.init_weights(draft.config.initializer_range, torch.Generator().manual_seed(config.seed))
     return draft

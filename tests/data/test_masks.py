@@ -772,6 +772,83 @@ def test_an_answer_to_a_tool_whose_prompt_has_no_header_is_left_out():
     assert done.left_out[0][0] == "f:1, message 4" and "behind a tool's result lacks the header" in done.left_out[0][1]
 
 
+def test_an_answer_that_the_template_writes_into_the_block_that_the_prompt_opens():
+    """As Nemotron Nano 2's, which closes the block nowhere: without reasoning the block is the prompt's, and a content that
+    opens it opens it once. What a limit of tokens cut may be reasoning, and stays in the block."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{{ '<think>\\n' if loop.last and m.role == 'assistant' }}"
+        "{{ m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\\n' }}{% endif %}"
+    )
+    tokenizer, before = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == [f"{before}[[yes<|stop|>]]"] and done.unopened == 1
+    texts, done = marked(tokenizer, chat("q", "<think>\nsince\n</think>\n\nyes"))
+    assert texts == [f"{before}<think>\n[[since\n</think>\n\nyes<|stop|>]]"]
+    assert (done.raw_reasoning, done.unopened) == (1, 0)
+    for content in ("since we", "<think>\nsince we"):
+        texts, done = marked(
+            tokenizer, [chat("q")[0], {"role": "assistant", "content": content, "finish_reason": "length"}]
+        )
+        assert texts == [f"{before}<think>\n[[since we]]<|stop|>"] and done.cut == 1
+
+
+@pytest.mark.parametrize("block", ["</think>", "<think></think>"])
+def test_what_the_template_writes_for_a_block_that_an_answer_lacks_is_not_the_models(block):
+    """GLM 4.7 writes </think>, Nemotron 3 <think></think> before an answer without reasoning, where the prompt opens the
+    block otherwise: no mode of the served model produces either."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.role == 'assistant' %}{% if m.reasoning_content %}"
+        "{{ '<think>\\n' + m.reasoning_content + '</think>' }}{% else %}BLOCK{% endif %}{% endif %}"
+        "{{ m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\\n' }}{% endif %}"
+    ).replace("BLOCK", block)
+    tokenizer, before = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    for content in ("yes", "\n yes"):
+        texts, done = marked(tokenizer, chat("q", content))
+        assert texts == [f"{before}{block}[[{content}<|stop|>]]"] and done.unopened == 1
+    texts, done = marked(tokenizer, chat("q", "<think>\nsince\n</think>\n\nyes"))
+    assert texts == [f"{before}<think>\n[[since\n</think>\n\nyes<|stop|>]]"] and done.raw_reasoning == 1
+    texts, done = marked(tokenizer, [chat("q")[0], {"role": "assistant", "content": "yes", "reasoning_content": "since"}])
+    assert texts == [f"{before}<think>\n[[since</think>yes<|stop|>]]"] and done.unopened == 0
+
+
+@pytest.mark.parametrize(("block", "shown"), [("<think>\n\n</think>\n", True), ("<think>\n", False)])
+def test_a_block_that_is_all_of_the_generation_prompt(block, shown):
+    """Hunyuan A13B's answers begin behind the user's last token; with reasoning off the prompt has an empty block there."""
+    template = (
+        "{% for m in messages %}{{ m.content + ('<|stop|>' if m.role == 'assistant' else '<|turn|>') }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'BLOCK' }}{% endif %}"
+    ).replace("BLOCK", block.replace("\n", "\\n"))
+    texts, done = marked(block_tokenizer(template), chat("q", "yes", "r", "no"))
+    served = block if shown else ""
+    second = f"q<|turn|>yes<|stop|>r<|turn|>{served}[[no<|stop|>]]"
+    expected = (
+        [f"q<|turn|>{served}[[yes<|stop|>]]", second] if shown else ["q<|turn|>[[yes<|stop|>]]r<|turn|>[[no<|stop|>]]"]
+    )
+    assert texts == expected and done.unopened == (0 if shown else 2)
+
+
+# A header that is a tag alone, as DeepSeek's.
+TAG_HEADER = (
+    "{% for m in messages %}{{ ('<|ask|>' if m.role == 'user' else '<|head|>') + m.content }}"
+    "{{ '<|stop|>' if m.role == 'assistant' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|><think>\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("said", ["x<|head|><think>\n ", "<|head|><think>\n", "x<|head|>", "<|head|>y<think>\n"])
+def test_a_header_of_tags_that_a_user_quotes_is_no_header(said):
+    """Tags have no marks, so the words before a turn end behind the tags of their message."""
+    texts, done = marked(block_tokenizer(TAG_HEADER, "<|ask|>", "<|head|>"), chat(said, "yes"))
+    assert texts == [f"<|ask|>{said}<|head|>[[yes<|stop|>]]"] and done.unopened == 1
+
+
+def test_a_message_of_the_headers_tag_alone_is_refused_where_the_header_cannot_be_told_from_it():
+    with pytest.raises(BadLine, match="its start cannot be found"):
+        marked(block_tokenizer(TAG_HEADER, "<|ask|>", "<|head|>"), chat("<|head|>", "yes"))
+
+
 QUOTES = "Use the `</think>` tag."
 
 

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,36 @@ def test_all_end_in_time_and_say_who_it_was(make_config, tmp_path, spoil):
         assert spoil is stopped or said.startswith(f"fastdraft, rank {rank}: ")
     assert not list(Path(config.run_dir).glob("checkpoints/.writing*"))
     assert [path.name for path in list_checkpoints(Path(config.run_dir))] in ([], ["step-00000002"])
+
+
+def told_to_end(place: str, others_wait: bool) -> None:
+    """Rank 1 gets SIGTERM before training begins; rank 0 waits for it, or is at something that takes long."""
+    original = getattr(training, place)
+
+    def act(*given, **more):
+        on_rank_1(lambda: signal.raise_signal(signal.SIGTERM))
+        if not others_wait:
+            time.sleep(60)
+        return original(*given, **more)
+
+    setattr(training, place, act)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others_wait", [True, False])
+@pytest.mark.parametrize("place", ["load_data", "open_source"])
+def test_a_signal_before_training_begins_ends_all(make_config, tmp_path, place, others_wait):
+    config = make_config(**{"eval.every": 100, "checkpoint.every": 100})
+    began = time.monotonic()
+    spoil = partial(told_to_end, place, others_wait)
+    ranks = by_ranks(2, command, written(config, tmp_path), spoil)
+    assert ranks == [128 + signal.SIGTERM] * 2 and time.monotonic() - began < 30, said_by(tmp_path, 0)
+    came = "SIGTERM came before training began, so no step is lost; the same command, given again, goes on"
+    assert said_by(tmp_path, 1) == f"fastdraft, rank 1: {came}\n"
+    other = f"another process of this run has ended: rank 1 on {HOST}, which said: StoppedEarly: {came}\n"
+    assert said_by(tmp_path, 0) == f"fastdraft, rank 0: {other}"
+    assert list_checkpoints(Path(config.run_dir)) == []
+    assert by_ranks(2, command, written(config, tmp_path)) == [0, 0]
 
 
 def hangs_between_checkpoints() -> None:
