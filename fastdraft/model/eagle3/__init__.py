@@ -98,8 +98,8 @@ def recipe(config: Config, shape: DraftConfig) -> list[str]:
     return [
         f"{chains}. Step i weighs {config.loss.step_decay:g}^i, since a server comes to it only if the steps before were "
         f"accepted. The loss {losses[kind]}.",
-        f"For a draft {MEASURED_WIDTH} wide AdamW did better at {MEASURED_LR:.2g} and {2 * MEASURED_LR:.2g} than at "
-        f"{MEASURED_LR / 2:.2g} (docs/recipe.md). Good rates usually go with 1 / width, which was not measured here: for "
+        f"For a draft {MEASURED_WIDTH} wide {MEASURED_LR:.2g} was the best of three rates with AdamW, and with Muon, whose "
+        f"rate is four times that (docs/recipe.md). Good rates usually go with 1 / width, which was not measured here: for "
         f"this one, {shape.hidden_size} wide, try optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}, each in a short run.",
     ]
 
