@@ -24,7 +24,7 @@ from fastdraft.model.eagle3.start import fit
 from fastdraft.model.method import GoldenCases, Method, Readings
 
 if TYPE_CHECKING:
-    from fastdraft.config import Config
+    from fastdraft.config import MUON_TIMES, Config
 
 
 def build_step(
@@ -94,13 +94,25 @@ def recipe(config: Config, shape: DraftConfig) -> list[str]:
         "lk_alpha": "lk_alpha is the likelihood that the target accepts",
         "lk_lambda": "lk_lambda goes from kl to acceptance itself where that is high",
     }
-    lr = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size
+    lr, best = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size, MUON_TIMES * MEASURED_LR
+    measured = (
+        f"For a draft {MEASURED_WIDTH} wide AdamW did better at {MEASURED_LR:.2g} and {2 * MEASURED_LR:.2g} than at "
+        f"{MEASURED_LR / 2:.2g} (docs/recipe.md)."
+    )
+    rates = f"optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}"
+    if config.optim.optimizer == "muon":
+        measured = (
+            f"For a draft {MEASURED_WIDTH} wide, with AdamW's rate at {MEASURED_LR:.2g}, Muon did better at {best:.2g}, "
+            f"{MUON_TIMES} times that, than at {best / 4:.2g} and {best * 2:.2g}, and better than AdamW alone "
+            "(docs/quality.md)."
+        )
+        tried = (MUON_TIMES / 2 * lr, MUON_TIMES * lr, MUON_TIMES * 2 * lr)
+        rates = "optim.lr {:.1e} with optim.muon_lr {:.1e}, {:.1e} and {:.1e}".format(lr, *tried)
     return [
         f"{chains}. Step i weighs {config.loss.step_decay:g}^i, since a server comes to it only if the steps before were "
         f"accepted. The loss {losses[kind]}.",
-        f"For a draft {MEASURED_WIDTH} wide {MEASURED_LR:.2g} was the best of three rates with AdamW, and with Muon, whose "
-        f"rate is four times that (docs/recipe.md). Good rates usually go with 1 / width, which was not measured here: for "
-        f"this one, {shape.hidden_size} wide, try optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}, each in a short run.",
+        f"{measured} Good rates usually go with 1 / width, which was not measured here: for this one, {shape.hidden_size} "
+        f"wide, try {rates}, each in a short run.",
     ]
 
 
