@@ -17,7 +17,6 @@ from fastdraft.metrics import MetricsConfig
 
 M = TypeVar("M", bound=BaseModel)
 Beta = Annotated[float, Field(ge=0, lt=1)]
-MUON_TIMES = 4  # AdamW's rate: the best of five rates of Muon's for a draft 576 wide (docs/quality.md)
 
 # Keys that older versions had. A config that still holds one is told what to do instead.
 REMOVED = {
@@ -105,9 +104,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: the rate stays until it falls over the last wsd_decay of all steps
     wsd_decay: float | None = Field(None, gt=0, le=1)  # of wsd alone; None: 0.2 of all steps
     optimizer: Literal["adamw", "muon"] = "muon"  # for matrices; embeddings, heads and norms are AdamW's all the same
-    muon_lr: float | None = Field(
-        None, gt=0
-    )  # of muon alone, as what follows; None: MUON_TIMES lr. Both follow the schedule
+    muon_lr: float | None = Field(None, gt=0)  # of muon alone, as what follows; None: 4 lr. Both follow the schedule
     muon_momentum: float | None = Field(None, ge=0, lt=1)  # None: 0.95
     muon_weights: list[str] | None = None  # names, * stands for anything; None: all matrices but the method's tables
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -141,7 +138,7 @@ class OptimConfig(Section):
 
     @property
     def muon_rate(self) -> float:
-        return MUON_TIMES * self.lr if self.muon_lr is None else self.muon_lr
+        return 4 * self.lr if self.muon_lr is None else self.muon_lr
 
     @property
     def momentum(self) -> float:
