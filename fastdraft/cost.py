@@ -121,6 +121,16 @@ class Training:
     def muon_cost(self, replicas: int, tensor: int) -> MuonCost:
         return muon_cost(self.muon(tensor), self.itemsize, -(-self.trainable // tensor), replicas, tensor)
 
+    def between_steps(self, draft_step: tuple[Row, ...], share: int, replicas: int, tensor: int) -> tuple[Row, ...]:
+        """What an optimizer's step over masters of `share` weights takes of the device, beyond what a draft step's rows
+        count, and on the CPU what the last checkpoint is written from."""
+        muon = self.muon_cost(replicas, tensor).num_bytes
+        if self.device == "cuda":
+            return (Row("Muon's directions and temporaries", muon),) if muon else ()
+        short_lived = sum(row.size for row in draft_step if row.short_lived)
+        update = max(0, max(8 * share, muon) - short_lived)
+        return Row("the optimizer's temporaries, beyond a step's", update), *self.checkpoint_copies(replicas, tensor)
+
     def checkpoint_copies(self, replicas: int, tensor: int) -> tuple[Row, ...]:
         beside = frozen_bytes(self.draft, self.itemsize)
         return checkpoint_copies(self.trainable, beside, replicas, tensor, pinned=self.device == "cuda")
@@ -148,13 +158,6 @@ def plan(
     draft_step, work = training.step_cost(draft, training.pack_tokens)
     checkpoint = 12 * trainable + frozen_bytes(draft, b)  # fp32 master, two moments
     share = -(-trainable // replicas)
-    muon = training.muon_cost(replicas, tensor).num_bytes
-    between: tuple[Row, ...] = (Row("Muon's directions and temporaries", muon),) if muon else ()
-    host = training.checkpoint_copies(replicas, tensor)
-    if training.device == "cpu":
-        short_lived = sum(row.size for row in draft_step if row.short_lived)
-        update = max(0, max(8 * share, muon) - short_lived)
-        between = Row("the optimizer's temporaries, beyond a step's", update), *host
     shares_masters = replicas > 1
     weights = trainable + frozen if b < 4 or shares_masters else frozen  # alone, fp32 masters are the weights
     # What a process sends and gets is its slice of the gradient and, where they are no masters, of the weights.
@@ -169,7 +172,7 @@ def plan(
         Row(f"fp32 moments (two){of_several}", 8 * share),
         Row("fp32 gradient", 4 * trainable),
         *([Row("slices of gradient and weights, on their way", slices)] if slices else []),
-        *between,
+        *training.between_steps(draft_step, share, replicas, tensor),
         Row("features g and f of a pack", training.feature_bytes(training.pack_tokens)),
         *draft_step,
     )
@@ -186,7 +189,8 @@ def plan(
         *([Row("cache of features, at most", cache_bytes)] if cache_bytes else []),
     )
     flops = work if stored else (Row("target forward (every parameter active)", 2 * target_params), *work)
-    return Plan(trainable, frozen, target_params, memory, disk, flops, host if training.device == "cuda" else ())
+    host = training.checkpoint_copies(replicas, tensor) if training.device == "cuda" else ()
+    return Plan(trainable, frozen, target_params, memory, disk, flops, host)
 
 
 def map_bytes(draft: BaseModel) -> int:

@@ -1,4 +1,5 @@
 """The training loop: packs of documents -> the target's features -> a TTT step -> one optimizer step, read top to bottom.
+`_train` is the loop, `TrainingRun.take_step` a step of it.
 
 One process per GPU, started alone or under torchrun. The global batch of an optimizer step is optim.packs_per_step packs
 whatever the number of processes; each adds un-normalised gradient sums, and the optimizer divides once by the global
@@ -13,6 +14,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,222 +90,249 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
 
 
 def _train(config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> TrainResult:
-    rank, data_axis, replicas = mesh.rank(), mesh.axis("data"), mesh.axis("replicas")
-    tensor, sequence = mesh.axis("tensor"), mesh.axis("sequence")
-    run_dir = Path(config.run_dir)
-    dtype = compute_dtype(config, device)
-    torch.manual_seed(config.seed)
-
-    if mesh.is_rank_0():  # said before anything is loaded, which may end the process
-        for line in memory_lines(config, device):
-            print(line, flush=True)
-    draft = new_draft(config)
-    check_layout(config, draft.config)
-    method = method_of(draft)
-    data = load_data(config, draft.config)
-    train_set, eval_set = data.train, data.eval
-    target_size = count_target_parameters(load_target_config(*config.target.files))
-    pairs = method.pair_cost(draft.config, target_size, config)
-    loader = Loader(
-        data.stream or train_set,
-        config.data.pack_tokens,
-        config.optim.packs_per_step,
-        config.data.seed,
-        data_axis.rank,
-        data_axis.size,
-        pairs,
-    )
-    total_steps = config.max_steps or loader.num_steps(config.epochs)
-    weights = method.step_weights(config, draft.config)
-    source = open_source(config, draft.config.layers, device, [train_set, eval_set], halo=len(weights.weight))
-    messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
-    messages += fit_to_target(draft, config, source.ends, train_set)
-    parts = None
-    if tensor.size > 1:
-        parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
-        method.cut(draft, tensor.rank, tensor.size)
-    draft.to(device)
-    count_rows = weights.to(device).count  # of numbers on the device
-    optimizer = SharedAdamW(draft.trainable(), named_optim(config, draft), total_steps, dtype, replicas, parts, count_rows)
-    draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
-    window = {  # since the last line of metrics
-        "sums": torch.zeros(5, len(weights.weight), dtype=torch.float64, device=device),
-        "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
-    }
-    first_step, about_resume = resume(config, fresh, source.ends.fingerprint, draft, optimizer, loader, window)
-    messages += about_resume
-    if first_step >= total_steps:
-        messages.append(f"all {total_steps} steps are done already; --fresh trains anew")
-    trainer = make_step(config, draft, source.ends, shared=tensor.size * sequence.size > 1)
-    work = known_work(config, device)
-
-    here = isinstance(source, InProcess)
-    seconds_of_capture = config.dist.stuck_s if here else max(config.dist.disk_s, config.target.timeout_s)
-
-    def capture(batch: Batch) -> tuple[Batch, Features]:
-        """The batch and what this process needs of its features: all, where it shares its packs with no other."""
-        mesh.begin("running the target over a pack" if here else "reading a pack's features", seconds_of_capture)
-        batch, features = source.capture(batch)
-        share = PackShare(batch.num_tokens, sequence.rank, sequence.size, halo=len(weights.weight))
-        return batch, features if share.size == 1 or source.gives_share else own_features(features, share)
-
-    def save(step: int) -> None:
-        """Begins a checkpoint, which is written while training goes on."""
-        writer.wait_for_last()
-        mesh.begin("writing down the features of a checkpoint", config.dist.disk_s)
-        source.flush()
-        tensors = run_tensors(optimizer, draft, window)
-        free_disk(run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
-        state = {"step": step, "loader": ahead.state_dict(), "target": source.ends.fingerprint}
-        state |= {"draft": draft.config.model_dump(), "config": config.model_dump()}
-        writer.save(tensors, state)
-
-    def add_up(sums: Tensor) -> Tensor:
-        source.meet()  # a process may have fewer packs than those that hold the target with it
-        return replicas.sum_(sums)
-
-    def held_out() -> dict[str, float]:
-        batches = eval_batches(eval_set, config.data.pack_tokens, data_axis.rank, data_axis.size)
-
-        def step_rows(batch: Batch) -> Rows:
-            captured = capture(batch)
-            mesh.begin("evaluating a pack", config.dist.stuck_s)
-            return trainer.rows(*captured)
-
-        report = evaluate_tau(
-            step_rows,
-            itertools.islice(batches, len(range(data_axis.rank, config.eval.max_packs, data_axis.size))),
-            len(weights.weight),
-            reduce=add_up,
-        )
-        return eval_values(report, weights)
-
-    def evaluate(step: int, saved: int) -> int:  # the step of the newest checkpoint
-        values = held_out()
-        mesh.begin("writing down what an evaluation gave", config.dist.disk_s)
-        if writer.beats_best(values["eval/tau_sim"]):
-            if saved != step:
-                save(step)
-            writer.mark_best(step, values["eval/tau_sim"])
-            saved = step
-        if metrics:
-            metrics.log(step, values)
-        return saved
-
-    def finish_step() -> None:
-        """Ends the optimizer's step that is under way, if one is; then its sums are those of all processes."""
-        if optimizer.under_way:
-            source.meet()
-        sums = optimizer.finish()
-        if sums is not None:
-            window["sums"] += sums
-            window["skipped_steps"] += count_rows(sums[3]) == 0
-
-    def hold_out_after(step: int) -> bool:
-        return len(eval_set) > 0 and (step % config.eval.every == 0 or step == total_steps)
-
+    run = TrainingRun(config, fresh, device, messages, stop)
     with ExitStack() as stack:
-        stop.early = False
-        stack.callback(source.close)
-        ahead = stack.enter_context(Ahead(loader, device.type == "cuda", announce=source.expect))
-        if data.stream:
-            stack.callback(data.stream.close)
-        metrics = None
-        if rank == 0:
-            write_run_files(config, draft.config)
-            metrics = stack.enter_context(
-                Metrics(run_dir, config.metrics, total_steps, resume_step=first_step or None, settings=config.model_dump())
-            )
-            for line in messages:
-                metrics.say(line)
-        stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
-        writer = stack.enter_context(
-            checkpoint.Writer(
-                run_dir,
-                config.checkpoint.keep,
-                config.dist.disk_s,
-                metrics.say if metrics else lambda _: None,
-                config.dist.timeout_s,
-            )
-        )
-        recent: list[Recent] = []  # the steps since the last look at the device
-        saved = first_step
-        if first_step and hold_out_after(first_step):
-            # The run may have been killed between this checkpoint and the end of its evaluation, or before it was marked.
-            tau_sim = mesh.from_rank_0(held_out_tau(run_dir, first_step) if rank == 0 else None)
-            if tau_sim is None:
-                saved = evaluate(first_step, saved)
-            elif writer.beats_best(tau_sim):
-                writer.mark_best(first_step, tau_sim)
-        clock = time.perf_counter()
-
-        for step in range(first_step + 1, total_steps + 1):
-            mesh.begin("reading data", config.dist.disk_s)
-            batches = next(ahead)
-            step_sums = torch.zeros_like(window["sums"])
-            trainer.begin(step)
-            for batch in batches:
-                # The target needs no weight of the draft: its first forward hides what the processes still send each other.
-                batch, features = capture(batch)
-                mesh.begin("taking a training step of the draft", config.dist.stuck_s)
-                finish_step()
-                step_sums += trainer.step(batch, features, optimizer.grads).sums()
-                step_sums[0].masked_fill_(~all_finite(features), torch.nan)
-            source.meet()
-            norm = optimizer.start(step_sums)
-            recent.append(Recent(step, batches, norm, step_sums))
-
-            is_last = step == total_steps
+        run.begin(stack)
+        for step in range(run.first_step + 1, run.total_steps + 1):
+            run.take_step(step)
+            is_last = step == run.total_steps
             look = step % config.metrics.log_every == 0 or is_last
-            hold_out = hold_out_after(step)
             keep = step % config.checkpoint.every == 0 or is_last
-            met = time.perf_counter()
-            stopping = stop.agreed(not writer.idle and writer.failed())
-            if device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
-                optimizer.waited += time.perf_counter() - met
-            if stop.failed:
-                writer.raise_failure()
+            hold_out = run.holds_out_after(step)
+            stopping = run.agrees_to_stop()
             if look or hold_out or keep or stopping:
                 mesh.begin("reading the numbers of its steps from its device", config.dist.stuck_s)
-                finish_step()
-                refuse_nan(recent, run_dir, rank)
+                run.finish_step()
+                refuse_nan(run.recent, run.run_dir, mesh.rank())
             if look:
-                mesh.begin("writing metrics", config.dist.disk_s)
-                seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                waited = mesh.from_all(optimizer.clock())
-                if metrics:
-                    values = train_values(window["sums"], weights)
-                    values["skipped_steps"] = int(window["skipped_steps"])
-                    values |= source.counts()
-                    values["lr"], values["grad_norm"] = optimizer.lr(step - 1), float(norm)
-                    tokens = data_axis.size * sum(b.num_tokens for r in recent for b in r.batches)
-                    values["tokens_per_s"] = tokens / seconds
-                    values |= of_several(tokens / seconds, [s / seconds for s in waited])
-                    if work is not None:
-                        values["mfu"] = work.flops(tokens, window["sums"]) / (seconds * mesh.world() * work.peak)
-                    values["data_wait"] = (ahead.waited + source.waited) / seconds
-                    values["checkpoint_wait"] = writer.stood / seconds
-                    metrics.log(step, values)
-                ahead.waited = source.waited = writer.stood = 0.0
-                for numbers in window.values():
-                    numbers.zero_()
-                recent.clear()
-            if saved != step and (keep or stopping):  # before anything else can fail
-                save(step)
-                saved = step
+                run.log(step)
+            if run.saved != step and (keep or stopping):  # before anything else can fail
+                run.save(step)
             if hold_out:
-                began, waited, stood = time.perf_counter(), source.waited, writer.stood
-                saved = evaluate(step, saved)
-                clock += time.perf_counter() - began  # the clock is of training alone, and so is the waiting
-                source.waited, writer.stood = waited, stood
+                run.evaluate(step)
             if stopping:
-                writer.wait()
-                if metrics:
-                    metrics.say(
-                        f"stopped by {signal.Signals(stop.number).name} after step {step}; its checkpoint is written"
-                    )
-                return TrainResult(run_dir, step, stop.number)
-    return TrainResult(run_dir, total_steps, None)
+                run.writer.wait()
+                run.say(f"stopped by {signal.Signals(run.stop.number).name} after step {step}; its checkpoint is written")
+                return TrainResult(run.run_dir, step, run.stop.number)
+    return TrainResult(run.run_dir, run.total_steps, None)
+
+
+class TrainingRun:
+    """This process's part of a run: what it trains and on what, and what it has to tell of the steps since the last line of
+    metrics."""
+
+    def __init__(self, config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> None:
+        self.config = config
+        self.device = device
+        self.stop = stop
+        self.run_dir = Path(config.run_dir)
+        self.data_axis = mesh.axis("data")
+        self.replicas = mesh.axis("replicas")
+        self.sequence = mesh.axis("sequence")
+        tensor = mesh.axis("tensor")
+        dtype = compute_dtype(config, device)
+        torch.manual_seed(config.seed)
+        if mesh.is_rank_0():  # said before anything is loaded, which may end the process
+            for line in memory_lines(config, device):
+                print(line, flush=True)
+
+        draft = new_draft(config)
+        check_layout(config, draft.config)
+        method = method_of(draft)
+        data = load_data(config, draft.config)
+        target_size = count_target_parameters(load_target_config(*config.target.files))
+        loader = Loader(
+            data.stream or data.train,
+            config.data.pack_tokens,
+            config.optim.packs_per_step,
+            config.data.seed,
+            self.data_axis.rank,
+            self.data_axis.size,
+            method.pair_cost(draft.config, target_size, config),
+        )
+        self.total_steps = config.max_steps or loader.num_steps(config.epochs)
+        self.weights = method.step_weights(config, draft.config)
+        self.ttt_length = len(self.weights.weight)  # T
+        sets = [data.train, data.eval]
+        source = open_source(config, draft.config.layers, device, sets, halo=self.ttt_length)
+        self.messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
+        self.messages += fit_to_target(draft, config, source.ends, data.train)
+
+        parts = None
+        if tensor.size > 1:
+            parts = Parts({name: p.shape for name, p in draft.trainable().items()}, method.part, tensor)
+            method.cut(draft, tensor.rank, tensor.size)
+        draft.to(device)
+        self.count_rows = self.weights.to(device).count  # of numbers on the device
+        self.optimizer = SharedAdamW(
+            draft.trainable(), named_optim(config, draft), self.total_steps, dtype, self.replicas, parts, self.count_rows
+        )
+        draft.to(dtype)  # what is not trained; the trained weights are the optimizer's
+        self.window = {  # since the last line of metrics
+            "sums": torch.zeros(5, self.ttt_length, dtype=torch.float64, device=device),
+            "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
+        }
+        fingerprint = source.ends.fingerprint
+        self.first_step, told = resume(config, fresh, fingerprint, draft, self.optimizer, loader, self.window)
+        self.messages += told
+        if self.first_step >= self.total_steps:
+            self.messages.append(f"all {self.total_steps} steps are done already; --fresh trains anew")
+        self.trainer = make_step(config, draft, source.ends, shared=tensor.size * self.sequence.size > 1)
+        self.work = known_work(config, device)
+        self.draft = draft
+        self.data = data
+        self.loader = loader
+        self.source = source
+        self.recent: list[Recent] = []  # the steps since the last look at the device
+        self.saved = self.first_step  # the step of the newest checkpoint
+
+    def begin(self, stack: ExitStack) -> None:
+        """Opens what `stack` closes: threads and files. A checkpoint of before is evaluated now where it was not."""
+        config = self.config
+        self.stop.early = False
+        stack.callback(self.source.close)
+        self.ahead = stack.enter_context(Ahead(self.loader, self.device.type == "cuda", announce=self.source.expect))
+        if self.data.stream:
+            stack.callback(self.data.stream.close)
+        self.metrics = None
+        self.say: Callable[[str], None] = lambda line: None
+        if mesh.is_rank_0():
+            write_run_files(config, self.draft.config)
+            going_on = self.first_step or None
+            metrics = Metrics(self.run_dir, config.metrics, self.total_steps, going_on, config.model_dump())
+            self.metrics = stack.enter_context(metrics)
+            self.say = metrics.say  # no method of the run: the writer, which keeps it, would keep the run's memory
+            for line in self.messages:
+                self.say(line)
+        stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
+        self.writer = stack.enter_context(
+            checkpoint.Writer(self.run_dir, config.checkpoint.keep, config.dist.disk_s, self.say, config.dist.timeout_s)
+        )
+        self.clock = time.perf_counter()
+        if self.first_step and self.holds_out_after(self.first_step):
+            # The run may have been killed between this checkpoint and the end of its evaluation, or before it was marked.
+            tau_sim = mesh.from_rank_0(held_out_tau(self.run_dir, self.first_step) if mesh.is_rank_0() else None)
+            if tau_sim is None:
+                self.evaluate(self.first_step)
+            elif self.writer.beats_best(tau_sim):
+                self.writer.mark_best(self.first_step, tau_sim)
+
+    def take_step(self, step: int) -> None:
+        """Runs target and draft over this process's packs, and begins the optimizer's step."""
+        mesh.begin("reading data", self.config.dist.disk_s)
+        batches = next(self.ahead)
+        step_sums = torch.zeros_like(self.window["sums"])
+        self.trainer.begin(step)
+        for batch in batches:
+            # The target needs no weight of the draft: its first forward hides what the processes still send each other.
+            batch, features = self.capture(batch)
+            mesh.begin("taking a training step of the draft", self.config.dist.stuck_s)
+            self.finish_step()
+            step_sums += self.trainer.step(batch, features, self.optimizer.grads).sums()
+            step_sums[0].masked_fill_(~all_finite(features), torch.nan)
+        self.source.meet()
+        norm = self.optimizer.start(step_sums)
+        self.recent.append(Recent(step, batches, norm, step_sums))
+
+    def capture(self, batch: Batch) -> tuple[Batch, Features]:
+        """The batch and what this process needs of its features: all, where it shares its packs with no other."""
+        dist = self.config.dist
+        if isinstance(self.source, InProcess):
+            mesh.begin("running the target over a pack", dist.stuck_s)
+        else:
+            mesh.begin("reading a pack's features", max(dist.disk_s, self.config.target.timeout_s))
+        batch, features = self.source.capture(batch)
+        share = PackShare(batch.num_tokens, self.sequence.rank, self.sequence.size, halo=self.ttt_length)
+        return batch, features if share.size == 1 or self.source.gives_share else own_features(features, share)
+
+    def finish_step(self) -> None:
+        """Ends the optimizer's step that is under way, if one is; then its sums are those of all processes."""
+        if self.optimizer.under_way:
+            self.source.meet()
+        sums = self.optimizer.finish()
+        if sums is not None:
+            self.window["sums"] += sums
+            self.window["skipped_steps"] += self.count_rows(sums[3]) == 0
+
+    def agrees_to_stop(self) -> bool:
+        """Whether any process got a signal. Raises what one's last checkpoint failed of."""
+        met = time.perf_counter()
+        stopping = self.stop.agreed(not self.writer.idle and self.writer.failed())
+        if self.device.type == "cpu":  # where the slowest process is waited for here; a GPU has work meanwhile
+            self.optimizer.waited += time.perf_counter() - met
+        if self.stop.failed:
+            self.writer.raise_failure()
+        return stopping
+
+    def log(self, step: int) -> None:
+        """Writes a line of metrics of the steps since the last one, and begins to count anew."""
+        mesh.begin("writing metrics", self.config.dist.disk_s)
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        waited = mesh.from_all(self.optimizer.clock())
+        if self.metrics:
+            sums = self.window["sums"]
+            values = train_values(sums, self.weights)
+            values["skipped_steps"] = int(self.window["skipped_steps"])
+            values |= self.source.counts()
+            values["lr"], values["grad_norm"] = self.optimizer.lr(step - 1), float(self.recent[-1].norm)
+            tokens = self.data_axis.size * sum(b.num_tokens for r in self.recent for b in r.batches)
+            values["tokens_per_s"] = tokens / seconds
+            values |= of_several(tokens / seconds, [s / seconds for s in waited])
+            if self.work is not None:
+                values["mfu"] = self.work.flops(tokens, sums) / (seconds * mesh.world() * self.work.peak)
+            values["data_wait"] = (self.ahead.waited + self.source.waited) / seconds
+            values["checkpoint_wait"] = self.writer.stood / seconds
+            self.metrics.log(step, values)
+        self.ahead.waited = self.source.waited = self.writer.stood = 0.0
+        for numbers in self.window.values():
+            numbers.zero_()
+        self.recent.clear()
+
+    def save(self, step: int) -> None:
+        """Begins a checkpoint, which is written while training goes on."""
+        self.writer.wait_for_last()
+        mesh.begin("writing down the features of a checkpoint", self.config.dist.disk_s)
+        self.source.flush()
+        tensors = run_tensors(self.optimizer, self.draft, self.window)
+        free_disk(self.run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
+        state = {"step": step, "loader": self.ahead.state_dict(), "target": self.source.ends.fingerprint}
+        state |= {"draft": self.draft.config.model_dump(), "config": self.config.model_dump()}
+        self.writer.save(tensors, state)
+        self.saved = step
+
+    def holds_out_after(self, step: int) -> bool:
+        return len(self.data.eval) > 0 and (step % self.config.eval.every == 0 or step == self.total_steps)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates on held-out data. The best step so far keeps its checkpoint, which is made if it has none."""
+        began, waited, stood = time.perf_counter(), self.source.waited, self.writer.stood
+        values = self.held_out()
+        mesh.begin("writing down what an evaluation gave", self.config.dist.disk_s)
+        if self.writer.beats_best(values["eval/tau_sim"]):
+            if self.saved != step:
+                self.save(step)
+            self.writer.mark_best(step, values["eval/tau_sim"])
+        if self.metrics:
+            self.metrics.log(step, values)
+        self.clock += time.perf_counter() - began  # the clock is of training alone, and so is the waiting
+        self.source.waited, self.writer.stood = waited, stood
+
+    def held_out(self) -> dict[str, float]:
+        rank, size = self.data_axis.rank, self.data_axis.size
+        batches = eval_batches(self.data.eval, self.config.data.pack_tokens, rank, size)
+
+        def step_rows(batch: Batch) -> Rows:
+            captured = self.capture(batch)
+            mesh.begin("evaluating a pack", self.config.dist.stuck_s)
+            return self.trainer.rows(*captured)
+
+        def add_up(sums: Tensor) -> Tensor:
+            self.source.meet()  # a process may have fewer packs than those that hold the target with it
+            return self.replicas.sum_(sums)
+
+        own = itertools.islice(batches, len(range(rank, self.config.eval.max_packs, size)))
+        report = evaluate_tau(step_rows, own, self.ttt_length, reduce=add_up)
+        return eval_values(report, self.weights)
 
 
 # --- going on from a checkpoint -------------------------------------------------------------------------------------------

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from small_blocks import OVERRIDES, block_run
-from small_runs import losses
-from tiny import refusal
+from small_runs import by_ranks, losses
+from tiny import LLAMA_8B, refusal
 
-from fastdraft.config import load_config
+from fastdraft import cli
+from fastdraft.config import Config, load_config, parse_config
 from fastdraft.dist import mesh
+from fastdraft.dist.fleet import Hardware, Layout
 from fastdraft.files import GIB
 from fastdraft.run import plan
-from fastdraft.run.plan import memory_lines, predict
+from fastdraft.run.plan import fleet_planner, memory_lines, predict
 
 CPU = torch.device("cpu")
 
@@ -90,3 +96,63 @@ def test_processes_of_one_machine_share_its_memory(run_yaml, monkeypatch):
     assert plan._memory_of(CPU) == whole / 4
     monkeypatch.setattr(plan, "_memory_of", lambda device: 1000.0)
     assert "for each of 4 processes" in memory_lines(config, CPU)[0]
+
+
+# --- processes that share a step -----------------------------------------------------------------------------------------
+
+
+def test_what_is_advised_to_processes_that_share_a_pack_fits(run_yaml, runs):
+    """Of one GPU, in --plan, for every method; twice as much does not fit."""
+    shared = ("dist.sequence=2", "device=cuda", "precision=bf16", "target.dtype=bf16")
+    large = (*shared, "chunk_rows=4096", "data.pack_tokens=4000000", "data.max_length=4000000", "--plan", "--gpu-gib", 2)
+    line = runs("train", run_yaml, *large).strip().splitlines()[-1]
+    assert re.match(r"warning: a step needs [\d,]+\.\d GiB by prediction, and each GPU has 2\.0 GiB; the most is ", line)
+    settings = advised(line)
+    assert "a step needs" not in runs("train", run_yaml, *large[:-3], *settings, *large[-3:])
+    more = [f"{name}={2 * int(value)}" for name, value in (setting.split("=") for setting in settings)]
+    assert "it would fit" in runs("train", run_yaml, *large[:-3], *more, *large[-3:])
+
+
+def test_what_is_said_is_one_processs_plan(run_yaml):
+    """Of its layout: less than as much data with no other to share it takes."""
+    large = ["data.pack_tokens=4000000", "data.max_length=4000000", "target.dtype=bf16", "precision=bf16"]
+    config, gpu = load_config(run_yaml, [*large, "dist.sequence=2"]), torch.device("cuda")
+    (line,) = memory_lines(config, gpu, 0.001)
+    shared, alone = (fleet_planner(config, Hardware())(Layout(n, sequence=n)).memory_bytes / GIB for n in (2, 1))
+    assert f"a step needs {shared:.1f} GiB by prediction" in line and shared < 0.9 * alone
+    assert memory_lines(config, gpu, 1.01 * shared) == []
+
+
+def test_a_target_that_is_too_large_is_to_be_sharded(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 200, "torch_dtype": "bfloat16"}))
+    tree = {"target": {"path": str(tmp_path), "dtype": "bf16"}, "data": {"paths": ["chats.jsonl"], "max_length": 4096}}
+    tree |= {"optim": {"packs_per_step": 8}, "precision": "bf16", "run_dir": str(tmp_path / "run")}
+    monkeypatch.setattr(mesh, "world", lambda: 8)
+    monkeypatch.setattr(mesh, "host_size", lambda: 8)
+    config = parse_config(tree | {"dist": {"target": "replicated"}}, Config)
+    (line,) = memory_lines(config, torch.device("cuda"), 80)
+    assert advised(line) == ["dist.target=sharded"]
+    for target in ("sharded", "auto"):
+        config = parse_config(tree | {"dist": {"target": target, "sequence": 2}}, Config)
+        assert memory_lines(config, torch.device("cuda"), 80) == []
+    config = parse_config(tree | {"features": {"path": str(tmp_path), "mode": "read"}, "dist": {"sequence": 2}}, Config)
+    assert memory_lines(config, torch.device("cuda"), 20) == []  # the target's layers are on the disk
+
+
+def _train_in_little_memory(file: str, said: Path) -> None:
+    plan._memory_of = lambda device: 1000.0
+    sys.argv = ["fastdraft", "train", file]
+    with (said / f"of {os.environ['RANK']}").open("w") as sys.stdout:
+        cli.main()
+
+
+@pytest.mark.parametrize("run_yaml", ["eagle3"], indirect=True)
+@pytest.mark.parametrize("share", ["dist.sequence", "dist.tensor"])
+def test_processes_that_share_a_step_say_it_once_and_train(run_yaml, tmp_path, tree, share):
+    section, _, name = share.partition(".")
+    run_yaml.write_text(yaml.safe_dump(tree | {section: {name: 2}, "max_steps": 1}))
+    assert by_ranks(2, _train_in_little_memory, str(run_yaml), tmp_path) == [0, 0]
+    first = (tmp_path / "of 0").read_text().replace("\n", " ")
+    assert first.startswith("warning: a step needs ") and first.count("warning: a step needs") == 1
+    assert "a step needs" not in (tmp_path / "of 1").read_text()
+    assert losses(tmp_path / "run")[0]["step"] == 1

@@ -142,10 +142,11 @@ def fleet_plan(
     run_tokens: int,  # the target runs so many tokens at a time, or a longer document
     packs_per_step: int,
     sums: int,  # [M, H] sums over the tensor axis that a token's chain takes forward and backward
+    stored: bool = False,  # features are read from a store or come from servers: only embedding and head are loaded
 ) -> FleetPlan:
     """What a layout needs. ValueError naming the setting where it does not divide what it is to divide."""
     refuse_uneven(layout, packs_per_step)
-    if layout.sequence > 1 and target.apart is not None:
+    if layout.sequence > 1 and target.apart is not None and not stored:
         raise ValueError(
             f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because "
             + target.apart
@@ -167,16 +168,22 @@ def fleet_plan(
     activations = running * (6 * target.hidden_size + target.attention_width + 3 * target.mlp_width) * target_bytes
     kv = 2 * part.num_key_value_heads * part.head_dim * getattr(part, "num_hidden_layers", 1)  # of all layers of the draft
     gathered_kv = kv * (pack_tokens - own_tokens) * (draft_bytes + 4)
-    memory = [
+    of_target = [
         Row("target's embedding, head and norms", target.outside * target_bytes),
         Row("target's layers" + (f", 1/{h}" if h > 1 else ""), -(-target.layers // h) * target_bytes),
         Row(f"{GATHERED} layers of the target whole", (GATHERED * target.largest_layer if h > 1 else 0) * target_bytes),
         Row("target's activations", activations),
+    ]
+    if stored:  # whoever shares a pack reads all of it, and keeps what is its own
+        of_target = [Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_bytes)]
+    read = pack_tokens if stored and s > 1 else 0
+    memory = [
+        *of_target,
         Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + embedding * draft_bytes),
         Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
         Row("fp32 gradient", int(4 * trainable)),
-        Row("Muon's directions and temporaries", muon.num_bytes),
-        Row("features g and f", training.feature_bytes(own_tokens)),
+        *training.between_steps(step, int(trainable / replicas), replicas, t),
+        Row("features g and f", training.feature_bytes(read + own_tokens)),
         Row("keys and values of the others' tokens, and gradients", gathered_kv),
         *step,
     ]
@@ -187,12 +194,12 @@ def fleet_plan(
     tokens = packs * pack_tokens / s
     rate = hardware.tflops * 1e12
     attention = 2 * target.attention_width * length * target.num_layers  # two products over half the pairs
-    target_s = tokens * (2 * target.active + attention) / rate
+    target_s = 0.0 if stored else tokens * (2 * target.active + attention) / rate
     draft_s = tokens * sum(row.size for row in flops) / rate
-    runs = packs * (1 if s > 1 else math.ceil(pack_tokens / max(run_tokens, length)))
+    runs = 0 if stored else packs * (1 if s > 1 else math.ceil(pack_tokens / max(run_tokens, length)))
     muon_s = muon.flops / rate
     gather_s = hardware.seconds(runs * target.layers * target_bytes * _others(h), h)
-    pack_kv = packs * target.num_layers * target.kv_width * pack_tokens * target_bytes * _others(s)
+    pack_kv = runs * target.num_layers * target.kv_width * pack_tokens * target_bytes * _others(s)
     draft_kv = packs * kv * pack_tokens * (draft_bytes + 4) * _others(s)
     chain_sums = tokens * sums * draft.hidden_size * draft_bytes * 2 * _others(t)
     collectives = [Collective("target's layers gathered", gather_s, max(0.0, gather_s - target_s))]

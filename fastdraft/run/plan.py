@@ -24,6 +24,7 @@ from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import find_prepared
 from fastdraft.dist import fleet, mesh
 from fastdraft.files import GIB
+from fastdraft.model.method import Row
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.model.precision import bf16_is_slow, pick_dtype
 from fastdraft.model.target_config import language_config, longest_context, named_dtype
@@ -32,6 +33,8 @@ from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
 from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
 from fastdraft.target.identity import stop_ids
 from fastdraft.target.layers import target_layers
+
+GPU = torch.device("cuda")
 
 
 def own_dtype(facts: dict[str, Any]) -> torch.dtype | None:
@@ -104,26 +107,39 @@ def _predict(config: Config, device: torch.device, facts: dict[str, Any], target
 
 def memory_lines(config: Config, device: torch.device, gib: float | None = None) -> list[str]:
     """A sentence where a process would need more memory than its device has, and which setting to lower; none where it
-    fits. `gib`: of a GPU that this machine lacks. Nothing is said where processes share a target or a pack, whose parts are
-    not predicted here (`fleet_planner`)."""
-    shared = config.dist.sequence > 1 or (mesh.world() > 1 and config.dist.target != "replicated" and device.type == "cuda")
+    fits. `gib`: of a GPU that this machine lacks. Processes that share a pack, a draft or a target have the parts that
+    `fleet_plan` predicts."""
     limit = _memory_of(device) if gib is None else gib * GIB
     if limit is None:
         return ["no GPU is here to compare this with: --gpu-gib says how much memory it has"]
-    if shared:
-        return []
     check_target(config)
-    facts = load_target_config(*config.target.files)
-    fixed = facts, count_target_parameters(facts), draft_shape(config)
-    planned = _predict(config, device, *fixed)
-    if planned.memory_bytes <= limit:
+    tensor, sequence = config.dist.tensor, config.dist.sequence
+    world = max(mesh.world(), tensor * sequence)  # a plan may be asked for by one process
+    hardware = _these_gpus(limit, world)
+    if tensor * sequence > 1 or (world > 1 and config.dist.target != "replicated" and device.type == "cuda"):
+
+        def memory(config: Config) -> tuple[Row, ...]:
+            return _chosen_plan(config, world, fleet_planner(config, hardware, device), hardware.host, device).memory
+    else:
+        facts = load_target_config(*config.target.files)
+        fixed = facts, count_target_parameters(facts), draft_shape(config)
+
+        def memory(config: Config) -> tuple[Row, ...]:
+            return _predict(config, device, *fixed).memory
+
+    rows = memory(config)
+    needed = sum(row.size for row in rows)
+    if needed <= limit:
         return []
-    largest = max(planned.memory, key=lambda row: row.size)
-    where = "the GPU" if device.type == "cuda" else "this machine"
+    largest = max(rows, key=lambda row: row.size)
+    gpu = "the GPU" if world == 1 else "each GPU"
+    where = gpu if device.type == "cuda" else "this machine"
     processes = (
         f" for each of {mesh.machine_share()} processes" if device.type == "cpu" and mesh.machine_share() > 1 else ""
     )
-    settings = _lower(config, lambda lowered: _predict(lowered, device, *fixed).memory_bytes <= limit)
+    settings = _lower(config, lambda lowered: sum(row.size for row in memory(lowered)) <= limit)
+    if not settings and device.type == "cuda":
+        settings = _fitting_layout(config, hardware, world)
     remedy = (
         f"it would fit with {' and '.join(settings)}"
         if settings
@@ -131,9 +147,43 @@ def memory_lines(config: Config, device: torch.device, gib: float | None = None)
         "precision), or several GPUs (--plan --world N)"
     )
     return [
-        f"warning: a step needs {planned.memory_bytes / GIB:,.1f} GiB by prediction, and {where} has "
+        f"warning: a step needs {needed / GIB:,.1f} GiB by prediction, and {where} has "
         f"{limit / GIB:,.1f} GiB{processes}; the most is {largest.name}, {largest.size / GIB:,.1f} GiB: {remedy}"
     ]
+
+
+def _chosen_plan(
+    config: Config, world: int, planned: Callable[[fleet.Layout], fleet.FleetPlan], host: int, device: torch.device = GPU
+) -> fleet.FleetPlan:
+    """Of the config's layout; where the config leaves it open who holds the target, of the first choice that fits. On a CPU
+    each process then holds it alone (`choose_holders`)."""
+    shared = list(fleet.holder_choices(world, host)) or [1]
+    choices = {"replicated": [1], "sharded": shared, "auto": [1, *shared] if device.type == "cuda" else [1]}
+    choices = choices[config.dist.target]
+    axes = (world, config.dist.sequence, config.dist.tensor)
+    plans = [planned(fleet.Layout(*axes, n)) for n in (choices if runs_target(config) else [1])]
+    return next((plan for plan in plans if plan.fits), plans[-1])
+
+
+def _these_gpus(limit: float, world: int) -> fleet.Hardware:
+    return fleet.Hardware(gpu_gib=limit / GIB, host=mesh.host_size() if mesh.world() > 1 else world)
+
+
+def _fitting_layout(config: Config, hardware: fleet.Hardware, world: int) -> list[str]:
+    """The settings of the fastest layout of as many GPUs that fits; none where there is none."""
+    planned, plans = fleet_planner(config, hardware), []
+    for layout in fleet.layouts(world, hardware.host):
+        with contextlib.suppress(ValueError):  # it does not divide this run
+            if layout.holders == 1 or runs_target(config):
+                plans.append(planned(layout))
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return []
+    layout = max(fitting, key=lambda plan: plan.tokens_per_s).layout
+    wanted = {"sequence": layout.sequence, "tensor": layout.tensor}
+    if config.dist.target != "auto":  # which finds by itself who holds the target
+        wanted["target"] = "replicated" if layout.holders == 1 else "sharded"
+    return [f"dist.{name}={value}" for name, value in wanted.items() if getattr(config.dist, name) != value]
 
 
 def _memory_of(device: torch.device) -> float | None:
@@ -180,10 +230,12 @@ def _with(config: Config, name: str, value: int) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
-def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.Layout], fleet.FleetPlan]:
-    """`fleet_plan` of a config as a function of the layout; GPUs are planned for, whatever this machine has."""
+def fleet_planner(
+    config: Config, hardware: fleet.Hardware, device: torch.device = GPU
+) -> Callable[[fleet.Layout], fleet.FleetPlan]:
+    """`fleet_plan` of a config as a function of the layout, whatever this machine has."""
     shape = draft_shape(config)
-    training = _training(config, torch.device("cuda"), shape)
+    training = _training(config, device, shape)
     target = target_sizes(load_target_config(*config.target.files))
     weighed = named_method(config.draft.method).step_weights(config, shape).weight
 
@@ -199,6 +251,7 @@ def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[fleet.L
             run_tokens=RUN_TOKENS,
             packs_per_step=config.optim.packs_per_step,
             sums=4 * len(weighed),  # after o and after down, forward and backward
+            stored=not runs_target(config),
         )
 
     return planned
@@ -288,7 +341,9 @@ def print_plan(config: Config, console: Console, gib: float | None = None) -> No
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     recipe = ["the recipe, and why (docs/recipe.md)", *recipe_lines(config, shape)]
-    for line in [*told, *recipe, f"predicted for one {device.type} device and the {config.step} step"]:
+    shared = config.dist.sequence * config.dist.tensor > 1
+    of_one = f"predicted for one {device.type} device{' that shares nothing' if shared else ''} and the {config.step} step"
+    for line in [*told, *recipe, of_one + ("; --world N predicts one of several that do" if shared else "")]:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
     render(predicted, console)
     for line in memory_lines(config, device, gib):
@@ -316,8 +371,8 @@ def _optimizer(config: Config, shape: BaseModel) -> str:
     share = sum(math.prod(m.whole) for m in stepped) / shape.num_parameters()["trainable"]
     return (
         f"Muon steps {len(stepped)} matrices, {share:.0%} of the trained weights, at a rate of "
-        f"{optim.muon_lr or optim.lr:.2g}: such a step is as large along every direction of a matrix, and on the whole as "
-        f"large as AdamW's usually is. AdamW steps the rest at {optim.lr:.2g}. {clipped}"
+        f"{optim.muon_rate:.2g}: such a step is as large along every direction of a matrix, and on the whole as "
+        f"large as AdamW's usually is at the same rate. AdamW steps the rest at {optim.lr:.2g}. {clipped}"
     )
 
 
@@ -335,20 +390,14 @@ def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, conso
     the data are prepared. ValueError where that layout divides processes, packs or heads unevenly."""
     check_target(config)
     planned = fleet_planner(config, hardware)
-    axes = (world, config.dist.sequence, config.dist.tensor)
-    choices = {
-        "replicated": [1],
-        "sharded": list(fleet.holder_choices(world, hardware.host)) or [1],
-        "auto": [1, *fleet.holder_choices(world, hardware.host)],
-    }
-    plans = [planned(fleet.Layout(*axes, n)) for n in choices[config.dist.target]]
-    chosen = next((p for p in plans if p.fits), plans[-1])
+    chosen = _chosen_plan(config, world, planned, hardware.host)
     others = []
     for layout in fleet.layouts(world, hardware.host):
         with contextlib.suppress(ValueError):  # it does not divide this run
-            others.append(planned(layout))
+            if layout.holders == 1 or runs_target(config):
+                others.append(planned(layout))
     fleet.render_fleet(chosen, others, hardware, console)
-    training = _training(config, torch.device("cuda"), draft_shape(config))
+    training = _training(config, GPU, draft_shape(config))
     for row in training.checkpoint_copies(world // config.dist.tensor, config.dist.tensor):
         console.print(f"host memory of rank 0's process: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)
     if chosen.layout.data > 1:
