@@ -121,14 +121,17 @@ def test_plan_says_the_recipe_and_why(fastdraft, config_file):
     assert code == 0 and "# the recipe, and why (docs/recipe.md)" in said
     for sentence in (
         "An optimizer step takes 2 packs of up to 96 tokens, 192 in all",
-        "AdamW steps all weights at a rate of 0.01.",
+        " at a rate of 0.04: such a step",
+        "AdamW steps the rest at 0.01.",
         "rises over the first 20.0% of the steps, then falls to 0 by a cosine",
         "Every chain runs all 3 steps",
-        "for this one, 32 wide, try optim.lr 1.8e-02, 3.6e-02 and 7.2e-02",  # 2e-3 * 576 / 32
+        "for this one, 32 wide, try optim.lr 3.6e-02 with optim.muon_lr 7.2e-02, 1.4e-01 and 2.9e-01",
     ):
         assert any(sentence in line for line in said), sentence
+    out = fastdraft("train", config_file, "--plan", "optim.optimizer=adamw")[1]
+    assert "AdamW steps all weights at a rate of 0.01." in out
+    assert "for this one, 32 wide, try optim.lr 1.8e-02, 3.6e-02 and 7.2e-02" in out  # 2e-3 * 576 / 32
     changes = (
-        "optim.optimizer=muon",
         "optim.schedule=wsd",
         "optim.min_lr_ratio=0.1",
         "sampled_depth=0.5",

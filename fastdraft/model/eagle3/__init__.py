@@ -76,7 +76,7 @@ def check_config(config: Config) -> None:
 # The width of SmolLM2-135M's draft, and the middle of three rates of AdamW's that were tried for it: with the lowest it
 # accepted less, the highest was no worse in a short run (docs/recipe.md).
 MEASURED_WIDTH, MEASURED_LR = 576, 2e-3
-MUON_TIMES = 4  # AdamW's rate: the best of five rates of Muon's for that draft (docs/quality.md)
+MUON_TIMES = 4  # the best rate of Muon over that of AdamW, for that draft (docs/quality.md)
 
 
 def recipe(config: Config, shape: DraftConfig) -> list[str]:
