@@ -72,7 +72,7 @@ class Ours:
     def __init__(self, work: BlockWork, engine: str, chunk_blocks: int | None):
         self.work = work
         draft = make_draft(work.config, work.dtype, work.device)
-        self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(), 1000, work.dtype)
+        self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(optimizer="adamw"), 1000, work.dtype)
         self.anchors = work.anchors[0]
         given = draft, make_head(work.config, work.dtype, work.device), work.loss, lambda batch, number: self.anchors
         head_type, row_losses = HEADS.get(type(work.config), (TokenHead, token_losses_ref))

@@ -194,7 +194,7 @@ def main() -> None:
                 "ttt_length": 3,
                 "max_steps": max(asked.steps, 1),
                 "precision": "bf16",
-                "optim": {"lr": 2e-3, "warmup_ratio": 0.05, "packs_per_step": 1},
+                "optim": {"optimizer": "adamw", "lr": 2e-3, "warmup_ratio": 0.05, "packs_per_step": 1},
                 "eval": {"every": 10**6},
                 "checkpoint": {"every": 10**6, "keep": 1},
                 "metrics": {"tensorboard": False, "log_every": 20},

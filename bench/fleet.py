@@ -144,6 +144,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def run_config(sizes: Sizes, device: torch.device) -> Config:
     tree = {"target": {"path": "random"}, "data": {"paths": ["random"]}, "chunk_rows": sizes.chunk_rows}
+    tree["optim"] = {"optimizer": "adamw"}
     return parse_config(tree | {"precision": "bf16" if device.type == "cuda" else "fp32"}, Config)
 
 

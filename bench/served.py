@@ -156,7 +156,7 @@ def run_config(folder: Path, sizes: Sizes, target: Path, name: str, url: str | N
         "draft": {"overrides": {"draft_vocab_size": shape.draft_vocab_size}},
         "data": {"paths": [str(data)], "eval_fraction": 0.0, "max_length": sizes.max_length, "num_workers": 0}
         | {"pack_tokens": sizes.pack_tokens, "cache_dir": str(folder / "cache")},
-        "optim": {"lr": 1e-4, "packs_per_step": 1},
+        "optim": {"optimizer": "adamw", "lr": 1e-4, "packs_per_step": 1},
         "checkpoint": {"every": 100_000},
         "metrics": {"log_every": max(1, sizes.steps // 12), "tensorboard": False},
         "run_dir": str(folder / f"run-{name}"),

@@ -60,7 +60,7 @@ class Ours:
     def __init__(self, work: Work, engine: str, chunk_rows: int | None, fp8: bool = False):
         self.work = work
         draft = make_draft(work.config, work.dtype, work.device)
-        self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(), 1000, work.dtype)
+        self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(optimizer="adamw"), 1000, work.dtype)
         made = {"fused": GraphEngine, "reference": ReferenceEngine}[engine]
         changes = {} if engine == "reference" else {"chunk_rows": chunk_rows, "fp8": fp8}
         self.engine = made(draft, make_head(work.config, work.dtype, work.device), work.step_weights, **changes)

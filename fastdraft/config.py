@@ -103,10 +103,8 @@ class OptimConfig(Section):
     warmup_ratio: float = Field(0.015, ge=0, le=1)  # share of all steps
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: the rate stays until it falls over the last wsd_decay of all steps
     wsd_decay: float | None = Field(None, gt=0, le=1)  # of wsd alone; None: 0.2 of all steps
-    optimizer: Literal["adamw", "muon"] = (
-        "adamw"  # muon: for matrices; embeddings, heads and norms are AdamW's all the same
-    )
-    muon_lr: float | None = Field(None, gt=0)  # of muon alone, as what follows; None: lr. Both follow the schedule
+    optimizer: Literal["adamw", "muon"] = "muon"  # for matrices; embeddings, heads and norms are AdamW's all the same
+    muon_lr: float | None = Field(None, gt=0)  # of muon alone, as what follows; None: 4 lr. Both follow the schedule
     muon_momentum: float | None = Field(None, ge=0, lt=1)  # None: 0.95
     muon_weights: list[str] | None = None  # names, * stands for anything; None: all matrices but the method's tables
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -137,6 +135,10 @@ class OptimConfig(Section):
     @property
     def decay_share(self) -> float:
         return 0.2 if self.wsd_decay is None else self.wsd_decay
+
+    @property
+    def muon_rate(self) -> float:
+        return 4 * self.lr if self.muon_lr is None else self.muon_lr
 
     @property
     def momentum(self) -> float:

@@ -12,8 +12,9 @@ so the result does not depend on how the global batch was cut. Norm weights (1-D
     m += (1 - mu) (g - m);  u = (1 - mu) g + mu m;  W -= lr * (0.2 sqrt(max(r, c)) NS(u) + weight_decay * W)
 
 NS(u) is nearly U V^T of u = U S V^T, by five Newton-Schulz iterations in the compute dtype, whose products are the GPU's
-fastest. The factor gives the step the size that AdamW's usually has, so that one learning rate serves both. A matrix's
-moment v is kept and stays 0: then all optimizers have one layout of checkpoints, slices and buffers.
+fastest. The factor gives the step the size that AdamW's usually has; a rate of four times AdamW's was the best
+(docs/quality.md). A matrix's moment v is kept and stays 0: then all optimizers have one layout of checkpoints, slices and
+buffers.
 
 torch.optim.Muon is the same arithmetic (a test compares them). It is not used because it iterates in bf16 whatever the
 masters are, so that no float64 test could hold processes to one another; steps on tensors that it is given whole, where
@@ -315,6 +316,7 @@ class Muon:
         orthogonalize: Callable[[list[Matrix], Iterable[Tensor]], Iterator[Tensor]] = one_by_one,  # of all that are stepped
     ):
         self.config, self.dtype, self.gather, self.orthogonalize = config, dtype, gather, orthogonalize
+        self.rate, self.momentum = config.muon_rate / config.lr, config.momentum  # the rate as a multiple of AdamW's
         self.parts: list[tuple[Matrix, slice, slice]] = []  # a matrix, what is mine of it, where that lies in my buffers
         for matrix in weights:
             lo, hi = max(matrix.start, mine[0]), min(matrix.end, mine[1])
@@ -338,7 +340,7 @@ class Muon:
         lr: float,  # AdamW's
     ) -> None:
         c = self.config
-        lr *= (c.muon_lr or c.lr) / c.lr
+        lr *= self.rate
         if self.gather is None:
             directions = (self._direction(grad[here], m[here], factor, go) for _, _, here in self.parts)
         else:
@@ -359,8 +361,8 @@ class Muon:
 
     def _direction(self, grad: Tensor, m: Tensor, factor: Tensor, go: Tensor) -> Tensor:
         g = grad * factor
-        m.lerp_(g, go * (1 - self.config.momentum))
-        return g.lerp_(m, self.config.momentum).to(self.dtype)
+        m.lerp_(g, go * (1 - self.momentum))
+        return g.lerp_(m, self.momentum).to(self.dtype)
 
 
 def orthogonalized(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-from small_blocks import OVERRIDES, block_run
-from small_runs import by_two_ranks, losses
+import signal
 
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_blocks import OVERRIDES, block_run
+from small_runs import at_step, by_two_ranks, losses
+
+from fastdraft.checkpoint import list_checkpoints
 from fastdraft.config import Config, parse_config
 
 
@@ -43,3 +48,22 @@ def test_a_store_feeds_it_as_the_target_does(run_yaml, runs, tmp_path):
     runs("train", run_yaml)
     runs("train", run_yaml, f"features.path={store}", f"run_dir={tmp_path / 'stored'}")
     assert losses_alone(tmp_path / "stored") == pytest.approx(losses_alone(tmp_path / "run"), rel=1e-5)
+
+
+def test_muon_trains_it_is_stopped_goes_on_and_is_exported(run_yaml, runs, fastdraft, tmp_path, monkeypatch):
+    """Bit for bit as without a stop, also in bf16; the plan says what Muon steps and at which rates."""
+    muon = ("optim.optimizer=muon", "optim.muon_lr=0.04", "precision=bf16")
+    assert "at a rate of 0.04" in runs("train", run_yaml, *muon, "--plan")
+    runs("train", run_yaml, *muon, f"run_dir={tmp_path / 'whole'}")
+    runs("train", run_yaml, "optim.optimizer=adamw", "precision=bf16", f"run_dir={tmp_path / 'adamw'}")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
+        assert fastdraft("train", run_yaml, *muon)[0] == 128 + signal.SIGTERM
+    assert "step-00000003, step 3" in runs("train", run_yaml, *muon).replace("\n", "")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    states = [
+        load_file(next(list_checkpoints(tmp_path / name)[-1].glob("*.safetensors"))) for name in ("run", "whole", "adamw")
+    ]
+    assert all(torch.equal(states[0][name], x) for name, x in states[1].items())
+    assert not torch.equal(states[2]["master"], states[0]["master"])
+    assert "verified" in runs("export", tmp_path / "run", tmp_path / "out")

@@ -37,7 +37,7 @@ def run(optimizer: FlatAdamW, steps: range, live: float = 3.0) -> None:
 
 
 def test_equals_torch_adamw():
-    config = OptimConfig(lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1)
+    config = OptimConfig(optimizer="adamw", lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1)
     ours, theirs = make_parameters(), make_parameters()
     flat = FlatAdamW(ours, config, 10, torch.float32)
     groups = [
@@ -62,7 +62,7 @@ def test_equals_torch_adamw():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_the_gpu_does_what_the_cpu_does():
-    config = OptimConfig(lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3)
+    config = OptimConfig(optimizer="adamw", lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3)
     mine = {name: nn.Parameter(p.data.cuda()) for name, p in make_parameters().items()}
     cpu, gpu = FlatAdamW(make_parameters(), config, 10, torch.float32), FlatAdamW(mine, config, 10, torch.float32)
     for step, live in enumerate((0.0, 3.0, 5.0, 0.0, 2.0)):
@@ -76,7 +76,9 @@ def test_the_gpu_does_what_the_cpu_does():
 
 
 def test_schedule_counts_optimizer_steps():
-    optimizer = FlatAdamW(make_parameters(), OptimConfig(lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25), 20, torch.float32)
+    optimizer = FlatAdamW(
+        make_parameters(), OptimConfig(optimizer="adamw", lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25), 20, torch.float32
+    )
     lrs = [optimizer.lr(step) for step in range(20)]
     assert lrs[:4] == [0.5, 1.0, 1.5, 2.0]
     assert lrs[4:] == [2 * (0.25 + 0.75 * (1 + math.cos(math.pi * k / 16)) / 2) for k in range(16)]
@@ -91,12 +93,12 @@ def test_schedule_counts_optimizer_steps():
 @pytest.mark.parametrize("cut", [1, 2, 6])
 def test_micro_batches_sum(cut):
     """The same six gradients, added in cuts, divided once."""
-    flat = FlatAdamW(make_parameters(), OptimConfig(), 10, torch.float64)
+    flat = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.float64)
     grads = [make_grads(k, torch.float64) for k in range(6)]
     for first in range(0, 6, cut):
         add_grads(flat, {name: sum(g[name] for g in grads[first : first + cut]) for name in SHAPES})
     flat.step(torch.tensor(7.0, dtype=torch.float64))
-    whole = FlatAdamW(make_parameters(), OptimConfig(), 10, torch.float64)
+    whole = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.float64)
     add_grads(whole, {name: sum(g[name] for g in grads) for name in SHAPES})
     whole.step(torch.tensor(7.0, dtype=torch.float64))
     torch.testing.assert_close(flat.master, whole.master, rtol=1e-12, atol=1e-12)
@@ -104,7 +106,9 @@ def test_micro_batches_sum(cut):
 
 def test_bf16_weights_have_fp32_masters_moments_and_sums():
     parameters = {"w": nn.Parameter(torch.ones(8, 2))}
-    optimizer = FlatAdamW(parameters, OptimConfig(lr=1e-4, warmup_ratio=0.0, clip=1e9), 1000, torch.bfloat16)
+    optimizer = FlatAdamW(
+        parameters, OptimConfig(optimizer="adamw", lr=1e-4, warmup_ratio=0.0, clip=1e9), 1000, torch.bfloat16
+    )
     assert parameters["w"].dtype == torch.bfloat16
     assert {t.dtype for t in (optimizer.master, optimizer.m, optimizer.v, optimizer.grad)} == {torch.float32}
     for _ in range(30):  # each step moves a weight of 1 by 1e-4, far below bf16's 2^-8
@@ -121,7 +125,7 @@ def test_bf16_weights_have_fp32_masters_moments_and_sums():
 def test_parameters_are_views(dtype):
     parameters = make_parameters()
     values = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = FlatAdamW(parameters, OptimConfig(), 10, dtype)
+    optimizer = FlatAdamW(parameters, OptimConfig(optimizer="adamw"), 10, dtype)
     start = optimizer.weights.untyped_storage().data_ptr()
     for name, p in parameters.items():
         assert p.untyped_storage().data_ptr() == start and torch.equal(p.data, values[name].to(dtype))
@@ -131,7 +135,9 @@ def test_a_step_without_live_rows_changes_nothing_but_the_schedule():
     """Also before the first real one, where the moments' bias correction must not count it."""
     seen = {}
     for skips in (0, 2):
-        optimizer = FlatAdamW(make_parameters(), OptimConfig(warmup_ratio=0.0, min_lr_ratio=1.0), 20, torch.float32)
+        optimizer = FlatAdamW(
+            make_parameters(), OptimConfig(optimizer="adamw", warmup_ratio=0.0, min_lr_ratio=1.0), 20, torch.float32
+        )
         before = optimizer.master.clone()
         for _ in range(skips):
             norm = optimizer.step(torch.tensor(0.0, dtype=torch.float64))
@@ -146,12 +152,12 @@ def test_a_step_without_live_rows_changes_nothing_but_the_schedule():
 
 
 def test_state_goes_on_bit_for_bit():
-    whole = FlatAdamW(make_parameters(), OptimConfig(), 10, torch.bfloat16)
+    whole = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.bfloat16)
     run(whole, range(8))
-    first = FlatAdamW(make_parameters(), OptimConfig(), 10, torch.bfloat16)
+    first = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.bfloat16)
     run(first, range(5))
     state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    second = FlatAdamW(make_parameters(seed=9), OptimConfig(), 10, torch.bfloat16)
+    second = FlatAdamW(make_parameters(seed=9), OptimConfig(optimizer="adamw"), 10, torch.bfloat16)
     second.load_state_dict(state)
     assert torch.equal(second.weights, first.weights)
     run(second, range(5, 8))
@@ -160,27 +166,27 @@ def test_state_goes_on_bit_for_bit():
 
 
 def test_state_of_another_draft_is_refused():
-    state = FlatAdamW({"w": nn.Parameter(torch.zeros(3))}, OptimConfig(), 10, torch.float32).state_dict()
+    state = FlatAdamW({"w": nn.Parameter(torch.zeros(3))}, OptimConfig(optimizer="adamw"), 10, torch.float32).state_dict()
     with pytest.raises(ValueError, match="checkpoint has 3 trainable weights, this draft 29"):
-        FlatAdamW(make_parameters(), OptimConfig(), 10, torch.float32).load_state_dict(state)
+        FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.float32).load_state_dict(state)
 
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
-        FlatAdamW({}, OptimConfig(), 10, torch.float32)
+        FlatAdamW({}, OptimConfig(optimizer="adamw"), 10, torch.float32)
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------------
 
 
 def test_wsd_warms_up_stays_and_falls():
-    config = OptimConfig(lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25, schedule="wsd", wsd_decay=0.4)
+    config = OptimConfig(optimizer="adamw", lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25, schedule="wsd", wsd_decay=0.4)
     optimizer = FlatAdamW(make_parameters(), config, 20, torch.float32)
     lrs = [optimizer.lr(step) for step in range(20)]
     assert lrs[:4] == [0.5, 1.0, 1.5, 2.0] and lrs[4:12] == [2.0] * 8
     assert lrs[12:] == pytest.approx([2 * (0.25 + 0.75 * (1 - math.sqrt(k / 9))) for k in range(1, 9)])
     assert optimizer.lr(20) == 0.5 == optimizer.lr(1000)
-    by_default = FlatAdamW(make_parameters(), OptimConfig(lr=1.0, schedule="wsd"), 100, torch.float32)
+    by_default = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw", lr=1.0, schedule="wsd"), 100, torch.float32)
     assert by_default.lr(79) == 1.0 > by_default.lr(80) and by_default.lr(100) == 0
 
 
@@ -189,8 +195,11 @@ def test_wsd_warms_up_stays_and_falls():
     [
         ({"wsd_decay": 0.1}, "wsd_decay 0.1 is of schedule: wsd, and schedule is cosine"),
         ({"schedule": "wsd", "warmup_ratio": 0.9}, "warmup_ratio 0.9 and wsd_decay 0.2 are more than all steps"),
-        ({"muon_lr": 0.1}, "muon_lr is of optimizer: muon, and optimizer is adamw; set optimizer=muon, or take it out"),
-        ({"muon_weights": ["fc.weight"]}, "muon_weights is of optimizer: muon"),
+        (
+            {"optimizer": "adamw", "muon_lr": 0.1},
+            "muon_lr is of optimizer: muon, and optimizer is adamw; set optimizer=muon, or take it out",
+        ),
+        ({"optimizer": "adamw", "muon_weights": ["fc.weight"]}, "muon_weights is of optimizer: muon"),
         ({"optimizer": "muon", "muon_momentum": 1.0}, "less than 1"),
     ],
 )
@@ -280,8 +289,8 @@ def test_orthogonalized_brings_singular_values_near_one():
 def test_torchs_muon_takes_the_same_steps():
     """It iterates in bf16, as we do for bf16 weights: equal up to that rounding, which five iterations enlarge."""
     config = OptimConfig(
-        lr=0.02, weight_decay=0.1, clip=1e9, warmup_ratio=0.0, schedule="wsd", optimizer="muon", muon_weights=["w"]
-    )
+        lr=0.005, weight_decay=0.1, clip=1e9, warmup_ratio=0.0, schedule="wsd", optimizer="muon", muon_weights=["w"]
+    )  # 0.005, of which muon_lr is four times as much
     mine, theirs = ({"w": nn.Parameter(torch.randn(24, 40, generator=torch.Generator().manual_seed(2)))} for _ in range(2))
     flat = FlatAdamW(mine, config, 1000, torch.bfloat16)
     torchs = torch.optim.Muon(theirs.values(), lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")

@@ -56,6 +56,6 @@ def test_a_target_whose_rope_is_scaled_is_planned_for(tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_user_names_and_adamw_stay_as_they_are(method):
     draft = METHODS[method].draft(shape_of(method))
-    for optim in ({}, {"optimizer": "muon", "muon_weights": ["fc.weight"]}):
+    for optim in ({"optimizer": "adamw"}, {"optimizer": "muon", "muon_weights": ["fc.weight"]}):
         config = config_of(method, **optim)
         assert named_optim(config, draft) is config.optim

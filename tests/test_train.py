@@ -456,7 +456,7 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
         ({"target.path": str(other)}, "was trained for another target"),
         ({"optim.lr": 1e-3}, r"other settings.*Changed: optim.lr: 0.01 -> 0.001$"),
         ({"sampled_depth": 0.8}, r"Changed: sampled_depth: 1.0 -> 0.8$"),
-        ({"optim.optimizer": "muon"}, r"Changed: optim.optimizer: adamw -> muon$"),
+        ({"optim.optimizer": "adamw"}, r"Changed: optim.optimizer: muon -> adamw$"),
         ({"optim.schedule": "wsd"}, r"Changed: optim.schedule: cosine -> wsd$"),
         ({"max_steps": 9, "seed": 4}, r"Changed: max_steps: 6 -> 9; seed: 0 -> 4$"),
         ({"draft.overrides": {"draft_vocab_size": 80}}, r"draft's shape.draft_vocab_size: 64 -> 80"),

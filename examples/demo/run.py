@@ -46,7 +46,7 @@ from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.precision import speed
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.optim import FlatAdamW
-from fastdraft.run.draft import draft_shape, fit_to_target, make_step, new_draft
+from fastdraft.run.draft import draft_shape, fit_to_target, make_step, named_optim, new_draft
 from fastdraft.run.dtypes import compute_dtype, name_dtypes
 from fastdraft.run.finished import evaluate_held_out, export_run, open_run
 from fastdraft.run.inputs import load_data, open_target
@@ -326,7 +326,7 @@ def pack_seconds(config: Config, target: Target, data: Prepared) -> tuple[float,
     fit_to_target(draft, config, target, data.train)
     dtype = compute_dtype(config, target.device)
     draft.to(target.device)
-    optimizer = FlatAdamW(draft.trainable(), config.optim, config.max_steps, dtype)
+    optimizer = FlatAdamW(draft.trainable(), named_optim(config, draft), config.max_steps, dtype)
     draft.embed_tokens.to(dtype)
     engine = make_step(config, draft, target)
     (batch,) = next(Loader(data.train, config.data.pack_tokens, 1, config.data.seed))

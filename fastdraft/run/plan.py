@@ -376,8 +376,8 @@ def _optimizer(config: Config, shape: BaseModel) -> str:
     share = sum(math.prod(m.whole) for m in stepped) / shape.num_parameters()["trainable"]
     return (
         f"Muon steps {len(stepped)} matrices, {share:.0%} of the trained weights, at a rate of "
-        f"{optim.muon_lr or optim.lr:.2g}: such a step is as large along every direction of a matrix, and on the whole as "
-        f"large as AdamW's usually is. AdamW steps the rest at {optim.lr:.2g}. {clipped}"
+        f"{optim.muon_rate:.2g}: such a step is as large along every direction of a matrix, and on the whole as "
+        f"large as AdamW's usually is at the same rate. AdamW steps the rest at {optim.lr:.2g}. {clipped}"
     )
 
 

@@ -57,7 +57,7 @@ def make_config(folder: Path, facts: dict, **changes) -> Config:
     tree = {
         "target": {"path": str(folder)},
         "data": {"paths": ["chats.jsonl"], "max_length": 4096, "pack_tokens": 16384},
-        "optim": {"packs_per_step": 32},
+        "optim": {"packs_per_step": 32, "optimizer": "adamw"},
         "run_dir": str(folder / "run"),
     }
     return parse_config(tree | changes, Config)
@@ -217,7 +217,7 @@ def exposed(plan: fleet.FleetPlan, name: str) -> float:
 def predicted_seconds(folder: Path, part: str, gpus: int) -> float:
     facts, tokens, packs, shared, seconds = PARTS[part]
     data = {"paths": ["chats.jsonl"], "max_length": tokens, "pack_tokens": tokens}
-    config = make_config(folder, facts | LONG, data=data, optim={"packs_per_step": packs or gpus})
+    config = make_config(folder, facts | LONG, data=data, optim={"packs_per_step": packs or gpus, "optimizer": "adamw"})
     return seconds(fleet_planner(config, Hardware())(Layout(gpus, **{axis: gpus for axis in shared})))
 
 
@@ -243,7 +243,7 @@ def test_predictions_agree_with_what_was_measured(tmp_path, part):
 
 def test_a_document_that_processes_share_takes_no_less_work(tmp_path):
     data = {"paths": ["chats.jsonl"], "max_length": 131072, "pack_tokens": 131072}
-    config = make_config(tmp_path, LLAMA_8B | LONG, data=data, optim={"packs_per_step": 1})
+    config = make_config(tmp_path, LLAMA_8B | LONG, data=data, optim={"packs_per_step": 1, "optimizer": "adamw"})
     alone, shared = (fleet_planner(config, Hardware())(layout) for layout in (Layout(1), Layout(4, sequence=4)))
     assert shared.draft_s == pytest.approx(alone.draft_s / 4) and shared.target_s == pytest.approx(alone.target_s / 4)
 

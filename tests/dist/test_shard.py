@@ -33,7 +33,7 @@ from fastdraft.target.source import InProcess
 from fastdraft.train import train
 
 SHAPES = {"norm": (7,), "matrix": (5, 3), "other norm": (9,), "head": (2, 11)}  # 53 weights, which no number divides
-CONFIG = OptimConfig(lr=0.05, weight_decay=0.3, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1)
+CONFIG = OptimConfig(optimizer="adamw", lr=0.05, weight_decay=0.3, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1)
 MUON = CONFIG.model_copy(update={"optimizer": "muon", "muon_weights": ["matrix", "head"]})  # each cut by some number
 
 

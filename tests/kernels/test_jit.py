@@ -99,7 +99,7 @@ def test_a_step_compiles_nothing_by_itself_and_no_length_does_again(monkeypatch)
     for p in draft.parameters():
         p.data.normal_(0.0, 0.02)
     draft.set_vocab(torch.arange(0, 4096, 4))
-    optimizer = FlatAdamW(draft.trainable(), OptimConfig(), 100, torch.bfloat16)
+    optimizer = FlatAdamW(draft.trainable(), OptimConfig(optimizer="adamw"), 100, torch.bfloat16)
     head = TargetHead(torch.randn(4096, 256, dtype=torch.bfloat16, device="cuda"))
     engine = TTTEngine(draft, head, torch.ones(5, device="cuda"), chunk_rows=512)
     alone = []

@@ -76,6 +76,7 @@ def check_config(config: Config) -> None:
 # The width of SmolLM2-135M's draft, and the middle of three rates of AdamW's that were tried for it: with the lowest it
 # accepted less, the highest was no worse in a short run (docs/recipe.md).
 MEASURED_WIDTH, MEASURED_LR = 576, 2e-3
+MUON_TIMES = 4  # the best rate of Muon over that of AdamW, for that draft (docs/quality.md)
 
 
 def recipe(config: Config, shape: DraftConfig) -> list[str]:
@@ -94,13 +95,25 @@ def recipe(config: Config, shape: DraftConfig) -> list[str]:
         "lk_alpha": "lk_alpha is the likelihood that the target accepts",
         "lk_lambda": "lk_lambda goes from kl to acceptance itself where that is high",
     }
-    lr = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size
+    lr, best = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size, MUON_TIMES * MEASURED_LR
+    measured = (
+        f"For a draft {MEASURED_WIDTH} wide AdamW did better at {MEASURED_LR:.2g} and {2 * MEASURED_LR:.2g} than at "
+        f"{MEASURED_LR / 2:.2g} (docs/recipe.md)."
+    )
+    rates = f"optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}"
+    if config.optim.optimizer == "muon":
+        measured = (
+            f"For a draft {MEASURED_WIDTH} wide, with AdamW's rate at {MEASURED_LR:.2g}, Muon did better at {best:.2g}, "
+            f"{MUON_TIMES} times that, than at {best / 4:.2g} and {best * 2:.2g}, and better than AdamW alone "
+            "(docs/quality.md)."
+        )
+        tried = (MUON_TIMES / 2 * lr, MUON_TIMES * lr, MUON_TIMES * 2 * lr)
+        rates = "optim.lr {:.1e} with optim.muon_lr {:.1e}, {:.1e} and {:.1e}".format(lr, *tried)
     return [
         f"{chains}. Step i weighs {config.loss.step_decay:g}^i, since a server comes to it only if the steps before were "
         f"accepted. The loss {losses[kind]}.",
-        f"For a draft {MEASURED_WIDTH} wide AdamW did better at {MEASURED_LR:.2g} and {2 * MEASURED_LR:.2g} than at "
-        f"{MEASURED_LR / 2:.2g} (docs/recipe.md). Good rates usually go with 1 / width, which was not measured here: for "
-        f"this one, {shape.hidden_size} wide, try optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}, each in a short run.",
+        f"{measured} Good rates usually go with 1 / width, which was not measured here: for this one, {shape.hidden_size} "
+        f"wide, try {rates}, each in a short run.",
     ]
 
 

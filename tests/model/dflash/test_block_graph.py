@@ -161,7 +161,7 @@ def test_which_chunks_run_as_graphs(monkeypatch):
     kind = KINDS["ce"]
     (case,) = packs_of(kind, lengths=((30, 9),))
     loose = kind.engine(case, 100)
-    FlatAdamW(case.draft.trainable(), OptimConfig(), 1, torch.float64)  # lays the weights end to end
+    FlatAdamW(case.draft.trainable(), OptimConfig(optimizer="adamw"), 1, torch.float64)  # lays the weights end to end
     engine = kind.engine(case, 100)
     assert not engine.covers()  # there are no graphs on a CPU
     for each in (loose, engine):

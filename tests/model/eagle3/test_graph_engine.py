@@ -119,7 +119,7 @@ def test_nothing_trained_on_is_no_work(small_shapes):
 def test_only_packs_of_one_chunk_run_as_graphs(small_shapes, monkeypatch):
     """A graph is one chunk: a pack of more chains, padded, than chunk_rows runs without one, as does one of much work."""
     draft, (_, _, head) = make_draft(), make_inputs()
-    FlatAdamW(draft.trainable(), OptimConfig(), 1, torch.float64)  # lays the weights end to end
+    FlatAdamW(draft.trainable(), OptimConfig(optimizer="adamw"), 1, torch.float64)  # lays the weights end to end
     engine = GraphEngine(draft, head, decay(4), chunk_rows=32)
     assert not engine.covers(10)  # there are no graphs on a CPU
     engine.take.device = torch.device("cuda")  # asked for its name alone
