@@ -42,10 +42,13 @@ OTHER_TAG = "they have <think> in their text, but the generation prompt opens re
 EMPTY_BLOCK = (
     "the chat template writes an empty block where they have reasoning, and nowhere shows how it writes one that is full"
 )
+CLOSED_TWICE = "the chat template closes reasoning before their text, which the generation prompt has closed already"
+BEFORE_THOUGHT = "the chat template writes an empty block before their reasoning"
 HEADERLESS = "the generation prompt behind a tool's result lacks the header that the chat template writes before their text"
 _THINK = r"(?:\w+:)?think(?::\w+)?"  # the name of a tag for reasoning: think, seed:think, think:opensource
 _OPENED = re.compile(rf"<(?P<tag>{_THINK})>(?P<white>\s*)$")  # what a prompt ends with that opens the reasoning
 _EMPTY = re.compile(rf"\s*<(?P<tag>{_THINK})>\s*</(?P=tag)>\s*")
+_CLOSES = re.compile(rf"\s*</{_THINK}>")
 _CLOSED = re.compile(rf"</{_THINK}>\s*$")  # and that closes it
 
 
@@ -434,6 +437,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     closes = prompt is not None and (_CLOSED.search(prompt, len(prompt) - TAIL) or (located.lacks and _closed(prompt)))
     if closes and ((thinks and located.reasoning) or answer.lstrip().startswith("<think>")):
         raise LeftOut(CLOSED)
+    if closes and _CLOSES.match(answer) and not answer.lstrip().startswith(message["content"].strip()):
+        raise LeftOut(CLOSED_TWICE)
     lost = thinks and not located.reasoning
     if (empty := _EMPTY.match(answer)) and not located.lacks and not closes:
         filled = _filled(message, answer, empty, lost, template)
@@ -454,10 +459,13 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     if lacked := _OPENED.search(located.lacks) if unopened else None:
         tag = re.escape(lacked["tag"])
         own = re.match(rf"\s*(?:<{tag}>\s*)?</{tag}>\s*", answer)
-        if own and thought_end(message) and answer.startswith("<think>", own.end()):
+        at = own.end() if own else 0
+        # The content opens the block itself, or leaves the opening to the prompt, as the model does (regenerate --target).
+        closes_only = thought_end(message) and "<think>" not in message["content"][: thought_end(message)]
+        if answer.startswith("<think>", at) if own else closes_only:
             if lacked["tag"] != "think":
                 raise LeftOut(OTHER_TAG)
-            return _opened_once(answer[own.end() :], lacked, prompt, full[end:])
+            return _opened_once(answer[at:], lacked, prompt, full[end:])
         if own and not thinks:
             first += _without_own_white(message, own)
     return Turn(before + full[start:], (first, len(before) + end - start), lost, unopened=unopened)
@@ -483,6 +491,8 @@ def _filled(message: dict, answer: str, empty: re.Match[str], lost: bool, templa
     rest = answer[empty.end() :]
     if message["content"].lstrip().startswith("<think>") and rest.startswith("<think>"):
         return rest  # the content has a block, which the template takes for text
+    if not lost and thought_end(message) and "</think>" in rest:
+        raise LeftOut(BEFORE_THOUGHT)
     if not lost:
         return None
     block = template.thought_block(empty["tag"])

@@ -849,6 +849,35 @@ def test_a_message_of_the_headers_tag_alone_is_refused_where_the_header_cannot_b
         marked(block_tokenizer(TAG_HEADER, "<|ask|>", "<|head|>"), chat("<|head|>", "yes"))
 
 
+def test_reasoning_that_a_content_only_closes_is_left_out_behind_an_empty_block():
+    texts, done = marked(block_tokenizer(PAST_EMPTY), chat("q", "since\n</think>\n\nyes"))
+    assert texts == [] and "writes an empty block before their reasoning" in done.left_out[0][1]
+
+
+def test_reasoning_that_a_content_only_closes_stands_behind_the_prompt_that_opens_it():
+    """As `data regenerate --target` writes it, of a template that looks for the opening tag (Nemotron 3, OLMo 3)."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\\n' }}{% endif %}"
+    )
+    texts, done = marked(block_tokenizer(template), chat("q", "since\n</think>\n\nyes"))
+    assert texts == ["<|turn|>user:q<|stop|><|turn|>assistant:<think>\n[[since\n</think>\n\nyes<|stop|>]]"]
+    assert (done.raw_reasoning, done.unopened) == (1, 0)
+
+
+def test_reasoning_that_a_limit_of_tokens_cut_stands_in_the_block_that_the_prompt_opens():
+    """GLM 4.7's template takes it for an answer without reasoning, and closes the block before it."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + ('</think>' if m.role == 'assistant' else '') }}"
+        "{{ m.content + '<|stop|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant:OPENED' }}{% endif %}"
+    )
+    messages = [chat("q")[0], {"role": "assistant", "content": "<think>\nsince we", "finish_reason": "length"}]
+    texts, done = marked(block_tokenizer(template.replace("OPENED", "<think>")), messages)
+    assert texts == ["<|turn|>user:q<|stop|><|turn|>assistant:<think>[[\nsince we]]<|stop|>"] and done.cut == 1
+    texts, done = marked(block_tokenizer(template.replace("OPENED", "<think></think>")), messages)
+    assert texts == [] and "closes reasoning before their text" in done.left_out[0][1]
+
+
 QUOTES = "Use the `</think>` tag."
 
 
