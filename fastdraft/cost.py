@@ -131,9 +131,14 @@ class Training:
         update = max(0, max(8 * share, muon) - short_lived)
         return Row("the optimizer's temporaries, beyond a step's", update), *self.checkpoint_copies(replicas, tensor)
 
+    @property
+    def frozen_bytes(self) -> int:
+        """Of what a checkpoint holds beside masters and moments: the map of the vocabulary, and an embedding of its own."""
+        own_embedding = self.draft.hidden_size != self.draft.target_hidden_size
+        return map_bytes(self.draft) + (self.draft.num_parameters()["embedding"] * self.itemsize if own_embedding else 0)
+
     def checkpoint_copies(self, replicas: int, tensor: int) -> tuple[Row, ...]:
-        beside = frozen_bytes(self.draft, self.itemsize)
-        return checkpoint_copies(self.trainable, beside, replicas, tensor, pinned=self.device == "cuda")
+        return checkpoint_copies(self.trainable, self.frozen_bytes, replicas, tensor, pinned=self.device == "cuda")
 
 
 def plan(
@@ -156,7 +161,7 @@ def plan(
     trainable, frozen = training.trainable, draft.num_parameters()["embedding"]
     maps, compute = map_bytes(draft), "fp32" if b == 4 else "bf16"
     draft_step, work = training.step_cost(draft, training.pack_tokens)
-    checkpoint = 12 * trainable + frozen_bytes(draft, b)  # fp32 master, two moments
+    checkpoint = 12 * trainable + training.frozen_bytes  # fp32 master, two moments
     share = -(-trainable // replicas)
     shares_masters = replicas > 1
     weights = trainable + frozen if b < 4 or shares_masters else frozen  # alone, fp32 masters are the weights
@@ -196,15 +201,6 @@ def plan(
 def map_bytes(draft: BaseModel) -> int:
     """Of the vocabulary map: d2t int64, t2d bool."""
     return 8 * draft.draft_vocab_size + draft.vocab_size if method_of(draft).has_vocabulary_map else 0
-
-
-def frozen_bytes(
-    draft: BaseModel,  # the draft's shape
-    b: int,  # bytes of a number
-) -> int:
-    """Of what a checkpoint holds beside masters and moments: the map of the vocabulary, and an embedding of its own."""
-    own_embedding = draft.hidden_size != draft.target_hidden_size
-    return map_bytes(draft) + (draft.num_parameters()["embedding"] * b if own_embedding else 0)
 
 
 def checkpoint_copies(trainable: int, frozen: int, replicas: int, tensor: int, pinned: bool) -> tuple[Row, ...]:

@@ -71,9 +71,28 @@ def refuse_too_long(config: Config, longest: int, documents: str) -> None:
 
 def predict(config: Config, device: torch.device) -> Plan:
     """What a run will need. Reads the target's config.json, not its weights."""
+    return _predictor(config, device)(config)
+
+
+def _predictor(config: Config, device: torch.device) -> Callable[[Config], Plan]:
+    """`predict` of configs that differ from this one in settings of the step alone; files are read once."""
     check_target(config)
-    facts = load_target_config(*config.target.files)
-    return _predict(config, device, facts, count_target_parameters(facts), draft_shape(config))
+    facts, shape = load_target_config(*config.target.files), draft_shape(config)
+    target_params = count_target_parameters(facts)
+
+    def predicted(config: Config) -> Plan:
+        return plan(
+            _training(config, device, shape),
+            target_params=target_params,
+            keep=config.checkpoint.keep,
+            stored=not runs_target(config),
+            export_dtype=own_dtype(facts),
+            cache_bytes=int((config.features.max_gib or 0) * GIB),
+            replicas=max(1, mesh.world() // config.dist.tensor),
+            tensor=config.dist.tensor,
+        )
+
+    return predicted
 
 
 def _training(config: Config, device: torch.device, shape: BaseModel) -> Training:
@@ -92,19 +111,6 @@ def _training(config: Config, device: torch.device, shape: BaseModel) -> Trainin
     )
 
 
-def _predict(config: Config, device: torch.device, facts: dict[str, Any], target_params: int, shape: BaseModel) -> Plan:
-    return plan(
-        _training(config, device, shape),
-        target_params=target_params,
-        keep=config.checkpoint.keep,
-        stored=not runs_target(config),
-        export_dtype=own_dtype(facts),
-        cache_bytes=int((config.features.max_gib or 0) * GIB),
-        replicas=max(1, mesh.world() // config.dist.tensor),
-        tensor=config.dist.tensor,
-    )
-
-
 def memory_lines(config: Config, device: torch.device, gib: float | None = None) -> list[str]:
     """A sentence where a process would need more memory than its device has, and which setting to lower; none where it
     fits. `gib`: of a GPU that this machine lacks. Processes that share a pack, a draft or a target have the parts that
@@ -112,20 +118,19 @@ def memory_lines(config: Config, device: torch.device, gib: float | None = None)
     limit = _memory_of(device) if gib is None else gib * GIB
     if limit is None:
         return ["no GPU is here to compare this with: --gpu-gib says how much memory it has"]
-    check_target(config)
     tensor, sequence = config.dist.tensor, config.dist.sequence
     world = max(mesh.world(), tensor * sequence)  # a plan may be asked for by one process
     hardware = _these_gpus(limit, world)
     if tensor * sequence > 1 or (world > 1 and config.dist.target != "replicated" and device.type == "cuda"):
+        check_target(config)
 
         def memory(config: Config) -> tuple[Row, ...]:
             return _chosen_plan(config, world, fleet_planner(config, hardware, device), hardware.host, device).memory
     else:
-        facts = load_target_config(*config.target.files)
-        fixed = facts, count_target_parameters(facts), draft_shape(config)
+        predicted = _predictor(config, device)
 
         def memory(config: Config) -> tuple[Row, ...]:
-            return _predict(config, device, *fixed).memory
+            return predicted(config).memory
 
     rows = memory(config)
     needed = sum(row.size for row in rows)
