@@ -150,6 +150,9 @@ def test_plan_says_the_recipe_and_why(fastdraft, config_file):
         assert sentence in out, sentence
     out = fastdraft("train", config_file, "--plan", "draft={method: dflash}", "ttt_length=7")[1]
     assert "Up to 512 blocks of each document are trained" in out and "optim.lr 1" not in out
+    assert "block.loss=dpace was accepted more" in out
+    out = fastdraft("train", config_file, "--plan", "draft={method: dflash}", "ttt_length=7", "block.loss=dpace")[1]
+    assert "block.loss=dpace was accepted more" not in out
 
 
 def test_plan_for_a_gpu_needs_none(fastdraft, config_file):
