@@ -137,8 +137,8 @@ def recipe(config: Config, shape: DFlashConfig) -> list[str]:
     lines = [f"{blocks_drawn(config, shape)} The loss {loss.kind} compares a slot with {compared}. {weighed}"]
     if loss.kind == "ce":
         lines.append(
-            "For a draft 576 wide block.loss=dpace was accepted more, by 0.06 to 0.12 tokens in a chain of 3, one seed in each "
-            "of three comparisons (docs/quality.md): it is worth a short run."
+            "For a draft 576 wide block.loss=dpace was accepted more, by 0.06 to 0.12 tokens in a chain of 3, one seed in "
+            "each of three comparisons (docs/quality.md): it is worth a short run."
         )
     return lines
 
