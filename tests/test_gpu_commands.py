@@ -117,6 +117,11 @@ def start(*arguments: object, launcher: tuple[str, ...] = ("-m",)) -> subprocess
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
+def torchrun_of(processes: int) -> tuple[str, ...]:
+    """A launcher for `start`."""
+    return "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"
+
+
 def succeeds(process: subprocess.Popen) -> str:
     """What it printed; its exit code must be 0."""
     out, _ = process.communicate(timeout=300)
@@ -196,7 +201,7 @@ def test_under_torchrun_and_with_experts(run_yaml, tmp_path):
     )
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields)).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
     make_tokenizer().save_pretrained(tmp_path / "moe")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m")
+    torchrun = torchrun_of(1)
     experts = (f"target.path={tmp_path / 'moe'}", "draft.overrides.draft_vocab_size=256", f"run_dir={tmp_path / 'experts'}")
     for process in (start("train", run_yaml, launcher=torchrun), start("train", run_yaml, *experts), start("check")):
         assert "WRONG" not in succeeds(process)
@@ -205,9 +210,9 @@ def test_under_torchrun_and_with_experts(run_yaml, tmp_path):
 
 
 LAYOUTS = {
-    "sequence": ("dist.sequence=2",),
-    "tensor": ("dist.tensor=2",),
-    "sharded": ("dist.target=sharded",),
+    "sequence": "dist.sequence=2",
+    "tensor": "dist.tensor=2",
+    "sharded": "dist.target=sharded",
 }
 
 
@@ -219,7 +224,7 @@ def test_two_gpus_resume_each_others_layouts(long_chats, tmp_path):
         tmp_path / "even"
     )
     make_tokenizer().save_pretrained(tmp_path / "even")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    torchrun = torchrun_of(2)
     run_yaml, run = write_run(tmp_path, tmp_path / "even", long_chats), tmp_path / "run"
     steps = ("checkpoint.every=2", "checkpoint.keep=3", "metrics.log_every=1")
     succeeds(start("train", run_yaml, *steps, launcher=torchrun))
@@ -231,7 +236,7 @@ def test_two_gpus_resume_each_others_layouts(long_chats, tmp_path):
             if file.is_file() and not file.name.startswith("."):
                 shutil.copy(file, tmp_path / name)
     for name, layout in LAYOUTS.items():
-        line = ("train", run_yaml, *steps, *layout, f"run_dir={tmp_path / name}")
+        line = ("train", run_yaml, *steps, layout, f"run_dir={tmp_path / name}")
         resumed[name] = start(*line, launcher=torchrun)
     reads = [start("evaluate", run, launcher=torchrun), start("export", run, tmp_path / "out", launcher=torchrun)]
     for process in (*resumed.values(), *reads):

@@ -74,9 +74,8 @@ def check_config(config: Config) -> None:
 
 
 # The width of SmolLM2-135M's draft, and the middle of three rates of AdamW's that were tried for it: with the lowest it
-# accepted less, the highest was no worse in a short run (docs/recipe.md).
+# accepted less, with the highest it depended on the seed (docs/quality.md).
 MEASURED_WIDTH, MEASURED_LR = 576, 2e-3
-MUON_TIMES = 4  # the best rate of Muon over that of AdamW, for that draft (docs/quality.md)
 
 
 def recipe(config: Config, shape: DraftConfig) -> list[str]:
@@ -95,19 +94,20 @@ def recipe(config: Config, shape: DraftConfig) -> list[str]:
         "lk_alpha": "lk_alpha is the likelihood that the target accepts",
         "lk_lambda": "lk_lambda goes from kl to acceptance itself where that is high",
     }
-    lr, best = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size, MUON_TIMES * MEASURED_LR
+    lr, times = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size, config.optim.MUON_TIMES
     measured = (
         f"For a draft {MEASURED_WIDTH} wide AdamW did better at {MEASURED_LR:.2g} and {2 * MEASURED_LR:.2g} than at "
         f"{MEASURED_LR / 2:.2g} (docs/recipe.md)."
     )
     rates = f"optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}"
     if config.optim.optimizer == "muon":
+        best = times * MEASURED_LR
         measured = (
             f"For a draft {MEASURED_WIDTH} wide, with AdamW's rate at {MEASURED_LR:.2g}, Muon did better at {best:.2g}, "
-            f"{MUON_TIMES} times that, than at {best / 4:.2g} and {best * 2:.2g}, and better than AdamW alone "
+            f"{times} times that, than at {best / 4:.2g} and {best * 2:.2g}, and better than AdamW alone "
             "(docs/quality.md)."
         )
-        tried = (MUON_TIMES / 2 * lr, MUON_TIMES * lr, MUON_TIMES * 2 * lr)
+        tried = (times / 2 * lr, times * lr, times * 2 * lr)
         rates = "optim.lr {:.1e} with optim.muon_lr {:.1e}, {:.1e} and {:.1e}".format(lr, *tried)
     return [
         f"{chains}. Step i weighs {config.loss.step_decay:g}^i, since a server comes to it only if the steps before were "
