@@ -12,6 +12,10 @@ Of it four functions are wrapped here: what opens the source, so that the target
 and the step, the evaluation and the checkpoint, so that the clock stands while held-out data are evaluated and while the
 one checkpoint is written, at the end. What is decoded with is that checkpoint; the best is not kept.
 
+A recipe's `then` is what changes when the share `after` of its steps is done: {after: 0.5, loss.kind: lk_alpha}. It is what
+tells whether a setting of the run would be worth having: the same draft goes on with a second step, made for the changed
+config.
+
 With --steps a recipe has so many steps. With --seconds it has as many as take that long: a first run of TRIAL steps says
 how fast it is. Either way the learning rate ends where the recipe lets it end.
 
@@ -187,6 +191,24 @@ class Timed:
         self.points[self.number] = self.clock.seconds, self.clock.target_seconds
 
 
+class Replaced:
+    """A run's step, and another in its place from an optimizer step on."""
+
+    def __init__(self, first: DraftStep, second: DraftStep, after: int):
+        self.now, self.second, self.after = first, second, after
+
+    def begin(self, number: int) -> None:
+        if number > self.after:
+            self.now = self.second
+        self.now.begin(number)
+
+    def step(self, batch: Batch, features: Features, grads: dict[str, Tensor]) -> Rows:
+        return self.now.step(batch, features, grads)
+
+    def rows(self, batch: Batch, features: Features) -> Rows:
+        return self.now.rows(batch, features)
+
+
 @dataclass(frozen=True)
 class Stick:
     """What all recipes are measured on: one target, one set of answers, one set of held-out prompts."""
@@ -280,7 +302,8 @@ def read_recipes(path: Path, names: str, seeds_of_all: int = 1) -> dict[str, tup
 def recipe_config(
     args: argparse.Namespace, recipe: dict[str, Any], seed: int, run_dir: Path, steps: int, points: int = POINTS
 ) -> Config:
-    """A run's config. ValueError for a recipe that changes what all are measured on."""
+    """A run's config, at its beginning. ValueError for a recipe that changes what all are measured on."""
+    recipe = {key: value for key, value in recipe.items() if key != "then"}
     if moved := [key for key in recipe if key.split(".")[0] == "target" or key.startswith("data.eval")]:
         raise ValueError(f"a recipe sets {moved[0]}, which is the same for all recipes; take it out")
     tree = dict(read_yaml(args.config)["run"])
@@ -299,6 +322,19 @@ def recipe_config(
         yaml.safe_dump(tree, file)
         file.flush()
         return load_config(file.name, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+
+
+def changed_config(args: argparse.Namespace, recipe: dict[str, Any], seed: int, run_dir: Path, steps: int) -> Config | None:
+    """What the run goes on with behind `after`; None for a recipe that never changes. ValueError for a change that no step
+    alone can make."""
+    if "then" not in recipe:
+        return None
+    then = dict(recipe["then"])
+    if not 0 < then.pop("after", 0) < 1:
+        raise ValueError("its `then` needs `after`, the share of the steps behind which it holds, between 0 and 1")
+    if other := [key for key in then if key.split(".")[0] not in ("loss", "block")]:
+        raise ValueError(f"its `then` sets {other[0]}, and only the loss can change on the way: loss.* or block.*")
+    return recipe_config(args, recipe | then, seed, run_dir, steps)
 
 
 def other_answers(args: argparse.Namespace, names: list[str]) -> list[str]:
@@ -323,9 +359,13 @@ def check_recipes(args: argparse.Namespace, recipes: dict[str, tuple[dict[str, A
     """Before anything long. ValueError names the recipe that cannot be trained here."""
     for name, (recipe, _) in recipes.items():
         try:
-            config = recipe_config(args, recipe, 0, Path("none"), 1)
-            METHODS[config.draft.method].check_config(config)
-            check_precision(config, start_process(config.device))
+            for config in (
+                recipe_config(args, recipe, 0, Path("none"), 1),
+                changed_config(args, recipe, 0, Path("none"), 1),
+            ):
+                if config is not None:
+                    METHODS[config.draft.method].check_config(config)
+                    check_precision(config, start_process(config.device))
         except ValueError as error:
             raise ValueError(f"recipe {name}: {error}") from error
 
@@ -343,12 +383,15 @@ def replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
             setattr(module, name, function)
 
 
-def train_timed(config: Config, stick: Stick, trial: bool = False) -> Timed:
-    """`train` of a config, from the beginning."""
+def train_timed(config: Config, stick: Stick, trial: bool = False, changed: Config | None = None, after: int = 0) -> Timed:
+    """`train` of a config, from the beginning; behind step `after` with the step of `changed`."""
     clock, made = Clock(stick.device), []
 
-    def timed_step(*args: Any, **more: Any) -> Timed:
-        made.append(Timed(make_step(*args, **more), clock, trial))
+    def timed_step(config: Config, *args: Any, **more: Any) -> Timed:
+        step = make_step(config, *args, **more)
+        if changed is not None:
+            step = Replaced(step, make_step(changed, *args, **more), after)
+        made.append(Timed(step, clock, trial))
         return made[-1]
 
     def kept_source(_config: Config, layers: tuple[int, ...], *_args: Any, **_more: Any) -> KeptTarget:
@@ -392,7 +435,9 @@ def steps_for(args: argparse.Namespace, recipe: dict[str, Any], stick: Stick, kn
 def run_recipe(args: argparse.Namespace, name: str, recipe: dict[str, Any], seed: int, steps: int, stick: Stick) -> dict:
     run_dir = stick.folder / f"{name}-{seed}"
     config = recipe_config(args, recipe, seed, run_dir, steps)
-    timed = train_timed(config, stick)
+    changed = changed_config(args, recipe, seed, run_dir, steps)
+    after = 0 if changed is None else round(recipe["then"]["after"] * steps)
+    timed = train_timed(config, stick, changed=changed, after=after)
     evaluated = {line["step"]: line for line in read_metrics(run_dir) if "eval/tau_sim" in line}
     tokens = config.optim.packs_per_step * config.data.pack_tokens
     curve = [[step, step * tokens, *timed.points[step], line["eval/tau_sim"]] for step, line in sorted(evaluated.items())]

@@ -41,8 +41,10 @@ from torch import Tensor, nn
 from fastdraft.config import OptimConfig
 from fastdraft.kernels.adamw import adamw_, adamw_scratch
 from fastdraft.kernels.jit import compile_together
+from fastdraft.model.graph import GraphPool
 
 NS_STEPS, NS_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # Keller Jordan's: singular values come to 0.7 .. 1.2
+GRAPH_FLOPS = 2e12  # of all matrices of a step; from there on a GPU takes longer than the host does for its launches
 
 
 class FlatAdamW:
@@ -323,6 +325,9 @@ class Muon:
             if lo < hi:
                 within, here = slice(lo - matrix.start, hi - matrix.start), slice(lo - mine[0], hi - mine[0])
                 self.parts.append((matrix, within, here))
+        alone = gather is None and orthogonalize is one_by_one  # what processes say to each other is not recorded
+        self.is_small = alone and muon_flops(matrix for matrix, _, _ in self.parts) <= GRAPH_FLOPS
+        self.recorded: _Recorded | None = None
 
     def rest(self, count: int) -> list[tuple[int, int]]:
         """The ranges of a buffer of `count` elements that are no matrix's."""
@@ -339,8 +344,26 @@ class Muon:
         go: Tensor,  # scalar: 1, or 0 for a step that changes nothing
         lr: float,  # AdamW's
     ) -> None:
+        rate = torch.full((), lr * self.rate, dtype=torch.float64, device=grad.device)
+        buffers = (grad, master, m, weights)
+        if not (grad.is_cuda and self.is_small):
+            self._launch(*buffers, factor, go, rate)
+            return
+        if self.recorded is None or not self.recorded.is_of(buffers):
+            self.recorded = _Recorded(self._launch, buffers, (factor, go, rate))
+        self.recorded.run((factor, go, rate))
+
+    def _launch(
+        self,
+        grad: Tensor,
+        master: Tensor,
+        m: Tensor,
+        weights: Tensor | None,
+        factor: Tensor,  # as those of `step_`
+        go: Tensor,
+        rate: Tensor,  # scalar, float64: Muon's
+    ) -> None:
         c = self.config
-        lr *= self.rate
         if self.gather is None:
             directions = (self._direction(grad[here], m[here], factor, go) for _, _, here in self.parts)
         else:
@@ -353,8 +376,8 @@ class Muon:
         for (matrix, within, here), direction in zip(self.parts, found, strict=True):
             step = direction[within].to(master.dtype)
             if c.weight_decay:
-                master[here].mul_(1 - go * (lr * c.weight_decay))
-            master[here].sub_(step.mul_(go * (lr * 0.2 * math.sqrt(max(matrix.whole)))))
+                master[here].mul_(1 - go * (rate * c.weight_decay).to(go.dtype))
+            master[here].sub_(step.mul_(go * (rate * (0.2 * math.sqrt(max(matrix.whole)))).to(go.dtype)))
             if weights is not None:
                 weights[here] = master[here]
             grad[here].zero_()
@@ -363,6 +386,35 @@ class Muon:
         g = grad * factor
         m.lerp_(g, go * (1 - self.momentum))
         return g.lerp_(m, self.momentum).to(self.dtype)
+
+
+class _Recorded:
+    """A step of small matrices on a GPU: some thirty launches for each, which one CUDA graph replays. The first step runs
+    without it, the second is recorded. The buffers stay where they are, and three scalars are copied into place."""
+
+    def __init__(
+        self,
+        launch: Callable[..., None],  # of the buffers and the scalars
+        buffers: Sequence[Tensor | None],
+        scalars: Sequence[Tensor],
+    ):
+        self.buffers, self.scalars = tuple(buffers), tuple(x.clone() for x in scalars)
+        self.launch = partial(launch, *self.buffers, *self.scalars)
+        self.pool, self.graph, self.runs = GraphPool(), None, 0
+
+    def is_of(self, buffers: Sequence[Tensor | None]) -> bool:
+        return all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
+
+    def run(self, scalars: Sequence[Tensor]) -> None:
+        for place, x in zip(self.scalars, scalars, strict=True):
+            place.copy_(x)
+        if self.runs == 1:
+            self.graph = self.pool.record(self.launch)
+        if self.graph is None:
+            self.launch()
+        else:
+            self.graph.replay()
+        self.runs += 1
 
 
 def orthogonalized(

@@ -46,6 +46,10 @@ RECIPES = {
         "fp8": {"precision": "fp8"},
         "other target": {"target.dtype": "fp32"},
         "typo": {"optim.rl": 1},
+        "then the same": {"then": {"after": 0.5, "loss.kind": "kl"}},
+        "then lk": {"then": {"after": 0.5, "loss.kind": "lk_alpha"}},
+        "then a rate": {"then": {"after": 0.5, "optim.lr": 1e-3}},
+        "then never": {"then": {"loss.kind": "lk_alpha"}},
     },
 }
 
@@ -65,6 +69,22 @@ def measure(place, results, *more) -> list[dict]:
     main([str(x) for x in [*files, *dirs, "--prompts", 3, "--max-new-tokens", 6, "--commit", "here", *more]])
     path = results / "quality.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_loss_is_replaced_on_the_way(place, tmp_path):
+    """From the named step on and not before; and a replacement that changes nothing gives the same draft."""
+    names = "base,then the same,then lk"
+    base, same, lk = measure(place, tmp_path, "--recipes", names, "--steps", 12, "--decode", 0)
+    taus = [[point[-1] for point in row["curve"]] for row in (base, same, lk)]
+    steps = [point[0] for point in base["curve"]]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    assert taus[0] == taus[1]
+    assert taus[0][:3] == taus[2][:3]
+    assert all(a != b for a, b in zip(taus[0][3:], taus[2][3:], strict=True))
+    assert lk["settings"] == {"then": {"after": 0.5, "loss.kind": "lk_alpha"}}
+    for name, said in (("then a rate", r"sets optim\.lr, and only the loss can change"), ("then never", "needs `after`")):
+        with pytest.raises(ValueError, match=f"recipe {name}: its `then` {said}"):
+            measure(place, tmp_path, "--recipes", name, "--steps", 2)
 
 
 def test_rows_of_recipes_and_seeds(place, tmp_path, monkeypatch):
@@ -214,7 +234,7 @@ def test_the_clock_counts_training_alone():
         (
             "nothing",
             "has no recipe 'nothing'; it has base, dflash, dflash2, drawn, dspark, fp8, missing, other layers, "
-            "other target, slow, typo",
+            "other target, slow, then a rate, then lk, then never, then the same, typo",
         ),
         ("base:0", "not NAME:N"),
         ("base,drawn", "recipe drawn: it trains on drawn.jsonl, of which other .* with --held-out FILE"),

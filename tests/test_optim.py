@@ -9,6 +9,7 @@ import torch
 from meta_step import LiveBytes
 from torch import nn
 
+from fastdraft import optim
 from fastdraft.config import OptimConfig
 from fastdraft.optim import FlatAdamW, matrices, muon_cost, orthogonalized
 
@@ -375,3 +376,29 @@ def test_muon_on_the_gpu_does_what_the_cpu_does():
         torch.testing.assert_close(gpu.step(live.cuda()).cpu(), cpu.step(live))
     for ours, theirs in zip(gpu.state_dict().values(), cpu.state_dict().values(), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recorded_step_of_muon_is_the_launched_one(dtype, monkeypatch):
+    """Bit for bit, with a rate that moves, steps without live rows, weight decay, and a state loaded on the way."""
+    flats = []
+    for most in (0.0, optim.GRAPH_FLOPS):
+        monkeypatch.setattr(optim, "GRAPH_FLOPS", most)
+        flats.append(FlatAdamW({n: nn.Parameter(p.data.float().cuda()) for n, p in of_several().items()}, MUON, 10, dtype))
+    launched, recorded = flats
+    for step, live in enumerate((3.0, 2.0, 0.0, 5.0, 2.0, 4.0)):
+        grads = {name: grad.float().cuda() for name, grad in of_step(step).items()} if live else {}
+        if step == 4:
+            kept = {name: x.clone() for name, x in launched.state_dict().items()}
+            recorded.load_state_dict(kept)
+        for flat in flats:
+            add_grads(flat, grads)
+        live = torch.tensor(live, dtype=torch.float64, device="cuda")
+        assert torch.equal(launched.step(live), recorded.step(live))
+        assert not recorded.grad.any()
+    assert launched.muon.recorded is None and recorded.muon.recorded.graph is not None
+    for ours, theirs in zip(recorded.state_dict().values(), launched.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(recorded.weights, launched.weights)
