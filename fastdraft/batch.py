@@ -128,6 +128,11 @@ class PackShare:
         """Rows of a slice that is full."""
         return -(-self.num_tokens // (2 * self.size))
 
+    @property
+    def full_rows(self) -> int:
+        """Rows of an owner whose slices are full; alone, those of the pack."""
+        return self.num_tokens if self.size == 1 else 2 * self.slice_rows
+
     @cached_property
     def slices(self) -> tuple[tuple[int, int], tuple[int, int]]:  # (first row, one past the last) of each, ascending
         n = self.slice_rows

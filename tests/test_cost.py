@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from meta_step import LiveBytes, flop_counter, meta_step
 from rich.console import Console
-from tiny import draft_shape
+from tiny import draft_shape, target_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.work import SHAPES
@@ -20,7 +21,7 @@ from fastdraft import cost
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.checkpoint import list_checkpoints
-from fastdraft.cost import Training, checkpoint_copies, render
+from fastdraft.cost import Layout, Training, checkpoint_copies, render
 from fastdraft.files import free_disk
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.eagle3.cost import pair_cost
@@ -31,6 +32,7 @@ from fastdraft.model.eagle3.ref import ttt_ref
 from fastdraft.optim import FlatAdamW
 from fastdraft.run.finished import export_run
 from fastdraft.run.plan import predict
+from fastdraft.target.hf import RUN_TOKENS, load_target, load_target_config, target_sizes
 from fastdraft.train import train
 
 
@@ -41,9 +43,11 @@ def config(**changes):
 
 def plan(c, *, target_params, target_dtype, pack_tokens, document_tokens=None, precision="bf16", device="cuda", **more):
     """Of a draft's shape, and of what its step takes; a pack is one document where no length is given."""
-    of_plan = {name: more.pop(name) for name in ("keep", "replicas", "tensor") if name in more}
+    of_plan = {name: more.pop(name) for name in ("keep",) if name in more}
+    tensor = more.pop("tensor", 1)
+    layout = Layout(more.pop("replicas", 1) * tensor, tensor=tensor)
     told = Training(c, target_dtype, pack_tokens, document_tokens or pack_tokens, precision, device, step=more)
-    return cost.plan(told, target_params=target_params, **of_plan)
+    return cost.plan(told, target_of(target_params), layout, **of_plan)
 
 
 def sizes(rows):
@@ -156,7 +160,28 @@ def test_activations_match_what_autograd_keeps(dtype, steps, lengths, loss, chan
     predicted = sum(memory[name] for name in ("activations kept for the backward", "attention scores kept", "logits kept"))
     teacher = 4 * sum(lengths) * c.draft_vocab_size  # alive during the step, needed by no backward
     assert predicted - teacher == pytest.approx(kept_bytes(held, forward), rel=0.05)
-    assert memory["features g and f of a pack"] == held[-3].nbytes + held[-2].nbytes
+    assert memory["features g and f"] == held[-3].nbytes + held[-2].nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(256,), (64,) * 4])
+def test_a_target_takes_most_of_its_activations_and_no_more(target_dir, dtype, lengths):
+    """Beside its weights and what it leaves. On a GPU they come to a step's memory, which stays; on the CPU a step's
+    short-lived tensors are gone while the target runs."""
+    target, batch = load_target(str(target_dir), dtype, torch.device("cpu"), (1, 3, 5)), all_trained(*lengths)
+    held = [*target.model.parameters(), *target.model.buffers(), batch.input_ids, batch.loss_mask]
+    with LiveBytes(held, "cpu") as made:
+        features = target.capture(batch)
+    told = Training(config(), dtype, sum(lengths), max(lengths), "fp32", run_tokens=RUN_TOKENS, step={"ttt_length": 2})
+    facts = target_sizes(load_target_config(str(target_dir)))
+    rows = sizes(told.memory(facts))
+    taken = made.peak - features.g.nbytes - features.f.nbytes
+    assert 0.65 * rows["target's activations"] < taken < rows["target's activations"]
+    assert "target's activations" not in sizes(told.memory(facts, stored=True))
+    of_cpu = replace(told, device="cpu")
+    short_lived = sum(row.size for row in of_cpu.memory(facts) if row.short_lived)
+    beyond = max(0, max(8 * told.trainable, rows["target's activations"]) - short_lived)
+    assert sizes(of_cpu.memory(facts)).get("target's or optimizer's temporaries, beyond a step's", 0) == beyond
 
 
 def test_fp32_weights_are_the_masters():
@@ -204,7 +229,7 @@ def fused_plan(c, n, steps, chunk_rows, dtype, target_dtype, **options):
 def engine_bytes(p):
     """What the engine itself makes: the rows after the features."""
     names = [row.name for row in p.memory]
-    return sum(row.size for row in p.memory[names.index("features g and f of a pack") + 1 :])
+    return sum(row.size for row in p.memory[names.index("features g and f") + 1 :])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastdraft.cost import TargetSizes
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.draft import Draft
 
@@ -97,6 +98,11 @@ def save_answering(path: Path, **changes) -> Path:
     tokenizer.backend_tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer.save_pretrained(path)
     return path
+
+
+def target_of(count: int) -> TargetSizes:
+    """A target of so many, of which nothing else is known."""
+    return TargetSizes(0, 0, 0, count, count, hidden_size=0, kv_width=0, attention_width=0, mlp_width=0)
 
 
 def draft_shape(**changes) -> DraftConfig:

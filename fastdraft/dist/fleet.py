@@ -1,15 +1,10 @@
-"""What a run on many GPUs needs: the memory of one GPU, and the time that its collectives take. Arithmetic only.
+"""How long a step takes on many GPUs, what of it their collectives are, and which layouts fit. Arithmetic only.
 
-Memory: a sharded target leaves 1/n of its layers on each of the n processes that hold it, and what the draft reads of it
-(embedding, head) whole; FSDP2 has up to GATHERED layers whole at a time. The draft's weights, gradient and step divide by
-`tensor` where heads, MLP and vocabulary do; masters and moments lie on one process each; what is kept for a token divides
-by `sequence`, except the keys and values of the pack's tokens, which every process has.
-
-Time: a GPU computes at a fixed rate, and a collective of b bytes among n processes moves b (n - 1) / n (a sum of all
-twice that) through each GPU's link, at the speed of links within a host if all n are there, else at that between hosts.
-A target's layer is gathered while the layer before it computes, so only what takes longer than that counts; nothing else
-is taken as hidden. Latency, the work of the host, and unequal work of the processes are not in it: shares are a lower
-bound where messages are small.
+What a layout takes of memory is `cost.py`'s to say. A GPU computes at a fixed rate, and a collective of b bytes among n
+processes moves b (n - 1) / n (a sum of all twice that) through each GPU's link, at the speed of links within a host if all
+n are there, else at that between hosts. A target's layer is gathered while the layer before it computes, so only what takes
+longer than that counts; nothing else is taken as hidden. Latency, the work of the host, and unequal work of the processes
+are not in it: shares are a lower bound where messages are small.
 
 # N tokens of a pack, S sequence, T tensor, H draft hidden, D head dim
 """
@@ -17,62 +12,18 @@ bound where messages are small.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from fastdraft.cost import Training
+from fastdraft.cost import Layout, TargetSizes, Training, size_table, tensor_part
 from fastdraft.files import GIB
 from fastdraft.model.method import Row
 
-GATHERED = 3  # layers of a sharded target that are whole at a time: one runs, one arrives, one is copied out of its message
 UNCOUNTED = 0.06  # share of a GPU that is left to the CUDA context, libraries' scratch and the allocator
-
-
-@dataclass(frozen=True)
-class TargetSizes:
-    """A target as far as a plan needs it. Parameters are counted, not bytes."""
-
-    num_layers: int
-    layers: int  # parameters of all layers
-    largest_layer: int
-    outside: int  # of embedding, head and norms
-    active: int  # that one token goes through, in layers and head: of a layer's experts only those chosen
-    hidden_size: int
-    kv_width: int  # keys and values of a token in one layer, 2 Hkv D
-    attention_width: int  # Hq D
-    mlp_width: int  # of all that one token goes through
-    apart: str | None = None  # why processes cannot share a pack's tokens, as far as config.json tells
-
-    @property
-    def total(self) -> int:
-        return self.layers + self.outside
-
-
-@dataclass(frozen=True)
-class Layout:
-    """world = data x sequence x tensor; `holders` processes of consecutive ranks hold the target together, 1: alone."""
-
-    world: int = 1
-    sequence: int = 1
-    tensor: int = 1
-    holders: int = 1
-
-    @property
-    def data(self) -> int:
-        return self.world // (self.sequence * self.tensor)
-
-    @property
-    def kept(self) -> str:
-        """What a process keeps of the target's layers."""
-        return "whole" if self.holders == 1 else f"1/{self.holders}"
-
-    def __str__(self) -> str:
-        return f"data {self.data}, sequence {self.sequence}, tensor {self.tensor}, target {self.kept}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +67,7 @@ class FleetPlan:
 
     @property
     def fits(self) -> bool:
-        return self.memory_bytes <= (1 - UNCOUNTED) * self.gpu_gib * GIB
+        return fits(self.memory, self.gpu_gib)
 
     @property
     def step_s(self) -> float:
@@ -139,74 +90,40 @@ def fleet_plan(
     target: TargetSizes,
     training: Training,
     *,
-    run_tokens: int,  # the target runs so many tokens at a time, or a longer document
     packs_per_step: int,
     sums: int,  # [M, H] sums over the tensor axis that a token's chain takes forward and backward
     stored: bool = False,  # features are read from a store or come from servers: only embedding and head are loaded
 ) -> FleetPlan:
-    """What a layout needs. ValueError naming the setting where it does not divide what it is to divide."""
-    refuse_uneven(layout, packs_per_step)
-    if layout.sequence > 1 and target.apart is not None and not stored:
-        raise ValueError(
-            f"dist.sequence={layout.sequence}: processes cannot share a pack's tokens with this target, because "
-            + target.apart
-        )
+    """What a layout needs that `refuse_uneven` lets through."""
     s, t, h = layout.sequence, layout.tensor, layout.holders
     draft, pack_tokens = training.draft, training.pack_tokens
-    target_bytes, draft_bytes = training.target_dtype.itemsize, training.itemsize
-    trainable, embedding = training.trainable / t, draft.num_parameters()["embedding"]
-    replicas = layout.world // t
-    own_tokens = pack_tokens if s == 1 else 2 * -(-pack_tokens // (2 * s))  # two slices, of which the last are filled up
+    target_bytes, draft_bytes, trained = training.target_dtype.itemsize, training.itemsize, training.trainable / t
     packs = packs_per_step / layout.data  # of one process
-    muon = training.muon_cost(replicas, t)
     length = min(training.document_tokens, pack_tokens)
 
-    # Memory. A target whose documents share processes runs the pack at once, another one `run_tokens` at a time.
-    part = tensor_part(draft, t)
-    step, _ = training.step_cost(part, own_tokens, t)
-    running = own_tokens if s > 1 else min(pack_tokens, max(run_tokens, length))
-    activations = running * (6 * target.hidden_size + target.attention_width + 3 * target.mlp_width) * target_bytes
-    kv = 2 * part.num_key_value_heads * part.head_dim * getattr(part, "num_hidden_layers", 1)  # of all layers of the draft
-    gathered_kv = kv * (pack_tokens - own_tokens) * (draft_bytes + 4)
-    of_target = [
-        Row("target's embedding, head and norms", target.outside * target_bytes),
-        Row("target's layers" + (f", 1/{h}" if h > 1 else ""), -(-target.layers // h) * target_bytes),
-        Row(f"{GATHERED} layers of the target whole", (GATHERED * target.largest_layer if h > 1 else 0) * target_bytes),
-        Row("target's activations", activations),
-    ]
-    if stored:  # whoever shares a pack reads all of it, and keeps what is its own
-        of_target = [Row("target's embedding and head", 2 * draft.vocab_size * draft.target_hidden_size * target_bytes)]
-    read = pack_tokens if stored and s > 1 else 0
-    memory = [
-        *of_target,
-        Row("draft's weights", int(trainable * draft_bytes if draft_bytes < 4 else 0) + embedding * draft_bytes),
-        Row(f"fp32 masters and moments, 1/{replicas}", int(12 * trainable / replicas)),
-        Row("fp32 gradient", int(4 * trainable)),
-        *training.between_steps(step, int(trainable / replicas), replicas, t),
-        Row("features g and f", training.feature_bytes(read + own_tokens)),
-        Row("keys and values of the others' tokens, and gradients", gathered_kv),
-        *step,
-    ]
-
-    # Work of one GPU in a step, and what its links move. Processes of a tensor axis run the target on the same tokens. Of a
-    # pack that is shared a process has some tokens only, and each of them sees as much as in the whole pack.
-    _, flops = training.step_cost(part, pack_tokens, t)
+    # Work of one GPU in a step. Processes of a tensor axis run the target on the same tokens. Of a pack that is shared a
+    # process has some tokens only, and each of them sees as much as in the whole pack.
+    _, flops = training.step_cost(layout)
+    muon = training.muon_cost(layout)
     tokens = packs * pack_tokens / s
     rate = hardware.tflops * 1e12
     attention = 2 * target.attention_width * length * target.num_layers  # two products over half the pairs
     target_s = 0.0 if stored else tokens * (2 * target.active + attention) / rate
-    draft_s = tokens * sum(row.size for row in flops) / rate
-    runs = 0 if stored else packs * (1 if s > 1 else math.ceil(pack_tokens / max(run_tokens, length)))
-    muon_s = muon.flops / rate
+
+    # What its links move.
+    runs = 0 if stored else packs * (1 if s > 1 else math.ceil(pack_tokens / max(training.run_tokens, length)))
     gather_s = hardware.seconds(runs * target.layers * target_bytes * _others(h), h)
+    part = tensor_part(draft, t)
+    kv = 2 * part.num_key_value_heads * part.head_dim * getattr(part, "num_hidden_layers", 1)  # of all layers of the draft
     pack_kv = runs * target.num_layers * target.kv_width * pack_tokens * target_bytes * _others(s)
     draft_kv = packs * kv * pack_tokens * (draft_bytes + 4) * _others(s)
     chain_sums = tokens * sums * draft.hidden_size * draft_bytes * 2 * _others(t)
+    others = _others(layout.replicas)
     collectives = [Collective("target's layers gathered", gather_s, max(0.0, gather_s - target_s))]
     for name, num_bytes, span in (
-        ("gradient summed", 4 * trainable * _others(replicas), layout.world),
-        ("draft's weights gathered", draft_bytes * trainable * _others(replicas), layout.world),
-        ("Muon's directions gathered", draft_bytes * trainable * _others(replicas) if muon.flops else 0, layout.world),
+        ("gradient summed", 4 * trained * others, layout.world),
+        ("draft's weights gathered", draft_bytes * trained * others, layout.world),
+        ("Muon's directions gathered", draft_bytes * trained * others if muon.flops else 0, layout.world),
         ("Muon's matrices joined and taken apart", muon.sent, t),
         ("target's keys and values gathered", pack_kv, s * t),
         ("draft's keys, values and their gradients", draft_kv, s * t),
@@ -216,14 +133,18 @@ def fleet_plan(
         collectives.append(Collective(name, seconds, seconds))
     return FleetPlan(
         layout,
-        tuple(row for row in memory if row.size),
+        training.memory(target, layout, stored),
         target_s,
-        draft_s,
-        muon_s,
+        tokens * sum(row.size for row in flops) / rate,
+        muon.flops / rate,
         tuple(c for c in collectives if c.seconds),
         packs_per_step * pack_tokens,
         hardware.gpu_gib,
     )
+
+
+def fits(memory: Iterable[Row], gpu_gib: float) -> bool:
+    return sum(row.size for row in memory) <= (1 - UNCOUNTED) * gpu_gib * GIB
 
 
 def _others(n: int) -> float:
@@ -231,14 +152,9 @@ def _others(n: int) -> float:
     return (n - 1) / n
 
 
-def tensor_part(draft: BaseModel, n: int) -> BaseModel:
-    """The shape of what one of n processes of the tensor axis computes; the shape itself alone."""
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "draft_vocab_size", "vocab_size")
-    return draft if n == 1 else draft.model_copy(update={k: -(-getattr(draft, k) // n) for k in names if hasattr(draft, k)})
-
-
-def refuse_uneven(layout: Layout, packs_per_step: int) -> None:
-    """ValueError where a layout does not divide processes or packs; a draft's parts are its method's to check."""
+def refuse_uneven(layout: Layout, packs_per_step: int, apart: str | None) -> None:
+    """ValueError where a layout does not divide processes or packs, or the target's documents (`apart`: why not); a draft's
+    parts are its method's to check."""
     s, t, world = layout.sequence, layout.tensor, layout.world
     if world % (s * t):
         raise ValueError(f"dist.sequence={s} and dist.tensor={t} need a multiple of {s * t} processes, not {world}")
@@ -248,6 +164,8 @@ def refuse_uneven(layout: Layout, packs_per_step: int) -> None:
             f"packs of their own ({world} processes, dist.sequence={s}, dist.tensor={t}); set it to {layout.data} or a "
             "multiple of that"
         )
+    if s > 1 and apart is not None:
+        raise ValueError(f"dist.sequence={s}: processes cannot share a pack's tokens with this target, because {apart}")
 
 
 def holder_choices(world: int, host: int) -> Iterator[int]:
@@ -279,12 +197,8 @@ def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware,
         soft_wrap=True,
     )
     total = "total, which fits" if chosen.fits else "total, which does not fit"
-    table = Table(title=f"Memory of one GPU: {chosen.layout}", title_justify="left", show_footer=True)
-    table.add_column("", footer=f"{total} in {hardware.gpu_gib:g} GiB less {UNCOUNTED:.0%} that is not counted")
-    table.add_column("GiB", f"{chosen.memory_bytes / GIB:.3f}", justify="right")
-    for row in chosen.memory:
-        table.add_row(row.name, f"{row.size / GIB:.3f}")
-    console.print(table)
+    total += f" in {hardware.gpu_gib:g} GiB less {UNCOUNTED:.0%} that is not counted"
+    console.print(size_table(f"Memory of one GPU: {chosen.layout}", chosen.memory, total))
     table = Table(title="Time of an optimizer step on one GPU", title_justify="left", show_footer=True)
     table.add_column("", footer=f"total; {chosen.exposed_share:.1%} of it waits for links")
     table.add_column("s", f"{chosen.step_s:.3f}", justify="right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,14 +15,15 @@ from fastdraft.config import Config, asks_servers
 from fastdraft.data.prepare import Prepared, prepare
 from fastdraft.data.samples import longest_sample, scan
 from fastdraft.data.stream import open_stream
-from fastdraft.dist import fleet, mesh
+from fastdraft.dist import mesh
+from fastdraft.dist.fleet import fits
 from fastdraft.features.meta import COMPARED, Meta, refuse_other
 from fastdraft.features.store import Store
 from fastdraft.files import GIB
 from fastdraft.model.methods import method_of
 from fastdraft.model.precision import DTYPES, bf16_is_slow
 from fastdraft.run.dtypes import target_dtype
-from fastdraft.run.plan import check_target, fleet_planner, refuse_too_long
+from fastdraft.run.plan import check_target, choose_layout, layout_memory, refuse_too_long
 from fastdraft.target.cached import StoreCache
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 from fastdraft.target.identity import begin_store, expected_meta, stop_ids, target_fingerprint
@@ -72,7 +74,7 @@ def choose_holders(config: Config, device: torch.device) -> tuple[mesh.Axis | No
     """The processes that hold the target together with this one (None: it holds it alone), and what to tell the user.
 
     All processes call it, and rank 0 chooses.
-    `auto` shards a target that does not fit on a GPU beside the draft's training, as far as `fleet_plan` tells. A host's
+    `auto` shards a target that does not fit on a GPU beside the draft's training, as far as `layout_memory` tells. A host's
     GPUs share it if they can hold it, because their links are fast; otherwise those of several hosts do.
     """
     if mesh.world() == 1 or config.dist.target == "replicated" or (config.dist.target == "auto" and device.type == "cpu"):
@@ -82,28 +84,20 @@ def choose_holders(config: Config, device: torch.device) -> tuple[mesh.Axis | No
 
 
 def _choose_holders(config: Config, device: torch.device) -> tuple[int, list[str]]:
-    host, auto = mesh.host_size(), config.dist.target == "auto"
-    choices = list(fleet.holder_choices(mesh.world(), host))
-    if device.type == "cpu":  # of its memory nothing is known; processes of one host share it anyway
-        return choices[0], [_sharded_line(choices[0])]
-    gpu_gib = torch.cuda.get_device_properties(device).total_memory / GIB
-    planned = fleet_planner(config, fleet.Hardware(gpu_gib=gpu_gib, host=host))
-    axes = (mesh.world(), config.dist.sequence, config.dist.tensor)
-    whole = planned(fleet.Layout(*axes, 1))
-    if auto and whole.fits:
+    on_gpu, auto, world = device.type == "cuda", config.dist.target == "auto", mesh.world()
+    gpu_gib = torch.cuda.get_device_properties(device).total_memory / GIB if on_gpu else math.inf
+    memory = layout_memory(config, device)
+    layout = choose_layout(config, world, mesh.host_size(), device, lambda layout: fits(memory(layout), gpu_gib))
+    if layout.holders == 1:
         return 1, []
-    fitting = [n for n in choices if planned(fleet.Layout(*axes, n)).fits]
-    told = [_sharded_line((fitting or choices[-1:])[0])]
+    told = [f"the target is sharded: each of {layout.holders} processes holds 1/{layout.holders} of every layer"]
+    gib = lambda layout: sum(row.size for row in memory(layout)) / GIB  # noqa: E731
     if auto:
-        told[0] += f"; whole it would need {whole.memory_bytes / GIB:.0f} of the {gpu_gib:.0f} GiB of a GPU"
-    if not fitting:
-        need = planned(fleet.Layout(*axes, choices[-1])).memory_bytes / GIB
-        told.append(f"by prediction it does not fit even so, with {need:.0f} GiB a GPU: see --plan --world {mesh.world()}")
-    return (fitting or choices[-1:])[0], told
-
-
-def _sharded_line(holders: int) -> str:
-    return f"the target is sharded: each of {holders} processes holds 1/{holders} of every layer"
+        whole = gib(replace(layout, holders=1))
+        told[0] += f"; whole it would need {whole:.0f} of the {gpu_gib:.0f} GiB of a GPU"
+    if not fits(memory(layout), gpu_gib):
+        told.append(f"by prediction it does not fit even so, with {gib(layout):.0f} GiB a GPU: see --plan --world {world}")
+    return layout.holders, told
 
 
 def open_source(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastdraft.config import Config, runs_target
-from fastdraft.cost import Plan, Training, peak_flops, plan, render
+from fastdraft.cost import Layout, Plan, TargetSizes, Training, peak_flops, plan, render
 from fastdraft.data.loader import Loader
 from fastdraft.data.prepare import find_prepared
 from fastdraft.dist import fleet, mesh
@@ -30,7 +30,7 @@ from fastdraft.model.precision import bf16_is_slow, pick_dtype
 from fastdraft.model.target_config import language_config, longest_context, named_dtype
 from fastdraft.run.draft import check_layout, draft_shape, muon_matrices
 from fastdraft.run.dtypes import check_precision, name_run_dtypes, target_dtype
-from fastdraft.target.hf import RUN_TOKENS, count_target_parameters, load_target_config, load_tokenizer, target_sizes
+from fastdraft.target.hf import RUN_TOKENS, load_target_config, load_tokenizer, target_sizes
 from fastdraft.target.identity import stop_ids
 from fastdraft.target.layers import target_layers
 
@@ -69,30 +69,72 @@ def refuse_too_long(config: Config, longest: int, documents: str) -> None:
         )
 
 
-def predict(config: Config, device: torch.device) -> Plan:
-    """What a run will need. Reads the target's config.json, not its weights."""
-    return _predictor(config, device)(config)
+def predict(config: Config, device: torch.device, gib: float | None = None) -> Plan:
+    """What a process of this run will need, or of one on GPUs of `gib`. Reads the target's config.json, not its weights."""
+    known = _read(config)
+    return plan(
+        _training(config, device, known.shape),
+        known.target,
+        _own_layout(config, device, layout_memory(config, device, known), gib),
+        keep=config.checkpoint.keep,
+        stored=not runs_target(config),
+        export_dtype=own_dtype(known.facts),
+        cache_bytes=int((config.features.max_gib or 0) * GIB),
+    )
 
 
-def _predictor(config: Config, device: torch.device) -> Callable[[Config], Plan]:
-    """`predict` of configs that differ from this one in settings of the step alone; files are read once."""
+class _Known(NamedTuple):
+    """What the target's config.json says, which is read once for configs that differ in settings of the step alone."""
+
+    facts: dict[str, Any]
+    shape: BaseModel  # the draft's
+    target: TargetSizes
+
+
+def _read(config: Config) -> _Known:
     check_target(config)
-    facts, shape = load_target_config(*config.target.files), draft_shape(config)
-    target_params = count_target_parameters(facts)
+    facts = load_target_config(*config.target.files)
+    return _Known(facts, draft_shape(config), target_sizes(facts))
 
-    def predicted(config: Config) -> Plan:
-        return plan(
-            _training(config, device, shape),
-            target_params=target_params,
-            keep=config.checkpoint.keep,
-            stored=not runs_target(config),
-            export_dtype=own_dtype(facts),
-            cache_bytes=int((config.features.max_gib or 0) * GIB),
-            replicas=max(1, mesh.world() // config.dist.tensor),
-            tensor=config.dist.tensor,
-        )
 
-    return predicted
+def layout_memory(config: Config, device: torch.device, known: _Known | None = None) -> Callable[[Layout], tuple[Row, ...]]:
+    """What one process needs, as a function of the layout."""
+    known = known or _read(config)
+    training, stored = _training(config, device, known.shape), not runs_target(config)
+    return lambda layout: training.memory(known.target, layout, stored)
+
+
+def choose_layout(
+    config: Config,
+    world: int,
+    host: int,
+    device: torch.device,
+    fits: Callable[[Layout], bool],
+) -> Layout:
+    """The config's. Where that leaves it open who holds the target, the first choice that fits, or the last; on a CPU, of
+    whose memory nothing is known, the first."""
+    shared = list(fleet.holder_choices(world, host)) or [1]
+    held = config.dist.target if runs_target(config) else "replicated"
+    choices = {"replicated": [1], "sharded": shared, "auto": [1, *shared]}[held]
+    layouts = [Layout(world, config.dist.sequence, config.dist.tensor, n) for n in choices]
+    if device.type == "cpu":
+        return layouts[0]
+    return next((layout for layout in layouts if fits(layout)), layouts[-1])
+
+
+def _own_layout(
+    config: Config, device: torch.device, memory: Callable[[Layout], tuple[Row, ...]], gib: float | None
+) -> Layout:
+    """Of this run, or of as few GPUs as its `dist` asks for: a plan may be made by one process."""
+    world = max(mesh.world(), config.dist.sequence * config.dist.tensor)
+    limit = _memory_of(device) if gib is None else gib * GIB
+    fits = lambda layout: limit is None or fleet.fits(memory(layout), limit / GIB)  # noqa: E731
+    return choose_layout(config, world, _host(world), device, fits)
+
+
+def _host(world: int) -> int:
+    """GPUs of a host of this run, or of one that is planned."""
+    return mesh.host_size() if mesh.world() > 1 else world
 
 
 def _training(config: Config, device: torch.device, shape: BaseModel) -> Training:
@@ -106,6 +148,7 @@ def _training(config: Config, device: torch.device, shape: BaseModel) -> Trainin
         document_tokens=config.data.max_length,
         precision="fp8" if config.precision == "fp8" else pick_dtype(config.precision, device),
         device=device.type,
+        run_tokens=RUN_TOKENS,
         muon=lambda tensor: muon_matrices(_with(config, "dist.tensor", tensor), shape),
         step=of_all | {"chunk_rows": config.chunk_rows} | own,
     )
@@ -113,30 +156,21 @@ def _training(config: Config, device: torch.device, shape: BaseModel) -> Trainin
 
 def memory_lines(config: Config, device: torch.device, gib: float | None = None) -> list[str]:
     """A sentence where a process would need more memory than its device has, and which setting to lower; none where it
-    fits. `gib`: of a GPU that this machine lacks. Processes that share a pack, a draft or a target have the parts that
-    `fleet_plan` predicts."""
+    fits. `gib`: of a GPU that this machine lacks."""
     limit = _memory_of(device) if gib is None else gib * GIB
     if limit is None:
         return ["no GPU is here to compare this with: --gpu-gib says how much memory it has"]
-    tensor, sequence = config.dist.tensor, config.dist.sequence
-    world = max(mesh.world(), tensor * sequence)  # a plan may be asked for by one process
-    hardware = _these_gpus(limit, world)
-    if tensor * sequence > 1 or (world > 1 and config.dist.target != "replicated" and device.type == "cuda"):
-        check_target(config)
+    known = _read(config)
 
-        def memory(config: Config) -> tuple[Row, ...]:
-            return _chosen_plan(config, world, fleet_planner(config, hardware, device), hardware.host, device).memory
-    else:
-        predicted = _predictor(config, device)
-
-        def memory(config: Config) -> tuple[Row, ...]:
-            return predicted(config).memory
+    def memory(config: Config) -> tuple[Row, ...]:
+        of_layout = layout_memory(config, device, known)
+        return of_layout(_own_layout(config, device, of_layout, gib))
 
     rows = memory(config)
-    needed = sum(row.size for row in rows)
+    needed, largest = sum(row.size for row in rows), max(rows, key=lambda row: row.size)
     if needed <= limit:
         return []
-    largest = max(rows, key=lambda row: row.size)
+    world = max(mesh.world(), config.dist.sequence * config.dist.tensor)
     gpu = "the GPU" if world == 1 else "each GPU"
     where = gpu if device.type == "cuda" else "this machine"
     processes = (
@@ -144,7 +178,7 @@ def memory_lines(config: Config, device: torch.device, gib: float | None = None)
     )
     settings = _lower(config, lambda lowered: sum(row.size for row in memory(lowered)) <= limit)
     if not settings and device.type == "cuda":
-        settings = _fitting_layout(config, hardware, world)
+        settings = _fitting_layout(config, limit / GIB, world)
     remedy = (
         f"it would fit with {' and '.join(settings)}"
         if settings
@@ -157,30 +191,22 @@ def memory_lines(config: Config, device: torch.device, gib: float | None = None)
     ]
 
 
-def _chosen_plan(
-    config: Config, world: int, planned: Callable[[fleet.Layout], fleet.FleetPlan], host: int, device: torch.device = GPU
-) -> fleet.FleetPlan:
-    """Of the config's layout; where the config leaves it open who holds the target, of the first choice that fits. On a CPU
-    each process then holds it alone (`choose_holders`)."""
-    shared = list(fleet.holder_choices(world, host)) or [1]
-    choices = {"replicated": [1], "sharded": shared, "auto": [1, *shared] if device.type == "cuda" else [1]}
-    choices = choices[config.dist.target]
-    axes = (world, config.dist.sequence, config.dist.tensor)
-    plans = [planned(fleet.Layout(*axes, n)) for n in (choices if runs_target(config) else [1])]
-    return next((plan for plan in plans if plan.fits), plans[-1])
-
-
-def _these_gpus(limit: float, world: int) -> fleet.Hardware:
-    return fleet.Hardware(gpu_gib=limit / GIB, host=mesh.host_size() if mesh.world() > 1 else world)
-
-
-def _fitting_layout(config: Config, hardware: fleet.Hardware, world: int) -> list[str]:
-    """The settings of the fastest layout of as many GPUs that fits; none where there is none."""
-    planned, plans = fleet_planner(config, hardware), []
-    for layout in fleet.layouts(world, hardware.host):
-        with contextlib.suppress(ValueError):  # it does not divide this run
+def _every_plan(
+    config: Config, planned: Callable[[Layout], fleet.FleetPlan], world: int, host: int
+) -> list[fleet.FleetPlan]:
+    """Of each layout of so many GPUs that divides this run."""
+    plans = []
+    for layout in fleet.layouts(world, host):
+        with contextlib.suppress(ValueError):
             if layout.holders == 1 or runs_target(config):
                 plans.append(planned(layout))
+    return plans
+
+
+def _fitting_layout(config: Config, gpu_gib: float, world: int) -> list[str]:
+    """The settings of the fastest layout of as many GPUs that fits; none where there is none."""
+    planned = fleet_planner(config, fleet.Hardware(gpu_gib=gpu_gib, host=_host(world)))
+    plans = _every_plan(config, planned, world, _host(world))
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return []
@@ -237,27 +263,19 @@ def _with(config: Config, name: str, value: int) -> Config:
 
 def fleet_planner(
     config: Config, hardware: fleet.Hardware, device: torch.device = GPU
-) -> Callable[[fleet.Layout], fleet.FleetPlan]:
-    """`fleet_plan` of a config as a function of the layout, whatever this machine has."""
-    shape = draft_shape(config)
+) -> Callable[[Layout], fleet.FleetPlan]:
+    """`fleet_plan` of a config as a function of the layout, whatever this machine has; a ValueError names the setting where
+    a layout does not divide what it is to divide."""
+    _, shape, target = _read(config)
     training = _training(config, device, shape)
-    target = target_sizes(load_target_config(*config.target.files))
-    weighed = named_method(config.draft.method).step_weights(config, shape).weight
+    packs, stored = config.optim.packs_per_step, not runs_target(config)
+    sums = 4 * len(named_method(config.draft.method).step_weights(config, shape).weight)  # after o and down, both ways
 
-    def planned(layout: fleet.Layout) -> fleet.FleetPlan:
+    def planned(layout: Layout) -> fleet.FleetPlan:
         dist = config.dist.model_copy(update={"sequence": layout.sequence, "tensor": layout.tensor})
-        fleet.refuse_uneven(layout, config.optim.packs_per_step)
+        fleet.refuse_uneven(layout, packs, None if stored else target.apart)
         check_layout(config.model_copy(update={"dist": dist}), shape)
-        return fleet.fleet_plan(
-            layout,
-            hardware,
-            target,
-            training,
-            run_tokens=RUN_TOKENS,
-            packs_per_step=config.optim.packs_per_step,
-            sums=4 * len(weighed),  # after o and after down, forward and backward
-            stored=not runs_target(config),
-        )
+        return fleet.fleet_plan(layout, hardware, target, training, packs_per_step=packs, sums=sums, stored=stored)
 
     return planned
 
@@ -338,7 +356,7 @@ def print_plan(config: Config, console: Console, gib: float | None = None) -> No
         check_precision(config, device)
     shape = draft_shape(config)
     check_layout(config, shape)
-    predicted = predict(config, device)
+    predicted = predict(config, device, gib)
     try:
         refuse_too_long(config, config.data.max_length, "training refuses documents that are longer than these")
     except ValueError as warning:
@@ -346,9 +364,9 @@ def print_plan(config: Config, console: Console, gib: float | None = None) -> No
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     recipe = ["the recipe, and why (docs/recipe.md)", *recipe_lines(config, shape)]
-    shared = config.dist.sequence * config.dist.tensor > 1
-    of_one = f"predicted for one {device.type} device{' that shares nothing' if shared else ''} and the {config.step} step"
-    for line in [*told, *recipe, of_one + ("; --world N predicts one of several that do" if shared else "")]:
+    world = max(mesh.world(), config.dist.sequence * config.dist.tensor)
+    of_one = f"predicted for one {device.type} device{f' of {world}' if world > 1 else ''} and the {config.step} step"
+    for line in [*told, *recipe, of_one]:
         console.print(f"# {line}", markup=False, highlight=False, soft_wrap=True)
     render(predicted, console)
     for line in memory_lines(config, device, gib):
@@ -393,17 +411,11 @@ def _schedule(config: Config) -> str:
 def print_fleet_plan(config: Config, world: int, hardware: fleet.Hardware, console: Console) -> None:
     """What one GPU of `world` needs in the config's layout, and in every other one; how unequal the processes' work is, if
     the data are prepared. ValueError where that layout divides processes, packs or heads unevenly."""
-    check_target(config)
     planned = fleet_planner(config, hardware)
-    chosen = _chosen_plan(config, world, planned, hardware.host)
-    others = []
-    for layout in fleet.layouts(world, hardware.host):
-        with contextlib.suppress(ValueError):  # it does not divide this run
-            if layout.holders == 1 or runs_target(config):
-                others.append(planned(layout))
-    fleet.render_fleet(chosen, others, hardware, console)
-    training = _training(config, GPU, draft_shape(config))
-    for row in training.checkpoint_copies(world // config.dist.tensor, config.dist.tensor):
+    fits = lambda layout: planned(layout).fits  # noqa: E731
+    chosen = planned(choose_layout(config, world, hardware.host, GPU, fits))
+    fleet.render_fleet(chosen, _every_plan(config, planned, world, hardware.host), hardware, console)
+    for row in _training(config, GPU, draft_shape(config)).copies(chosen.layout):
         console.print(f"host memory of rank 0's process: {row.size / GIB:.3f} GiB, {row.name}", soft_wrap=True)
     if chosen.layout.data > 1:
         console.print(imbalance_line(config, chosen.layout.data), soft_wrap=True)

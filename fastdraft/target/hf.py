@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fastdraft.batch import Batch, Features, PackShare, TargetHead
-from fastdraft.dist.fleet import TargetSizes
+from fastdraft.cost import TargetSizes
 from fastdraft.dist.mesh import Axis
 from fastdraft.model.graph import GraphPool
 from fastdraft.model.target_config import (
@@ -507,7 +507,7 @@ def count_target_parameters(config: dict) -> int:
 
 
 def target_sizes(config: dict) -> TargetSizes:
-    """What a plan for many GPUs needs of a target's config.json, counted on an empty model."""
+    """What a plan needs of a target's config.json, counted on an empty model: no weights are read."""
     model, facts = _empty_model(config), language_config(config)
     _, blocks = _decoder_and_layers(model)
     experts = next((n for name in EXPERTS if isinstance(n := facts.get(name), int) and n), 1)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import at_step, by_ranks, losses
-from tiny import draft_shape
+from tiny import draft_shape, target_of
 from torch import Tensor, nn
 
 from fastdraft import train as training
 from fastdraft.checkpoint import list_checkpoints, load_tensors, read_state, save_checkpoint
 from fastdraft.config import OptimConfig
-from fastdraft.cost import Training, peak_flops, plan
+from fastdraft.cost import Layout, Training, peak_flops, plan
 from fastdraft.data.loader import Ahead
 from fastdraft.dist import mesh
 from fastdraft.dist.mesh import Axis
@@ -131,7 +131,7 @@ def _together(run_dir: Path, config: OptimConfig) -> None:
         own = shared.own
         buffers = {x.data_ptr(): x for x in (own.master, own.m, own.v, own.grad, own.weights, shared.grad, shared.weights)}
         training = Training(draft.config, torch.bfloat16, 8, 8, precision, step={"ttt_length": 2})
-        planned = plan(training, target_params=0, replicas=mesh.world())
+        planned = plan(training, target_of(0), Layout(mesh.world()))
         alike = ("fp32", "slices", "draft weights")
         rows = sum(row.size for row in planned.memory if row.name.startswith(alike))
         frozen = draft.config.num_parameters()["embedding"] * dtype.itemsize + draft.d2t.nbytes + draft.t2d.nbytes

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from fastdraft.batch import PackShare
 from fastdraft.model.buffers import table_bytes
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.memory import chunk_buffers, pack_buffers, pick_chunk_blocks, room_for
@@ -40,13 +41,16 @@ def step_cost(
     chunk_rows: int | None,  # blocks at a time of the fused engine; None: its own choice
     anchors: int,  # N
     needs_teacher: bool,
+    sequence: int = 1,  # processes that share the pack
     held_out: bool = False,  # whether data are held out, on which every loss is compared with a teacher
     **_of_other_methods: object,
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a step, FLOPs per packed token
     """What a draft step takes beside weights, optimizer, target and features."""
-    n, blocks = pack_tokens, num_blocks(pack_tokens, document_tokens, anchors)
+    blocks = num_blocks(pack_tokens, document_tokens, anchors)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    flops = _flops(c, n, document_tokens, blocks, needs_teacher)
+    flops = _flops(c, pack_tokens, document_tokens, blocks, needs_teacher)
+    n = PackShare(pack_tokens, size=sequence).full_rows  # of this process
+    blocks = num_blocks(n, min(document_tokens, n), anchors)
     if step == "reference":
         return _reference_step(c, n, blocks, dtype), flops
     at_once = pick_chunk_blocks(chunk_rows, c, dtype, target_dtype, device, needs_teacher)
@@ -59,7 +63,9 @@ def step_cost(
     )
     found = [
         Row("buffers of a chunk", chunk),
-        Row("kept for every token of a pack", table_bytes(pack_buffers(c, room_for(n), dtype)) + results),
+        Row(
+            "kept for every token of a pack", table_bytes(pack_buffers(c, room_for(pack_tokens), dtype, sequence)) + results
+        ),
     ]
     if measured > chunk:
         found.append(Row("teacher of held-out data", measured - chunk))
@@ -68,7 +74,7 @@ def step_cost(
             Row(f"target's head in {str(dtype).removeprefix('torch.')}", c.vocab_size * c.hidden_size * dtype.itemsize)
         )
     if device == "cpu":
-        scores = 3 * min(rows, 128) * c.num_attention_heads * (n + rows) * stats
+        scores = 3 * min(rows, 128) * c.num_attention_heads * (pack_tokens + rows) * stats
         found.append(Row("attention's scores of some rows (CPU)", scores, True))
     return tuple(found), flops
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from fastdraft.batch import LossKind
+from fastdraft.batch import LossKind, PackShare
 from fastdraft.model.buffers import table_bytes
 from fastdraft.model.eagle3.config import DraftConfig
 from fastdraft.model.eagle3.memory import (
@@ -76,7 +76,8 @@ def _reference_flops(c: DraftConfig, length: int, steps: int) -> int:
 
 def _fused_step(
     c: DraftConfig,
-    n: int,
+    pack: int,
+    sequence: int,
     steps: int,
     chunk_rows: int | None,
     dtype: torch.dtype,
@@ -86,11 +87,12 @@ def _fused_step(
     lanes: int,
 ) -> tuple[Row, ...]:
     """Bytes of one step of the fused engine, every token trained on."""
-    room, m = buffer_rows(n, pick_chunk_rows(chunk_rows, c, steps, dtype, target_dtype, device))
+    room, m = buffer_rows(pack, pick_chunk_rows(chunk_rows, c, steps, dtype, target_dtype, device))
+    n = PackShare(pack, size=sequence).full_rows  # of this process
     stats = torch.promote_types(dtype, torch.float32).itemsize
     rows, width = steps * min(m, n), c.target_hidden_size
     results = n * (16 + 9 + steps * (2 * stats + 3))  # next ids and positions, ids and mask, `Rows`
-    kept = table_bytes(pack_buffers(c, room, dtype)) + results
+    kept = table_bytes(pack_buffers(c, room, dtype, sequence)) + results
     index = rows * (8 * 7 + 40) + min(m + steps, n) * width * target_dtype.itemsize  # the plan's rows, their results, and f
     cast = 0 if dtype == target_dtype else min(2 * m, n) * 3 * width * dtype.itemsize
     found = [
@@ -106,9 +108,9 @@ def _fused_step(
         found.append(Row("weights and rows in fp8", table_bytes(fp8_buffers(c, m, steps))))
     if device == "cpu":
         heads, b = c.num_attention_heads, dtype.itemsize
-        scores = sum(min(m, n) * (heads * ((n + i) * stats + n * b) + n) for i in range(steps))
-        sums = 2 * n * c.num_key_value_heads * c.head_dim * stats
-        backward = (4 if steps > 1 else 2) * min(m, n) * heads * n * stats
+        scores = sum(min(m, n) * (heads * ((pack + i) * stats + pack * b) + pack) for i in range(steps))
+        sums = 2 * pack * c.num_key_value_heads * c.head_dim * stats
+        backward = (4 if steps > 1 else 2) * min(m, n) * heads * pack * stats
         found.append(Row("attention's scores and gradients of a chunk (CPU)", scores + sums + backward, True))
     return tuple(found)
 
@@ -159,13 +161,15 @@ def step_cost(
     step: StepKind = "reference",
     chunk_rows: int | None = None,  # M of the fused step; None: its own choice
     tensor: int = 1,  # processes that share the draft's weights, of whose part `c` is the shape
+    sequence: int = 1,  # processes that share the pack
     sampled_depth: float = 1.0,
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:  # bytes at the peak of a step, FLOPs per packed token
     """What a draft step takes beside weights, optimizer, target and features."""
     n, length, steps = pack_tokens, document_tokens, ttt_length
     if step == "fused":
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        memory = _fused_step(c, n, steps, chunk_rows, dtype, target_dtype, device, precision == "fp8", num_lanes(tensor))
+        options = (chunk_rows, dtype, target_dtype, device, precision == "fp8", num_lanes(tensor))
+        memory = _fused_step(c, n, sequence, steps, *options)
         return memory, _fused_flops(c, n, length, steps, device == "cpu", sampled_depth)
     b, compute = (4, "fp32") if precision == "fp32" else (2, "bf16")
     memory = _reference_step(c, n, length, steps, b, ROWS_KEPT[loss])
