@@ -34,6 +34,10 @@ class Refused(Exception):
     """The template cannot render these messages, or does not show where a turn lies."""
 
 
+class Unproven(Refused):
+    """The template renders these messages and does not show where a turn lies."""
+
+
 class ChatTemplate:
     """One Jinja text with what is always passed to it. Picklable."""
 
@@ -108,8 +112,19 @@ class ChatTemplate:
         before, prompt = self._probe(EXCHANGE[:1]), self._probe(EXCHANGE[:1], add_generation_prompt=True)
         if before is None or prompt is None:
             return ""
-        before = before.removesuffix(self.closing)
-        return prompt[len(before) :] if prompt.startswith(before) else ""
+        shown = (prompt[len(text) :] for text in (before, before.removesuffix(self.closing)) if prompt.startswith(text))
+        return next(filter(None, shown), "")
+
+    @cached_property
+    def words(self) -> str:
+        """Words without tags that a prompt ends with and no turn has, though answers begin where they do (Apriel 1.6, whose
+        prompt begins the reasoning). Empty where there are none."""
+        prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)
+        if prompt is None or text is None or ANSWER not in text:
+            return ""
+        before = text.partition(ANSWER)[0]
+        words = prompt[len(before) :] if prompt.startswith(before) else ""
+        return words if words.strip() and not self.tags.search(words) else ""
 
     @cached_property
     def lead(self) -> str:
@@ -148,8 +163,8 @@ class ChatTemplate:
         """What the template sets at the very end of a conversation after the end-of-turn token (Phi-3: <|endoftext|>).
 
         Found by rendering one exchange with and without a further turn: after the answer both begin with the end of the
-        turn, what the former has beyond that closes the conversation, if it begins with a special token. Empty when they
-        begin with nothing common: then the closing IS the end of the turn.
+        turn, what the former has beyond that closes the conversation, if it begins with a special token. A token that stops
+        the model ends the turn there. Empty when they begin with nothing common: then the closing IS the end of the turn.
         """
         last, followed = self._probe(EXCHANGE), self._probe([*EXCHANGE, EXCHANGE[0]])
         if last is None or followed is None:
@@ -160,7 +175,8 @@ class ChatTemplate:
             (i for i, (x, y) in enumerate(zip(encodings[0].ids, encodings[1].ids, strict=False)) if x != y),
             min(len(encodings[0]), len(encodings[1])),
         )
-        end = self._token_end(last, encodings[0], common - 1) if common else 0
+        stop = next((i for i in range(common) if encodings[0].ids[i] in self.stops), common - 1)
+        end = self._token_end(last, encodings[0], stop) if common else 0
         rest = last[end:].strip()
         return rest if rest and self.encode(rest).ids[0] in self._special and last[:end].strip() else ""
 

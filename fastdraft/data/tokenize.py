@@ -29,7 +29,7 @@ from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
 from fastdraft.data.conversations import BadLine, Conversation, spellings
 from fastdraft.data.history import long_renderings
 from fastdraft.data.samples import Sample
-from fastdraft.data.template import ChatTemplate, Refused, Span
+from fastdraft.data.template import ChatTemplate, Refused, Span, Unproven
 from fastdraft.data.turns import LeftOut, Turn, Turns
 
 if TYPE_CHECKING:
@@ -240,22 +240,28 @@ class ChatTokenizer:
     def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]]]:
         where, tools = conversation.where, conversation.tools
         stuck: list[_Stuck] = []
-        for messages in spellings(conversation.messages):
-            try:
-                return self._place(where, messages, tools)
-            except _Stuck as error:
-                stuck.append(error)
-        furthest = max(stuck, key=lambda error: error.message)  # the true reason is that of the attempt that came further
+        for whole in (True, False):
+            for messages in spellings(conversation.messages):
+                try:
+                    return self._place(where, messages, tools, whole)
+                except _Stuck as error:
+                    stuck.append(error)
+        # The true reason is that of the attempt that came further, or else of one that the template rendered.
+        furthest = max(stuck, key=lambda error: (error.message, isinstance(error.__cause__, Unproven)))
         raise BadLine(where, f"up to message {furthest.message}: {furthest.reason}") from furthest.__cause__
 
     def _place(
-        self, where: str, messages: list[dict], tools: list[dict] | None
+        self,
+        where: str,
+        messages: list[dict],
+        tools: list[dict] | None,
+        whole: bool,  # all turns must be proven; else only one, and the others are left out
     ) -> tuple[list[Turn], list[tuple[str, str]]]:
         """The trained turns, and where and why others are not. _Stuck: a turn whose place cannot be proven."""
         ends = [k + 1 for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last_turn":
             ends = ends[-1:]
-        placing, turns, left_out = self._placing(tools), [], []
+        placing, turns, left_out, unproven = self._placing(tools), [], [], []
         at_hand = long_renderings(placing.template, messages, tools, ends)
         for end in ends:
             weight = messages[end - 1].get("weight", 1)
@@ -268,9 +274,15 @@ class ChatTokenizer:
                 turns.append(placing.turn(messages[:end], tools, *at_hand.get(end, ())))
             except LeftOut as error:
                 left_out.append((f"{where}, message {end}", str(error)))
+            except Unproven as error:
+                if whole:
+                    raise _Stuck(end, str(error)) from error
+                unproven.append((f"{where}, message {end}", str(error)))
             except Refused as error:
                 raise _Stuck(end, str(error)) from error
-        return turns, left_out
+        if unproven and not turns:
+            raise _Stuck(0, unproven[0][1])
+        return turns, left_out + unproven
 
     def _placing(self, tools: list[dict] | None) -> Turns:
         if (turns := self._turns.get(tools is not None)) is None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from fastdraft.data.conversations import CUT
 from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, pieces, strings, thought_end
-from fastdraft.data.template import ChatTemplate, Refused, Span
+from fastdraft.data.template import ChatTemplate, Refused, Span, Unproven
 
 NOT_SHOWN = (
     "the template's text before this turn changes with the turn, so its start cannot be found; "
@@ -44,11 +44,13 @@ EMPTY_BLOCK = (
 )
 CLOSED_TWICE = "the chat template closes reasoning before their text, which the generation prompt has closed already"
 BEFORE_THOUGHT = "the chat template writes an empty block before their reasoning"
+WORDS_TWICE = "they begin with the words that the generation prompt ends with, which the served model does not write again"
 HEADERLESS = "the generation prompt behind a tool's result lacks the header that the chat template writes before their text"
 _THINK = r"(?:\w+:)?think(?::\w+)?"  # the name of a tag for reasoning: think, seed:think, think:opensource
 _OPENED = re.compile(rf"<(?P<tag>{_THINK})>(?P<white>\s*)$")  # what a prompt ends with that opens the reasoning
 _EMPTY = re.compile(rf"\s*<(?P<tag>{_THINK})>\s*</(?P=tag)>\s*")
 _CLOSES = re.compile(rf"\s*</{_THINK}>")
+_BLOCK = re.compile(rf"<(?P<tag>{_THINK})>\s*(?:</(?P=tag)>\s*)?$")  # either
 _CLOSED = re.compile(rf"</{_THINK}>\s*$")  # and that closes it
 
 
@@ -120,8 +122,8 @@ class Turns:
     ) -> Turn:
         """The turn that ends the conversation.
 
-        Refused: the template cannot render it, or its place cannot be proven. LeftOut: there is nothing in it to train on,
-        or the template does not render all that the model said.
+        Refused: the template cannot render it. Unproven: its place cannot be proven. LeftOut: there is nothing in it to
+        train on, or the template does not render all that the model said.
         """
         message = messages[-1]
         if not (message["content"].strip() or message.get("tool_calls") or _reasoning(message)):
@@ -186,6 +188,9 @@ class Turns:
         prefix = prompt is not None and full.startswith(prompt)
         own = [place for place in places if place.leaf.message == last and not (prefix and place.start < len(prompt))]
         given = [place for place in places if place.leaf.message != last]
+        words = len(self.template.words) if prefix and prompt.endswith(self.template.words) else 0
+        if words and any(place.leaf.message == last and 0 < len(prompt) - place.start <= words for place in places):
+            raise LeftOut(WORDS_TWICE)
         begin = len(prompt) if prefix else own[0].start if own else 0
         calls = message.get("tool_calls", ())
         if how is None or (not own and calls and (not how.calls or all(_identified(call, full[begin:]) for call in calls))):
@@ -204,13 +209,13 @@ class Turns:
         else:
             start, lacks = self._after_prompt(messages, tools, how, given, full, prompt, own[0].start)
         if own[0].start < start:
-            raise Refused(NOT_SHOWN)
+            raise Unproven(NOT_SHOWN)
         said = _said(message, full, own[-1].end)
         if not how.calls:
             said = max([said, *self._call_ends(message, full, start)])
         end = self.template.turn_end(full, said)
         if any(place.end > start and place.start < end for place in given):
-            raise Refused("the template sets the text of another message into this turn")
+            raise Unproven("the template sets the text of another message into this turn")
         leaves, shown = own_leaves(message, last, self.template.tags), {place.leaf for place in own}
         reasoning = all(leaf in shown for leaf in leaves if leaf.kind == "reasoning")
         located = _Located(start, end, reasoning, lacks)
@@ -235,7 +240,7 @@ class Turns:
     def _by_search(self, message: dict, full: str, prompt: str | None) -> _Located:
         """The turn where no marks can be set: what follows the prompt, if each of its texts is in there."""
         if prompt is None or not full.startswith(prompt):
-            raise Refused(NOT_SHOWN)
+            raise Unproven(NOT_SHOWN)
         leaves, start = own_leaves(message, 0, self.template.tags), len(prompt)
         needed = [leaf.text for leaf in leaves if leaf.kind == "content"]
         if any(text not in full[start:] for text in needed):
@@ -244,7 +249,7 @@ class Turns:
         if not all(_shows_call(full[start:], call) for call in calls):
             raise LeftOut(NO_CALLS)
         if any(full.count(text, start) > 1 for text in needed):
-            raise Refused("the turn's text cannot be told from the template's")
+            raise Unproven("the turn's text cannot be told from the template's")
         thoughts = [leaf.text for leaf in leaves if leaf.kind == "reasoning"]
         reasoning = all(text in full[start:] for text in thoughts)
         ends = [full.rfind(text, start) + len(text) for text in needed] + self._call_ends(message, full, start)
@@ -274,10 +279,11 @@ class Turns:
         """Where the turn begins in a rendering that does not begin with the prompt, and what the prompt opens that it
         lacks: by the template's text between the last word before the turn and its first."""
         if not how.given:
-            raise Refused(NOT_SHOWN)
+            raise Unproven(NOT_SHOWN)
         nearest = max((place for place in given if place.end <= first), key=lambda place: place.end, default=None)
         before, all_marked = self._words_end(messages, nearest, full, first)
         gap = full[before:first]
+        bases: list[tuple[int, str]] = []  # where the turn may begin, and what the prompt opens there
         if prompt is not None:
             marks, marked, marked_tools = mark_all(messages[:-1], tools, how, self.template.tags)
             try:
@@ -288,33 +294,40 @@ class Turns:
             tail = prompt[self._words_end(messages, last, prompt, len(prompt))[0] :] if all_marked else ""
             # The prompt may end with words that the rendering with the turn has dropped. Then the gap is another one.
             same = (last and last.leaf) == (nearest and nearest.leaf)
-            if plain == prompt and tail and same and gap.startswith(tail):
-                return before + len(tail), ""
-        for base, opened in self.template.headers:
-            if gap.count(base) == 1 and (prompt is None or prompt.endswith(base + opened)):
-                start = before + gap.index(base) + len(base)
-                # What differs from the prompt in white space alone is the prompt's, and no block that the turn lacks. So is
-                # the end of a block, where the template writes no more of it in a turn (DeepSeek V3.2: </think>).
-                shown = full[start:first]
-                if shown.strip() and (shown.strip() == opened.strip() or opened.endswith(shown)):
-                    return first, ""
-                if shown.strip() and opened.strip().endswith(shown.strip()):
-                    return start + len(shown.rstrip()), ""
-                return start, opened
-        # Where a block is all of the generation prompt, the turn begins where the messages before it end (Hunyuan A13B).
-        header = self.template.header
-        if (
-            prompt is not None
-            and header.strip()
-            and prompt.endswith(header)
-            and (_OPENED.search(header) or _closed(header))
-        ):
-            start = len(prompt) - len(header)
-            if before <= start <= first and full.startswith(prompt[:start]) and not full[start:first].strip():
-                return start, header
+            if plain == prompt and tail and same:
+                if gap.startswith(tail):
+                    return before + len(tail), ""
+                # Behind a tool's result a block may stand without a header (DeepSeek V3.2).
+                block = _BLOCK.search(tail)
+                if block and block.start() and gap.startswith(tail[: block.start()]):
+                    bases.append((before + block.start(), block.group()))
+        bases[:0] = [
+            (before + gap.index(base) + len(base), opened)
+            for base, opened in self.template.headers
+            if gap.count(base) == 1 and (prompt is None or prompt.endswith(base + opened))
+        ]
+        for start, opened in bases[:1]:
+            # What differs from the prompt in white space alone is the prompt's, and no block that the turn lacks. So is
+            # the end of a block, where the template writes no more of it in a turn (DeepSeek V3.2: </think>).
+            shown = full[start:first]
+            if shown.strip() and (shown.strip() == opened.strip() or opened.endswith(shown)):
+                return first, ""
+            if shown.strip() and opened.strip().endswith(shown.strip()):
+                return start + len(shown.rstrip()), ""
+            closing = _CLOSED.search(opened) if not messages[-1]["content"].strip() else None
+            if closing and shown.lstrip().startswith(tag := closing.group().rstrip()):  # and behind it the syntax of a call
+                return start + shown.index(tag) + len(tag), ""
+            return start, opened
+        # The turn begins where the messages before it end, where the template writes in a turn nothing of the generation
+        # prompt, be it a block (Hunyuan A13B) or a header (Apertus, behind a tool's result), or not its last words.
+        header, words = self.template.header, self.template.words
+        for lacks, blank in ((header, True), (words, False)):
+            start = len(prompt) - len(lacks) if prompt is not None and lacks.strip() and prompt.endswith(lacks) else -1
+            if before <= start <= first and full.startswith(prompt[:start]) and not (blank and full[start:first].strip()):
+                return start, lacks
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
             return start, ""
-        raise Refused(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
+        raise Unproven(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
 
     def _words_end(
         self, messages: Sequence[dict], nearest: Occurrence | None, text: str, first: int
@@ -331,7 +344,7 @@ class Turns:
                 tags = whole[whole.index(core) + len(core) :] + "".join(behind)
                 form = next((form for form in (tags, tags.rstrip()) if text.startswith(form, end)), None)
                 if form is None:
-                    raise Refused(NOT_SHOWN)
+                    raise Unproven(NOT_SHOWN)
                 end += len(form)
         all_marked = True
         for i in range(index + 1, len(messages) - 1):
@@ -340,7 +353,7 @@ class Turns:
                 continue
             all_marked = False  # a message of tags alone
             if text.count(content, end, first) > 1:
-                raise Refused(NOT_SHOWN)
+                raise Unproven(NOT_SHOWN)
             end = max(end, text.find(content, end, first) + len(content)) if content in text[end:first] else end
         return end, all_marked
 
@@ -437,7 +450,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     closes = prompt is not None and (_CLOSED.search(prompt, len(prompt) - TAIL) or (located.lacks and _closed(prompt)))
     if closes and ((thinks and located.reasoning) or answer.lstrip().startswith("<think>")):
         raise LeftOut(CLOSED)
-    if closes and _CLOSES.match(answer) and not answer.lstrip().startswith(message["content"].strip()):
+    content = message["content"].strip()
+    if closes and _CLOSES.match(answer) and not (content and answer.lstrip().startswith(content)):
         raise LeftOut(CLOSED_TWICE)
     lost = thinks and not located.reasoning
     if (empty := _EMPTY.match(answer)) and not located.lacks and not closes:
@@ -453,7 +467,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
             before = prompt[: opened.start()]  # the template writes the answer into the block, and closes it nowhere
             return Turn(before + full[start:], (len(before), len(before) + end - start), unopened=True)
         return Turn(full, (start, end), lost, empty_block=not thinks and bool(empty))
-    unopened = bool(located.lacks) and not _closed(located.lacks)
+    whole = located.lacks in (template.header, template.words) and not _OPENED.search(located.lacks)
+    unopened = bool(located.lacks) and not whole and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     first = len(before)
     if lacked := _OPENED.search(located.lacks) if unopened else None:

@@ -1,5 +1,6 @@
 """A trained token is one that the served model would itself have produced after the prompt as served."""
 
+import functools
 import itertools
 import json
 import re
@@ -1015,3 +1016,97 @@ def test_a_thousand_turns_take_linear_time(name):
     done = chat_tokenizer(Conversation("f:1", 0, tuple(messages)))
     assert sum(len(runs(_tokenizers[name], sample)) for sample in done.samples) >= 500
     assert sum(rendered) < 20 * len(messages)
+
+
+# --- prompts that end as no turn begins -----------------------------------------------------------------------------------
+
+WEATHER = [{"role": "assistant", "content": "", "tool_calls": [CALL_OF_WEATHER]}, {"role": "tool", "content": "dry"}]
+SYNTAX = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + c.function.arguments.city }}{% endfor %}"
+
+
+def brute_force(tokenizer, messages, stop, before=""):
+    """What is served and what is then said, of each answer: its prompt rendered alone, and what the rendering with it has
+    behind `before`, which the template sets there, up to the first token that stops."""
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    for end in (i for i, m in enumerate(messages, 1) if m["role"] == "assistant"):
+        prompt = render(messages[: end - 1], add_generation_prompt=True)
+        said = render(messages[:end]).rpartition(before)[2]
+        yield f"{prompt}[[{said.partition(stop)[0].rstrip()}{stop}]]"
+
+
+def test_a_prompt_that_ends_in_words_that_no_turn_has():
+    """As Apriel 1.6's, which asks with words and ends no last turn: behind them stands what the turn has in their place."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{{ m.reasoning_content + '[END]' if m.reasoning_content }}"
+        "{{ m.content + ('' if loop.last and m.role == 'assistant' else '<|stop|>') }}"
+        "{% if loop.last and m.role != 'assistant' %}{{ '<|turn|>assistant:My thoughts:\n' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = block_tokenizer(template)
+    messages = chat("q", "yes", "My thoughts:", "no")
+    messages[3]["reasoning_content"] = "since"
+    texts, done = marked(tokenizer, messages)
+    assert texts == list(brute_force(tokenizer, messages, "<|stop|>", before="<|turn|>assistant:"))
+    assert texts[1].endswith("<|turn|>assistant:My thoughts:\n[[since[END]no<|stop|>]]") and done.endless == 0
+    texts, done = marked(tokenizer, chat("q", "My thoughts:\nyes", "r", "no"))
+    assert len(texts) == 1 and texts[0].endswith("<|turn|>assistant:My thoughts:\n[[no<|stop|>]]")
+    assert done.left_out[0][0] == "f:1, message 2" and "begin with the words that the generation" in done.left_out[0][1]
+
+
+def test_an_answer_to_a_tool_that_the_template_writes_without_the_header_of_its_prompt():
+    """As Apertus's, for which a tool's result is part of the turn; what it sets before a further call is not told."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '[' + m.content + ']' }}{% else %}"
+        "{% if m.role == 'user' or messages[loop.index0 - 1].role != 'tool' %}{{ '<|turn|>' + m.role + ':' }}{% endif %}"
+        "{{ m.content }}SYNTAX{{ '' if m.tool_calls else '<|stop|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:' }}{% endif %}"
+    ).replace("SYNTAX", SYNTAX)
+    tokenizer, asked = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    texts, done = marked(tokenizer, [*chat("q"), *WEATHER, *chat("", "no", "r", "yes")[1:]])
+    assert texts == [
+        f"{asked}[[<call>weatherRome]]",
+        f"{asked}<call>weatherRome[dry]<|turn|>assistant:[[no<|stop|>]]",
+        f"{asked}<call>weatherRome[dry]no<|stop|><|turn|>user:r<|stop|><|turn|>assistant:[[yes<|stop|>]]",
+    ]
+    texts, done = marked(tokenizer, [*chat("q"), *WEATHER, *WEATHER, {"role": "assistant", "content": "no"}])
+    assert texts == [f"{asked}[[<call>weatherRome]][dry]<call>weatherRome[dry]<|turn|>assistant:[[no<|stop|>]]"]
+    assert [where for where, _ in done.left_out] == ["f:1, message 4"]
+
+
+def test_a_block_that_the_prompt_opens_and_closes_behind_a_tools_result():
+    """As DeepSeek V3.2's, which has no header there; and the block's end that it writes before a call is the prompt's."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '[' + m.content + ']' }}{% else %}"
+        "{% if m.role == 'user' or messages[loop.index0 - 1].role != 'tool' %}{{ '<|turn|>' + m.role + ':' }}{% endif %}"
+        "{{ '</think>' if m.role == 'assistant' }}{{ m.content }}SYNTAX{{ '<|stop|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '' if messages[-1].role == 'tool' else '<|turn|>assistant:' }}"
+        "{{ '<think></think>' }}{% endif %}"
+    ).replace("SYNTAX", SYNTAX)
+    tokenizer, asked = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    messages = [*chat("q"), *WEATHER, *WEATHER, {"role": "assistant", "content": "no"}]
+    texts, _ = marked(tokenizer, messages)
+    called = "</think><call>weatherRome<|stop|>[dry]"
+    assert texts == [
+        f"{asked}<think></think>[[<call>weatherRome<|stop|>]]",
+        f"{asked}{called}<think></think>[[<call>weatherRome<|stop|>]]",
+        f"{asked}{called}{called}<think></think>[[no<|stop|>]]",
+    ]
+    assert texts == list(brute_force(tokenizer, messages, "<|stop|>", before="</think>"))
+
+
+def test_words_of_the_template_that_stand_last_whatever_comes_before():
+    """As Command R+'s instruction, before the generation prompt and behind an answer: it ends neither an answer nor a call,
+    for which the template writes no end."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + m.content }}SYNTAX"
+        "{{ '' if m.tool_calls else '<|stop|>' }}{% endfor %}"
+        "{{ '<|turn|>system:Act.<|stop|>' }}{% if add_generation_prompt %}{{ '<|turn|>assistant:' }}{% endif %}"
+    ).replace("SYNTAX", SYNTAX)
+    tokenizer, act = block_tokenizer(template), "<|turn|>system:Act.<|stop|>"
+    texts, done = marked(tokenizer, chat("q", "yes", "r", "no"))
+    assert texts == [
+        f"<|turn|>user:q<|stop|>{act}<|turn|>assistant:[[yes<|stop|>]]{act}",
+        f"<|turn|>user:q<|stop|><|turn|>assistant:yes<|stop|><|turn|>user:r<|stop|>{act}"
+        f"<|turn|>assistant:[[no<|stop|>]]{act}",
+    ]
+    texts, done = marked(tokenizer, [*chat("q"), *WEATHER])
+    assert texts == [f"<|turn|>user:q<|stop|>{act}<|turn|>assistant:[[<call>weatherRome]]{act}"] and done.endless == 1

@@ -34,13 +34,17 @@ USER, DRY, WET = (
 )
 
 
-def tokenized(*messages: dict):
-    return ChatTokenizer(make_tokenizer(TEXTUAL))(Conversation("f:1", 1, messages, [TOOL]))
+def tokenized(*messages: dict, **settings):
+    return ChatTokenizer(make_tokenizer(TEXTUAL), **settings)(Conversation("f:1", 1, messages, [TOOL]))
 
 
 def test_the_true_reason_is_said():
+    messages = (USER, call("Paris"), DRY, call("Rome"), WET, {"role": "assistant", "content": "Rome."})
+    done = tokenized(*messages)
+    assert [where for where, _ in done.left_out] == ["f:1, message 4"] and done.samples[0].loss_mask.any()
+    assert "can only concatenate" not in done.left_out[0][1]
     with pytest.raises(BadLine) as raised:
-        tokenized(USER, call("Paris"), DRY, call("Rome"), WET, {"role": "assistant", "content": "Rome."})
+        tokenized(*messages[:4], train_on="last_turn")
     assert re.match("f:1: up to message 4: ", str(raised.value)) and "can only concatenate" not in str(raised.value)
 
 
