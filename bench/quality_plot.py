@@ -55,13 +55,13 @@ def long_runs(rows: list[dict]) -> list[dict]:
 def table(rows: list[dict]) -> list[str]:
     """The lines of docs/quality.md that say what came of each recipe, for so many steps of one commit: means over seeds."""
     lines = [
-        "| trainer | recipe | seeds | steps | tokens | seconds | of these the target's | tau_sim | chain | of 7 | tree |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| trainer | recipe | GPU | seeds | steps | tokens | seconds | the target's | tau_sim | chain | of 7 | tree |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     of_recipe: dict[tuple, list[dict]] = {}
     for row in rows:
-        of_recipe.setdefault(tuple(row[key] for key in ("provider", "recipe", "commit", "steps")), []).append(row)
-    for (provider, recipe, _, steps), runs in of_recipe.items():
+        of_recipe.setdefault(tuple(row[key] for key in ("provider", "recipe", "gpu", "commit", "steps")), []).append(row)
+    for (provider, recipe, gpu, _, steps), runs in of_recipe.items():
         low, high = (f"{of(run['tau_sim'] for run in runs):.3f}" for of in (min, max))
         tau = f"{mean(run['tau_sim'] for run in runs):.3f}" + (f" ({low} to {high})" if low != high else "")
         decoded = []
@@ -69,7 +69,8 @@ def table(rows: list[dict]) -> list[str]:
             found = [run[name]["accepted_length"] for run in runs if name in run]
             decoded.append(f"{mean(found):.2f}" if found else "")
         seconds, of_target = (f"{mean(run[key] for run in runs):.1f}" for key in ("seconds", "target_seconds"))
-        about = f"{provider} | {recipe} | {len({run['seed'] for run in runs})} | {steps} | {runs[0]['tokens']:,}"
+        card = gpu.removeprefix("NVIDIA ").split()[0]
+        about = f"{provider} | {recipe} | {card} | {len({run['seed'] for run in runs})} | {steps} | {runs[0]['tokens']:,}"
         lines.append(f"| {about} | {seconds} | {of_target} | {tau} | {' | '.join(decoded)} |")
     return lines
 

@@ -60,7 +60,7 @@ class DraftSection(Section):
 
 class LossConfig(Section):
     kind: LossKind = "kl"
-    step_decay: float = Field(0.8, gt=0, le=1)  # weight of TTT step i is step_decay ** i
+    step_decay: float = Field(0.6, gt=0, le=1)  # weight of TTT step i is step_decay ** i
     lk_scale: float = Field(1.0, ge=0)  # of lk_lambda alone, as lk_decay
     lk_decay: float = Field(1.0, ge=0)
 
@@ -68,8 +68,9 @@ class LossConfig(Section):
 class BlockSection(Section):
     """How drafts that fill blocks are trained (docs/dflash.md, docs/dspark.md)."""
 
-    # ce: the data's token; dpace: the same, weighed by what a server would accept; the others: the target's distribution
-    loss: Literal["ce", "dpace", "kl", "lk_alpha", "lk_lambda"] = "ce"  # of DFlash; DSpark has its own three terms
+    # ce: the data's token; dpace: the same, weighed by what a server would accept; the others: the target's distribution.
+    # Of DFlash, whose own is dpace, and DFlash2, whose own is ce; DSpark has its own three terms.
+    loss: Literal["ce", "dpace", "kl", "lk_alpha", "lk_lambda"] | None = None
     anchors: int = Field(512, gt=0)  # blocks of a document at most, at every step others
     gamma: float | None = Field(None, gt=0)  # weight of step j is exp(-j / gamma); None: by block_size, 7 for 16
     dpace_alpha: float = Field(0.5, ge=0, lt=1)  # of dpace alone

@@ -350,8 +350,8 @@ class Muon:
             self._launch(*buffers, factor, go, rate)
             return
         if self.recorded is None or not self.recorded.is_of(buffers):
-            self.recorded = _Recorded(self._launch, buffers, (factor, go, rate))
-        self.recorded.run((factor, go, rate))
+            self.recorded = _Recorded(buffers, (factor, go, rate))
+        self.recorded.run(self._launch, (factor, go, rate))
 
     def _launch(
         self,
@@ -392,26 +392,25 @@ class _Recorded:
     """A step of small matrices on a GPU: some thirty launches for each, which one CUDA graph replays. The first step runs
     without it, the second is recorded. The buffers stay where they are, and three scalars are copied into place."""
 
-    def __init__(
-        self,
-        launch: Callable[..., None],  # of the buffers and the scalars
-        buffers: Sequence[Tensor | None],
-        scalars: Sequence[Tensor],
-    ):
+    def __init__(self, buffers: Sequence[Tensor | None], scalars: Sequence[Tensor]):
         self.buffers, self.scalars = tuple(buffers), tuple(x.clone() for x in scalars)
-        self.launch = partial(launch, *self.buffers, *self.scalars)
         self.pool, self.graph, self.runs = GraphPool(), None, 0
 
     def is_of(self, buffers: Sequence[Tensor | None]) -> bool:
         return all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
 
-    def run(self, scalars: Sequence[Tensor]) -> None:
+    def run(
+        self,
+        launch: Callable[..., None],  # of the buffers and the scalars; not kept, so that its owner is freed with this
+        scalars: Sequence[Tensor],
+    ) -> None:
         for place, x in zip(self.scalars, scalars, strict=True):
             place.copy_(x)
+        work = partial(launch, *self.buffers, *self.scalars)
         if self.runs == 1:
-            self.graph = self.pool.record(self.launch)
+            self.graph = self.pool.record(work)
         if self.graph is None:
-            self.launch()
+            work()
         else:
             self.graph.replay()
         self.runs += 1

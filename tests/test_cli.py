@@ -149,10 +149,11 @@ def test_plan_says_the_recipe_and_why(fastdraft, config_file):
     ):
         assert sentence in out, sentence
     out = fastdraft("train", config_file, "--plan", "draft={method: dflash}", "ttt_length=7")[1]
-    assert "Up to 512 blocks of each document are trained" in out and "optim.lr 1" not in out
-    assert "block.loss=dpace was accepted more" in out
-    out = fastdraft("train", config_file, "--plan", "draft={method: dflash}", "ttt_length=7", "block.loss=dpace")[1]
-    assert "block.loss=dpace was accepted more" not in out
+    assert "Up to 512 blocks of each document are trained" in out
+    assert "32 wide, try optim.lr 3.6e-02 with optim.muon_lr 1.4e-01, 2.9e-01 and 5.8e-01, each in a short run" in out
+    assert "The loss dpace compares a slot" in out and "with block.loss=dpace" not in out
+    out = fastdraft("train", config_file, "--plan", "draft={method: dflash}", "ttt_length=7", "block.loss=ce")[1]
+    assert "The loss ce compares a slot" in out and "with block.loss=dpace" in out
 
 
 def test_plan_for_a_gpu_needs_none(fastdraft, config_file):

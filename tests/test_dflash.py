@@ -59,7 +59,7 @@ def test_a_resumed_run_draws_the_anchors_of_the_whole_one(run_yaml, runs, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "change", ["step=reference", "precision=bf16", "block.loss=dpace", "block.loss=kl", "chunk_rows=3"]
+    "change", ["step=reference", "precision=bf16", "block.loss=ce", "block.loss=kl", "chunk_rows=3"]
 )
 def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
     runs("train", run_yaml, change, "max_steps=3")
@@ -87,8 +87,9 @@ REFUSED = {
     "loss.kind=lk_alpha": "the section loss is EAGLE-3's",
     "draft.vocab_map=x.pt": "a DFlash draft has the target's",
     "block.anchors=0": "block.anchors",
-    "block.dpace_alpha=0.3": "block.dpace_alpha is of block.loss dpace, and the loss is ce",
-    "block.lk_decay=2": "block.lk_decay is of block.loss lk_lambda, and the loss is ce",
+    "block={loss: ce, dpace_alpha: 0.3}": "block.dpace_alpha is of block.loss dpace, and the loss is ce",
+    "block.lk_decay=2": "block.lk_decay is of block.loss lk_lambda, and the loss is dpace",
+    "block.gamma=2": "of the draft's own probabilities; take gamma out, or set block.loss=ce",
     "block.anchor=7": "did you mean 'anchors'?",
     "block={loss: dpace, gamma: 3}": "block.gamma is 3 and block.loss dpace, which makes its weights of the draft's own",
 }
@@ -161,7 +162,7 @@ def test_documents_without_room_for_a_block_are_refused_before_the_first_step(ho
 
 def test_the_plan_says_how_slots_are_weighed(run_yaml, runs):
     """In a run's words: the division, too, is each loss's own."""
-    ce = runs("train", run_yaml, "--plan", "block.gamma=3")
+    ce = runs("train", run_yaml, "--plan", "block.loss=ce", "block.gamma=3")
     assert "The loss ce compares a slot with the data's own token. Drafted token j = 0, 1, ..." in ce
     assert "weighs exp(-j / 3)" in ce and "divided by the sum of the weights" in ce
     dpace = runs("train", run_yaml, "--plan", "block.loss=dpace")

@@ -62,7 +62,7 @@ def test_a_dflash_export_is_one_to_start_from(run_yaml, runs, tmp_path):
         "train", run_yaml, f"draft={json.dumps({'method': 'dflash', 'overrides': plain})}", f"run_dir={tmp_path / 'dflash'}"
     )
     runs("export", tmp_path / "dflash", tmp_path / "out")
-    start = ("metrics.log_every=1", "max_steps=1", "seed=3")
+    start = ("metrics.log_every=1", "max_steps=1", "seed=3", "block.loss=ce")
     found = {}
     for method, more in (("dflash", ()), ("dflash2", ("block.selector_alpha=0",)), ("dflash2", ())):
         name = f"{method}{len(more)}"

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,8 +114,9 @@ def run_yaml(target, long_chats, tmp_path) -> Path:
 def start(*arguments: object, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Popen:
     """Starts `python -m fastdraft.cli ...`, which takes 12 s to import what it needs: some of them run side by side."""
     line = (sys.executable, *launcher, "fastdraft.cli", *map(str, arguments))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONFAULTHANDLER": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(line, **pipes, text=True, env=env, start_new_session=True)
 
 
 def torchrun_of(processes: int) -> tuple[str, ...]:
@@ -123,8 +125,13 @@ def torchrun_of(processes: int) -> tuple[str, ...]:
 
 
 def succeeds(process: subprocess.Popen) -> str:
-    """What it printed; its exit code must be 0."""
-    out, _ = process.communicate(timeout=300)
+    """What it printed; its exit code must be 0. Of one that does not end all processes say where they are."""
+    try:
+        out, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        out, _ = process.communicate(timeout=60)
+        pytest.fail(f"{process.args} had not ended after 300 s:\n{out[-20000:]}")
     assert process.returncode == 0, out[-5000:]
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -360,6 +361,31 @@ def test_the_memory_of_a_step_of_muon_is_predicted():
                 flat.muon.step_(*args, 0.1)
             predicted = muon_cost(matrices({"w": shape}, config), dtype.itemsize, math.prod(shape)).num_bytes
             assert predicted * 0.6 <= live.peak <= predicted * 1.01, (dtype, shape, live.peak / predicted)
+
+
+class Replays:
+    """A graph pool whose graphs do what was recorded; a recording itself does nothing."""
+
+    def record(self, launch):
+        return SimpleNamespace(replay=launch)
+
+
+def test_a_recorded_step_reads_each_steps_numbers():
+    """Factor, go and rate are new tensors at every step, and a graph knows where the first ones were."""
+    flats = [FlatAdamW(of_several(), MUON, 10, torch.float64) for _ in range(2)]
+    direct, recorded = (flat.muon for flat in flats)
+    held = optim._Recorded((flats[1].grad, flats[1].master, flats[1].m, None), [torch.ones((), dtype=torch.float64)] * 3)
+    held.pool = Replays()
+    for step, (factor, go, rate) in enumerate([(0.5, 1, 0.1), (0.2, 1, 0.2), (1.0, 0, 0.3), (0.7, 1, 0.05)]):
+        scalars = [torch.tensor(float(x), dtype=torch.float64) for x in (factor, go, rate)]
+        for flat in flats:
+            flat.grad.zero_()
+            add_grads(flat, of_step(step))
+        direct._launch(flats[0].grad, flats[0].master, flats[0].m, None, *scalars)
+        held.run(recorded._launch, scalars)
+        assert torch.equal(flats[0].master, flats[1].master) and torch.equal(flats[0].m, flats[1].m), step
+        assert torch.equal(flats[0].grad, flats[1].grad), step
+    assert held.graph is not None
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ def file(tmp_path):
 
 def test_defaults(file):
     config = load_config(file)
-    assert (config.ttt_length, config.loss.kind, config.loss.step_decay) == (7, "kl", 0.8)
+    assert (config.ttt_length, config.loss.kind, config.loss.step_decay) == (7, "kl", 0.6)
     assert config.target.trust_remote_code is False
     assert config.optim.lr == 1e-4 and config.draft.init == "target"
 

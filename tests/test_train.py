@@ -894,7 +894,9 @@ def test_overfit_export_and_an_independent_forward(make_config, tmp_path):
     _, target, draft = open_run(Path(config.run_dir))
     p = target.head.logits(target.capture(Batch(ids, mask, (len(ids),))).f).double().softmax(-1)
     entropy = -(p * p.log()).sum(-1)  # [L]
-    weighed = sum(0.8**i * entropy[u] for i in range(3) for u in range(1 + i, len(ids) - 1) if mask[u + 1])
+    weighed = sum(
+        config.loss.step_decay**i * entropy[u] for i in range(3) for u in range(1 + i, len(ids) - 1) if mask[u + 1]
+    )
     floor = float(weighed / mask[2:].sum())
     assert floor - 1e-3 <= last["loss"] < floor + 0.02
     assert min(last[f"a{i}"] for i in range(3)) > 0.95 and last["top1"] > 0.9 and last["tau_sim"] > 3.7

@@ -297,7 +297,7 @@ def main() -> None:
     layers = 8 if args.tiny else args.layers
     shape = shape.model_copy(update={"layers": (1, layers // 2 - 1, layers - 4), "num_target_layers": layers})
     tree = {"target": {"path": "random"}, "data": {"paths": ["random"]}, "precision": precision}
-    tree["optim"] = {"optimizer": "adamw"}  # which is what Automodel trains with
+    tree |= {"optim": {"optimizer": "adamw"}, "loss": {"step_decay": 0.8}}  # which is what Automodel trains with
     config = parse_config(tree, Config)
     model = random_target(shape, layers, dtype, device)
     ring_attention = "flash_attn" if importlib.util.find_spec("flash_attn") else "PyTorch's FlashAttention"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -437,6 +438,7 @@ def trained(file: Path, rank_says: str) -> None:
     """`fastdraft train` as a user's run is, on the device that the config names."""
     sys.argv = ["fastdraft", "train", str(file)]
     with (file.parent / f"{rank_says} {os.environ['RANK']}").open("w") as sys.stderr:
+        faulthandler.dump_traceback_later(90, file=sys.stderr)  # of a run that hangs, before its test gives up
         cli.main()
 
 

@@ -18,7 +18,7 @@ from fastdraft.model.dflash.engine import BlockEngine, block_engine_step, refuse
 from fastdraft.model.dflash.golden import golden_cases, load_block_golden
 from fastdraft.model.dflash.graph_engine import GraphBlockEngine
 from fastdraft.model.dflash.head import BlockHead, TokenHead
-from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
+from fastdraft.model.dflash.loss import BlockLoss, BlockLossKind, StepLoss, default_gamma
 from fastdraft.model.dflash.mixer import Mixer
 from fastdraft.model.dflash.parity import block_readings, run_blocks, served_steps
 from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
@@ -31,10 +31,18 @@ if TYPE_CHECKING:
     from fastdraft.config import Config
 
 
+# The loss of a method whose config names none, by measured acceptance (docs/quality.md).
+OWN_LOSS: dict[str, BlockLossKind] = {"dflash": "dpace", "dflash2": "ce"}
+
+
+def loss_kind(config: Config) -> BlockLossKind:
+    return config.block.loss or OWN_LOSS.get(config.draft.method, "ce")
+
+
 def block_loss(config: Config, shape: DFlashConfig) -> BlockLoss:
     b = config.block
     gamma = default_gamma(shape.block_size) if b.gamma is None else b.gamma
-    return BlockLoss(b.loss, gamma, b.dpace_alpha, b.lk_scale, b.lk_decay)
+    return BlockLoss(loss_kind(config), gamma, b.dpace_alpha, b.lk_scale, b.lk_decay)
 
 
 def step_weights(config: Config, shape: DFlashConfig) -> StepWeights:
@@ -101,13 +109,14 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
         if title not in owners and getattr(block, name) != type(block).model_fields[name].default:
             whose = " and ".join(owners)
             raise ValueError(f"block.{name} is {whose}'s, and draft.method is {config.draft.method}; take it out")
+    kind = loss_kind(config)
     for name, loss in OF_ONE_LOSS.items():
-        if loss != block.loss and getattr(block, name) != type(block).model_fields[name].default:
-            raise ValueError(f"block.{name} is of block.loss {loss}, and the loss is {block.loss}; take {name} out")
-    if block.loss == "dpace" and block.gamma is not None:
+        if loss != kind and getattr(block, name) != type(block).model_fields[name].default:
+            raise ValueError(f"block.{name} is of block.loss {loss}, and the loss is {kind}; take {name} out")
+    if kind == "dpace" and block.gamma is not None:
         raise ValueError(
             f"block.gamma is {block.gamma:g} and block.loss dpace, which makes its weights of the draft's own "
-            "probabilities; take gamma out"
+            "probabilities; take gamma out, or set block.loss=ce"
         )
     if config.ttt_length != fields["ttt_length"].default:
         raise ValueError(
@@ -137,10 +146,32 @@ def recipe(config: Config, shape: DFlashConfig) -> list[str]:
     lines = [f"{blocks_drawn(config, shape)} The loss {loss.kind} compares a slot with {compared}. {weighed}"]
     if loss.kind == "ce":
         lines.append(
-            "For a draft 576 wide block.loss=dpace was accepted more, by 0.06 to 0.12 tokens in a chain of 3, one seed in "
-            "each of three comparisons (docs/quality.md): it is worth a short run."
+            "A DFlash draft 576 wide accepted 0.06 to 0.12 tokens more in a chain of 3 with block.loss=dpace "
+            "(docs/quality.md)."
         )
-    return lines
+    return [*lines, rates(config, shape)]
+
+
+# The width of SmolLM2-135M's draft, and what was best for its DFlash draft, by one seed: of four rates of AdamW's, and of
+# three of Muon's beside AdamW's 2e-3 (docs/quality.md).
+MEASURED_WIDTH, MEASURED_LR, MEASURED_MUON_LR = 576, 4e-3, 1.6e-2
+
+
+def rates(config: Config, shape: DFlashConfig) -> str:
+    """Which to try for a draft as wide as this."""
+    share = MEASURED_WIDTH / shape.hidden_size
+    if config.optim.optimizer == "muon":
+        measured = "with AdamW's rate at 0.002, Muon did better at 0.016, 8 times that, than at 0.002 and 0.008"
+        lr, muon_lr = share * MEASURED_LR / 2, share * MEASURED_MUON_LR
+        tried = f"optim.lr {lr:.1e} with optim.muon_lr {muon_lr / 2:.1e}, {muon_lr:.1e} and {muon_lr * 2:.1e}"
+    else:
+        measured = "AdamW did better at 0.004 than at 0.001, 0.002 and 0.008"
+        lr = share * MEASURED_LR
+        tried = f"optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}"
+    return (
+        f"For a DFlash draft {MEASURED_WIDTH} wide {measured} (one seed each, docs/quality.md). Good rates usually go with "
+        f"1 / width, which was not measured here: for this one, {shape.hidden_size} wide, try {tried}, each in a short run."
+    )
 
 
 def blocks_drawn(config: Config, shape: DFlashConfig) -> str:
@@ -178,7 +209,7 @@ def cost_options(config: Config) -> dict[str, int | bool]:
     """What `step_cost` reads of a config beside what all methods' do."""
     return {
         "anchors": config.block.anchors,
-        "needs_teacher": BlockLoss(config.block.loss).needs_teacher,
+        "needs_teacher": BlockLoss(loss_kind(config)).needs_teacher,
         "held_out": bool(config.data.eval_paths) or config.data.eval_fraction > 0,
     }
 

@@ -61,7 +61,8 @@ def recipe(config: Config, shape: DSparkConfig) -> list[str]:
     return [
         f"{dflash.blocks_drawn(config, shape)} A slot's loss is {loss.ce_weight:g} times the cross entropy with the data's "
         f"own token, {loss.l1_weight:g} times the L1 distance from the target's distribution, and "
-        f"{loss.confidence_weight:g} times the confidence head's. {dflash.weighed_by_step(loss.gamma)}"
+        f"{loss.confidence_weight:g} times the confidence head's. {dflash.weighed_by_step(loss.gamma)}",
+        dflash.rates(config, shape),
     ]
 
 
