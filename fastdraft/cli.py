@@ -11,11 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
 
-from fastdraft.dist.watch import StoppedEarly
+    from fastdraft.dist.watch import StoppedEarly
+except KeyboardInterrupt:  # Ctrl-C before anything has begun; later, typer and the commands see to it
+    sys.exit(130)
 
 app = typer.Typer(
     help="Train draft models for speculative decoding (EAGLE-3, DFlash, DFlash2, DSpark) that SGLang and vLLM load.",

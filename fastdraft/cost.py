@@ -71,10 +71,6 @@ class Plan:
         return sum(row.size for row in self.memory)
 
     @property
-    def disk_bytes(self) -> int:
-        return sum(row.size for row in self.disk)
-
-    @property
     def flops_per_token(self) -> int:
         return sum(row.size for row in self.flops)
 

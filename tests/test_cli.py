@@ -219,6 +219,20 @@ def test_the_module_is_the_command_as_torchrun_starts_it(config_file):
     assert done.returncode == 1 and "did you mean 'lr'?" in done.stderr
 
 
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback():
+    interrupt = (
+        "import runpy, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'rich.table':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "runpy.run_module('fastdraft.cli', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupt], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and done.stderr == done.stdout == ""
+
+
 def test_usage(fastdraft):
     assert fastdraft("trane")[0] == 2
     assert fastdraft("train")[0] == 2

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fastdraft.config import Config, load_config, parse_config
 from fastdraft.dist import mesh
 from fastdraft.dist.fleet import Hardware, Layout
 from fastdraft.files import GIB
-from fastdraft.run import plan
+from fastdraft.run import inputs, plan
 from fastdraft.run.plan import fleet_planner, memory_lines, predict
 
 CPU = torch.device("cpu")
@@ -156,3 +157,23 @@ def test_processes_that_share_a_step_say_it_once_and_train(run_yaml, tmp_path, t
     assert first.startswith("warning: a step needs ") and first.count("warning: a step needs") == 1
     assert "a step needs" not in (tmp_path / "of 1").read_text()
     assert losses(tmp_path / "run")[0]["step"] == 1
+
+
+@pytest.mark.parametrize(("gpu_gib", "holders"), [(80, 4), (600, 1), (8, 8)])
+def test_a_run_is_told_who_holds_its_target_and_why(tmp_path, monkeypatch, gpu_gib, holders):
+    """On hosts of four GPUs: a host's if they can, all of them where even they cannot. What it would need is the plan's."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 200, "torch_dtype": "bfloat16"}))
+    tree = {"target": {"path": str(tmp_path), "dtype": "bf16"}, "data": {"paths": ["chats.jsonl"], "max_length": 4096}}
+    config = parse_config(tree | {"precision": "bf16", "run_dir": str(tmp_path / "run")}, Config)
+    monkeypatch.setattr(mesh, "world", lambda: 8)
+    monkeypatch.setattr(mesh, "host_size", lambda: 4)
+    of_gpu = SimpleNamespace(total_memory=gpu_gib * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_gpu)
+    chosen, told = inputs._choose_holders(config, torch.device("cuda"))
+    planned = fleet_planner(config, Hardware(gpu_gib=gpu_gib, host=4))
+    need = {n: planned(Layout(8, holders=n)).memory_bytes / GIB for n in (1, holders)}
+    assert chosen == holders
+    begin = f"the target is sharded: each of {holders} processes holds 1/{holders} of every layer"
+    why = f"; whole it would need {need[1]:.0f} of the {gpu_gib:.0f} GiB of a GPU"
+    never = f"by prediction it does not fit even so, with {need[holders]:.0f} GiB a GPU: see --plan --world 8"
+    assert told == {1: [], 4: [begin + why], 8: [begin + why, never]}[holders]

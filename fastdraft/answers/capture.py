@@ -49,10 +49,9 @@ class AnswerCapture:
         store: Store,
         chat: ChatTokenizer,
         mask_token: int | None = None,  # of a draft of blocks: no document may have it
-        shard_bytes: int = SHARD_BYTES,
     ):
         self.source, self.store, self.chat = source, store, chat
-        self.mask_token, self.shard_bytes = mask_token, shard_bytes
+        self.mask_token = mask_token
         self.stored = 0  # documents of this run
         self.missed: str | None = None  # why an answer came without its states, the last time
         self._writer = ShardWriter(store.folder, store.meta)
@@ -117,7 +116,7 @@ class AnswerCapture:
             )
         for sample in samples:
             self._keep_document(sample, turns)
-        if self._writer.open_bytes >= self.shard_bytes:
+        if self._writer.open_bytes >= SHARD_BYTES:
             self._writer.finish(self._number)
             self._number += 1
 

@@ -69,6 +69,10 @@ class BadLine(ValueError):
         return f"{self.where}: {self.reason}"
 
 
+class KeyTwice(ValueError):
+    """A JSON object whose value depends on the reader."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Either messages (in the form chat templates read) with tools, or tokens with their mask."""
@@ -206,7 +210,9 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
     if isinstance(row, bytes):
         text = row.decode("utf-8")
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_object)
+        except KeyTwice:
+            raise
         except ValueError as error:
             lines = "; if a JSON value goes over several lines, write it on one: jq -c . FILE > NEW.jsonl"
             raise ValueError(f"not JSON: {error}{lines if text.strip() == '{' else ''}") from error
@@ -456,9 +462,21 @@ def _json_if_string(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=_object)
+    except KeyTwice as error:
+        raise ValueError(f"{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name} is a string that is not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object. KeyTwice where a key has several values, of which json keeps the last without a word."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for key, value in pairs:
+            if value != made[key]:
+                raise KeyTwice(f"an object has the key {key!r} twice, with values that differ; leave one of them")
+    return made
 
 
 def _key(content: Any) -> int:

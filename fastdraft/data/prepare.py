@@ -47,6 +47,41 @@ CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
 
+# What `Stats.remarks` says of its counts, each behind the number.
+REMARKS = {
+    "rewritten_conversations": "conversations became one sample per trained turn: the template rewrites earlier turns",
+    "long_samples": "samples were longer than max_length",
+    "untrained_samples": "samples were left out: no trained token in them",
+    "lost_reasoning": "trained turns have reasoning that the chat template does not render: it is not trained",
+    "raw_reasoning": (
+        "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
+        "behind the prompt as served"
+    ),
+    "apart": (
+        "trained turns are tokenised apart from their prompts, as they are served, each in a sample of its own: "
+        "together their first characters and the prompt's last would make other tokens"
+    ),
+    "joined": (
+        "trained turns begin in the middle of a token, which is not trained: its first characters are the prompt's "
+        "(mostly white space at the end of a template's generation prompt)"
+    ),
+    "endless": (
+        "trained turns end without a token that stops the target: the template writes none of the eos ids that its "
+        "generation_config.json or its tokenizer names, so no draft learns where an answer ends"
+    ),
+    "cut": "trained turns were cut by a limit of tokens: what the template writes behind them is not trained",
+    "empty_block": (
+        "trained turns have no reasoning, and the chat template begins them with an empty block for it, which is "
+        "trained as the model's; if the target answered with reasoning off, say so in data.chat_template_kwargs "
+        "(most templates read enable_thinking: false), which makes the block the prompt's"
+    ),
+    "unopened": (
+        "trained turns have no reasoning, but the generation prompt opens it: they are trained behind a prompt "
+        "that lacks or closes it, which is not served; if the target answered with reasoning off, say so in "
+        "data.chat_template_kwargs (most templates read enable_thinking: false)"
+    ),
+}
+
 
 @dataclass
 class Stats:
@@ -90,14 +125,8 @@ class Stats:
         self.rewritten_conversations += done.rewritten
         self.long_samples += done.too_long
         self.untrained_samples += done.untrained
-        self.lost_reasoning += done.lost_reasoning
-        self.raw_reasoning += done.raw_reasoning
-        self.apart += done.apart
-        self.joined += done.joined
-        self.endless += done.endless
-        self.cut += done.cut
-        self.empty_block += done.empty_block
-        self.unopened += done.unopened
+        for name in REMARKS.keys() & vars(done).keys():  # of trained turns
+            setattr(self, name, getattr(self, name) + getattr(done, name))
         for where, reason in done.left_out:
             self.left_out.setdefault(reason, [0, where])[0] += 1
 
@@ -117,49 +146,8 @@ class Stats:
     def remarks(self) -> list[str]:
         """What is not trained, or not as the template renders it, by reason."""
         said = []
-        for count, what in (
-            (
-                self.rewritten_conversations,
-                "conversations became one sample per trained turn: the template rewrites earlier turns",
-            ),
-            (self.long_samples, "samples were longer than max_length"),
-            (self.untrained_samples, "samples were left out: no trained token in them"),
-            (self.lost_reasoning, "trained turns have reasoning that the chat template does not render: it is not trained"),
-            (
-                self.raw_reasoning,
-                "trained turns have reasoning that the chat template cuts: they are trained as the model produced them, "
-                "behind the prompt as served",
-            ),
-            (
-                self.apart,
-                "trained turns are tokenised apart from their prompts, as they are served, each in a sample of its own: "
-                "together their first characters and the prompt's last would make other tokens",
-            ),
-            (
-                self.joined,
-                "trained turns begin in the middle of a token, which is not trained: its first characters are the prompt's "
-                "(mostly white space at the end of a template's generation prompt)",
-            ),
-            (
-                self.endless,
-                "trained turns end without a token that stops the target: the template writes none of the eos ids that its "
-                "generation_config.json or its tokenizer names, so no draft learns where an answer ends",
-            ),
-            (self.cut, "trained turns were cut by a limit of tokens: what the template writes behind them is not trained"),
-            (
-                self.empty_block,
-                "trained turns have no reasoning, and the chat template begins them with an empty block for it, which is "
-                "trained as the model's; if the target answered with reasoning off, say so in data.chat_template_kwargs "
-                "(most templates read enable_thinking: false), which makes the block the prompt's",
-            ),
-            (
-                self.unopened,
-                "trained turns have no reasoning, but the generation prompt opens it: they are trained behind a prompt "
-                "that lacks or closes it, which is not served; if the target answered with reasoning off, say so in "
-                "data.chat_template_kwargs (most templates read enable_thinking: false)",
-            ),
-        ):
-            if count:
+        for name, what in REMARKS.items():
+            if count := getattr(self, name):
                 said.append(f"{count:,} {what}")
         for reason, (count, first) in self.left_out.items():
             said.append(f"{count:,} assistant turns are not trained: {reason}; the first: {first}")

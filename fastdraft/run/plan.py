@@ -261,13 +261,11 @@ def _with(config: Config, name: str, value: int) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
-def fleet_planner(
-    config: Config, hardware: fleet.Hardware, device: torch.device = GPU
-) -> Callable[[Layout], fleet.FleetPlan]:
+def fleet_planner(config: Config, hardware: fleet.Hardware) -> Callable[[Layout], fleet.FleetPlan]:
     """`fleet_plan` of a config as a function of the layout, whatever this machine has; a ValueError names the setting where
     a layout does not divide what it is to divide."""
     _, shape, target = _read(config)
-    training = _training(config, device, shape)
+    training = _training(config, GPU, shape)
     packs, stored = config.optim.packs_per_step, not runs_target(config)
     sums = 4 * len(named_method(config.draft.method).step_weights(config, shape).weight)  # after o and down, both ways
 

@@ -236,6 +236,27 @@ def test_malformed_line_is_named(row, reason):
         parsed(row)
 
 
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ('"role": "assistant", "content": "a", "content": "b"', "an object has the key 'content' twice"),
+        ('"role": "user", "role": "assistant", "content": "a"', "an object has the key 'role' twice"),
+        (
+            r""""role": "assistant", "tool_calls": [{"name": "f", "arguments": "{\"x\": 1, \"x\": 2}"}]""",
+            "message 1: arguments of f: an object has the key 'x' twice",
+        ),
+        ('"role": "assistant", "content": "a", "content": "a"', None),  # which says the same whoever reads it
+    ],
+)
+def test_a_key_with_two_values_is_refused(message, reason):
+    line = Line("f:1", f'{{"messages": [{{{message}}}]}}'.encode())
+    if reason is None:
+        assert parse(line).messages[0]["content"] == "a"
+    else:
+        with pytest.raises(BadLine, match=f"^f:1: {reason}"):
+            parse(line)
+
+
 LLAVA = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
 
 

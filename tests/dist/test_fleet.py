@@ -119,6 +119,10 @@ def test_what_divides_on_the_other_axes(tmp_path):
     alone, sequence, tensor = planned(Layout(8)), planned(Layout(8, sequence=4)), planned(Layout(8, tensor=4))
     memory = [{row.name: row.size for row in p.memory} for p in (alone, sequence, tensor)]
     assert memory[1]["features g and f"] * 4 == memory[0]["features g and f"]
+    # bf16 of this process's tokens (h0, its gradient, keys and values of its own), and of all tokens keys, values and their
+    # fp32 gradients; of each of this process's tokens ids, mask, positions and three results a step.
+    kept = 16384 // 4 * (2 * 4096 + 2048) * 2 + 16384 * 2048 * (2 + 4) + 16384 // 4 * (16 + 9 + 7 * (2 * 4 + 3))
+    assert memory[1]["kept for every token of a pack"] == kept
     assert memory[2]["fp32 gradient"] * 4 == memory[0]["fp32 gradient"]
     for name in ("fp32 master weights", "fp32 moments (two)"):
         assert memory[2][f"{name}, 1/2"] * 4 == memory[0][f"{name}, 1/8"] * 4
@@ -132,6 +136,15 @@ def test_what_divides_on_the_other_axes(tmp_path):
         "draft's keys, values and their gradients",
         "sums over the tensor axis",
     }
+
+
+def test_who_shares_a_stored_pack_reads_all_of_it_and_keeps_its_own(tmp_path):
+    config = make_config(tmp_path, LLAMA_8B, features={"path": str(tmp_path), "mode": "read"})
+    planned = fleet_planner(config, Hardware())
+    alone, shared = ({row.name: row.size for row in planned(Layout(n, sequence=n)).memory} for n in (1, 4))
+    assert alone["features g and f"] == 4 * 4096 * 16384 * 2
+    assert shared["features g and f"] == alone["features g and f"] * 5 // 4
+    assert shared["target's embedding and head"] == 2 * 128256 * 4096 * 2 and "target weights" not in shared
 
 
 def test_muon_is_planned_in_every_layout(tmp_path):
