@@ -269,10 +269,12 @@ def test_the_page_says_what_the_rows_say(tmp_path):
 
 def test_a_line_of_the_table_is_one_recipe_with_all_its_seeds():
     about = {"provider": "fastdraft", "recipe": "a", "commit": "c", "steps": 2, "tokens": 8, "seconds": 4.0}
+    about["gpu"] = "NVIDIA H100 80GB HBM3"
     runs = [about | {"target_seconds": 1.0, "seed": seed, "tau_sim": 1.5 + seed / 10} for seed in range(3)]
     runs[0]["chain"] = {"accepted_length": 1.25}
     other = runs[1] | {"steps": 3, "tau_sim": 2.0, "seconds": 1.9}
-    lines = table([*runs, other])[2:]
-    assert lines[0] == "| fastdraft | a | 3 | 2 | 8 | 4.0 | 1.0 | 1.600 (1.500 to 1.700) | 1.25 |  |  |"
-    assert lines[1] == "| fastdraft | a | 1 | 3 | 8 | 1.9 | 1.0 | 2.000 |  |  |  |"
+    lines = table([*runs, other, runs[0] | {"gpu": "NVIDIA H200"}])[2:]
+    assert lines.pop().startswith("| fastdraft | a | H200 | 1 | 2 |")
+    assert lines[0] == "| fastdraft | a | H100 | 3 | 2 | 8 | 4.0 | 1.0 | 1.600 (1.500 to 1.700) | 1.25 |  |  |"
+    assert lines[1] == "| fastdraft | a | H100 | 1 | 3 | 8 | 1.9 | 1.0 | 2.000 |  |  |  |"
     assert long_runs([*runs, other]) == runs

@@ -58,9 +58,7 @@ def test_a_resumed_run_draws_the_anchors_of_the_whole_one(run_yaml, runs, tmp_pa
     assert losses(tmp_path / "other") != whole
 
 
-@pytest.mark.parametrize(
-    "change", ["step=reference", "precision=bf16", "block.loss=ce", "block.loss=kl", "chunk_rows=3"]
-)
+@pytest.mark.parametrize("change", ["step=reference", "precision=bf16", "block.loss=ce", "block.loss=kl", "chunk_rows=3"])
 def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
     runs("train", run_yaml, change, "max_steps=3")
     assert losses(tmp_path / "run")[-1]["step"] == 3
