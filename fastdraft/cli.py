@@ -111,6 +111,7 @@ def init(
     ] = "eagle3",
 ) -> None:
     """Write a draft config derived from a target, to edit and name as draft.config."""
+    from fastdraft.files import write_file
     from fastdraft.model.methods import named_method
 
     text = named_method(method).shape.init_config(target)
@@ -119,7 +120,7 @@ def init(
     elif out.exists():
         raise ValueError(f"{out} exists; name another file, or delete it first")
     else:
-        out.write_text(text)
+        write_file(out, text.encode())
 
 
 @data.command()

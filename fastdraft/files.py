@@ -14,14 +14,17 @@ GIB = 2**30
 
 
 def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Replaces a file, in a folder that is made if it is not there. OSError leaves what was there. One writer at a time: a
-    killed one's file aside is the next one's."""
+    """Replaces a file, in a folder that is made if it is not there. OSError names the file and leaves what was there. One
+    writer at a time: a killed one's file aside is the next one's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".writing-{path.name}")
     try:
         with aside.open("wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
         publish(aside, path)
+    except OSError as error:
+        error.filename = str(path)  # which a full disk does not say
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

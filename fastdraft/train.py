@@ -38,7 +38,7 @@ from fastdraft.dist.shard import SharedAdamW
 from fastdraft.dist.tensor import Parts
 from fastdraft.dist.watch import StoppedEarly
 from fastdraft.evaluate import TauReport, evaluate_tau
-from fastdraft.files import file_checksum, free_disk, json_checksum
+from fastdraft.files import file_checksum, free_disk, json_checksum, write_file
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_optim, new_draft
@@ -566,6 +566,5 @@ class StopSignal:
 
 def write_run_files(config: Config, draft: BaseModel) -> None:
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    (run_dir / "draft.json").write_text(json.dumps(draft.model_dump(mode="json"), indent=1))
+    write_file(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    write_file(run_dir / "draft.json", json.dumps(draft.model_dump(mode="json"), indent=1).encode())

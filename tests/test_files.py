@@ -13,7 +13,7 @@ def test_a_write_that_fails_or_is_killed_leaves_what_was_there(tmp_path):
         yield b"sec"
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
         write_file(file, torn())
     assert file.read_bytes() == b"first" and [p.name for p in file.parent.iterdir()] == ["a.json"]
     (file.parent / ".writing-a.json").write_bytes(b"of a killed process")

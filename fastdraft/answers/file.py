@@ -68,8 +68,13 @@ class AnswerFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        self._lock.release()
+        try:
+            self._file.close()
+        except OSError:  # what could not be written before
+            if error is None:
+                raise
+        finally:
+            self._lock.release()
 
     def _open(self) -> None:
         before = _read_meta(self.meta)
@@ -97,10 +102,16 @@ class AnswerFile:
         self._file = self.part.open("ab")
 
     def append(self, row: dict[str, Any]) -> None:
-        """One finished row. From here on it survives the death of this process."""
+        """One finished row, which from here on survives the death of this process. ValueError: the disk is full."""
         offset = self._file.tell()
-        self._file.write(_line(row))
-        self._file.flush()
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"{self.part} cannot be written: {error.strerror}; the {len(self.rows):,} conversations in it are kept, "
+                "and the same command goes on from there"
+            ) from error
         self._add(row, self.part, offset)
 
     def _add(self, row: dict[str, Any], file: Path, offset: int) -> None:

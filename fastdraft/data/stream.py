@@ -64,13 +64,17 @@ def open_stream(
     """
     chat = chat_tokenizer(config, tokenizer, vocab_size, stop_ids)
     stream = Stream(config, chat, machine_share, mask_token)
-    parts = [stream.sample()]
-    if config.eval_paths:
-        files = expand(config.eval_paths, setting="data.eval_paths")
-        parts.append(tokenized(files, config, chat))
-        if mask_token is not None:
-            refuse_mask_token(parts[1][0], mask_token, (line for file in files for line in read_lines(file)))
-    return divide(parts, config, chat.template_date, stream)
+    with ExitStack() as undo:  # its workers end with it, also where the disk is full
+        undo.callback(stream.close)
+        parts = [stream.sample()]
+        if config.eval_paths:
+            files = expand(config.eval_paths, setting="data.eval_paths")
+            parts.append(tokenized(files, config, chat))
+            if mask_token is not None:
+                refuse_mask_token(parts[1][0], mask_token, (line for file in files for line in read_lines(file)))
+        prepared = divide(parts, config, chat.template_date, stream)
+        undo.pop_all()
+    return prepared
 
 
 class Stream:

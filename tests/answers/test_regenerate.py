@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from rich.console import Console
 from tiny import WORDS, make_tokenizer, tiny_llama
 
 from fastdraft.answers import local as answer_local
+from fastdraft.answers.file import AnswerFile
 from fastdraft.answers.job import Sampling
 from fastdraft.answers.local import LocalTarget
 from fastdraft.answers.regenerate import regenerate
@@ -330,6 +332,20 @@ def test_other_settings_are_refused_by_name(run, serve, prompts, tmp_path):
     with pytest.raises(ValueError, match="source"):
         run(serve())
     assert run(serve(), fresh=True)[0].complete and len(rows_of(tmp_path / "out.jsonl")) == 21
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_written_is_kept(tmp_path):
+    rows = [{"id": f"x-{i}", "completion_tokens": 1, "length_cut": False} for i in range(2)]
+    with (
+        pytest.raises(ValueError, match=r"out.jsonl.part cannot be written: No space left on device; the 1 conversations"),
+        ExitStack() as stack,
+        AnswerFile(tmp_path / "out.jsonl", {}, {}) as file,
+    ):
+        file.append(rows[0])
+        file._file = stack.enter_context(open("/dev/full", "ab"))
+        file.append(rows[1])
+    with AnswerFile(tmp_path / "out.jsonl", {}, {}) as file:
+        assert list(file.rows) == [0]
 
 
 def test_a_file_of_somebody_else_is_left_alone(run, serve, prompts, tmp_path):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import multiprocessing
 from pathlib import Path
 
 import fsspec
@@ -50,6 +51,17 @@ def test_processes_of_one_machine_share_its_cores(settings, monkeypatch):
         stream.close()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert mesh.machine_share() == 4
+
+
+def test_a_stream_that_cannot_begin_leaves_no_workers(settings, monkeypatch, tmp_path):
+    def full(lines, mapped, file):
+        list(mapped([list(lines)]))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdraft.data.stream.write_samples", full)
+    with pytest.raises(OSError, match=f"cannot write the token cache under {tmp_path}") as raised:
+        open_stream(DataConfig(**settings | {"num_workers": 2, "cache_dir": str(tmp_path)}), make_tokenizer())
+    assert not multiprocessing.active_children() and raised.tb  # whose frames hold the stream
 
 
 def contents(step):
