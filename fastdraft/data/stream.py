@@ -105,13 +105,17 @@ class Stream:
     def block(self, place: Place) -> tuple[Dataset, Place]:
         """The samples of the block that begins there, at least one, and where the next begins. Starts making that one.
 
-        ValueError: a place that is not in the data, an unreadable file, a bad line (unless on_bad_line is skip), the mask
-        token in a document.
+        An error closes the stream. ValueError: a place that is not in the data, an unreadable file, a bad line (unless
+        on_bad_line is skip), the mask token in a document.
         """
         if len(place) != 4 or min(place) < 0 or place[1] >= len(self.files):
             raise ValueError(f"place {list(place)} is not in a stream of {len(self.files)} files")
         coming = self._coming.pop(place, None) or self._background.submit(self._make, place)
-        dataset, after, folders = coming.result()
+        try:
+            dataset, after, folders = coming.result()
+        except BaseException:
+            self.close()  # whoever asked may not hold it yet
+            raise
         for other in self._coming.values():
             other.cancel()
         self._coming = {after: self._background.submit(self._make, after)}

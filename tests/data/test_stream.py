@@ -11,7 +11,7 @@ from datasets import Dataset
 from fastdraft.data.config import DataConfig
 from fastdraft.data.conversations import Line, parse
 from fastdraft.data.loader import Ahead, Loader
-from fastdraft.data.prepare import prepare
+from fastdraft.data.prepare import prepare, write_samples
 from fastdraft.data.stream import Stream, open_stream
 from fastdraft.data.tokenize import ChatTokenizer
 from fastdraft.dist import mesh
@@ -53,14 +53,18 @@ def test_processes_of_one_machine_share_its_cores(settings, monkeypatch):
     assert mesh.machine_share() == 4
 
 
-def test_a_stream_that_cannot_begin_leaves_no_workers(settings, monkeypatch, tmp_path):
-    def full(lines, mapped, file):
+@pytest.mark.parametrize("fails", ["sample", "block"])
+def test_a_stream_that_cannot_begin_leaves_no_workers(settings, monkeypatch, tmp_path, fails):
+    def full(lines, mapped, file, lowest_key=0):
+        if fails == "block" and "-sample-" in str(file):
+            return write_samples(lines, mapped, file, lowest_key)
         list(mapped([list(lines)]))
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fastdraft.data.stream.write_samples", full)
     with pytest.raises(OSError, match=f"cannot write the token cache under {tmp_path}") as raised:
-        open_stream(DataConfig(**settings | {"num_workers": 2, "cache_dir": str(tmp_path)}), make_tokenizer())
+        opened = open_stream(DataConfig(**settings | {"num_workers": 2, "cache_dir": str(tmp_path)}), make_tokenizer())
+        opened.stream.block(Stream.first)
     assert not multiprocessing.active_children() and raised.tb  # whose frames hold the stream
 
 
