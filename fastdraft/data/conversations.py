@@ -195,6 +195,8 @@ def parse(line: Line, prompts: bool = False) -> Conversation:
     except UnicodeDecodeError as error:
         if error.object.startswith(b"\x1f\x8b"):
             raise BadLine(line.where, "gzip by its first bytes; end the file's name in .gz") from error
+        if error.object.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise BadLine(line.where, "UTF-16 by its first bytes; iconv -f UTF-16 -t UTF-8 FILE > NEW.jsonl") from error
         byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
         raise BadLine(line.where, f"not UTF-8: {byte}") from error
     except UnicodeEncodeError as error:

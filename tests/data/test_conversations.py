@@ -147,6 +147,7 @@ def test_key_is_the_content():
         (b"[" * 100_000, "nested too deeply"),
         (b"[1, 2]", "expected a JSON object, got a list"),
         (b"{\n", r"not JSON: .* goes over several lines, write it on one: jq -c \. FILE"),
+        ('{"messages": []}'.encode("utf-16"), "UTF-16 by its first bytes; iconv -f UTF-16"),
         (b"\x1f\x8b\x08\x00", r"gzip by its first bytes; end the file's name in \.gz"),
         (
             {"messages": [*chat("a"), {"role": "assistant", "content": "b", "train": False}]},
