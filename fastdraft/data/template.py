@@ -53,7 +53,15 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False) -> str:
         """The template's text. Refused with the template's own words."""
-        return self._render(messages, tools, add_generation_prompt, self._wants_parts, False)[0]
+        try:
+            return self._render(messages, tools, add_generation_prompt, self._wants_parts, False)[0]
+        except Refused as error:
+            wants_tools = False
+            with suppress(Refused):
+                wants_tools = tools is None and bool(
+                    self._render(messages, [], add_generation_prompt, self._wants_parts, False)
+                )
+            raise Refused(f"{error}; it needs tools, which the line has not" if wants_tools else str(error)) from error
 
     def spans(self, messages: Sequence[dict], tools: list[dict] | None) -> list[Span]:
         """The {% generation %} spans of the rendering."""

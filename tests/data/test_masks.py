@@ -1110,3 +1110,10 @@ def test_words_of_the_template_that_stand_last_whatever_comes_before():
     ]
     texts, done = marked(tokenizer, [*chat("q"), *WEATHER])
     assert texts == [f"<|turn|>user:q<|stop|>{act}<|turn|>assistant:[[<call>weatherRome]]{act}"] and done.endless == 1
+
+
+def test_a_template_for_chats_with_tools_says_so():
+    """As Hermes 3's and Command R+'s for tools, which count the tools of a chat that has none."""
+    template = "{% for t in tools %}{{ t | tojson }}{% endfor %}" + TEMPLATES["chatml"]
+    with pytest.raises(BadLine, match="'NoneType' object is not iterable; it needs tools, which the line has not"):
+        marked(make_tokenizer(template), chat("q", "yes"))
