@@ -40,6 +40,7 @@ from fastdraft.train import train
 
 CPU = torch.device("cpu")
 START_S = 400
+RUNNING = "vllm:num_requests_running"
 WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # vLLM's CPU attention
 # Granite scales attention's scores by 1 unless told otherwise. With weights as large as the others have, its attention is
 # then so sharp that rounding grows from layer to layer.
@@ -423,14 +424,22 @@ def test_however_an_answer_ends(tmp_path):
         source = open_source(config, layers, CPU, [])
         here = load_target(str(target), torch.float32, "cpu", layers)
 
-        async def end(timeout_s: float, **body) -> tuple[dict | None, torch.Tensor | str]:
-            """The answer's choice, and its states or the sentence about them."""
+        async def end(hangs_up: bool = False, **body) -> tuple[dict | None, torch.Tensor | str]:
+            """The answer's choice, and its states or the sentence about them. A client that hangs up does so while the
+            server answers, and has no choice."""
             asked = await source.ask_answer(server.url)
             body |= {"model": source.servers[0].model, "messages": [{"role": "user", "content": "ba be"}], **asked.fields}
             answer = None
-            with suppress(httpx.TimeoutException):
-                async with httpx.AsyncClient(timeout=timeout_s) as client:
-                    answer = (await client.post(f"{server.url}/v1/chat/completions", json=body)).json()
+            async with httpx.AsyncClient(timeout=START_S) as client:
+                request = asyncio.create_task(client.post(f"{server.url}/v1/chat/completions", json=body))
+                while hangs_up and not request.done() and not await asyncio.to_thread(server.metric, RUNNING):
+                    await asyncio.sleep(0.01)
+                if hangs_up:
+                    request.cancel()
+                    with suppress(asyncio.CancelledError):
+                        await request
+                else:
+                    answer = (await request).json()
             choice, begin = answer and answer["choices"][0], time.monotonic()
             try:
                 rows = await source.take_answer(asked, answer)
@@ -445,7 +454,7 @@ def test_however_an_answer_ends(tmp_path):
 
         def whole(reason: str, **body) -> int | None:
             """The id at which it ended, if it is not the eos."""
-            choice, rows = asyncio.run(end(START_S, **body))
+            choice, rows = asyncio.run(end(**body))
             assert choice["finish_reason"] == reason and isinstance(rows, torch.Tensor), (choice, rows)
             return choice["stop_reason"]
 
@@ -453,15 +462,15 @@ def test_however_an_answer_ends(tmp_path):
         whole("length", max_tokens=1, min_tokens=1)
         assert whole("stop", max_tokens=200) is None
         assert whole("stop", max_tokens=200, min_tokens=3, stop_token_ids=[*range(3, 192)]) in range(3, 192)
-        choice, said = asyncio.run(end(START_S, max_tokens=200, min_tokens=20, stop=["a", "e", "o", "u"]))
+        choice, said = asyncio.run(end(max_tokens=200, min_tokens=20, stop=["a", "e", "o", "u"]))
         assert choice["stop_reason"] in ("a", "e", "o", "u")
         assert f"ended an answer at the string {choice['stop_reason']!r}, where vLLM drops the states" in said
         assert source.servers[0].about is not None, "a server that answers so was not restarted"
-        choice, said = asyncio.run(end(0.1, max_tokens=200, min_tokens=200))
+        choice, said = asyncio.run(end(hangs_up=True, max_tokens=400, min_tokens=400))
         assert choice is None and said.endswith("gave no answer")
         whole("length", max_tokens=9, min_tokens=9)
         deadline = time.monotonic() + 30
-        while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
+        while server.metric(RUNNING) or server.metric("vllm:kv_cache_usage_perc"):
             assert time.monotonic() < deadline, "blocks of an answer that ended are held"
             time.sleep(0.1)
         source.close()
