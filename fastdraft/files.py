@@ -14,8 +14,8 @@ GIB = 2**30
 
 
 def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Replaces a file, in a folder that is made if it is not there. OSError names the file and leaves what was there. One
-    writer at a time: a killed one's file aside is the next one's."""
+    """Replaces a file, in a folder that is made if it is not there. OSError leaves what was there, and names the file where
+    the disk was why. One writer at a time: a killed one's file aside is the next one's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".writing-{path.name}")
     try:
@@ -23,7 +23,9 @@ def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
             file.writelines([content] if isinstance(content, bytes) else content)
         publish(aside, path)
     except OSError as error:
-        error.filename = str(path)  # which a full disk does not say
+        # A full disk does not say which file. What a library raises without a number would lose its text by a name.
+        if error.errno is not None and error.filename in (None, str(aside)):
+            error.filename = str(path)
         raise
     finally:
         aside.unlink(missing_ok=True)
