@@ -418,10 +418,13 @@ def refuse_other_run(
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
         )
     settings = saved_config(saved)
-    draft = named_method(settings.draft.method).shape.model_validate(saved.state["draft"])  # what is new has its default
-    then = dotted(settings.model_dump(mode="json")) | dotted({"draft's shape": draft.model_dump(mode="json")})
+    method = named_method(settings.draft.method)
+    draft = method.shape.model_validate(saved.state["draft"])  # what is new has its default
+    then = dotted(method.settled(settings).model_dump(mode="json"))
+    then |= dotted({"draft's shape": draft.model_dump(mode="json")})
     then |= saved_dtypes(saved.state["config"], device)
-    now = dotted(config.model_dump(mode="json")) | dotted({"draft's shape": shape.model_dump(mode="json")})
+    now = dotted(named_method(config.draft.method).settled(config).model_dump(mode="json"))
+    now |= dotted({"draft's shape": shape.model_dump(mode="json")})
     changed = [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(now.keys() | then.keys())

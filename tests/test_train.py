@@ -34,11 +34,12 @@ from fastdraft.metrics import read_metrics
 from fastdraft.model.eagle3 import serving, start
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
+from fastdraft.model.methods import named_method
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.finished import export_run, open_run
 from fastdraft.run.inputs import load_data
 from fastdraft.target.hf import Target
-from fastdraft.train import StopSignal, train
+from fastdraft.train import StopSignal, dotted, train
 
 
 def weights(run_dir) -> dict[str, torch.Tensor]:
@@ -499,6 +500,43 @@ def test_a_run_goes_on_whose_checkpoint_was_written_before_its_draft_could_be_of
     assert train(make_config()).steps == 6
     with pytest.raises(ValueError, match=r"draft's shape\.norm_output: False -> True"):
         train(make_config(**{"draft.overrides": {"draft_vocab_size": 64, "norm_output": True}}))
+
+
+def test_a_run_goes_on_whose_checkpoint_has_an_older_default_that_its_method_does_not_read(make_config, monkeypatch):
+    write = checkpoint.save_checkpoint
+
+    def as_before(run_dir, tensors, state, keep, group):
+        state["config"]["block"]["loss"] = "ce"
+        state["config"]["loss"]["step_decay"] = 0.8
+        write(run_dir, tensors, state, keep, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", as_before)
+        train(make_config(**{"loss.step_decay": 0.8}))
+    assert train(make_config(**{"loss.step_decay": 0.8})).steps == 6
+    with pytest.raises(ValueError, match=r"Changed: loss\.step_decay: 0\.8 -> 0\.6$"):
+        train(make_config(**{"loss.step_decay": 0.6}))
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("eagle3", {"loss.step_decay": (0.8, 0.6)}),
+        ("dflash", {"block.loss": ("ce", "dpace")}),
+        ("dflash2", {}),
+        ("dspark", {}),
+    ],
+)
+def test_runs_are_compared_by_what_their_method_reads(method, changed, make_config):
+    """The defaults of an older version beside today's: those that a method reads differ, and no others do."""
+    today = make_config(**{"draft.method": method, "loss.step_decay": 0.6})
+    before = make_config(**{"draft.method": method, "loss.step_decay": 0.8, "block.loss": "ce"})
+    settled = named_method(method).settled
+    then, now = (dotted(settled(config).model_dump()) for config in (before, today))
+    assert {key: (then[key], now[key]) for key in now if then[key] != now[key]} == changed
+    read = "loss.kind" if method == "eagle3" else "block.anchors"
+    other = make_config(**{"draft.method": method, read: "lk_alpha" if method == "eagle3" else 8})
+    assert dotted(settled(other).model_dump())[read] == dotted(other.model_dump())[read] != dotted(today.model_dump())[read]
 
 
 def test_changed_data_under_the_same_name_is_refused(make_config, tmp_path):

@@ -102,6 +102,15 @@ OWNERS = {
 OF_ONE_LOSS = {"dpace_alpha": "dpace", "lk_scale": "lk_lambda", "lk_decay": "lk_lambda"}
 
 
+def settled(config: Config, title: str = DFlashConfig.title) -> Config:
+    """The config with the loss that a step has, and without settings that a draft of the method with this title does not
+    read."""
+    fields, block = type(config).model_fields, config.block
+    of_others = [name for name, owners in OWNERS.items() if title not in owners]
+    own = {"loss": loss_kind(config)} | {name: type(block).model_fields[name].default for name in of_others}
+    return config.model_copy(update={"loss": fields["loss"].default, "block": block.model_copy(update=own)})
+
+
 def check_config(config: Config, title: str = DFlashConfig.title) -> None:
     """Raises ValueError for settings that a draft of the method with this title does not read, or cannot have."""
     fields, block = type(config).model_fields, config.block
@@ -227,6 +236,7 @@ METHOD = Method(
     verify=verify,
     step_weights=step_weights,
     check_config=check_config,
+    settled=settled,
     engine_names={"vllm": "dflash", "sglang": "DFLASH"},
     from_tokenizer=choose_mask_token,
     refuse_settings=refuse_settings,

@@ -59,6 +59,7 @@ METHOD = dflash.METHOD._replace(
     load=load_or_widen,
     verify=partial(verify, written=DFLASH2),
     check_config=partial(dflash.check_config, title=DFlash2Config.title),
+    settled=partial(dflash.settled, title=DFlash2Config.title),
     recipe=recipe,
     tables=("candidate_selector.*_codebook",),
     golden=golden_cases(load_selector_golden, {"reference": selector_ref_step, "fused": selector_engine_step}),

@@ -76,6 +76,7 @@ METHOD = dflash.METHOD._replace(
     verify=partial(verify, written=DSPARK),
     step_weights=step_weights,
     check_config=check_config,
+    settled=partial(dflash.settled, title=DSparkConfig.title),
     engine_names={"vllm": "dspark", "sglang": "DSPARK"},
     recipe=recipe,
     readings=Readings(dspark_readings, run_blocks),

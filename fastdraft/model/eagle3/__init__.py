@@ -64,6 +64,11 @@ def step_weights(config: Config, shape: DraftConfig) -> StepWeights:
     return StepWeights(config.loss.step_decay**steps, (steps == 0).double(), drawn)
 
 
+def settled(config: Config) -> Config:
+    """The config without the section block, which this method does not read."""
+    return config.model_copy(update={"block": type(config).model_fields["block"].default})
+
+
 def check_config(config: Config) -> None:
     if config.block != type(config).model_fields["block"].default:
         raise ValueError("the section block is for methods that draft blocks, not for eagle3; take it out")
@@ -130,6 +135,7 @@ METHOD = Method(
     verify=verify,
     step_weights=step_weights,
     check_config=check_config,
+    settled=settled,
     engine_names={"vllm": "eagle3", "sglang": "EAGLE3"},
     readings=Readings(chain_readings, run_chains),
     tables=("lm_head.weight",),  # its embedding is not trained
