@@ -476,7 +476,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     made = dict(pairs)
     if len(made) < len(pairs):
         for key, value in pairs:
-            if value != made[key]:
+            if json.dumps(value) != json.dumps(made[key]):  # 1, 1.0 and true are equal to Python
                 raise KeyTwice(f"an object has the key {key!r} twice, with values that differ; leave one of them")
     return made
 

@@ -56,12 +56,11 @@ class ChatTemplate:
         try:
             return self._render(messages, tools, add_generation_prompt, self._wants_parts, False)[0]
         except Refused as error:
-            wants_tools = False
-            with suppress(Refused):
-                wants_tools = tools is None and bool(
+            if tools is None:
+                with suppress(Refused):
                     self._render(messages, [], add_generation_prompt, self._wants_parts, False)
-                )
-            raise Refused(f"{error}; it needs tools, which the line has not" if wants_tools else str(error)) from error
+                    error = Refused(f"{error}; it needs tools, which the line has not")
+            raise error
 
     def spans(self, messages: Sequence[dict], tools: list[dict] | None) -> list[Span]:
         """The {% generation %} spans of the rendering."""

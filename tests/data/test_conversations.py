@@ -246,6 +246,10 @@ def test_malformed_line_is_named(row, reason):
             r""""role": "assistant", "tool_calls": [{"name": "f", "arguments": "{\"x\": 1, \"x\": 2}"}]""",
             "message 1: arguments of f: an object has the key 'x' twice",
         ),
+        (
+            '"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1, "x": true}}]',
+            "an object has the key 'x' twice",
+        ),
         ('"role": "assistant", "content": "a", "content": "a"', None),  # which says the same whoever reads it
     ],
 )
