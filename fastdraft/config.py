@@ -239,10 +239,27 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return parse_config(tree, Config)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key with two values is an error: PyYAML alone would take the last, and say nothing."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(
+                    None, None, f"the key {key.value!r} has two values; leave one", key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
     """A YAML mapping from a file. Raises ValueError, which says what it is for, when it is missing or something else."""
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.load(Path(path).read_text(), _Loader)
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -293,7 +310,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override {text!r}: {name} is a value, not a section")
     try:
-        tree[leaf] = yaml.safe_load(value)
+        tree[leaf] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"override {text!r}: the value is not YAML: {error}") from error
     except RecursionError as error:

@@ -168,6 +168,21 @@ def test_unreadable_files(make_config, tmp_path):
         read_yaml(tmp_path / "bad.yaml")
 
 
+def test_a_key_with_two_values_is_refused(file):
+    file.write_text(yaml.safe_dump(LEAST) + "seed: 1\noptim: {lr: 1.0e-3}\nseed: 2\n")
+    with pytest.raises(ValueError, match=r"the key 'seed' has two values; leave one"):
+        load_config(file)
+    file.write_text(yaml.safe_dump(LEAST) + "optim: {lr: 1.0e-3, lr: 1.0e-4}\n")
+    with pytest.raises(ValueError, match=r"the key 'lr' has two values"):
+        load_config(file)
+    file.write_text(yaml.safe_dump(LEAST))
+    with pytest.raises(ValueError, match=r"override 'optim=.*the key 'lr' has two values"):
+        load_config(file, ["optim={lr: 1, lr: 2}"])
+    # what a merge brings may be set anew, also in a mapping that another one merges before it is read
+    file.write_text("a: {b: &b {<<: &c {x: 1}, x: 2}}\nd: {<<: *b, x: 3}\n")
+    assert read_yaml(file) == {"a": {"b": {"x": 2}}, "d": {"x": 3}}
+
+
 def test_nothing_in_yaml_is_executed(tmp_path):
     (tmp_path / "evil.yaml").write_text("target: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(ValueError, match="is not YAML"):
