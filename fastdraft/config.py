@@ -267,7 +267,8 @@ def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{what} {path} is nested too deeply") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{what} {path} must be a mapping of keys, it is {type(tree).__name__}")
+        found = "has no key" if tree is None else f"is {type(tree).__name__}"
+        raise ValueError(f"{what} {path} must be a mapping of keys, it {found}")
     if strange := [key for key in tree if not isinstance(key, str)]:
         raise ValueError(f"{what} {path} has the key {strange[0]!r}; keys are words, put it in quotes if it is one")
     return tree

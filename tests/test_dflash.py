@@ -87,7 +87,7 @@ REFUSED = {
     "block.anchors=0": "block.anchors",
     "block={loss: ce, dpace_alpha: 0.3}": "block.dpace_alpha is of block.loss dpace, and the loss is ce",
     "block.lk_decay=2": "block.lk_decay is of block.loss lk_lambda, and the loss is dpace",
-    "block.gamma=2": "of the draft's own probabilities; take gamma out, or set block.loss=ce",
+    "block.gamma=2": "block.gamma is 2 and block.loss dpace, DFlash's own where none is set, which makes its weights of",
     "block.anchor=7": "did you mean 'anchors'?",
     "block={loss: dpace, gamma: 3}": "block.gamma is 3 and block.loss dpace, which makes its weights of the draft's own",
 }

@@ -71,7 +71,7 @@ SAME_NAME = {
 
 # What each method fills a `Method` with, or its fused step is made of, has one name in one file of each method's folder.
 OF_A_METHOD = {
-    "__init__.py": ("build_step", "check_config", "recipe", "step_weights"),
+    "__init__.py": ("build_step", "check_config", "recipe", "settled", "step_weights"),
     "cost.py": ("pair_cost", "step_cost"),
     "memory.py": ("chunk_buffers", "pack_buffers"),
     "serving.py": ("serving_shapes", "serving_tensors"),

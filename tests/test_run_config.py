@@ -159,7 +159,11 @@ def test_unreadable_files(make_config, tmp_path):
         read_yaml(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=r"^draft.config: .*none.yaml cannot be read: No such file"):
         draft_shape(make_config(**{"draft.config": str(tmp_path / "none.yaml")}))
-    for text, said in (("- a\n- b\n", "must be a mapping of keys, it is list"), ("a: [", "is not YAML"), ("", "NoneType")):
+    for text, said in (
+        ("- a\n- b\n", "must be a mapping of keys, it is list"),
+        ("a: [", "is not YAML"),
+        ("", "it has no key"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):
             read_yaml(tmp_path / "bad.yaml")

@@ -123,8 +123,9 @@ def check_config(config: Config, title: str = DFlashConfig.title) -> None:
         if loss != kind and getattr(block, name) != type(block).model_fields[name].default:
             raise ValueError(f"block.{name} is of block.loss {loss}, and the loss is {kind}; take {name} out")
     if kind == "dpace" and block.gamma is not None:
+        whose = f", {title}'s own where none is set" if block.loss is None else ""
         raise ValueError(
-            f"block.gamma is {block.gamma:g} and block.loss dpace, which makes its weights of the draft's own "
+            f"block.gamma is {block.gamma:g} and block.loss dpace{whose}, which makes its weights of the draft's own "
             "probabilities; take gamma out, or set block.loss=ce"
         )
     if config.ttt_length != fields["ttt_length"].default:
@@ -153,7 +154,7 @@ def recipe(config: Config, shape: DFlashConfig) -> list[str]:
             "probabilities, and the sum is divided by the number of blocks."
         )
     lines = [f"{blocks_drawn(config, shape)} The loss {loss.kind} compares a slot with {compared}. {weighed}"]
-    if loss.kind == "ce":
+    if loss.kind == "ce" and OWN_LOSS[config.draft.method] == "dpace":
         lines.append(
             "A DFlash draft 576 wide accepted 0.06 to 0.12 tokens more in a chain of 3 with block.loss=dpace "
             "(docs/quality.md)."
