@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fastdraft.batch import PackShare
 from fastdraft.kernels.block_attention import block_attention_partials
 from fastdraft.kernels.dense_attention import dense_attention_covers, dense_buffers
 from fastdraft.kernels.rms_norm import rms_norm_partials
@@ -109,7 +110,7 @@ def pack_buffers(
     and of each layer the normed and rotated keys and the gradients. Processes that share the tokens have the first two of
     their own, and of each layer the keys and values of all."""
     stats, kv = torch.promote_types(dtype, torch.float32), (c.num_key_value_heads, c.head_dim)
-    own = tokens if sequence == 1 else 2 * -(-tokens // (2 * sequence))
+    own = PackShare(tokens, size=sequence).full_rows
     table: Table = {"c0": (own, (c.hidden_size,), dtype), "context.kv": (own, (c.num_hidden_layers, 2, *kv), dtype)}
     for layer in range(c.num_hidden_layers):
         table |= {f"context.{layer}.{name}": (tokens, kv, dtype) for name in ("k", "v")[: 1 + (sequence > 1)]}

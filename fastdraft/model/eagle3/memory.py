@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fastdraft.batch import PackShare
 from fastdraft.kernels.fp8 import FP8
 from fastdraft.kernels.rms_norm import rms_norm_partials
 from fastdraft.kernels.teacher import TeacherRows
@@ -89,7 +90,7 @@ def pack_buffers(
 ) -> Table:
     """What a step keeps for every token besides the features. Every process has all keys, values and their gradients."""
     stats, kv = torch.promote_types(dtype, torch.float32), (c.num_key_value_heads, c.head_dim)
-    own = tokens if sequence == 1 else 2 * -(-tokens // (2 * sequence))
+    own = PackShare(tokens, size=sequence).full_rows
     table: Table = {name: (own, (c.hidden_size,), dtype) for name in ("h0", "dh0")}
     if sequence > 1:
         table |= {"own_kv": (own, (2 * kv[0], kv[1]), dtype)}
