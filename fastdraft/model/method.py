@@ -129,10 +129,10 @@ class Method(NamedTuple):
     verify: Callable[[dict[str, Any], Path, Path], Findings]  # config.json of a checkpoint, its and a target's directory
     step_weights: Callable[[Config, BaseModel], StepWeights]  # of the T steps that `Rows` has, for a draft's shape
     check_config: Callable[[Config], None]  # ValueError for settings that are another method's, or that it cannot have
+    engine_names: dict[str, str]  # what each engine calls the method: vllm, sglang
     # A config as its runs are compared: what the method does not read has its default, and where None is the method's own
     # choice, that stands there. So a default that changed for other methods stops no run.
-    settled: Callable[[Config], Config]
-    engine_names: dict[str, str]  # what each engine calls the method: vllm, sglang
+    settled: Callable[[Config], Config] = lambda config: config
     # Fields of the shape that the target's tokenizer decides, from it and the size of the vocabulary.
     from_tokenizer: Callable[[PreTrainedTokenizerBase, int], dict[str, Any]] | None = None
     refuse_settings: Callable[[BaseModel, DecodeSettings], None] = lambda shape, settings: None  # ValueError where it must
