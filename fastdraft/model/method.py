@@ -106,6 +106,25 @@ class GoldenCases(NamedTuple):
     law: Callable[[Any], dict[str, Any]]  # what must come out of a case by the reference, by field of the case
 
 
+MEASURED_WIDTH = 576  # of SmolLM2-135M's draft, for which rates were measured (docs/quality.md)
+
+
+def rates_to_try(
+    width: int,  # of the draft to train
+    lr: float,  # AdamW's best at MEASURED_WIDTH; beside Muon the one that it had
+    muon_lr: float | None = None,  # Muon's best there; None: AdamW alone
+) -> str:
+    """A sentence for `recipe`."""
+    share = MEASURED_WIDTH / width
+    low, mid, high = (share * (lr if muon_lr is None else muon_lr) * times for times in (0.5, 1, 2))
+    three = f"{low:.1e}, {mid:.1e} and {high:.1e}"
+    tried = f"optim.lr {three}" if muon_lr is None else f"optim.lr {share * lr:.1e} with optim.muon_lr {three}"
+    return (
+        f"Good rates usually go with 1 / width, which was not measured here: for this one, {width} wide, try {tried}, each "
+        "in a short run."
+    )
+
+
 class Method(NamedTuple):
     """A draft method. `shape` and `draft` are classes; what they must offer is said beside them."""
 

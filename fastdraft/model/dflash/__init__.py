@@ -25,7 +25,7 @@ from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import BlockReferenceEngine, RowLosses, block_ref_step, token_losses_ref
 from fastdraft.model.dflash.serving import load_draft, serving_tensors, verify
 from fastdraft.model.dflash.start import copy_layers, fit, start_lines
-from fastdraft.model.method import Method, Readings
+from fastdraft.model.method import MEASURED_WIDTH, Method, Readings, rates_to_try
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -162,26 +162,15 @@ def recipe(config: Config, shape: DFlashConfig) -> list[str]:
     return [*lines, rates(config, shape)]
 
 
-# The width of SmolLM2-135M's draft, and what was best for its DFlash draft, by one seed: of four rates of AdamW's, and of
-# three of Muon's beside AdamW's 2e-3 (docs/quality.md).
-MEASURED_WIDTH, MEASURED_LR, MEASURED_MUON_LR = 576, 4e-3, 1.6e-2
-
-
 def rates(config: Config, shape: DFlashConfig) -> str:
-    """Which to try for a draft as wide as this."""
-    share = MEASURED_WIDTH / shape.hidden_size
+    """What was best for a DFlash draft, by one seed of each rate, and which to try for one as wide as this."""
     if config.optim.optimizer == "muon":
         measured = "with AdamW's rate at 0.002, Muon did better at 0.016, 8 times that, than at 0.002 and 0.008"
-        lr, muon_lr = share * MEASURED_LR / 2, share * MEASURED_MUON_LR
-        tried = f"optim.lr {lr:.1e} with optim.muon_lr {muon_lr / 2:.1e}, {muon_lr:.1e} and {muon_lr * 2:.1e}"
+        tried = rates_to_try(shape.hidden_size, 2e-3, 1.6e-2)
     else:
         measured = "AdamW did better at 0.004 than at 0.001, 0.002 and 0.008"
-        lr = share * MEASURED_LR
-        tried = f"optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}"
-    return (
-        f"For a DFlash draft {MEASURED_WIDTH} wide {measured} (one seed each, docs/quality.md). Good rates usually go with "
-        f"1 / width, which was not measured here: for this one, {shape.hidden_size} wide, try {tried}, each in a short run."
-    )
+        tried = rates_to_try(shape.hidden_size, 4e-3)
+    return f"For a DFlash draft {MEASURED_WIDTH} wide {measured} (one seed each, docs/quality.md). {tried}"
 
 
 def blocks_drawn(config: Config, shape: DFlashConfig) -> str:

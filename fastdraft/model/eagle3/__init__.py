@@ -21,7 +21,7 @@ from fastdraft.model.eagle3.ref import ReferenceEngine, ttt_ref_step
 from fastdraft.model.eagle3.serving import load_draft, serving_tensors, verify
 from fastdraft.model.eagle3.shard import check_cut, cut_draft, part
 from fastdraft.model.eagle3.start import fit
-from fastdraft.model.method import GoldenCases, Method, Readings
+from fastdraft.model.method import MEASURED_WIDTH, GoldenCases, Method, Readings, rates_to_try
 
 if TYPE_CHECKING:
     from fastdraft.config import Config
@@ -78,9 +78,9 @@ def check_config(config: Config) -> None:
             raise ValueError(f"loss.{name} is of loss.kind lk_lambda, and the kind is {loss.kind}; take {name} out")
 
 
-# The width of SmolLM2-135M's draft, and the middle of three rates of AdamW's that were tried for it: with the lowest it
-# accepted less, with the highest it depended on the seed (docs/quality.md).
-MEASURED_WIDTH, MEASURED_LR = 576, 2e-3
+# The middle of three rates of AdamW's that were tried: with the lowest a draft accepted less, with the highest it depended
+# on the seed (docs/quality.md).
+MEASURED_LR = 2e-3
 
 
 def recipe(config: Config, shape: DraftConfig) -> list[str]:
@@ -99,26 +99,24 @@ def recipe(config: Config, shape: DraftConfig) -> list[str]:
         "lk_alpha": "lk_alpha is the likelihood that the target accepts",
         "lk_lambda": "lk_lambda goes from kl to acceptance itself where that is high",
     }
-    lr, times = MEASURED_LR * MEASURED_WIDTH / shape.hidden_size, config.optim.MUON_TIMES
     measured = (
         f"For a draft {MEASURED_WIDTH} wide AdamW did better at {MEASURED_LR:.2g} and {2 * MEASURED_LR:.2g} than at "
         f"{MEASURED_LR / 2:.2g} (docs/recipe.md)."
     )
-    rates = f"optim.lr {lr / 2:.1e}, {lr:.1e} and {lr * 2:.1e}"
+    rates = rates_to_try(shape.hidden_size, MEASURED_LR)
     if config.optim.optimizer == "muon":
+        times = config.optim.MUON_TIMES
         best = times * MEASURED_LR
         measured = (
             f"For a draft {MEASURED_WIDTH} wide, with AdamW's rate at {MEASURED_LR:.2g}, Muon did better at {best:.2g}, "
             f"{times} times that, than at {best / 4:.2g} and {best * 2:.2g}, and better than AdamW alone "
             "(docs/quality.md)."
         )
-        tried = (times / 2 * lr, times * lr, times * 2 * lr)
-        rates = "optim.lr {:.1e} with optim.muon_lr {:.1e}, {:.1e} and {:.1e}".format(lr, *tried)
+        rates = rates_to_try(shape.hidden_size, MEASURED_LR, best)
     return [
         f"{chains}. Step i weighs {config.loss.step_decay:g}^i, since a server comes to it only if the steps before were "
         f"accepted. The loss {losses[kind]}.",
-        f"{measured} Good rates usually go with 1 / width, which was not measured here: for this one, {shape.hidden_size} "
-        f"wide, try {rates}, each in a short run.",
+        f"{measured} {rates}",
     ]
 
 
