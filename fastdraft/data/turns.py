@@ -207,7 +207,7 @@ class Turns:
             if not header and self.template.marks:
                 start = self._marked_start(messages, tools, given, full, own[0].start) or start
         else:
-            start, lacks = self._after_prompt(messages, tools, how, given, full, prompt, own[0].start)
+            start, lacks = self._after_prompt(messages, tools, how, given, full, prompt, own[0])
         if own[0].start < start:
             raise Unproven(NOT_SHOWN)
         said = _said(message, full, own[-1].end)
@@ -274,16 +274,18 @@ class Turns:
         given: list[Occurrence],
         full: str,
         prompt: str | None,
-        first: int,  # where the turn's first word is
+        word: Occurrence,  # the turn's first
     ) -> tuple[int, str]:
         """Where the turn begins in a rendering that does not begin with the prompt, and what the prompt opens that it
         lacks: by the template's text between the last word before the turn and its first."""
         if not how.given:
             raise Unproven(NOT_SHOWN)
+        first = word.start
         nearest = max((place for place in given if place.end <= first), key=lambda place: place.end, default=None)
         before, all_marked = self._words_end(messages, nearest, full, first)
         gap = full[before:first]
         bases: list[tuple[int, str]] = []  # where the turn may begin, and what the prompt opens there
+        asked = ""  # the template's text behind the last word of the prompt, if the gap is behind that word, too
         if prompt is not None:
             marks, marked, marked_tools = mark_all(messages[:-1], tools, how, self.template.tags)
             try:
@@ -295,6 +297,7 @@ class Turns:
             # The prompt may end with words that the rendering with the turn has dropped. Then the gap is another one.
             same = (last and last.leaf) == (nearest and nearest.leaf)
             if plain == prompt and tail and same:
+                asked = tail if tail.strip() else ""
                 if gap.startswith(tail):
                     return before + len(tail), ""
                 # Behind a tool's result a block may stand without a header (DeepSeek V3.2).
@@ -320,13 +323,20 @@ class Turns:
             return start, opened
         # The turn begins where the messages before it end, where the template writes in a turn nothing of the generation
         # prompt, be it a block (Hunyuan A13B) or a header (Apertus, behind a tool's result), or not its last words.
+        # The generation prompt behind a tool's result may be its last block alone (Gemma 4).
         header, words = self.template.header, self.template.words
-        for lacks, blank in ((header, True), (words, False)):
+        blocks = [(opened, True) for _, opened in self.template.headers[1:]]
+        for lacks, blank in ((header, True), *blocks, (words, False)):
             start = len(prompt) - len(lacks) if prompt is not None and lacks.strip() and prompt.endswith(lacks) else -1
             if before <= start <= first and full.startswith(prompt[:start]) and not (blank and full[start:first].strip()):
                 return start, lacks
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
             return start, ""
+        # Prompt and rendering may differ in white space alone, where a template is written over many lines. Then the
+        # prompt is as it is, and white space of the answer's own could not be told from the template's.
+        if asked and "".join(asked.split()) == "".join(gap.split()) and not word.leaf.whole[:1].isspace():
+            white, end = (text[len(text.rstrip()) :] for text in (gap, asked))
+            return first - (len(white) - len(end) if white.startswith(end) else 0), ""
         raise Unproven(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
 
     def _words_end(
@@ -434,7 +444,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     """
     start, end = located.start, located.end
     thinks, answer = bool(_reasoning(message)), full[start:end]
-    opened = _OPENED.search(prompt, len(prompt) - TAIL) if prompt is not None and full[:start] == prompt else None
+    opened = _OPENED.search(prompt, len(prompt) - TAIL) if prompt is not None and not located.lacks else None
+    opened = opened if opened and full.endswith(opened.group(), 0, start) else None  # by the rendering as by the prompt
     # by which the template closes what the prompt opens
     block = re.match(rf"\s*</{re.escape(opened['tag'])}>\s*", answer) if opened else None
     if block and thought_end(message) and opened["tag"] != "think":
@@ -483,6 +494,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
             return _opened_once(answer[at:], lacked, prompt, full[end:])
         if own and not thinks:
             first += _without_own_white(message, own)
+    if block and not thought_end(message):
+        first, unopened = first + _without_own_white(message, block), True
     return Turn(before + full[start:], (first, len(before) + end - start), lost, unopened=unopened)
 
 

@@ -644,6 +644,17 @@ def test_an_empty_block_for_reasoning_that_the_data_does_not_have_is_not_trained
     assert texts == [f"{before}[[\n</think>\n\nyes<|stop|>]]"] and done.unopened == 0
 
 
+def test_the_end_of_a_block_is_not_trained_behind_a_prompt_whose_earlier_answers_are_rendered_otherwise():
+    """Of two answers in a row, the first is the last one in the prompt as served, and no longer in the rendering."""
+    tokenizer, asked = block_tokenizer(EMPTY_BLOCK), "<|turn|>user:q<|stop|><|turn|>assistant:<think>\n"
+    yes, no = ({"role": "assistant", "content": content} for content in ("yes", "no"))
+    texts, done = marked(tokenizer, [*chat("q"), yes, no])
+    assert texts == [f"{asked}\n</think>\n\n[[yes<|stop|>]]<|turn|>assistant:<think>\n\n</think>\n\n[[no<|stop|>]]"]
+    assert done.unopened == 2
+    texts, done = marked(tokenizer, [*chat("q"), yes, no | {"reasoning_content": "since"}])
+    assert texts[-1].endswith("<|turn|>assistant:<think>\n[[since\n</think>\n\nno<|stop|>]]") and done.unopened == 1
+
+
 def test_reasoning_inside_the_content_is_not_doubled_where_the_template_reads_it_beside_the_content_alone():
     """The template then writes an empty block before it, which closes what the prompt opened (Qwen 3.8)."""
     template = EMPTY_BLOCK.replace("m.content.split('</think>')", "[m.content]")
@@ -1091,6 +1102,60 @@ def test_a_block_that_the_prompt_opens_and_closes_behind_a_tools_result():
         f"{asked}{called}{called}<think></think>[[no<|stop|>]]",
     ]
     assert texts == list(brute_force(tokenizer, messages, "<|stop|>", before="</think>"))
+
+
+def test_a_block_that_is_all_of_the_prompt_behind_a_tools_result():
+    """As Gemma 4's, which closes the block before an answer to a tool, too, and writes it in no turn."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '[' + m.content + ']' }}{% else %}"
+        "{% if m.role == 'user' or messages[loop.index0 - 1].role != 'tool' %}{{ '<|turn|>' + m.role + ':' }}{% endif %}"
+        "{{ m.content }}SYNTAX{{ '' if m.tool_calls else '<|stop|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '' if messages[-1].role == 'tool' else '<|turn|>assistant:' }}"
+        "{{ '<|channel>thought\n<channel|>' }}{% endif %}"
+    ).replace("SYNTAX", SYNTAX)
+    tokenizer = block_tokenizer(template, "<|channel>", "<channel|>")
+    messages, closed = [*chat("q"), *WEATHER, {"role": "assistant", "content": "no"}], "<|channel>thought\n<channel|>"
+    texts, done = marked(tokenizer, messages)
+    asked = "<|turn|>user:q<|stop|><|turn|>assistant:"
+    assert texts == [
+        f"{asked}{closed}[[<call>weatherRome]]",
+        f"{asked}<call>weatherRome[dry]{closed}[[no<|stop|>]]",
+    ]
+    assert (done.left_out, done.unopened) == ([], 0)
+    thinking = [*messages[:-1], messages[-1] | {"reasoning_content": "since"}]
+    _, done = marked(tokenizer, thinking)
+    assert done.lost_reasoning == 1 and done.left_out == []
+
+
+@pytest.mark.parametrize(
+    ("asks", "says", "white"),
+    [
+        ("<|turn|>assistant:\n", "<|turn|>assistant: ", ""),
+        ("\n<|turn|>assistant:\n\n", "<|turn|>assistant:\n\n", ""),
+        ("\n\n    <|turn|>assistant:\n\n", "\n<|turn|>assistant:\n", ""),
+        ("\n<|turn|>assistant:", "<|turn|>assistant: ", " "),
+        ("\n<|turn|>assistant:\n", "<|turn|>assistant:\n  ", "  "),
+    ],
+)
+def test_a_prompt_that_differs_from_the_rendering_in_white_space_alone(asks, says, white):
+    """As of vLLM's templates of DeepSeek V3 and Llama 4, and of many that are written over several lines: a turn stands
+    behind the prompt as it is, and white space that the template sets behind that is the turn's."""
+    template = (
+        "{% for m in messages %}{{ SAYS if m.role == 'assistant' else '<|turn|>user:' }}{{ m.content + '<|stop|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ ASKS }}{% endif %}"
+    )
+    tokenizer = block_tokenizer(template.replace("SAYS", repr(says)).replace("ASKS", repr(asks)))
+    texts, done = marked(tokenizer, chat("q\n ", "yes", " r", "no"))
+    first = "<|turn|>user:q\n <|stop|>"
+    assert texts == [
+        f"{first}{asks}[[{white}yes<|stop|>]]",
+        f"{first}{says}yes<|stop|><|turn|>user: r<|stop|>{asks}[[{white}no<|stop|>]]",
+    ]
+    assert done.left_out == [] and not done.endless
+    texts, done = marked(tokenizer, chat("q", "\nyes", "r", "no"))
+    assert [where for where, _ in done.left_out] == ["f:1, message 2"] and len(texts) == 1
+    with pytest.raises(BadLine, match="changes with the turn"):
+        marked(block_tokenizer(tokenizer.chat_template.replace(repr(says), repr(says.replace(":", "!")))), chat("q", "yes"))
 
 
 def test_words_of_the_template_that_stand_last_whatever_comes_before():
