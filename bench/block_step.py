@@ -31,6 +31,8 @@ from bench.block_work import (
     BLOCK_METHODS,
     SHAPES,
     BlockWork,
+    block_engine,
+    block_reference,
     block_shape,
     default_loss,
     make_block_work,
@@ -45,20 +47,8 @@ from fastdraft.config import OptimConfig
 from fastdraft.kernels import dense_attention
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.graph_engine import GraphBlockEngine
-from fastdraft.model.dflash.head import TokenHead
 from fastdraft.model.dflash.loss import dpace_weights
-from fastdraft.model.dflash.ref import BlockReferenceEngine, token_losses_ref
-from fastdraft.model.dflash2.config import DFlash2Config
-from fastdraft.model.dflash2.head import SelectorHead
-from fastdraft.model.dflash2.mixer import ConvolutionMixer
-from fastdraft.model.dflash2.ref import selector_losses_ref
-from fastdraft.model.dspark.config import DSparkConfig
-from fastdraft.model.dspark.head import DSparkHead
-from fastdraft.model.dspark.ref import dspark_losses_ref
 from fastdraft.optim import FlatAdamW
-
-# What the engine and the reference are given for a shape: the head, and the reference's losses.
-HEADS = {DSparkConfig: (DSparkHead, dspark_losses_ref), DFlash2Config: (SelectorHead, selector_losses_ref)}
 
 PEER_METHODS = {"specforge": ("dflash", "dspark"), "speculators": ("dflash",)}
 
@@ -75,13 +65,11 @@ class Ours:
         self.optimizer = FlatAdamW(draft.trainable(), OptimConfig(optimizer="adamw"), 1000, work.dtype)
         self.anchors = work.anchors[0]
         given = draft, make_head(work.config, work.dtype, work.device), work.loss, lambda batch, number: self.anchors
-        head_type, row_losses = HEADS.get(type(work.config), (TokenHead, token_losses_ref))
         if engine == "reference":
-            self.engine = BlockReferenceEngine(*given, row_losses)
+            self.engine = block_reference(*given)
         else:
-            mixer = ConvolutionMixer(draft) if work.config.mixes else None
             made = {"fused": GraphBlockEngine, "no-graphs": BlockEngine}[engine]
-            self.engine = made(*given, chunk_blocks, head_type, mixer)
+            self.engine = block_engine(*given, chunk_blocks, made)
         self.per_token_bytes = None if engine == "reference" else per_token_bytes
         steps = work.config.num_drafted
         self.step_weights = torch.tensor(work.loss.weights(steps), dtype=torch.float64, device=work.device)

@@ -8,6 +8,7 @@ reads, is SURE times the head's row of the document's next token. The head's row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +16,53 @@ from torch import Tensor
 from transformers import Qwen3Config
 
 from bench.work import SURE
-from fastdraft.batch import Batch, Features, TargetHead
+from fastdraft.batch import Batch, Features, Group, TargetHead
 from fastdraft.kernels.block_attention import block_rows
 from fastdraft.model.dflash.blocks import BlockChunk, draw_anchors, plan_blocks
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.draft import DFlashDraft
+from fastdraft.model.dflash.engine import BlockEngine
+from fastdraft.model.dflash.head import TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss, default_gamma
+from fastdraft.model.dflash.ref import BlockReferenceEngine, token_losses_ref
+from fastdraft.model.dflash2.config import DFlash2Config
+from fastdraft.model.dflash2.head import SelectorHead
 from fastdraft.model.dflash2.loss import SelectorLoss
+from fastdraft.model.dflash2.mixer import ConvolutionMixer
+from fastdraft.model.dflash2.ref import selector_losses_ref
+from fastdraft.model.dspark.config import DSparkConfig
+from fastdraft.model.dspark.head import DSparkHead
 from fastdraft.model.dspark.loss import DSparkLoss
+from fastdraft.model.dspark.ref import dspark_losses_ref
 from fastdraft.model.methods import METHODS, method_of
 
 BLOCK_METHODS = ("dflash", "dspark", "dflash2")
+# What the engine and the reference have beside DFlash's layers, by the draft's shape: the head, and the losses of its rows.
+HEADS = {
+    DFlashConfig: (TokenHead, token_losses_ref),
+    DSparkConfig: (DSparkHead, dspark_losses_ref),
+    DFlash2Config: (SelectorHead, selector_losses_ref),
+}
+Draw = Callable[[Batch, int], Tensor]  # the anchors of a batch in an optimizer step
+
+
+def block_engine(
+    draft: DFlashDraft,  # of any method of blocks
+    head: TargetHead,
+    loss: StepLoss,
+    draw: Draw,
+    chunk_blocks: int | None = None,
+    made: type[BlockEngine] = BlockEngine,
+    sequence: Group | None = None,
+) -> BlockEngine:
+    """The fused engine of a draft's own method."""
+    mixer = ConvolutionMixer(draft) if draft.config.mixes else None
+    return made(draft, head, loss, draw, chunk_blocks, HEADS[type(draft.config)][0], mixer, sequence)
+
+
+def block_reference(draft: DFlashDraft, head: TargetHead, loss: StepLoss, draw: Draw) -> BlockReferenceEngine:
+    """The reference of a draft's own method."""
+    return BlockReferenceEngine(draft, head, loss, draw, HEADS[type(draft.config)][1])
 
 
 def _shape(

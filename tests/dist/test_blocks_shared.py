@@ -19,17 +19,14 @@ import pytest
 import torch
 from small_runs import by_ranks
 
+from bench.block_work import block_engine
 from fastdraft.batch import Batch, Features, PackShare, TargetHead, own_features
 from fastdraft.dist import mesh
 from fastdraft.model.buffers import flat_gradients
 from fastdraft.model.dflash.blocks import deal_anchors, draw_anchors, teacher_rows
 from fastdraft.model.dflash.engine import BlockEngine
-from fastdraft.model.dflash.head import TokenHead
-from fastdraft.model.dflash.loss import BlockLoss
-from fastdraft.model.dflash2.head import SelectorHead
+from fastdraft.model.dflash.loss import BlockLoss, StepLoss
 from fastdraft.model.dflash2.loss import SelectorLoss
-from fastdraft.model.dflash2.mixer import ConvolutionMixer
-from fastdraft.model.dspark.head import DSparkHead
 from fastdraft.model.dspark.loss import DSparkLoss
 
 sys.path += [str(Path(__file__).parents[1] / "model" / method) for method in ("dflash", "dspark", "dflash2")]
@@ -46,9 +43,7 @@ PACKS = ((19, 1, 2, 7, 23), (2, 40, 5), (61,), (3, 1, 1), (9, 9))
 
 class Kind(NamedTuple):
     case: Callable[..., Small]
-    loss: object
-    head: type = TokenHead
-    mixer: Callable | None = None
+    loss: StepLoss
 
 
 KINDS = {
@@ -57,15 +52,13 @@ KINDS = {
     "dflash, lk_lambda, shifted": Kind(
         lambda **k: Small(dflash_shape(labels="shifted"), **k), BlockLoss("lk_lambda", 3.0, lk_scale=0.9, lk_decay=1.3)
     ),
-    "dspark": Kind(SmallSpark, DSparkLoss(3.0, 0.3, 0.6, 0.7), DSparkHead),
-    "dflash2": Kind(small_dflash2, SelectorLoss("kl", 3.0, selector_alpha=0.8), SelectorHead, ConvolutionMixer),
+    "dspark": Kind(SmallSpark, DSparkLoss(3.0, 0.3, 0.6, 0.7)),
+    "dflash2": Kind(small_dflash2, SelectorLoss("kl", 3.0, selector_alpha=0.8)),
 }
 
 
 def engine_of(kind: Kind, case: Small, sequence=None, chunk_blocks: int = 3) -> BlockEngine:
-    mixer = None if kind.mixer is None else kind.mixer(case.draft)
-    draw = partial(draw_some, limit=8)
-    return BlockEngine(case.draft, case.head, kind.loss, draw, chunk_blocks, kind.head, mixer, sequence)
+    return block_engine(case.draft, case.head, kind.loss, partial(draw_some, limit=8), chunk_blocks, sequence=sequence)
 
 
 def draw_some(batch: Batch, number: int, limit: int) -> torch.Tensor:

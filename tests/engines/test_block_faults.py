@@ -48,7 +48,7 @@ def shifted(tmp_path_factory):
         draft.config = draft.config.model_copy(update={"labels": "fill_in"})
 
     changes = {"layers": (1, 4, 6), "labels": "shifted"}
-    made = make_block_case(changes, tmp_path_factory.mktemp("shifted"), steps=30, end=deny)
+    made = make_block_case(changes, tmp_path_factory.mktemp("shifted"), steps=29, end=deny)
     return replace(made, run=replace(made.run, num_steps=5))
 
 

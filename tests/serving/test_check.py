@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_checks import the_reading
 from test_decode import prompts, tiny_draft, tiny_target, train_on_own_output
 from tiny import make_tokenizer, random_draft, refusal
 
@@ -111,7 +110,8 @@ OTHER_LAYERS = Reading("layer ids", layers=(0, 1, 2))
 
 
 def reading(target, draft, fault: str, words: str) -> Reading:
-    return the_reading(chain_readings(draft, target.num_layers), fault, words)
+    (found,) = [r for r in chain_readings(draft, target.num_layers) if r.fault == fault and words in r.says]
+    return found
 
 
 def scaled(draft) -> Draft:

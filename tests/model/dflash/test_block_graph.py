@@ -14,6 +14,7 @@ from small_dflash2 import small_dflash2
 from small_dspark import SmallSpark, dspark_shape
 from torch import nn
 
+from bench.block_work import block_engine
 from fastdraft.batch import Batch, Features, Rows
 from fastdraft.config import OptimConfig
 from fastdraft.model.buffers import flat_gradients
@@ -21,14 +22,10 @@ from fastdraft.model.dflash import graph_engine, memory
 from fastdraft.model.dflash.blocks import draw_anchors, pad_blocks, plan_blocks
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.graph_engine import GraphBlockEngine
-from fastdraft.model.dflash.head import TokenHead
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss
 from fastdraft.model.dflash.ref import block_ref_step
-from fastdraft.model.dflash2.head import SelectorHead
 from fastdraft.model.dflash2.loss import SelectorLoss
-from fastdraft.model.dflash2.mixer import ConvolutionMixer
 from fastdraft.model.dflash2.ref import selector_ref_step
-from fastdraft.model.dspark.head import DSparkHead
 from fastdraft.model.dspark.loss import DSparkLoss
 from fastdraft.model.dspark.ref import dspark_ref_step
 from fastdraft.optim import FlatAdamW
@@ -43,13 +40,11 @@ class Kind:
 
     make: type | object  # of lengths, dtype and seed, a `Small`
     loss: StepLoss
-    head_type: type = TokenHead
     ref: object = block_ref_step
 
     def engine(self, case: Small, chunk_blocks: int, made: type = GraphBlockEngine) -> BlockEngine:
-        mixer = ConvolutionMixer(case.draft) if case.draft.config.mixes else None
         draw = lambda batch, number: draw_anchors(batch, 12, 3, number)  # noqa: E731
-        return made(case.draft, case.head, self.loss, draw, chunk_blocks, self.head_type, mixer)
+        return block_engine(case.draft, case.head, self.loss, draw, chunk_blocks, made)
 
 
 def plain(**changes):
@@ -60,9 +55,9 @@ KINDS = {
     "ce": Kind(plain(), BlockLoss("ce", 3.0)),
     "dpace": Kind(plain(**SLIDING), BlockLoss("dpace", dpace_alpha=0.4)),
     "kl, shifted": Kind(plain(labels="shifted", num_hidden_layers=1), BlockLoss("kl", 3.0)),
-    "dspark": Kind(lambda *args: SmallSpark(dspark_shape(), *args), DSparkLoss(3.0), DSparkHead, dspark_ref_step),
-    "dflash2": Kind(small_dflash2, SelectorLoss("ce", 3.0), SelectorHead, selector_ref_step),
-    "dflash2, dpace": Kind(small_dflash2, SelectorLoss("dpace", 3.0, 0.4), SelectorHead, selector_ref_step),
+    "dspark": Kind(lambda *args: SmallSpark(dspark_shape(), *args), DSparkLoss(3.0), dspark_ref_step),
+    "dflash2": Kind(small_dflash2, SelectorLoss("ce", 3.0), selector_ref_step),
+    "dflash2, dpace": Kind(small_dflash2, SelectorLoss("dpace", 3.0, 0.4), selector_ref_step),
 }
 
 
