@@ -88,6 +88,7 @@ class Stats:
     """What came of the data. Counts of a data set with its own eval_paths are those of both together."""
 
     conversations: int = 0
+    turns: int = 0  # trained
     samples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -103,6 +104,7 @@ class Stats:
     empty_block: int = 0  # trained turns that begin with an empty block for reasoning
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: dict[str, list] = field(default_factory=dict)  # turns not trained: how many, where the first, by reason
+    unread: dict[str, list] = field(default_factory=dict)  # what the template does not render: the same, by its kind
     skipped_lines: int = 0
     skipped: list[str] = field(default_factory=list)  # FILE:LINE: reason, the first SKIPPED_KEPT
     train_samples: int = 0
@@ -112,23 +114,26 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         for name, value in asdict(other).items():
-            if name not in ("from_cache", "left_out"):
+            if name not in ("from_cache", "left_out", "unread"):
                 setattr(self, name, getattr(self, name) + value)
         del self.skipped[SKIPPED_KEPT:]
-        for reason, (count, first) in other.left_out.items():
-            self.left_out.setdefault(reason, [0, first])[0] += count
+        for ours, theirs in ((self.left_out, other.left_out), (self.unread, other.unread)):
+            for reason, (count, first) in theirs.items():
+                ours.setdefault(reason, [0, first])[0] += count
 
     def count(self, done: Tokenized) -> None:
         """Count one conversation, but not its tokens."""
         self.conversations += 1
+        self.turns += done.turns
         self.samples += len(done.samples)
         self.rewritten_conversations += done.rewritten
         self.long_samples += done.too_long
         self.untrained_samples += done.untrained
         for name in REMARKS.keys() & vars(done).keys():  # of trained turns
             setattr(self, name, getattr(self, name) + getattr(done, name))
-        for where, reason in done.left_out:
-            self.left_out.setdefault(reason, [0, where])[0] += 1
+        for counted, found in ((self.left_out, done.left_out), (self.unread, done.unread)):
+            for where, reason in found:
+                counted.setdefault(reason, [0, where])[0] += 1
 
     def skip(self, error: BadLine) -> None:
         self.skipped_lines += 1
@@ -139,18 +144,20 @@ class Stats:
         said = [
             f"{self.conversations:,} conversations, {self.samples:,} samples ({self.train_samples:,} train, "
             f"{self.eval_samples:,} eval), {self.tokens:,} tokens, {self.trained_tokens:,} of them trained "
-            f"({self.trained_tokens / max(self.tokens, 1):.0%})"
+            f"({self.trained_tokens / max(self.tokens, 1):.0%}), in {self.turns:,} turns"
         ]
         return said + self.remarks()
 
     def remarks(self) -> list[str]:
-        """What is not trained, or not as the template renders it, by reason."""
+        """What is not trained, or not as the template renders it, by reason; and what it does not render."""
         said = []
         for name, what in REMARKS.items():
             if count := getattr(self, name):
                 said.append(f"{count:,} {what}")
         for reason, (count, first) in self.left_out.items():
             said.append(f"{count:,} assistant turns are not trained: {reason}; the first: {first}")
+        for kind, (count, first) in self.unread.items():
+            said.append(f"{count:,} {kind} are in no prompt: the chat template does not render them; the first: {first}")
         if self.skipped_lines:
             said.append(f"{self.skipped_lines:,} malformed lines were skipped")
             reasons = Counter(_kind_of(line) for line in self.skipped)

@@ -31,6 +31,7 @@ from fastdraft.data.history import long_renderings
 from fastdraft.data.samples import Sample
 from fastdraft.data.template import ChatTemplate, Refused, Span, Unproven
 from fastdraft.data.turns import LeftOut, Turn, Turns
+from fastdraft.data.unread import unrendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class Tokenized:
     rewritten: bool = False  # split, because the template rewrites earlier turns
     too_long: int = 0  # samples that max_length split or truncated
     untrained: int = 0  # samples or pieces left out because nothing in them is trained
+    turns: int = 0  # trained
     lost_reasoning: int = 0  # trained turns whose reasoning the template does not render
     raw_reasoning: int = 0  # trained turns as the model produced them, with reasoning that the template cuts
     apart: int = 0  # trained turns that are tokenised apart from their prompt, which the tokenizer would join them with
@@ -53,6 +55,7 @@ class Tokenized:
     empty_block: int = 0  # trained turns that begin with an empty block for reasoning
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: list[tuple[str, str]] = field(default_factory=list)  # of turns that are not trained: where, and why
+    unread: list[tuple[str, str]] = field(default_factory=list)  # what the template does not render: where, and its kind
 
 
 class ChatTokenizer:
@@ -95,12 +98,15 @@ class ChatTokenizer:
         """Samples of one conversation. BadLine when the template refuses it or a token id is out of range."""
         turns: list[Turn] = []
         left_out: list[tuple[str, str]] = []
+        unread: list[tuple[str, str]] = []
         apart = joined = 0
         rewritten = False
         if conversation.input_ids is not None:
             samples = [self._pretokenized(conversation)]
+            count = int(np.count_nonzero(np.diff(samples[0].loss_mask, prepend=False) & samples[0].loss_mask))
         else:
-            turns, left_out = self._turns_of(conversation)
+            turns, left_out, unread = self._turns_of(conversation)
+            count = len(turns)
             texts = _texts(turns)
             rewritten = len(texts) > 1
             samples, apart, joined = self._samples(texts, conversation.key)
@@ -118,6 +124,7 @@ class ChatTokenizer:
             rewritten=rewritten,
             too_long=sum(len(sample.input_ids) > n for sample in samples),
             untrained=len(pieces) - len(kept) if samples else 1,
+            turns=count,
             lost_reasoning=sum(turn.lost_reasoning for turn in turns),
             raw_reasoning=sum(turn.raw_reasoning for turn in turns),
             apart=apart,
@@ -127,6 +134,7 @@ class ChatTokenizer:
             empty_block=sum(turn.empty_block for turn in turns),
             unopened=sum(turn.unopened for turn in turns),
             left_out=left_out,
+            unread=unread,
         )
 
     def _pretokenized(self, conversation: Conversation) -> Sample:
@@ -237,7 +245,7 @@ class ChatTokenizer:
         found = np.flatnonzero(self._firm[ids])
         return found[[text.startswith(self._added[int(ids[i])].content, offsets[i, 0]) for i in found]]
 
-    def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]]]:
+    def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]], list[tuple[str, str]]]:
         where, tools = conversation.where, conversation.tools
         stuck: list[_Stuck] = []
         for whole in (True, False):
@@ -256,12 +264,13 @@ class ChatTokenizer:
         messages: list[dict],
         tools: list[dict] | None,
         whole: bool,  # all turns must be proven; else only one, and the others are left out
-    ) -> tuple[list[Turn], list[tuple[str, str]]]:
-        """The trained turns, and where and why others are not. _Stuck: a turn whose place cannot be proven."""
+    ) -> tuple[list[Turn], list[tuple[str, str]], list[tuple[str, str]]]:
+        """The trained turns, where and why others are not, and what is in no prompt. _Stuck: a turn whose place cannot be
+        proven."""
         ends = [k + 1 for k, message in enumerate(messages) if message["role"] == "assistant"]
         if self.train_on == "last_turn":
             ends = ends[-1:]
-        placing, turns, left_out, unproven = self._placing(tools), [], [], []
+        placing, turns, left_out, unproven = self._placing(tools), {}, [], []  # turns by their ends
         at_hand = long_renderings(placing.template, messages, tools, ends)
         for end in ends:
             weight = messages[end - 1].get("weight", 1)
@@ -271,7 +280,7 @@ class ChatTokenizer:
                 left_out.append((f"{where}, message {end}", "their weight is 0"))
                 continue
             try:
-                turns.append(placing.turn(messages[:end], tools, *at_hand.get(end, ())))
+                turns[end] = placing.turn(messages[:end], tools, *at_hand.get(end, ()))
             except LeftOut as error:
                 left_out.append((f"{where}, message {end}", str(error)))
             except Unproven as error:
@@ -282,7 +291,9 @@ class ChatTokenizer:
                 raise _Stuck(end, str(error)) from error
         if unproven and not turns:
             raise _Stuck(0, unproven[0][1])
-        return turns, left_out + unproven
+        unread = unrendered(placing.template, messages, tools, turns)
+        unread = [(f"{where}, message {i + 1}" if i >= 0 else where, kind) for i, kind in unread]
+        return list(turns.values()), left_out + unproven, unread
 
     def _placing(self, tools: list[dict] | None) -> Turns:
         if (turns := self._turns.get(tools is not None)) is None:
