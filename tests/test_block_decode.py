@@ -7,23 +7,19 @@ from functools import partial
 
 import pytest
 import torch
-from small_dflash import dflash_shape
-from small_dflash2 import MORE
-from small_dspark import dspark_shape
+from small_drafts import dflash2_shape, dflash_shape, dspark_shape
 from test_decode import prompts, timeless, tiny_target
 
+from bench.block_work import HEADS
 from fastdraft.batch import Batch
 from fastdraft.decode import generate, generate_batch
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.dflash.blocks import draw_anchors
 from fastdraft.model.dflash.loss import BlockLoss
-from fastdraft.model.dflash.ref import block_rows_ref, token_losses_ref
-from fastdraft.model.dflash2.config import DFlash2Config
+from fastdraft.model.dflash.ref import block_rows_ref
 from fastdraft.model.dflash2.loss import SelectorLoss
-from fastdraft.model.dflash2.ref import selector_losses_ref
 from fastdraft.model.dspark.loss import DSparkLoss
-from fastdraft.model.dspark.ref import dspark_losses_ref
-from fastdraft.model.methods import METHODS
+from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.target.hf import Target
 
@@ -32,19 +28,11 @@ LENGTHS = (9, 1, 36, 17, 3, 39)  # of the prompts: two are shorter than a block 
 SLIDING = dict(num_hidden_layers=3, layer_types=("sliding_attention", "full_attention", "sliding_attention"))
 
 
-def dflash2_shape(**changes) -> DFlash2Config:
-    return DFlash2Config(**dflash_shape(**changes).model_dump() | MORE)
-
-
-# The method, its shape, and the loss and losses of rows that it is trained by.
-DFLASH = "dflash", dflash_shape, BlockLoss("kl"), token_losses_ref
-DSPARK = "dspark", dspark_shape, DSparkLoss(), dspark_losses_ref
-DFLASH2 = "dflash2", dflash2_shape, SelectorLoss("kl"), selector_losses_ref
-DRAFTS = {
-    "dflash": (DFLASH, {}),
-    "dflash, sliding and shifted": (DFLASH, SLIDING | {"sliding_window": 6, "labels": "shifted"}),
-    "dspark": (DSPARK, {}),
-    "dflash2, sliding": (DFLASH2, SLIDING | {"sliding_window": 6}),
+DRAFTS = {  # the shape, changes of it, and the loss
+    "dflash": (dflash_shape, {}, BlockLoss("kl")),
+    "dflash, sliding and shifted": (dflash_shape, SLIDING | {"sliding_window": 6, "labels": "shifted"}, BlockLoss("kl")),
+    "dspark": (dspark_shape, {}, DSparkLoss()),
+    "dflash2, sliding": (dflash2_shape, SLIDING | {"sliding_window": 6}, SelectorLoss("kl")),
 }
 SETTINGS = {
     "greedy": DecodeSettings(num_steps=4),
@@ -65,10 +53,10 @@ def target() -> Target:
 @pytest.fixture(scope="module", params=DRAFTS)
 def draft(request, target):
     """Trained until the target keeps some of what it drafts, and not all."""
-    (name, shape, loss, row_losses), changes = DRAFTS[request.param]
+    shape, changes, loss = DRAFTS[request.param]
     like = dict(hidden_size=target.hidden_size, vocab_size=target.vocab_size, mask_token_id=target.vocab_size - 1)
     config = shape(**like, num_target_layers=7, layers=target.layers, **changes)
-    made = METHODS[name].draft(config)
+    made = method_of(config).draft(config)
     made.init_weights(0.2, torch.Generator().manual_seed(1))
     made.double().take_from_target(target.embedding)
     texts = []
@@ -81,7 +69,7 @@ def draft(request, target):
     optimizer = torch.optim.Adam(made.trainable().values(), lr=1e-2)
     for step in range(1, 41):
         anchors = draw_anchors(batch, 5, 0, step)
-        _, total = block_rows_ref(made, batch, features, target.head, anchors, loss, row_losses=row_losses)
+        _, total = block_rows_ref(made, batch, features, target.head, anchors, loss, row_losses=HEADS[type(config)][1])
         optimizer.zero_grad()
         (total / len(anchors)).backward()
         optimizer.step()

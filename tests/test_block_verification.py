@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from small_dflash import Small, dflash_shape
-from small_dflash2 import small_dflash2
-from small_dspark import SmallSpark, dspark_shape
+from small_drafts import small_dflash, small_dflash2, small_dspark
 from test_decode import tiny_draft, tiny_target
 
 from fastdraft import decode
@@ -205,8 +203,8 @@ def block(case):
 
 METHODS = {
     "eagle3": eagle3,
-    "dflash": lambda: block(Small(dflash_shape(**SHAPE))),
-    "dspark": lambda: block(SmallSpark(dspark_shape(**SHAPE))),
+    "dflash": lambda: block(small_dflash(**SHAPE)),
+    "dspark": lambda: block(small_dspark(**SHAPE)),
     "dflash2": lambda: block(small_dflash2(selector_top_k=2, **SHAPE)),
 }
 

@@ -8,15 +8,14 @@ process has computed; that it is the reference's is what tests/model/ holds.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from small_drafts import Small, dflash_shape, small_dflash, small_dflash2, small_dspark
 from small_runs import by_ranks
 
 from bench.block_work import block_engine
@@ -28,11 +27,6 @@ from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss
 from fastdraft.model.dflash2.loss import SelectorLoss
 from fastdraft.model.dspark.loss import DSparkLoss
-
-sys.path += [str(Path(__file__).parents[1] / "model" / method) for method in ("dflash", "dspark", "dflash2")]
-from small_dflash import Small, dflash_shape
-from small_dflash2 import small_dflash2
-from small_dspark import SmallSpark
 
 CPU = torch.device("cpu")
 SLIDING = dict(num_hidden_layers=3, layer_types=("sliding_attention", "full_attention", "full_attention"), sliding_window=6)
@@ -47,12 +41,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "dflash, hard labels": Kind(lambda **k: Small(dflash_shape(**SLIDING), **k), BlockLoss("ce", 3.0)),
-    "dflash, dpace": Kind(Small, BlockLoss("dpace", dpace_alpha=0.4)),
+    "dflash, hard labels": Kind(partial(small_dflash, **SLIDING), BlockLoss("ce", 3.0)),
+    "dflash, dpace": Kind(small_dflash, BlockLoss("dpace", dpace_alpha=0.4)),
     "dflash, lk_lambda, shifted": Kind(
-        lambda **k: Small(dflash_shape(labels="shifted"), **k), BlockLoss("lk_lambda", 3.0, lk_scale=0.9, lk_decay=1.3)
+        partial(small_dflash, labels="shifted"), BlockLoss("lk_lambda", 3.0, lk_scale=0.9, lk_decay=1.3)
     ),
-    "dspark": Kind(SmallSpark, DSparkLoss(3.0, 0.3, 0.6, 0.7)),
+    "dspark": Kind(small_dspark, DSparkLoss(3.0, 0.3, 0.6, 0.7)),
     "dflash2": Kind(small_dflash2, SelectorLoss("kl", 3.0, selector_alpha=0.8)),
 }
 
@@ -128,7 +122,7 @@ LOSSES = {"ce": BlockLoss("ce", 3.0), "lk_lambda": BlockLoss("lk_lambda", 3.0, l
 
 
 def on_gpus(loss: str) -> Kind:
-    return Kind(lambda **k: Small(dflash_shape(**SLIDING | ON_GPUS), **k), LOSSES[loss])
+    return Kind(partial(small_dflash, **SLIDING | ON_GPUS), LOSSES[loss])
 
 
 @pytest.mark.gpu

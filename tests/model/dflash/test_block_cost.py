@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_dflash import Small, dflash_shape
+from small_drafts import dflash_shape, small_dflash
 
 from fastdraft.model.buffers import flat_gradients, table_bytes
 from fastdraft.model.dflash.blocks import draw_anchors
@@ -18,7 +18,7 @@ from fastdraft.model.dflash.ref import attend_in_blocks
 @pytest.mark.parametrize("kind", ["ce", "dpace", "kl"])
 def test_the_plan_is_of_the_engines_buffers(kind, held_out):
     """A loss against the text needs no teacher to train with, and one all the same to be measured."""
-    small, loss = Small(dtype=torch.float32), BlockLoss(kind)
+    small, loss = small_dflash(dtype=torch.float32), BlockLoss(kind)
     engine = BlockEngine(small.draft, small.head, loss, lambda batch, step: draw_anchors(batch, 512, 0, step), 3)
     engine.begin(1)
     engine.step(small.batch, small.features, flat_gradients(small.draft.trainable()))

@@ -3,15 +3,15 @@ the same place before; on a GPU the graphs themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_dflash import Small, dflash_shape
-from small_dflash2 import small_dflash2
-from small_dspark import SmallSpark, dspark_shape
+from small_drafts import Small, dflash_shape, reference_step, small_dflash, small_dflash2, small_dspark
 from torch import nn
 
 from bench.block_work import block_engine
@@ -23,11 +23,8 @@ from fastdraft.model.dflash.blocks import draw_anchors, pad_blocks, plan_blocks
 from fastdraft.model.dflash.engine import BlockEngine
 from fastdraft.model.dflash.graph_engine import GraphBlockEngine
 from fastdraft.model.dflash.loss import BlockLoss, StepLoss
-from fastdraft.model.dflash.ref import block_ref_step
 from fastdraft.model.dflash2.loss import SelectorLoss
-from fastdraft.model.dflash2.ref import selector_ref_step
 from fastdraft.model.dspark.loss import DSparkLoss
-from fastdraft.model.dspark.ref import dspark_ref_step
 from fastdraft.optim import FlatAdamW
 
 SLIDING = dict(num_hidden_layers=2, layer_types=("sliding_attention", "full_attention"), sliding_window=6)
@@ -38,26 +35,21 @@ LENGTHS = ((19, 1, 2, 7, 23), (40, 9), (5, 6, 30), (19, 1, 2, 7, 23))
 class Kind:
     """A method, a shape and a loss; drafts of all packs have the same weights."""
 
-    make: type | object  # of lengths, dtype and seed, a `Small`
+    make: Callable[..., Small]  # of lengths, dtype and seed
     loss: StepLoss
-    ref: object = block_ref_step
 
     def engine(self, case: Small, chunk_blocks: int, made: type = GraphBlockEngine) -> BlockEngine:
         draw = lambda batch, number: draw_anchors(batch, 12, 3, number)  # noqa: E731
         return block_engine(case.draft, case.head, self.loss, draw, chunk_blocks, made)
 
 
-def plain(**changes):
-    return lambda *args: Small(dflash_shape(**changes), *args)
-
-
 KINDS = {
-    "ce": Kind(plain(), BlockLoss("ce", 3.0)),
-    "dpace": Kind(plain(**SLIDING), BlockLoss("dpace", dpace_alpha=0.4)),
-    "kl, shifted": Kind(plain(labels="shifted", num_hidden_layers=1), BlockLoss("kl", 3.0)),
-    "dspark": Kind(lambda *args: SmallSpark(dspark_shape(), *args), DSparkLoss(3.0), dspark_ref_step),
-    "dflash2": Kind(small_dflash2, SelectorLoss("ce", 3.0), selector_ref_step),
-    "dflash2, dpace": Kind(small_dflash2, SelectorLoss("dpace", 3.0, 0.4), selector_ref_step),
+    "ce": Kind(small_dflash, BlockLoss("ce", 3.0)),
+    "dpace": Kind(partial(small_dflash, **SLIDING), BlockLoss("dpace", dpace_alpha=0.4)),
+    "kl, shifted": Kind(partial(small_dflash, labels="shifted", num_hidden_layers=1), BlockLoss("kl", 3.0)),
+    "dspark": Kind(small_dspark, DSparkLoss(3.0)),
+    "dflash2": Kind(small_dflash2, SelectorLoss("ce", 3.0)),
+    "dflash2, dpace": Kind(small_dflash2, SelectorLoss("dpace", 3.0, 0.4)),
 }
 
 
@@ -96,7 +88,7 @@ def test_padded_packs_are_the_reference(name, chunk_blocks, room, monkeypatch):
     engine, grads, law = kind.engine(cases[0], chunk_blocks), flat_gradients(cases[0].draft.trainable()), {}
     for case in cases:
         anchors = engine.draw(case.batch, 1)
-        rows, found = kind.ref(case.draft, case.batch, case.features, case.head, anchors, kind.loss)
+        rows, found = reference_step(case, anchors, kind.loss)
         law = {k: law.get(k, 0) + g for k, g in found.items()}
         assert_same(engine.run_padded(case.batch, case.features, anchors, grads), rows)
         measured = engine.run_padded(case.batch, case.features, anchors, None)
@@ -144,7 +136,7 @@ def test_buffers_that_moved_are_found():
     case, longer = packs_of(kind, lengths=((12,), (50,)))
     engine = kind.engine(case, 100)
     anchors = engine.draw(case.batch, 1)
-    law = kind.ref(case.draft, case.batch, case.features, case.head, anchors, kind.loss)[0]
+    law = reference_step(case, anchors, kind.loss)[0]
     for _ in range(2):
         rows = engine.run_padded(case.batch, case.features, anchors, None)
         torch.testing.assert_close(rows.loss, law.loss, rtol=1e-11, atol=1e-11)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from drafting import One
-from small_dflash import Small, dflash_shape
+from small_drafts import small_dflash
 from torch import nn
 
 from fastdraft.model.buffers import flat_gradients
@@ -87,7 +87,7 @@ class RowMixer:
 
 def mixed(lengths=(19, 1, 2, 7, 23), **changes):
     """A pack whose draft mixes with weights that are not alike."""
-    case = Small(dflash_shape(**changes), lengths)
+    case = small_dflash(lengths, **changes)
     config = MixedConfig(**case.config.model_dump())
     draft = MixedDraft(config)
     draft.load_state_dict(case.draft.state_dict(), strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_dflash import Small, dflash_shape
+from small_drafts import small_dflash
 
 from fastdraft.batch import Batch
 from fastdraft.model.dflash.blocks import draw_anchors, plan_blocks
@@ -56,7 +56,7 @@ def test_a_batch_without_room_has_none():
 
 @pytest.mark.parametrize("room", [3, 10**6])
 def test_the_plan_counts_each_teacher_row_once_in_a_part(room):
-    case = Small(dflash_shape(block_size=4))
+    case = small_dflash(block_size=4)
     anchors = draw_anchors(case.batch, 99, 0, 1)
     for chunk in plan_blocks(case.batch, anchors, case.config, 6, room):
         for part in chunk.parts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from drafting import One
-from small_dflash import Small, dflash_shape
+from small_drafts import dflash_shape, small_dflash
 
 from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import block_states_ref
@@ -17,7 +17,7 @@ SHAPES = {"full": {}, "sliding": SLIDING | {"sliding_window": 6}, "shifted": dic
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_block_is_the_references(shape):
-    case = Small(dflash_shape(**shape), lengths=(23,))
+    case = small_dflash((23,), **shape)
     ids, g, c = case.batch.input_ids, case.features.g, case.config
     drafter = One(BlockDrafter(case.draft, case.head, 1, 30))
     settings, generator = DecodeSettings(num_steps=4), torch.Generator()
@@ -33,7 +33,7 @@ def test_a_block_is_the_references(shape):
 
 
 def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
-    case = Small(lengths=(12,))
+    case = small_dflash((12,))
     settings = DecodeSettings(num_steps=3, temperature=0.7, top_k=5)
     counts, rounds = torch.zeros(3, case.config.vocab_size, dtype=torch.float64), 3000
     drafter = One(BlockDrafter(case.draft, case.head, 1, 20))
@@ -53,7 +53,7 @@ def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_blocks_of_several_sequences_are_each_ones_own(shape, temperature):
     """Sequences of other lengths, one of which ends, and depths of their own, over several rounds."""
-    case, settings = Small(dflash_shape(**shape), lengths=(23,)), DecodeSettings(num_steps=4, temperature=temperature)
+    case, settings = small_dflash((23,), **shape), DecodeSettings(num_steps=4, temperature=temperature)
     ids, g = case.batch.input_ids, case.features.g
     alone = [One(BlockDrafter(case.draft, case.head, 1, 40)) for _ in range(3)]
     single = [torch.Generator().manual_seed(row) for row in range(3)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from drafting import One
-from small_dflash2 import small_dflash2
+from small_drafts import small_dflash2
 
 from fastdraft.model.dflash.ref import block_states_ref
 from fastdraft.model.dflash2.propose import SelectorDrafter

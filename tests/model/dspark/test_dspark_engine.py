@@ -1,76 +1,25 @@
-"""DSpark's head in the block engine against the reference: float64 to 1e-11, chunks and parts of every size, bf16."""
+"""DSpark's head in the block engine: where live rows end, what is measured without gradients, and a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from small_dspark import SmallSpark, dspark_shape
+from small_drafts import anchors_of, small_dspark
 
+from bench.block_work import block_engine, block_reference
 from fastdraft.batch import Features, TargetHead
 from fastdraft.model.buffers import flat_gradients
-from fastdraft.model.dflash import memory
-from fastdraft.model.dflash.blocks import draw_anchors, plan_blocks
-from fastdraft.model.dflash.engine import BlockEngine
-from fastdraft.model.dflash.ref import BlockReferenceEngine, live_steps
-from fastdraft.model.dspark.head import DSparkHead, dspark_engine_step
+from fastdraft.model.dflash.blocks import plan_blocks
+from fastdraft.model.dflash.ref import live_steps
+from fastdraft.model.dspark.head import dspark_engine_step
 from fastdraft.model.dspark.loss import DSparkLoss
-from fastdraft.model.dspark.ref import dspark_losses_ref, dspark_ref_step
+from fastdraft.model.dspark.ref import dspark_ref_step
 
 LOSS = DSparkLoss(3.0, 0.3, 0.7, 0.6)
-SHAPES = {
-    "two layers": {},
-    "one layer": dict(num_hidden_layers=1),
-    "sliding": dict(
-        num_hidden_layers=3,
-        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
-        sliding_window=6,
-    ),
-    "blocks of two, rank 1": dict(block_size=2, markov_rank=1),
-}
-
-
-def anchors_of(case, limit=8):
-    return draw_anchors(case.batch, limit, seed=3, step=1)
-
-
-def compare(case, anchors, loss=LOSS, chunk_blocks=3, tolerance=1e-11):
-    args = case.draft, case.batch, case.features, case.head, anchors, loss
-    rows, grads = dspark_ref_step(*args)
-    ours, found = dspark_engine_step(*args, chunk_blocks=chunk_blocks)
-    assert torch.equal(rows.live, ours.live) and torch.equal(rows.hit, ours.hit) and bool(rows.live.any())
-    torch.testing.assert_close(ours.loss, rows.loss, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(ours.acceptance, rows.acceptance, rtol=tolerance, atol=tolerance)
-    assert grads.keys() == found.keys() and "confidence_head.proj.bias" in grads
-    for name, grad in grads.items():
-        error = float((found[name] - grad).abs().max() / grad.abs().max())
-        assert error < tolerance, f"{name}: {error:.1e}"
-
-
-@pytest.mark.parametrize("chunk_blocks", [1, 3, 100])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_engine_is_the_reference(shape, chunk_blocks):
-    case = SmallSpark(dspark_shape(**shape))
-    compare(case, anchors_of(case), chunk_blocks=chunk_blocks)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [DSparkLoss(4.0, 1.0, 0.0, 1e-6), DSparkLoss(4.0, 0.0, 1.0, 1e-6), DSparkLoss(4.0, 1e-6, 0.0, 1.0)],
-    ids=["ce", "l1", "confidence"],
-)
-def test_each_term_alone(loss):
-    case = SmallSpark()
-    compare(case, anchors_of(case), loss, tolerance=1e-10)
-
-
-def test_the_head_in_parts_gives_the_same(monkeypatch):
-    case = SmallSpark()
-    monkeypatch.setattr(memory, "head_room", lambda c, dtype: 4)
-    compare(case, anchors_of(case), chunk_blocks=5)
 
 
 def test_live_rows_end_at_the_first_without_a_label():
-    case = SmallSpark()
+    case = small_dspark()
     anchors = anchors_of(case)
     _, live = live_steps(case.batch, anchors, case.config)
     (chunk,) = plan_blocks(case.batch, anchors, case.config, 100, 10**6)
@@ -85,10 +34,9 @@ def test_live_rows_end_at_the_first_without_a_label():
 
 
 def test_a_step_without_gradients_measures_the_same():
-    case = SmallSpark()
+    case = small_dspark()
     anchors = anchors_of(case)
-    ours = BlockEngine(case.draft, case.head, LOSS, lambda *_: anchors, head_type=DSparkHead)
-    law = BlockReferenceEngine(case.draft, case.head, LOSS, lambda *_: anchors, dspark_losses_ref)
+    ours, law = (make(case.draft, case.head, LOSS, lambda *_: anchors) for make in (block_engine, block_reference))
     grads = flat_gradients(case.draft.trainable())
     trained = ours.step(case.batch, case.features, grads)
     for rows in (ours.rows(case.batch, case.features), law.rows(case.batch, case.features)):
@@ -97,51 +45,11 @@ def test_a_step_without_gradients_measures_the_same():
     assert 0 < float(trained.acceptance.max()) < 1
 
 
-def test_a_teacher_that_is_missing_is_named():
-    case = SmallSpark()
-    without = Features(case.features.g, None)
-    for run in (dspark_engine_step, dspark_ref_step):
-        with pytest.raises(ValueError, match="the target's last state, which these features lack"):
-            run(case.draft, case.batch, without, case.head, anchors_of(case), LOSS)
-
-
-def test_bf16_is_no_further_off_than_plain_pytorch():
-    """Over several draws, each gradient's part of all of them: a single tiny draft's is off by its own few roundings, where
-    the L1 term changes its sign."""
-    shape, parts = dspark_shape(num_hidden_layers=3), {}
-    for seed in range(4):
-        case, exact = (SmallSpark(shape, (60, 40), torch.bfloat16, seed) for _ in range(2))
-        exact.draft.double()
-        exact.draft.embedding = exact.draft.embedding.double()
-        features = Features(case.features.g.double(), case.features.f.double())
-        anchors, head = anchors_of(case, 20), TargetHead(case.head.weight.double())
-        _, truth = dspark_ref_step(exact.draft, case.batch, features, head, anchors, LOSS)
-        args = case.draft, case.batch, case.features, case.head, anchors, LOSS
-        plain, ours = dspark_ref_step(*args)[1], dspark_engine_step(*args, chunk_blocks=7)[1]
-        for name, law in truth.items():
-            part = next((x for x in ("markov", "confidence", "layers") if x in name), "ends")
-            errors = [float((x[name].double() - law).square().sum() / law.square().sum()) for x in (ours, plain)]
-            parts.setdefault(part, []).append(errors)
-    for part, errors in parts.items():
-        off, allowed = torch.tensor(errors).mean(0).sqrt().tolist()
-        assert off <= 1.5 * allowed + 2**-8, f"{part}: {off:.1e} where plain PyTorch is {allowed:.1e}"
-
-
-def test_all_buffers_are_listed_and_sized():
-    case = SmallSpark()
-    engine = BlockEngine(case.draft, case.head, LOSS, lambda *_: anchors_of(case), 4, DSparkHead)
-    engine.step(case.batch, case.features, flat_gradients(case.draft.trainable()))
-    c, dtype = case.config, torch.float64
-    listed = memory.chunk_buffers(c, 4, dtype, dtype, "cpu", True) | memory.pack_buffers(c, memory.room_for(52), dtype)
-    assert engine.take.table == listed and engine.take.held.keys() == listed.keys()
-    assert {"markov.e", "markov.de", "confidence.input"} <= listed.keys()
-
-
 def gpu_errors(dtype, device="cuda"):
     """The fused step of a draft with heads of 64 against the reference in float64: error of each gradient and of losses and
     acceptance, and what the kernel rule allows it."""
     shape = dict(hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=4096, mask_token_id=4095, block_size=7)
-    case = SmallSpark(dspark_shape(**shape, markov_rank=64), (300, 5, 200))
+    case = small_dspark((300, 5, 200), **shape, markov_rank=64)
     with torch.no_grad():
         for p in case.draft.parameters():
             if p.ndim == 2:
@@ -151,7 +59,7 @@ def gpu_errors(dtype, device="cuda"):
     rounded = lambda x: x.to(torch.bfloat16).to(dtype)  # noqa: E731
 
     def run(step, dtype, device):
-        draft = SmallSpark(dspark_shape(**shape, markov_rank=64), (300, 5, 200)).draft
+        draft = small_dspark((300, 5, 200), **shape, markov_rank=64).draft
         draft.load_state_dict({name: rounded(p) for name, p in case.draft.state_dict().items()})
         draft = draft.to(device, dtype)
         draft.embedding = rounded(case.draft.embedding).to(device, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from drafting import One
-from small_dspark import SmallSpark, dspark_shape
+from small_drafts import dspark_shape, small_dspark
 
 from fastdraft.model.dflash.propose import refuse_settings
 from fastdraft.model.dflash.ref import block_states_ref
@@ -19,7 +19,7 @@ def states_at(case, anchor):
 
 
 def test_a_greedy_chain_follows_its_own_tokens():
-    case = SmallSpark(lengths=(23,))
+    case = small_dspark((23,))
     ids, g = case.batch.input_ids, case.features.g
     drafter, settings, done, differs = One(MarkovDrafter(case.draft, case.head, 1, 30)), DecodeSettings(num_steps=5), 0, 0
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_a_greedy_chain_follows_its_own_tokens():
 
 def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
     """Each token's q is that of the tokens before it as they were drawn, and over many rounds it is how often it comes."""
-    case = SmallSpark(dspark_shape(block_size=2), lengths=(12,))
+    case = small_dspark((12,), block_size=2)
     settings, rounds = DecodeSettings(num_steps=2, temperature=0.7, top_k=4), 3000
     ids, g, generator = case.batch.input_ids, case.features.g, torch.Generator().manual_seed(0)
     drafter = One(MarkovDrafter(case.draft, case.head, 1, 20))
