@@ -68,8 +68,11 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder's checkpoints and start anew.")] = False,
     world: Annotated[int | None, typer.Option(min=1, help="With --plan: plan for so many GPUs.")] = None,
     gpu_gib: Annotated[
-        float, typer.Option(min=1, help="With --plan: memory of a GPU; without --world of this machine's.")
-    ] = 80.0,
+        float | None,
+        typer.Option(
+            min=1, help="With --plan: memory of a GPU; else this machine's GPU's, and with --world 80 where it has none."
+        ),
+    ] = None,
     gpus_per_host: Annotated[int, typer.Option(min=1, help="With --world: GPUs that fast links join.")] = 8,
     tflops: Annotated[float, typer.Option(min=1, help="With --world: what its products reach, not its rating.")] = 540.0,
     link: Annotated[float, typer.Option(min=0.1, help="With --world: GB/s of one GPU's link within its host.")] = 360.0,
@@ -79,7 +82,7 @@ def train(
     from fastdraft.config import load_config
     from fastdraft.dist import mesh
     from fastdraft.dist.fleet import Hardware
-    from fastdraft.run.plan import print_fleet_plan, print_plan
+    from fastdraft.run.plan import planned_gpu_gib, print_fleet_plan, print_plan
     from fastdraft.train import train as run
 
     if not plan:
@@ -91,9 +94,11 @@ def train(
         if mesh.rank() != 0:
             return
         if world is None:
-            given = context.get_parameter_source("gpu_gib").name == "COMMANDLINE"
-            print_plan(loaded, console, gpu_gib if given else None)
+            print_plan(loaded, console, gpu_gib)
         else:
+            if gpu_gib is None:
+                gpu_gib, why = planned_gpu_gib()
+                say(why)
             print_fleet_plan(loaded, world, Hardware(gpu_gib, tflops, gpus_per_host, link, host_link), console)
         return
     result = run(loaded, fresh)

@@ -263,7 +263,7 @@ def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} {path} is not YAML: {error}") from error
+        raise ValueError(f"{what} {path} is not YAML: {_place_of(error)}") from error
     except RecursionError as error:
         raise ValueError(f"{what} {path} is nested too deeply") from error
     if not isinstance(tree, dict):
@@ -272,6 +272,15 @@ def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
     if strange := [key for key in tree if not isinstance(key, str)]:
         raise ValueError(f"{what} {path} has the key {strange[0]!r}; keys are words, put it in quotes if it is one")
     return tree
+
+
+def _place_of(error: Exception) -> str:
+    """PyYAML's sentence on one line, the place first."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    mark, said = error.problem_mark, ", ".join(part for part in (error.context, error.problem) if part)
+    tabs = "; indent by spaces, since YAML takes no tabs there" if "'\\t'" in said else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {said}{tabs}"
 
 
 def parse_config(tree: dict[str, Any], model: type[M]) -> M:
@@ -324,6 +333,8 @@ def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:
         if model is Config and where in REMOVED:
             return f"key {where!r} is no longer a setting; {REMOVED[where]}"
         known = _known_keys(model, fault["loc"][:-1])
+        if hint := missing_space(str(fault["loc"][-1]), known):
+            return f"unknown key {where!r}; {hint}"
         near = nearest_key(str(fault["loc"][-1]), known)
         hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {where!r}; {hint}"
@@ -331,7 +342,20 @@ def _explain(fault: dict[str, Any], model: type[BaseModel]) -> str:
         return f"missing key {where!r}"
     given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
     message = fault["msg"].removeprefix("Value error, ")
+    if model is Config and where == "epochs" and fault["type"] == "int_from_float":
+        message = "the data are read a whole number of times; for a shorter run set max_steps, in optimizer steps"
+    if fault["type"] == "model_type":
+        example = f"{where}.{_known_keys(model, fault['loc'])[0]}"
+        message = f"this is a section of settings, such as {example}, and no value"
+    if fault["type"] == "list_type" and isinstance(fault["input"], str):
+        message = f"this is a list, in brackets: [{fault['input']}]"
     return f"{where}: {message}{given}" if where else message
+
+
+def missing_space(key: str, known: Collection[str]) -> str | None:
+    """What is wrong with a key such as `lr:0.001`, which YAML reads as one word without a value."""
+    name, colon, _ = key.partition(":")
+    return f"YAML wants a space behind the colon of {name!r}" if colon and name in known else None
 
 
 def nearest_key(key: str, known: Collection[str]) -> str | None:

@@ -99,6 +99,10 @@ def test_the_last_override_wins_and_empty_sections_are_filled(file):
         ("max_steps=yes", r"^max_steps: Input should be a number \(given: True\)$"),
         ("run_dir=''", r"^run_dir is empty; give it a value or leave it out$"),
         ("data.paths=['']", r"^data.paths is empty; give it"),
+        ("data.paths=a.jsonl", r"^data.paths: this is a list, in brackets: \[a.jsonl\] \(given: 'a.jsonl'\)$"),
+        ("target=t", r"^target: this is a section of settings, such as target.path, and no value \(given: 't'\)$"),
+        ("optim={lr:1e-3}", r"^unknown key 'optim.lr:1e-3'; YAML wants a space behind the colon of 'lr'$"),
+        ("epochs=0.5", r"^epochs: the data are read a whole number of times; for a shorter run set max_steps, in .*0.5\)$"),
     ],
 )
 def test_a_bad_override_is_a_sentence(file, override, said):
@@ -163,6 +167,11 @@ def test_unreadable_files(make_config, tmp_path):
         ("- a\n- b\n", "must be a mapping of keys, it is list"),
         ("a: [", "is not YAML"),
         ("", "it has no key"),
+        (
+            "optim:\n\tlr: 1\n",
+            "is not YAML: line 2, column 1: .*'\\\\t'.*; indent by spaces, since YAML takes no",
+        ),
+        ("a: 1\n b: 2\n", "yaml is not YAML: line 2, column 3: mapping values are not allowed here$"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):

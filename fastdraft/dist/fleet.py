@@ -190,14 +190,14 @@ def layouts(world: int, host: int) -> Iterator[Layout]:
 
 def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware, console: Console) -> None:
     """Prints one GPU's memory and time in the chosen layout, and the fastest of the others."""
-    world = chosen.layout.world
+    gpus = "1 GPU" if chosen.layout.world == 1 else f"{chosen.layout.world} GPUs"
     console.print(
-        f"{world} GPUs of {hardware.gpu_gib:g} GiB at {hardware.tflops:g} TFLOP/s, {hardware.host} in a host; a GPU's link "
+        f"{gpus} of {hardware.gpu_gib:.4g} GiB at {hardware.tflops:g} TFLOP/s, {hardware.host} in a host; a GPU's link "
         f"moves {hardware.link:g} GB/s within a host and {hardware.host_link:g} GB/s between hosts",
         soft_wrap=True,
     )
     total = "total, which fits" if chosen.fits else "total, which does not fit"
-    total += f" in {hardware.gpu_gib:g} GiB less {UNCOUNTED:.0%} that is not counted"
+    total += f" in {hardware.gpu_gib:.4g} GiB less {UNCOUNTED:.0%} that is not counted"
     console.print(size_table(f"Memory of one GPU: {chosen.layout}", chosen.memory, total))
     table = Table(title="Time of an optimizer step on one GPU", title_justify="left", show_footer=True)
     table.add_column("", footer=f"total; {chosen.exposed_share:.1%} of it waits for links")
@@ -212,7 +212,7 @@ def render_fleet(chosen: FleetPlan, others: list[FleetPlan], hardware: Hardware,
     console.print(table)
     fitting = sorted((p for p in others if p.fits), key=lambda p: -p.tokens_per_s)
     if not fitting:
-        console.print(f"no layout of {world} GPUs fits; use more of them, or a smaller data.pack_tokens", soft_wrap=True)
+        console.print(f"no layout of {gpus} fits; use more of them, or a smaller data.pack_tokens", soft_wrap=True)
         return
     table = Table(title=f"Layouts that fit, the fastest {min(len(fitting), 8)} of {len(fitting)}", title_justify="left")
     for name in ("sequence", "tensor", "target", "GiB", "tokens/s a GPU", "waits for links"):

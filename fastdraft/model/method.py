@@ -115,14 +115,15 @@ def rates_to_try(
     muon_lr: float | None = None,  # Muon's best there; None: AdamW alone
 ) -> str:
     """A sentence for `recipe`."""
-    share = MEASURED_WIDTH / width
+    share = min(1.0, MEASURED_WIDTH / width)
     low, mid, high = (share * (lr if muon_lr is None else muon_lr) * times for times in (0.5, 1, 2))
     three = f"{low:.1e}, {mid:.1e} and {high:.1e}"
     tried = f"optim.lr {three}" if muon_lr is None else f"optim.lr {share * lr:.1e} with optim.muon_lr {three}"
-    return (
-        f"Good rates usually go with 1 / width, which was not measured here: for this one, {width} wide, try {tried}, each "
-        "in a short run."
-    )
+    if width < MEASURED_WIDTH:  # 1 / width would soon be a rate at which nothing trains
+        known = "What is good for a narrower draft was not measured, and higher rates may be too high"
+    else:
+        known = "Good rates usually go with 1 / width, which was not measured here"
+    return f"{known}: for this one, {width} wide, try {tried}, each in a short run."
 
 
 class Method(NamedTuple):

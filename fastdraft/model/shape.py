@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from transformers import PretrainedConfig
 
-from fastdraft.config import nearest_key
+from fastdraft.config import missing_space, nearest_key
 from fastdraft.model.target_config import (
     active_width,
     canonical_rope,
@@ -110,6 +110,8 @@ class DraftShape(BaseModel):
         for key in overrides:
             if key not in cls.model_fields:
                 chosen = [name for name in cls.model_fields if name not in cls.facts]
+                if hint := missing_space(key, chosen):
+                    raise ValueError(f"draft setting {key!r} does not exist; {hint}")
                 near = nearest_key(key, chosen)
                 hint = f"the nearest is {near!r}" if near else f"those of {cls.title} are {', '.join(chosen)}"
                 raise ValueError(f"draft setting {key!r} does not exist; {hint}")
@@ -163,6 +165,11 @@ class DraftShape(BaseModel):
         }
         values = facts | derived | cls.own_defaults(target, overrides) | overrides
         missing = [name for name, field in cls.model_fields.items() if field.is_required() and values.get(name) is None]
+        if emptied := [name for name in missing if name in overrides]:
+            raise ValueError(
+                f"{', '.join(emptied)} of the draft is null; give a value, or take the key out of draft.config and "
+                "draft.overrides"
+            )
         if missing:
             raise ValueError(cls._does_not_say(missing, target.get("model_type", "no model_type")))
         pictures = set(target.get("cross_attention_layers") or ())

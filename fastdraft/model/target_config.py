@@ -71,6 +71,8 @@ def first_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "its JSON is nested too deeply"
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if said.startswith("Couldn't instantiate the backend tokenizer"):  # the first line of a list, in a folder without one
+        return "its folder has no tokenizer.json, nor what one could be made of; put it there, with tokenizer_config.json"
     plain = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # the others say no more than a name
     return said if isinstance(error, plain) or said == type(error).__name__ else f"{type(error).__name__}: {said}"
 

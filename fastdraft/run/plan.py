@@ -191,6 +191,15 @@ def memory_lines(config: Config, device: torch.device, gib: float | None = None)
     ]
 
 
+def planned_gpu_gib() -> tuple[float, str]:
+    """The memory in GiB of the GPUs that `--world` plans for where the user gave none, and where the number is from."""
+    memory = _memory_of(GPU)
+    if memory is not None:
+        return memory / GIB, "the GPUs have this machine's memory; --gpu-gib plans for others"
+    gib = fleet.Hardware.gpu_gib
+    return gib, f"no GPU is here to go by, so they have {gib:g} GiB; --gpu-gib plans for others"
+
+
 def _every_plan(
     config: Config, planned: Callable[[Layout], fleet.FleetPlan], world: int, host: int
 ) -> list[fleet.FleetPlan]:

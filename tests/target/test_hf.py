@@ -14,6 +14,7 @@ from tiny import TINY, save_target, tiny_llama
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastdraft.batch import Batch
+from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.graph import GraphPool
 from fastdraft.target import hf
 from fastdraft.target import packed as packing
@@ -369,6 +370,18 @@ def test_what_cannot_be_loaded_is_said(target_dir, tmp_path):
     with pytest.raises(ValueError, match="has no readable tokenizer"):
         load_tokenizer(str(tmp_path))
     shutil.copytree(target_dir, tmp_path / "t")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "t" / name).rename(tmp_path / name)
+        for read in (load_tokenizer, DFlashConfig.init_config):
+            with pytest.raises(
+                ValueError, match=r"readable.*: its folder has no tokenizer\.json, nor what one .* put it there"
+            ):
+                read(str(tmp_path / "t"))
+    (tmp_path / "t" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"mask token is chosen by the tokenizer, and that of '.*t' is not readable: "):
+        DFlashConfig.init_config(str(tmp_path / "t"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).rename(tmp_path / "t" / name)
     weights = tmp_path / "t" / "model.safetensors"
     tensors, whole = load_bytes(weights.read_bytes()), weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])

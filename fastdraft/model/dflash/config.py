@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fastdraft.model import shape
 from fastdraft.model.buffers import Table
 from fastdraft.model.shape import DraftShape
-from fastdraft.model.target_config import language_config, read_target_config
+from fastdraft.model.target_config import first_line, language_config, read_target_config
 
 MASK_TOKEN = "<|MASK|>"  # SGLang refuses another id where a tokenizer has this token
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -156,7 +156,11 @@ class DFlashConfig(DraftShape):
     @classmethod
     def init_config(cls, target_dir: Path | str, **chosen: Any) -> str:
         vocab_size = language_config(read_target_config(target_dir)).get("vocab_size") or 0
-        tokenizer = AutoTokenizer.from_pretrained(str(target_dir), local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(target_dir), local_files_only=True)
+        except Exception as error:  # of transformers, tokenizers, or the tokenizer's own code, which may raise anything
+            said = f"a mask token is chosen by the tokenizer, and that of {str(target_dir)!r} is not readable"
+            raise ValueError(f"{said}: {first_line(error)}") from error
         mask = choose_mask_token(tokenizer, vocab_size)
         if not mask:
             raise ValueError(no_mask_token(tokenizer, vocab_size))
