@@ -40,11 +40,11 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from bench.timing import RESULTS, append
 from bench.trace import traced
-from bench.work import SHAPES, live_batch, make_draft, make_head, make_work
+from bench.work import SHAPES, live_batch, make_draft, make_head, make_work, random_target, target_config
 from fastdraft.batch import Batch, PackShare, own_features
 from fastdraft.config import Config, parse_config
 from fastdraft.dist import mesh
@@ -94,37 +94,15 @@ class Work(NamedTuple):
 # --- models --------------------------------------------------------------------------------------------------------------
 
 
-def random_target(sizes: Sizes, device: torch.device, sequence: mesh.Axis | None = None) -> Target:
+def make_target(sizes: Sizes, device: torch.device, sequence: mesh.Axis | None = None) -> Target:
     """The 8B target, or the tiny one."""
-    shape = SHAPES[sizes.draft]
-    config = LlamaConfig(
-        hidden_size=shape.target_hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=1 << 20,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)  # all processes have the same
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(device))
+    model = random_target(target_config(SHAPES[sizes.draft], sizes.layers), compute_dtype(device), device)
     return Target(model, sequence=sequence)
 
 
 def random_large(sizes: Sizes, device: torch.device, layers: int, holders: mesh.Axis) -> Target:
     """The large target with so many layers, of which each of `holders` gets its rows."""
-    shape = SHAPES[sizes.draft]
-    config = LlamaConfig(
-        **sizes.large | {"num_hidden_layers": layers},
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=1 << 20,
-        tie_word_embeddings=False,
-    )
+    config = target_config(SHAPES[sizes.draft], layers, **sizes.large | {"num_hidden_layers": layers})
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(device)).eval().requires_grad_(False)
     if holders.size > 1:
@@ -153,7 +131,7 @@ def run_config(sizes: Sizes, device: torch.device) -> Config:
 
 def part_data(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out()
-    config, target, replicas = run_config(sizes, device), random_target(sizes, device), mesh.axis("replicas")
+    config, target, replicas = run_config(sizes, device), make_target(sizes, device), mesh.axis("replicas")
     draft = make_draft(SHAPES[sizes.draft], torch.float32, device)
     optimizer = SharedAdamW(draft.trainable(), config.optim, 1000, compute_dtype(device), replicas)
     draft.to(compute_dtype(device))
@@ -182,7 +160,7 @@ def part_target(sizes: Sizes, device: torch.device) -> Work:
 
 def part_capture(sizes: Sizes, device: torch.device) -> Work:
     mesh.lay_out(sequence=mesh.world())
-    target = random_target(sizes, device, mesh.axis("sequence"))
+    target = make_target(sizes, device, mesh.axis("sequence"))
     batch = live_batch(SHAPES[sizes.draft], sizes.document)
     run = (lambda: target.capture_share(batch, 7)) if mesh.world() > 1 else (lambda: target.capture(batch.to(device)))
     return Work(run, sizes.document)

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from bench.timing import RESULTS, append, roof, sustained_matrix_rate
 from bench.work import CHATS
+from fastdraft.cost import peak_flops
 
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, data sheets
 BURST_S = 0.2  # steps of one sample run at least this long together
 RATE = 250e12  # FLOPs a second, to guess beforehand how long a round will take
 PROBE_S = 10.0  # above this guess kernels and synchronisations are not counted, and no round is for warming up
@@ -273,7 +273,7 @@ def rates(model_us: Sequence[float], whole_us: Sequence[float], host_us: Sequenc
         f"gflop_per_{unit}": round(work.flops / n / 1e9, 3),
     }
     if work.device.type == "cuda":
-        peak = peak_flops()
+        peak = peak_flops(work.device)
         row["mfu"] = round(work.flops / seconds / peak, 4) if peak else None
         row["pct_of_gemm"] = round(100 * work.flops / seconds / roof()[1], 1)
         row["pct_of_sustained_gemm"] = round(100 * work.flops / seconds / sustained_matrix_rate(), 1)
@@ -315,8 +315,3 @@ def end(agree: bool) -> None:
             "a peer failed (its traceback is above), or the providers' losses differ by more than rounding (loss_error): "
             "then they did not do the same work"
         )
-
-
-def peak_flops() -> float | None:
-    name = torch.cuda.get_device_name()
-    return next((rate for part, rate in PEAK.items() if part in name), None)

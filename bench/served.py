@@ -43,10 +43,10 @@ import torch
 import yaml
 from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from bench.timing import RESULTS, append
-from bench.work import CHATS, SHAPES
+from bench.work import CHATS, SHAPES, random_target, target_config
 from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, parse_config
 from fastdraft.metrics import read_metrics
@@ -93,30 +93,11 @@ TINY = Sizes(
 
 def write_target(folder: Path, sizes: Sizes, layers: int) -> None:
     """A random Llama, with a tokenizer that knows hardly a word: prompts and documents are ids."""
-    shape = SHAPES[sizes.shape]
-    wide = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    config = LlamaConfig(
-        **(
-            wide
-            if sizes.shape == TINY.shape  # vLLM's attention on a CPU wants heads of 32
-            else {
-                "hidden_size": shape.target_hidden_size,
-                "num_attention_heads": shape.num_attention_heads,
-                "num_key_value_heads": shape.num_key_value_heads,
-                "head_dim": shape.head_dim,
-            }
-        ),
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=layers,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    with torch.device(sizes.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if sizes.dtype == "bf16" else torch.float32)
+    more = {"max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": 0}
+    if sizes.shape == TINY.shape:  # vLLM's attention on a CPU wants heads of 32
+        more |= {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = target_config(SHAPES[sizes.shape], layers, **more)
+    model = random_target(config, torch.bfloat16 if sizes.dtype == "bf16" else torch.float32, sizes.device)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"end": 0, "word": 1}, unk_token="word"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="end", unk_token="word").save_pretrained(folder)

@@ -5,7 +5,7 @@ that fit run interleaved. A sample is a burst of steps without a synchronisation
 that the GPU waits for count. Rows go to bench/results/step.jsonl:
 
 us_per_token, p20, p80   of the whole step; `model_us_per_token` is forward and backward alone
-mfu, pct_of_gemm         `work.model_flops` a second, of forward and backward, over the GPU's dense bf16 peak (PEAK), and
+mfu, pct_of_gemm         `work.model_flops` a second, of forward and backward, over the GPU's peak (`cost.PEAK_FLOPS`), and
                          over what an 8192^3 product reaches in the same process (`timing.roof`);
                          pct_of_sustained_gemm over what two seconds of them do (`timing.sustained_matrix_rate`)
 tokens_per_s, useful_tokens_per_s   all tokens, and those whose step-0 row the loss mask trains on

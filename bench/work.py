@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastdraft.batch import Batch, Features, TargetHead
 from fastdraft.data.pack import pack
@@ -151,6 +151,29 @@ def llama_config(c: DraftConfig, longest: int, **more: Any) -> LlamaConfig:
     )
     config.draft_vocab_size, config.pretraining_tp = c.draft_vocab_size, 1
     return config
+
+
+def target_config(c: DraftConfig, layers: int, **more: Any) -> LlamaConfig:
+    """Of a target as wide as a draft's, with so many layers; `more` are fields that differ, or further ones."""
+    fields = dict(
+        hidden_size=c.target_hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.vocab_size,
+        max_position_embeddings=1 << 20,
+        tie_word_embeddings=False,
+    )
+    return LlamaConfig(**fields | more)
+
+
+def random_target(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The same in every process."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def make_head(config: DraftConfig, dtype: torch.dtype, device: torch.device) -> TargetHead:

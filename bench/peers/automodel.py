@@ -43,11 +43,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.peers import torch_flash
 from bench.timing import append
-from bench.work import CHATS, SHAPES, chat_batches, draft_ids, live_batch, llama_config, make_draft
+from bench.work import (
+    CHATS,
+    SHAPES,
+    chat_batches,
+    draft_ids,
+    live_batch,
+    llama_config,
+    make_draft,
+    random_target,
+    target_config,
+)
 from fastdraft.batch import Batch, Features
 from fastdraft.config import Config, parse_config
 from fastdraft.dist import mesh
@@ -59,23 +68,6 @@ from fastdraft.target.hf import Target
 T = 7
 GIB = 2**30
 PROVIDERS = ("ours", "automodel", "automodel-zigzag")  # ours first: another's hooks stay on the target
-
-
-def random_target(shape: DraftConfig, layers: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=shape.target_hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=1 << 17,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def weighted_mean(
@@ -299,7 +291,7 @@ def main() -> None:
     tree = {"target": {"path": "random"}, "data": {"paths": ["random"]}, "precision": precision}
     tree |= {"optim": {"optimizer": "adamw"}, "loss": {"step_decay": 0.8}}  # which is what Automodel trains with
     config = parse_config(tree, Config)
-    model = random_target(shape, layers, dtype, device)
+    model = random_target(target_config(shape, layers, max_position_embeddings=1 << 17), dtype, device)
     ring_attention = "flash_attn" if importlib.util.find_spec("flash_attn") else "PyTorch's FlashAttention"
     for pack_tokens in [48] if args.tiny else args.pack_tokens:
         if mesh.world() > 1:
