@@ -134,6 +134,14 @@ class ChatTemplate:
         return words if words.strip() and not self.tags.search(words) else ""
 
     @cached_property
+    def opens_block(self) -> bool:
+        """Whether the generation prompt is one opening tag, and no answer has it: a block for reasoning, by whatever name
+        (LongCat: <longcat_think>)."""
+        text = self._probe(EXCHANGE)
+        tag = re.fullmatch(r"\s*(<[^<>/]+>|\[[A-Z_]+\])\s*", self.header)
+        return tag is not None and text is not None and not text.partition(ANSWER)[0].rstrip().endswith(tag[1])
+
+    @cached_property
     def lead(self) -> str:
         """Words that an answer begins with behind the generation prompt (gpt-oss: the name of a channel), without tags."""
         prompt, text = self._probe(EXCHANGE[:1], add_generation_prompt=True), self._probe(EXCHANGE)

@@ -52,6 +52,7 @@ _EMPTY = re.compile(rf"\s*<(?P<tag>{_THINK})>\s*</(?P=tag)>\s*")
 _CLOSES = re.compile(rf"\s*</{_THINK}>")
 _BLOCK = re.compile(rf"<(?P<tag>{_THINK})>\s*(?:</(?P=tag)>\s*)?$")  # either
 _CLOSED = re.compile(rf"</{_THINK}>\s*$")  # and that closes it
+_TAG = re.compile(r"\s*(?P<tag><[^<>/|]+>|\[[A-Z_]+\])(?P<white>\s*)")  # a block's beginning by any name
 
 
 class LeftOut(Exception):
@@ -307,7 +308,8 @@ class Turns:
         bases[:0] = [
             (before + gap.index(base) + len(base), opened)
             for base, opened in self.template.headers
-            if gap.count(base) == 1 and (prompt is None or prompt.endswith(base + opened))
+            if gap.count(base) == 1
+            and (self._leads(gap.partition(base)[2]) if prompt is None else prompt.endswith(base + opened))
         ]
         for start, opened in bases[:1]:
             # What differs from the prompt in white space alone is the prompt's, and no block that the turn lacks. So is
@@ -326,7 +328,7 @@ class Turns:
         # The generation prompt behind a tool's result may be its last block alone (Gemma 4).
         header, words = self.template.header, self.template.words
         blocks = [(opened, True) for _, opened in self.template.headers[1:]]
-        for lacks, blank in ((header, True), *blocks, (words, False)):
+        for lacks, blank in ((header, not self.template.opens_block), *blocks, (words, False)):
             start = len(prompt) - len(lacks) if prompt is not None and lacks.strip() and prompt.endswith(lacks) else -1
             if before <= start <= first and full.startswith(prompt[:start]) and not (blank and full[start:first].strip()):
                 return start, lacks
@@ -338,6 +340,10 @@ class Turns:
             white, end = (text[len(text.rstrip()) :] for text in (gap, asked))
             return first - (len(white) - len(end) if white.startswith(end) else 0), ""
         raise Unproven(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
+
+    def _leads(self, text: str) -> bool:
+        """Whether text between a header and an answer is all that the template sets there, and none of its system prompt."""
+        return self.template.tags.sub("", text).strip() in ("", self.template.lead)
 
     def _words_end(
         self, messages: Sequence[dict], nearest: Occurrence | None, text: str, first: int
@@ -451,7 +457,7 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     if block and thought_end(message) and opened["tag"] != "think":
         raise LeftOut(OTHER_TAG)
     if opened and answer.lstrip().startswith(f"<{opened['tag']}>"):
-        return _opened_once(answer, opened, prompt, full[end:])
+        return _opened_once(answer, f"<{opened['tag']}>", opened["white"], prompt, full[end:])
     twice = block and thought_end(message) and "</think>" in answer[block.end() :]
     raw = None
     if prompt is not None and not template.lead and (twice or (thinks and (block or not located.reasoning))):
@@ -478,10 +484,17 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
             before = prompt[: opened.start()]  # the template writes the answer into the block, and closes it nowhere
             return Turn(before + full[start:], (len(before), len(before) + end - start), unopened=True)
         return Turn(full, (start, end), lost, empty_block=not thinks and bool(empty))
-    whole = located.lacks in (template.header, template.words) and not _OPENED.search(located.lacks)
+    opens = _OPENED.search(located.lacks) or (template.opens_block and located.lacks == template.header)
+    whole = located.lacks in (template.header, template.words) and not opens
     unopened = bool(located.lacks) and not whole and not _closed(located.lacks)
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     first = len(before)
+    if other := _TAG.fullmatch(located.lacks) if unopened and not _OPENED.search(located.lacks) else None:
+        closing = re.escape(f"{other['tag'][0]}/{other['tag'][1:]}")
+        if re.search(rf"(?<![`'\"“‘]){closing}", message["content"]):
+            return _opened_once(answer, other["tag"], other["white"], prompt, full[end:])
+        if template.opens_block and thought_end(message):
+            raise LeftOut(OTHER_TAG)
     if lacked := _OPENED.search(located.lacks) if unopened else None:
         tag = re.escape(lacked["tag"])
         own = re.match(rf"\s*(?:<{tag}>\s*)?</{tag}>\s*", answer)
@@ -491,7 +504,7 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
         if answer.startswith("<think>", at) if own else closes_only:
             if lacked["tag"] != "think":
                 raise LeftOut(OTHER_TAG)
-            return _opened_once(answer[at:], lacked, prompt, full[end:])
+            return _opened_once(answer[at:], f"<{lacked['tag']}>", lacked["white"], prompt, full[end:])
         if own and not thinks:
             first += _without_own_white(message, own)
     if block and not thought_end(message):
@@ -499,10 +512,12 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     return Turn(before + full[start:], (first, len(before) + end - start), lost, unopened=unopened)
 
 
-def _opened_once(said: str, opened: re.Match[str], prompt: str, after: str) -> Turn:
-    """A turn whose content opens the reasoning as the prompt does, which the model did not do again."""
-    said = said.lstrip().removeprefix(f"<{opened['tag']}>")
-    said = said.lstrip() if opened["white"] else said
+def _opened_once(said: str, tag: str, white: str, prompt: str, after: str) -> Turn:
+    """A turn whose content has the reasoning in it, behind a prompt that ends with the block's tag and white space. Where
+    the content opens the block, too, the model did not do that again."""
+    if said.lstrip().startswith(tag):
+        said = said.lstrip().removeprefix(tag)
+        said = said.lstrip() if white else said
     return Turn(prompt + said + after, (len(prompt), len(prompt) + len(said)), raw_reasoning=True)
 
 

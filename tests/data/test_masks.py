@@ -841,6 +841,45 @@ def test_a_block_that_is_all_of_the_generation_prompt(block, shown):
     assert texts == expected and done.unopened == (0 if shown else 2)
 
 
+@pytest.mark.parametrize("tag", ["<longcat_think>", "[THINK]", "<thought>"])
+@pytest.mark.parametrize("header", ["", "<|turn|>assistant:"])
+def test_a_block_by_any_name_that_the_prompt_opens_is_not_left_open_before_an_answer(tag, header):
+    """As LongCat's <longcat_think>, which is all of its generation prompt: the user's turn ends with the header."""
+    closing = f"{tag[0]}/{tag[1:]}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<|turn|>user:' + m.content + 'USER' }}{% else %}{{ 'HEADER' }}"
+        "{% if m.reasoning_content %}{{ 'TAG\\n' + m.reasoning_content + '\\nCLOSING\\n' }}{% endif %}"
+        "{{ m.content }}SYNTAX{{ '<|stop|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'HEADERTAG\\n' }}{% endif %}"
+    ).replace("SYNTAX", SYNTAX)
+    template = template.replace("CLOSING", closing).replace("TAG", tag).replace("HEADER", header)
+    tokenizer = block_tokenizer(template.replace("USER", "" if header else "<|turn|>assistant:"), tag, closing)
+    before = "<|turn|>user:q<|turn|>assistant:"
+    texts, done = marked(tokenizer, chat("q", "yes"))
+    assert texts == [f"{before}[[yes<|stop|>]]"] and done.unopened == 1
+    texts, done = marked(tokenizer, [chat("q")[0], WEATHER[0]])
+    assert texts == [f"{before}[[<call>weatherRome<|stop|>]]"] and done.unopened == 1
+    texts, done = marked(tokenizer, [chat("q")[0], {"role": "assistant", "content": "yes", "reasoning_content": "since"}])
+    assert texts == [f"{before}{tag}\n[[since\n{closing}\nyes<|stop|>]]"] and done.unopened == 0
+    for opens in ("", f"{tag}\n"):
+        texts, done = marked(tokenizer, chat("q", f"{opens}since\n{closing}\nyes"))
+        assert texts == [f"{before}{tag}\n[[since\n{closing}\nyes<|stop|>]]"] and done.unopened == 0
+    texts, done = marked(tokenizer, chat("q", f"It ends with `{closing}`."))
+    assert texts == [f"{before}[[It ends with `{closing}`.<|stop|>]]"] and done.unopened == 1
+
+
+def test_the_generation_prompts_tag_in_the_templates_own_system_prompt_is_not_the_place_of_a_greeting():
+    template = (
+        "{{ 'Write [THINK]your thoughts[/THINK] first.<|turn|>' }}{% for m in messages %}"
+        "{{ m.content + ('<|stop|>' if m.role == 'assistant' else '<|turn|>') }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[THINK]' }}{% endif %}"
+    )
+    tokenizer = block_tokenizer(template, "[THINK]", "[/THINK]")
+    texts, done = marked(tokenizer, [{"role": "assistant", "content": "hello"}, *chat("q", "yes")])
+    assert texts == ["Write [THINK]your thoughts[/THINK] first.<|turn|>hello<|stop|>q<|turn|>[[yes<|stop|>]]"]
+    assert [where for where, _ in done.left_out] == ["f:1, message 1"]
+
+
 # A header that is a tag alone, as DeepSeek's.
 TAG_HEADER = (
     "{% for m in messages %}{{ ('<|ask|>' if m.role == 'user' else '<|head|>') + m.content }}"
