@@ -342,7 +342,7 @@ class Turns:
         raise Unproven(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
 
     def _leads(self, text: str) -> bool:
-        """Whether text between a header and an answer is all that the template sets there, and none of its system prompt."""
+        """Whether text between a header and an answer is all that the template sets there, none of its system prompt."""
         return self.template.tags.sub("", text).strip() in ("", self.template.lead)
 
     def _words_end(
