@@ -11,7 +11,7 @@ from fastdraft import checkpoint
 from fastdraft.config import Config, asks_servers, runs_target
 from fastdraft.features.meta import read_meta
 from fastdraft.model.precision import DTYPES, auto_line, bf16_is_slow, pick_dtype, slow_line
-from fastdraft.target.served.source import served_dtype
+from fastdraft.target.served.feature_server import served_dtype
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

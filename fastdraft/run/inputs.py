@@ -28,7 +28,8 @@ from fastdraft.target.cached import StoreCache
 from fastdraft.target.hf import Target, load_target, load_tokenizer
 from fastdraft.target.identity import begin_store, expected_meta, stop_ids, target_fingerprint
 from fastdraft.target.served.ends import load_ends
-from fastdraft.target.served.source import ServedSource, Wanted
+from fastdraft.target.served.feature_server import Wanted
+from fastdraft.target.served.source import ServedSource
 from fastdraft.target.source import InProcess, Source, ends_of
 from fastdraft.target.stored import StoreReader, check_documents
 

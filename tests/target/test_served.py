@@ -274,7 +274,7 @@ def test_servers_share_the_requests_and_one_that_dies_is_done_without(target_dir
 
 
 def test_no_more_requests_are_in_flight_than_allowed(server, opened, monkeypatch):
-    monkeypatch.setattr("fastdraft.target.served.source.IN_FLIGHT", 3)
+    monkeypatch.setattr("fastdraft.target.served.feature_server.IN_FLIGHT", 3)
     source, now, most = opened(), [], []
 
     def slow(s, handler, body):

@@ -14,7 +14,7 @@ from fastdraft.model.target_config import default_layers, language_config
 from fastdraft.target.hf import load_target_config
 from fastdraft.target.identity import expected_meta
 from fastdraft.target.served.connector import fastdraft_handover
-from fastdraft.target.served.source import is_tested, tested
+from fastdraft.target.served.feature_server import is_tested, tested
 
 SHARED_MEMORY = "/dev/shm"
 # What the command sets itself, and what would make the served model another than the files say or take a check away.

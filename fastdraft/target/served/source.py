@@ -6,9 +6,9 @@ there is a GPU), sent to the device on a stream of its own, and split there into
 that the target's own norm makes f. A thread with an event loop does this for the packs to come, at most `AHEAD` of which
 are under way.
 
-What a server says of itself is compared with the run before the first step and again after each restart, and a few probes
-prove that its states and this process's head give its own log-probabilities. A failed request is tried again, at another
-server if there is one, until nothing has come for `timeout_s`.
+What a server says of itself (`feature_server.py`) is compared with the run before the first step and again after each
+restart, and a few probes prove that its states and this process's head give its own log-probabilities. A failed request is
+tried again, at another server if there is one, until nothing has come for `timeout_s`.
 
 # N packed tokens, S states that a server hands over, K layers that the draft reads, Ht target hidden
 """
@@ -22,11 +22,9 @@ import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
 import torch
 from torch import Tensor
 
@@ -34,71 +32,28 @@ from fastdraft.batch import Batch, Features
 from fastdraft.model.precision import DTYPES
 from fastdraft.target.served.connector.fastdraft_handover import read_server, remove_dead
 from fastdraft.target.served.ends import FileEnds
+from fastdraft.target.served.feature_server import (
+    About,
+    FeatureServer,
+    Wanted,
+    answer_of,
+    complete,
+    describe,
+    open_server,
+    refuse_other_server,
+)
 from fastdraft.target.served.links import Connection, Link, NotYet, Place, SharedMemory
 from fastdraft.target.source import Source
 
-TESTED = ("0.26", "0.32")  # vLLM's versions whose connector interface and cache layout this was run with, and their patches
 AHEAD = 2  # packs under way or waiting to be trained on
-IN_FLIGHT = 64  # requests at a time for each server
-CONNECT_S = 10.0
 LONGEST_WAIT_S = 30.0  # between two attempts
 PROBES = 8
 ANSWERS, ANSWER_TOKENS = 4, 32  # that are drawn to compare their states with those of the same ids as a document
 SAME = 0.3  # of a row's size: what other kernels may change in bf16; a row of another token is off by about 1
 TOP = 5  # log-probabilities compared of each probe
 NEAR = 0.02  # of the largest logit: what bf16 may change, as for a target in this process
-NAMES = {"bfloat16": "bf16", "float32": "fp32"}
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class About:
-    """What a server says of itself."""
-
-    instance: str
-    folder: str
-    vllm: str
-    weights: str  # `checkpoint_fingerprint` of the files that it was started with
-    config: str  # hash of their config.json
-    boundaries: tuple[int, ...]  # b: the state that enters layer b, which is the output of layer b - 1; ascending
-    hidden_size: int
-    dtype: str  # bfloat16 or float32, PyTorch's name
-    max_model_len: int
-    states_port: int | None  # where it hands states over to other hosts; None: nowhere
-    token: str | None  # that it takes there
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a run needs its servers to be."""
-
-    weights: str
-    config: str
-    layers: tuple[int, ...]  # outputs from 0
-    num_layers: int  # of the target
-    hidden_size: int
-    dtype: str  # bf16 or fp32
-    max_length: int  # tokens of the longest document
-
-    @property
-    def boundaries(self) -> list[int]:
-        """Those of `About.boundaries` that it reads."""
-        return sorted({layer + 1 for layer in self.layers} | {self.num_layers})
-
-
-@dataclass
-class FeatureServer:
-    url: str  # without /v1
-    client: httpx.AsyncClient
-    model: str = ""
-    about: About | None = None  # None: it was restarted, and is compared again before its states are used
-    link: Link | None = None  # how its states come here
-    busy: int = 0  # requests of this process
-    failures: int = 0  # since the last answer
-    resting_until: float = 0.0  # time.monotonic()
-    comparing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))
 
 
 @dataclass(frozen=True)
@@ -114,101 +69,6 @@ class AskedAnswer:
     def fields(self) -> dict[str, Any]:
         """What the request needs for it, besides what it asks."""
         return {"kv_transfer_params": {"states": self.name, "answer": True}, "return_token_ids": True}
-
-
-async def open_server(url: str, api_key: str | None, timeout_s: float) -> FeatureServer:
-    """Asks a server what it is. ValueError when it cannot be reached or was not started by `serve-target`."""
-    base = url.rstrip("/").removesuffix("/v1")
-    if not base.startswith(("http://", "https://")):
-        raise ValueError(f"target.url {url!r} is no server's address; write http://host:port")
-    if api_key and not (api_key.isascii() and api_key.isprintable()):
-        raise ValueError("OPENAI_API_KEY holds what no header may, such as the end of a line; set it again")
-    client = httpx.AsyncClient(
-        base_url=base,
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT),
-        timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s)),
-        trust_env=False,  # no proxy stands between a trainer and the server beside it
-    )
-    server = FeatureServer(base, client)
-    try:
-        server.model = (await _answer(server, "/v1/models"))["data"][0]["id"]
-        server.about = await describe(server)
-    except NotYet as error:
-        raise ValueError(f"{error}; start it with `fastdraft serve-target`, and wait until it is ready") from error
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{base} does not answer as vLLM does ({error!r}); is it the right address?") from error
-    return server
-
-
-async def describe(server: FeatureServer) -> About:
-    """What a server says of itself now. NotYet when it does not answer, ValueError when it is none of `serve-target`."""
-    answer = await _complete(server, [0], {"kv_transfer_params": {"describe": True}})
-    told = answer.get("kv_transfer_params")
-    try:
-        return About(
-            **{name: told[name] for name in About.__dataclass_fields__} | {"boundaries": tuple(told["boundaries"])}
-        )
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"{server.url} hands over no states: it was not started by this version of `fastdraft serve-target`"
-        ) from None
-
-
-def served_dtype(url: str, timeout_s: float) -> str:
-    """bf16 or fp32, as a server runs its target. ValueError as for `open_server`, or for another dtype."""
-
-    async def ask() -> About:
-        server = await open_server(url, os.environ.get("OPENAI_API_KEY"), timeout_s)
-        await server.client.aclose()
-        return server.about
-
-    return _named(asyncio.run(ask()).dtype, url)
-
-
-def is_tested(version: str) -> bool:
-    return any(version == minor or version.startswith(f"{minor}.") for minor in TESTED)
-
-
-def tested() -> str:
-    return " and ".join(f"{minor}.*" for minor in TESTED)
-
-
-def refuse_other_server(url: str, about: About, wanted: Wanted) -> None:
-    """ValueError with one sentence on the first thing in which a server is not what the run needs."""
-    if not is_tested(about.vllm):
-        raise ValueError(
-            f"{url} runs vLLM {about.vllm}; states are read only from the versions that this was tested with, {tested()}"
-        )
-    for name, ours, theirs in (("config.json", wanted.config, about.config), ("weights", wanted.weights, about.weights)):
-        if ours != theirs:
-            raise ValueError(
-                f"{url} serves another model or revision than target.path: its {name} has the fingerprint {theirs}, "
-                f"target.path's {ours}; serve the target of this run, or set target.path to the one that is served"
-            )
-    if (dtype := _named(about.dtype, url)) != wanted.dtype:
-        raise ValueError(
-            f"{url} runs the target in {dtype}, and target.dtype is {wanted.dtype}; start it with --dtype "
-            f"{next(k for k, v in NAMES.items() if v == wanted.dtype)}, or set target.dtype={dtype} for a new run"
-        )
-    if about.hidden_size != wanted.hidden_size or not set(wanted.boundaries) <= set(about.boundaries):
-        layers = ",".join(map(str, wanted.layers))
-        raise ValueError(
-            f"{url} hands over the states at the boundaries {list(about.boundaries)}, {about.hidden_size} wide, and this "
-            f"run reads those at {wanted.boundaries}, {wanted.hidden_size} wide; start it with --layers {layers}"
-        )
-    if about.max_model_len <= wanted.max_length:
-        raise ValueError(
-            f"{url} takes {about.max_model_len} tokens with the one it generates, and documents have up to "
-            f"{wanted.max_length}; start it with --max-model-len {wanted.max_length + 1}, or set "
-            f"data.max_length={about.max_model_len - 1} or less"
-        )
-
-
-def _named(dtype: str, url: str) -> str:
-    if dtype not in NAMES:
-        raise ValueError(f"{url} runs the target in {dtype}; start it with --dtype bfloat16 or float32")
-    return NAMES[dtype]
 
 
 class ServedSource(Source):
@@ -385,7 +245,7 @@ class ServedSource(Source):
         whole = rows if states == rows.shape[1] else rows.new_empty(len(rows), states, rows.shape[2])
         link.expect(name, Place(whole))
         try:
-            answer = await _complete(server, ids, {"kv_transfer_params": {"states": name}, **more})
+            answer = await complete(server, ids, {"kv_transfer_params": {"states": name}, **more})
             _refuse_restarted(server, about, answer)
             if (said := answer["usage"]["prompt_tokens"]) != len(ids):
                 raise ValueError(
@@ -528,7 +388,7 @@ class ServedSource(Source):
         count = min(ANSWER_TOKENS, self.wanted.max_length - len(ids))
         body = {"model": server.model, "prompt": ids, "max_tokens": count, "ignore_eos": True, **sampling, **asked.fields}
         try:
-            answer = await _answer(server, "/v1/completions", body)
+            answer = await answer_of(server, "/v1/completions", body)
         except (NotYet, ValueError):
             asked.link.forget(asked.name)
             raise
@@ -595,33 +455,3 @@ def _refuse_restarted(server: FeatureServer, about: About, answer: dict[str, Any
 
 def _far(server: FeatureServer) -> str:
     return f", states over TCP from {server.link.place}" if isinstance(server.link, Connection) else ""
-
-
-async def _complete(server: FeatureServer, ids: list[int], more: dict[str, Any]) -> dict[str, Any]:
-    """One request for one token after `ids`. NotYet where it may go better later, ValueError where it will not."""
-    body = {"model": server.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "detokenize": False, **more}
-    return await _answer(server, "/v1/completions", body)
-
-
-async def _answer(server: FeatureServer, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    try:
-        sent = server.client.get(path) if body is None else server.client.post(path, json=body)
-        response = await sent
-    except httpx.TimeoutException as error:
-        raise NotYet(f"{server.url} did not answer in time ({type(error).__name__})") from error
-    except httpx.HTTPError as error:
-        raise NotYet(f"{server.url} cannot be reached ({type(error).__name__}: {error})") from error
-    if response.status_code == 200:
-        with suppress(ValueError):
-            if isinstance(answer := response.json(), dict):
-                return answer
-        raise NotYet(f"{response.url} does not answer with JSON, but {response.text[:100]!r}")
-    said = " ".join(response.text.split())[:300]
-    with suppress(ValueError, KeyError, TypeError):
-        said = " ".join(str(response.json()["error"]["message"]).split())[:300]
-    sentence = f"{response.url}: HTTP {response.status_code}: {said}"
-    if response.status_code in (401, 403):
-        raise ValueError(f"{sentence}; set the environment variable OPENAI_API_KEY to the server's key")
-    if response.status_code in (408, 409, 425, 429) or response.status_code >= 500:
-        raise NotYet(sentence)
-    raise ValueError(sentence)
