@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from drafting import One
-from small_drafts import dflash_shape, small_dflash
+from small_drafts import dflash_shape, dspark_shape, small_dflash, small_dflash2, small_dspark
 
 from fastdraft.model.dflash.propose import BlockDrafter, refuse_settings
 from fastdraft.model.dflash.ref import block_states_ref
+from fastdraft.model.methods import method_of
 from fastdraft.model.proposal import DecodeSettings, probabilities
 
 SLIDING = dict(num_hidden_layers=3, layer_types=("sliding_attention", "full_attention", "sliding_attention"))
@@ -49,16 +52,20 @@ def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
     assert bool((counts[proposal.q == 0] == 0).all())
 
 
+EVERY = {name: partial(small_dflash, **shape) for name, shape in SHAPES.items()}
+EVERY |= {"dspark": small_dspark, "dflash2": small_dflash2}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_blocks_of_several_sequences_are_each_ones_own(shape, temperature):
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_blocks_of_several_sequences_are_each_ones_own(make, temperature):
     """Sequences of other lengths, one of which ends, and depths of their own, over several rounds."""
-    case, settings = small_dflash((23,), **shape), DecodeSettings(num_steps=4, temperature=temperature)
-    ids, g = case.batch.input_ids, case.features.g
-    alone = [One(BlockDrafter(case.draft, case.head, 1, 40)) for _ in range(3)]
+    case, settings = make((23,)), DecodeSettings(num_steps=4, temperature=temperature)
+    ids, g, drafter = case.batch.input_ids, case.features.g, method_of(case.draft).drafter
+    alone = [One(drafter(case.draft, case.head, 1, 40)) for _ in range(3)]
     single = [torch.Generator().manual_seed(row) for row in range(3)]
     many = [torch.Generator().manual_seed(row) for row in range(3)]
-    together, rows = BlockDrafter(case.draft, case.head, 3, 40), [0, 1, 2]
+    together, rows = drafter(case.draft, case.head, 3, 40), [0, 1, 2]
     done = [0, 0, 0]
     with torch.no_grad():
         for counts, depths in (((5, 1, 9), (4, 4, 4)), ((1, 3, 2), (4, 2, 3)), ((5, 1), (1, 3))):
@@ -84,10 +91,10 @@ def test_blocks_of_several_sequences_are_each_ones_own(shape, temperature):
                     torch.testing.assert_close(ours.q[place, :count], proposal.q, rtol=1e-9, atol=1e-12)
 
 
-def test_what_a_block_cannot_do_is_refused():
-    c = dflash_shape()
-    with pytest.raises(ValueError, match="num_steps 5 is more than the 4 tokens"):
-        refuse_settings(c, DecodeSettings(num_steps=5))
-    with pytest.raises(ValueError, match="a chain, not a tree of eagle_topk 2"):
-        refuse_settings(c, DecodeSettings(num_steps=3, eagle_topk=2))
-    refuse_settings(c, DecodeSettings(num_steps=4))
+@pytest.mark.parametrize("shape, title, most", [(dflash_shape(), "DFlash", 4), (dspark_shape(), "DSpark", 5)])
+def test_what_a_block_cannot_do_is_refused(shape, title, most):
+    with pytest.raises(ValueError, match=f"num_steps {most + 1} is more than the {most} tokens"):
+        refuse_settings(shape, DecodeSettings(num_steps=most + 1))
+    with pytest.raises(ValueError, match=f"a {title} draft proposes a chain, not a tree of eagle_topk 2"):
+        refuse_settings(shape, DecodeSettings(num_steps=3, eagle_topk=2))
+    refuse_settings(shape, DecodeSettings(num_steps=most))

@@ -22,33 +22,6 @@ def scores_by_hand(case, state, before):
     return out
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_sequences_together_draft_what_each_drafts_alone(temperature):
-    """Of other lengths and depths, with a generator each, round after round."""
-    case = small_dflash2(lengths=(23, 17))
-    settings = DecodeSettings(num_steps=4, temperature=temperature)
-    texts = [(case.batch.input_ids[part], case.features.g[part]) for part in (slice(0, 23), slice(23, 40))]
-    alone = [One(SelectorDrafter(case.draft, case.head, 1, 30)) for _ in texts]
-    together = SelectorDrafter(case.draft, case.head, 2, 30)
-    own, shared = ([torch.Generator().manual_seed(seed) for seed in (5, 6)] for _ in range(2))
-    done = [0, 0]
-    with torch.no_grad():
-        for roots, depths in (((9, 4), [4, 2]), ((12, 5), [1, 3]), ((20, 14), [4, 4])):
-            counts = [root - at for root, at in zip(roots, done, strict=True)]
-            ids = torch.zeros(2, max(counts), dtype=torch.int64)
-            g = torch.zeros(2, max(counts), texts[0][1].shape[1], dtype=torch.float64)
-            for k, (tokens, states) in enumerate(texts):
-                ids[k, : counts[k]] = tokens[done[k] + 1 : roots[k] + 1]
-                g[k, : counts[k]] = states[done[k] : roots[k]]
-            found = together.propose(ids, g, counts, depths, settings, shared)
-            for k, depth in enumerate(depths):
-                want = alone[k].propose(ids[k, : counts[k]], g[k, : counts[k]], depth, settings, own[k])
-                assert torch.equal(found.tokens[k, :depth], want.tokens) and found.counts[k] == depth
-                if temperature:
-                    torch.testing.assert_close(found.q[k, :depth], want.q, rtol=1e-9, atol=1e-12)
-            done = list(roots)
-
-
 @pytest.mark.parametrize("labels", ["fill_in", "shifted"])
 def test_a_greedy_walk_is_the_definition(labels):
     case = small_dflash2(lengths=(23,), labels=labels)

@@ -7,7 +7,6 @@ import torch
 from drafting import One
 from small_drafts import dspark_shape, small_dspark
 
-from fastdraft.model.dflash.propose import refuse_settings
 from fastdraft.model.dflash.ref import block_states_ref
 from fastdraft.model.dspark.propose import MarkovDrafter
 from fastdraft.model.proposal import DecodeSettings, probabilities
@@ -55,15 +54,6 @@ def test_sampled_tokens_are_drawn_from_the_q_that_is_given():
     law = first[:, None] * second
     assert float((pairs / rounds - law).abs().max()) < 4 * (0.25 / rounds) ** 0.5
     assert bool((pairs[law == 0] == 0).all()) and int((law > 0).sum()) > 4
-
-
-def test_what_a_block_cannot_do_is_refused():
-    c = dspark_shape()
-    with pytest.raises(ValueError, match="num_steps 6 is more than the 5 tokens"):
-        refuse_settings(c, DecodeSettings(num_steps=6))
-    with pytest.raises(ValueError, match="a DSpark draft proposes a chain, not a tree"):
-        refuse_settings(c, DecodeSettings(num_steps=3, eagle_topk=2))
-    refuse_settings(c, DecodeSettings(num_steps=5))
 
 
 def test_heads_that_are_not_made_are_named():
