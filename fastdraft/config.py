@@ -147,6 +147,13 @@ class OptimConfig(Section):
     def momentum(self) -> float:
         return 0.95 if self.muon_momentum is None else self.muon_momentum
 
+    def named(self) -> OptimConfig:
+        """With what is left open named, but Muon's weights, which are a draft's (`run/draft.py` `named_optim`)."""
+        own = {"wsd_decay": self.decay_share} if self.schedule == "wsd" else {}
+        if self.optimizer == "muon":
+            own |= {"muon_lr": self.muon_rate, "muon_momentum": self.momentum}
+        return self.model_copy(update=own)
+
 
 class CheckpointConfig(Section):
     every: int = Field(500, gt=0)  # optimizer steps

@@ -297,6 +297,7 @@ class TrainingRun:
         free_disk(self.run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
         state = {"step": step, "loader": self.ahead.state_dict(), "target": self.source.ends.fingerprint}
         state |= {"draft": self.draft.config.model_dump(), "config": self.config.model_dump()}
+        state["chosen"] = left_open(self.config, self.draft)
         self.writer.save(tensors, state)
         self.saved = step
 
@@ -370,7 +371,7 @@ def resume(
         tensors, failure = {name: tensor.clone() for name, tensor in live.items()}, None
         try:
             saved = checkpoint.read_state(path)
-            refuse_other_run(saved, config, fingerprint, draft.config, optimizer.grad.device)
+            refuse_other_run(saved, config, fingerprint, draft, optimizer.grad.device)
             whole = checkpoint.load_tensors(saved, tensors, "rng.cuda", share=(mesh.rank(), mesh.world()))
         except checkpoint.Unreadable as error:
             failure = str(error)
@@ -402,7 +403,7 @@ def held_out_tau(run_dir: Path, step: int) -> float | None:
 
 
 def refuse_other_run(
-    saved: checkpoint.Saved, config: Config, fingerprint: str, shape: BaseModel, device: torch.device
+    saved: checkpoint.Saved, config: Config, fingerprint: str, draft: nn.Module, device: torch.device
 ) -> None:
     served, was_served = (name.startswith(FILES) for name in (fingerprint, saved.state["target"]))
     if served != was_served:
@@ -419,12 +420,14 @@ def refuse_other_run(
         )
     settings = saved_config(saved)
     method = named_method(settings.draft.method)
-    draft = method.shape.model_validate(saved.state["draft"])  # what is new has its default
+    shape = method.shape.model_validate(saved.state["draft"])  # what is new has its default
     then = dotted(method.settled(settings).model_dump(mode="json"))
-    then |= dotted({"draft's shape": draft.model_dump(mode="json")})
+    then |= dotted({"draft's shape": shape.model_dump(mode="json")})
     then |= saved_dtypes(saved.state["config"], device)
+    # A checkpoint of before 2026-11-28 does not hold what was chosen, which was what is chosen today.
+    then |= saved.state.get("chosen") or left_open(settings, draft)
     now = dotted(named_method(config.draft.method).settled(config).model_dump(mode="json"))
-    now |= dotted({"draft's shape": shape.model_dump(mode="json")})
+    now |= dotted({"draft's shape": draft.config.model_dump(mode="json")}) | left_open(config, draft)
     changed = [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(now.keys() | then.keys())
@@ -444,6 +447,15 @@ def started_with(config: Config, fresh: bool) -> dict[str, Any]:
     code = [(str(p.relative_to(package)), file_checksum(p)) for p in sorted(package.rglob("*.py"))]
     versions = {"PyTorch": torch.__version__, "transformers": transformers.__version__}
     return settings | versions | {"--fresh": fresh, "fastdraft's code": json_checksum(code)}
+
+
+def left_open(config: Config, draft: nn.Module) -> dict[str, Any]:
+    """The settings that a config leaves open, by name, as its method and optimizer choose them. A checkpoint holds them,
+    since a later version may choose otherwise, and the run would go on as another."""
+    settled = named_method(config.draft.method).settled(config)
+    chosen = dotted(settled.model_copy(update={"optim": named_optim(config, draft).named()}).model_dump(mode="json"))
+    given = dotted(config.model_dump(mode="json"))
+    return {name: value for name, value in chosen.items() if given[name] is None and value is not None}
 
 
 def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

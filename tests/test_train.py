@@ -29,12 +29,14 @@ from fastdraft import checkpoint, cli
 from fastdraft import train as training
 from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
+from fastdraft.config import OptimConfig
 from fastdraft.data.loader import Ahead, Loader
 from fastdraft.metrics import read_metrics
+from fastdraft.model.dflash import OWN_LOSS
 from fastdraft.model.eagle3 import serving, start
 from fastdraft.model.eagle3.draft import SURE
 from fastdraft.model.eagle3.ref import attention_ref
-from fastdraft.model.methods import named_method
+from fastdraft.model.methods import METHODS, named_method
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.finished import export_run, open_run
 from fastdraft.run.inputs import load_data
@@ -516,6 +518,25 @@ def test_a_run_goes_on_whose_checkpoint_has_an_older_default_that_its_method_doe
     assert train(make_config(**{"loss.step_decay": 0.8})).steps == 6
     with pytest.raises(ValueError, match=r"Changed: loss\.step_decay: 0\.8 -> 0\.6$"):
         train(make_config(**{"loss.step_decay": 0.6}))
+
+
+def test_a_run_does_not_go_on_with_what_a_later_version_would_choose_where_its_config_leaves_it_open(
+    make_config, monkeypatch
+):
+    changes = {"draft": {"method": "dflash2"}, "ttt_length": 7, "optim.schedule": "wsd", "max_steps": 2}
+    taken_back = {"optim.muon_lr": 0.04, "optim.wsd_decay": 0.2, "block.loss": "ce"}
+    train(make_config(**changes))
+    monkeypatch.setattr(OptimConfig, "MUON_TIMES", 8)
+    monkeypatch.setattr(OptimConfig, "decay_share", 0.3)
+    monkeypatch.setitem(OWN_LOSS, "dflash2", "dpace")
+    with pytest.raises(
+        ValueError, match=r"Changed: block\.loss: ce -> dpace; optim\.muon_lr: 0\.04 -> 0\.08; .*decay: 0.2"
+    ):
+        train(make_config(**changes))
+    assert train(make_config(**changes, **taken_back)).steps == 2
+    monkeypatch.setitem(METHODS, "dflash2", named_method("dflash2")._replace(tables=()))
+    with pytest.raises(ValueError, match=r"Changed: optim\.muon_weights: \[.*\] -> \[.*codebook"):
+        train(make_config(**changes, **taken_back))
 
 
 @pytest.mark.parametrize(
