@@ -79,9 +79,11 @@ def train_briefly(
 
 
 def block_run(tree: dict, folder: Path, method: str) -> Path:
-    """Writes the settings of `tree`, changed in place to a run of the method, and returns the file."""
-    del tree["ttt_length"]
-    tree["draft"] = {"method": method, "overrides": OVERRIDES[method]}
+    """Writes the settings of `tree`, changed in place to a run of the method, and returns the file. Those of EAGLE-3 are
+    left as they are."""
+    if method != "eagle3":
+        del tree["ttt_length"]
+        tree["draft"] = {"method": method, "overrides": OVERRIDES[method]}
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     return folder / "run.yaml"
 

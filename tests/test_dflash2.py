@@ -74,31 +74,6 @@ def test_a_dflash_export_is_one_to_start_from(run_yaml, runs, tmp_path):
     assert found["dflash20"]["loss"] > found["dflash0"]["loss"] + 0.1
 
 
-@pytest.mark.parametrize("change", ["precision=bf16", "block.loss=dpace", "block.loss=kl", "chunk_rows=3"])
-def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
-    runs("train", run_yaml, change, "max_steps=3")
-    assert losses(tmp_path / "run")[-1]["step"] == 3
-    assert "a0" in losses(tmp_path / "run")[0]
-
-
-REFUSED = {
-    "draft.overrides.conv_group_size=12": "conv_group_size 12 is no power of two",
-    "draft.overrides.conv_group_size=64": "conv_group_size 64 does not divide hidden_size 32",
-    "draft.overrides.conv_kernel_size=6": "conv_kernel_size 6 is more than the 5 rows of a block",
-    "draft.overrides.selector_top_k=1": "selector_top_k: ",
-    "draft.overrides.selector_rank=0": "selector_rank: ",
-    "draft.overrides.draft_vocab_size=64": "a DFlash2 draft has no draft_vocab_size",
-    "draft.overrides.selector=3": "draft setting 'selector' does not exist; the nearest is 'selector_",
-    "block.selector_alpha=-1": "block.selector_alpha",
-    "ttt_length=3": "ttt_length 3 is EAGLE-3's",
-}
-
-
-@pytest.mark.parametrize("change", REFUSED)
-def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
-    assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
-
-
 def test_muon_steps_all_matrices_but_the_codebooks(run_yaml, runs, tmp_path):
     muon = "optim.optimizer=muon"
     runs("train", run_yaml, muon, "max_steps=2")

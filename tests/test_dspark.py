@@ -7,11 +7,9 @@ import json
 import pytest
 import yaml
 from safetensors.torch import load_file
-from small_blocks import OVERRIDES, block_run, decode_all_ways, train_stop_and_resume
+from small_blocks import block_run, decode_all_ways, train_stop_and_resume
 from small_runs import losses
 from tiny import refusal, write_chats
-
-BLOCKS = OVERRIDES["dspark"]
 
 
 @pytest.fixture
@@ -60,32 +58,6 @@ def test_a_draft_goes_through_the_commands(run_yaml, runs, target_dir, tmp_path)
     warm = ("draft.overrides={}", f"draft.init_from={out}", f"run_dir={tmp_path / 'warm'}", "optim.lr=1e-5")
     runs("train", run_yaml, *warm)
     assert losses(tmp_path / "warm")[0]["loss"] < trained[0]["loss"] - 0.1
-
-
-@pytest.mark.parametrize("change", ["precision=bf16", "block.l1_weight=0", "chunk_rows=3"])
-def test_other_settings_train_too(change, run_yaml, runs, tmp_path):
-    runs("train", run_yaml, change, "max_steps=3")
-    assert losses(tmp_path / "run")[-1]["step"] == 3
-
-
-REFUSED = {
-    "draft.overrides.labels=fill_in": "labels: ",
-    "draft.overrides.markov_head_type=gated": "a Markov head of type 'gated' is not made here",
-    "draft.overrides.markov_rank=0": "markov_rank: ",
-    "draft.overrides.markov_rnk=4": "draft setting 'markov_rnk' does not exist; the nearest is 'markov_rank'",
-    "draft.overrides.draft_vocab_size=64": "a DSpark draft has no draft_vocab_size",
-    "draft.overrides.mask_token_id=2": "mask_token_id 2 is the target's eos and pad token",
-    "block.loss=kl": "block.loss is DFlash and DFlash2's, and draft.method is dspark",
-    "block.dpace_alpha=0.2": "block.dpace_alpha is DFlash and DFlash2's",
-    "block={ce_weight: 0, l1_weight: 0}": "block.ce_weight and block.l1_weight are both 0",
-    "block.confidence_weight=0": "block.confidence_weight",
-    "loss.kind=lk_alpha": "the section loss is EAGLE-3's; a DSpark draft's loss is in the section block",
-}
-
-
-@pytest.mark.parametrize("change", REFUSED)
-def test_what_does_not_fit_is_one_sentence(change, run_yaml, fastdraft):
-    assert REFUSED[change] in refusal(fastdraft("train", run_yaml, change))
 
 
 def test_a_run_is_kept_under_its_methods_name(run_yaml):

@@ -167,14 +167,8 @@ def run_yaml(tree, tmp_path) -> Path:
     return tmp_path / "run.yaml"
 
 
-def test_a_second_method_goes_through_the_unchanged_commands(linear, run_yaml, target_dir, tmp_path, fastdraft):
+def test_a_second_method_goes_through_the_unchanged_commands(linear, run_yaml, target_dir, tmp_path, runs):
     run, prompts = tmp_path / "run", write_chats(tmp_path / "prompts.jsonl", 4, turns=1)
-
-    def runs(*arguments) -> str:
-        code, out, err = fastdraft(*arguments)
-        assert code == 0, out + err
-        return out
-
     assert "vocab_size" in runs("init", target_dir, "--method", "linear")
     assert "the product" in runs("train", run_yaml, "--plan")
     assert "takes nothing from its target" in runs("train", run_yaml, "max_steps=60", "optim.lr=0.02")

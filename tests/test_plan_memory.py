@@ -29,10 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["eagle3", *OVERRIDES])
 def run_yaml(request, tree, tmp_path):
-    if request.param != "eagle3":
-        return block_run(tree, tmp_path, request.param)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "run.yaml"
+    return block_run(tree, tmp_path, request.param)
 
 
 def advised(line: str) -> list[str]:

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from small_blocks import OVERRIDES, block_run
 from tiny import refusal, save_target
@@ -27,10 +26,7 @@ def other(tmp_path_factory):
 @pytest.fixture(params=["eagle3", *OVERRIDES])
 def run_yaml(request, tree, tmp_path):
     tree["max_steps"] = 1
-    if request.param != "eagle3":
-        return block_run(tree, tmp_path, request.param)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    return tmp_path / "run.yaml"
+    return block_run(tree, tmp_path, request.param)
 
 
 def test_each_command_says_whose_draft_it_is(run_yaml, runs, fastdraft, target_dir, other, tmp_path):
