@@ -1,5 +1,7 @@
 """Every examples/*.yaml loads, and gives the intended draft for its target's published shape."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -184,3 +186,21 @@ def test_dspark_draft_of_example(name: str, target: dict, mask: int):
     heads = 2 * target["vocab_size"] * 256 + 4096 + 256 + 1
     assert draft.num_parameters()["trainable"] == plain.num_parameters()["trainable"] + heads
     assert config.draft.method == "dspark" and config.run_dir == f"runs/{name}-dspark"
+
+
+@pytest.mark.parametrize("cores", [{"SLURM_CPUS_PER_TASK": "96"}, {}], ids=["cores named", "none named"])
+def test_the_slurm_script_starts_one_torchrun_on_each_host(tmp_path, cores):
+    """With what Slurm tells a batch script, and its two commands played."""
+    for name, does in {"scontrol": "echo gpu7; echo gpu8", "srun": 'printf "%s\\n" "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    told = {"SLURM_JOB_NODELIST": "gpu[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "12", **cores}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **told}
+    script = [EXAMPLES / "fleet/slurm.sh", "run.yaml", "optim.lr=2e-4"]
+    called = subprocess.check_output(["bash", *script], env=environment, text=True).splitlines()
+    srun, torchrun = called[: called.index("torchrun")], " ".join(called[called.index("torchrun") :])
+    assert srun == ["--kill-on-bad-exit=1", *(f"--cpus-per-task={n}" for n in cores.values())]
+    assert torchrun == (
+        "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id 12 "
+        "--rdzv-endpoint gpu7:29500 -m fastdraft.cli train run.yaml optim.lr=2e-4"
+    )

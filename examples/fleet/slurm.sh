@@ -19,7 +19,8 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
-exec srun --kill-on-bad-exit=1 torchrun \
+# Since Slurm 22.05 srun takes no --cpus-per-task from sbatch: all processes of a host would share one core.
+exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${GPUS:-8}" \
     --max-restarts 3 \
