@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -64,6 +65,7 @@ FREE_BETWEEN_HOSTS = (
 )
 
 WRITE_FAILED = 256  # above all numbers of signals
+STOP_S = 20.0  # after a signal, in which servers may still give a pack's states: torchrun kills after 30
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,14 @@ class TrainingRun:
             stack.callback(self.data.stream.close)
         self.metrics = None
         self.say: Callable[[str], None] = lambda line: None
+        self.source.while_waiting = ends_waiting(self.stop)
         if mesh.is_rank_0():
             write_run_files(config, self.draft.config)
             going_on = self.first_step or None
             metrics = Metrics(self.run_dir, config.metrics, self.total_steps, going_on, config.model_dump())
             self.metrics = stack.enter_context(metrics)
             self.say = metrics.say  # no method of the run: the writer, which keeps it, would keep the run's memory
+            self.source.say = self.say
             for line in self.messages:
                 self.say(line)
         stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
@@ -556,6 +560,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.number: int | None = None
+        self.since = math.inf  # time.monotonic() of the signal
         self._process = os.getpid()
         self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -565,7 +570,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.number = number
+        self.number, self.since = number, time.monotonic()
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != self._process:
             signal.raise_signal(number)
@@ -577,6 +582,21 @@ class StopSignal:
         of_all = mesh.largest(WRITE_FAILED * failed + (self.number or 0))
         self.failed, self.number = of_all >= WRITE_FAILED, of_all % WRITE_FAILED or None
         return self.number is not None
+
+
+def ends_waiting(stop: StopSignal) -> Callable[[float], None]:
+    """What a process does each second while servers keep it waiting for states: it raises StoppedEarly where a signal came
+    and the step cannot be ended in time."""
+
+    def look(seconds: float) -> None:
+        if stop.number is not None and min(seconds, time.monotonic() - stop.since) > STOP_S:
+            raise StoppedEarly(
+                stop.number,
+                f"{signal.Signals(stop.number).name} came, and no server of target.url gave states for {STOP_S:g} s more, "
+                "so the step under way was not ended; what came after the last checkpoint is lost",
+            )
+
+    return look
 
 
 def write_run_files(config: Config, draft: BaseModel) -> None:

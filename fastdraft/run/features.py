@@ -64,6 +64,7 @@ def capture_features(
         holders = None
         if served:
             source = open_served(config, shape.layers, device, widened=False)
+            source.say = say
         else:
             holders, told = choose_holders(config, device)
             source = InProcess(open_target(config, shape.layers, device, holders))

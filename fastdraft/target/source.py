@@ -5,6 +5,8 @@ Training speaks to one `Source` and does not know which it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastdraft.batch import Batch, Ends, Features
 from fastdraft.target.hf import Target
 from fastdraft.target.identity import target_fingerprint
@@ -18,6 +20,10 @@ class Source:
     notes: list[str]  # what to tell the user before the first step
     gives_share = False  # whether `capture` gives what this process owns (`Target.capture_share`), not the whole pack's
     waited = 0.0  # seconds that `capture` kept its caller for what had been announced; the caller sets it back
+    # What the caller may set. Tells the user something while a run goes on, from any thread:
+    say: Callable[[str], None] = staticmethod(lambda line: None)
+    # Is called each second while `capture` waits for servers, with the seconds so far. What it raises ends the wait:
+    while_waiting: Callable[[float], None] = staticmethod(lambda seconds: None)
 
     def expect(self, batches: list[Batch]) -> None:
         """Announces batches that `capture` will be called with, in this order."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from small_runs import by_two_ranks, losses
 from tiny import refusal, save_target
 
 from fastdraft.batch import Batch
+from fastdraft.dist.watch import StoppedEarly
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.run.dtypes import name_run_dtypes
 from fastdraft.run.finished import evaluate_run, export_run
@@ -318,6 +321,67 @@ def test_a_slow_answer_is_not_waited_for_for_ever(server, opened):
     server.act = lambda s, handler, body: time.sleep(3)
     with pytest.raises(ValueError, match=r"did not answer in time \(ReadTimeout\)"):
         source.capture(pack(8))
+
+
+def test_a_server_that_hangs_takes_the_time_once_and_others_are_asked(target_dir, server, tmp_path, opened, make_config):
+    second = FeatureServer(target_dir, tmp_path / "second")
+    source = opened(**{"target.url": [server.url, second.url], "target.timeout_s": 1})
+    server.act = lambda s, handler, body: time.sleep(4)
+    same_features(source, make_config, pack(8))  # though all of the time was the first one's
+    second.act = server.act
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"for 1 s nor did 1 others; .*ReadTimeout"):
+        source.capture(pack(9))
+    assert time.monotonic() - start < 3.5
+
+
+def test_who_waits_for_a_server_is_told_once_and_when_it_is_back(server, opened, make_config, monkeypatch):
+    monkeypatch.setattr("fastdraft.target.served.source.SILENT_S", 0.6)
+    source, told = opened(), []
+    source.say = told.append
+    end = time.monotonic() + 2
+    server.act = lambda s, handler, body: time.monotonic() < end and not reply(handler, 503, "{}")
+    same_features(source, make_config, pack(8, 30))
+    assert [line.startswith(f"{server.url} ") for line in told] == [True, True]
+    assert "has given no states for 1 s: " in told[0] and "HTTP 503" in told[0] and "target.timeout_s=5 s" in told[0]
+    assert "gives states again, after " in told[1]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_who_waits_for_a_slow_pack_is_told_once(server, opened, monkeypatch, announced):
+    monkeypatch.setattr("fastdraft.target.served.source.SLOW_S", 1.5)
+    source, told, batch = opened(), [], pack(8, 30)
+    source.say = told.append
+    server.act = lambda s, handler, body: time.sleep(3.5)
+    if announced:
+        source.expect([batch])
+    source.capture(batch)
+    asked = f"of those of this process {server.url} has 2 under way"
+    assert told == [f"states of a pack have been waited for 2 s, and no request has failed: {asked}"]
+
+
+def test_a_signal_ends_a_run_whose_server_gives_nothing(server, served, tmp_path, monkeypatch):
+    """In time for a launcher that kills after half a minute; the same command goes on from the last checkpoint."""
+    monkeypatch.setattr("fastdraft.train.STOP_S", 1.5)
+    train(served(run_dir=str(tmp_path / "whole"), **PATIENT))
+    config = served(run_dir=str(tmp_path / "run"), **PATIENT | {"checkpoint.every": 1})
+    gone, signals = threading.Event(), iter([signal.SIGTERM])
+
+    def hang(s, handler, body):
+        if len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 2 and not gone.is_set():
+            with s.lock:
+                for number in signals:  # one, whoever is asked first: a second would kill
+                    os.kill(os.getpid(), number)
+            gone.wait(30)
+
+    server.act = hang
+    start = time.monotonic()
+    with pytest.raises(StoppedEarly, match=r"^SIGTERM came, and no server .* 1.5 s more, .* last checkpoint is lost"):
+        train(config)
+    assert time.monotonic() - start < 25
+    gone.set()
+    train(config)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_failure_that_passes_is_done_again(server, opened, make_config):

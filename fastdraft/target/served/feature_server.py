@@ -64,6 +64,8 @@ class FeatureServer:
     link: Link | None = None  # how its states come here
     busy: int = 0  # requests of this process
     failures: int = 0  # since the last answer
+    failing_since: float | None = None  # time.monotonic() of the first of them
+    told: bool = False  # whether the user knows of them
     resting_until: float = 0.0  # time.monotonic()
     comparing: asyncio.Lock = field(default_factory=asyncio.Lock)
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))

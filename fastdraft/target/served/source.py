@@ -21,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,6 +47,8 @@ from fastdraft.target.source import Source
 
 AHEAD = 2  # packs under way or waiting to be trained on
 LONGEST_WAIT_S = 30.0  # between two attempts
+SILENT_S = 5.0  # of failures of a server until the user is told
+SLOW_S = 60.0  # of waiting for a pack, though no server failed, until the user is told
 PROBES = 8
 ANSWERS, ANSWER_TOKENS = 4, 32  # that are drawn to compare their states with those of the same ids as a document
 SAME = 0.3  # of a row's size: what other kernels may change in bf16; a row of another token is off by about 1
@@ -114,10 +116,10 @@ class ServedSource(Source):
         start = time.perf_counter()
         coming = self._coming.pop(id(batch), None)
         if coming is None:
-            read = self._run(self._read(batch))
+            read = self._wait_for(asyncio.run_coroutine_threadsafe(self._read(batch), self._loop))
         else:
             try:
-                read = coming.result()
+                read = self._wait_for(coming)
             finally:
                 self._loop.call_soon_threadsafe(self._room.release)
         self.waited += time.perf_counter() - start
@@ -126,6 +128,20 @@ class ServedSource(Source):
             current.wait_event(read.ready)
             read.rows.record_stream(current)
         return batch, self._features(read.rows)
+
+    def _wait_for(self, coming: Future[_Read]) -> _Read:
+        start, told = time.monotonic(), False
+        while not wait([coming], timeout=1).done:
+            seconds = time.monotonic() - start
+            self.while_waiting(seconds)
+            if seconds > SLOW_S and not told and not any(server.told for server in self.servers):
+                told = True
+                asked = ", ".join(f"{server.url} has {server.busy}" for server in self.servers)
+                self.say(
+                    f"states of a pack have been waited for {seconds:.0f} s, and no request has failed: of those of this "
+                    f"process {asked} under way"
+                )
+        return coming.result()
 
     def counts(self) -> dict[str, int]:
         return {"requests_repeated": self.repeated} if self.repeated else {}
@@ -199,24 +215,27 @@ class ServedSource(Source):
         rows: Tensor,  # [len(ids), B, Ht] on the host, to be filled
     ) -> None:
         """Fills in a document's states. ValueError when a server refuses it, or none gave it for `timeout_s`."""
-        failed_at, last = None, None
+        began, last, failed = math.inf, None, set()
         while True:
             server = await self._pick(last)
             try:
                 async with server.slots:
+                    began = min(began, time.monotonic())
                     await self._ask(server, ids, rows)
             except NotYet as error:
-                failed_at, last = failed_at or time.monotonic(), server
-                self._rest(server)
+                last = server
+                failed.add(server.url)
+                self._rest(server, str(error))
                 self.repeated += 1
-                if time.monotonic() - failed_at > self.timeout_s:
+                # A server that hangs takes all of the time: then the others are asked once, too.
+                if time.monotonic() - began > self.timeout_s and len(failed) == len(self.servers):
                     others = f" nor did {len(self.servers) - 1} others" if len(self.servers) > 1 else ""
                     raise ValueError(
                         f"{server.url} gave no states of a document of {len(ids)} tokens for {self.timeout_s:g} s{others}; "
                         f"the last reason: {error}. When it does again, the same command goes on from the last checkpoint"
                     ) from error
             else:
-                server.failures, server.resting_until = 0, 0.0
+                self._wake(server)
                 return
             finally:
                 server.busy -= 1
@@ -233,10 +252,26 @@ class ServedSource(Source):
         chosen.busy += 1
         return chosen
 
-    def _rest(self, server: FeatureServer) -> None:
-        if server.resting_until <= time.monotonic():  # of many failures at once the first
-            server.resting_until = time.monotonic() + min(0.25 * 2**server.failures, LONGEST_WAIT_S)
+    def _rest(self, server: FeatureServer, why: str) -> None:
+        now = time.monotonic()
+        if server.resting_until <= now:  # of many failures at once the first
+            server.resting_until = now + min(0.25 * 2**server.failures, LONGEST_WAIT_S)
             server.failures += 1
+        if server.failing_since is None:
+            server.failing_since = now
+        elif now - server.failing_since > SILENT_S and not server.told:
+            server.told = True
+            others = "the others are asked meanwhile" if len(self.servers) > 1 else "this process waits"
+            self.say(
+                f"{server.url} has given no states for {now - server.failing_since:.0f} s: {why}. It is asked again, and "
+                f"{others}; once no server has given a document's for target.timeout_s={self.timeout_s:g} s the run ends"
+            )
+
+    def _wake(self, server: FeatureServer) -> None:
+        if server.told:
+            self.say(f"{server.url} gives states again, after {time.monotonic() - server.failing_since:.0f} s")
+        server.failures, server.resting_until = 0, 0.0
+        server.failing_since, server.told = None, False
 
     async def _ask(self, server: FeatureServer, ids: list[int], rows: Tensor, **more: Any) -> dict[str, Any]:
         """One request for a document's states, which are read into `rows`. The server's answer."""
