@@ -647,15 +647,17 @@ def _one_line(error: Exception) -> str | None:
 
     if isinstance(error, StrictDataclassError):
         return "a config.json cannot be used: " + " ".join(str(error).split())
-    from fastdraft.dist.mesh import is_lost_peer
+    from fastdraft.dist.mesh import host_size, is_lost_peer, world
     from fastdraft.dist.watch import LostPeer
 
     if isinstance(error, LostPeer):
         return str(error)
     if is_lost_peer(error):
         lost = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        hint = "" if world() == host_size() else "; hosts that never meet need GLOO_SOCKET_IFNAME, see docs/fleet.md"
         return (
             f"another process of this run has ended, or cannot be reached ({lost}); the same command, given again, goes on"
+            f"{hint}"
         )
     cpu_full = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_full:

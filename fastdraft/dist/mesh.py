@@ -10,18 +10,21 @@ its own; along the sequence axis they share the tokens of a pack; along the tens
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import platform
 import signal
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -183,6 +186,8 @@ def start_process(device: str, timeout_s: float = 1800.0) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         store, me, size = next(rendezvous("env://", timeout=_timeout))
         store = dist.PrefixStore(_name_of_start(store, me, size), store)
+        if size > host_size():
+            _name_interface(store, me, size)
         on = mine if on_gpu else None
         dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=_timeout, device_id=on)
     return mine
@@ -214,6 +219,59 @@ def _name_of_start(store: dist.Store, me: int, size: int) -> str:
             )
         time.sleep(0.02)
     return name
+
+
+def _name_interface(store: dist.Store, me: int, size: int) -> None:
+    """Where this host's name leads to itself alone, names the interface by which other hosts reach it, for gloo.
+
+    gloo tells the others the address that this host's name has here, which on many machines is 127.0.1.1, and where it has
+    none 127.0.0.1. The interface is the one that leads to rank 0's host; there it is the one that leads to another.
+    NCCL leaves the loopback out by itself.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    mine = _address_towards(address, port)
+    store.set(f"address/{me}", mine)
+    told = _address_of_name()
+    if "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(told):
+        return
+    if _is_loopback(mine):  # this is rank 0's host; a host's ranks are neighbours, so the last one is on another
+        mine = _address_towards(store.get(f"address/{size - 1}").decode(), port)
+    here = psutil.net_if_addrs().items()
+    name = next((name for name, found in here for each in found if each.address.split("%")[0] == mine), None)
+    if name is None or _is_loopback(mine):
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"{speaker()}: {host()} is {told} to itself, so other hosts meet it at {mine} ({name}); "
+            "GLOO_SOCKET_IFNAME would name another interface",
+            flush=True,
+        )
+
+
+def _address_towards(address: str, port: int) -> str:
+    """This host's address that packets to another one bear; nothing is sent."""
+    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0].split("%")[0]
+
+
+def _address_of_name() -> str:
+    """What gloo takes for this host's address: the first of its name's that is one of its own, or else the loopback's."""
+    try:
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    for family, kind, protocol, _, place in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(place)
+            return place[0].split("%")[0]
+    return "127.0.0.1"
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
 def lay_out(sequence: int = 1, tensor: int = 1) -> None:
