@@ -39,6 +39,7 @@ from fastdraft.decode import DecodeResult, generate
 from fastdraft.evaluate import evaluate_decode
 from fastdraft.model.eagle3 import METHOD
 from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.precision import dtype_name
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, refuse_old_engine, run_engine
 from fastdraft.serving.export import load_draft, verify
@@ -158,7 +159,7 @@ def main() -> None:
             prompts,
             args.max_new_tokens,
             stop_ids,
-            str(dtype).removeprefix("torch."),
+            dtype_name(dtype),
             s.num_steps,
             s.eagle_topk,
             s.num_draft_tokens,

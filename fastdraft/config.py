@@ -29,16 +29,21 @@ REMOVED = {
 
 
 class Section(BaseModel):
+    """A section of the file, or a part of one. Keys that it does not have are refused."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class TargetConfig(Section):
+    """The frozen target, and who runs it."""
+
     path: str  # local directory or hub name
-    # to run it in; auto: bf16, but fp32 on a CPU that is slower in bf16. An export has its config.json's own dtype
+    # The target is run in it. auto is bf16, but fp32 on a CPU that is slower in bf16. An export has the dtype that
+    # the target's config.json names.
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     trust_remote_code: bool = False
-    # servers of `fastdraft serve-target` that run the target instead of this process (docs/served.md); with
-    # them dtype: auto is theirs, and `path` gives config, tokenizer, embedding and head
+    # Servers of `fastdraft serve-target` that run the target instead of this process (docs/served.md). dtype: auto is then
+    # theirs, and `path` gives config, tokenizer, embedding and head.
     url: Annotated[list[str], BeforeValidator(lambda url: [url] if isinstance(url, str) else url)] = []
     timeout_s: float = Field(600.0, gt=0)  # with url: how long no server may give states before the run ends
 
@@ -49,6 +54,8 @@ class TargetConfig(Section):
 
 
 class DraftSection(Section):
+    """The draft to train: its method, its shape, and what it starts from."""
+
     method: str = "eagle3"  # one of fastdraft.model.methods
     config: str | None = None  # YAML of `fastdraft init`; None: derived from the target
     vocab_map: str | None = None  # a SpecForge vocab_mapping.pt; None: the tokens trained on most often
@@ -59,6 +66,8 @@ class DraftSection(Section):
 
 
 class LossConfig(Section):
+    """The loss of EAGLE-3's chains (docs/mathematics.md)."""
+
     kind: LossKind = "kl"
     step_decay: float = Field(0.6, gt=0, le=1)  # weight of TTT step i is step_decay ** i
     lk_scale: float = Field(1.0, ge=0)  # of lk_lambda alone, as lk_decay
@@ -76,7 +85,7 @@ class BlockSection(Section):
     dpace_alpha: float = Field(0.5, ge=0, lt=1)  # of dpace alone
     lk_scale: float = Field(1.0, ge=0)  # of lk_lambda alone, as lk_decay
     lk_decay: float = Field(1.0, ge=0)
-    # of DSpark alone: cross entropy with the data's token, L1 distance from the target, and the confidence head's loss
+    # The terms of DSpark's loss: cross entropy with the data's token, L1 distance from the target, the confidence head's.
     ce_weight: float = Field(0.1, ge=0)
     l1_weight: float = Field(0.9, ge=0)
     confidence_weight: float = Field(1.0, gt=0)  # above 0, because engines read the head whether it is trained or not
@@ -84,7 +93,9 @@ class BlockSection(Section):
 
 
 class FeaturesConfig(Section):
-    path: str | None = None  # a feature store (docs/features.md); None: the target runs in every epoch
+    """The feature store that a run reads or fills (docs/features.md)."""
+
+    path: str | None = None  # the store's folder; None: the target runs in every epoch
     mode: Literal["read", "cache"] = "read"  # read: all was captured before; cache: filled as documents come
     max_gib: float | None = Field(None, gt=0, le=2**20)  # of disk for the cache
     on_bad_shard: Literal["error", "skip"] = "error"  # skip: documents of damaged shards are left out, with a count
@@ -99,6 +110,8 @@ class FeaturesConfig(Section):
 
 
 class OptimConfig(Section):
+    """Muon and AdamW, and how their rates go (docs/recipe.md)."""
+
     MUON_TIMES: ClassVar[int] = 4  # AdamW's rate: the best of five rates of Muon's for a draft 576 wide (docs/quality.md)
 
     lr: float = Field(1e-4, gt=0)
@@ -156,11 +169,15 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """How often a run is written down. The best checkpoint by held-out tau_sim stays besides the last ones."""
+
     every: int = Field(500, gt=0)  # optimizer steps
     keep: int = Field(2, gt=0)
 
 
 class EvalConfig(Section):
+    """How often, and on how many packs, a draft is measured on held-out data."""
+
     every: int = Field(500, gt=0)  # optimizer steps
     max_packs: int = Field(64, gt=0)
 
@@ -170,11 +187,11 @@ class DistConfig(Section):
 
     sequence: int = Field(1, ge=1)  # GPUs that share the tokens of a pack
     tensor: int = Field(1, ge=1)  # GPUs that share the draft's weights
-    # replicated: every GPU holds the whole target; sharded: each 1/n of every layer; auto: sharded where it does not fit
+    # With replicated every GPU holds the whole target, with sharded each 1/n of every layer; auto shards what does not fit.
     target: Literal["auto", "replicated", "sharded"] = "auto"
     silent_s: float = Field(40.0, ge=5)  # seconds without a sign of life of a process, after which all others end
-    # seconds that a living process may take for a piece of work (a pack's forward, a step of the draft), or five times as
-    # long as ever before, until all end; the first two of a kind have timeout_s
+    # Seconds that a living process may take for a piece of work (a pack's forward, a step of the draft), or five times as
+    # long as ever before, until all end. The first two pieces of a kind have timeout_s.
     stuck_s: float = Field(60.0, ge=5)
     disk_s: float = Field(600.0, ge=5)  # the same for a checkpoint to be written and data or features to be read
     timeout_s: float = Field(1800.0, gt=0)  # seconds that processes wait for one that lives and does not come
@@ -196,16 +213,16 @@ class Config(Section):
     dist: DistConfig = DistConfig()
     run_dir: str = ""  # runs/ and the draft's method where it is left out
     ttt_length: int = Field(7, ge=1, le=12)
-    # a chain that ran a step is trained on the next one with this probability, and that step's loss weighs as much more, so
-    # the expected gradient is that of all steps, for less work; 1: every chain runs all ttt_length steps
+    # A chain that ran a step is trained on the next one with this probability, and that step's loss weighs as much more. So
+    # the expected gradient is that of all steps, for less work. With 1 every chain runs all ttt_length steps.
     sampled_depth: float = Field(1.0, ge=0.1, le=1)
     epochs: int = Field(1, gt=0)
     max_steps: int | None = Field(None, gt=0, le=10**9)  # optimizer steps; wins over epochs
     step: Literal["fused", "reference"] = "fused"  # reference: the same step in plain PyTorch, slow and easy to read
-    # chains (blocks of a method that drafts blocks) the fused step runs at a time; None: as many as 3.75 GiB hold
+    # The fused step runs so many chains, or blocks of a method that has them, at a time. None: as many as 3.75 GiB hold.
     chunk_rows: int | None = Field(None, gt=0)
-    # of the draft's compute; auto: as target.dtype's, chosen once and recorded, so a run goes on in what it was begun in;
-    # fp8: bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer
+    # The draft is computed in it. auto is as target.dtype's, chosen once and recorded, so that a run goes on in what it was
+    # begun in. fp8 is bf16 with most products of a training step in float8, on GPUs of compute capability 8.9 or newer.
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**64)  # of the draft's first weights and what a step draws; data.seed is the order's

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import filelock
 import xxhash
 
 GIB = 2**30
@@ -36,6 +37,17 @@ def publish(aside: Path, final: Path) -> None:
     sync(aside)
     os.replace(aside, final)
     sync(final.parent)
+
+
+def hold(path: Path, sentence: str) -> filelock.FileLock:
+    """A lock that this process holds until it releases or forgets it, or ends. ValueError, with the sentence, where another
+    process holds it."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(sentence) from None
+    return lock
 
 
 def sync(path: Path) -> None:

@@ -51,14 +51,14 @@ from fastdraft.target.hf import count_target_parameters, load_target_config
 from fastdraft.target.served.ends import FILES
 from fastdraft.target.source import InProcess
 
-# settings, or sections, that may differ between a run and its continuation: they do not change the result, or (the target's
-# path) what they name is compared itself
+# Settings, or sections, that may differ between a run and its continuation. They do not change the result, or what they
+# name, as the target's path does, is compared itself.
 FREE_ON_RESUME = (
     *("checkpoint", "metrics", "eval", "device", "run_dir", "dist", "target.path", "data.cache_dir", "data.num_workers"),
     *("features.on_bad_shard", "features.max_gib", "target.url", "target.timeout_s"),
 )
 
-# settings that may differ between the hosts of a run: where each of them keeps something, and for how long it waits
+# Settings that may differ between the hosts of a run: where each of them keeps something, and for how long it waits.
 FREE_BETWEEN_HOSTS = (
     *("target.path", "data.cache_dir", "data.num_workers"),
     *("dist.silent_s", "dist.stuck_s", "dist.disk_s", "dist.timeout_s"),
@@ -70,6 +70,8 @@ STOP_S = 20.0  # after a signal, in which servers may still give a pack's states
 
 @dataclass(frozen=True)
 class TrainResult:
+    """What a training came to: the steps that were done, and whether a signal ended it before the last one."""
+
     run_dir: Path
     steps: int
     stopped_by: int | None  # the signal that ended the run early
@@ -409,6 +411,8 @@ def held_out_tau(run_dir: Path, step: int) -> float | None:
 def refuse_other_run(
     saved: checkpoint.Saved, config: Config, fingerprint: str, draft: nn.Module, device: torch.device
 ) -> None:
+    """ValueError where a checkpoint was trained on other features, for another target, or with other settings than
+    `config` has, each of which is named."""
     served, was_served = (name.startswith(FILES) for name in (fingerprint, saved.state["target"]))
     if served != was_served:
         then, now = ("a server's" if x else "those of a target in the process" for x in (was_served, served))

@@ -16,9 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import filelock
-
-from fastdraft.files import write_file
+from fastdraft.files import hold, write_file
 
 
 def recorded_settings(out: Path) -> dict[str, Any]:
@@ -52,14 +50,11 @@ class AnswerFile:
         self.tally = {"conversations": 0, "completion_tokens": 0, "length_cut": 0, "stopped": 0}  # of the rows
         self.damaged = 0  # lines of the part that are not rows; they are answered again
         self._fresh = fresh
-        self._lock = filelock.FileLock(f"{out}.lock")
 
     def __enter__(self) -> AnswerFile:
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise ValueError(f"{self.out} is in use by another process; wait for it or name another --out") from error
+        taken = f"{self.out} is in use by another process; wait for it or name another --out"
+        self._lock = hold(Path(f"{self.out}.lock"), taken)
         try:
             self._open()
         except BaseException:

@@ -26,7 +26,7 @@ from fastdraft.answers.dialogue import Dialogue, answer_message
 from fastdraft.answers.job import Job, Sampling, Stopped
 from fastdraft.data.config import TEMPLATE_DATE, checked_date, checked_template_kwargs, writes_date
 from fastdraft.data.prompts import Prompt, prompt_ids, special_ids
-from fastdraft.model.precision import DTYPES, Dtype, auto_line, bf16_is_slow, pick_dtype, slow_line
+from fastdraft.model.precision import DTYPES, Dtype, auto_line, bf16_is_slow, dtype_name, pick_dtype, slow_line
 from fastdraft.target.hf import ANY_SHAPE, Target, cache_name, load_target, load_tokenizer
 from fastdraft.target.identity import target_fingerprint
 
@@ -98,14 +98,14 @@ class LocalTarget:
         return {
             "backend": "transformers",
             "model": target_fingerprint(self.target),
-            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.target.dtype),
             "batch_size": self.batch_size,
             "generation_config": {name: getattr(generation, name, None) for name in names},
         } | ({"template_date": self._template_date} if dated else {})
 
     def about(self) -> str:
-        dtype = str(self.target.dtype).removeprefix("torch.")
-        return f"{self.target.model.name_or_path} here in {dtype}, {self.batch_size} conversations at a time"
+        where = f"{self.target.model.name_or_path} here in {dtype_name(self.target.dtype)}"
+        return f"{where}, {self.batch_size} conversations at a time"
 
     def answer(self, job: Job) -> None:
         """Answers all that is to do, a batch at a time, shortest first. Stopped: on SIGINT or SIGTERM."""
@@ -191,7 +191,7 @@ def name_dtype(
     if asked not in ("auto", *DTYPES):
         raise ValueError(f"--dtype {asked} is not one of auto, {', '.join(DTYPES)}")
     told = []
-    before = next((name for name, dtype in DTYPES.items() if begun.get("dtype") == str(dtype).removeprefix("torch.")), None)
+    before = next((name for name, dtype in DTYPES.items() if begun.get("dtype") == dtype_name(dtype)), None)
     dtype = pick_dtype(asked, device) if asked != "auto" or before is None else before
     if asked == "auto" and before is None and device.type == "cpu":
         told.append(auto_line(["--dtype"], device))
@@ -279,7 +279,7 @@ def _grouped_attention(
     scores = (query.reshape(b, hkv, hq // hkv * n, d) @ key.transpose(-1, -2)).float()
     scores = scores.view(b, hkv, hq // hkv, n, -1) * (d**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        # a padding row sees nothing: the least number instead of -inf keeps NaN out of it
+        # A padding row sees nothing. The least number instead of -inf keeps NaN out of its softmax.
         scores += attention_mask[:, :, None].to(scores.dtype).clamp_min(torch.finfo(scores.dtype).min)
     p = scores.softmax(-1).to(query.dtype).view(b, hkv, hq // hkv * n, -1)
     return (p @ value).view(b, hq, n, d).transpose(1, 2), None

@@ -181,7 +181,7 @@ def start_process(device: str, timeout_s: float = 1800.0) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(mine)
     if "RANK" in os.environ and not dist.is_initialized():
-        # gloo also where there are GPUs: the ranks agree on a stop without waiting for what their GPUs are doing
+        # Gloo is there for hosts with GPUs, too: the ranks agree on a stop without waiting for what their GPUs are doing.
         _timeout = timedelta(seconds=timeout_s)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         store, me, size = next(rendezvous("env://", timeout=_timeout))

@@ -55,6 +55,11 @@ def _seconds(dtype: torch.dtype) -> float:
     return total
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json and users write it: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def bf16_is_slow(device: torch.device) -> bool:
     return device.type == "cpu" and bf16_slowdown() > SLOW
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdraft.model.precision import dtype_name
 from fastdraft.model.rope import Rope
 
 
@@ -59,7 +60,7 @@ def readings_of_any(draft: nn.Module, default_layers: tuple[int, ...], num_targe
             found.append(Reading("config field", f"rms_norm_eps {eps}", lambda draft, eps=eps: _set_epsilon(draft, eps)))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if dtype != draft.fc.weight.dtype:
-            says = f"the draft runs in {str(dtype).removeprefix('torch.')}"
+            says = f"the draft runs in {dtype_name(dtype)}"
             found.append(Reading("dtype", says, lambda draft, dtype=dtype: draft.to(dtype)))
     return found
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastdraft.model.method import WEIGHTS
+from fastdraft.model.precision import dtype_name
 from fastdraft.model.target_config import canonical_rope, named_dtype, read_json, target_rope
 
 
@@ -126,11 +127,6 @@ def module_shapes(make: Callable[[Any], nn.Module], shape: Any) -> dict[str, tup
     with torch.device("meta"):  # where scaled frequencies cannot be computed
         draft = make(shape.model_copy(update={"rope_parameters": any_rope}))
     return {name: tuple(t.shape) for name, t in draft.state_dict().items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As config.json and users write it: bfloat16, not torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def exported(draft: nn.Module, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:

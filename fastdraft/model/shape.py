@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from transformers import PretrainedConfig
 
 from fastdraft.config import missing_space, nearest_key
+from fastdraft.model.precision import dtype_name
 from fastdraft.model.target_config import (
     active_width,
     canonical_rope,
@@ -209,7 +210,7 @@ class DraftShape(BaseModel):
 
     def serving_fields(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the engines' config.json says of every draft, for weights of `dtype`."""
-        name, rope = str(dtype).removeprefix("torch."), self.rope_parameters
+        name, rope = dtype_name(dtype), self.rope_parameters
         scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
         config = {"architectures": [self.architecture], "model_type": self.served_type}
         config |= {key: getattr(self, key) for key in WRITTEN}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-# rope_type: (fields it needs, fields it may have), beside rope_theta and partial_rotary_factor
+# By rope_type the fields that it needs, and those it may have, beside rope_theta and partial_rotary_factor.
 ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),

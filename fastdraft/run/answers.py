@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -23,7 +21,7 @@ from fastdraft.data.prepare import chat_tokenizer
 from fastdraft.dist import mesh
 from fastdraft.features.meta import Meta, refuse_file
 from fastdraft.features.store import Store, census, list_shards
-from fastdraft.files import GIB
+from fastdraft.files import GIB, hold
 from fastdraft.model.methods import method_of
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.dtypes import name_dtypes
@@ -86,7 +84,9 @@ def capture_answers(
             say(line)
         source.prove_answers(sampling.chosen())
         meta = begin_store(store, wanted, source.ends)
-        with _alone(store):
+        # A run that fills the store as its cache holds this, too.
+        lock = hold(store / ".cache.lock", f"another process is filling {store}; wait for it, or name another store")
+        try:
             with AnswerCapture(source, Store(store), chat, mask_token) as capture:
                 servers = Servers(urls, sampling=sampling, capture=capture, **server)
                 outcome = regenerate(prompts, out, servers, console, **job)
@@ -97,23 +97,11 @@ def capture_answers(
                 _fill(config, shape, source, store, meta, say)
             else:
                 say(f"{store} gets the other documents once {out} is written")
+        finally:
+            lock.release()
     finally:
         source.close()
     return outcome
-
-
-@contextmanager
-def _alone(store: Path) -> Iterator[None]:
-    """Holds what a run that fills a cache holds, too. ValueError where another does."""
-    lock = filelock.FileLock(store / ".cache.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"another process is filling {store}; wait for it, or name another store") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _finds(pattern: str, file: Path) -> bool:

@@ -23,9 +23,8 @@ from fastdraft.decode import BATCH_SIZE
 from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.model.methods import method_of, named_method
-from fastdraft.model.precision import bf16_is_slow, speed
+from fastdraft.model.precision import bf16_is_slow, dtype_name, speed
 from fastdraft.model.proposal import DecodeSettings
-from fastdraft.model.serving import dtype_name
 from fastdraft.model.target_config import read_target_config
 from fastdraft.run.draft import make_step
 from fastdraft.run.dtypes import compute_dtype, name_dtypes, saved_dtypes, target_dtype

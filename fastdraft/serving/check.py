@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastdraft.data.prompts import Prompt, prompt_ids, read_prompts
 from fastdraft.model.methods import method_of
+from fastdraft.model.precision import dtype_name
 from fastdraft.model.target_config import language_config, named_dtype, read_target_config
 from fastdraft.serving.engines import EnginePlace, Run, Served, note_on_newer, refuse_old_engine, run_engine
 from fastdraft.serving.export import load_draft, told_target
@@ -143,7 +144,7 @@ def compare(
 ) -> Report:
     """`draft` as `load_draft` gave it, in the checkpoint's dtype; the target in the dtype the engine ran in. `plain` is the
     same engine without a draft."""
-    checkpoint_dtype = str(draft.fc.weight.dtype).removeprefix("torch.")
+    checkpoint_dtype = dtype_name(draft.fc.weight.dtype)
     draft = draft.to(target.device, target.dtype)
     draft.take_from_target(target.embedding)
     parity = Parity(target, draft, prompts, served.outputs, num_steps)

@@ -63,7 +63,7 @@ ACCEPTED_LENGTH = (
     "as fastdraft evaluate counts"
 )
 
-# of a request; another value would make the report untrue
+# The fields of a request that the command sets: another value would make the report untrue.
 OWN_FIELDS = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "n", "stream", "stream_options"}
 
 

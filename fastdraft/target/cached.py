@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import filelock
 import torch
 
 from fastdraft.batch import Batch, Features
@@ -20,6 +19,7 @@ from fastdraft.features.store import (
     shard_number,
 )
 from fastdraft.features.writer import ShardWriter
+from fastdraft.files import hold
 from fastdraft.target.hf import Target
 from fastdraft.target.source import ends_of, runs_apart
 from fastdraft.target.stored import StoreReader
@@ -51,17 +51,13 @@ class StoreCache(StoreReader):
                 f"features.max_gib is {max_bytes:,} bytes, of which {store.folder}/target.safetensors, the target's "
                 f"embedding and head, takes {ends:,}: nothing is left for features; raise it"
             )
-        self._lock = filelock.FileLock(store.folder / ".cache.lock")
-        try:
-            if rank == 0:
-                self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ValueError(f"another run is filling {store.folder}; give this one a features.path of its own") from None
+        taken = f"another run is filling {store.folder}; give this one a features.path of its own"
+        self._lock = hold(store.folder / ".cache.lock", taken) if rank == 0 else None
         self.target = target
         self.room = (max_bytes - store.num_bytes) // world_size
         self._writer = ShardWriter(store.folder, store.meta)
-        taken = [shard_number(path) for path in list_shards(store.folder)]
-        self._number, self._stride = max(taken, default=-1) + 1 + rank, world_size
+        numbers = [shard_number(path) for path in list_shards(store.folder)]
+        self._number, self._stride = max(numbers, default=-1) + 1 + rank, world_size
         self._pending: set[bytes] = set()  # added, not yet readable
 
     def capture(self, batch: Batch) -> tuple[Batch, Features]:
@@ -120,7 +116,8 @@ class StoreCache(StoreReader):
         try:
             self._writer.close()
         finally:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
 
 
 def run_documents(

@@ -16,6 +16,7 @@ from fastdraft.model.buffers import table_bytes
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.memory import chunk_buffers, pack_buffers, pick_chunk_blocks, room_for
 from fastdraft.model.method import Precision, Row, StepKind
+from fastdraft.model.precision import dtype_name
 
 
 def num_blocks(pack_tokens: int, document_tokens: int, anchors: int) -> int:
@@ -70,9 +71,7 @@ def step_cost(
     if measured > chunk:
         found.append(Row("teacher of held-out data", measured - chunk))
     if dtype != target_dtype:
-        found.append(
-            Row(f"target's head in {str(dtype).removeprefix('torch.')}", c.vocab_size * c.hidden_size * dtype.itemsize)
-        )
+        found.append(Row(f"target's head in {dtype_name(dtype)}", c.vocab_size * c.hidden_size * dtype.itemsize))
     if device == "cpu":
         scores = 3 * min(rows, 128) * c.num_attention_heads * (pack_tokens + rows) * stats
         found.append(Row("attention's scores of some rows (CPU)", scores, True))

@@ -20,7 +20,7 @@ from fastdraft.model.target_config import default_layers
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
-# serving fields that change an engine's forward, and the only value the draft here is trained for
+# The serving fields that change an engine's forward, and the only value that the draft here is trained for.
 TRAINED_AS: dict[str, Any] = {
     "model_type": "llama",
     "num_hidden_layers": 1,
@@ -35,7 +35,7 @@ TRAINED_AS: dict[str, Any] = {
     "quantization_config": None,
 }
 
-# what a serving field must be where it is given; a float may be written as an integer
+# What a serving field must be where it is given. A float may be written as an integer.
 SERVING_TYPES: dict[type, tuple[str, ...]] = {
     int: (
         *("hidden_size", "target_hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),

@@ -27,8 +27,8 @@ from fastdraft.model.eagle3.config import (
 )
 from fastdraft.model.eagle3.draft import Draft
 from fastdraft.model.method import CONFIG, Findings
+from fastdraft.model.precision import dtype_name
 from fastdraft.model.serving import (
-    dtype_name,
     dtype_notes,
     dtype_problems,
     exported,
