@@ -311,7 +311,8 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     message = {names.get(k, k): v for k, v in turn.items() if v is not None}
     role = message.get("role")
     if not isinstance(role, str):
-        raise ValueError(f"message {number} needs a role, got {_kind(role)}")
+        hint = "; 'from' and 'value' are read in 'conversations'" if "from" in message and role is None else ""
+        raise ValueError(f"message {number} needs a role, got {_kind(role)}{hint}")
     _refuse_media(message, f"message {number}")
     if sharegpt:
         message["role"] = SHAREGPT_ROLES.get(role, role)
@@ -336,12 +337,7 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     if message.get("train_detail"):
         raise ValueError(f"message {number} has 'train_detail', which is not read: only whole messages are left out")
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
-    for name in ("reasoning", "thinking"):  # other servers' names for it
-        if isinstance(message.get(name), str):
-            message.setdefault("reasoning_content", message.pop(name))
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise ValueError(f"message {number}: reasoning_content must be a string, got {_kind(reasoning)}")
+    _take_reasoning(message, number)
     if "tool_calls" in message:
         calls = _json_if_string(message["tool_calls"], f"message {number}: tool_calls")
         if not isinstance(calls, list):
@@ -352,6 +348,21 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
     for key in READ_KEYS:
         _refuse_beyond_json(message.get(key), f"message {number}: {key}")
     return {key: value for key, value in message.items() if _beyond_json(value) is None}
+
+
+def _take_reasoning(message: dict, number: int) -> None:
+    """Puts reasoning that has another server's name for it under `reasoning_content`."""
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        given = message.get(name)
+        if given is not None and not isinstance(given, str) and (name == "reasoning_content" or _says_something(given)):
+            raise ValueError(f"message {number}: {name} must be a string, got {_kind(given)}")
+    for name in ("reasoning", "thinking"):
+        given, taken = message.pop(name, None), message.get("reasoning_content")
+        if not isinstance(given, str) or not given:  # or what says nothing, as NaN
+            continue
+        if taken and given != taken:
+            raise ValueError(f"message {number} has {name!r} and the same by another name, which differ; leave one of them")
+        message["reasoning_content"] = given
 
 
 def _refuse_media(fields: dict, owner: str) -> None:

@@ -2,6 +2,7 @@ import datetime
 import decimal
 import gzip
 import json
+import math
 import re
 
 import pyarrow
@@ -50,6 +51,15 @@ def test_openai_messages():
 def test_reasoning_by_any_name():
     for name in ("reasoning_content", "reasoning", "thinking"):
         (message,) = parsed({"messages": [{"role": "assistant", "content": "a", name: "because"}]}).messages
+        assert message == {"role": "assistant", "content": "a", "reasoning_content": "because"}
+
+
+@pytest.mark.parametrize(
+    "others", [{"reasoning_content": ""}, {"thinking": ""}, {"thinking": math.nan, "reasoning": "because"}]
+)
+def test_reasoning_is_not_lost_beside_another_name_that_says_nothing(others):
+    for name in {"reasoning_content", "reasoning", "thinking"} - others.keys():
+        (message,) = parsed({"messages": [{"role": "assistant", "content": "a", name: "because"} | others]}).messages
         assert message == {"role": "assistant", "content": "a", "reasoning_content": "because"}
 
 
@@ -198,7 +208,16 @@ def test_key_is_the_content():
         ({"messages": "hello"}, "messages is a string that is not JSON"),
         ({"messages": ["hello"]}, "message 1 must be an object, got a string: hello"),
         ({"messages": [{"content": "x"}]}, "message 1 needs a role, got nothing"),
+        (
+            {"messages": [{"from": "human", "value": "x"}]},
+            "needs a role, got nothing; 'from' and 'value' are read in 'conv",
+        ),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has role 'robot'; known roles: system"),
+        ({"messages": [{"role": "assistant", "content": "", "reasoning": ["x"]}]}, "message 1: reasoning must be a string"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "reasoning_content": "a", "thinking": "b"}]},
+            "message 1 has 'thinking' and the same by another name, which differ",
+        ),
         ({"messages": [{"role": "human", "content": "x"}]}, "message 1 has role 'human'"),
         ({"messages": [{"role": "user"}]}, "message 1: content must be a string or a list of text parts, got nothing"),
         ({"messages": [{"role": "user", "content": 3}]}, "got a number: 3"),
