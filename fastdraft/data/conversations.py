@@ -150,7 +150,7 @@ def _jsonl_lines(path: str, done: int, at: int) -> Iterator[Line]:
             file.seek(at)
             for number, content in enumerate(file, done + 1):
                 at += len(content)
-                content = content.removeprefix(b"\xef\xbb\xbf") if number == 1 else content
+                content = content.removeprefix(b"\xef\xbb\xbf")  # files with one may have been put behind each other
                 if content.strip():
                     yield Line(f"{path}:{number}", content, (number, at), len(content))
     except (OSError, EOFError, zlib.error) as error:

@@ -21,13 +21,13 @@ from fastdraft.data.marking import REASONING_KEYS
 
 Span = tuple[int, int]  # character positions in a rendered text, end exclusive
 
-QUESTION, ANSWER, THOUGHT = "fastdraft-question", "fastdraft-answer", "fastdraft-thought"
+QUESTION, ANSWER, THOUGHT, FUNCTION = "fastdraft-question", "fastdraft-answer", "fastdraft-thought", "fastdraft_function"
 EXCHANGE = ({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER})
-_FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}}
+_FUNCTION = {"name": FUNCTION, "description": "d", "parameters": {"type": "object", "properties": {}, "required": []}}
 PROBE_TOOLS = [{"type": "function", "function": _FUNCTION}]
-_CALL = {"id": "fastdraft", "type": "function", "function": {"name": "f", "arguments": {"x": ANSWER}}}
+_CALL = {"id": "fastdraft", "type": "function", "function": {"name": FUNCTION, "arguments": {"x": ANSWER}}}
 CALLED = (EXCHANGE[0], {"role": "assistant", "content": "", "tool_calls": [_CALL]})
-TOOL_RESULT = {"role": "tool", "name": "f", "tool_call_id": "fastdraft", "content": QUESTION}
+TOOL_RESULT = {"role": "tool", "name": FUNCTION, "tool_call_id": "fastdraft", "content": QUESTION}
 
 
 class Refused(Exception):
@@ -150,6 +150,19 @@ class ChatTemplate:
         before = text.partition(ANSWER)[0]
         within = before.removeprefix(prompt) if self.header and before.startswith(prompt) else ""
         return self.tags.sub("", within).strip()
+
+    @cached_property
+    def call_lead(self) -> str:
+        """What a call has before its name, where an answer has its first word; empty where that cannot be told."""
+        for tools in (PROBE_TOOLS, None):
+            with suppress(Refused):
+                said, called = (
+                    self._render(messages, tools, False, self._wants_parts, False)[0] for messages in (EXCHANGE, CALLED)
+                )
+                before = said.rpartition(ANSWER)[0]
+                if before and called.startswith(before):
+                    return called[len(before) :].partition(FUNCTION)[0].strip()
+        return ""
 
     def thought_block(self, tag: str) -> tuple[str, str] | None:
         """What the template writes before an answer's reasoning and behind it, with white space inside the tags alone; None

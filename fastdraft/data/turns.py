@@ -27,6 +27,7 @@ NOT_SHOWN = (
     "the template's text before this turn changes with the turn, so its start cannot be found; "
     "a template with {% generation %} around the assistant's text would show it"
 )
+OTHERWISE_CALLED = "the template begins these calls otherwise than those behind a user's turn, and no prompt shows how"
 NOTHING_BEFORE = "an assistant turn with nothing before it, and the template shows no place where it starts"
 EMPTY = "they are empty"
 NO_TEXT = "the chat template does not render all of their text"
@@ -328,17 +329,25 @@ class Turns:
         # The generation prompt behind a tool's result may be its last block alone (Gemma 4).
         header, words = self.template.header, self.template.words
         blocks = [(opened, True) for _, opened in self.template.headers[1:]]
+        lead = self.template.call_lead if word.leaf.kind == "name" else ""  # what stands before a call's name
         for lacks, blank in ((header, not self.template.opens_block), *blocks, (words, False)):
             start = len(prompt) - len(lacks) if prompt is not None and lacks.strip() and prompt.endswith(lacks) else -1
-            if before <= start <= first and full.startswith(prompt[:start]) and not (blank and full[start:first].strip()):
+            shown = full[start:first].strip()
+            if before <= start <= first and full.startswith(prompt[:start]) and (not blank or shown in ("", lead)):
                 return start, lacks
         if (start := self._marked_start(messages, tools, given, full, first)) is not None:
+            # A template may begin a further call otherwise than its model does (DeepSeek V3).
+            if prompt is not None and lead and full[start:first].strip() != lead:
+                raise Unproven(OTHERWISE_CALLED)
             return start, ""
         # Prompt and rendering may differ in white space alone, where a template is written over many lines. Then the
         # prompt is as it is, and white space of the answer's own could not be told from the template's.
-        if asked and "".join(asked.split()) == "".join(gap.split()) and not word.leaf.whole[:1].isspace():
-            white, end = (text[len(text.rstrip()) :] for text in (gap, asked))
-            return first - (len(white) - len(end) if white.startswith(end) else 0), ""
+        lead = lead if gap.rstrip().endswith(lead) else ""
+        shown = gap[: gap.rindex(lead)] if lead else gap
+        asks = asked and "".join(asked.split()) == "".join(shown.split())
+        if asks and not word.leaf.whole[:1].isspace():
+            white, end = (text[len(text.rstrip()) :] for text in (shown, asked))
+            return before + len(shown) - (len(white) - len(end) if white.startswith(end) else 0), ""
         raise Unproven(NOTHING_BEFORE if len(messages) == 1 else NOT_SHOWN)
 
     def _leads(self, text: str) -> bool:

@@ -397,7 +397,7 @@ def test_any_line_parses_or_is_a_bad_line(text, place, byte):
 
 def test_lines_are_counted_from_one_and_blank_ones_passed_over(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf{}\n\n  \n[]")
+    path.write_bytes(b"\xef\xbb\xbf{}\n\n  \n\xef\xbb\xbf[]")  # of two files
     assert [(line.where, line.content) for line in read_lines(str(path))] == [(f"{path}:1", b"{}\n"), (f"{path}:4", b"[]")]
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(b"{}\n"))

@@ -1166,6 +1166,53 @@ def test_a_block_that_is_all_of_the_prompt_behind_a_tools_result():
     assert done.lost_reasoning == 1 and done.left_out == []
 
 
+# A further call, behind a tool's result, by the syntax of a first one: what the prompt has more is not the call's.
+JSON_SYNTAX = (
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + c.function.arguments | tojson }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("asks", ["<|channel>thought\n<channel|>", "<|turn|>assistant:<|channel>thought\n<channel|>"])
+def test_a_further_call_stands_behind_its_prompt_where_the_template_begins_it_as_a_first_one(asks):
+    """As Gemma 4's, and Apertus's, whose prompts behind a tool's result end with what the template writes in no turn."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '[' + m.content + ']' }}{% else %}"
+        "{% if m.role == 'user' or messages[loop.index0 - 1].role != 'tool' %}{{ '<|turn|>' + m.role + ':' }}{% endif %}"
+        "{{ m.content }}SYNTAX{{ '' if m.tool_calls else '<|stop|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'AGAIN' if messages[-1].role == 'tool' else '<|turn|>assistant:BLOCK' }}"
+        "{% endif %}"
+    )
+    closed, called = "<|channel>thought\n<channel|>", '<call>weather{"city": "Rome"}'
+    template = template.replace("SYNTAX", JSON_SYNTAX).replace("BLOCK", closed).replace("AGAIN", asks)
+    tokenizer = block_tokenizer(template.replace("\n", "\\n"), "<|channel>", "<channel|>", "<call>")
+    asked = "<|turn|>user:q<|stop|><|turn|>assistant:"
+    texts, done = marked(tokenizer, [*chat("q"), *WEATHER, *WEATHER, {"role": "assistant", "content": "no"}])
+    assert texts == [
+        f"{asked}{closed}[[{called}]]",
+        f"{asked}{called}[dry]{asks}[[{called}]]",
+        f"{asked}{called}[dry]{called}[dry]{asks}[[no<|stop|>]]",
+    ]
+    assert done.left_out == [] and done.unopened == 0
+
+
+def test_a_further_call_that_the_template_begins_otherwise_than_a_first_one_is_left_out_though_it_has_marks():
+    """As DeepSeek V3's, which opens the list of calls once in a conversation, and closes it behind each."""
+    template = (
+        "{% set ns = namespace(calls=0) %}{% for m in messages %}{% if m.role == 'tool' %}{{ '[' + m.content }}"
+        "{{ ']' if loop.last }}{% else %}{% if m.role == 'user' or messages[loop.index0 - 1].role != 'tool' %}"
+        "{{ '<|turn|>' + m.role + ':' }}{% endif %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% if m.tool_calls and not ns.calls %}{{ '<calls>' }}{% endif %}SYNTAX"
+        "{% if m.tool_calls %}{% set ns.calls = 1 %}{{ '</calls>' }}{% endif %}{{ '<|stop|>' }}{% endgeneration %}"
+        "{% else %}{{ m.content + '<|stop|>' }}{% endif %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<|turn|>assistant:' }}{% endif %}"
+    ).replace("SYNTAX", JSON_SYNTAX)
+    tokenizer = block_tokenizer(template, "<call>", "<calls>", "</calls>")
+    texts, done = marked(tokenizer, [*chat("q"), *WEATHER, *WEATHER])
+    first = '<calls><call>weather{"city": "Rome"}</calls><|stop|>'
+    assert texts == [f"<|turn|>user:q<|stop|><|turn|>assistant:[[{first}]]"]
+    assert [where for where, _ in done.left_out] == ["f:1, message 4"] and "otherwise than" in done.left_out[0][1]
+
+
 @pytest.mark.parametrize(
     ("asks", "says", "white"),
     [
@@ -1193,6 +1240,11 @@ def test_a_prompt_that_differs_from_the_rendering_in_white_space_alone(asks, say
     assert done.left_out == [] and not done.endless
     texts, done = marked(tokenizer, chat("q", "\nyes", "r", "no"))
     assert [where for where, _ in done.left_out] == ["f:1, message 2"] and len(texts) == 1
+    tools = block_tokenizer(
+        tokenizer.chat_template.replace("{{ m.content +", "{{ m.content }}" + JSON_SYNTAX + "{{"), "<call>"
+    )
+    texts, done = marked(tools, [*chat("q"), *WEATHER])
+    assert texts == [f'<|turn|>user:q<|stop|>{asks}[[{white}<call>weather{{"city": "Rome"}}<|stop|>]]']
     with pytest.raises(BadLine, match="changes with the turn"):
         marked(block_tokenizer(tokenizer.chat_template.replace(repr(says), repr(says.replace(":", "!")))), chat("q", "yes"))
 
