@@ -473,7 +473,10 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
         best = json.loads(file.read_text())
         return {"step": int(best["step"]), "tau_sim": float(best["tau_sim"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); delete it, the next evaluation writes it again") from error
+        raise ValueError(
+            f"{file} is damaged ({error!r}); delete it, and the newest checkpoint counts as the best until an "
+            "evaluation writes it again"
+        ) from error
 
 
 def rewind(run_dir: Path, step: int, damaged: list[Path]) -> None:

@@ -7,9 +7,10 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 try:
     import typer
@@ -33,6 +34,7 @@ app.add_typer(bench, name="bench")
 features = typer.Typer(help="Run the target once, train from its features many times.", no_args_is_help=True)
 app.add_typer(features, name="features")
 console = Console()
+_SHOW_WARNING = warnings.showwarning
 
 
 def say(line: str) -> None:
@@ -619,6 +621,7 @@ def show_errors(what: str, rows: list[tuple[str, str, float, float]]) -> bool:
 
 
 def main() -> None:
+    warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)
     except StoppedEarly as stopped:
@@ -630,6 +633,21 @@ def main() -> None:
             raise
         _say_why(said)
         sys.exit(1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Of ours a line without the place in the code; of the libraries what Python would print."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        say_aside(f"warning: {message}")
+    else:
+        _SHOW_WARNING(message, category, filename, lineno, file, line)
 
 
 def _say_why(said: str) -> None:

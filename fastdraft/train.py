@@ -45,7 +45,7 @@ from fastdraft.model.methods import method_of, named_method
 from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_optim, new_draft
 from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
 from fastdraft.run.finished import saved_config
-from fastdraft.run.inputs import load_data, open_source
+from fastdraft.run.inputs import documents_hash, load_data, open_source
 from fastdraft.run.plan import known_work, memory_lines
 from fastdraft.target.hf import count_target_parameters, load_target_config
 from fastdraft.target.served.ends import FILES
@@ -157,6 +157,7 @@ class TrainingRun:
         self.total_steps = config.max_steps or loader.num_steps(config.epochs)
         self.weights = method.step_weights(config, draft.config)
         self.ttt_length = len(self.weights.weight)  # T
+        self.held_out_hash = documents_hash(data.eval)
         sets = [data.train, data.eval]
         source = open_source(config, draft.config.layers, device, sets, halo=self.ttt_length)
         self.messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
@@ -303,7 +304,7 @@ class TrainingRun:
         free_disk(self.run_dir, sum(tensor.nbytes for tensor in tensors.values()), f"the checkpoint of step {step}")
         state = {"step": step, "loader": self.ahead.state_dict(), "target": self.source.ends.fingerprint}
         state |= {"draft": self.draft.config.model_dump(), "config": self.config.model_dump()}
-        state["chosen"] = left_open(self.config, self.draft)
+        state |= {"chosen": left_open(self.config, self.draft), "held_out": self.held_out_hash}
         self.writer.save(tensors, state)
         self.saved = step
 
@@ -398,7 +399,7 @@ def resume(
             told.append("it was written without a GPU: this one's random numbers begin at the seed")
         return saved.step, told
     if found:
-        raise ValueError(f"no checkpoint of {run_dir} is readable; start anew with --fresh. " + " ".join(told))
+        raise ValueError(f"no checkpoint of {run_dir} is readable; start anew with --fresh. " + "; ".join(told))
     return 0, told
 
 
@@ -421,7 +422,9 @@ def refuse_other_run(
             f"bits differ; {'give' if was_served else 'leave out'} target.url, choose another run_dir, or start anew with "
             "--fresh"
         )
-    if saved.state["target"] != fingerprint:
+    # In another dtype the same target has another fingerprint, and the settings below say which it was.
+    same_dtype = saved_dtypes(saved.state["config"], device)["target.dtype"] == config.target.dtype
+    if saved.state["target"] != fingerprint and same_dtype:
         raise ValueError(
             f"checkpoint {saved.path} was trained for another target (fingerprint {saved.state['target']}, "
             f"{config.target.path} has {fingerprint}); use its target, or another run_dir"
@@ -432,10 +435,17 @@ def refuse_other_run(
     then = dotted(method.settled(settings).model_dump(mode="json"))
     then |= dotted({"draft's shape": shape.model_dump(mode="json")})
     then |= saved_dtypes(saved.state["config"], device)
-    # A checkpoint of before 2026-11-28 does not hold what was chosen, which was what is chosen today.
-    then |= saved.state.get("chosen") or left_open(settings, draft)
     now = dotted(named_method(config.draft.method).settled(config).model_dump(mode="json"))
-    now |= dotted({"draft's shape": draft.config.model_dump(mode="json")}) | left_open(config, draft)
+    now |= dotted({"draft's shape": draft.config.model_dump(mode="json")})
+    # A checkpoint of before 2026-11-28 does not hold what was chosen, which was what is chosen today.
+    today, chosen_now = left_open(settings, draft), left_open(config, draft)
+    chosen = saved.state.get("chosen") or today
+    for key, value in chosen.items():
+        if now.get(key) is not None:
+            then[key] = value
+        elif value != today.get(key):  # of the same settings
+            then[key], now[key] = value, chosen_now.get(key)
+    now |= {key: value for key, value in chosen_now.items() if then.get(key) is not None}
     changed = [
         f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(now.keys() | then.keys())

@@ -19,7 +19,7 @@ import yaml
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from small_runs import at_step
-from tiny import make_tokenizer, refusal, save_target
+from tiny import make_tokenizer, refusal, save_target, write_chats
 
 from fastdraft import cli
 from fastdraft import train as training
@@ -273,6 +273,28 @@ def test_usage(fastdraft):
     assert fastdraft("train")[0] == 2
     code, out, _ = fastdraft("--help")
     assert code == 0 and all(name in out for name in ("train", "init", "data", "evaluate", "export", "check"))
+
+
+def test_a_report_names_the_checkpoint_that_was_read_and_a_damaged_one_is_said_once(fastdraft, trained, tmp_path):
+    (trained / "checkpoints" / "best.json").unlink()
+    assert json.loads(fastdraft("evaluate", trained)[1])["checkpoint"] == f"{trained} (best: step 2)"
+    assert json.loads(fastdraft("evaluate", trained, "--which", 1)[1])["checkpoint"] == f"{trained} (step 1)"
+    (tensors,) = (trained / "checkpoints" / "step-00000002").glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    code, out, err = fastdraft("export", trained, tmp_path / "out")
+    assert code == 0 and f"{tmp_path / 'out'}: {trained} (best: step 1), float32; verified for SGLang and vLLM" in out
+    said = f"warning: checkpoint {trained}/checkpoints/step-00000002 is unreadable: {tensors.name} is not as it was written"
+    assert err.count("step-00000002") == 1 and f"{said}; step-00000001 is used instead\n" in err and ".py" not in err
+
+
+def test_numbers_of_other_held_out_documents_than_the_runs_are_said_to_be(fastdraft, config_file, tree, tmp_path):
+    chats = write_chats(tmp_path / "mine.jsonl", 40)
+    changes = (f"data.paths=[{chats}]", "data.eval_fraction=0.2", "max_steps=1")
+    assert fastdraft("train", config_file, *changes)[0] == 0
+    assert "held-out documents" not in fastdraft("evaluate", tree["run_dir"])[2]
+    chats.write_text("".join(chats.read_text().splitlines(keepends=True)[:20]))
+    code, _, err = fastdraft("evaluate", tree["run_dir"])
+    assert code == 0 and "warning: the held-out documents are others than while it was trained" in err
 
 
 # --- init, data ----------------------------------------------------------------------------------------------------------

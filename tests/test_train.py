@@ -457,6 +457,7 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
     few = write_chats(tmp_path / "few.jsonl", 10)
     for changes, said in (
         ({"target.path": str(other)}, "was trained for another target"),
+        ({"target.dtype": "bf16"}, r"Changed: target.dtype: fp32 -> bf16$"),
         ({"optim.lr": 1e-3}, r"other settings.*Changed: optim.lr: 0.01 -> 0.001$"),
         ({"sampled_depth": 0.8}, r"Changed: sampled_depth: 1.0 -> 0.8$"),
         ({"optim.optimizer": "adamw"}, r"Changed: optim.optimizer: muon -> adamw$"),

@@ -28,7 +28,7 @@ from fastdraft.model.proposal import DecodeSettings
 from fastdraft.model.target_config import read_target_config
 from fastdraft.run.draft import make_step
 from fastdraft.run.dtypes import compute_dtype, name_dtypes, saved_dtypes, target_dtype
-from fastdraft.run.inputs import choose_holders, load_data, open_source, open_target
+from fastdraft.run.inputs import choose_holders, documents_hash, load_data, open_source, open_target
 from fastdraft.run.plan import own_dtype
 from fastdraft.serving.export import export_draft, verify
 from fastdraft.target.hf import Target, load_tokenizer
@@ -43,7 +43,10 @@ def open_run(run_dir: Path, which: str = "best") -> tuple[Config, Target, nn.Mod
     A target that was run in bf16 has the same weights here. On a CPU where bf16 is slow they are computed with in fp32.
     ValueError when servers ran the target: then it may not fit here, or be another in its last bits.
     """
-    saved, draft = read_draft(run_dir, which)
+    return _open(*read_draft(run_dir, which))
+
+
+def _open(saved: checkpoint.Saved, draft: nn.Module) -> tuple[Config, Target, nn.Module]:
     if was_served(saved):
         raise ValueError(f"{saved.path} was trained on what servers gave, and their target is not loaded into this process")
     config, device = config_here(saved)
@@ -96,7 +99,7 @@ def read_draft(run_dir: Path, which: str) -> tuple[checkpoint.Saved, nn.Module]:
         except checkpoint.Unreadable as error:
             if following is None:
                 raise
-            warnings.warn(f"{error}; {following.name} is used instead", stacklevel=2)
+            warnings.warn(f"{error}; {following.name} is used instead", stacklevel=1)
             continue
         for p, values in zip(parameters, tensors["master"].split(sizes), strict=True):
             p.data.copy_(values.view_as(p))
@@ -141,11 +144,11 @@ def evaluate_run(
                 "with; export the draft and let the engine decode: `fastdraft check --checkpoint OUT --target DIR --engine "
                 "vllm --engine-alone --prompts FILE`, or `fastdraft bench serve` against a server that has the draft"
             )
-        return Evaluation(f"{run_dir} ({which})", evaluate_served(saved, draft, say, urls), None)
+        return Evaluation(_named(saved, run_dir, which), evaluate_served(saved, draft, say, urls), None)
     if urls:
         raise ValueError(f"--url names servers of the target, and {run_dir} was trained with its target in the process")
     with read_together(saved_config(saved)):
-        config, target, draft = open_run(run_dir, which)
+        config, target, draft = _open(saved, draft)
         if own_steps:
             settings = replace(settings, num_steps=method_of(draft).served_steps(draft.config, None))
         dtypes = target_dtype(config, target.device), compute_dtype(config, target.device)
@@ -161,6 +164,7 @@ def evaluate_run(
         data = load_data(config, draft.config)
         held_out = decoded = None
         if len(data.eval):
+            _say_other_documents(saved, data.eval, say)
             held_out = evaluate_held_out(config, InProcess(target), draft, data.eval)
         elif prompts is None:
             raise ValueError(
@@ -173,7 +177,21 @@ def evaluate_run(
             timed.remove()
             if decoded is not None and decoded.one_at_a_time is not None:
                 say(f"prompts were decoded one at a time: {decoded.one_at_a_time}")
-        return Evaluation(f"{run_dir} ({which})", held_out, decoded)
+        return Evaluation(_named(saved, run_dir, which), held_out, decoded)
+
+
+def _named(saved: checkpoint.Saved, run_dir: Path, which: str) -> str:
+    """The checkpoint that was read: with no best one, or a damaged one, it is another than was asked for."""
+    return f"{run_dir} ({which}: step {saved.step})" if not which.isdigit() else f"{run_dir} (step {saved.step})"
+
+
+def _say_other_documents(saved: checkpoint.Saved, held_out: Dataset, say: Callable[[str], None]) -> None:
+    then = saved.state.get("held_out")  # a checkpoint of before 2026-11-28 has none
+    if then is not None and then != documents_hash(held_out):
+        say(
+            "warning: the held-out documents are others than while it was trained, since data or their reading changed: "
+            "these numbers are not to be compared with the run's own"
+        )
 
 
 def _in_fp32_where_bf16_is_slow(
@@ -221,6 +239,7 @@ def evaluate_served(
     data = load_data(config, draft.config)
     if not len(data.eval):
         raise ValueError(f"{saved.path} is of a run without held-out data: {data.none_held_out}, and train anew")
+    _say_other_documents(saved, data.eval, say)
     source = open_source(config, draft.config.layers, device, [data.eval])
     try:
         for line in source.notes:
@@ -255,7 +274,7 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
             refuse_other_target(saved, target.fingerprint, config)
             draft.take_from_target(target.embedding)
         else:
-            config, target, draft = open_run(run_dir, which)
+            config, target, draft = _open(saved, draft)
         if not mesh.is_rank_0():  # it holds a part of the target, of which the draft takes what every process has
             return []
         target_dir = local_folder(config.target.path)
@@ -271,5 +290,5 @@ def export_run(run_dir: Path, out: Path, which: str, overwrite: bool) -> list[st
         return [
             *findings.warnings,
             *told,
-            f"{out}: {which} checkpoint of {run_dir}, {dtype_name(dtype)}; verified for SGLang and vLLM",
+            f"{out}: {_named(saved, run_dir, which)}, {dtype_name(dtype)}; verified for SGLang and vLLM",
         ]
