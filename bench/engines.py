@@ -115,7 +115,8 @@ def compare(
     }
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """ValueError for options that do not go together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True, help="a directory that `fastdraft export` wrote")
@@ -135,23 +136,22 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    names = args.settings.split(",")
-    if unknown := [name for name in names if name not in SETTINGS]:
+    args.settings = args.settings.split(",")
+    if unknown := [name for name in args.settings if name not in SETTINGS]:
         raise ValueError(f"--settings {', '.join(unknown)}: choose among {', '.join(SETTINGS)}")
-    if args.engine == "vllm" and "tree" in names:
+    if args.engine == "vllm" and "tree" in args.settings:
         raise ValueError("vLLM verifies chains only; give --settings chain")
     if args.serve_only and args.served is None:
         raise ValueError("--serve-only keeps nothing without --served DIR")
+    return args
+
+
+def serve(
+    args: argparse.Namespace, prompts: list[list[int]], stop_ids: list[int]
+) -> dict[str, tuple[Served, str | None]]:  # by setting the engine's answers, and its GPU
     place = EnginePlace(args.engine, args.engine_python, args.engine_pythonpath)
-    if errors := verify(args.draft, args.target).errors:
-        raise ValueError(f"{args.draft} does not verify: " + " ".join(errors))
-    dtype = DTYPES[args.dtype]
-    prompts = prompt_ids(read_prompts(args.prompts)[: args.max_prompts], load_tokenizer(args.target))
-    target = load_target(args.target, dtype, "cpu")
-    draft = load_draft(args.draft, target.config)
-    stop_ids = sorted(target.eos_ids)
-    served: dict[str, tuple[Served, str | None]] = {}
-    for name in names:  # before the target takes its memory
+    served = {}
+    for name in args.settings:
         s = SETTINGS[name]
         run = Run(
             str(Path(args.target).resolve()),
@@ -159,7 +159,7 @@ def main() -> None:
             prompts,
             args.max_new_tokens,
             stop_ids,
-            dtype_name(dtype),
+            dtype_name(DTYPES[args.dtype]),
             s.num_steps,
             s.eagle_topk,
             s.num_draft_tokens,
@@ -168,6 +168,18 @@ def main() -> None:
         file = args.served and args.served / f"{args.engine}-{args.dtype}-{name}.json"
         served[name] = answers(place, run, args.timeout, file)
         print(f"{name}: {served_lengths(served[name][0])}", flush=True)
+    return served
+
+
+def main() -> None:
+    args = parse()
+    if errors := verify(args.draft, args.target).errors:
+        raise ValueError(f"{args.draft} does not verify: " + " ".join(errors))
+    dtype = DTYPES[args.dtype]
+    prompts = prompt_ids(read_prompts(args.prompts)[: args.max_prompts], load_tokenizer(args.target))
+    target = load_target(args.target, dtype, "cpu")
+    draft = load_draft(args.draft, target.config)
+    served = serve(args, prompts, sorted(target.eos_ids))  # before the target takes its memory
     if args.serve_only:
         return
 

@@ -321,6 +321,12 @@ class Bench(NamedTuple):
         rates = [capture_rate(source, packs(self.sizes, vocabulary, 500 + i)) for i in range(1 + self.sizes.rounds)][1:]
         self.write("forward", {"tokens_per_s": _median(rates), "all": list(map(round, rates))})
 
+    def plain(self, url: str, version: str) -> None:
+        vocabulary = SHAPES[self.sizes.shape].vocab_size
+        batches = [packs(self.sizes, vocabulary, 50 + i) for i in range(1 + self.sizes.rounds)]
+        rates = [prefill_rate(url, str(self.target), of_round) for of_round in batches][1:]
+        self.write("plain", {"vllm": version, "tokens_per_s": _median(rates), "all": list(map(round, rates))})
+
     def links(self) -> None:
         """Bytes/s of a document at a time, from the moment that its rows lie in the other process's memory."""
         parent, child = multiprocessing.Pipe()
@@ -375,7 +381,7 @@ def _median(values: list[float]) -> int:
     return round(statistics.median(values))
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-python", default=sys.executable)
     parser.add_argument("--engine-pythonpath", default="")
@@ -395,9 +401,37 @@ def main() -> None:
     args = parser.parse_args()
     if args.tiny and args.out == str(RESULTS):
         raise SystemExit("--tiny measures nothing: name a folder with --out")
+    return args
+
+
+@contextmanager
+def serve_target(args: argparse.Namespace, bench: Bench, usual: list[str], environment: dict[str, str]) -> Iterator[str]:
+    """The url of a server whose states a trainer can have."""
+    own = ["--engine-python", args.engine_python]
+    own += ["--engine-pythonpath", args.engine_pythonpath] if args.engine_pythonpath else []
+    own += ["--folder", args.shared] if args.shared else []
+    command = [sys.executable, "-m", "fastdraft.cli", "serve-target", str(bench.target), *own]
+    command += ["--port", str(args.port), *usual]
+    with server(command, environment, args.port, bench.folder / "server.log") as url:
+        yield url
+
+
+@contextmanager
+def plain_server(args: argparse.Namespace, bench: Bench, usual: list[str], environment: dict[str, str]) -> Iterator[str]:
+    """The url of a vLLM that keeps no states."""
+    command = [args.engine_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(bench.target), *usual]
+    command += ["--port", str(args.port + 1)]
+    environment = environment | {"PYTHONPATH": args.engine_pythonpath}
+    with server(command, environment, args.port + 1, bench.folder / "plain.log") as url:
+        yield url
+
+
+def main() -> None:
+    args = parse()
     until, sizes = time.monotonic() + args.seconds, TINY if args.tiny else FULL
     sizes = sizes._replace(**{name: value for name in ("packs", "rounds", "steps") if (value := getattr(args, name))})
     layers = 8 if args.tiny else args.layers
+    asked = lambda part: part in args.parts and time.monotonic() < until  # noqa: E731
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         target = folder / "target"
@@ -406,47 +440,26 @@ def main() -> None:
             print("target written", flush=True)
         gpus = 1 if args.server_gpu is None else 2
         bench = Bench(folder, target, sizes, layers, args.commit, Path(args.out), args.engine_flags, gpus)
-        servers_own = os.environ | ({} if args.server_gpu is None else {"CUDA_VISIBLE_DEVICES": args.server_gpu})
+        environment = os.environ | ({} if args.server_gpu is None else {"CUDA_VISIBLE_DEVICES": args.server_gpu})
         usual = ["--enforce-eager", "--max-model-len", str(sizes.max_length + 1), *sizes.flags]
         usual += [f"--{flag}" for flag in args.engine_flags]
-        own = ["--engine-python", args.engine_python]
-        own += ["--engine-pythonpath", args.engine_pythonpath] if args.engine_pythonpath else []
-        own += ["--folder", args.shared] if args.shared else []
         if {"states", "answers", "train"} & set(args.parts):
-            command = [
-                sys.executable,
-                "-m",
-                "fastdraft.cli",
-                "serve-target",
-                str(target),
-                *own,
-                "--port",
-                str(args.port),
-                *usual,
-            ]
-            with server(command, servers_own, args.port, folder / "server.log") as url:
+            with serve_target(args, bench, usual, environment) as url:
                 version = httpx.get(f"{url}/version").json()["version"]
                 if "states" in args.parts:
                     bench.states(url, version)
-                if "answers" in args.parts and time.monotonic() < until:
+                if asked("answers"):
                     bench.answers(url, version)
-                if "train" in args.parts and time.monotonic() < until:
+                if asked("train"):
                     bench.train("train", url, version)
-        if "links" in args.parts and time.monotonic() < until:
+        if asked("links"):
             bench.links()
-        if "process" in args.parts and time.monotonic() < until:
+        if asked("process"):
             bench.train("process", None, None)
             bench.forward()
-        if "plain" in args.parts and time.monotonic() < until:
-            command = [args.engine_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), *usual]
-            command += ["--port", str(args.port + 1)]
-            environment = servers_own | {"PYTHONPATH": args.engine_pythonpath}
-            with server(command, environment, args.port + 1, folder / "plain.log") as url:
-                version = httpx.get(f"{url}/version").json()["version"]
-                vocabulary = SHAPES[sizes.shape].vocab_size
-                rates = [prefill_rate(url, str(target), packs(sizes, vocabulary, 50 + i)) for i in range(1 + sizes.rounds)]
-                row = {"vllm": version, "tokens_per_s": _median(rates[1:]), "all": list(map(round, rates[1:]))}
-                bench.write("plain", row)
+        if asked("plain"):
+            with plain_server(args, bench, usual, environment) as url:
+                bench.plain(url, httpx.get(f"{url}/version").json()["version"])
 
 
 if __name__ == "__main__":

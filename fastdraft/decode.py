@@ -223,6 +223,12 @@ class _Sequence:
         return DecodeResult(self.out, stopped_by, len(per_round), drafted, accepted, per_round, 0.0)
 
 
+def _sequence(target: Target, place: int, prompt: list[int], max_new_tokens: int, seed: int, steps: int) -> _Sequence:
+    limit, context = _limits(target, prompt, max_new_tokens)
+    generator = torch.Generator(target.device).manual_seed(seed)
+    return _Sequence(place, len(prompt), limit, context, generator, [0] * steps, [0] * steps)
+
+
 @torch.no_grad()
 @sdpa_kernel(ANY_SHAPE)
 def _decode_together(
@@ -238,11 +244,7 @@ def _decode_together(
     device, steps, nodes = target.device, 0, 0
     if draft is not None:
         steps, nodes = settings.num_steps, settings.num_verified - 1
-    going = []
-    for place, prompt in enumerate(prompts):
-        limit, context = _limits(target, prompt, max_new_tokens)
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        going.append(_Sequence(place, len(prompt), limit, context, generator, [0] * steps, [0] * steps))
+    going = [_sequence(target, i, prompt, max_new_tokens, settings.seed, steps) for i, prompt in enumerate(prompts)]
     longest = max(s.num_prompt + s.limit for s in going)
     cache = SingleCache(target) if single else RaggedCache(target, len(prompts), longest + nodes + 1)
     counts = [len(prompt) for prompt in prompts]

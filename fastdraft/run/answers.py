@@ -50,21 +50,8 @@ def capture_answers(
 
     ValueError as for `regenerate` and `capture_features`.
     """
-    refuse_file(store)
+    _refuse(config, out, store, bool(job.get("fresh")))
     config = config.model_copy(update={"features": FeaturesConfig()})
-    if config.data.streaming:
-        raise ValueError("--capture needs the data whole; set data.streaming=false")
-    if not any(_finds(path, out) for path in config.data.paths):
-        raise ValueError(
-            f"data.paths is {', '.join(config.data.paths)}, and the answers go to {out}: name that file in "
-            "data.paths, so that the run which reads the store trains on them"
-        )
-    if job.get("fresh") and list_shards(store):
-        raise ValueError(
-            f"--capture {store} holds the features of documents already, and --fresh begins the answers anew: the old ones "
-            "would stay beside the new. Name another store, or delete this one; to go on where an earlier call was stopped "
-            "leave --fresh out"
-        )
     shape = draft_shape(config)
     device = mesh.start_process(config.device)
     config, told = name_dtypes(config, device, store=store, runs_target=False, trains=False)
@@ -102,6 +89,24 @@ def capture_answers(
     finally:
         source.close()
     return outcome
+
+
+def _refuse(config: Config, out: Path, store: Path, fresh: bool) -> None:
+    """ValueError where the run that is to read the store would not train on what goes into it."""
+    refuse_file(store)
+    if config.data.streaming:
+        raise ValueError("--capture needs the data whole; set data.streaming=false")
+    if not any(_finds(path, out) for path in config.data.paths):
+        raise ValueError(
+            f"data.paths is {', '.join(config.data.paths)}, and the answers go to {out}: name that file in "
+            "data.paths, so that the run which reads the store trains on them"
+        )
+    if fresh and list_shards(store):
+        raise ValueError(
+            f"--capture {store} holds the features of documents already, and --fresh begins the answers anew: the old ones "
+            "would stay beside the new. Name another store, or delete this one; to go on where an earlier call was stopped "
+            "leave --fresh out"
+        )
 
 
 def _finds(pattern: str, file: Path) -> bool:

@@ -7,6 +7,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -76,20 +77,10 @@ def serve_command(
     port = _value(flags, "--port") or "8000"
     folder = folder or f"{SHARED_MEMORY}/fastdraft-{os.getuid()}-{port}"
     boundaries = sorted({layer + 1 for layer in layers} | {n})
-    speculative = {
-        "method": "extract_hidden_states",
-        "num_speculative_tokens": 1,
-        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": boundaries}},
-    }
-    connector = {
-        "kv_connector": "FastdraftStates",
-        "kv_connector_module_path": "fastdraft_states",
-        "kv_role": "kv_producer",
-        "kv_connector_extra_config": {
-            "folder": folder,
-            "instance": secrets.token_hex(8),
-            "identity": {"weights": meta.weights, "config": meta.config},
-        },
+    told = {
+        "folder": folder,
+        "instance": secrets.token_hex(8),
+        "identity": {"weights": meta.weights, "config": meta.config},
     }
     environment = {}
     host = _value(flags, "--host") or "localhost"
@@ -100,16 +91,32 @@ def serve_command(
                 "server for each rank, and name all of them in target.url"
             )
         # The same addresses as vLLM's own port: by default all of this host.
-        connector["kv_connector_extra_config"] |= {"states_host": _value(flags, "--host") or "", "states_port": states_port}
+        told |= {"states_host": _value(flags, "--host") or "", "states_port": states_port}
         environment["FASTDRAFT_STATES_TOKEN"] = secrets.token_hex(16)
-    arguments = [python, "-m", "vllm.entrypoints.openai.api_server"]
-    arguments += ["--model", target]
-    arguments += ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector), *flags]
+    arguments = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
+    arguments += [*_states_flags(boundaries, told), *flags]
     own = str(Path(fastdraft_handover.__file__).parent)
     paths = [own, *filter(None, [pythonpath])]
     url = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return ServeCommand(arguments, environment, url, folder, layers)
+
+
+def _states_flags(boundaries: list[int], told: dict[str, Any]) -> list[str]:
+    """vLLM's flags that make it keep the states at these boundaries, and give them to our connector, which is `told` where
+    to hand them over."""
+    speculative = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": boundaries}},
+    }
+    connector = {
+        "kv_connector": "FastdraftStates",
+        "kv_connector_module_path": "fastdraft_states",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": told,
+    }
+    return ["--speculative-config", json.dumps(speculative), "--kv-transfer-config", json.dumps(connector)]
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
