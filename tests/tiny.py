@@ -135,6 +135,16 @@ def random_draft(config: DraftConfig, embedding: torch.Tensor, std: float = 0.2,
     return draft
 
 
+def noisy_draft(config: DraftConfig, std: float = 0.3) -> Draft:
+    """In float64, every weight random, those of norms around 1, and the vocabulary map too; its embedding is its own."""
+    draft, generator = Draft(config).double(), torch.Generator().manual_seed(1)
+    for p in draft.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * std + (p.ndim == 1)
+    every = torch.randperm(config.vocab_size, generator=generator)
+    draft.set_vocab(every[: config.draft_vocab_size].sort().values)
+    return draft
+
+
 def write_chats(path: Path, count: int, seed: int = 0, turns: int = 2) -> Path:
     """JSONL of conversations of `turns` messages, 4 to 20 words each."""
     rng = random.Random(seed)

@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, replace
 import pytest
 import torch
 from small_runs import by_ranks
-from tiny import draft_shape
+from tiny import draft_shape, noisy_draft
 
 from fastdraft.batch import Batch, Features, PackShare, Rows, TargetHead, own_features
 from fastdraft.dist import mesh
@@ -52,12 +52,7 @@ CASES = {  # changes of the shape, loss, chains at a time
 
 
 def make_draft(changes: dict) -> Draft:
-    draft = Draft(draft_shape(**SHAPE | changes)).double()
-    generator = torch.Generator().manual_seed(1)
-    for p in draft.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + (p.ndim == 1)
-    draft.set_vocab(torch.randperm(V, generator=generator)[: draft.config.draft_vocab_size].sort().values)
-    return draft
+    return noisy_draft(draft_shape(**SHAPE | changes))
 
 
 def make_packs() -> list[tuple[Batch, Features]]:

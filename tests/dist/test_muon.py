@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,16 @@ SHARES = 8  # of a step's gradient
 SAVED, LAST = 6, 9  # steps
 
 
-def part(name: str, shape: Sequence[int], rank: int, size: int) -> tuple[slice, ...]:
+def cut_part(cut: dict[str, int], name: str, shape: Sequence[int], rank: int, size: int) -> tuple[slice, ...]:
+    """Of a weight that `cut` names with the axis along which it is divided."""
     place = [slice(0, n) for n in shape]
-    if name in CUT:
-        width = shape[CUT[name]] // size
-        place[CUT[name]] = slice(rank * width, (rank + 1) * width)
+    if name in cut:
+        width = shape[cut[name]] // size
+        place[cut[name]] = slice(rank * width, (rank + 1) * width)
     return tuple(place)
+
+
+part = partial(cut_part, CUT)
 
 
 def whole_weights() -> dict[str, Tensor]:
@@ -212,15 +217,7 @@ def _measured(data: int, size: int) -> None:
     mesh.start_process("cpu")
     mesh.lay_out(1, size)
     axis, replicas = mesh.axis("tensor"), mesh.axis("replicas")
-    cut = {"fc": 0, "q": 0, "gate": 0, "down": 1, "tall": 0}
-
-    def place(name, shape, rank, n):
-        place = [slice(0, length) for length in shape]
-        if name in cut:
-            width = shape[cut[name]] // n
-            place[cut[name]] = slice(rank * width, (rank + 1) * width)
-        return tuple(place)
-
+    place = partial(cut_part, {"fc": 0, "q": 0, "gate": 0, "down": 1, "tall": 0})
     parts = Parts({name: torch.Size(shape) for name, shape in LARGE.items()}, place, axis)
     config = CONFIG.model_copy(update={"muon_weights": [name for name in LARGE if name != "norm"], "weight_decay": 0.0})
     for dtype in (torch.float32, torch.bfloat16):

@@ -38,10 +38,16 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def server(target_dir, folder):
-    made = FeatureServer(target_dir, folder)
+def server(request, target_dir, folder):
+    """Of this host, unless a test is `near_and_far`: then also one that takes every trainer for another host's."""
+    made = FeatureServer(target_dir, folder, far=getattr(request, "param", False))
     yield made
     made.close()
+    if made.far:
+        made.listener.close()
+
+
+near_and_far = pytest.mark.parametrize("server", [False, True], ids=["shared memory", "TCP"], indirect=True)
 
 
 def pack(*lengths: int, seed: int = 0) -> Batch:
@@ -60,20 +66,22 @@ def same_features(source, make_config, batch: Batch) -> None:
 # --- the same numbers -----------------------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_a_target_in_the_process(opened, make_config, folder):
+@near_and_far
+def test_features_are_those_of_a_target_in_the_process(server, opened, make_config, folder):
     source = opened()
     announced = [pack(5, 1, 33, 20), pack(64, seed=1), pack(2, 3, seed=2)]
     source.expect(announced)
     for batch in [*announced, pack(7, 40, seed=3)]:  # the last one comes unannounced
         same_features(source, make_config, batch)
-    assert source.notes == [f"the target runs in {source.servers[0].url} (vLLM 0.32.0), in fp32"]
+    far = f", states over TCP from 127.0.0.1:{server.about['states_port']}" if server.far else ""
+    assert source.notes == [f"the target runs in {server.url} (vLLM 0.32.0{far}), in fp32"]
     source.close()
-    assert os.listdir(folder) == ["server.json"]
+    assert not folder.exists() if server.far else os.listdir(folder) == ["server.json"]
 
 
-@pytest.mark.parametrize("layers", [(0, 2, 5), (1, 3, 7)])
-def test_a_server_may_hand_over_more_than_a_run_reads(target_dir, folder, make_config, layers):
-    server = FeatureServer(target_dir, folder, layers=(0, 1, 2, 3, 5, 6))
+@pytest.mark.parametrize("layers, far", [((0, 2, 5), False), ((1, 3, 7), False), ((0, 2, 5), True)])
+def test_a_server_may_hand_over_more_than_a_run_reads(target_dir, folder, make_config, layers, far):
+    server = FeatureServer(target_dir, folder, layers=(0, 1, 2, 3, 5, 6), far=far)
     config = make_config(**{"target.url": server.url, "draft.overrides.layers": list(layers)})
     if 7 not in layers:
         source = open_source(config, layers, CPU, [])
@@ -396,6 +404,7 @@ def test_a_failure_that_passes_is_done_again(server, opened, make_config):
     assert source.counts() == {"requests_repeated": 2}
 
 
+@near_and_far
 def test_full_memory_is_waited_for_and_then_named(server, opened, make_config, folder):
     source, full = opened(**{"target.timeout_s": 0.2}), [True]
 
@@ -406,11 +415,12 @@ def test_full_memory_is_waited_for_and_then_named(server, opened, make_config, f
         return full[0]
 
     server.act = act
-    with pytest.raises(ValueError, match=r"could not hand states over in .*: .*No space left on device"):
+    where = "" if server.far else " in .*"
+    with pytest.raises(ValueError, match=rf"could not hand states over{where}: .*No space left on device"):
         source.capture(pack(8))
     full[0] = False
     same_features(source, make_config, pack(8))
-    assert not [name for name in os.listdir(folder) if name.endswith(".error")]
+    assert not list(folder.glob("*.error"))
 
 
 @pytest.mark.parametrize(

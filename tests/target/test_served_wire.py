@@ -17,7 +17,6 @@ from feature_server import FeatureServer
 from small_runs import losses
 from test_served import pack, same_features
 
-from fastdraft.run.inputs import open_source
 from fastdraft.target.served.connector import fastdraft_wire as wire
 from fastdraft.target.served.server import serve_command
 from fastdraft.train import train
@@ -37,19 +36,6 @@ def server(target_dir, tmp_path):
 # --- a source -------------------------------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_a_target_in_the_process(server, opened, make_config, tmp_path):
-    source = opened()
-    announced = [pack(5, 1, 33, 20), pack(64, seed=1), pack(2, 3, seed=2)]
-    source.expect(announced)
-    for batch in [*announced, pack(7, 40, seed=3)]:
-        same_features(source, make_config, batch)
-    port = server.about["states_port"]
-    assert source.notes == [
-        f"the target runs in {server.url} (vLLM 0.32.0, states over TCP from 127.0.0.1:{port}), in fp32"
-    ]
-    assert not (tmp_path / "of-another-host").exists()
-
-
 def test_a_run_has_the_losses_of_one_through_shared_memory(target_dir, served, make_config, tmp_path):
     near = FeatureServer(target_dir, tmp_path / "near")
     train(make_config(**{"target.url": near.url, "run_dir": str(tmp_path / "here")}))
@@ -57,15 +43,6 @@ def test_a_run_has_the_losses_of_one_through_shared_memory(target_dir, served, m
     train(served(run_dir=str(tmp_path / "far")))
     here, there = losses(tmp_path / "here"), losses(tmp_path / "far")
     assert len(here) == len(there) > 4 and here == there
-
-
-def test_a_server_may_hand_over_more_than_a_run_reads(target_dir, tmp_path, make_config):
-    server = FeatureServer(target_dir, tmp_path / "other", layers=(0, 1, 2, 3, 5, 6), far=True)
-    config = make_config(**{"target.url": server.url, "draft.overrides.layers": [0, 2, 5]})
-    source = open_source(config, (0, 2, 5), CPU, [])
-    same_features(source, make_config, pack(9, 30))
-    source.close()
-    server.close()
 
 
 def test_a_server_without_a_port_says_what_another_host_needs(server, opened):
@@ -114,22 +91,6 @@ def test_states_of_another_length_are_refused_and_the_connection_lives(server, o
     link = source.servers[0].link
     same_features(source, make_config, pack(8))
     assert source.servers[0].link is link and link.is_open()
-
-
-def test_what_the_server_says_is_told(server, opened, make_config):
-    source, full = opened(**{"target.timeout_s": 0.2}), [True]
-
-    def act(s, handler, body):
-        if full[0]:
-            s.full(body["kv_transfer_params"]["states"])
-            reply(handler, 200, s.answer(body, {"instance": s.about["instance"]}))
-        return full[0]
-
-    server.act = act
-    with pytest.raises(ValueError, match=r"could not hand states over: .*No space left on device"):
-        source.capture(pack(8))
-    full[0] = False
-    same_features(source, make_config, pack(8))
 
 
 def test_states_that_do_not_come_are_waited_for_and_asked_again(server, opened, make_config):

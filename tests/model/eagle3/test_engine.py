@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meta_step import meta_step
-from tiny import draft_shape
+from tiny import draft_shape, noisy_draft
 
 from bench.work import SHAPES
 from fastdraft.batch import Batch, Features, TargetHead
@@ -48,14 +48,7 @@ LENGTHS = (23, 1, 9, 2, 17, 3, 12)
 
 
 def make_draft(dtype=torch.float64, **changes) -> Draft:
-    config = draft_shape(**changes)
-    draft = Draft(config).double()
-    generator = torch.Generator().manual_seed(1)
-    for p in draft.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + (p.ndim == 1)
-    every = torch.randperm(config.vocab_size, generator=generator)
-    draft.set_vocab(every[: config.draft_vocab_size].sort().values)
-    return draft.to(dtype)
+    return noisy_draft(draft_shape(**changes)).to(dtype)
 
 
 def patchy_mask(lengths, generator) -> torch.Tensor:  # [N] bool

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from tiny import draft_shape
+from tiny import draft_shape, noisy_draft
 from torch import Tensor
 
 from fastdraft.batch import Batch, Features, Rows, TargetHead, tau_sim
@@ -34,10 +34,7 @@ SHAPES = {
 
 
 def make_draft(**changes) -> Draft:
-    draft = Draft(draft_shape(vocab_size=V, draft_vocab_size=VD, **changes)).double()
-    generator = torch.Generator().manual_seed(1)
-    for p in draft.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.4 + (p.ndim == 1)
+    draft = noisy_draft(draft_shape(vocab_size=V, draft_vocab_size=VD, **changes), std=0.4)
     draft.set_vocab(DRAFT_IDS)
     return draft
 
