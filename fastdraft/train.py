@@ -34,6 +34,7 @@ from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, PackShare, Rows, StepWeights, own_features, tau_sim
 from fastdraft.config import Config
 from fastdraft.data.loader import Ahead, Loader, eval_batches
+from fastdraft.data.prepare import Stats
 from fastdraft.dist import mesh
 from fastdraft.dist.shard import SharedAdamW
 from fastdraft.dist.tensor import Parts
@@ -43,7 +44,7 @@ from fastdraft.files import file_checksum, free_disk, json_checksum, write_file
 from fastdraft.metrics import Metrics, read_metrics
 from fastdraft.model.methods import method_of, named_method
 from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_optim, new_draft
-from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes
+from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes, with_dtypes_of
 from fastdraft.run.finished import saved_config
 from fastdraft.run.inputs import documents_hash, load_data, open_source
 from fastdraft.run.plan import known_work, memory_lines
@@ -87,7 +88,8 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
         mesh.refuse_unlike(lambda: started_with(config, fresh))
         mesh.lay_out(config.dist.sequence, config.dist.tensor)
         # every rank computes in what rank 0 chose, though their CPUs may differ
-        config, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
+        named, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
+        config = with_dtypes_of(named, config)
         check_precision(config, device)
         with checkpoint.alone_in(Path(config.run_dir)):
             return _train(config, fresh, device, dtype_lines, stop)
@@ -160,6 +162,7 @@ class TrainingRun:
         self.held_out_hash = documents_hash(data.eval)
         sets = [data.train, data.eval]
         source = open_source(config, draft.config.layers, device, sets, halo=self.ttt_length)
+        mesh.refuse_unlike(lambda: found_in(data.stats, source.ends.fingerprint))
         self.messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
         self.messages += fit_to_target(draft, config, source.ends, data.train)
 
@@ -474,6 +477,12 @@ def left_open(config: Config, draft: nn.Module) -> dict[str, Any]:
     chosen = dotted(settled.model_copy(update={"optim": named_optim(config, draft).named()}).model_dump(mode="json"))
     given = dotted(config.model_dump(mode="json"))
     return {name: value for name, value in chosen.items() if given[name] is None and value is not None}
+
+
+def found_in(data: Stats, fingerprint: str) -> dict[str, Any]:
+    """What all processes of a run must have found in the places that their settings name, by name."""
+    counts = f"{data.samples:,} samples, {data.tokens:,} tokens, {data.trained_tokens:,} of them trained"
+    return {"what data.paths holds": counts, "the fingerprint of target.path": fingerprint}
 
 
 def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,6 +75,12 @@ def name_run_dtypes(
     return name_dtypes(config, device, begun, store, runs_target(config), plans=plans)
 
 
+def with_dtypes_of(named: Config, config: Config) -> Config:
+    """The config in the dtypes of another, which may be another host's; all else stays as it is."""
+    target = config.target.model_copy(update={"dtype": named.target.dtype})
+    return config.model_copy(update={"target": target, "precision": named.precision})
+
+
 def saved_dtypes(settings: dict[str, Any], device: torch.device) -> dict[str, str]:
     """target.dtype and precision of a checkpoint's settings, by name.
 
