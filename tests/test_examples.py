@@ -1,17 +1,22 @@
 """Every examples/*.yaml loads, and gives the intended draft for its target's published shape."""
 
+import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import LLAMA_8B
 
 from fastdraft.config import load_config
+from fastdraft.files import GIB
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash2.config import DFlash2Config
 from fastdraft.model.dspark.config import DSparkConfig
 from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.run.plan import predict
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -106,6 +111,18 @@ def test_every_example_has_a_case():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_example_loads(path: Path):
     load_config(path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_examples_memory_is_what_plan_predicts(name: str, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"} | CASES[name][0]))
+    comment = " ".join(line[2:] for line in (EXAMPLES / f"{name}.yaml").read_text().splitlines() if line.startswith("# "))
+    said = re.findall(r"(?:predicts|and) (\d+) GiB (?:on one GPU|with (data\S+) (data\S+[^. ]))", comment)
+    assert said and comment.count(" GiB") == len(said) + (name in ("qwen3-30b-a3b", "gpt-oss-20b"))  # their weights
+    for gib, *changes in said:
+        changes = [f"target.path={tmp_path}", "precision=bf16", *filter(None, changes)]
+        needed = predict(load_config(EXAMPLES / f"{name}.yaml", changes), torch.device("cuda")).memory_bytes
+        assert f"{needed / GIB:.0f}" == gib, (gib, changes)
 
 
 @pytest.mark.parametrize("name", CASES)
