@@ -17,10 +17,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from fastdraft.data.conversations import CUT
-from fastdraft.data.marking import HOWS, How, Leaf, Marks, Occurrence, mark_all, own_leaves, pieces, strings, thought_end
+from fastdraft.data.conversations import CUT, with_reasoning
+from fastdraft.data.marking import (
+    HOWS,
+    REASONING_KEYS,
+    How,
+    Leaf,
+    Marks,
+    Occurrence,
+    mark_all,
+    own_leaves,
+    pieces,
+    strings,
+    thought_end,
+)
 from fastdraft.data.template import ChatTemplate, Refused, Span, Unproven
 
 NOT_SHOWN = (
@@ -53,6 +66,7 @@ _EMPTY = re.compile(rf"\s*<(?P<tag>{_THINK})>\s*</(?P=tag)>\s*")
 _CLOSES = re.compile(rf"\s*</{_THINK}>")
 _BLOCK = re.compile(rf"<(?P<tag>{_THINK})>\s*(?:</(?P=tag)>\s*)?$")  # either
 _CLOSED = re.compile(rf"</{_THINK}>\s*$")  # and that closes it
+_CUT_AT = re.compile(r"\s*(?P<tag></[^<>]+>|\[/[A-Z_]+\])\s*")  # where a parser cuts reasoning from an answer
 _TAG = re.compile(r"\s*(?P<tag><[^<>/|]+>|\[[A-Z_]+\])(?P<white>\s*)")  # a block's beginning by any name
 
 
@@ -127,6 +141,16 @@ class Turns:
         Refused: the template cannot render it. Unproven: its place cannot be proven. LeftOut: there is nothing in it to
         train on, or the template does not render all that the model said.
         """
+        turn = self._turn(messages, tools, full, prompt)
+        bare = _without_parsers_white(messages[-1])
+        if bare is not None and _as_parsed(messages[-1], turn) is False:
+            with suppress(LeftOut, Refused):
+                other = self._turn([*messages[:-1], bare], tools, None, prompt)
+                if _as_parsed(messages[-1], other):
+                    return other
+        return turn
+
+    def _turn(self, messages: Sequence[dict], tools: list[dict] | None, full: str | None, prompt: str | None) -> Turn:
         message = messages[-1]
         if not (message["content"].strip() or message.get("tool_calls") or _reasoning(message)):
             raise LeftOut(EMPTY)
@@ -444,6 +468,33 @@ def _identified(call: dict, text: str) -> bool:
 
 def _shows_call(text: str, call: dict) -> bool:
     return all(any(form in text for form in forms) for forms in _call_texts(call))
+
+
+def _without_parsers_white(message: dict) -> dict | None:
+    """A message without the white space at whose place its text was cut into reasoning and answer; None if it has none.
+
+    Some servers keep it (vLLM), and templates that write their own around a closing tag then write it twice.
+    """
+    reasoning, content = message.get("reasoning_content") or "", message["content"]
+    if not reasoning.strip() or (reasoning == reasoning.strip() and content == content.lstrip()):
+        return None
+    return with_reasoning({**message, **dict.fromkeys(REASONING_KEYS, reasoning.strip()), "content": content.lstrip()})
+
+
+def _as_parsed(message: dict, turn: Turn) -> bool | None:
+    """Whether the turn has the text that a parser cut where reasoning ends: the reasoning's end, a tag, and the beginning
+    of the answer, white space included. None where the turn shows no such place."""
+    reasoning, content = message["reasoning_content"], message["content"]
+    said, thought = turn.text[turn.span[0] : turn.span[1]], reasoning.strip()
+    at = said.find(thought)
+    cut = _CUT_AT.match(said, at + len(thought)) if at >= 0 else None
+    if cut is None:
+        return None
+    ends = reasoning[len(reasoning.rstrip()) :] + cut["tag"] + content[: len(content) - len(content.lstrip())]
+    begins = reasoning[: len(reasoning) - len(reasoning.lstrip())]
+    before_call = bool(message.get("tool_calls")) and not content  # whose parser took white space before it along
+    same = cut.group().startswith(ends) if before_call else cut.group() == ends
+    return same and turn.text[: turn.span[0] + at].endswith(begins)
 
 
 def _said(message: dict, full: str, end: int) -> int:

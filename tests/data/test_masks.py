@@ -880,6 +880,30 @@ def test_the_generation_prompts_tag_in_the_templates_own_system_prompt_is_not_th
     assert [where for where, _ in done.left_out] == ["f:1, message 1"]
 
 
+def test_white_space_that_a_servers_parser_kept_is_not_there_twice():
+    """vLLM cuts a model's text at </think> and keeps the white space around it, which the template writes, too. What was
+    said before stands in a later prompt as it was given."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' }}{% if m.reasoning_content %}"
+        "{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}{{ m.content }}SYNTAX{{ '<|stop|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\\n' }}{% endif %}"
+    ).replace("SYNTAX", SYNTAX)
+    tokenizer, asked = block_tokenizer(template), "<|turn|>user:q<|stop|><|turn|>assistant:<think>\n"
+    said = {"role": "assistant", "content": "\n\nyes", "reasoning_content": "since\n"}
+    texts, _ = marked(tokenizer, [*chat("q"), said, *chat("r"), said])
+    assert texts == [
+        f"{asked}[[since\n</think>\n\nyes<|stop|>]]",
+        f"{asked}since\n\n</think>\n\n\n\nyes<|stop|><|turn|>user:r<|stop|><|turn|>assistant:<think>\n"
+        "[[since\n</think>\n\nyes<|stop|>]]",
+    ]
+    texts, _ = marked(tokenizer, [*chat("q"), WEATHER[0] | {"reasoning_content": "since\n"}])
+    assert texts == [f"{asked}[[since\n</think>\n\n<call>weatherRome<|stop|>]]"]
+    for other in ({"content": "\nyes"}, {"reasoning_content": "\n\nsince\n"}, {"reasoning_content": "since\n\n"}):
+        texts, _ = marked(tokenizer, [*chat("q"), said | other])
+        thought, answer = (said | other)["reasoning_content"], (said | other)["content"]
+        assert texts == [f"{asked}[[{thought}\n</think>\n\n{answer}<|stop|>]]"]
+
+
 # A header that is a tag alone, as DeepSeek's.
 TAG_HEADER = (
     "{% for m in messages %}{{ ('<|ask|>' if m.role == 'user' else '<|head|>') + m.content }}"
