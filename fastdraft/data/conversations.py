@@ -363,6 +363,15 @@ def _take_reasoning(message: dict, number: int) -> None:
         if taken and given != taken:
             raise ValueError(f"message {number} has {name!r} and the same by another name, which differ; leave one of them")
         message["reasoning_content"] = given
+    # Templates would write both, as no model does.
+    inside = re.match(r"\s*<think>(.*?)</think>", message["content"], re.DOTALL)
+    if inside and (beside := message.get("reasoning_content", "").strip()):
+        if inside[1].strip() != beside:
+            raise ValueError(
+                f"message {number} has reasoning_content and a content that begins with other reasoning in <think>; leave "
+                "one of them"
+            )
+        del message["reasoning_content"]
 
 
 def _refuse_media(fields: dict, owner: str) -> None:

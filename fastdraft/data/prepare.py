@@ -42,7 +42,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 18  # raised when the same input makes other samples than before
+FORMAT = 19  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these

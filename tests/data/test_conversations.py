@@ -63,6 +63,16 @@ def test_reasoning_is_not_lost_beside_another_name_that_says_nothing(others):
         assert message == {"role": "assistant", "content": "a", "reasoning_content": "because"}
 
 
+def test_reasoning_that_is_beside_the_content_and_in_it_is_there_once():
+    for content in ("<think>\nbecause\n</think>\n\na", "\n<think>because</think>a"):
+        (message,) = parsed(
+            {"messages": [{"role": "assistant", "content": content, "reasoning_content": " because\n"}]}
+        ).messages
+        assert message == {"role": "assistant", "content": content}
+    beside = {"role": "assistant", "content": "It ends with </think>.", "reasoning_content": "because"}
+    assert parsed({"messages": [beside]}).messages == (beside,)
+
+
 def test_sharegpt():
     done = parsed(
         {
@@ -211,6 +221,10 @@ def test_key_is_the_content():
         (
             {"messages": [{"from": "human", "value": "x"}]},
             "needs a role, got nothing; 'from' and 'value' are read in 'conv",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "c"}]},
+            "message 1 has reasoning_content and a content that begins with other reasoning in <think>",
         ),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has role 'robot'; known roles: system"),
         ({"messages": [{"role": "assistant", "content": "", "reasoning": ["x"]}]}, "message 1: reasoning must be a string"),
