@@ -19,7 +19,7 @@ from tiny import LLAMA_8B, refusal
 from fastdraft import cli
 from fastdraft.config import Config, load_config, parse_config
 from fastdraft.dist import mesh
-from fastdraft.dist.fleet import Hardware, Layout
+from fastdraft.dist.fleet import UNCOUNTED, Hardware, Layout
 from fastdraft.files import GIB
 from fastdraft.run import inputs, plan
 from fastdraft.run.plan import fleet_planner, memory_lines, predict
@@ -118,7 +118,13 @@ def test_what_is_said_is_one_processs_plan(run_yaml):
     (line,) = memory_lines(config, gpu, 0.001)
     shared, alone = (fleet_planner(config, Hardware())(Layout(n, sequence=n)).memory_bytes / GIB for n in (2, 1))
     assert f"a step needs {shared:.1f} GiB by prediction" in line and shared < 0.9 * alone
-    assert memory_lines(config, gpu, 1.01 * shared) == []
+    assert memory_lines(config, gpu, 1.01 * shared / (1 - UNCOUNTED)) == []
+    (line,) = memory_lines(config, gpu, 1.01 * shared)  # a plan of several GPUs leaves as much uncounted
+    assert "6% of a GPU is left to what is not counted" in line
+    assert [fleet_planner(config, Hardware(gpu_gib=x * shared))(Layout(2, sequence=2)).fits for x in (1.01, 1.08)] == [
+        False,
+        True,
+    ]
 
 
 def test_a_target_that_is_too_large_is_to_be_sharded(tmp_path, monkeypatch):

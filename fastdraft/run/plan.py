@@ -168,17 +168,20 @@ def memory_lines(config: Config, device: torch.device, gib: float | None = None)
 
     rows = memory(config)
     needed, largest = sum(row.size for row in rows), max(rows, key=lambda row: row.size)
-    if needed <= limit:
+    on_gpu = device.type == "cuda"
+    room = limit * (1 - fleet.UNCOUNTED) if on_gpu else limit  # as a plan of several GPUs has it
+    if needed <= room:
         return []
     world = max(mesh.world(), config.dist.sequence * config.dist.tensor)
     gpu = "the GPU" if world == 1 else "each GPU"
-    where = gpu if device.type == "cuda" else "this machine"
+    where = gpu if on_gpu else "this machine"
     processes = (
         f" for each of {mesh.machine_share()} processes" if device.type == "cpu" and mesh.machine_share() > 1 else ""
     )
-    settings = _lower(config, lambda lowered: sum(row.size for row in memory(lowered)) <= limit)
-    if not settings and device.type == "cuda":
+    settings = _lower(config, lambda lowered: sum(row.size for row in memory(lowered)) <= room)
+    if not settings and on_gpu:
         settings = _fitting_layout(config, limit / GIB, world)
+    left = f", and {fleet.UNCOUNTED:.0%} of a GPU is left to what is not counted" if on_gpu else ""
     remedy = (
         f"it would fit with {' and '.join(settings)}"
         if settings
@@ -187,7 +190,7 @@ def memory_lines(config: Config, device: torch.device, gib: float | None = None)
     )
     return [
         f"warning: a step needs {needed / GIB:,.1f} GiB by prediction, and {where} has "
-        f"{limit / GIB:,.1f} GiB{processes}; the most is {largest.name}, {largest.size / GIB:,.1f} GiB: {remedy}"
+        f"{limit / GIB:,.1f} GiB{processes}; the most is {largest.name}, {largest.size / GIB:,.1f} GiB{left}: {remedy}"
     ]
 
 
