@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 
+from fastdraft.config import Config
 from fastdraft.data.loader import Ahead
 from fastdraft.features.store import Store
 from fastdraft.metrics import read_metrics
+from fastdraft.train import TrainResult, train
 
 CLOCKS = ("time", "tokens_per_s", "data_wait", "checkpoint_wait", "tokens_per_s_gpu", "wait_reduce", "wait_slowest", "mfu")
 
@@ -31,6 +35,13 @@ def at_step(monkeypatch, step: int, act) -> None:
         return (act(batches) or batches) if next(count) == step else batches
 
     monkeypatch.setattr(Ahead, "__next__", handed)
+
+
+def train_until(step: int, config: Config, number: signal.Signals = signal.SIGTERM) -> TrainResult:
+    """A run that gets a signal in that step, and ends behind it."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda _: signal.raise_signal(number))
+        return train(config)
 
 
 def by_two_ranks(act, *args, start: str = "fork", seconds: float = 100) -> list[int]:

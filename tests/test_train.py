@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from serving_forward import ServedDraft
-from small_runs import at_step, by_two_ranks, losses
+from small_runs import at_step, by_two_ranks, losses, train_until
 from tiny import save_target, write_chats
 
 from fastdraft import checkpoint, cli
@@ -58,6 +58,11 @@ def steps_kept(run_dir) -> list[int]:
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def came_out_as(config, run: tuple) -> bool:
+    """Whether a run has the losses and the last tensors of another one (a tuple that `whole` gives, or a longer one)."""
+    return losses(config.run_dir) == run[0] and same(weights(config.run_dir), run[1])
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------------
@@ -199,21 +204,17 @@ NARROW = {"draft.overrides": {"draft_vocab_size": 64, "hidden_size": 16, "num_at
         ((5,), signal.SIGTERM, {"metrics.log_every": 4, "checkpoint.every": 5, "eval.every": 100}),
     ],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(make_config, whole, monkeypatch, capsys, stops, number, changes):
+def test_a_stopped_run_goes_on_bit_for_bit(make_config, whole, capsys, stops, number, changes):
     config, done = make_config(**changes), 0
     for stop in stops:
-        with monkeypatch.context() as patch:
-            at_step(patch, stop, lambda _: signal.raise_signal(number))
-            result = train(config)
+        result = train_until(stop, config, number)
         done += stop
         assert (result.steps, result.stopped_by) == (done, number)
         assert steps_kept(config.run_dir)[-1] == done
         assert f"stopped by {number.name} after step {done}; its checkpoint is written" in capsys.readouterr().out
     assert train(config).stopped_by is None
     assert f"step-{done:08d}, step {done}" in capsys.readouterr().out.replace("\n", "")
-    expected = whole(**changes)
-    assert losses(config.run_dir) == expected[0]
-    assert same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, whole(**changes))
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config, whole, monkeypatch):
@@ -222,14 +223,14 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config, whole, monke
     def die(_):
         raise KeyboardInterrupt
 
-    config = make_config(**{"checkpoint.every": 4, "metrics.log_every": 1, "eval.every": 100})
+    changes = {"checkpoint.every": 4, "metrics.log_every": 1, "eval.every": 100}
+    config = make_config(**changes)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         at_step(patch, 6, die)
         train(config)
     assert steps_kept(config.run_dir) == [4] and losses(config.run_dir)[-1]["step"] == 5
     train(config)
-    expected = whole(**{"checkpoint.every": 4, "metrics.log_every": 1, "eval.every": 100})
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, whole(**changes))
 
 
 SELDOM = {"eval.every": 100}
@@ -259,12 +260,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_is_of_its_step(mak
     config = make_config(**SELDOM, **{"checkpoint.keep": 9})
     train(config)
     assert steps_kept(config.run_dir) == [2, 4, 6]
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, expected)
     for later in ("step-00000004", "step-00000006"):
         shutil.rmtree(Path(config.run_dir) / "checkpoints" / later)
     monkeypatch.undo()
     assert train(config).steps == 6
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, expected)
 
 
 def test_checkpoints_that_take_longer_than_the_steps_between_them(make_config, whole, monkeypatch):
@@ -278,7 +279,7 @@ def test_checkpoints_that_take_longer_than_the_steps_between_them(make_config, w
     config = make_config(**SELDOM, **{"checkpoint.every": 1, "checkpoint.keep": 9, "metrics.log_every": 2})
     train(config)
     assert steps_kept(config.run_dir) == [1, 2, 3, 4, 5, 6]
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, expected)
     stood = [line["checkpoint_wait"] for line in read_metrics(config.run_dir) if "loss" in line]
     assert 0 <= stood[0] < 1 and min(stood[1:]) > 0.2
 
@@ -293,7 +294,7 @@ def test_a_disk_that_fills_while_training_goes_on_ends_it_with_a_sentence(make_c
             train(config)
     assert steps_kept(config.run_dir) == [] and not list(Path(config.run_dir).glob("checkpoints/.writing*"))
     assert train(config).steps == 6
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, expected)
 
 
 def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(make_config, whole):
@@ -324,7 +325,7 @@ def test_a_run_killed_while_a_checkpoint_is_written_goes_on_from_the_one_before(
         "step-00000002",
     ]
     assert train(config).steps == 6 and steps_kept(config.run_dir) == [4, 6]
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, expected)
     assert not list(Path(config.run_dir).glob("checkpoints/.writing*"))
 
 
@@ -355,7 +356,7 @@ def test_a_run_killed_at_its_evaluation_still_makes_it(make_config, whole, monke
         patch.setattr(place, name, die)
         train(config)
     train(config)
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, expected)
     assert json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text()) == expected[2]
 
 
@@ -393,9 +394,8 @@ def test_speed_and_wait_are_of_training_alone(make_config, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "no state", "garbage state"])
 def test_a_damaged_checkpoint_is_said_and_the_previous_used(make_config, whole, capsys, damage):
-    config = make_config(**{"checkpoint.keep": 1, "eval.every": 100})
-    expected = whole(**{"checkpoint.keep": 1, "eval.every": 100})
-    train(make_config(**{"checkpoint.keep": 3, "eval.every": 100}))
+    config, expected = make_config(**SELDOM, **{"checkpoint.keep": 1}), whole(**SELDOM)
+    train(make_config(**SELDOM, **{"checkpoint.keep": 3}))
     newest = list_checkpoints(Path(config.run_dir))[-1]
     if damage == "cut":
         file = next(newest.glob("*.safetensors"))
@@ -411,7 +411,7 @@ def test_a_damaged_checkpoint_is_said_and_the_previous_used(make_config, whole, 
     assert damage == "no state" or (
         "step-00000006 is unreadable" in said and "left aside" in said and "going on from" in said
     )
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, expected)
     assert steps_kept(config.run_dir) == [6]
     assert damage == "no state" or newest.with_name(f"damaged-{newest.name}").is_dir()
 
@@ -433,14 +433,12 @@ def test_a_finished_run_stays(make_config):
     train(config)
     before = losses(config.run_dir), weights(config.run_dir)
     assert train(config).steps == 6
-    assert losses(config.run_dir) == before[0] and same(weights(config.run_dir), before[1])
+    assert came_out_as(config, before)
 
 
 def test_the_vocabulary_map_is_the_checkpoints_own(make_config, monkeypatch, whole):
     """It is never built anew on resume, even if that would give another."""
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
-        train(make_config())
+    train_until(3, make_config())
     monkeypatch.setattr(start, "build_vocab_map", lambda *_: torch.arange(64))
     train(make_config())
     monkeypatch.undo()
@@ -472,50 +470,48 @@ def test_another_run_is_refused(make_config, target_dir, tmp_path):
     assert same(weights(make_config().run_dir), before)
 
 
-@pytest.mark.parametrize(("engine", "step"), [("auto", "fused"), ("fused", "fused"), ("reference", "reference")])
-def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engine, step, make_config, monkeypatch):
+def train_as_before(config, change) -> None:
+    """A run whose checkpoints have what an older version wrote: change(state) makes that of what is written today."""
     write = checkpoint.save_checkpoint
 
     def as_before(run_dir, tensors, state, keep, group):
+        change(state)
+        write(run_dir, tensors, state, keep, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", as_before)
+        train(config)
+
+
+@pytest.mark.parametrize(("engine", "step"), [("auto", "fused"), ("fused", "fused"), ("reference", "reference")])
+def test_a_checkpoint_of_an_older_version_is_read_though_keys_were_removed(engine, step, make_config):
+    def change(state):
         state["config"]["features"]["memory_gib"] = 1.0
         state["config"]["engine"] = engine
         del state["config"]["step"]
-        write(run_dir, tensors, state, keep, group)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", as_before)
-        train(make_config(step=step))
+    train_as_before(make_config(step=step), change)
     assert train(make_config(step=step)).steps == 6
     config, _, _ = open_run(Path(make_config().run_dir))
     assert config == make_config(step=step)
 
 
-def test_a_run_goes_on_whose_checkpoint_was_written_before_its_draft_could_be_of_eagle_3_1(make_config, monkeypatch):
-    write = checkpoint.save_checkpoint
-
-    def as_before(run_dir, tensors, state, keep, group):
+def test_a_run_goes_on_whose_checkpoint_was_written_before_its_draft_could_be_of_eagle_3_1(make_config):
+    def change(state):
         del state["draft"]["norm_before_fc"], state["draft"]["norm_output"]
-        write(run_dir, tensors, state, keep, group)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", as_before)
-        train(make_config())
+    train_as_before(make_config(), change)
     assert train(make_config()).steps == 6
     with pytest.raises(ValueError, match=r"draft's shape\.norm_output: False -> True"):
         train(make_config(**{"draft.overrides": {"draft_vocab_size": 64, "norm_output": True}}))
 
 
-def test_a_run_goes_on_whose_checkpoint_has_an_older_default_that_its_method_does_not_read(make_config, monkeypatch):
-    write = checkpoint.save_checkpoint
-
-    def as_before(run_dir, tensors, state, keep, group):
+def test_a_run_goes_on_whose_checkpoint_has_an_older_default_that_its_method_does_not_read(make_config):
+    def change(state):
         state["config"]["block"]["loss"] = "ce"
         state["config"]["loss"]["step_decay"] = 0.8
-        write(run_dir, tensors, state, keep, group)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", as_before)
-        train(make_config(**{"loss.step_decay": 0.8}))
+    train_as_before(make_config(**{"loss.step_decay": 0.8}), change)
     assert train(make_config(**{"loss.step_decay": 0.8})).steps == 6
     with pytest.raises(ValueError, match=r"Changed: loss\.step_decay: 0\.8 -> 0\.6$"):
         train(make_config(**{"loss.step_decay": 0.6}))
@@ -570,10 +566,8 @@ def test_changed_data_under_the_same_name_is_refused(make_config, tmp_path):
         train(config)
 
 
-def test_what_does_not_change_the_result_may_change(make_config, target_dir, tmp_path, monkeypatch, whole):
-    with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
-        train(make_config())
+def test_what_does_not_change_the_result_may_change(make_config, target_dir, tmp_path, whole):
+    train_until(3, make_config())
     shutil.copytree(target_dir, tmp_path / "moved")
     shutil.move(make_config().run_dir, tmp_path / "moved run")
     config = make_config(
@@ -581,8 +575,7 @@ def test_what_does_not_change_the_result_may_change(make_config, target_dir, tmp
         **{"target.path": str(tmp_path / "moved"), "data.cache_dir": str(tmp_path / "cache"), "checkpoint.keep": 1},
     )
     train(config)
-    expected = whole()
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, whole())
 
 
 @pytest.mark.parametrize("written_on", ["cpu", "cuda"])
@@ -600,8 +593,7 @@ def test_a_run_goes_on_with_and_without_a_gpu(make_config, monkeypatch, capsys, 
     config = make_config(**NARROW)
     with monkeypatch.context() as patch:
         on(written_on, patch)
-        at_step(patch, 3, lambda _: signal.raise_signal(signal.SIGTERM))
-        train(config)
+        train_until(3, config)
     assert ("rng.cuda" in weights(config.run_dir)) == (written_on == "cuda")
     before = weights(config.run_dir)["embed_tokens.weight"]
     read_on = "cpu" if written_on == "cuda" else "cuda"
@@ -639,9 +631,7 @@ def test_a_signal_before_training_begins_ends_the_run_with_a_sentence(
     )
     for steps in (0, 3):
         if steps:
-            with monkeypatch.context() as patch:
-                at_step(patch, steps, lambda _: signal.raise_signal(signal.SIGTERM))
-                assert fastdraft("train", tmp_path / "run.yaml")[0] == 128 + signal.SIGTERM
+            assert train_until(steps, config).stopped_by == signal.SIGTERM
             assert steps_kept(config.run_dir)[-1] == 3
         before = steps_kept(config.run_dir) if steps else []
         with monkeypatch.context() as patch:
@@ -651,8 +641,7 @@ def test_a_signal_before_training_begins_ends_the_run_with_a_sentence(
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert [path.name for path in list_checkpoints(Path(config.run_dir))] == [f"step-{n:08d}" for n in before]
     assert fastdraft("train", tmp_path / "run.yaml")[0] == 0
-    expected = whole()
-    assert losses(config.run_dir) == expected[0] and same(weights(config.run_dir), expected[1])
+    assert came_out_as(config, whole())
 
 
 def test_a_forked_process_dies_of_a_signal_that_training_remembers():

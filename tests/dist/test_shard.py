@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import at_step, by_ranks, losses
+from small_runs import by_ranks, losses, train_until
 from tiny import draft_shape, target_of
 from torch import Tensor, nn
 
@@ -163,9 +163,7 @@ def _train_in_float64(config, stop_after: int | None = None) -> None:
     """Target, draft, optimizer and metrics in float64; or the first `stop_after` steps of it, ended by a signal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DTYPES, "fp32", torch.float64)
-        if stop_after is not None:
-            at_step(patch, stop_after, lambda _: signal.raise_signal(signal.SIGTERM))
-        result = train(config)
+        result = train(config) if stop_after is None else train_until(stop_after, config)
     assert result.stopped_by == (None if stop_after is None else signal.SIGTERM)
 
 
