@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
@@ -32,32 +33,40 @@ def make_grads(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch
     return {name: 5 * torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
+def adamw(parameters: dict[str, nn.Parameter], dtype: torch.dtype, steps: int = 10, **settings) -> FlatAdamW:
+    return FlatAdamW(parameters, OptimConfig(optimizer="adamw", **settings), steps, dtype)
+
+
 def run(optimizer: FlatAdamW, steps: range, live: float = 3.0) -> None:
     for step in steps:
         add_grads(optimizer, make_grads(step))
         optimizer.step(torch.tensor(live, dtype=torch.float64))
 
 
+def torch_adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """What FlatAdamW is to equal: weights of norms do not decay."""
+    groups = [{"params": [p], "weight_decay": config.weight_decay * (p.ndim > 1)} for p in parameters]
+    return torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.eps)
+
+
+def step_both(flat: FlatAdamW, torchs: torch.optim.AdamW, theirs: dict, step: int, grads: dict, **tolerance):
+    """Step number `step` by both, of four tokens, behind one clipping of all gradients, whose norms are compared."""
+    add_grads(flat, grads)
+    norm = flat.step(torch.tensor(4.0, dtype=torch.float64))
+    for name, p in theirs.items():
+        p.grad = grads[name] / 4
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs.values(), 0.7), **tolerance)
+    for group in torchs.param_groups:
+        group["lr"] = flat.lr(step)
+    torchs.step()
+
+
 def test_equals_torch_adamw():
     config = OptimConfig(optimizer="adamw", lr=0.05, weight_decay=0.1, clip=0.7, warmup_ratio=0.3, min_lr_ratio=0.1)
     ours, theirs = make_parameters(), make_parameters()
-    flat = FlatAdamW(ours, config, 10, torch.float32)
-    groups = [
-        {"params": [p for p in theirs.values() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in theirs.values() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    torchs = torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.eps)
+    flat, torchs = FlatAdamW(ours, config, 10, torch.float32), torch_adamw(theirs.values(), config)
     for step in range(10):
-        grads = make_grads(step)
-        add_grads(flat, grads)
-        norm = flat.step(torch.tensor(4.0, dtype=torch.float64))
-        for name, p in theirs.items():
-            p.grad = grads[name] / 4
-        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), 0.7)
-        for group in torchs.param_groups:
-            group["lr"] = flat.lr(step)
-        torchs.step()
-        torch.testing.assert_close(norm, expected)
+        step_both(flat, torchs, theirs, step, make_grads(step))
         for name in SHAPES:
             torch.testing.assert_close(ours[name].data, theirs[name].data, rtol=1e-5, atol=1e-6)
 
@@ -78,9 +87,7 @@ def test_the_gpu_does_what_the_cpu_does():
 
 
 def test_schedule_counts_optimizer_steps():
-    optimizer = FlatAdamW(
-        make_parameters(), OptimConfig(optimizer="adamw", lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25), 20, torch.float32
-    )
+    optimizer = adamw(make_parameters(), torch.float32, 20, lr=2.0, warmup_ratio=0.2, min_lr_ratio=0.25)
     lrs = [optimizer.lr(step) for step in range(20)]
     assert lrs[:4] == [0.5, 1.0, 1.5, 2.0]
     assert lrs[4:] == [2 * (0.25 + 0.75 * (1 + math.cos(math.pi * k / 16)) / 2) for k in range(16)]
@@ -95,12 +102,12 @@ def test_schedule_counts_optimizer_steps():
 @pytest.mark.parametrize("cut", [1, 2, 6])
 def test_micro_batches_sum(cut):
     """The same six gradients, added in cuts, divided once."""
-    flat = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.float64)
+    flat = adamw(make_parameters(), torch.float64)
     grads = [make_grads(k, torch.float64) for k in range(6)]
     for first in range(0, 6, cut):
         add_grads(flat, {name: sum(g[name] for g in grads[first : first + cut]) for name in SHAPES})
     flat.step(torch.tensor(7.0, dtype=torch.float64))
-    whole = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.float64)
+    whole = adamw(make_parameters(), torch.float64)
     add_grads(whole, {name: sum(g[name] for g in grads) for name in SHAPES})
     whole.step(torch.tensor(7.0, dtype=torch.float64))
     torch.testing.assert_close(flat.master, whole.master, rtol=1e-12, atol=1e-12)
@@ -108,9 +115,7 @@ def test_micro_batches_sum(cut):
 
 def test_bf16_weights_have_fp32_masters_moments_and_sums():
     parameters = {"w": nn.Parameter(torch.ones(8, 2))}
-    optimizer = FlatAdamW(
-        parameters, OptimConfig(optimizer="adamw", lr=1e-4, warmup_ratio=0.0, clip=1e9), 1000, torch.bfloat16
-    )
+    optimizer = adamw(parameters, torch.bfloat16, 1000, lr=1e-4, warmup_ratio=0.0, clip=1e9)
     assert parameters["w"].dtype == torch.bfloat16
     assert {t.dtype for t in (optimizer.master, optimizer.m, optimizer.v, optimizer.grad)} == {torch.float32}
     for _ in range(30):  # each step moves a weight of 1 by 1e-4, far below bf16's 2^-8
@@ -127,7 +132,7 @@ def test_bf16_weights_have_fp32_masters_moments_and_sums():
 def test_parameters_are_views(dtype):
     parameters = make_parameters()
     values = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = FlatAdamW(parameters, OptimConfig(optimizer="adamw"), 10, dtype)
+    optimizer = adamw(parameters, dtype)
     start = optimizer.weights.untyped_storage().data_ptr()
     for name, p in parameters.items():
         assert p.untyped_storage().data_ptr() == start and torch.equal(p.data, values[name].to(dtype))
@@ -137,9 +142,7 @@ def test_a_step_without_live_rows_changes_nothing_but_the_schedule():
     """Also before the first real one, where the moments' bias correction must not count it."""
     seen = {}
     for skips in (0, 2):
-        optimizer = FlatAdamW(
-            make_parameters(), OptimConfig(optimizer="adamw", warmup_ratio=0.0, min_lr_ratio=1.0), 20, torch.float32
-        )
+        optimizer = adamw(make_parameters(), torch.float32, 20, warmup_ratio=0.0, min_lr_ratio=1.0)
         before = optimizer.master.clone()
         for _ in range(skips):
             norm = optimizer.step(torch.tensor(0.0, dtype=torch.float64))
@@ -154,12 +157,12 @@ def test_a_step_without_live_rows_changes_nothing_but_the_schedule():
 
 
 def test_state_goes_on_bit_for_bit():
-    whole = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.bfloat16)
+    whole = adamw(make_parameters(), torch.bfloat16)
     run(whole, range(8))
-    first = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.bfloat16)
+    first = adamw(make_parameters(), torch.bfloat16)
     run(first, range(5))
     state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
-    second = FlatAdamW(make_parameters(seed=9), OptimConfig(optimizer="adamw"), 10, torch.bfloat16)
+    second = adamw(make_parameters(seed=9), torch.bfloat16)
     second.load_state_dict(state)
     assert torch.equal(second.weights, first.weights)
     run(second, range(5, 8))
@@ -170,12 +173,12 @@ def test_state_goes_on_bit_for_bit():
 def test_state_of_another_draft_is_refused():
     state = FlatAdamW({"w": nn.Parameter(torch.zeros(3))}, OptimConfig(optimizer="adamw"), 10, torch.float32).state_dict()
     with pytest.raises(ValueError, match="checkpoint has 3 trainable weights, this draft 29"):
-        FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw"), 10, torch.float32).load_state_dict(state)
+        adamw(make_parameters(), torch.float32).load_state_dict(state)
 
 
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="no trainable parameter"):
-        FlatAdamW({}, OptimConfig(optimizer="adamw"), 10, torch.float32)
+        adamw({}, torch.float32)
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def test_wsd_warms_up_stays_and_falls():
     assert lrs[:4] == [0.5, 1.0, 1.5, 2.0] and lrs[4:12] == [2.0] * 8
     assert lrs[12:] == pytest.approx([2 * (0.25 + 0.75 * (1 - math.sqrt(k / 9))) for k in range(1, 9)])
     assert optimizer.lr(20) == 0.5 == optimizer.lr(1000)
-    by_default = FlatAdamW(make_parameters(), OptimConfig(optimizer="adamw", lr=1.0, schedule="wsd"), 100, torch.float32)
+    by_default = adamw(make_parameters(), torch.float32, 100, lr=1.0, schedule="wsd")
     assert by_default.lr(79) == 1.0 > by_default.lr(80) and by_default.lr(100) == 0
 
 
@@ -244,25 +247,10 @@ def test_muon_by_its_formula_and_adamw_for_the_rest():
     ours, theirs = of_several(), of_several()
     flat = FlatAdamW(ours, MUON, 10, torch.float64)
     names = ("wide", "tall", "square")
-    rest = {name: p for name, p in theirs.items() if name not in names}
-    groups = [
-        {"params": [p for p in rest.values() if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [p for p in rest.values() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    torchs = torch.optim.AdamW(groups, lr=1.0, betas=MUON.betas, eps=MUON.eps)
+    torchs = torch_adamw((p for name, p in theirs.items() if name not in names), MUON)
     moments = {name: torch.zeros_like(theirs[name].data) for name in names}
     for step in range(10):
-        grads = of_step(step)
-        add_grads(flat, grads)
-        norm = flat.step(torch.tensor(4.0, dtype=torch.float64))
-        for name, p in theirs.items():
-            p.grad = grads[name] / 4
-        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), 0.7)
-        lr = flat.lr(step)
-        for group in torchs.param_groups:
-            group["lr"] = lr
-        torchs.step()
-        torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+        step_both(flat, torchs, theirs, step, of_step(step), rtol=1e-12, atol=0)
         for name in names:
             p, m = theirs[name], moments[name]
             m += 0.05 * (p.grad - m)
@@ -270,7 +258,7 @@ def test_muon_by_its_formula_and_adamw_for_the_rest():
             x = x / x.norm()
             for _ in range(5):
                 x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
-            rate = lr * 0.02 / 0.05
+            rate = flat.lr(step) * 0.02 / 0.05
             p.data -= rate * (0.2 * max(p.shape) ** 0.5 * x + 0.1 * p.data)
         for name in theirs:
             torch.testing.assert_close(ours[name].data, theirs[name].data, rtol=1e-6, atol=1e-9)
