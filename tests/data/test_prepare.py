@@ -191,6 +191,24 @@ def test_bad_lines(config, tokenizer):
     assert len(read_first(config(*rows, on_bad_line="skip"), tokenizer)) == 3
 
 
+def test_what_is_read_is_what_is_trained_and_what_is_left_out(config, tokenizer):
+    call = {"function": {"name": "weather", "arguments": {}}}
+    answers = [chat("q", "")[1], chat("q", "no")[1] | {"weight": 0}, {"role": "assistant", "tool_calls": [call]}]
+    rows = [{"messages": [*chat("q"), answer, *chat("r", "yes")]} for answer in answers]
+    rows += [
+        CHATS[0],
+        {"messages": chat("only a question")},
+        {"input_ids": [1, 2, 3, 4], "loss_mask": [1, 0, 1, 1]},
+        "{oops",
+    ]
+    stats = prepare(config(*rows, on_bad_line="skip"), tokenizer).stats
+    assert stats.conversations + stats.skipped_lines == len(rows)
+    answered = sum(m["role"] == "assistant" for row in rows[:-2] for m in row["messages"])
+    assert stats.turns + sum(count for count, _ in stats.left_out.values()) == answered + 2
+    assert {count for count, _ in stats.left_out.values()} == {1} and len(stats.left_out) == 3
+    assert f"in {stats.turns} turns" in stats.lines()[0]
+
+
 def test_what_was_done_to_the_data_is_said(config, tokenizer):
     done = prepare(config(*CHATS[:3], {"messages": chat("only a question")}, max_length=40), tokenizer)
     assert done.stats.untrained_samples >= 1 and done.stats.long_samples == 3
