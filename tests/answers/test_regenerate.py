@@ -12,6 +12,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import chats
 import httpx
 import pyarrow
 import pyarrow.parquet
@@ -230,6 +231,41 @@ def test_the_output_is_training_data(undisturbed, tmp_path):
     )
     prepared = prepare(config, make_tokenizer())
     assert prepared.stats.conversations == prepared.stats.train_samples == 20
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.reasoning_content %}"
+    "{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_what_a_model_generated_is_what_is_trained_behind_what_it_was_asked(run, serve, tmp_path, strips):
+    """The server is a model whose text a parser cuts in two, as vLLM's does (white space stays), and SGLang's."""
+    tokenizer, generated = chats.make_tokenizer(THINKING), {}
+
+    def choice(body):
+        prompt = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        text = f"since {len(body['messages'])}\n</think>\n\nsaid {len(prompt)}"
+        generated[prompt] = f"{text}<|im_end|>"
+        thought, _, said = text.partition("</think>")
+        thought, said = (thought.strip(), said.strip()) if strips else (thought, said)
+        message = {"role": "assistant", "content": said, "reasoning": thought, "reasoning_content": thought}
+        return {"message": message, "finish_reason": "stop"}
+
+    run(serve(choice=choice))
+    config = DataConfig(
+        paths=[str(tmp_path / "out.jsonl")], eval_fraction=0, cache_dir=str(tmp_path / "cache"), num_workers=0
+    )
+    trained = {}
+    for row in prepare(config, tokenizer).train:
+        ids, mask = row["input_ids"], row["loss_mask"]
+        begins = [i for i, here in enumerate(mask) if here and not mask[i - 1]]
+        for begin in begins:
+            end = next((i for i in range(begin, len(mask)) if not mask[i]), len(mask))
+            trained[tokenizer.decode(ids[:begin])] = tokenizer.decode(ids[begin:end])
+    assert trained == generated and len(generated) > 20
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------------------
