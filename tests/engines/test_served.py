@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from cases import engine_place
+from hosts import Hosts
 from safetensors.torch import load_file, save_file
 from small_runs import documents, losses, same_documents
 from test_target_families import build
@@ -41,6 +42,7 @@ from fastdraft.train import train
 CPU = torch.device("cpu")
 START_S = 400
 RUNNING = "vllm:num_requests_running"
+MACHINE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # vLLM's CPU attention
 # Granite scales attention's scores by 1 unless told otherwise. With weights as large as the others have, its attention is
 # then so sharp that rounding grows from layer to layer.
@@ -178,11 +180,10 @@ def start(target: Path, folder: Path, flags: list[str], port: int | None = None)
     own = ["--engine-python", python, "--folder", str(folder / "shared")]
     usual = ["--port", str(port), "--enforce-eager", "--dtype", "float32", "--max-model-len", "257"]
     command = [sys.executable, "-m", "fastdraft.cli", "serve-target", str(target), *own, *usual, *flags]
-    machine = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     log = folder / "server.log"
     with log.open("a") as file:
         process = subprocess.Popen(
-            command, env=os.environ | machine, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=os.environ | MACHINE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     running = Running(f"http://127.0.0.1:{port}", process)
     deadline = time.monotonic() + START_S
@@ -522,6 +523,35 @@ def test_states_over_tcp(tmp_path, monkeypatch):
         assert_same_states(source, open_source(config_of(target, tmp_path), layers, CPU, []), packs())
         source.close()
         assert os.listdir(tmp_path / "shared") == ["server.json"]
+
+
+def test_a_server_on_another_host(tmp_path, monkeypatch):
+    """Shared memory of its own, and a network between, which is away for a while: the losses are those of a target in the
+    process."""
+    target = save_target(tmp_path / "target", **WIDE)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config_of(target, tmp_path, max_steps=12).model_dump(mode="json")))
+    command = [sys.executable, "-m", "fastdraft.cli"]
+    subprocess.run([*command, "train", file, f"run_dir={tmp_path / 'here'}"], check=True, capture_output=True)
+    for name, value in MACHINE.items():
+        monkeypatch.setenv(name, value)
+    python = engine_place("vllm", os.environ).python
+    usual = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "257", "--states-port", "8100"]
+    with Hosts(tmp_path) as hosts:
+        hosts.start("a", *command, "serve-target", str(target), "--engine-python", python, *usual)
+        hosts.wait_until("a", "Application startup complete", START_S)
+        there = ["target.url=http://a:8000", f"run_dir={tmp_path / 'there'}"]
+        training = hosts.start("b", *command, "train", str(file), *there)
+        hosts.wait_until("b", "step 3/")
+        hosts.wire("down")
+        time.sleep(3)
+        assert "step 12/" not in hosts.said_by("b"), "the run had ended before the network went"
+        hosts.wire("up")
+        assert training.wait(timeout=START_S) == 0, hosts.said_by("b")[-3000:]
+        assert "states over TCP from a:8100" in hosts.said_by("b")
+    for ours, theirs in zip(losses(tmp_path / "here"), losses(tmp_path / "there"), strict=True):
+        for name in {"loss", "eval/loss"} & ours.keys():
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), ours["step"]
 
 
 def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
