@@ -22,6 +22,12 @@ from fastdraft.target.hf import load_target, target_sizes
 from fastdraft.target.sharded import local
 
 LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80}
+LLAMA_405B = LLAMA_8B | {
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 126,
+}
 QWEN3_235B = {
     "model_type": "qwen3_moe",
     "hidden_size": 4096,
@@ -305,6 +311,24 @@ def test_the_command_says_which_layout_fits(tmp_path, fastdraft):
     assert "--link belongs to --world" in refusal(fastdraft("train", tmp_path / "run.yaml", "--plan", "--link", 9))
     said = refusal(fastdraft("train", tmp_path / "run.yaml", "dist.tensor=3", "--plan", "--world", 8))
     assert "dist.tensor=3 need a multiple of 3 processes, not 8" in said
+
+
+@pytest.mark.parametrize(
+    ("row", "facts", "world", "layout"),
+    [
+        ("| Llama 70B | 8 | target 1/8 | {} |", LLAMA_70B, 8, []),
+        ("| Llama 405B | 32 | target 1/32 | {};", LLAMA_405B, 32, []),
+        ("; with `dist.sequence=2 dist.tensor=4` {} |", LLAMA_405B, 32, ["dist.sequence=2", "dist.tensor=4"]),
+        ("| Qwen3-235B-A22B | 8 | target 1/8 | {} |", QWEN3_235B, 8, []),
+        ("| gpt-oss-120b in bfloat16 | 8 | target 1/8 | {} |", GPT_OSS_120B, 8, []),
+    ],
+)
+def test_the_page_on_large_targets_says_what_is_predicted(tmp_path, fastdraft, row, facts, world, layout):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(make_config(tmp_path, facts).model_dump(mode="json")))
+    code, out, _ = fastdraft("train", tmp_path / "run.yaml", *layout, "--plan", "--world", world)
+    says, gib = re.search(r"total, which (fits|does not fit) in 80 GiB [^│]*│ *([\d.]+) ", out).groups()
+    told = f"{float(gib):.0f}" + ("" if says == "fits" else ", too much")
+    assert code == 0 and row.format(told) in Path("docs/large-targets.md").read_text()
 
 
 def test_a_process_holds_what_is_predicted(target_dir):
