@@ -140,7 +140,7 @@ def prepare(
     from fastdraft.config import load_config
     from fastdraft.data.statistics import statistics
     from fastdraft.run.draft import draft_shape
-    from fastdraft.run.inputs import load_data
+    from fastdraft.run.inputs import load_data, trained_and_held_out
 
     loaded = load_config(config, overrides or [])
     if report is not None and report.exists() and not report.is_dir():  # before the data are read, not after
@@ -148,7 +148,7 @@ def prepare(
     shape = draft_shape(loaded)
     prepared = load_data(loaded, shape)
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
-    for line in [*prepared.lines(), *numbers.lines(shape.draft_vocab_size)]:
+    for line in [*prepared.lines(), *trained_and_held_out(prepared), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
     if report is not None:
         from fastdraft.data.picture import write_data_report

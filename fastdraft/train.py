@@ -46,7 +46,7 @@ from fastdraft.model.methods import method_of, named_method
 from fastdraft.run.draft import check_layout, fit_to_target, make_step, named_optim, new_draft
 from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes, saved_dtypes, with_dtypes_of
 from fastdraft.run.finished import saved_config
-from fastdraft.run.inputs import documents_hash, load_data, open_source
+from fastdraft.run.inputs import documents_hash, load_data, open_source, trained_and_held_out
 from fastdraft.run.plan import known_work, memory_lines
 from fastdraft.target.hf import count_target_parameters, load_target_config
 from fastdraft.target.served.ends import FILES
@@ -163,7 +163,7 @@ class TrainingRun:
         sets = [data.train, data.eval]
         source = open_source(config, draft.config.layers, device, sets, halo=self.ttt_length)
         mesh.refuse_unlike(lambda: found_in(data.stats, source.ends.fingerprint))
-        self.messages = [*messages, *data.lines(), *loader.lines(), *source.notes]
+        self.messages = [*messages, *data.lines(), *trained_and_held_out(data), *loader.lines(), *source.notes]
         self.messages += fit_to_target(draft, config, source.ends, data.train)
 
         parts = None

@@ -287,6 +287,17 @@ def test_a_report_names_the_checkpoint_that_was_read_and_a_damaged_one_is_said_o
     assert err.count("step-00000002") == 1 and f"{said}; step-00000001 is used instead\n" in err and ".py" not in err
 
 
+def test_held_out_conversations_that_are_trained_on_are_counted(fastdraft, config_file, tmp_path):
+    chats = write_chats(tmp_path / "mine.jsonl", 12)
+    lines = chats.read_text().splitlines(keepends=True)
+    (tmp_path / "held.jsonl").write_text("".join(lines[:3]) + write_chats(tmp_path / "new.jsonl", 2, seed=5).read_text())
+    changes = (f"data.paths=[{chats}]", f"data.eval_paths=[{tmp_path}/held.jsonl]")
+    said = "warning: 3 of the 5 held-out conversations are trained on, too"
+    assert said in fastdraft("data", "prepare", config_file, *changes)[1]
+    assert said in fastdraft("train", config_file, *changes, "max_steps=1")[1]
+    assert "trained on, too" not in fastdraft("data", "prepare", config_file, *changes[:1], "data.eval_fraction=0.3")[1]
+
+
 def test_numbers_of_other_held_out_documents_than_the_runs_are_said_to_be(fastdraft, config_file, tree, tmp_path):
     chats = write_chats(tmp_path / "mine.jsonl", 40)
     changes = (f"data.paths=[{chats}]", "data.eval_fraction=0.2", "max_steps=1")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import xxhash
 from datasets import Dataset
@@ -57,6 +58,26 @@ def load_data(
         if len(documents):
             method.refuse_useless(name, scan(documents))
     return data
+
+
+def trained_and_held_out(data: Prepared) -> list[str]:
+    """A warning where conversations of data.eval_paths are trained on, too, since only what eval_fraction holds out is kept
+    apart. Of a stream nothing is said, whose documents are not all known."""
+    if data.stream is not None or not len(data.eval):
+        return []
+    held_out = np.unique(_conversations(data.eval))
+    both = np.isin(held_out, _conversations(data.train)).sum()
+    if not both:
+        return []
+    return [
+        f"warning: {both:,} of the {len(held_out):,} held-out conversations are trained on, too, so their "
+        "numbers flatter the draft: take them out of data.paths, or leave out data.eval_paths"
+    ]
+
+
+def _conversations(dataset: Dataset) -> np.ndarray:  # [samples] uint64, the hash of what each is from
+    tables = dataset.select_columns("conversation").with_format("arrow").iter(batch_size=100_000)
+    return np.concatenate([table["conversation"].to_numpy() for table in tables])
 
 
 def documents_hash(dataset: Dataset) -> str:
