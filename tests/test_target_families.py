@@ -48,6 +48,8 @@ WORK = NAMES.split()
 
 def build(kind: str, **changes):
     """A tiny random model of the family; whatever its config raises when the recipe does not fit it."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {kind}")
     whole = CONFIG_MAPPING[kind]()
     text = whole.get_text_config()
     names = {name: value for value, names in SIZES.items() for name in names.split() if hasattr(text, name)}
