@@ -272,7 +272,7 @@ def test_checkpoints_that_take_longer_than_the_steps_between_them(make_config, w
     expected, write = whole(**SELDOM), checkpoint.save_file
 
     def slowly(*given):
-        time.sleep(0.5)
+        time.sleep(1.2)
         write(*given)
 
     monkeypatch.setattr(checkpoint, "save_file", slowly)

@@ -94,7 +94,7 @@ def test_states_of_another_length_are_refused_and_the_connection_lives(server, o
 
 
 def test_states_that_do_not_come_are_waited_for_and_asked_again(server, opened, make_config):
-    source, lost = opened(**{"target.timeout_s": 0.4}), [1]
+    source, lost = opened(**{"target.timeout_s": 2}), [1]
 
     def lose(s, handler, body):
         if lost:
@@ -108,7 +108,7 @@ def test_states_that_do_not_come_are_waited_for_and_asked_again(server, opened, 
 
 
 def test_late_states_of_a_request_that_was_given_up_are_dropped(server, opened, make_config):
-    source, names = opened(**{"target.timeout_s": 0.4}), []
+    source, names = opened(**{"target.timeout_s": 2}), []
 
     def late(s, handler, body):
         names.append(body["kv_transfer_params"]["states"])
