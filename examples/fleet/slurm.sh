@@ -16,7 +16,8 @@
 # run_dir, data and target must lie where all hosts see them under the same name; target.path and data.cache_dir may differ.
 set -euo pipefail
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 # Since Slurm 22.05 srun takes no --cpus-per-task from sbatch: all processes of a host would share one core.

@@ -25,6 +25,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import httpx
 import torch
 from torch import Tensor
 
@@ -215,7 +216,7 @@ class ServedSource(Source):
         rows: Tensor,  # [len(ids), B, Ht] on the host, to be filled
     ) -> None:
         """Fills in a document's states. ValueError when a server refuses it, or none gave it for `timeout_s`."""
-        began, last, failed = math.inf, None, set()
+        began, last, failed, asked = math.inf, None, set(), 0
         while True:
             server = await self._pick(last)
             try:
@@ -223,12 +224,14 @@ class ServedSource(Source):
                     began = min(began, time.monotonic())
                     await self._ask(server, ids, rows)
             except NotYet as error:
-                last = server
+                last, asked = server, asked + 1
                 failed.add(server.url)
                 self._rest(server, str(error))
                 self.repeated += 1
-                # A server that hangs takes all of the time: then the others are asked once, too.
-                if time.monotonic() - began > self.timeout_s and len(failed) == len(self.servers):
+                # A server that hangs takes all of the time: then the others are asked once, too. So does one that answers
+                # and whose states are lost, which is asked again.
+                again = asked == len(self.servers) and not isinstance(error.__cause__, httpx.TimeoutException)
+                if time.monotonic() - began > self.timeout_s and len(failed) == len(self.servers) and not again:
                     others = f" nor did {len(self.servers) - 1} others" if len(self.servers) > 1 else ""
                     raise ValueError(
                         f"{server.url} gave no states of a document of {len(ids)} tokens for {self.timeout_s:g} s{others}; "
