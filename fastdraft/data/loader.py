@@ -98,8 +98,10 @@ class Loader:
         block = self._block if place == self._block.place else self._open(place)
         for name, value in self._identity(block).items():
             if state.get(name) != value:
+                what = " (the hash of its documents: the files, the tokenizer, its template, or how this version of "
+                what = f"{what}fastdraft reads them has changed)" if name == "data" else ""
                 raise ValueError(
-                    f"cannot resume at the same place in the data: {name} was {state.get(name)!r} and is {value!r}; "
+                    f"cannot resume at the same place in the data: {name} was {state.get(name)!r} and is {value!r}{what}; "
                     f"resume with the data and settings of the checkpoint, or start a new run from its weights"
                 )
         if not 0 <= state["pack"] < len(block.packs):
