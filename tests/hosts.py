@@ -23,8 +23,9 @@ class Hosts:
     """Until it is left. `names`: what each one's own name leads to on it, as Debian has it; None: it is not known there."""
 
     def __init__(self, folder: Path, names: str | None = "127.0.1.1"):
-        if os.geteuid() or not (shutil.which("ip") and shutil.which("unshare")):
-            pytest.skip("making hosts needs root, ip and unshare")
+        needed = ("ip", "unshare", "mount", "hostname")
+        if os.geteuid() or not all(shutil.which(name) for name in needed):
+            pytest.skip(f"making hosts needs root, {', '.join(needed)}")
         self.processes: list[subprocess.Popen] = []
         self.folder, self.spaces = folder, {host: f"fd{os.getpid()}{host}" for host in ADDRESSES}
         for host in ADDRESSES:
