@@ -401,7 +401,7 @@ def test_answers_and_features_in_one_pass(tmp_path):
     with served(target, tmp_path, flags) as server:
         command = [sys.executable, "-m", "fastdraft.cli"]
         more = ["--url", server.url, "--capture", "store", "--config", "run.yaml"]
-        more += ["--max-new-tokens", "120", "--extra-body", '{"min_tokens": 40}']
+        more += ["--max-new-tokens", "120", "--extra-body", '{"min_tokens": 100}']
         regenerate = [*command, "data", "regenerate", "prompts.jsonl", "--out", str(tmp_path / "out.jsonl"), *more]
         done = subprocess.run(regenerate, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -530,7 +530,7 @@ def test_a_server_on_another_host(tmp_path, monkeypatch):
     process."""
     target = save_target(tmp_path / "target", **WIDE)
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config_of(target, tmp_path, max_steps=12).model_dump(mode="json")))
+    file.write_text(yaml.safe_dump(config_of(target, tmp_path, max_steps=30).model_dump(mode="json")))
     command = [sys.executable, "-m", "fastdraft.cli"]
     subprocess.run([*command, "train", file, f"run_dir={tmp_path / 'here'}"], check=True, capture_output=True)
     for name, value in MACHINE.items():
@@ -545,13 +545,13 @@ def test_a_server_on_another_host(tmp_path, monkeypatch):
         hosts.wait_until("b", "step 3/")
         hosts.wire("down")
         time.sleep(3)
-        assert "step 12/" not in hosts.said_by("b"), "the run had ended before the network went"
+        assert "step 30/" not in hosts.said_by("b"), "the run had ended before the network went"
         hosts.wire("up")
         assert training.wait(timeout=START_S) == 0, hosts.said_by("b")[-3000:]
         assert "states over TCP from a:8100" in hosts.said_by("b")
     for ours, theirs in zip(losses(tmp_path / "here"), losses(tmp_path / "there"), strict=True):
         for name in {"loss", "eval/loss"} & ours.keys():
-            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), ours["step"]
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3), ours["step"]
 
 
 def test_preempted_prompts_and_a_server_that_is_killed(tmp_path):
