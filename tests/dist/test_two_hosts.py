@@ -91,7 +91,8 @@ def test_the_address_that_gloo_would_tell(names, told, tmp_path):
 
 
 def test_an_interface_is_named_only_where_it_must(monkeypatch, capsys):
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is afterwards what it was before
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(mesh.psutil, "net_if_addrs", lambda: {"eth7": [type("", (), {"address": "10.9.8.7"})]})
