@@ -148,7 +148,7 @@ def prepare(
     shape = draft_shape(loaded)
     prepared = load_data(loaded, shape)
     numbers = statistics(prepared.train, shape.vocab_size, loaded.data.pack_tokens)
-    for line in [*prepared.lines(), *trained_and_held_out(prepared), *numbers.lines(shape.draft_vocab_size)]:
+    for line in [*prepared.lines(), *trained_and_held_out(loaded, prepared), *numbers.lines(shape.draft_vocab_size)]:
         say(line)
     if report is not None:
         from fastdraft.data.picture import write_data_report

@@ -163,7 +163,7 @@ class TrainingRun:
         sets = [data.train, data.eval]
         source = open_source(config, draft.config.layers, device, sets, halo=self.ttt_length)
         mesh.refuse_unlike(lambda: found_in(data.stats, source.ends.fingerprint))
-        self.messages = [*messages, *data.lines(), *trained_and_held_out(data), *loader.lines(), *source.notes]
+        self.messages = [*messages, *data.lines(), *trained_and_held_out(config, data), *loader.lines(), *source.notes]
         self.messages += fit_to_target(draft, config, source.ends, data.train)
 
         parts = None

@@ -60,10 +60,10 @@ def load_data(
     return data
 
 
-def trained_and_held_out(data: Prepared) -> list[str]:
+def trained_and_held_out(config: Config, data: Prepared) -> list[str]:
     """A warning where conversations of data.eval_paths are trained on, too, since only what eval_fraction holds out is kept
     apart. Of a stream nothing is said, whose documents are not all known."""
-    if data.stream is not None or not len(data.eval):
+    if not config.data.eval_paths or data.stream is not None or not len(data.eval):
         return []
     held_out = np.unique(_conversations(data.eval))
     both = np.isin(held_out, _conversations(data.train)).sum()
