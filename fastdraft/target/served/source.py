@@ -228,8 +228,8 @@ class ServedSource(Source):
                 failed.add(server.url)
                 self._rest(server, str(error))
                 self.repeated += 1
-                # A server that hangs takes all of the time: then the others are asked once, too. So does one that answers
-                # and whose states are lost, which is asked again.
+                # A server that hangs takes all of the time: then the others are asked once, too. One that answered, and
+                # whose states were lost on their way, is asked once more.
                 again = asked == len(self.servers) and not isinstance(error.__cause__, httpx.TimeoutException)
                 if time.monotonic() - began > self.timeout_s and len(failed) == len(self.servers) and not again:
                     others = f" nor did {len(self.servers) - 1} others" if len(self.servers) > 1 else ""
