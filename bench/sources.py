@@ -30,6 +30,7 @@ ENGINE = [
     "fastdraft/model/buffers.py",
     "fastdraft/model/draws.py",
     "fastdraft/model/graph.py",
+    "fastdraft/model/layers.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]
@@ -47,6 +48,7 @@ BLOCK_ENGINE = [  # the step of every method of blocks
     *(f"fastdraft/model/dflash2/{name}.py" for name in ("draft", "head", "loss", "mixer")),
     "fastdraft/model/buffers.py",
     "fastdraft/model/graph.py",
+    "fastdraft/model/layers.py",
     "fastdraft/model/rope.py",
     "fastdraft/optim.py",
 ]

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from fastdraft.config import OptimConfig
 from fastdraft.kernels.adamw import adamw_, adamw_scratch
 from fastdraft.kernels.jit import compile_together
-from fastdraft.model.graph import GraphPool
+from fastdraft.model.graph import GraphPool, Replay
 
 NS_STEPS, NS_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # Keller Jordan's: singular values come to 0.7 .. 1.2
 GRAPH_FLOPS = 2e12  # of all matrices of a step; from there on a GPU takes longer than the host does for its launches
@@ -394,26 +394,19 @@ class _Recorded:
 
     def __init__(self, buffers: Sequence[Tensor | None], scalars: Sequence[Tensor]):
         self.buffers, self.scalars = tuple(buffers), tuple(x.clone() for x in scalars)
-        self.pool, self.graph, self.runs = GraphPool(), None, 0
+        self.replay = Replay(GraphPool(), self.scalars[0].device)
 
     def is_of(self, buffers: Sequence[Tensor | None]) -> bool:
         return all(mine is theirs for mine, theirs in zip(self.buffers, buffers, strict=True))
 
     def run(
         self,
-        launch: Callable[..., None],  # of the buffers and the scalars; not kept, so that its owner is freed with this
+        launch: Callable[..., None],  # of the buffers and the scalars
         scalars: Sequence[Tensor],
     ) -> None:
         for place, x in zip(self.scalars, scalars, strict=True):
             place.copy_(x)
-        work = partial(launch, *self.buffers, *self.scalars)
-        if self.runs == 1:
-            self.graph = self.pool.record(work)
-        if self.graph is None:
-            work()
-        else:
-            self.graph.replay()
-        self.runs += 1
+        self.replay.run(partial(launch, *self.buffers, *self.scalars))
 
 
 def orthogonalized(

@@ -299,7 +299,7 @@ def test_an_8b_target_takes_packs_of_1000_and_of_4096_tokens_in_turn():
         ids = torch.randint(LLAMA_8B["vocab_size"], (sum(lengths),), generator=generator)
         packs.append(Batch(ids, torch.ones(len(ids), dtype=torch.bool), lengths))
     rounds = [[made.capture(pack) for pack in packs] for _ in range(3)]
-    assert made.recorded and all(forward.graph is not None for forward in made.recorded.values())
+    assert made.recorded and all(forward.replay.graph is not None for forward in made.recorded.values())
     for again in rounds[1:]:
         for features, first in zip(again, rounds[0], strict=True):
             assert torch.equal(features.g, first.g) and torch.equal(features.f, first.f)

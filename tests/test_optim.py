@@ -363,7 +363,7 @@ def test_a_recorded_step_reads_each_steps_numbers():
     flats = [FlatAdamW(of_several(), MUON, 10, torch.float64) for _ in range(2)]
     direct, recorded = (flat.muon for flat in flats)
     held = optim._Recorded((flats[1].grad, flats[1].master, flats[1].m, None), [torch.ones((), dtype=torch.float64)] * 3)
-    held.pool = Replays()
+    held.replay.pool, held.replay.on_gpu = Replays(), True
     for step, (factor, go, rate) in enumerate([(0.5, 1, 0.1), (0.2, 1, 0.2), (1.0, 0, 0.3), (0.7, 1, 0.05)]):
         scalars = [torch.tensor(float(x), dtype=torch.float64) for x in (factor, go, rate)]
         for flat in flats:
@@ -373,7 +373,7 @@ def test_a_recorded_step_reads_each_steps_numbers():
         held.run(recorded._launch, scalars)
         assert torch.equal(flats[0].master, flats[1].master) and torch.equal(flats[0].m, flats[1].m), step
         assert torch.equal(flats[0].grad, flats[1].grad), step
-    assert held.graph is not None
+    assert held.replay.graph is not None
 
 
 @pytest.mark.gpu
@@ -412,7 +412,7 @@ def test_a_recorded_step_of_muon_is_the_launched_one(dtype, monkeypatch):
         live = torch.tensor(live, dtype=torch.float64, device="cuda")
         assert torch.equal(launched.step(live), recorded.step(live))
         assert not recorded.grad.any()
-    assert launched.muon.recorded is None and recorded.muon.recorded.graph is not None
+    assert launched.muon.recorded is None and recorded.muon.recorded.replay.graph is not None
     for ours, theirs in zip(recorded.state_dict().values(), launched.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(recorded.weights, launched.weights)

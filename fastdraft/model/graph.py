@@ -57,6 +57,24 @@ class GraphPool:
                     graph.capture_end()
 
 
+class Replay:
+    """Work on buffers that stay where they are: its first run is as it is, the second is recorded, later ones replay that.
+    On a CPU every run is as it is."""
+
+    def __init__(self, pool: GraphPool, device: torch.device):
+        self.pool, self.on_gpu, self.runs = pool, device.type == "cuda", 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self, launch: Callable[[], object]) -> None:  # the same work each time; not kept, so its owner can be freed
+        if self.on_gpu and self.runs == 1:
+            self.graph = self.pool.record(launch)
+        self.runs += 1
+        if self.graph is None:
+            launch()
+        else:
+            self.graph.replay()
+
+
 @contextmanager
 def _no_cycles_collected() -> Iterator[None]:
     collects = gc.isenabled()

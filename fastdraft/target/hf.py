@@ -10,6 +10,7 @@ why. Three forward hooks keep the outputs of the layers the draft reads; no othe
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import json
@@ -538,7 +539,9 @@ def target_sizes(config: dict) -> TargetSizes:
 
 
 def _empty_model(config: dict) -> PreTrainedModel:
-    sizes = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    sizes = copy.deepcopy(config)  # transformers writes into what it is given
+    for key in ("dtype", "torch_dtype"):
+        sizes.pop(key, None)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))

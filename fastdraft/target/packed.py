@@ -32,7 +32,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from fastdraft.batch import document_starts, to_device
 from fastdraft.dist.mesh import Axis
 from fastdraft.kernels.ttt_attention import ttt_attention
-from fastdraft.model.graph import GraphPool
+from fastdraft.model.graph import GraphPool, Replay
 
 NAME = "fastdraft_packed"
 WITH_SINKS = {"gpt_oss"}  # model types whose softmax has a term more for each head
@@ -222,10 +222,9 @@ class Recorded:
         device: torch.device,
         pool: GraphPool,
     ):
-        self.forward, self.pool, self.runs = forward, pool, 0
+        self.forward, self.replay = forward, Replay(pool, device)
         self.input_ids = torch.zeros(n, dtype=torch.int64, device=device)
         self.index = torch.zeros(2, n, dtype=torch.int64, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
         self.out: tuple[Tensor, ...] = ()
 
     def __call__(
@@ -238,12 +237,7 @@ class Recorded:
         self.input_ids[:m] = input_ids
         self.index.copy_(_index(lengths, device))
         documents = Documents(lengths, *self.index)
-        if self.runs == 1 and device.type == "cuda":
-            self.graph = self.pool.record(lambda: self._run_into_out(documents))
-        self.runs += 1
-        if self.graph is None:
-            return tuple(x[:m].clone() for x in self.forward(self.input_ids, documents))
-        self.graph.replay()
+        self.replay.run(lambda: self._run_into_out(documents))
         return tuple(x[:m].clone() for x in self.out)
 
     def _run_into_out(self, documents: Documents) -> None:

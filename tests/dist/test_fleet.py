@@ -76,7 +76,9 @@ def make_config(folder: Path, facts: dict, **changes) -> Config:
 )
 def test_published_sizes(facts, total, active, width):
     """As their makers count them, in units of 1e9; a token also reads one row of the embedding, which we leave out."""
-    sizes = target_sizes(copy.deepcopy(facts))  # transformers writes into what it is given
+    before = copy.deepcopy(facts)
+    sizes = target_sizes(facts)
+    assert facts == before  # transformers writes into what it is given
     assert round(sizes.total / 1e9, 2) == total
     embedding = facts["vocab_size"] * facts["hidden_size"]
     assert round((sizes.active + embedding) / 1e9, 2) == pytest.approx(active, abs=0.011)

@@ -12,25 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdraft.batch import TargetHead
 from fastdraft.kernels.chain_qkv import rotate
-from fastdraft.kernels.rms_norm import rms_norm_ref
 from fastdraft.model.dflash.config import DFlashConfig
 from fastdraft.model.dflash.mixer import Branch
+from fastdraft.model.layers import MLP, RMSNorm
 from fastdraft.model.rope import Rope
-
-
-class _Norm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:  # over the last dimension
-        return rms_norm_ref(x, self.weight, self.eps)[0]
 
 
 class _Attention(nn.Module):
@@ -43,28 +32,17 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, kv, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, kv, bias=False)
         self.o_proj = nn.Linear(q, c.hidden_size, bias=False)
-        self.q_norm = _Norm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = _Norm(c.head_dim, c.rms_norm_eps)
-
-
-class _MLP(nn.Module):
-    def __init__(self, c: DFlashConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
 
 class _Layer(nn.Module):
     def __init__(self, c: DFlashConfig):
         super().__init__()
-        self.input_layernorm = _Norm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = _Attention(c)
-        self.post_attention_layernorm = _Norm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = _MLP(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size)
 
 
 class DFlashDraft(nn.Module):
@@ -74,9 +52,9 @@ class DFlashDraft(nn.Module):
         super().__init__()
         self.config = c = config
         self.fc = nn.Linear(len(c.layers) * c.hidden_size, c.hidden_size, bias=False)
-        self.hidden_norm = _Norm(c.hidden_size, c.rms_norm_eps)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.layers = nn.ModuleList([_Layer(c) for _ in range(c.num_hidden_layers)])
-        self.norm = _Norm(c.hidden_size, c.rms_norm_eps)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.rope = Rope(c.rope_parameters, c.head_dim, c.max_position_embeddings)
         self.register_buffer("embedding", torch.full((1, c.hidden_size), torch.nan), persistent=False)  # [V, H]
 

@@ -15,7 +15,6 @@ g and f. What is recorded is `BlockStep`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 
 import numpy as np
@@ -28,7 +27,7 @@ from fastdraft.model.buffers import end_to_end
 from fastdraft.model.dflash import memory
 from fastdraft.model.dflash.blocks import BlockChunk, pad_blocks, plan_blocks
 from fastdraft.model.dflash.engine import BlockEngine, BlockStep
-from fastdraft.model.graph import GraphPool
+from fastdraft.model.graph import GraphPool, Replay
 
 GRAPH_FLOPS = 1e13  # of a chunk; from there on a GPU takes longer than the host does for its launches
 SPARE = 64
@@ -121,24 +120,6 @@ def _with_padding(batch: Batch, num_tokens: int) -> Batch:
     return Batch(ids, mask, (*batch.lengths, more))
 
 
-class _Recorded:
-    """Work that runs as it is, then is recorded, then is replayed."""
-
-    def __init__(self, engine: GraphBlockEngine, launch: Callable[[], object]):
-        self.engine, self.launch = engine, launch
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.runs = 0
-
-    def run(self) -> None:
-        if self.engine.take.device.type == "cuda" and self.runs == 1:
-            self.graph = self.engine.pool.record(self.launch)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.launch()
-        self.runs += 1
-
-
 class _Chunk:
     """Where the indices of chunks of one shape lie, and what runs with them."""
 
@@ -147,11 +128,17 @@ class _Chunk:
         self.indices = torch.empty(sum(sizes.values()), dtype=torch.int64, device=pack.engine.take.device)
         views = self.indices.split([*sizes.values()])
         self.chunk = replace(chunk, **dict(zip(sizes, views, strict=True)))
-        self.work = _Recorded(pack.engine, lambda: pack.step.run_chunk(self.chunk))
+        self.pack, self.replay = pack, Replay(pack.engine.pool, pack.engine.take.device)
 
     def fill(self, chunk: BlockChunk) -> None:
         """Copies a chunk into place; the host does not wait."""
         copy_into(self.indices, [*_indices(chunk).values()])
+
+    def run(self) -> None:
+        self.replay.run(self.launch)
+
+    def launch(self) -> None:
+        self.pack.step.run_chunk(self.chunk)
 
 
 def _indices(chunk: BlockChunk) -> dict[str, Tensor]:
@@ -179,7 +166,7 @@ class _Pack:
         self.step = BlockStep(engine, num_tokens, self.features, grads, with_teacher)
         self.position = torch.empty(num_tokens, dtype=torch.int64, device=engine.take.device)
         self.chunks: dict[tuple[int, ...], _Chunk] = {}
-        self.begin, self.finish = (_Recorded(engine, work) for work in (self.start_pack, self.finish_pack))
+        self.begin, self.finish = (Replay(engine.pool, engine.take.device) for _ in range(2))
 
     def run(self, batch: Batch, features: Features, anchors: Tensor, chunk_blocks: int) -> None:
         """The step of a padded batch, whose features have rows for its real tokens."""
@@ -200,11 +187,11 @@ class _Pack:
             place.fill(chunk)
             if not started:
                 self.compile(place)
-                self.begin.run()
+                self.begin.run(self.start_pack)
                 started = True
-            place.work.run()
+            place.run()
         if started:
-            self.finish.run()
+            self.finish.run(self.finish_pack)
 
     def compile(self, place: _Chunk) -> None:
         """Once for each kind of step, all its kernels together."""
@@ -214,7 +201,7 @@ class _Pack:
 
         def launch() -> None:
             self.start_pack()
-            self.step.run_chunk(place.chunk)
+            place.launch()
             self.finish_pack()
 
         compile_together(launch, device)

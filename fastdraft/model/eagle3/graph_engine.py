@@ -24,7 +24,7 @@ from fastdraft.kernels.jit import compile_together
 from fastdraft.model.buffers import end_to_end
 from fastdraft.model.eagle3.chunks import Chunk, pad_batch, pad_chunk, plan_chunks
 from fastdraft.model.eagle3.engine import GATE_UP, QKV, Step, TTTEngine, pack_index
-from fastdraft.model.graph import GraphPool
+from fastdraft.model.graph import GraphPool, Replay
 
 GRAPH_FLOPS = 2e13  # of a pack; from there on a GPU takes longer than the host does for its launches
 # BEHIND a multiple of ROOM lies the padding's document, which every pack needs: full packs have one shape so, whether they
@@ -106,8 +106,7 @@ class _Pack:
     def __init__(self, engine: GraphEngine, num_tokens: int, grads: dict[str, Tensor] | None):
         self.engine, self.n, self.grads = engine, num_tokens, grads
         self.step: Step | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.runs = 0
+        self.replay = Replay(engine.pool, engine.take.device)
 
     def fill(self, batch: Batch, chunk: Chunk, features: Features) -> None:
         """Copies a pack into place; the host does not wait."""
@@ -128,17 +127,11 @@ class _Pack:
             place[len(x) :] = 0
 
     def run(self) -> None:
-        cuda, kind = self.engine.take.device.type == "cuda", self.grads is not None
-        if cuda and kind not in self.engine.compiled:
-            compile_together(self.launch, self.engine.take.device)
+        device, kind = self.engine.take.device, self.grads is not None
+        if device.type == "cuda" and kind not in self.engine.compiled:
+            compile_together(self.launch, device)
             self.engine.compiled.add(kind)
-        if cuda and self.runs == 1:
-            self.graph = self.engine.pool.record(self.launch)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self.launch()
-        self.runs += 1
+        self.replay.run(self.launch)
 
     def launch(self) -> None:
         for x in self.step.results:

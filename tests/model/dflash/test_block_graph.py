@@ -224,8 +224,8 @@ def test_graphs_are_what_they_recorded(name, dtype):
             g.zero_()
         rows = [engine.run_padded(*pack, flat) for pack in packs]
         found.append([r.loss for r in rows] + [g.clone() for g in flat.values()])
-    works = [w for p in engine.packs.values() for w in (p.begin, p.finish, *(c.work for c in p.chunks.values()))]
-    assert all(work.graph is not None for work in works)
+    replays = [r for p in engine.packs.values() for r in (p.begin, p.finish, *(c.replay for c in p.chunks.values()))]
+    assert all(replay.graph is not None for replay in replays)
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
     by_itself = flat_gradients(cases[0].draft.trainable())

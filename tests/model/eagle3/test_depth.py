@@ -264,7 +264,7 @@ def test_on_a_gpu_graphs_and_the_plain_engine_draw_the_same():
         assert torch.equal(rows.live, law.live)
         torch.testing.assert_close(rows.loss, law.loss, rtol=1e-4, atol=1e-4)
     (pack,) = engine.packs.values()
-    assert pack.graph is not None and sum(pack.chunk.sizes) < 0.5 * 7 * pack.chunk.sizes[0]
+    assert pack.replay.graph is not None and sum(pack.chunk.sizes) < 0.5 * 7 * pack.chunk.sizes[0]
     for name, g in plain.items():
         assert float((flat[name] - g).abs().max()) <= 1e-4 * float(g.abs().max()), name
 

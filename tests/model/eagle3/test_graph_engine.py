@@ -78,7 +78,7 @@ def test_packs_that_are_full_or_nearly_have_one_shape(small_shapes):
         mask[2:20] = True
         engine.run_padded(replace(batch, loss_mask=mask), features, None)
     (pack,) = engine.packs.values()
-    assert pack.n == 48 + graph.BEHIND and pack.runs == 3
+    assert pack.n == 48 + graph.BEHIND and pack.replay.runs == 3
 
 
 def test_chains_are_padded_to_few_numbers_and_never_by_much():
@@ -224,7 +224,7 @@ def test_a_graph_is_what_it_recorded(dtype):
             g.zero_()
         rows = [engine.run_padded(b, f, flat) for b, f in packs]
         found.append([r.loss for r in rows] + [g.clone() for g in flat.values()])
-    assert all(pack.graph is not None for pack in engine.packs.values())
+    assert all(pack.replay.graph is not None for pack in engine.packs.values())
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
     plain = flat_gradients(draft.trainable())
