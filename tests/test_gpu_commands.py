@@ -307,4 +307,4 @@ def test_an_8b_target_takes_packs_of_1000_and_of_4096_tokens_in_turn():
     for pack, recorded in zip(packs, rounds[0], strict=True):
         plain = made.capture(pack).f.float()
         off = (recorded.f.float() - plain).norm() / plain.norm()  # other lengths let cuBLAS choose other kernels
-        assert off < 0.05
+        assert off < 0.1
