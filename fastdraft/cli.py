@@ -10,7 +10,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 try:
     import typer
@@ -626,13 +626,27 @@ def main() -> None:
         app(standalone_mode=True)
     except StoppedEarly as stopped:
         _say_why(f"{stopped}; the same command, given again, goes on")
-        sys.exit(128 + stopped.number)
+        _end(128 + stopped.number)
     except Exception as error:
         said = _one_line(error)
         if said is None:
-            raise
-        _say_why(said)
-        sys.exit(1)
+            sys.excepthook(*sys.exc_info())
+        else:
+            _say_why(said)
+        _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """Where other processes of the run have failed, too, Python's own end may wait for ever: it frees what a GPU uses, and
+    that GPU waits for a process that is gone."""
+    if "torch" in sys.modules:
+        from fastdraft.dist.mesh import world
+
+        if world() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
 
 
 def _show_warning(

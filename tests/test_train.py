@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import itertools
 import json
@@ -714,11 +715,11 @@ def train_until_a_kill(file: Path, module: str, name: str, number: int) -> None:
         cli.main()
 
 
-def kill_one_of_two(config, folder: Path, module: str, name: str, number: int, **options) -> None:
+def kill_one_of_two(config, folder: Path, module: str, name: str, number: int, act=train_until_a_kill, **options) -> None:
     """Asserts that the other rank ends with a sentence, in time, and leaves a checkpoint."""
     file = folder / "two.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    codes = by_two_ranks(train_until_a_kill, file, module, name, number, **options)
+    codes = by_two_ranks(act, file, module, name, number, **options)
     assert codes == ([-signal.SIGKILL, 1] if number == 0 else [1, -signal.SIGKILL])
     said = (folder / f"said by rank {1 - number}").read_text()
     assert f"fastdraft, rank {1 - number}: another process of this run has ended" in said and "Traceback" not in said
@@ -742,6 +743,19 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_goes_on(mak
     assert by_two_ranks(train, config) == by_two_ranks(train, whole) == [0, 0]
     assert losses(config.run_dir) == losses(whole.run_dir)
     assert same(weights(config.run_dir), weights(whole.run_dir))
+
+
+def train_until_a_kill_and_never_end(*args) -> None:
+    """Python's own end hangs, as where it frees what a GPU uses that waits for a process which is gone."""
+    atexit.register(time.sleep, 1000)
+    train_until_a_kill(*args)
+
+
+@pytest.mark.slow
+def test_a_process_whose_interpreter_cannot_end_is_ended(make_config, tmp_path):
+    module, name, number = DEATHS[2]
+    config = make_config(**{"eval.max_packs": 1, "eval.every": 5, "checkpoint.every": 3})
+    kill_one_of_two(config, tmp_path, module, name, number, act=train_until_a_kill_and_never_end, start="spawn")
 
 
 @pytest.mark.gpu
