@@ -17,10 +17,12 @@ try:
     from rich.console import Console
     from rich.table import Table
 
+    from fastdraft import share_cores
     from fastdraft.dist.watch import StoppedEarly
 except KeyboardInterrupt:  # Ctrl-C before anything has begun; later, typer and the commands see to it
     sys.exit(130)
 
+share_cores()
 app = typer.Typer(
     help="Train draft models for speculative decoding (EAGLE-3, DFlash, DFlash2, DSpark) that SGLang and vLLM load.",
     no_args_is_help=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import at_step
 from tiny import make_tokenizer, refusal, save_target, write_chats
 
-from fastdraft import cli
+from fastdraft import cli, share_cores
 from fastdraft import train as training
 from fastdraft.data.loader import Loader
 from fastdraft.files import GIB
@@ -59,6 +60,23 @@ def test_train_prints_data_progress_and_held_out(fastdraft, config_file, tree):
     assert "24 conversations, 24 samples" in out and "held-out" in out and "step 6/6" in out
     assert (Path(tree["run_dir"]) / "tensorboard").is_dir()
     assert yaml.safe_load((Path(tree["run_dir"]) / "config.yaml").read_text())["optim"]["lr"] == 2e-3
+
+
+@pytest.mark.parametrize(("cores", "own", "expected"), [(2, {}, "1000"), (9, {}, None), (2, {"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize("policy", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_sleep_soon_on_few_cores_unless_the_user_has_chosen(monkeypatch, cores, own, policy, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
+    monkeypatch.setattr(os, "environ", {**own, **policy})
+    share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == (expected if own or not policy else None)
+
+
+def test_the_command_says_so_before_pytorch_is_there():
+    code = "import os, sys; os.sched_getaffinity = lambda _: {0, 1}; import fastdraft.cli; "
+    code += "print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    unset = {name: x for name, x in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    said = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", "1000"]
 
 
 def test_a_signal_exits_with_its_number_and_the_same_command_goes_on(fastdraft, config_file, monkeypatch):

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before PyTorch is, as `fastdraft.share_cores` does for the commands
 
 import torch
 import transformers

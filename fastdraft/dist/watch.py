@@ -252,7 +252,8 @@ class Watch:
     # --- sentences ---------------------------------------------------------------------------------------------------
 
     def sentence(self, heard: str) -> str:
-        return f"{heard}; {self.then}"
+        refused = ", which said: " in heard and StoppedEarly.told_in(heard) is None
+        return f"{heard}; {'once that is mended, ' if refused else ''}{self.then}"
 
     def _silent(self, rank: int) -> str:
         stopped = rank in self._near and self.members[rank].state() == "T"

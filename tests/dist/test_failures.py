@@ -161,7 +161,7 @@ def no_room(_run_dir):
 SPOILT = {
     out_of_memory: (
         "another process of this run has ended: rank 1 on {host}, which said: OutOfMemoryError: CUDA out of memory. "
-        "Tried to allocate 20.00 GiB.; the same command, given again, goes on",
+        "Tried to allocate 20.00 GiB.; once that is mended, the same command, given again, goes on",
         "out of memory: CUDA out of memory.",
     ),
     full_disk: (
