@@ -5,15 +5,20 @@ import os
 __version__ = "0.1.0"
 
 FEW_CORES = 8
+LOOK_S = 0.1
 
 
-def share_cores() -> None:
-    """On a machine of few cores, lets PyTorch's threads sleep soon where they wait for each other; to be called before
-    PyTorch is imported.
+def threads_beside_others() -> dict[str, str]:
+    """What to add to the environment before PyTorch is imported, where other programs keep one of few cores busy now: then
+    its threads are to sleep soon where they wait for each other.
 
-    They loop otherwise, and where another program runs, too, they take the time of the one that they wait for (LOG.md).
-    Who sets GOMP_SPINCOUNT or OMP_WAIT_POLICY has chosen.
+    They loop otherwise, and take the time of the one that they wait for; on idle cores that is faster (LOG.md). Who sets
+    GOMP_SPINCOUNT or OMP_WAIT_POLICY has chosen.
     """
-    few = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) <= FEW_CORES
-    if few and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores > FEW_CORES or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        return {}
+    busy = sum(psutil.cpu_percent(LOOK_S, percpu=True)) / 100  # cores' worth; this process only waits meanwhile
+    return {"GOMP_SPINCOUNT": "1000"} if busy > 0.5 else {}

@@ -17,12 +17,11 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from fastdraft import share_cores
+    from fastdraft import threads_beside_others
     from fastdraft.dist.watch import StoppedEarly
 except KeyboardInterrupt:  # Ctrl-C before anything has begun; later, typer and the commands see to it
     sys.exit(130)
 
-share_cores()
 app = typer.Typer(
     help="Train draft models for speculative decoding (EAGLE-3, DFlash, DFlash2, DSpark) that SGLang and vLLM load.",
     no_args_is_help=True,
@@ -37,6 +36,11 @@ features = typer.Typer(help="Run the target once, train from its features many t
 app.add_typer(features, name="features")
 console = Console()
 _SHOW_WARNING = warnings.showwarning
+
+
+@app.callback()
+def before_each_command() -> None:
+    os.environ.update(threads_beside_others())
 
 
 def say(line: str) -> None:

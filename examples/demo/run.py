@@ -24,8 +24,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastdraft import threads_beside_others
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before PyTorch is, as `fastdraft.share_cores` does for the commands
+os.environ.update(threads_beside_others())  # before PyTorch is
 
 import torch
 import transformers
