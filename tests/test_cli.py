@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import at_step
 from tiny import make_tokenizer, refusal, save_target, write_chats
 
-from fastdraft import cli, share_cores
+from fastdraft import cli, threads_beside_others
 from fastdraft import train as training
 from fastdraft.data.loader import Loader
 from fastdraft.files import GIB
@@ -62,21 +63,32 @@ def test_train_prints_data_progress_and_held_out(fastdraft, config_file, tree):
     assert yaml.safe_load((Path(tree["run_dir"]) / "config.yaml").read_text())["optim"]["lr"] == 2e-3
 
 
-@pytest.mark.parametrize(("cores", "own", "expected"), [(2, {}, "1000"), (9, {}, None), (2, {"GOMP_SPINCOUNT": "7"}, "7")])
-@pytest.mark.parametrize("policy", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
-def test_threads_sleep_soon_on_few_cores_unless_the_user_has_chosen(monkeypatch, cores, own, policy, expected):
+@pytest.mark.parametrize(
+    ("cores", "busy", "own", "expected"),
+    [
+        (2, [90.0, 5.0], {}, {"GOMP_SPINCOUNT": "1000"}),
+        (2, [20.0, 5.0], {}, {}),  # nobody else is there
+        (9, [90.0] * 9, {}, {}),
+        (2, [90.0, 5.0], {"GOMP_SPINCOUNT": "7"}, {}),
+        (2, [90.0, 5.0], {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
+    ],
+)
+def test_threads_sleep_soon_beside_other_programs(monkeypatch, cores, busy, own, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
-    monkeypatch.setattr(os, "environ", {**own, **policy})
-    share_cores()
-    assert os.environ.get("GOMP_SPINCOUNT") == (expected if own or not policy else None)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: busy)
+    monkeypatch.setattr(os, "environ", own)
+    assert threads_beside_others() == expected
 
 
-def test_the_command_says_so_before_pytorch_is_there():
-    code = "import os, sys; os.sched_getaffinity = lambda _: {0, 1}; import fastdraft.cli; "
-    code += "print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+def test_a_command_settles_its_threads_before_pytorch_is_there():
+    code = "import os, psutil, sys; os.sched_getaffinity = lambda _: {0, 1}; psutil.cpu_percent = lambda *_, **__: [99.0]; "
+    code += (
+        "from fastdraft import cli; before = 'torch' in sys.modules; sys.argv = ['fastdraft', 'check']\ntry: cli.main()\n"
+    )
+    code += "finally: print(before, 'torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     unset = {name: x for name, x in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    said = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["False", "1000"]
+    said = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "False True 1000"
 
 
 def test_a_signal_exits_with_its_number_and_the_same_command_goes_on(fastdraft, config_file, monkeypatch):
