@@ -56,6 +56,12 @@ GPT_OSS = {"sliding_window": 16, "intermediate_size": 64, "initializer_range": 0
 VAULTGEMMA = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.5, "query_pre_attn_scalar": 32}
 VAULTGEMMA |= {"sliding_window": 16, "initializer_range": 0.1}
 
+# As published ones, with YaRN; of the sizes that vLLM's CPU build takes, latent ones are 512 wide.
+MLA = {"hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 512, "q_lora_rank": 32, "qk_rope_head_dim": 64}
+MLA |= {"qk_nope_head_dim": 128, "v_head_dim": 128, "initializer_range": 0.1}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0}
+YARN |= {"mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
+
 # name: how the target is made, and vLLM's further flags
 TARGETS = {
     "dense": (lambda folder: save_target(folder, **WIDE), []),
@@ -65,6 +71,11 @@ TARGETS = {
     "sliding windows": (lambda folder: save_family(folder, "mistral", **WIDE, sliding_window=16), []),
     "logit scale": (lambda folder: save_family(folder, "granite", **WIDE | GRANITE), []),
     "sinks": (lambda folder: save_family(folder, "gpt_oss", **WIDE | GPT_OSS), []),
+    # On CPUs vLLM takes its prompts whole, and caches none.
+    "latent attention": (
+        lambda folder: save_family(folder, "deepseek_v2", **MLA, rope_parameters=YARN),
+        ["--max-num-batched-tokens", "257"],
+    ),
     "soft caps": (lambda folder: save_family(folder, "vaultgemma", **WIDE | VAULTGEMMA), []),
 }
 
@@ -314,18 +325,28 @@ def test_states_and_losses_are_those_of_transformers(name, tmp_path):
     with served(target, tmp_path, ["--max-num-batched-tokens", "64", *flags]) as server:
         # Gemma's norms multiply by 1 + weight, which no draft's final norm can start from.
         more = {"draft.init": "random"} if name == "soft caps" else {}
+        if name == "latent attention":  # YaRN's mscale is in the target's rope_parameters, which not all engines read
+            own = {"rope_type": "default", "rope_theta": 1e4}
+            more = {"draft.overrides": {"draft_vocab_size": 64, "rope_parameters": own}}
         config = config_of(target, tmp_path, **{"target.url": server.url, "run_dir": str(tmp_path / "served")} | more)
         layers = draft_shape(config).layers
         here = config_of(target, tmp_path, **{"run_dir": str(tmp_path / "here")} | more)
         source = open_source(config, layers, CPU, [])
         assert_same_states(source, open_source(here, layers, CPU, []), packs())
-        assert server.metric("vllm:prefix_cache_hits_total") > 256
+        assert (server.metric("vllm:prefix_cache_hits_total") > 256) == (name != "latent attention")
         source.close()
         train(config)
         train(here)
     assert os.listdir(tmp_path).count("shared") == 0
     for a, b in zip(losses(tmp_path / "served"), losses(tmp_path / "here"), strict=True):
         assert a == pytest.approx(b, rel=2e-4)
+
+
+def test_a_rope_that_vllms_build_for_cpus_computes_wrongly_is_refused(tmp_path):
+    target = save_family(tmp_path / "target", "deepseek_v2", **MLA)
+    with pytest.raises(pytest.fail.Exception):
+        start(target, tmp_path, [])
+    assert "rotates the first head's queries and no other's" in (tmp_path / "server.log").read_text()
 
 
 @pytest.mark.parametrize("rounding", [INT8, FP8], ids=["int8", "fp8"])

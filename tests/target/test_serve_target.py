@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
 import types
@@ -80,14 +79,6 @@ def test_a_flag_that_is_the_commands_own_is_refused_with_the_reason(target_dir, 
         serve_command("python", str(target_dir), [flag, "x"])
 
 
-def test_latent_attention_is_refused_by_name(target_dir, tmp_path):
-    shutil.copytree(target_dir, tmp_path / "mla")
-    config = json.loads((target_dir / "config.json").read_text())
-    (tmp_path / "mla" / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 8}))
-    with pytest.raises(ValueError, match=r"is a llama with latent attention \(MLA\)"):
-        serve_command("python", str(tmp_path / "mla"), [])
-
-
 def test_on_the_command_line(target_dir, fastdraft, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "engine_version", lambda place: "0.32.1")
     started = []
@@ -151,6 +142,7 @@ def states(monkeypatch):
         },
         "vllm.distributed.parallel_state": {"get_tensor_model_parallel_rank": lambda: 0},
         "vllm.model_executor.models.extract_hidden_states": {"CacheOnlyAttentionLayer": object},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
         "vllm.v1.kv_cache_interface": {"HiddenStateCacheSpec": HiddenStateCacheSpec},
         "vllm.v1.request": {"RequestStatus": RequestStatus},
     }
@@ -178,7 +170,13 @@ def connector(states, tmp_path):
     draft = SimpleNamespace(hf_config=SimpleNamespace(eagle_aux_hidden_state_layer_ids=[5, 2]))
     config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_connector_extra_config=extra),
-        model_config=SimpleNamespace(get_hidden_size=lambda: 3, dtype=torch.float32, max_model_len=64),
+        model_config=SimpleNamespace(
+            get_hidden_size=lambda: 3,
+            dtype=torch.float32,
+            max_model_len=64,
+            use_mla=False,
+            hf_text_config=SimpleNamespace(),
+        ),
         speculative_config=SimpleNamespace(draft_model_config=draft),
     )
     groups = [
@@ -188,6 +186,26 @@ def connector(states, tmp_path):
     made = states.FastdraftStates(config, None, SimpleNamespace(kv_cache_groups=groups))
     made.register_kv_caches({"layer": torch.arange(10 * 2 * 4 * 3, dtype=torch.float32).view(10, 2, 4, 3)})
     return made
+
+
+@pytest.mark.parametrize(
+    ("latent", "on_cpu", "rope", "is_right"),
+    [
+        (True, True, {"rope_type": "default"}, False),
+        (True, True, None, False),
+        (True, True, {"rope_type": "yarn"}, True),
+        (True, False, {"rope_type": "default"}, True),
+        (False, True, {"rope_type": "default"}, True),
+    ],
+)
+def test_a_rope_that_vllms_build_for_cpus_computes_wrongly(states, monkeypatch, latent, on_cpu, rope, is_right):
+    monkeypatch.setattr(states, "current_platform", SimpleNamespace(is_cpu=lambda: on_cpu))
+    model = SimpleNamespace(use_mla=latent, hf_text_config=SimpleNamespace(rope_parameters=rope))
+    if is_right:
+        states._refuse_wrong_rope(model)
+    else:
+        with pytest.raises(ValueError, match=r"rotates the first head's queries and no other's"):
+            states._refuse_wrong_rope(model)
 
 
 def new(req_id, name, tokens, blocks, computed=0):

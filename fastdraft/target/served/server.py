@@ -64,11 +64,6 @@ def serve_command(
         )
     trust_remote_code = "--trust-remote-code" in flags
     facts = language_config(load_target_config(target, trust_remote_code))
-    if facts.get("kv_lora_rank"):
-        raise ValueError(
-            f"{target} is a {facts['model_type']} with latent attention (MLA), for which vLLM's states were not proven: "
-            "those of a tiny one differed from transformers'; train with it in the process, or sharded (dist.target)"
-        )
     n = facts["num_hidden_layers"]
     layers = default_layers(n) if layers is None else layers
     if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < n:

@@ -45,6 +45,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 from vllm.v1.request import RequestStatus
 
@@ -70,6 +71,7 @@ class Complete(KVConnectorMetadata):
 class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config, role, kv_cache_config=None):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        _refuse_wrong_rope(vllm_config.model_config)
         groups = kv_cache_config.kv_cache_groups
         own = [i for i, group in enumerate(groups) if isinstance(group.kv_cache_spec, HiddenStateCacheSpec)]
         if len(own) != 1 and len(groups) != 1:
@@ -235,6 +237,17 @@ class FastdraftStates(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config):
         return "NHD" if vllm.__version__.startswith("0.26.") else "LBNHC"  # one layout, whose name has changed
+
+
+def _refuse_wrong_rope(model) -> None:
+    """ValueError where vLLM computes another model than its config says, which nothing else would tell: both ends would
+    have the same wrong numbers."""
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
+    if model.use_mla and current_platform.is_cpu() and rope.get("rope_type", "default") == "default":
+        raise ValueError(
+            "of a model with latent attention (MLA) and plain RoPE, vLLM's build for CPUs rotates the first head's queries "
+            "and no other's, so its states are another model's; serve it on a GPU"
+        )
 
 
 def _rows(
