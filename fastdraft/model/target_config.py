@@ -157,7 +157,8 @@ def canonical_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def target_rope(target: dict[str, Any]) -> dict[str, Any] | None:
-    """The target's RoPE from either spelling, None without rope_theta; of several by layer type, full attention's."""
+    """The target's RoPE from either spelling, as its draft has it; None without rope_theta. Of several by layer type it is
+    full attention's."""
     rope = target.get("rope_parameters")
     if rope and any(isinstance(value, dict) for value in rope.values()):
         full = rope.get("full_attention") or rope.get("global")
@@ -176,6 +177,11 @@ def target_rope(target: dict[str, Any]) -> dict[str, Any] | None:
     if rope.get("rope_type", rope.get("type")) in ("yarn", "llama3"):
         pretrained = target.get("original_max_position_embeddings") or target.get("max_position_embeddings")
         rope.setdefault("original_max_position_embeddings", pretrained)
+    for key in (
+        "mscale",
+        "mscale_all_dim",
+    ):  # DeepSeek's scale of its scores: not all engines read it, and no draft needs it
+        rope.pop(key, None)
     return rope
 
 

@@ -104,6 +104,17 @@ def test_yarn_original_length_comes_from_the_target_when_unsaid():
     assert c.rope_parameters["original_max_position_embeddings"] == 131072
 
 
+def test_deepseeks_scale_of_scores_is_not_inherited():
+    rope = {"rope_type": "yarn", "factor": 40.0, "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    theirs = rope | {"beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}
+    c = DraftConfig.from_target(LLAMA | {"rope_parameters": theirs})
+    assert c.rope_parameters == rope | {"beta_fast": 32, "beta_slow": 1}
+    old = {"type": "yarn"} | {key: x for key, x in theirs.items() if key not in ("rope_type", "rope_theta")}
+    assert DraftConfig.from_target(LLAMA | {"rope_scaling": old, "rope_theta": 1e4}).rope_parameters == c.rope_parameters
+    with pytest.raises(ValueError, match="mscale"):
+        DraftConfig.from_target(LLAMA, rope_parameters=theirs)
+
+
 @pytest.mark.parametrize(
     ("rope", "words"),
     [
