@@ -635,24 +635,31 @@ def main() -> None:
         _end(128 + stopped.number)
     except Exception as error:
         said = _one_line(error)
-        if said is None:
+        if said is not None:
+            _say_why(said)
+        elif _is_one_of_several():
             sys.excepthook(*sys.exc_info())
         else:
-            _say_why(said)
+            raise
         _end(1)
 
 
 def _end(code: int) -> NoReturn:
     """Where other processes of the run have failed, too, Python's own end may wait for ever: it frees what a GPU uses, and
     that GPU waits for a process that is gone."""
-    if "torch" in sys.modules:
-        from fastdraft.dist.mesh import world
-
-        if world() > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    if _is_one_of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _is_one_of_several() -> bool:
+    if "torch" not in sys.modules:  # importing it takes seconds, and who has not yet meets nobody
+        return False
+    from fastdraft.dist.mesh import world
+
+    return world() > 1
 
 
 def _show_warning(

@@ -61,6 +61,7 @@ class Plan:
     trainable_params: int
     frozen_params: int  # the draft's copy of the target's embedding
     target_params: int
+    target_used: int  # of these, but for experts that a token does not go through
     memory: tuple[Row, ...]  # bytes on one device at the peak
     disk: tuple[Row, ...]  # bytes
     flops: tuple[Row, ...]  # forward and backward, per packed token
@@ -89,10 +90,15 @@ class TargetSizes:
     attention_width: int  # Hq D
     mlp_width: int  # of all that one token goes through
     apart: str | None = None  # why processes cannot share a pack's tokens, as far as config.json tells
+    idle: int = 0  # of experts that one token does not go through
 
     @property
     def total(self) -> int:
         return self.layers + self.outside
+
+    @property
+    def used(self) -> int:
+        return self.total - self.idle
 
 
 @dataclass(frozen=True)
@@ -294,9 +300,11 @@ def plan(
     )
     _, flops = training.step_cost()
     if not stored:
-        flops = (Row("target forward (every parameter active)", 2 * target.total), *flops)
+        named = "target forward, of the experts those chosen" if target.idle else "target forward"
+        flops = (Row(named, 2 * target.used), *flops)
     host = training.copies(layout) if training.device == "cuda" else ()
-    return Plan(trainable, frozen, target.total, training.memory(target, layout, stored), disk, flops, host)
+    memory = training.memory(target, layout, stored)
+    return Plan(trainable, frozen, target.total, target.used, memory, disk, flops, host)
 
 
 def map_bytes(draft: BaseModel) -> int:

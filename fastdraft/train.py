@@ -48,7 +48,7 @@ from fastdraft.run.dtypes import check_precision, compute_dtype, name_run_dtypes
 from fastdraft.run.finished import saved_config
 from fastdraft.run.inputs import documents_hash, load_data, open_source, trained_and_held_out
 from fastdraft.run.plan import known_work, memory_lines
-from fastdraft.target.hf import count_target_parameters, load_target_config
+from fastdraft.target.hf import load_target_config, target_sizes
 from fastdraft.target.served.ends import FILES
 from fastdraft.target.source import InProcess
 
@@ -146,7 +146,7 @@ class TrainingRun:
         check_layout(config, draft.config)
         method = method_of(draft)
         data = load_data(config, draft.config)
-        target_size = count_target_parameters(load_target_config(*config.target.files))
+        target_used = target_sizes(load_target_config(*config.target.files)).used
         loader = Loader(
             data.stream or data.train,
             config.data.pack_tokens,
@@ -154,7 +154,7 @@ class TrainingRun:
             config.data.seed,
             self.data_axis.rank,
             self.data_axis.size,
-            method.pair_cost(draft.config, target_size, config),
+            method.pair_cost(draft.config, target_used, config),
         )
         self.total_steps = config.max_steps or loader.num_steps(config.epochs)
         self.weights = method.step_weights(config, draft.config)

@@ -144,7 +144,7 @@ LINEAR = Method(
         (Row("logits", 4 * pack_tokens * shape.vocab_size),),
         (Row("the product", 6 * shape.hidden_size * shape.vocab_size),),
     ),
-    pair_cost=lambda shape, target_params, config: 0.0,
+    pair_cost=lambda shape, target_used, config: 0.0,
     drafter=LinearDrafter,
     serving_tensors=lambda draft, dtype: {"proj.weight": draft.proj.weight.detach().cpu().to(dtype)},
     load=load,

@@ -309,22 +309,25 @@ class Work:
 
 
 def known_work(config: Config, device: torch.device) -> Work | None:
-    """None where it is not known: on a CPU, on a GPU that is not in `PEAK_FLOPS`, and for a target with experts, of which
-    some run."""
+    """None where it is not known: on a CPU, on a GPU that is not in `PEAK_FLOPS`, and for a target whose config.json does
+    not tell how many of its experts a token goes through."""
     peak = peak_flops(device)
-    facts = language_config(load_target_config(*config.target.files))
-    if peak is None or any("expert" in name and value for name, value in facts.items()):
+    if peak is None:
         return None
+    facts = language_config(load_target_config(*config.target.files))
     predicted, shape = predict(config, device), draft_shape(config)
+    has_experts = any("expert" in name and value for name, value in facts.items())
+    if has_experts and predicted.target_used == predicted.target_params:
+        return None
     forward, draft = _flops(config, predicted)
-    # The plan counts every parameter. An embedding is looked up, and the head's product is counted with the draft's step.
+    # The plan counts both ends. An embedding is looked up, and the head's product is counted with the draft's step.
     ends = shape.vocab_size * shape.target_hidden_size * (1 if facts.get("tie_word_embeddings") else 2)
     return Work(max(0, forward - 2 * ends), draft, peak)
 
 
 def _flops(config: Config, predicted: Plan) -> tuple[int, float]:
     """Of the target's forward for a token, and of the draft for a live row of step 0."""
-    forward = 2 * predicted.target_params if runs_target(config) else 0
+    forward = 2 * predicted.target_used if runs_target(config) else 0
     return forward, (predicted.flops_per_token - forward) / named_method(config.draft.method).step_rows(config)
 
 
@@ -343,7 +346,7 @@ def imbalance_line(config: Config, groups: int) -> str:
         return "how unequal the processes' packs are is not known before `fastdraft data prepare`"
     predicted, method = predict(config, torch.device("cuda")), named_method(config.draft.method)
     token, row = _flops(config, predicted)
-    pairs = method.pair_cost(shape, predicted.target_params, config)
+    pairs = method.pair_cost(shape, predicted.target_used, config)
     sizes = config.data.pack_tokens, config.optim.packs_per_step, config.data.seed
     try:
         work = Loader(data.train, *sizes, world_size=groups, pair_cost=pairs).work(token, row)

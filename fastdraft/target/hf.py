@@ -502,11 +502,6 @@ def load_target_config(path: str, trust_remote_code: bool = False) -> dict:
         raise ValueError(f"target {path!r} has no readable config.json: {first_line(error)}") from error
 
 
-def count_target_parameters(config: dict) -> int:
-    """Parameters of the target, counted on an empty model: no weights are read."""
-    return sum(p.numel() for p in _empty_model(config).parameters())
-
-
 def target_sizes(config: dict) -> TargetSizes:
     """What a plan needs of a target's config.json, counted on an empty model: no weights are read."""
     model, facts = _empty_model(config), language_config(config)
@@ -535,6 +530,7 @@ def target_sizes(config: dict) -> TargetSizes:
         attention_width=heads * head_dim,
         mlp_width=mlp * (chosen if experts > 1 else 1),
         apart=unpackable(model.config.get_text_config(), shared=True),
+        idle=idle,
     )
 
 

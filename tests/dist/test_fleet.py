@@ -82,6 +82,7 @@ def test_published_sizes(facts, total, active, width):
     assert round(sizes.total / 1e9, 2) == total
     embedding = facts["vocab_size"] * facts["hidden_size"]
     assert round((sizes.active + embedding) / 1e9, 2) == pytest.approx(active, abs=0.011)
+    assert sizes.used - sizes.outside == sizes.active - embedding  # all layers but for the experts that are not chosen
     assert sizes.mlp_width == width
 
 

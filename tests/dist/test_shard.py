@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import by_ranks, losses, train_until
+from test_target_families import build
 from tiny import draft_shape, target_of
 from torch import Tensor, nn
 
@@ -307,6 +308,22 @@ def test_work_is_counted_by_hand(make_config, monkeypatch):
     sums[4, 0] = 10
     step = predict(config, torch.device("cpu")).flops[1:]
     assert work.flops(100, sums) == 100 * work.target_flops + 10 * sum(row.size for row in step)
+
+
+def test_of_a_targets_experts_those_are_counted_that_a_token_goes_through(make_config, monkeypatch, tmp_path):
+    """Of four two. A plan counts the whole target's memory all the same, and nothing is known where none is told."""
+    build("qwen3_moe").save_pretrained(tmp_path / "experts")
+    config, cpu = make_config(**{"target.path": str(tmp_path / "experts")}), torch.device("cpu")
+    monkeypatch.setattr("fastdraft.run.plan.peak_flops", lambda device: 1e12)
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 2 * 8 + 4 * 32 + 2 * 32  # attention, norms of heads, router, two norms
+    assert known_work(config, cpu).target_flops == 2 * (8 * (layer + 2 * 3 * 32 * 16) + 32)
+    planned = predict(config, cpu)
+    assert planned.target_params - planned.target_used == 8 * 2 * 3 * 32 * 16
+    assert planned.flops[0].name == "target forward, of the experts those chosen"
+    facts = json.loads((tmp_path / "experts" / "config.json").read_text())
+    facts["num_experts_per_tok"] = 4
+    (tmp_path / "experts" / "config.json").write_text(json.dumps(facts))
+    assert known_work(config, cpu) is None
 
 
 def test_the_peak_is_the_longest_name_that_fits(monkeypatch):

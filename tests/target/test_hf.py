@@ -21,10 +21,10 @@ from fastdraft.target import packed as packing
 from fastdraft.target.hf import (
     Target,
     _groups_of_like_length,
-    count_target_parameters,
     load_target,
     load_target_config,
     load_tokenizer,
+    target_sizes,
 )
 from fastdraft.target.identity import target_fingerprint
 
@@ -348,7 +348,7 @@ def test_load(target_dir):
     assert target.eos_ids == {2}
     facts = load_target_config(str(target_dir))
     assert facts["num_hidden_layers"] == 8
-    assert count_target_parameters(facts) == sum(p.numel() for p in target.model.parameters())
+    assert target_sizes(facts).total == sum(p.numel() for p in target.model.parameters())
     assert load_tokenizer(str(target_dir)).chat_template
 
 
@@ -356,7 +356,7 @@ def test_tied_embeddings_are_counted_once_and_not_missing(tmp_path):
     save_target(tmp_path, tie_word_embeddings=True)
     target = load(tmp_path)
     assert torch.equal(target.head.weight, target.embedding)
-    assert count_target_parameters(load_target_config(str(tmp_path))) == sum(p.numel() for p in target.model.parameters())
+    assert target_sizes(load_target_config(str(tmp_path))).total == sum(p.numel() for p in target.model.parameters())
 
 
 def test_what_cannot_be_loaded_is_said(target_dir, tmp_path):

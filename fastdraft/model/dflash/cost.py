@@ -123,7 +123,7 @@ def _keys_seen(c: DFlashConfig, kind: str, length: int) -> float:
     return own + sum(tokens - tokens**2 / (2 * max(length, 1)) for tokens in reach) / c.block_size
 
 
-def pair_cost(c: DFlashConfig, target_params: int, anchors: int) -> float:
+def pair_cost(c: DFlashConfig, target_used: int, anchors: int) -> float:
     """What attention in a document of L tokens costs per L^2, where the other work of a token (the target's forward and the
     draft step) costs 1. The target's attention is counted as wide as its hidden state; half the pairs are causal. A draft's
     blocks grow with a document up to its limit of anchors only, so of them the share at 4096 tokens is taken."""
@@ -131,4 +131,4 @@ def pair_cost(c: DFlashConfig, target_params: int, anchors: int) -> float:
     blocks = num_blocks(length, length, anchors)
     layers, head, attention = _flops(c, length, length, blocks, needs_teacher=False)
     target = 2 * c.hidden_size * c.num_target_layers
-    return (target + attention.size / length) / (2 * target_params + layers.size + head.size)
+    return (target + attention.size / length) / (2 * target_used + layers.size + head.size)

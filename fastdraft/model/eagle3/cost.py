@@ -139,13 +139,13 @@ def _fused_flops(c: DraftConfig, n: int, length: int, steps: int, cpu: bool, sam
     return Row("draft step but for attention", int(2 * products // n)), Row("draft's attention", int(2 * attention // n))
 
 
-def pair_cost(c: DraftConfig, target_params: int, steps: int, sampled_depth: float = 1.0) -> float:
+def pair_cost(c: DraftConfig, target_used: int, steps: int, sampled_depth: float = 1.0) -> float:
     """What attention in a document of L tokens costs per L^2, where the other work of a token (the target's forward and the
     fused draft step) costs 1. The target's attention is counted as wide as its hidden state; half the pairs are causal."""
     rest, _ = _fused_flops(c, 4096, 4096, steps, False, sampled_depth)
     target = 2 * c.target_hidden_size * c.num_target_layers
     draft = 9 * c.num_attention_heads * c.head_dim * sum(sampled_depth**i for i in range(steps))
-    return (target + draft) / (2 * target_params + rest.size)
+    return (target + draft) / (2 * target_used + rest.size)
 
 
 def step_cost(
