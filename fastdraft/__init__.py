@@ -17,8 +17,9 @@ def threads_beside_others() -> dict[str, str]:
     """
     import psutil
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores > FEW_CORES or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {*range(os.cpu_count() or 1)}
+    if len(mine) > FEW_CORES or {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         return {}
-    busy = sum(psutil.cpu_percent(LOOK_S, percpu=True)) / 100  # cores' worth; this process only waits meanwhile
-    return {"GOMP_SPINCOUNT": "1000"} if busy > 0.5 else {}
+    shares = psutil.cpu_percent(LOOK_S, percpu=True)  # of all the machine's cores; this process only waits meanwhile
+    busy = sum(share for core, share in enumerate(shares) if core in mine)
+    return {"GOMP_SPINCOUNT": "1000"} if busy > 50 else {}

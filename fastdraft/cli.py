@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn, TextIO
@@ -39,8 +40,14 @@ _SHOW_WARNING = warnings.showwarning
 
 
 @app.callback()
-def before_each_command() -> None:
-    os.environ.update(threads_beside_others())
+def settle_threads(context: typer.Context) -> None:
+    if context.invoked_subcommand in (
+        "train",
+        "evaluate",
+        "data",
+        "features",
+    ):  # others start engines, with this environment
+        os.environ.update(threads_beside_others())
 
 
 def say(line: str) -> None:
@@ -648,8 +655,9 @@ def _end(code: int) -> NoReturn:
     """Where other processes of the run have failed, too, Python's own end may wait for ever: it frees what a GPU uses, and
     that GPU waits for a process that is gone."""
     if _is_one_of_several():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a pipe that nobody reads any more, a full disk
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -61,11 +61,15 @@ class Plan:
     trainable_params: int
     frozen_params: int  # the draft's copy of the target's embedding
     target_params: int
-    target_used: int  # of these, but for experts that a token does not go through
+    target_idle: int | None  # of the target's, those of experts that a token does not go through; None: not known
     memory: tuple[Row, ...]  # bytes on one device at the peak
     disk: tuple[Row, ...]  # bytes
     flops: tuple[Row, ...]  # forward and backward, per packed token
     host: tuple[Row, ...] = ()  # bytes of the host's memory for the process of a GPU; what it needs beside is not known
+
+    @property
+    def target_used(self) -> int:
+        return self.target_params - (self.target_idle or 0)
 
     @property
     def memory_bytes(self) -> int:
@@ -90,7 +94,7 @@ class TargetSizes:
     attention_width: int  # Hq D
     mlp_width: int  # of all that one token goes through
     apart: str | None = None  # why processes cannot share a pack's tokens, as far as config.json tells
-    idle: int = 0  # of experts that one token does not go through
+    idle: int | None = 0  # of experts that one token does not go through; None: config.json does not tell
 
     @property
     def total(self) -> int:
@@ -98,7 +102,8 @@ class TargetSizes:
 
     @property
     def used(self) -> int:
-        return self.total - self.idle
+        """All but the idle ones, so far as they are known."""
+        return self.total - (self.idle or 0)
 
 
 @dataclass(frozen=True)
@@ -300,11 +305,13 @@ def plan(
     )
     _, flops = training.step_cost()
     if not stored:
-        named = "target forward, of the experts those chosen" if target.idle else "target forward"
+        named = "target forward"
+        if target.idle != 0:
+            named += ", of the experts those chosen" if target.idle else ", every expert counted"
         flops = (Row(named, 2 * target.used), *flops)
     host = training.copies(layout) if training.device == "cuda" else ()
     memory = training.memory(target, layout, stored)
-    return Plan(trainable, frozen, target.total, target.used, memory, disk, flops, host)
+    return Plan(trainable, frozen, target.total, target.idle, memory, disk, flops, host)
 
 
 def map_bytes(draft: BaseModel) -> int:

@@ -68,6 +68,7 @@ def test_train_prints_data_progress_and_held_out(fastdraft, config_file, tree):
     [
         (2, [90.0, 5.0], {}, {"GOMP_SPINCOUNT": "1000"}),
         (2, [20.0, 5.0], {}, {}),  # nobody else is there
+        (2, [20.0, 5.0, 90.0, 90.0], {}, {}),  # nobody else is on the cores that this process may use
         (9, [90.0] * 9, {}, {}),
         (2, [90.0, 5.0], {"GOMP_SPINCOUNT": "7"}, {}),
         (2, [90.0, 5.0], {"OMP_WAIT_POLICY": "ACTIVE"}, {}),
@@ -80,15 +81,16 @@ def test_threads_sleep_soon_beside_other_programs(monkeypatch, cores, busy, own,
     assert threads_beside_others() == expected
 
 
-def test_a_command_settles_its_threads_before_pytorch_is_there():
+@pytest.mark.parametrize(("command", "settled"), [("evaluate", "1000"), ("check", None)])
+def test_a_command_settles_its_threads_before_pytorch_is_there(command, settled):
+    """One that starts no engine, which would have them, too."""
     code = "import os, psutil, sys; os.sched_getaffinity = lambda _: {0, 1}; psutil.cpu_percent = lambda *_, **__: [99.0]; "
-    code += (
-        "from fastdraft import cli; before = 'torch' in sys.modules; sys.argv = ['fastdraft', 'check']\ntry: cli.main()\n"
-    )
-    code += "finally: print(before, 'torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    code += f"from fastdraft import cli; before = 'torch' in sys.modules; sys.argv = ['fastdraft', '{command}']\n"
+    code += "sys.argv += ['/nowhere'] * (sys.argv[1] == 'evaluate')\ntry: cli.main()\n"
+    code += "finally: print(before, 'torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
     unset = {name: x for name, x in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    said = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True).stdout
-    assert said.splitlines()[-1] == "False True 1000"
+    said = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True).stdout
+    assert said.splitlines()[-1] == f"False True {settled}"
 
 
 def test_a_signal_exits_with_its_number_and_the_same_command_goes_on(fastdraft, config_file, monkeypatch):

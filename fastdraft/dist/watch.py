@@ -252,8 +252,10 @@ class Watch:
     # --- sentences ---------------------------------------------------------------------------------------------------
 
     def sentence(self, heard: str) -> str:
-        refused = ", which said: " in heard and StoppedEarly.told_in(heard) is None
-        return f"{heard}; {'once that is mended, ' if refused else ''}{self.then}"
+        gave_a_reason = ", which said: " in heard and not re.search(
+            ", which said: (StoppedEarly|KeyboardInterrupt):", heard
+        )
+        return f"{heard}; {'once that is mended, ' if gave_a_reason else ''}{self.then}"
 
     def _silent(self, rank: int) -> str:
         stopped = rank in self._near and self.members[rank].state() == "T"

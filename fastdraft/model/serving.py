@@ -52,7 +52,10 @@ def rope_notes(config: dict[str, Any], target: dict[str, Any]) -> list[str]:
         except ValueError as error:
             theirs = f"is not one a draft can have ({error})"
         if rope != theirs:
-            return [f"The draft's RoPE is {rope}, the target's {theirs}; right only if the draft was trained so."]
+            return [
+                f"The draft's RoPE is {rope}, the target's, as a draft has it, {theirs}; right only if the draft was "
+                "trained so."
+            ]
     return []
 
 

@@ -3,7 +3,7 @@
 RoPE is kept as transformers 5 spells it (`rope_parameters`: rope_theta, rope_type and that type's fields), and only in
 variants that transformers, SGLang and vLLM compute alike. longrope and dynamic choose their frequencies by the length
 served, each in another way, and YaRN's attention_factor and mscale are read by some and ignored by others: these are
-refused, because a draft trained with one reading would be served with another.
+refused, because a draft trained with one reading would be served with another. A draft does without its target's mscale.
 """
 
 from __future__ import annotations
@@ -177,11 +177,10 @@ def target_rope(target: dict[str, Any]) -> dict[str, Any] | None:
     if rope.get("rope_type", rope.get("type")) in ("yarn", "llama3"):
         pretrained = target.get("original_max_position_embeddings") or target.get("max_position_embeddings")
         rope.setdefault("original_max_position_embeddings", pretrained)
-    for key in (
-        "mscale",
-        "mscale_all_dim",
-    ):  # DeepSeek's scale of its scores: not all engines read it, and no draft needs it
-        rope.pop(key, None)
+    if rope.get("rope_type", rope.get("type")) == "yarn":
+        # DeepSeek's scale of its scores. Not all engines read it, and no draft needs it.
+        rope.pop("mscale", None)
+        rope.pop("mscale_all_dim", None)
     return rope
 
 

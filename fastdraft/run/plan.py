@@ -316,8 +316,7 @@ def known_work(config: Config, device: torch.device) -> Work | None:
         return None
     facts = language_config(load_target_config(*config.target.files))
     predicted, shape = predict(config, device), draft_shape(config)
-    has_experts = any("expert" in name and value for name, value in facts.items())
-    if has_experts and predicted.target_used == predicted.target_params:
+    if predicted.target_idle is None:
         return None
     forward, draft = _flops(config, predicted)
     # The plan counts both ends. An embedding is looked up, and the head's product is counted with the draft's step.

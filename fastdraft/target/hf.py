@@ -507,15 +507,18 @@ def target_sizes(config: dict) -> TargetSizes:
     model, facts = _empty_model(config), language_config(config)
     _, blocks = _decoder_and_layers(model)
     experts = next((n for name in EXPERTS if isinstance(n := facts.get(name), int) and n), 1)
-    chosen = next((n for name in CHOSEN if isinstance(n := facts.get(name), int) and n), experts)
+    told = next((n for name in CHOSEN if isinstance(n := facts.get(name), int) and n), None)
+    chosen = told or experts
     layers = [sum(p.numel() for p in block.parameters()) for block in blocks]
     idle = 0  # parameters of experts that a token does not go through
     for block in blocks:
         for name, p in block.named_parameters():
-            if "experts" in name.split(".") and experts > 1 and p.shape[0] == experts:
+            if experts > 1 and p.shape[0] == experts and ("experts" in name.split(".") or p.ndim == 3):
                 idle += p.numel() * (experts - chosen) // experts
-    heads, hidden = facts["num_attention_heads"], facts["hidden_size"]
-    head_dim = facts.get("head_dim") or hidden // heads
+    # Where experts are named, their weights or how many run may not be found.
+    known = idle > 0 or told == experts or not any("expert" in name and value for name, value in facts.items())
+    heads, hidden = facts.get("num_attention_heads") or 0, facts["hidden_size"]  # 0: a target without attention
+    head_dim = facts.get("head_dim") or hidden // max(heads, 1)
     mlp = facts.get("moe_intermediate_size") or facts.get("intermediate_size") or 4 * hidden
     total = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings().weight.numel()
@@ -530,7 +533,7 @@ def target_sizes(config: dict) -> TargetSizes:
         attention_width=heads * head_dim,
         mlp_width=mlp * (chosen if experts > 1 else 1),
         apart=unpackable(model.config.get_text_config(), shared=True),
-        idle=idle,
+        idle=idle if known else None,
     )
 
 

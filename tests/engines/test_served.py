@@ -343,7 +343,7 @@ def test_a_rope_that_vllms_build_for_cpus_computes_wrongly_is_refused(tmp_path):
     target = save_family(tmp_path / "target", "deepseek_v2", **MLA)
     with pytest.raises(pytest.fail.Exception):
         start(target, tmp_path, [])
-    assert "rotates the first head's queries and no other's" in (tmp_path / "server.log").read_text()
+    assert "rotates the queries wrongly" in (tmp_path / "server.log").read_text()
 
 
 @pytest.mark.parametrize("rounding", [INT8, FP8], ids=["int8", "fp8"])

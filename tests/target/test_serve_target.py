@@ -174,7 +174,6 @@ def connector(states, tmp_path):
             get_hidden_size=lambda: 3,
             dtype=torch.float32,
             max_model_len=64,
-            use_mla=False,
             hf_text_config=SimpleNamespace(),
         ),
         speculative_config=SimpleNamespace(draft_model_config=draft),
@@ -200,11 +199,12 @@ def connector(states, tmp_path):
 )
 def test_a_rope_that_vllms_build_for_cpus_computes_wrongly(states, monkeypatch, latent, on_cpu, rope, is_right):
     monkeypatch.setattr(states, "current_platform", SimpleNamespace(is_cpu=lambda: on_cpu))
-    model = SimpleNamespace(use_mla=latent, hf_text_config=SimpleNamespace(rope_parameters=rope))
+    text = SimpleNamespace(rope_parameters=rope, kv_lora_rank=512 if latent else None)
+    model = SimpleNamespace(hf_text_config=text)
     if is_right:
         states._refuse_wrong_rope(model)
     else:
-        with pytest.raises(ValueError, match=r"rotates the first head's queries and no other's"):
+        with pytest.raises(ValueError, match=r"rotates the queries wrongly"):
             states._refuse_wrong_rope(model)
 
 

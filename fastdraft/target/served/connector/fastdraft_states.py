@@ -243,10 +243,11 @@ def _refuse_wrong_rope(model) -> None:
     """ValueError where vLLM computes another model than its config says, which nothing else would tell: both ends would
     have the same wrong numbers."""
     rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
-    if model.use_mla and current_platform.is_cpu() and rope.get("rope_type", "default") == "default":
+    latent = getattr(model.hf_text_config, "kv_lora_rank", None)
+    if latent and current_platform.is_cpu() and rope.get("rope_type", "default") == "default":
         raise ValueError(
-            "of a model with latent attention (MLA) and plain RoPE, vLLM's build for CPUs rotates the first head's queries "
-            "and no other's, so its states are another model's; serve it on a GPU"
+            "of a model with latent attention (MLA) and plain RoPE, vLLM's build for CPUs rotates the queries wrongly, so "
+            "its states are another model's; serve it on a GPU"
         )
 
 
