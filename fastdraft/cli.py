@@ -36,17 +36,13 @@ app.add_typer(bench, name="bench")
 features = typer.Typer(help="Run the target once, train from its features many times.", no_args_is_help=True)
 app.add_typer(features, name="features")
 console = Console()
+COMPUTING = ("train", "evaluate", "data", "features")  # the other commands start engines, which would get our environment
 _SHOW_WARNING = warnings.showwarning
 
 
 @app.callback()
 def settle_threads(context: typer.Context) -> None:
-    if context.invoked_subcommand in (
-        "train",
-        "evaluate",
-        "data",
-        "features",
-    ):  # others start engines, with this environment
+    if context.invoked_subcommand in COMPUTING:
         os.environ.update(threads_beside_others())
 
 
