@@ -56,7 +56,7 @@ GPT_OSS = {"sliding_window": 16, "intermediate_size": 64, "initializer_range": 0
 VAULTGEMMA = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.5, "query_pre_attn_scalar": 32}
 VAULTGEMMA |= {"sliding_window": 16, "initializer_range": 0.1}
 
-# As published ones, with YaRN; of the sizes that vLLM's CPU build takes, latent ones are 512 wide.
+# As published ones: YaRN, and latent states 512 wide.
 MLA = {"hidden_size": 64, "num_attention_heads": 4, "kv_lora_rank": 512, "q_lora_rank": 32, "qk_rope_head_dim": 64}
 MLA |= {"qk_nope_head_dim": 128, "v_head_dim": 128, "initializer_range": 0.1}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0}
