@@ -123,6 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--loss", choices=["ce", "dpace"], default="ce")
     parser.add_argument("--engine", default="fused", help="comma-separated: fused, no-graphs, reference; or none")
     parser.add_argument("--speculators", type=Path, metavar="DIR", help="where speculators is installed")
+    parser.add_argument(
+        "--speculators-loss", choices=["fused", "eager"], default="fused", help="its trainer's --loss-implementation"
+    )
     parser.add_argument("--chunk-blocks", type=int, help="of the fused engine, if not its default")
     args = parser.parse_args(argv)
     device, dtype = begin(args)
@@ -140,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.speculators:
         from bench.peers.speculators_dflash import SpeculatorsDFlash
 
-        makes["speculators"] = lambda work: SpeculatorsDFlash(work, args.speculators)
+        name = "speculators" + ", eager loss" * (args.speculators_loss == "eager")
+        makes[name] = lambda work: SpeculatorsDFlash(work, args.speculators, args.speculators_loss)
     agree = True
     cases = itertools.product(*(x.split(",") for x in (args.method, args.shape, args.block, args.pattern, args.tokens)))
     for method, shape_name, block, pattern, tokens in cases:
@@ -158,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         named = {
             name + f", {args.peer_batch} a batch" * (name == "specforge" and pattern == "chats"): make
             for name, make in makes.items()
-            if method in PEER_METHODS.get(name, BLOCK_METHODS)
+            if method in PEER_METHODS.get(name.partition(", ")[0], BLOCK_METHODS)
         }
         work = make_block_work(config, batches, args.anchors, loss, dtype, device)
         agree &= measure_work("block_step", named, work, args, shape, {})

@@ -10,7 +10,7 @@ and pydantic. Its trainer's forward under autocast is called here; on a GPU it c
 - Anchors are ours where it would draw its own (`select_anchors`), padded to as many for all packs, as its trainer has.
 - A pack is padded to one width for all packs, at least a block wider than the longest, because labels are gathered there.
 - Its fused loss is two Triton kernels with one list of tile sizes, which PyTorch 2.11's compiler refuses to trace. They run
-  as they are, between what is compiled.
+  as they are, between what is compiled. Its trainer's other choice, the eager loss, is compiled with the rest.
 - Its loss is divided by the number of live rows; `losses` multiplies that back, and so does what is differentiated.
 - Its trainer shards weights with FSDP, computes in bf16 and steps float32 masters. Here one process has both: bf16 weights,
   and masters in a fused torch.optim.AdamW behind its clipping. Its default is Muon, which takes longer.
@@ -41,7 +41,7 @@ class SpeculatorsDFlash:
     late_moments = True
     per_token_bytes = None
 
-    def __init__(self, work: BlockWork, folder: Path):
+    def __init__(self, work: BlockWork, folder: Path, loss: str = "fused"):
         core = load(folder)
         from speculators.config import reload_schemas
         from speculators.losses import resolve_loss_config
@@ -82,9 +82,11 @@ class SpeculatorsDFlash:
         self.clip = optim.clip
         self.optimizer = torch.optim.AdamW(self.masters, lr=optim.lr, weight_decay=optim.weight_decay, fused=on_gpu)
         self.autocast = torch.autocast(work.device.type, torch.bfloat16) if work.dtype == torch.bfloat16 else nullcontext()
-        losses = resolve_loss_config("ce", "fused" if on_gpu else "eager")
+        losses = resolve_loss_config("ce", loss if on_gpu else "eager")
+        if loss == "fused":
+            losses = {name: (torch.compiler.disable(f), weight) for name, (f, weight) in losses.items()}
         self.options = {
-            "loss_config": {name: (torch.compiler.disable(f), w) for name, (f, w) in losses.items()},
+            "loss_config": losses,
             "gamma": work.loss.gamma,
             "max_anchors": max(map(len, work.anchors)),
             "per_position_loss_weight": {"ce": "fixed-exp-decay", "dpace": "dpace"}[work.loss.kind],
