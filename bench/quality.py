@@ -286,16 +286,20 @@ def held_out_prompts(data: Prepared, pack_tokens: int, count: int) -> list[list[
 
 
 def read_recipes(path: Path, names: str, seeds_of_all: int = 1) -> dict[str, tuple[dict[str, Any], int]]:
-    """The settings of each recipe, and how many seeds it has: `seeds_of_all` where it says nothing. ValueError for a name
-    that is none."""
-    known, found = read_yaml(path)["recipes"], {}
+    """The settings of each recipe, with those of its method that it does not set itself, and how many seeds it has:
+    `seeds_of_all` where it says nothing. ValueError for a name that is none, and for parts of the file that nothing reads."""
+    tree, found = read_yaml(path), {}
+    known, of_method = tree["recipes"], tree.get("of_method", {})
+    if unknown := tree.keys() - {"run", "of_method", "recipes"}:
+        raise ValueError(f"{path} has {min(unknown)!r}, which is neither run, of_method nor recipes")
     for wanted in names.split(",") if names else known:
         name, _, seeds = wanted.partition(":")
         if name not in known:
             raise ValueError(f"{path} has no recipe {name!r}; it has {', '.join(known)}")
         if seeds and not (seeds.isdigit() and int(seeds)):
             raise ValueError(f"{wanted!r} is not NAME:N with a number of seeds N")
-        found[name] = known[name] or {}, int(seeds or seeds_of_all)
+        recipe = known[name] or {}
+        found[name] = of_method.get(recipe.get("draft.method", "eagle3"), {}) | recipe, int(seeds or seeds_of_all)
     return found
 
 

@@ -15,7 +15,18 @@ from tiny import save_target, write_chats
 import bench.quality
 import fastdraft.train
 from bench.gate import load
-from bench.quality import BLOCK, HERE, Clock, check_recipes, main, parse, read_recipes, recipe_config, steps_for
+from bench.quality import (
+    BLOCK,
+    HERE,
+    Clock,
+    changed_config,
+    check_recipes,
+    main,
+    parse,
+    read_recipes,
+    recipe_config,
+    steps_for,
+)
 from bench.quality_plot import draw, long_runs, table
 from fastdraft import checkpoint
 from fastdraft.model.methods import METHODS
@@ -124,6 +135,20 @@ def test_recipes_of_every_method_stand_side_by_side(place, tmp_path):
         measure(place, tmp_path, "--recipes", "other layers", "--steps", 1)
 
 
+def test_recipes_have_what_their_method_has_and_they_do_not_set(tmp_path):
+    tree = {"run": {}, "of_method": {"eagle3": {"loss.step_decay": 0.8}, "dflash": {"block.loss": "ce"}}}
+    blocks = {"draft.method": "dflash"}
+    tree["recipes"] = {"base": None, "even": {"loss.step_decay": 1.0}, "blocks": blocks, "others": {"draft.method": "dspark"}}
+    path = tmp_path / "recipes.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    found = {name: recipe for name, (recipe, _) in read_recipes(path, "").items()}
+    assert found["base"] == {"loss.step_decay": 0.8} and found["even"] == {"loss.step_decay": 1.0}
+    assert found["blocks"] == blocks | {"block.loss": "ce"} and found["others"] == {"draft.method": "dspark"}
+    path.write_text(yaml.safe_dump(tree | {"of_methods": {}}))
+    with pytest.raises(ValueError, match="has 'of_methods', which is neither run, of_method nor recipes"):
+        read_recipes(path, "")
+
+
 def test_the_committed_recipes_are_runs(place, monkeypatch):
     """Those of the committed file, which are for SmolLM2: the target's size is all that is not checked here. Every setting
     of the issue's levers that there is has its recipe, and each changes the run that it belongs to."""
@@ -135,6 +160,8 @@ def test_the_committed_recipes_are_runs(place, monkeypatch):
     monkeypatch.setattr(bench.quality, "check_precision", lambda *_: None)  # fp8 is for GPUs
     check_recipes(args, recipes)
     configs = {name: recipe_config(args, recipe, 0, place / "none", 1) for name, (recipe, _) in recipes.items()}
+    for name, (recipe, _) in recipes.items():
+        assert changed_config(args, recipe, 0, place / "none", 1) != configs[name]
     base = configs["base"].model_dump()
     assert [name for name, config in configs.items() if config.model_dump() == base] == ["base"]
     changed = {key for recipe, _ in recipes.values() for key in recipe}
@@ -145,7 +172,7 @@ def test_the_committed_recipes_are_runs(place, monkeypatch):
         "data.paths",
     }
     assert {config.draft.method for config in configs.values()} == set(METHODS)
-    assert read_recipes(HERE / "quality.yaml", "base,lr-2e-3:2", 3).items() >= {"base": ({}, 3)}.items()
+    assert read_recipes(HERE / "quality.yaml", "base,lr-2e-3:2", 3)["base"] == ({"loss.step_decay": 0.8}, 3)
     assert read_recipes(HERE / "quality.yaml", "base,lr-2e-3:2", 3)["lr-2e-3"][1] == 2
 
 
