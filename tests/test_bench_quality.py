@@ -138,7 +138,12 @@ def test_recipes_of_every_method_stand_side_by_side(place, tmp_path):
 def test_recipes_have_what_their_method_has_and_they_do_not_set(tmp_path):
     tree = {"run": {}, "of_method": {"eagle3": {"loss.step_decay": 0.8}, "dflash": {"block.loss": "ce"}}}
     blocks = {"draft.method": "dflash"}
-    tree["recipes"] = {"base": None, "even": {"loss.step_decay": 1.0}, "blocks": blocks, "others": {"draft.method": "dspark"}}
+    tree["recipes"] = {
+        "base": None,
+        "even": {"loss.step_decay": 1.0},
+        "blocks": blocks,
+        "others": {"draft.method": "dspark"},
+    }
     path = tmp_path / "recipes.yaml"
     path.write_text(yaml.safe_dump(tree))
     found = {name: recipe for name, (recipe, _) in read_recipes(path, "").items()}
