@@ -287,7 +287,7 @@ def held_out_prompts(data: Prepared, pack_tokens: int, count: int) -> list[list[
 
 def read_recipes(path: Path, names: str, seeds_of_all: int = 1) -> dict[str, tuple[dict[str, Any], int]]:
     """The settings of each recipe, with those of its method that it does not set itself, and how many seeds it has:
-    `seeds_of_all` where it says nothing. ValueError for a name that is none and for parts of the file that nothing reads."""
+    `seeds_of_all` where it says nothing. ValueError for a name that is none, and for a part of the file that none reads."""
     tree, found = read_yaml(path), {}
     known, of_method = tree["recipes"], tree.get("of_method", {})
     if unknown := tree.keys() - {"run", "of_method", "recipes"}:
