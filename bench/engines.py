@@ -4,8 +4,8 @@ The engine serves the target with an exported draft, greedily, on a prompt file;
 prompts with the same settings in this process; a row of each setting goes to bench/results/engines.jsonl and the program
 fails where the lengths differ by more than --goal:
 
-chain    3 steps, top-1, 4 draft tokens (the root included)
-tree     3 steps, top-4, 16 draft tokens; SGLang only
+chain    of as many steps as the draft is served with: 3, top-1, 4 draft tokens (the root included), or a block's
+tree     3 steps, top-4, 16 draft tokens; SGLang and drafts of EAGLE-3 only
 
 What is compared is tokens / verifying forwards over all prompts. In bf16 outputs part at near-ties, so the rounds that
 fastdraft needs for the engine's own outputs are counted too (`followed_num_rounds`): only the draft's near-ties are left.
@@ -27,18 +27,19 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
+from torch import nn
 
 from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, generate
 from fastdraft.evaluate import evaluate_decode
-from fastdraft.model.eagle3 import METHOD
-from fastdraft.model.eagle3.draft import Draft
+from fastdraft.model.method import Method
+from fastdraft.model.methods import method_of
 from fastdraft.model.precision import dtype_name
 from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.engines import ENGINES, EnginePlace, Run, Served, refuse_old_engine, run_engine
@@ -83,7 +84,7 @@ def served_lengths(served: Served) -> dict[str, float]:
 
 def compare(
     target: Target,
-    draft: Draft,
+    draft: nn.Module,
     prompts: list[list[int]],
     plain: list[DecodeResult],
     served: Served,
@@ -146,13 +147,25 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def settings_of(names: list[str], method: Method, shape: BaseModel) -> dict[str, DecodeSettings]:
+    """What a draft is decoded with. ValueError for a tree of a block."""
+    steps = method.served_steps(shape, None)
+    found = SETTINGS | {"chain": replace(SETTINGS["chain"], num_steps=steps, num_draft_tokens=steps + 1)}
+    for name in names:
+        method.refuse_settings(shape, found[name])
+    return {name: found[name] for name in names}
+
+
 def serve(
-    args: argparse.Namespace, prompts: list[list[int]], stop_ids: list[int]
+    args: argparse.Namespace,
+    prompts: list[list[int]],
+    stop_ids: list[int],
+    settings: dict[str, DecodeSettings],
+    algorithm: str,
 ) -> dict[str, tuple[Served, str | None]]:  # by setting the engine's answers, and its GPU
     place = EnginePlace(args.engine, args.engine_python, args.engine_pythonpath)
     served = {}
-    for name in args.settings:
-        s = SETTINGS[name]
+    for name, s in settings.items():
         run = Run(
             str(Path(args.target).resolve()),
             str(Path(args.draft).resolve()),
@@ -163,7 +176,7 @@ def serve(
             s.num_steps,
             s.eagle_topk,
             s.num_draft_tokens,
-            algorithm=METHOD.engine_names[args.engine],
+            algorithm=algorithm,
         )
         file = args.served and args.served / f"{args.engine}-{args.dtype}-{name}.json"
         served[name] = answers(place, run, args.timeout, file)
@@ -179,24 +192,28 @@ def main() -> None:
     prompts = prompt_ids(read_prompts(args.prompts)[: args.max_prompts], load_tokenizer(args.target))
     target = load_target(args.target, dtype, "cpu")
     draft = load_draft(args.draft, target.config)
-    served = serve(args, prompts, sorted(target.eos_ids))  # before the target takes its memory
+    method = method_of(draft)
+    settings = settings_of(args.settings, method, draft.config)
+    # before the target takes its memory
+    served = serve(args, prompts, sorted(target.eos_ids), settings, method.engine_names[args.engine])
     if args.serve_only:
         return
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     target = Target(target.model.to(device), draft.config.layers)
     draft = draft.to(device, dtype)
-    if draft.config.hidden_size == draft.config.target_hidden_size:
-        draft.set_embedding(target.embedding)
+    draft.take_from_target(target.embedding)
     plain = [generate(target, None, prompt, args.max_new_tokens) for prompt in prompts]
     far = []
     for name, (theirs, gpu) in served.items():
-        found = compare(target, draft, prompts, plain, theirs, SETTINGS[name], args.max_new_tokens)
+        found = compare(target, draft, prompts, plain, theirs, settings[name], args.max_new_tokens)
         about = {
             "engine": args.engine,
             "engine_version": theirs.version,
             "engine_gpu": gpu,
+            "algorithm": method.engine_names[args.engine],
             "setting": name,
+            "num_steps": settings[name].num_steps,
             "dtype": args.dtype,
             "target": Path(args.target).resolve().name,
             "prompts": args.prompts.name,

@@ -5,13 +5,16 @@ import sys
 
 import pytest
 import torch
+from small_blocks import train_briefly
 from test_decode import train_on_own_output
-from tiny import random_draft, save_target, tiny_llama
+from tiny import make_tokenizer, random_draft, save_target, tiny_llama
 
 from bench import engines as bench
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import generate
+from fastdraft.model.dflash.loss import BlockLoss
 from fastdraft.model.eagle3.config import DraftConfig
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.serving.export import export_draft, load_draft
 from fastdraft.target.hf import Target, load_tokenizer
 
@@ -56,6 +59,12 @@ def there(tmp_path_factory):
         done = [(p, generate(target, draft, p, NEW_TOKENS, s)) for p in prompts]
         asked = ["float32", "EAGLE3", s.num_steps, s.eagle_topk, s.num_draft_tokens]
         answers[json.dumps(asked)] = [(p, d.tokens, d.num_rounds) for p, d in done]
+    play(folder, answers)
+    return folder
+
+
+def play(folder, answers):
+    """An installed SGLang that knows these answers."""
     package = folder / "site" / "sglang"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(PLAYED)
@@ -64,7 +73,6 @@ def there(tmp_path_factory):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.21\n")
     (info / "top_level.txt").write_text("sglang\n")
-    return folder
 
 
 def run(there, monkeypatch, results, *more):
@@ -112,3 +120,23 @@ def test_too_great_a_difference_fails(there, monkeypatch, tmp_path, capsys):
     (row,) = [json.loads(line) for line in (tmp_path / "engines.jsonl").read_text().splitlines()]
     assert row["num_rounds"] == row["fastdraft_num_rounds"] + 2 == row["followed_num_rounds"] + 2
     assert row["relative_difference"] < -0.03
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"), [("dflash", {"block_size": 6}), ("dspark", {"block_size": 5, "markov_rank": 16})]
+)
+def test_a_draft_of_blocks_is_asked_for_a_whole_block(method, fields, monkeypatch, tmp_path):
+    made = train_briefly(method, fields | {"layers": (2, 4)}, BlockLoss(gamma=4.0), 0)
+    made.target.model.save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    export_draft(made.draft, tmp_path / "draft", torch.float32)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ba be bi"}\n{"prompt": "do du dan ka"}\n')
+    asked = prompt_ids(read_prompts(tmp_path / "prompts.jsonl"), load_tokenizer(str(tmp_path / "target")))
+    settings = DecodeSettings(num_steps=5)
+    done = [(p, generate(made.target, made.draft, p, NEW_TOKENS, settings)) for p in asked]
+    play(tmp_path, {json.dumps(["float32", method.upper(), 5, 1, 6]): [(p, d.tokens, d.num_rounds) for p, d in done]})
+    (row,) = run(tmp_path, monkeypatch, tmp_path, "--settings", "chain")
+    assert (row["algorithm"], row["num_steps"]) == (method.upper(), 5)
+    assert row["relative_difference"] == row["followed_relative_difference"] == 0 and row["num_equal_to_plain"] == 2
+    with pytest.raises(ValueError, match="proposes a chain, not a tree of eagle_topk 4"):
+        run(tmp_path, monkeypatch, tmp_path)
