@@ -57,30 +57,6 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 @dataclass(frozen=True)
-class Plan:
-    trainable_params: int
-    frozen_params: int  # the draft's copy of the target's embedding
-    target_params: int
-    target_idle: int | None  # of the target's, those of experts that a token does not go through; None: not known
-    memory: tuple[Row, ...]  # bytes on one device at the peak
-    disk: tuple[Row, ...]  # bytes
-    flops: tuple[Row, ...]  # forward and backward, per packed token
-    host: tuple[Row, ...] = ()  # bytes of the host's memory for the process of a GPU; what it needs beside is not known
-
-    @property
-    def target_used(self) -> int:
-        return self.target_params - (self.target_idle or 0)
-
-    @property
-    def memory_bytes(self) -> int:
-        return sum(row.size for row in self.memory)
-
-    @property
-    def flops_per_token(self) -> int:
-        return sum(row.size for row in self.flops)
-
-
-@dataclass(frozen=True)
 class TargetSizes:
     """A target as far as a plan needs it. Parameters are counted, not bytes."""
 
@@ -104,6 +80,25 @@ class TargetSizes:
     def used(self) -> int:
         """All but the idle ones, so far as they are known."""
         return self.total - (self.idle or 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    trainable_params: int
+    frozen_params: int  # the draft's copy of the target's embedding
+    target: TargetSizes
+    memory: tuple[Row, ...]  # bytes on one device at the peak
+    disk: tuple[Row, ...]  # bytes
+    flops: tuple[Row, ...]  # forward and backward, per packed token
+    host: tuple[Row, ...] = ()  # bytes of the host's memory for the process of a GPU; what it needs beside is not known
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(row.size for row in self.memory)
+
+    @property
+    def flops_per_token(self) -> int:
+        return sum(row.size for row in self.flops)
 
 
 @dataclass(frozen=True)
@@ -311,7 +306,7 @@ def plan(
         flops = (Row(named, 2 * target.used), *flops)
     host = training.copies(layout) if training.device == "cuda" else ()
     memory = training.memory(target, layout, stored)
-    return Plan(trainable, frozen, target.total, target.idle, memory, disk, flops, host)
+    return Plan(trainable, frozen, target, memory, disk, flops, host)
 
 
 def map_bytes(draft: BaseModel) -> int:
@@ -339,7 +334,7 @@ def render(plan: Plan, console: Console) -> None:
     """Prints parameter counts, memory, disk and FLOPs as tables."""
     console.print(
         f"parameters: draft {plan.trainable_params:,} trained + {plan.frozen_params:,} frozen embedding, "
-        f"target {plan.target_params:,}"
+        f"target {plan.target.total:,}"
     )
     console.print(size_table("Memory of one device", plan.memory))
     if plan.host:

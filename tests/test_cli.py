@@ -248,9 +248,9 @@ def test_plan_says_how_unequal_the_processes_packs_are(fastdraft, config_file, m
     assert fastdraft("data", "prepare", config_file, f"data.cache_dir={cache}")[0] == 0
     config = make_config(**{"data.cache_dir": str(cache), "optim.packs_per_step": 4})
     shape, predicted = draft_shape(config), predict(config, torch.device("cuda"))
-    token = 2 * predicted.target_used
+    token = 2 * predicted.target.used
     row = predicted.flops_per_token - token
-    pairs = named_method("eagle3").pair_cost(shape, predicted.target_used, config)
+    pairs = named_method("eagle3").pair_cost(shape, predicted.target.used, config)
     data = load_data(config, shape).train
     loaders = [Loader(data, config.data.pack_tokens, 4, config.data.seed, rank, 2, pairs) for rank in range(2)]
     work = np.zeros((loaders[0].num_packs // 4, 2))

@@ -174,10 +174,11 @@ def target_rope(target: dict[str, Any]) -> dict[str, Any] | None:
             rope[key] = target[key]
     if rope.get("rope_theta") is None:
         return None
-    if rope.get("rope_type", rope.get("type")) in ("yarn", "llama3"):
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind in ("yarn", "llama3"):
         pretrained = target.get("original_max_position_embeddings") or target.get("max_position_embeddings")
         rope.setdefault("original_max_position_embeddings", pretrained)
-    if rope.get("rope_type", rope.get("type")) == "yarn":
+    if kind == "yarn":
         # DeepSeek's scale of its scores. Not all engines read it, and no draft needs it.
         rope.pop("mscale", None)
         rope.pop("mscale_all_dim", None)

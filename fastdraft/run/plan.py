@@ -316,7 +316,7 @@ def known_work(config: Config, device: torch.device) -> Work | None:
         return None
     facts = language_config(load_target_config(*config.target.files))
     predicted, shape = predict(config, device), draft_shape(config)
-    if predicted.target_idle is None:
+    if predicted.target.idle is None:
         return None
     forward, draft = _flops(config, predicted)
     # The plan counts both ends. An embedding is looked up, and the head's product is counted with the draft's step.
@@ -326,7 +326,7 @@ def known_work(config: Config, device: torch.device) -> Work | None:
 
 def _flops(config: Config, predicted: Plan) -> tuple[int, float]:
     """Of the target's forward for a token, and of the draft for a live row of step 0."""
-    forward = 2 * predicted.target_used if runs_target(config) else 0
+    forward = 2 * predicted.target.used if runs_target(config) else 0
     return forward, (predicted.flops_per_token - forward) / named_method(config.draft.method).step_rows(config)
 
 
@@ -345,7 +345,7 @@ def imbalance_line(config: Config, groups: int) -> str:
         return "how unequal the processes' packs are is not known before `fastdraft data prepare`"
     predicted, method = predict(config, torch.device("cuda")), named_method(config.draft.method)
     token, row = _flops(config, predicted)
-    pairs = method.pair_cost(shape, predicted.target_used, config)
+    pairs = method.pair_cost(shape, predicted.target.used, config)
     sizes = config.data.pack_tokens, config.optim.packs_per_step, config.data.seed
     try:
         work = Loader(data.train, *sizes, world_size=groups, pair_cost=pairs).work(token, row)

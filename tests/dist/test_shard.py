@@ -318,7 +318,7 @@ def test_of_a_targets_experts_those_are_counted_that_a_token_goes_through(make_c
     layer = 32 * (32 + 16 + 16) + 32 * 32 + 2 * 8 + 4 * 32 + 2 * 32  # attention, norms of heads, router, two norms
     assert known_work(config, cpu).target_flops == 2 * (8 * (layer + 2 * 3 * 32 * 16) + 32)
     planned = predict(config, cpu)
-    assert planned.target_idle == planned.target_params - planned.target_used == 8 * 2 * 3 * 32 * 16
+    assert planned.target.idle == planned.target.total - planned.target.used == 8 * 2 * 3 * 32 * 16
     assert planned.flops[0].name == "target forward, of the experts those chosen"
     facts = json.loads((tmp_path / "experts" / "config.json").read_text())
     (tmp_path / "experts" / "config.json").write_text(json.dumps(facts | {"num_experts_per_tok": 4}))
