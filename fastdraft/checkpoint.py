@@ -90,8 +90,9 @@ class Writer:
         limit_s: float = 600.0,  # for which the thread may be waited for, as `mesh.begin` knows it
         say: Callable[[str], None] = print,
         first_s: float = 1800.0,  # for which the first two checkpoints may be written, as `mesh.start_process` knows it
+        measure: str = "",  # on what tau_sim is measured: of different ones none is better
     ):
-        self.run_dir, self.keep, self.limit_s, self.say = run_dir, keep, limit_s, say
+        self.run_dir, self.keep, self.limit_s, self.say, self.measure = run_dir, keep, limit_s, say, measure
         self.stood = 0.0  # seconds for which the training stood still for checkpoints; the caller sets it back
         self.idle = True  # nothing is being written, and nothing has failed
         self.best = from_rank_0(read_best(run_dir) if is_rank_0() else None)
@@ -210,7 +211,8 @@ class Writer:
     def mark_best(self, step: int, tau_sim: float) -> None:
         """Once the checkpoint of `step`, for which `save` was called, has its name, it is remembered as the best one."""
         self.best = {"step": step, "tau_sim": tau_sim}
-        self._jobs.put(("best.json", step, lambda: mark_best(self.run_dir, step, tau_sim, self.keep, self._group)))
+        mark = lambda: mark_best(self.run_dir, step, tau_sim, self.keep, self._group, self.measure)  # noqa: E731
+        self._jobs.put(("best.json", step, mark))
 
     def _copy(self, name: str, x: Tensor) -> Tensor:
         own = x.to_local() if isinstance(x, DTensor) else x
@@ -446,13 +448,13 @@ def load_tensors(
     return len(wanted) == len(into)
 
 
-def mark_best(run_dir: Path, step: int, tau_sim: float, keep: int, group: Group | None = None) -> None:
-    """Remembers the checkpoint of `step` as the one with the best held-out tau_sim; it outlives the last `keep`. Every
-    process calls it, as `save_checkpoint`, and ValueError is raised on all where it cannot be written."""
+def mark_best(run_dir: Path, step: int, tau_sim: float, keep: int, group: Group | None = None, measure: str = "") -> None:
+    """Remembers the checkpoint of `step` as the one with the best held-out tau_sim by its `measure`; it outlives the last
+    `keep`. Every process calls it, as `save_checkpoint`, and ValueError is raised on all where it cannot be written."""
     file = run_dir / "checkpoints" / "best.json"
 
     def mark() -> None:
-        write_file(file, json.dumps({"step": step, "tau_sim": tau_sim}).encode())
+        write_file(file, json.dumps({"step": step, "tau_sim": tau_sim, "measure": measure}).encode())
         _delete_old(file.parent, keep)
 
     try:
@@ -479,17 +481,31 @@ def read_best(run_dir: Path) -> dict[str, Any] | None:
         ) from error
 
 
+def forget_other_best(run_dir: Path, measure: str) -> str | None:  # what to say of it
+    """Forgets a best checkpoint whose tau_sim was measured on other data than is measured on now."""
+    file = run_dir / "checkpoints" / "best.json"
+    best = read_best(run_dir)
+    if best is None or (then := json.loads(file.read_text()).get("measure")) == measure:
+        return None
+    file.unlink()
+    on = "data that nothing names" if then is None else "other held-out data, or with another eval.max_packs"
+    return (
+        f"step {best['step']} was the best, with a held-out tau_sim of {best['tau_sim']:.3f} that was measured on {on}; "
+        "the evaluations from here on say anew which is"
+    )
+
+
 def rewind(run_dir: Path, step: int, damaged: list[Path]) -> None:
     """Before going on from `step`: later, `damaged` checkpoints are renamed so that they do not count among the last K, and
-    a best one later than `step` is forgotten, since its step comes again."""
+    a best one is forgotten that is later than `step`, since its step comes again, or whose checkpoint is gone."""
     if is_rank_0():
         for path in damaged:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-        best = read_best(run_dir)
-        if best is not None and best["step"] > step:
-            (run_dir / "checkpoints" / "best.json").unlink()
+        best, folder = read_best(run_dir), run_dir / "checkpoints"
+        if best is not None and (best["step"] > step or not (folder / f"step-{best['step']:08d}").exists()):
+            (folder / "best.json").unlink()
     barrier()
 
 

@@ -79,7 +79,8 @@ class TrainResult:
 
 
 def train(config: Config, fresh: bool = False) -> TrainResult:
-    """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`.
+    """Runs to the last step, going on from the run folder's newest checkpoint unless `fresh`; processes that torchrun or
+    Slurm started again after a failure go on all the same.
 
     A signal ends it after the step that is under way, with a checkpoint. Raises StoppedEarly for one that comes before.
     """
@@ -88,15 +89,21 @@ def train(config: Config, fresh: bool = False) -> TrainResult:
         mesh.refuse_unlike(lambda: started_with(config, fresh))
         mesh.lay_out(config.dist.sequence, config.dist.tensor)
         # every rank computes in what rank 0 chose, though their CPUs may differ
+        again = mesh.largest(times_started_again()) if fresh else 0
+        fresh = fresh and not again
         named, dtype_lines = mesh.from_rank_0(name_run_dtypes(config, device, fresh))
         config = with_dtypes_of(named, config)
         check_precision(config, device)
         with checkpoint.alone_in(Path(config.run_dir)):
+            if again:
+                dtype_lines.append(f"warning: --fresh is left out, since the processes were started again ({again})")
             return _train(config, fresh, device, dtype_lines, stop)
 
 
 def _train(config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> TrainResult:
-    run = TrainingRun(config, fresh, device, messages, stop)
+    with ExitStack() as failing:
+        run = TrainingRun(config, fresh, device, messages, stop, failing)
+        failing.pop_all()  # from here on `begin` says what closes what
     with ExitStack() as stack:
         run.begin(stack)
         for step in range(run.first_step + 1, run.total_steps + 1):
@@ -127,7 +134,15 @@ class TrainingRun:
     """This process's part of a run: what it trains and on what, and what it has to tell of the steps since the last line of
     metrics."""
 
-    def __init__(self, config: Config, fresh: bool, device: torch.device, messages: list[str], stop: StopSignal) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fresh: bool,
+        device: torch.device,
+        messages: list[str],  # to be said once the run may begin
+        stop: StopSignal,
+        failing: ExitStack,  # closes what was opened here where the run may not begin
+    ) -> None:
         self.config = config
         self.device = device
         self.stop = stop
@@ -146,6 +161,8 @@ class TrainingRun:
         check_layout(config, draft.config)
         method = method_of(draft)
         data = load_data(config, draft.config)
+        if data.stream:
+            failing.callback(data.stream.close)
         target_used = target_sizes(load_target_config(*config.target.files)).used
         loader = Loader(
             data.stream or data.train,
@@ -160,8 +177,11 @@ class TrainingRun:
         self.weights = method.step_weights(config, draft.config)
         self.ttt_length = len(self.weights.weight)  # T
         self.held_out_hash = documents_hash(data.eval)
+        most = min(config.eval.max_packs, len(data.eval))
+        self.measure = f"{most} packs of {self.held_out_hash}"  # of which a step's tau_sim is
         sets = [data.train, data.eval]
         source = open_source(config, draft.config.layers, device, sets, halo=self.ttt_length)
+        failing.callback(source.close)
         mesh.refuse_unlike(lambda: found_in(data.stats, source.ends.fingerprint))
         self.messages = [*messages, *data.lines(), *trained_and_held_out(config, data), *loader.lines(), *source.notes]
         self.messages += fit_to_target(draft, config, source.ends, data.train)
@@ -215,14 +235,20 @@ class TrainingRun:
             for line in self.messages:
                 self.say(line)
         stack.callback(mesh.begin, None)  # how long anything may take that ends here is not known
+        forgotten = mesh.from_rank_0(checkpoint.forget_other_best(self.run_dir, self.measure) if mesh.is_rank_0() else None)
+        if forgotten is not None:
+            self.say(forgotten)
         self.writer = stack.enter_context(
-            checkpoint.Writer(self.run_dir, config.checkpoint.keep, config.dist.disk_s, self.say, config.dist.timeout_s)
+            checkpoint.Writer(
+                *(self.run_dir, config.checkpoint.keep, config.dist.disk_s, self.say, config.dist.timeout_s),
+                measure=self.measure,
+            )
         )
         self.clock = time.perf_counter()
         if self.first_step and self.holds_out_after(self.first_step):
             # The run may have been killed between this checkpoint and the end of its evaluation, or before it was marked.
             tau_sim = mesh.from_rank_0(held_out_tau(self.run_dir, self.first_step) if mesh.is_rank_0() else None)
-            if tau_sim is None:
+            if tau_sim is None or forgotten is not None:
                 self.evaluate(self.first_step)
             elif self.writer.beats_best(tau_sim):
                 self.writer.mark_best(self.first_step, tau_sim)
@@ -278,18 +304,21 @@ class TrainingRun:
         """Writes a line of metrics of the steps since the last one, and begins to count anew."""
         mesh.begin("writing metrics", self.config.dist.disk_s)
         seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        waited = mesh.from_all(self.optimizer.clock())
+        own_tokens = sum(b.num_tokens for r in self.recent for b in r.batches)
+        waited, all_tokens = zip(*mesh.from_all((self.optimizer.clock(), own_tokens)), strict=True)
         if self.metrics:
             sums = self.window["sums"]
             values = train_values(sums, self.weights)
             values["skipped_steps"] = int(self.window["skipped_steps"])
             values |= self.source.counts()
             values["lr"], values["grad_norm"] = self.optimizer.lr(step - 1), float(self.recent[-1].norm)
-            tokens = self.data_axis.size * sum(b.num_tokens for r in self.recent for b in r.batches)
+            # Processes that share a pack each count all of it.
+            tokens = sum(all_tokens) * self.data_axis.size / mesh.world()
             values["tokens_per_s"] = tokens / seconds
             values |= of_several(tokens / seconds, [s / seconds for s in waited])
             if self.work is not None:
-                values["mfu"] = self.work.flops(tokens, sums) / (seconds * mesh.world() * self.work.peak)
+                done = sum(r.sums for r in self.recent)  # in these seconds; the window may be older, of a checkpoint
+                values["mfu"] = self.work.flops(tokens, done) / (seconds * mesh.world() * self.work.peak)
             values["data_wait"] = (self.ahead.waited + self.source.waited) / seconds
             values["checkpoint_wait"] = self.writer.stood / seconds
             self.metrics.log(step, values)
@@ -371,7 +400,7 @@ def resume(
     run_dir, told = Path(config.run_dir), []
     found = checkpoint.list_checkpoints(run_dir)
     if fresh:
-        if found and mesh.is_rank_0():
+        if mesh.is_rank_0() and (run_dir / "checkpoints").exists():
             shutil.rmtree(run_dir / "checkpoints")
         mesh.barrier()
         return 0, told
@@ -403,7 +432,14 @@ def resume(
         return saved.step, told
     if found:
         raise ValueError(f"no checkpoint of {run_dir} is readable; start anew with --fresh. " + "; ".join(told))
+    checkpoint.rewind(run_dir, 0, [])
     return 0, told
+
+
+def times_started_again() -> int:
+    """How often torchrun or Slurm started these processes again after a failure. torchrun does not count where only the
+    hosts of a run changed."""
+    return max(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def held_out_tau(run_dir: Path, step: int) -> float | None:
@@ -603,8 +639,11 @@ class StopSignal:
     def agreed(self, failed: bool = False) -> bool:
         """True on every rank once any rank got a signal; so is `self.failed` once any has `failed`."""
         of_all = mesh.largest(WRITE_FAILED * failed + (self.number or 0))
-        self.failed, self.number = of_all >= WRITE_FAILED, of_all % WRITE_FAILED or None
-        return self.number is not None
+        self.failed, number = of_all >= WRITE_FAILED, of_all % WRITE_FAILED
+        if not number:  # but one may have come here meanwhile, which the next step tells the others
+            return False
+        self.number = number
+        return True
 
 
 def ends_waiting(stop: StopSignal) -> Callable[[float], None]:

@@ -32,6 +32,7 @@ from fastdraft.batch import Batch, Features
 from fastdraft.checkpoint import list_checkpoints
 from fastdraft.config import OptimConfig
 from fastdraft.data.loader import Ahead, Loader
+from fastdraft.data.stream import Stream
 from fastdraft.metrics import read_metrics
 from fastdraft.model.dflash import OWN_LOSS
 from fastdraft.model.eagle3 import serving, start
@@ -667,6 +668,91 @@ def test_stop_signal_restores_what_was_there():
         assert stop.agreed() and stop.number == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one kills
     assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_a_signal_that_comes_while_the_others_are_asked_is_not_forgotten(monkeypatch):
+    """It came too late to be told them; the next step tells it."""
+
+    def asked(own: int) -> int:
+        if not own:
+            signal.raise_signal(signal.SIGTERM)
+        return own
+
+    monkeypatch.setattr(training.mesh, "largest", asked)
+    with StopSignal() as stop:
+        assert not stop.agreed() and stop.number == signal.SIGTERM
+        assert stop.agreed() and stop.number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_processes_that_are_started_again_go_on_in_spite_of_fresh(make_config, monkeypatch, capsys, name):
+    config = make_config(**{"checkpoint.every": 2, "checkpoint.keep": 5})
+    train_until(3, config)
+    monkeypatch.setenv(name, "2")
+    train(config, fresh=True)
+    said = capsys.readouterr().out
+    assert "warning: --fresh is left out, since the processes were started again (2)" in said
+    assert "step-00000003, step 3" in said
+    monkeypatch.setenv(name, "0")
+    train(config, fresh=True)
+    said = capsys.readouterr().out
+    assert "warning: --fresh" not in said and "going on from" not in said
+
+
+def test_the_mfu_of_a_resumed_run_counts_no_step_of_before(make_config, monkeypatch):
+    """Its first line's loss is of all steps since the line before, its seconds are of those that it took itself."""
+    monkeypatch.setattr("fastdraft.run.plan.peak_flops", lambda device: 1e12)
+    changes = {"max_steps": 12, "metrics.log_every": 6, "checkpoint.every": 100, "eval.every": 100}
+    config = make_config(**changes)
+    train_until(5, config)
+    train(config)
+    first, second = (line["mfu"] / line["tokens_per_s"] for line in read_metrics(config.run_dir) if "mfu" in line)
+    assert first == pytest.approx(second, rel=0.5)  # packs differ in what is trained of them
+
+
+def best_of(config) -> dict:
+    return json.loads((Path(config.run_dir) / "checkpoints" / "best.json").read_text())
+
+
+def test_a_best_step_of_other_held_out_data_is_forgotten(make_config, capsys):
+    """What counts as the best is compared on the same data only."""
+    config = make_config(**{"eval.every": 2, "checkpoint.every": 2, "checkpoint.keep": 9})
+    train_until(4, config)
+    file = Path(config.run_dir) / "checkpoints" / "best.json"
+    best = best_of(config)
+    file.write_text(json.dumps(best | {"tau_sim": 9.0}))
+    train(config)  # the same data: nothing beats it
+    assert best_of(config)["tau_sim"] == 9.0
+    shutil.rmtree(file.parent / "step-00000006")
+    train(make_config(**{"eval.every": 2, "checkpoint.every": 2, "checkpoint.keep": 9, "eval.max_packs": 1}))
+    assert best_of(config)["step"] == 6 and best_of(config)["tau_sim"] < 9
+    said = f"step {best['step']} was the best, with a held-out tau_sim of 9.000 that was measured on other held-out data"
+    assert said in capsys.readouterr().out
+
+
+def test_a_best_step_without_a_checkpoint_is_forgotten(make_config):
+    """Somebody made room; the next run's steps have the same numbers."""
+    config = make_config(**{"eval.every": 2, "checkpoint.every": 2})
+    for fresh in (True, False):
+        train_until(3, config)
+        file = Path(config.run_dir) / "checkpoints" / "best.json"
+        file.write_text(json.dumps(best_of(config) | {"tau_sim": 9.0}))
+        for path in list_checkpoints(file.parents[1]):
+            shutil.rmtree(path)
+        train(config, fresh=fresh)
+        assert best_of(config)["tau_sim"] < 9
+        train(config, fresh=True)
+
+
+def test_a_refused_run_closes_what_it_opened(make_config, monkeypatch):
+    """Its stream's thread would go on tokenising, and the process would not end before it."""
+    config = make_config(**STREAM)
+    train_until(2, config)
+    closed = []
+    monkeypatch.setattr(Stream, "close", lambda self: closed.append(self))
+    with pytest.raises(ValueError, match=r"optim\.lr: "):
+        train(make_config(**STREAM, **{"optim.lr": 1e-4}))
+    assert len(closed) == 1
 
 
 # --- two processes -------------------------------------------------------------------------------------------------------
