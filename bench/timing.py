@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-import triton
 
 from bench.sources import source
 
@@ -87,13 +88,20 @@ def append(op: str, row: dict, commit: str | None, results: Path = RESULTS) -> N
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "machine": f"{os.cpu_count()} CPU cores {platform.machine()}",
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": _triton(),
         "source": source(op),
         "op": op,
     }
     results.mkdir(exist_ok=True, parents=True)
     with open(results / f"{op.split('/')[0]}.jsonl", "a") as out:
         out.write(json.dumps(about | row) + "\n")
+
+
+def _triton() -> str | None:
+    """Its version; None where only a CPU is to compute, which needs none."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("triton")
+    return None
 
 
 def record(

@@ -3,6 +3,7 @@ can cause becomes one line and exit code 1."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shlex
@@ -633,6 +634,11 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)
+    except SystemExit as ended:
+        if ended.code in (None, 0) and _is_one_of_several():
+            atexit._run_exitfuncs()
+            _end(0)
+        raise
     except StoppedEarly as stopped:
         _say_why(f"{stopped}; the same command, given again, goes on")
         _end(128 + stopped.number)
@@ -648,8 +654,9 @@ def main() -> None:
 
 
 def _end(code: int) -> NoReturn:
-    """Where other processes of the run have failed, too, Python's own end may wait for ever: it frees what a GPU uses, and
-    that GPU waits for a process that is gone."""
+    """One process of several does not leave it to Python's own end. Where others have failed, too, that may wait for ever:
+    it frees what a GPU uses, and that GPU waits for a process that is gone. And where all went well, a thread of
+    torch.distributed's may still end it with SIGABRT, about once in ten times over gloo."""
     if _is_one_of_several():
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # a pipe that nobody reads any more, a full disk

