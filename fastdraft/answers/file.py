@@ -80,6 +80,8 @@ class AnswerFile:
         there = [file for file in (self.out, self.part) if file.exists()]
         if there and before is None:
             raise ValueError(f"{there[0]} exists, but not the {self.meta.name} of a regeneration; name another --out")
+        if before is not None and not any(file.stat().st_size for file in there):
+            there = []  # no answer is kept that other settings could have made
         if there and before["settings"] != self.settings:
             raise ValueError(
                 f"{there[0]} was made with other settings: {_changes(before['settings'], self.settings)}. "

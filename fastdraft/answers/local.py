@@ -168,7 +168,9 @@ class LocalTarget:
             raise ValueError(f"token id {max(ids)} is not in the target's vocabulary of {self.target.vocab_size}")
         most, new = getattr(self.target.config, "max_position_embeddings", None), self.sampling.max_new_tokens
         if most is not None and len(ids) + new > most:
-            raise ValueError(f"{len(ids)} tokens before the answer leave no {new} of the target's {most}")
+            raise ValueError(
+                f"{len(ids)} tokens before the answer leave no {new} of the target's {most}; lower --max-new-tokens"
+            )
         return ids
 
     def _text(self, ids: list[int]) -> str:

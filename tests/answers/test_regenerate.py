@@ -556,8 +556,17 @@ def test_what_a_local_target_cannot_answer_is_listed(run, target, tmp_path):
     outcome, _ = run(by, paths=[str(source)])
     assert outcome.failures == 2
     failures = [row["reason"] for row in rows_of(tmp_path / "out.failures.jsonl")]
-    assert "leave no 8 of the target's 512" in failures[0]
+    assert failures[0].endswith("leave no 8 of the target's 512; lower --max-new-tokens")
     assert failures[1] == "token id 192 is not in the target's vocabulary of 192"
+
+
+def test_where_nothing_was_answered_other_settings_may_follow(run, target, few):
+    """As the failures advise. Once there are answers, they would be of other settings than the rest."""
+    outcome, _ = run(local(target, Sampling(max_new_tokens=600)), paths=few)
+    assert not outcome.complete
+    run(local(target), paths=few)
+    with pytest.raises(ValueError, match="was made with other settings"):
+        run(local(target, Sampling(max_new_tokens=9)), paths=few)
 
 
 @pytest.mark.parametrize(("kwargs", "said"), [(5, "a mapping of names, got 5"), ({"tools": 5}, "not hold tools")])
