@@ -21,6 +21,7 @@ from fastdraft.config import Config, load_config, parse_config
 from fastdraft.dist import mesh
 from fastdraft.dist.fleet import UNCOUNTED, Hardware, Layout
 from fastdraft.files import GIB
+from fastdraft.model import precision
 from fastdraft.run import inputs, plan
 from fastdraft.run.plan import fleet_planner, memory_lines, predict
 
@@ -85,6 +86,26 @@ def test_a_gpu_that_is_not_here_is_compared_by_what_it_is_said_to_have(run_yaml,
     assert "and the GPU has 24.0 GiB" in runs("train", run_yaml, *big, "--gpu-gib", 24)
     assert "GPU has" not in runs("train", run_yaml, "device=cuda", "precision=bf16", "--plan", "--gpu-gib", 24)
     assert "--gpu-gib belongs to --plan" in refusal(fastdraft("train", run_yaml, "--gpu-gib", 24))
+
+
+@pytest.mark.parametrize("run_yaml", ["eagle3"], indirect=True)
+def test_the_memory_of_a_gpu_plans_for_one_whatever_is_here(run_yaml, runs, fastdraft, monkeypatch):
+    """`auto` is what a run on a GPU takes; a CPU whose products are slow in bf16 would take fp32."""
+    monkeypatch.setattr(precision, "bf16_slowdown", lambda: 20.0)
+    auto = ("train", run_yaml, "device=auto", "precision=auto", "target.dtype=auto", "data.pack_tokens=4000000", "--plan")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "predicted for one cpu device" in runs(*auto)
+    out = runs(*auto, "--gpu-gib", 1)
+    assert "predicted for one cuda device" in out and "and the GPU has 1.0 GiB" in out and "\nprecision: bf16\n" in out
+    assert "precision: fp8" in runs(*auto, "precision=fp8", "--gpu-gib", 1)
+    said = refusal(fastdraft(*auto, "device=cpu", "--gpu-gib", 1))
+    assert "--gpu-gib is the memory of a GPU, and device is cpu; set device=cuda" in said
+    # The GPU that is here is not asked about, even where it is too old for float8.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    here = SimpleNamespace(total_memory=80 * GIB, multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: here)
+    assert "and the GPU has 1.0 GiB" in runs(*auto, "precision=fp8", "--gpu-gib", 1)
 
 
 def test_processes_of_one_machine_share_its_memory(run_yaml, monkeypatch):
