@@ -106,7 +106,7 @@ def train(
         if mesh.rank() != 0:
             return
         if world is None:
-            print_plan(loaded, console, gpu_gib)
+            print_plan(loaded, console, gpu_gib, fresh)
         else:
             if gpu_gib is None:
                 gpu_gib, why = planned_gpu_gib()

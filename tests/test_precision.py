@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import save_target
@@ -236,6 +237,21 @@ def test_the_plan_shows_and_counts_what_auto_is(make_config, cpu):
         sizes.append(predict(make_config(**AUTO), CPU))
         assert sizes[-1].memory == predict(make_config(**dict.fromkeys(AUTO, expected)), CPU).memory
     assert sizes[0].memory != sizes[1].memory
+
+
+def test_a_plan_is_of_the_run_that_goes_on_or_with_fresh_of_a_new_one(make_config, cpu, runs, tmp_path):
+    """A plan of a new one deletes no checkpoint of the one that is there."""
+    cpu(20.0)
+    config = make_config(**AUTO, max_steps=1)
+    train(config)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    cpu(0.5)
+    plan = "train", tmp_path / "run.yaml", "--plan"
+    out = runs(*plan)
+    assert "\nprecision: fp32\n" in out and "precision: auto is fp32, because this run was begun so" in out
+    out = runs(*plan, "--fresh")
+    assert "\nprecision: bf16\n" in out and "begun so" not in out
+    assert len(list_checkpoints(Path(config.run_dir))) == 1
 
 
 def test_fp8s_bf16_weights_are_widened_too(make_config, cpu):

@@ -359,14 +359,14 @@ def imbalance_line(config: Config, groups: int) -> str:
     )
 
 
-def print_plan(config: Config, console: Console, gib: float | None = None) -> None:
+def print_plan(config: Config, console: Console, gib: float | None = None, fresh: bool = False) -> None:
     """The resolved config and `predict` of it, and what does not fit; `device: cuda` is predicted for without a GPU, too,
-    and so is `auto` for one of `gib`, the memory of a GPU that need not be here. No document is read. ValueError: `gib` for
-    a run on the CPU."""
+    and so is `auto` for one of `gib`, the memory of a GPU that need not be here. No document is read. `fresh`: the run
+    does not go on from the checkpoints in its folder. ValueError: `gib` for a run on the CPU."""
     if gib is not None and config.device == "cpu":
         raise ValueError("--gpu-gib is the memory of a GPU, and device is cpu; set device=cuda, or leave --gpu-gib out")
     device = mesh.planned_device(config.device if gib is None else "cuda")
-    config, told = name_run_dtypes(config, device, plans=True)
+    config, told = name_run_dtypes(config, device, fresh, plans=True)
     if device.type == "cpu" or (gib is None and torch.cuda.is_available()):
         check_precision(config, device)
     shape = draft_shape(config)
