@@ -72,11 +72,26 @@ def test_a_hub_name_is_served_from_the_files_that_a_trainer_reads(target_dir, mo
         "--hf-overrides",
         "--model",
         "--model-impl",
+        "--hf-overrides.rope_parameters.rope_theta",
+        "--hf_overrides.vocab_size=9",
+        "--hf-overr",
+        "--speculative-config.method",
+        "-sc.method",
+        "-s",
+        "--spec-model",
+        "--config",
+        "--config=vllm.yaml",
     ],
 )
 def test_a_flag_that_is_the_commands_own_is_refused_with_the_reason(target_dir, flag):
-    with pytest.raises(ValueError, match=r"serve-target does not take vLLM's --"):
+    with pytest.raises(ValueError, match=r"serve-target does not take vLLM's --?\w"):
         serve_command("python", str(target_dir), [flag, "x"])
+
+
+def test_flags_that_begin_as_one_of_the_commands_own_are_vllms(target_dir):
+    flags = ["--config-format", "hf", "--hf-token", "x", "--gpu-memory-utilization=0.5", "--compilation-config.level", "0"]
+    flags += ["--served-model-name", "model", "-tp", "1"]
+    assert serve_command("python", str(target_dir), flags).arguments[-len(flags) :] == flags
 
 
 def test_on_the_command_line(target_dir, fastdraft, monkeypatch, tmp_path):

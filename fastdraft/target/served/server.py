@@ -23,12 +23,16 @@ OWN_FLAGS = {
     "--model": "the target is the first argument",
     "--speculative-config": "it keeps the states, so this server cannot speculate",
     "-sc": "it keeps the states, so this server cannot speculate",
+    "--spec-method": "it keeps the states, so this server cannot speculate",
+    "--spec-model": "it keeps the states, so this server cannot speculate",
+    "--spec-tokens": "it keeps the states, so this server cannot speculate",
     "--kv-transfer-config": "it hands the states over",
     "--revision": "give a folder, or a name that the cache has in one revision",
     "--hf-overrides": "a trainer could not see that the model is another; change the folder's config.json",
     "--hf-config-path": "a trainer could not see that the model is another; change the folder's config.json",
     "--model-impl": "vLLM then looks there for the model that keeps the states, too, and does not start; a target that has "
     "no model of vLLM's own runs by transformers' modules anyway",
+    "--config": "its file may set what is refused here; write the file's flags on the command line",
     "--skip-tokenizer-init": "without a tokenizer vLLM does not check token ids, and a wrong one ends the engine",
 }
 
@@ -54,10 +58,7 @@ def serve_command(
     states_port: int | None = None,  # where trainers on other hosts are given states; None: nowhere
 ) -> ServeCommand:
     """The vLLM server that a trainer can use. ValueError where a flag or a layer cannot be."""
-    for flag in flags:
-        name = flag.split("=", 1)[0].replace("_", "-")
-        if name in OWN_FLAGS:
-            raise ValueError(f"serve-target does not take vLLM's {flag.split('=', 1)[0]}: {OWN_FLAGS[name]}")
+    _refuse_own(flags)
     if not Path(target).is_dir():  # as vLLM would; what is served is then known by its files
         target = snapshot_download(
             target, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
@@ -95,6 +96,20 @@ def serve_command(
     url = f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{port}"
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     return ServeCommand(arguments, environment, url, folder, layers)
+
+
+def _refuse_own(flags: list[str]) -> None:
+    """ValueError for one of OWN_FLAGS, as vLLM reads it: `--a.b V` sets a part of `--a`, an underscore is a dash, and a
+    name's beginning is the name."""
+    for flag in flags:
+        given = flag.split("=", 1)[0]
+        name = given.split(".", 1)[0].replace("_", "-")
+        if not name.startswith("-") or not name.strip("-"):
+            continue
+        for own, why in OWN_FLAGS.items():
+            if own.startswith(name):
+                of = "" if own == name else f", which is of {own}"
+                raise ValueError(f"serve-target does not take vLLM's {given}{of}: {why}")
 
 
 def _states_flags(boundaries: list[int], told: dict[str, Any]) -> list[str]:
