@@ -313,8 +313,9 @@ def parse_config(tree: dict[str, Any], model: type[M]) -> M:
         parsed = model.model_validate(tree)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(fault, model) for fault in error.errors())) from error
-    if misread := list(_misread(tree, model)):
-        raise ValueError("\n".join(misread))
+    idle = _idle(parsed) if isinstance(parsed, Config) else ()
+    if faults := [*_misread(tree, model), *idle]:
+        raise ValueError("\n".join(faults))
     return parsed
 
 
@@ -402,6 +403,21 @@ def _misread(tree: dict[str, Any], model: type[BaseModel], prefix: str = "") -> 
             yield f"{prefix}{name}: Input should be a number (given: {value})"
         elif value == "" or (isinstance(value, list) and "" in value):
             yield f"{prefix}{name} is empty; give it a value or leave it out"
+
+
+def _idle(config: Config) -> Iterator[str]:
+    """A sentence for each setting that was changed and that nothing reads beside the others. A validator would refuse it of
+    a run that an older version began, too, which is still to be evaluated and exported."""
+    if config.features.on_bad_shard != "error" and not reads_store(config):
+        yield (
+            "features.on_bad_shard is of a store that training reads; name its folder as features.path, with "
+            "features.mode: read, or take it out"
+        )
+    if config.chunk_rows is not None and config.step == "reference":
+        yield f"chunk_rows {config.chunk_rows} is the fused step's, and step is reference; set step=fused, or take it out"
+    for name in ("project", "run_name"):
+        if not config.metrics.trackers and getattr(config.metrics, name) != type(config.metrics).model_fields[name].default:
+            yield f"metrics.{name} is of metrics.trackers, which names none; name one of them, or take {name} out"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:

@@ -145,3 +145,8 @@ REFUSED = {
 @pytest.mark.parametrize("method, change", [(m, change) for m, changes in REFUSED.items() for change in changes])
 def test_what_does_not_fit_is_one_sentence(method, change, tree, tmp_path, fastdraft):
     assert REFUSED[method][change] in refusal(fastdraft("train", block_run(tree, tmp_path, method), change))
+
+
+def test_a_vocabulary_is_refused_before_the_target_is_loaded(run_yaml, fastdraft):
+    said = refusal(fastdraft("train", run_yaml, "--plan", "draft.vocab_map=x.pt"))
+    assert "draft.vocab_map is for drafts with a vocabulary of their own; a D" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 from fastdraft.config import Config, load_config, parse_config, read_yaml
 from fastdraft.run.draft import draft_shape
 from fastdraft.run.dtypes import check_precision, compute_dtype
+from fastdraft.run.finished import saved_config
 
 LEAST = {"target": {"path": "models/t"}, "data": {"paths": ["a.jsonl"]}}
 
@@ -108,6 +110,38 @@ def test_the_last_override_wins_and_empty_sections_are_filled(file):
 def test_a_bad_override_is_a_sentence(file, override, said):
     with pytest.raises(ValueError, match=said):
         load_config(file, [override])
+
+
+# Settings that nothing reads, what is said of each, and what makes it work.
+IDLE = {
+    "features.on_bad_shard=skip": (r"on_bad_shard is of a store .* name its folder as features.path", "features.path=x"),
+    "chunk_rows=64": (r"chunk_rows 64 is the fused step's, and step is reference", "step=fused"),
+    "metrics.project=p": (r"metrics.project is of metrics.trackers, which names none", "metrics.trackers=[wandb]"),
+    "metrics.run_name=r": (r"metrics.run_name is of metrics.trackers, which names none", "metrics.trackers=[wandb]"),
+}
+
+
+@pytest.mark.parametrize("setting", IDLE)
+def test_a_setting_that_nothing_reads_is_refused(file, setting):
+    said, works_with = IDLE[setting]
+    with pytest.raises(ValueError, match=rf"^\S*{said}[^\n]*, or take \w+ out$"):
+        load_config(file, [setting, "step=reference"])
+    load_config(file, [setting, "step=reference", works_with])
+
+
+def test_a_store_that_is_filled_skips_no_shards(file):
+    cache = ["features.path=x", "features.mode=cache", "features.max_gib=1"]
+    with pytest.raises(ValueError, match=r"name its folder as features.path, with features.mode: read, or take it out$"):
+        load_config(file, [*cache, "features.on_bad_shard=skip"])
+
+
+def test_defaults_that_are_written_out_and_old_runs_are_no_fault(file):
+    written = load_config(file, ["step=reference", "draft.method=dflash"]).model_dump(mode="json")
+    assert written["features"]["on_bad_shard"] == "error" and written["metrics"]["project"] == "fastdraft"
+    assert parse_config(written, Config).model_dump(mode="json") == written
+    older = written | {"chunk_rows": 64, "metrics": written["metrics"] | {"run_name": "r"}}
+    saved = SimpleNamespace(state={"config": older | {"features": {"on_bad_shard": "skip"}}})
+    assert saved_config(saved).chunk_rows == 64
 
 
 def test_a_removed_key_says_what_to_use_instead(file):

@@ -114,6 +114,8 @@ def settled(config: Config, title: str = DFlashConfig.title) -> Config:
 def check_config(config: Config, title: str = DFlashConfig.title) -> None:
     """Raises ValueError for settings that a draft of the method with this title does not read, or cannot have."""
     fields, block = type(config).model_fields, config.block
+    if config.draft.vocab_map is not None:
+        raise ValueError(f"draft.vocab_map is for drafts with a vocabulary of their own; a {title} draft has the target's")
     for name, owners in OWNERS.items():
         if title not in owners and getattr(block, name) != type(block).model_fields[name].default:
             whose = " and ".join(owners)

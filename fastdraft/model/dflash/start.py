@@ -40,11 +40,7 @@ def fit(
     token_counts: Callable[[], np.ndarray],  # [V] int64, how often each token is trained on; a DFlash draft has all of V
 ) -> list[str]:  # what to tell the user
     """Gives a draft the target's embedding, and a new one, with `init: target`, the weight of the target's final norm, with
-    which the target's head reads its states, made less sure. Raises ValueError for what a DFlash draft has not."""
-    if settings.vocab_map is not None:
-        raise ValueError(
-            f"draft.vocab_map is for drafts with a vocabulary of their own; a {draft.config.title} draft has the target's"
-        )
+    which the target's head reads its states, made less sure. Raises ValueError for a target that has no such norm."""
     if settings.init_from is None and settings.init == "target":
         if target.final_norm is None:
             raise ValueError("the target has no final RMSNorm to start from; set draft.init=random")
