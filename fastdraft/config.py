@@ -283,7 +283,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path, what: str = "config file") -> dict[str, Any]:
     """A YAML mapping from a file. Raises ValueError, which says what it is for, when it is missing or something else."""
     try:
-        tree = yaml.load(Path(path).read_text(), _Loader)
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

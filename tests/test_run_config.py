@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -213,6 +216,15 @@ def test_unreadable_files(make_config, tmp_path):
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not YAML"):
         read_yaml(tmp_path / "bad.yaml")
+
+
+def test_a_file_is_utf_8_whatever_the_locale_says(file):
+    file.write_text(yaml.safe_dump(LEAST | {"run_dir": "Läufe"}, allow_unicode=True), encoding="utf-8")
+    code = "import sys; from fastdraft.config import load_config; print(ascii(load_config(sys.argv[1]).run_dir))"
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, file]
+    said = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, text=True)
+    assert said.stdout == "'L\\xe4ufe'\n", said.stderr
 
 
 def test_a_key_with_two_values_is_refused(file):
