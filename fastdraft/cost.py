@@ -20,6 +20,7 @@ Not counted: a second g and f for a small draft's graphs (`model/eagle3/graph_en
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,13 +37,14 @@ from fastdraft.model.methods import method_of
 from fastdraft.optim import Matrix, MuonCost, muon_cost
 
 GATHERED = 3  # layers of a sharded target that are whole at a time: one runs, one arrives, one is copied out of its message
-# Dense bf16 FLOP/s by what a GPU's name contains, from the maker's data sheets; the first that fits counts.
+# Dense bf16 FLOP/s by whole words of a GPU's name, from the maker's data sheets; the first that fits counts.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "GB200": 2500e12,
     "B200": 2250e12,
     "A100": 312e12,
@@ -53,7 +55,7 @@ PEAK_FLOPS = {
 def peak_flops(device: torch.device) -> float | None:
     """None on a CPU, and for a GPU whose peak is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 @dataclass(frozen=True)

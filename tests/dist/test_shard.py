@@ -329,7 +329,12 @@ def test_of_a_targets_experts_those_are_counted_that_a_token_goes_through(make_c
 
 
 def test_the_peak_is_the_longest_name_that_fits(monkeypatch):
-    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H20": None}.items():
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H20": None, "NVIDIA GH200 480GB": 989e12}
+    peaks |= {"NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA GB200": 2500e12, "NVIDIA B200": 2250e12}
+    peaks |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA L40S": 362e12}
+    # Names of others that only begin or end so.
+    peaks |= dict.fromkeys(["NVIDIA RTX A1000", "NVIDIA A10", "NVIDIA L40", "NVIDIA GeForce RTX 4090", "NVIDIA RTX 4000"])
+    for name, peak in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(torch.device("cpu")) is None
