@@ -413,8 +413,6 @@ def _idle(config: Config) -> Iterator[str]:
             "features.on_bad_shard is of a store that training reads; name its folder as features.path, with "
             "features.mode: read, or take it out"
         )
-    if config.chunk_rows is not None and config.step == "reference":
-        yield f"chunk_rows {config.chunk_rows} is the fused step's, and step is reference; set step=fused, or take it out"
     for name in ("project", "run_name"):
         if not config.metrics.trackers and getattr(config.metrics, name) != type(config.metrics).model_fields[name].default:
             yield f"metrics.{name} is of metrics.trackers, which names none; name one of them, or take {name} out"

@@ -118,7 +118,6 @@ def test_a_bad_override_is_a_sentence(file, override, said):
 # Settings that nothing reads, what is said of each, and what makes it work.
 IDLE = {
     "features.on_bad_shard=skip": (r"on_bad_shard is of a store .* name its folder as features.path", "features.path=x"),
-    "chunk_rows=64": (r"chunk_rows 64 is the fused step's, and step is reference", "step=fused"),
     "metrics.project=p": (r"metrics.project is of metrics.trackers, which names none", "metrics.trackers=[wandb]"),
     "metrics.run_name=r": (r"metrics.run_name is of metrics.trackers, which names none", "metrics.trackers=[wandb]"),
 }
