@@ -63,7 +63,7 @@ from bench.timing import append
 from fastdraft import checkpoint
 from fastdraft.batch import Batch, Features, Rows
 from fastdraft.config import Config, load_config, read_yaml
-from fastdraft.data.loader import eval_batches
+from fastdraft.data.loader import eval_batches, eval_packs, read_pack
 from fastdraft.data.prepare import Prepared
 from fastdraft.decode import DecodeResult, generate, generate_batch
 from fastdraft.dist.mesh import start_process
@@ -272,9 +272,9 @@ def open_stick(args: argparse.Namespace, folder: Path) -> Stick:
 
 
 def held_out_prompts(data: Prepared, pack_tokens: int, count: int) -> list[list[int]]:
-    """The tokens before a held-out conversation's first answer, of the first `count` conversations."""
+    """The tokens before a held-out conversation's first answer, of the first `count` conversations, the longest first."""
     prompts: list[list[int]] = []
-    for batch in eval_batches(data.eval, pack_tokens):
+    for batch in (read_pack(data.eval.with_format("arrow"), rows) for rows in eval_packs(data.eval, pack_tokens)):
         for ids, mask in zip(batch.input_ids.split(batch.lengths), batch.loss_mask.split(batch.lengths), strict=True):
             first = int(mask.long().argmax())
             if 0 < first <= LONGEST_PROMPT:

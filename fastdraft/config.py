@@ -179,7 +179,7 @@ class EvalConfig(Section):
     """How often, and on how many packs, a draft is measured on held-out data."""
 
     every: int = Field(500, gt=0)  # optimizer steps
-    max_packs: int = Field(64, gt=0)
+    max_packs: int = Field(64, gt=0)  # of more, those that lie evenly from the longest documents to the shortest
 
 
 class DistConfig(Section):

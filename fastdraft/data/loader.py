@@ -10,6 +10,7 @@ a pack's documents. Ranks that share a sequence are one rank here and get the sa
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from fastdraft.batch import Batch
 from fastdraft.data.pack import deal, pack
 from fastdraft.data.samples import flat, scan
 from fastdraft.data.stream import Place, Stream
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class Loader:
@@ -239,16 +242,24 @@ class Ahead:
 
 
 def eval_batches(dataset: Dataset, pack_tokens: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Every sample once, over all ranks together, in an order of its own that never changes. A rank may get one batch more
-    than another. ValueError as for `Loader`."""
-    table = dataset.with_format("arrow")
-    return (read_pack(table, rows) for rows in eval_packs(dataset, pack_tokens)[rank::world_size])
+    """Every sample once, over all ranks together, in an order of its own that never changes. Who takes only the first, as
+    eval.max_packs says, has long and short documents alike. A rank may get one batch more than another. ValueError as for
+    `Loader`."""
+    table, packs = dataset.with_format("arrow"), eval_packs(dataset, pack_tokens)
+    return (read_pack(table, packs[p]) for p in spread(len(packs))[rank::world_size])
 
 
 def eval_packs(dataset: Dataset, pack_tokens: int) -> list[np.ndarray]:
-    """The packs of `eval_batches`, each the rows of the data set that it holds."""
+    """The packs of `eval_batches`, each the rows of the data set that it holds; those of the longest samples come first. A
+    feature store's hash has this order."""
     usable, lengths, _ = _survey(dataset)
     return [usable[rows] for rows in pack(lengths, pack_tokens)]
+
+
+def spread(n: int) -> list[int]:
+    """0 .. n - 1 from the middle on, in an order of which every beginning lies evenly among all: numbers whose multiples of
+    the golden ratio have fractions below some bound are at most three distances apart."""
+    return np.argsort((np.arange(n) - n // 2) * GOLDEN_RATIO % 1, kind="stable").tolist()
 
 
 def _survey(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:

@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fastdraft.data.conversations import Conversation
-from fastdraft.data.loader import Ahead, Loader, eval_batches
+from fastdraft.data.loader import Ahead, Loader, eval_batches, eval_packs, spread
 from fastdraft.data.pack import deal, pack
 from fastdraft.data.prepare import Stats
 from fastdraft.data.preview import preview
@@ -247,6 +248,26 @@ def test_eval_batches():
     assert sorted(d for batch in whole for d in batch) == list(range(50))
     ranks = [[documents(b) for b in eval_batches(to_dataset(DATA), 64, r, 3)] for r in range(3)]
     assert [whole[r::3] for r in range(3)] == ranks
+
+
+@pytest.mark.parametrize("taken", [16, 64, 200])
+def test_some_of_the_held_out_packs_have_documents_as_long_as_all(taken):
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4, 0.9, 8000).astype(int), 3, 512)
+    made = [Sample(np.full(n, 5, np.int32), np.ones(n, bool), i) for i, n in enumerate(lengths)]
+    packs = eval_packs(to_dataset(made), 512)
+    seen = np.concatenate([b.lengths for b in itertools.islice(eval_batches(to_dataset(made), 512), taken)])
+    assert len(packs) > 2 * taken and lengths[packs[0]].mean() > 5 * lengths.mean()
+    assert seen.mean() == pytest.approx(lengths.mean(), rel=0.15)
+
+
+@pytest.mark.parametrize("n", [1, 2, 65, 100, 1234])
+def test_every_beginning_of_the_order_is_spread_evenly(n):
+    order = spread(n)
+    assert sorted(order) == list(range(n)) and order[0] == n // 2 and len(order) == n
+    for taken in range(1, n + 1, max(1, n // 20)):
+        gaps = np.diff([-1, *sorted(order[:taken]), n])
+        assert gaps.max() <= 3 * n / taken + 1
 
 
 def test_loader_takes_a_users_own_dataset():
