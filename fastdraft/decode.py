@@ -21,6 +21,7 @@ Which tokens are kept leaves the target's distribution P exactly as it is:
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -225,8 +226,14 @@ class _Sequence:
 
 def _sequence(target: Target, place: int, prompt: list[int], max_new_tokens: int, seed: int, steps: int) -> _Sequence:
     limit, context = _limits(target, prompt, max_new_tokens)
-    generator = torch.Generator(target.device).manual_seed(seed)
+    generator = torch.Generator(target.device).manual_seed(_seed_of(seed, prompt))
     return _Sequence(place, len(prompt), limit, context, generator, [0] * steps, [0] * steps)
+
+
+def _seed_of(seed: int, prompt: list[int]) -> int:
+    """Every prompt draws numbers of its own, or a mean over prompts would have the noise of few, and those that it draws
+    alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest(), "big")
 
 
 @torch.no_grad()

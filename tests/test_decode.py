@@ -387,6 +387,14 @@ def test_a_seed_gives_the_same_sample_again(target, trained):
     assert again == same != generate(target, trained, prompts()[0], 12, replace(settings, seed=5)).tokens
 
 
+def test_every_prompt_has_random_numbers_of_its_own():
+    """This target's next token depends on the last alone, so outputs after the same last token differ by what is drawn."""
+    target, settings = MarkovTarget(), DecodeSettings(temperature=1.0)
+    asked = [[first, 0] for first in range(STATES)]
+    outputs = [tuple(r.tokens) for r in generate_batch(target, None, [*asked, asked[3]], 40, settings, None)]
+    assert len(set(outputs)) == STATES and outputs[-1] == outputs[3]
+
+
 # --- many sequences at once are each what they are alone --------------------------------------------------------------
 
 SAMPLED = [
@@ -416,7 +424,7 @@ def narrow() -> tuple[Target, Draft]:
 def test_a_batch_decodes_as_each_prompt_alone(narrow, settings):
     target, draft = narrow
     asked, stops = prompts((9, 1, 36, 17, 3, 39)), set()
-    free = generate(target, None, asked[0], 20, settings).tokens
+    free = generate(target, draft, asked[0], 20, settings).tokens
     try:
         target.eos_ids = frozenset([free[5], free[-2]])
         alone = timeless(generate(target, draft, prompt, 20, settings) for prompt in asked)

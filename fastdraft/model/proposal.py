@@ -23,6 +23,7 @@ class DecodeSettings:
 
     `num_draft_tokens` counts the root, as SGLang does; None is num_steps + 1, all that a chain has. `top_k` 0 and `top_p` 1
     are off. `sample_draft`: a chain at temperature > 0 draws its tokens from Q; False drafts the argmax at any temperature.
+    What is drawn depends on `seed` and the prompt alone.
     `verify` says how a chain that was drawn is checked: each token by itself, or the chain as a whole, which keeps more of
     it. The engines' names of the second are vLLM's rejection_sample_method "block" and SGLang's
     speculative_use_block_verification.
