@@ -101,12 +101,7 @@ def generate_batch(
     for the caller to ask: `target.ragged.why_apart`.
     """
     settings = settings or DecodeSettings()
-    if draft is not None:
-        _check_fit(target, draft, settings)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; at least one prompt must be decoded at a time")
-    for prompt in prompts:
-        _limits(target, prompt, max_new_tokens)
+    refuse_undecodable(target, draft, prompts, max_new_tokens, settings, batch_size)
     groups: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
         if groups and len(groups[-1]) < (batch_size or 1) and (len(groups[-1]) + 1) * len(prompts[i]) <= BATCH_TOKENS:
@@ -140,6 +135,23 @@ def first_difference(target: Target, prompt: list[int], tokens: list[int], plain
 
 
 # --- limits and stops ----------------------------------------------------------------------------------------------------
+
+
+def refuse_undecodable(
+    target: Target,
+    draft: nn.Module | None,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    settings: DecodeSettings,
+    batch_size: int | None = BATCH_SIZE,
+) -> None:
+    """The ValueErrors of `generate_batch` but for the memory's, before anything is run."""
+    if draft is not None:
+        _check_fit(target, draft, settings)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least one prompt must be decoded at a time")
+    for prompt in prompts:
+        _limits(target, prompt, max_new_tokens)
 
 
 def _limits(target: Target, prompt: list[int], max_new_tokens: int) -> tuple[int, int]:  # most new tokens, context

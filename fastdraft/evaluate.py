@@ -127,7 +127,7 @@ class DecodeReport:
     step_acceptance: list[float]  # [num_steps] share of rounds that kept a drafted token at this depth
     tokens_per_s: float  # prefill's time included; of all sequences that are decoded together
     plain_tokens_per_s: float  # the target alone
-    batch_size: int  # the most sequences that were decoded together
+    batch_size: int  # the most sequences that may be decoded together, no more than there are
     one_at_a_time: str | None  # why each was decoded alone, where more together were asked for
     num_equal: int | None  # prompts with exactly the target's own output; None when sampled
     first_difference: Difference | None  # in the first prompt that differs
@@ -158,7 +158,7 @@ def evaluate_decode(
         raise ValueError(f"{len(plain)} plain results were given for {len(prompts)} prompts")
     generate(target, draft, prompts[0], 2, settings)  # warm: neither side's clock pays for first calls
     reason = why_apart(target) if min(batch_size, len(prompts)) > 1 else None
-    size = batch_size if reason is None and len(prompts) > 1 else min(1, batch_size)
+    size = min(batch_size, len(prompts)) if reason is None else min(1, batch_size)
     target.meet()
 
     def decode(own: Sequence[list[int]], draft: nn.Module | None) -> list[DecodeResult]:

@@ -452,6 +452,12 @@ def test_evaluate_looks_at_prompts_and_out_before_the_long_work(fastdraft, train
     monkeypatch.setattr(finished, "evaluate_held_out", late)
     assert "none.jsonl: cannot be read" in refusal(fastdraft("evaluate", trained, "--prompts", tmp_path / "none.jsonl"))
     assert "is a folder" in refusal(fastdraft("evaluate", trained, "--out", tmp_path))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "ba be"}\n' + json.dumps({"prompt": "ba be bi " * 400}) + "\n")
+    assert "fills the target's context of" in refusal(fastdraft("evaluate", trained, "--prompts", prompts))
+    prompts.write_text('{"prompt": "ba be"}\n')
+    tree = ("--eagle-topk", "120", "--num-draft-tokens", "9")
+    assert "is more than the draft vocabulary" in refusal(fastdraft("evaluate", trained, "--prompts", prompts, *tree))
     monkeypatch.undo()
 
 

@@ -172,7 +172,7 @@ def test_a_batch_changes_nothing_in_the_report_but_the_time(target, draft, tempe
 
 def test_a_target_that_cannot_be_batched_is_decoded_one_at_a_time(target, draft, monkeypatch):
     want = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8)
-    assert want.one_at_a_time is None and want.batch_size == 64
+    assert want.one_at_a_time is None and want.batch_size == len(prompts()) == 3
     monkeypatch.setattr("fastdraft.evaluate.why_apart", lambda target: "it has windows")
     report = evaluate_decode(target, draft, prompts(), DecodeSettings(), 8)
     assert (report.one_at_a_time, report.batch_size) == ("it has windows", 1)

@@ -19,7 +19,7 @@ from fastdraft.config import Config, FeaturesConfig, without_removed
 from fastdraft.data.loader import eval_batches
 from fastdraft.data.prepare import read_template
 from fastdraft.data.prompts import prompt_ids, read_prompts
-from fastdraft.decode import BATCH_SIZE
+from fastdraft.decode import BATCH_SIZE, refuse_undecodable
 from fastdraft.dist import mesh
 from fastdraft.evaluate import DecodeReport, TauReport, evaluate_decode, evaluate_tau
 from fastdraft.model.methods import method_of, named_method
@@ -161,6 +161,7 @@ def evaluate_run(
             tokenizer.chat_template = read_template(config.data) or tokenizer.chat_template
             asked, kwargs = read_prompts(prompts)[:max_prompts], config.data.chat_template_kwargs
             ids = prompt_ids(asked, tokenizer, config.data.template_date, **kwargs)
+            refuse_undecodable(target, draft, ids, max_new_tokens, settings, batch_size)
         data = load_data(config, draft.config)
         held_out = decoded = None
         if len(data.eval):

@@ -24,6 +24,7 @@ from fastdraft.data.prepare import prepare
 from fastdraft.data.prompts import Prompt, prompt_ids
 from fastdraft.data.stream import open_stream
 from fastdraft.data.tokenize import ChatTokenizer
+from fastdraft.model.proposal import DecodeSettings
 from fastdraft.run.features import capture_features
 from fastdraft.run.finished import evaluate_run
 from fastdraft.train import train
@@ -125,7 +126,7 @@ def test_evaluated_and_regenerated_prompts_have_the_date(dated, tmp_path, monkey
     train(config)
     asked = []
     monkeypatch.setattr("fastdraft.run.finished.evaluate_decode", lambda target, draft, ids, *rest: asked.extend(ids))
-    evaluate_run(tmp_path / "run", "last", prompts, 1, 4, None)
+    evaluate_run(tmp_path / "run", "last", prompts, 1, 4, DecodeSettings())
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%Y') + ' ' }}" + TINY_CHATML
     tokenizer.add_tokens(["2026", "2024"])
