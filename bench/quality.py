@@ -88,6 +88,9 @@ SAME_SPEED = (
     *("optim.lr", "optim.warmup_ratio", "optim.min_lr_ratio", "optim.schedule", "optim.wsd_decay", "optim.betas"),
     *("optim.clip", "optim.muon_lr", "loss.step_decay", "draft.init", "data.paths"),
 )
+# What no recipe sets: what all are measured on, and what the command line says.
+SAME = ("target", "eval", "checkpoint", "seed", "max_steps", "run_dir")
+SAME_SETTINGS = ("data.eval", "data.max_length", "data.train_on", "data.seed")
 DECODED = {
     "chain": DecodeSettings(num_steps=3),
     "long_chain": DecodeSettings(num_steps=7),
@@ -292,6 +295,8 @@ def read_recipes(path: Path, names: str, seeds_of_all: int = 1) -> dict[str, tup
     known, of_method = tree["recipes"], tree.get("of_method", {})
     if unknown := tree.keys() - {"run", "of_method", "recipes"}:
         raise ValueError(f"{path} has {min(unknown)!r}, which is neither run, of_method nor recipes")
+    if unknown := of_method.keys() - METHODS.keys():
+        raise ValueError(f"{path} has of_method {min(unknown)!r}, which is no method; there are {', '.join(METHODS)}")
     for wanted in names.split(",") if names else known:
         name, _, seeds = wanted.partition(":")
         if name not in known:
@@ -308,7 +313,7 @@ def recipe_config(
 ) -> Config:
     """A run's config, at its beginning. ValueError for a recipe that changes what all are measured on."""
     recipe = {key: value for key, value in recipe.items() if key != "then"}
-    if moved := [key for key in recipe if key.split(".")[0] == "target" or key.startswith("data.eval")]:
+    if moved := [key for key in recipe if key == "data" or key.startswith(SAME_SETTINGS) or key.split(".")[0] in SAME]:
         raise ValueError(f"a recipe sets {moved[0]}, which is the same for all recipes; take it out")
     tree = dict(read_yaml(args.config)["run"])
     tree["target"] = {"path": str(args.target)}

@@ -152,6 +152,25 @@ def test_recipes_have_what_their_method_has_and_they_do_not_set(tmp_path):
     path.write_text(yaml.safe_dump(tree | {"of_methods": {}}))
     with pytest.raises(ValueError, match="has 'of_methods', which is neither run, of_method nor recipes"):
         read_recipes(path, "")
+    path.write_text(yaml.safe_dump(tree | {"of_method": {"eagle": {"loss.step_decay": 0.8}}}))
+    with pytest.raises(ValueError, match="has of_method 'eagle', which is no method; there are eagle3, dflash"):
+        read_recipes(path, "")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"seed": 3}, {"data.seed": 3}, {"max_steps": 7}, {"run_dir": "x"}, {"eval.every": 1}, {"eval": {"max_packs": 1}}),
+        *({"eval.max_packs": 1}, {"checkpoint.every": 1}, {"data.max_length": 32}, {"data.train_on": "last_answer"}),
+        *({"target.dtype": "fp32"}, {"data.eval_fraction": 0.5}, {"data": {"max_length": 32}}),
+    ],
+    ids=str,
+)
+def test_no_recipe_sets_what_all_have_alike(place, setting):
+    """A row would show a seed or a number of steps that it had not, or be measured otherwise than its neighbours."""
+    args = parse(["--target", str(place / "target"), "--answers", str(place / "answers.jsonl")])
+    with pytest.raises(ValueError, match=f"recipe own: a recipe sets {min(setting)}, which is the same for all recipes"):
+        check_recipes(args, {"own": (setting, 1)})
 
 
 def test_the_committed_recipes_are_runs(place, monkeypatch):
