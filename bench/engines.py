@@ -24,6 +24,7 @@ in a folder (unpacked wheels, or pip install --target):
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -55,10 +56,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} 
 
 
 def answers(place: EnginePlace, run: Run, timeout_s: float, file: Path | None) -> tuple[Served, str | None]:  # engine's GPU
-    """Those that `file` keeps, else the engine's, which it then keeps. ValueError where it keeps those of another run; only
-    paths may differ, the halves may run on two machines."""
+    """Those that `file` keeps, else the engine's, which it then keeps. ValueError where it keeps those of another run or of
+    another draft's weights; only paths may differ, the halves may run on two machines."""
     if file is not None and file.exists():
         kept = json.loads(file.read_text())
+        if kept.get("draft") != weights_hash(run.checkpoint):
+            raise ValueError(
+                f"{file} has answers with another draft than {run.checkpoint}, or does not say with which; give --served "
+                "another folder"
+            )
         if other := [k for k, x in asdict(run).items() if k not in ("target", "checkpoint") and kept["run"][k] != x]:
             raise ValueError(f"{file} answers other {', '.join(other)}; give --served another folder")
         return TypeAdapter(Served).validate_python(kept["served"]), kept["gpu"]
@@ -67,8 +73,19 @@ def answers(place: EnginePlace, run: Run, timeout_s: float, file: Path | None) -
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"run": asdict(run), "gpu": gpu, "served": asdict(served)}))
+        file.write_text(
+            json.dumps({"run": asdict(run), "draft": weights_hash(run.checkpoint), "gpu": gpu, "served": asdict(served)})
+        )
     return served, gpu
+
+
+def weights_hash(draft: str) -> str:
+    """Of an export's weights, wherever it lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(draft).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def served_lengths(served: Served) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """bench.engines with an SGLang that is played: settings reach it, its counts become the row, and a difference fails."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -105,6 +106,25 @@ def test_the_halves_may_run_apart(there, monkeypatch, tmp_path):
         run(there, monkeypatch, tmp_path, "--served", kept, "--max-new-tokens", "20")
     with pytest.raises(ValueError, match="--serve-only keeps nothing"):
         run(there, monkeypatch, tmp_path, "--serve-only")
+
+
+def test_kept_answers_are_those_of_one_draft(there, monkeypatch, tmp_path):
+    """The same draft may lie elsewhere; another one's length would be compared with what the first was served with."""
+    kept, moved, other = tmp_path / "served", tmp_path / "moved", tmp_path / "other"
+    with pytest.raises(FileNotFoundError):
+        run(there, monkeypatch, tmp_path, "--served", kept, "--serve-only", "--settings", "chain")
+    shutil.copytree(there / "draft", moved)
+    again = ("--served", kept, "--settings", "chain", "--draft")
+    assert run(there, monkeypatch, tmp_path, *again, moved)[0]["relative_difference"] == 0
+    target = Target(tiny_llama())
+    config = DraftConfig.from_target(target.config.to_dict(), draft_vocab_size=120)
+    export_draft(random_draft(config, target.embedding, seed=9), other, torch.float32)
+    with pytest.raises(ValueError, match=r"has answers with another draft than .*other, or does not say with which"):
+        run(there, monkeypatch, tmp_path, *again, other)
+    (file,) = kept.iterdir()
+    file.write_text(json.dumps({k: x for k, x in json.loads(file.read_text()).items() if k != "draft"}))
+    with pytest.raises(ValueError, match="or does not say with which"):
+        run(there, monkeypatch, tmp_path, *again, moved)
 
 
 def test_too_great_a_difference_fails(there, monkeypatch, tmp_path, capsys):
