@@ -42,7 +42,7 @@ from fastdraft.data.tokenize import ChatTokenizer, Tokenized
 if TYPE_CHECKING:
     from fastdraft.data.stream import Stream
 
-FORMAT = 19  # raised when the same input makes other samples than before
+FORMAT = 20  # raised when the same input makes other samples than before
 CHUNK_BYTES = 1 << 20  # of input, to a worker at a time
 SKIPPED_KEPT = 100  # reasons kept of skipped lines; all are counted
 REASONS_SHOWN = 5  # of the kinds of these
@@ -70,6 +70,11 @@ REMARKS = {
         "generation_config.json or its tokenizer names, so no draft learns where an answer ends"
     ),
     "cut": "trained turns were cut by a limit of tokens: what the template writes behind them is not trained",
+    "cut_reasoning": (
+        "of these turns do not close the block for reasoning that the generation prompt opens: they are trained as "
+        "reasoning, behind the prompt as served; if the target answered with reasoning off, say so in "
+        "data.chat_template_kwargs (most templates read enable_thinking: false)"
+    ),
     "empty_block": (
         "trained turns have no reasoning, and the chat template begins them with an empty block for it, which is "
         "trained as the model's; if the target answered with reasoning off, say so in data.chat_template_kwargs "
@@ -101,6 +106,7 @@ class Stats:
     joined: int = 0  # trained turns whose first token began before them, which is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
+    cut_reasoning: int = 0  # of these, without the end of the block for reasoning that the generation prompt opens
     empty_block: int = 0  # trained turns that begin with an empty block for reasoning
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: dict[str, list] = field(default_factory=dict)  # turns not trained: how many, where the first, by reason

@@ -52,6 +52,7 @@ class Tokenized:
     joined: int = 0  # and those that cannot be: what their first token has of the prompt, and so that token, is not trained
     endless: int = 0  # trained turns whose last token is none that stops the target
     cut: int = 0  # trained turns that a limit of tokens ended
+    cut_reasoning: int = 0  # of these, without the end of the block for reasoning that the generation prompt opens
     empty_block: int = 0  # trained turns that begin with an empty block for reasoning
     unopened: int = 0  # trained turns without the block that the generation prompt opens
     left_out: list[tuple[str, str]] = field(default_factory=list)  # of turns that are not trained: where, and why
@@ -131,6 +132,7 @@ class ChatTokenizer:
             joined=joined,
             endless=sum(turn.endless for turn in turns),
             cut=sum(turn.cut for turn in turns),
+            cut_reasoning=sum(turn.cut_reasoning for turn in turns),
             empty_block=sum(turn.empty_block for turn in turns),
             unopened=sum(turn.unopened for turn in turns),
             left_out=left_out,

@@ -59,6 +59,10 @@ EMPTY_BLOCK = (
 CLOSED_TWICE = "the chat template closes reasoning before their text, which the generation prompt has closed already"
 BEFORE_THOUGHT = "the chat template writes an empty block before their reasoning"
 WORDS_TWICE = "they begin with the words that the generation prompt ends with, which the served model does not write again"
+UNCLOSED = (
+    "they open a block for reasoning and do not close it, and the generation prompt opens it, too; if a limit of tokens "
+    'cut them, say so in the message ("finish_reason": "length")'
+)
 HEADERLESS = "the generation prompt behind a tool's result lacks the header that the chat template writes before their text"
 _THINK = r"(?:\w+:)?think(?::\w+)?"  # the name of a tag for reasoning: think, seed:think, think:opensource
 _OPENED = re.compile(rf"<(?P<tag>{_THINK})>(?P<white>\s*)$")  # what a prompt ends with that opens the reasoning
@@ -82,6 +86,7 @@ class Turn:
     raw_reasoning: bool = False  # it is in the text as the model produced it, though the template cuts it
     endless: bool = False  # its last token is none that stops the model
     cut: bool = False  # a limit of tokens ended it, so what the template writes behind its words is not the model's
+    cut_reasoning: bool = False  # and it did not close the block for reasoning that the generation prompt opens
     empty_block: bool = False  # it begins with a block for reasoning that is empty, because the answer has none
     unopened: bool = False  # the text lacks or closes what the generation prompt opens, because the answer has no reasoning
 
@@ -509,6 +514,17 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     Reasoning that is cut is not put back where answers have a lead: the model would not begin with the reasoning.
     """
     start, end = located.start, located.end
+    if block := _never_closed(message, prompt, located, template):
+        tag, white = block
+        if message.get("finish_reason") in CUT:
+            turn = _opened_once(message["content"].rstrip(), tag, white, prompt, "")
+            said = turn.text[len(prompt) :].lstrip()
+            behind = (
+                full[start:].rpartition(said)[2] if said in full[start:] else ""
+            )  # the template's, which is not trained
+            return replace(turn, text=turn.text + behind, raw_reasoning=False, cut_reasoning=True)
+        if message["content"].lstrip().startswith(tag):
+            raise LeftOut(UNCLOSED)
     thinks, answer = bool(_reasoning(message)), full[start:end]
     opened = _OPENED.search(prompt, len(prompt) - TAIL) if prompt is not None and not located.lacks else None
     opened = opened if opened and full.endswith(opened.group(), 0, start) else None  # by the rendering as by the prompt
@@ -540,7 +556,7 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     if prompt is None or full.startswith(prompt):
         if block and not thought_end(message):
             return Turn(full, (start + _without_own_white(message, block), end), lost, unopened=True)
-        if opened and not thinks and not thought_end(message) and message.get("finish_reason") not in CUT:
+        if opened and not thinks and not thought_end(message):
             before = prompt[: opened.start()]  # the template writes the answer into the block, and closes it nowhere
             return Turn(before + full[start:], (len(before), len(before) + end - start), unopened=True)
         return Turn(full, (start, end), lost, empty_block=not thinks and bool(empty))
@@ -550,8 +566,7 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     before = prompt.removesuffix(located.lacks) if unopened else prompt
     first = len(before)
     if other := _TAG.fullmatch(located.lacks) if unopened and not _OPENED.search(located.lacks) else None:
-        closing = re.escape(f"{other['tag'][0]}/{other['tag'][1:]}")
-        if re.search(rf"(?<![`'\"“‘]){closing}", message["content"]):
+        if _closes_tag(message["content"], other["tag"]):
             return _opened_once(answer, other["tag"], other["white"], prompt, full[end:])
         if template.opens_block and thought_end(message):
             raise LeftOut(OTHER_TAG)
@@ -561,7 +576,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
         at = own.end() if own else 0
         # The content opens the block itself, or leaves the opening to the prompt, as the model does (regenerate --target).
         closes_only = thought_end(message) and "<think>" not in message["content"][: thought_end(message)]
-        if answer.startswith("<think>", at) if own else closes_only:
+        whole = answer.startswith(message["content"].strip(), at)
+        if (answer.startswith("<think>", at) or (closes_only and whole)) if own else closes_only:
             if lacked["tag"] != "think":
                 raise LeftOut(OTHER_TAG)
             return _opened_once(answer[at:], f"<{lacked['tag']}>", lacked["white"], prompt, full[end:])
@@ -570,6 +586,27 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
     if block and not thought_end(message):
         first, unopened = first + _without_own_white(message, block), True
     return Turn(before + full[start:], (first, len(before) + end - start), lost, unopened=unopened)
+
+
+def _never_closed(
+    message: dict, prompt: str | None, located: _Located, template: ChatTemplate
+) -> tuple[str, str] | None:  # the tag, and white space behind it
+    """The block for reasoning that a prompt opens at its end, if the message's text has no end of it."""
+    if prompt is None or message.get("reasoning_content") or message.get("tool_calls") or thought_end(message):
+        return None
+    if opened := _OPENED.search(prompt, len(prompt) - TAIL):
+        tag, white = f"<{opened['tag']}>", opened["white"]
+    elif other := _TAG.fullmatch(located.lacks) or (_TAG.fullmatch(template.header) if template.opens_block else None):
+        tag, white = other["tag"], other["white"]  # by any name
+    else:
+        return None
+    return None if _closes_tag(message["content"], tag) else (tag, white)
+
+
+def _closes_tag(content: str, tag: str) -> bool:
+    """Whether a text has a tag's closing one, and not only in quotation marks."""
+    closing = re.escape(f"{tag[0]}/{tag[1:]}")
+    return re.search(rf"(?<![`'\"“‘]){closing}", content) is not None
 
 
 def _opened_once(said: str, tag: str, white: str, prompt: str, after: str) -> Turn:

@@ -953,6 +953,42 @@ def test_reasoning_that_a_limit_of_tokens_cut_stands_in_the_block_that_the_promp
     assert texts == [] and "closes reasoning before their text" in done.left_out[0][1]
 
 
+@pytest.mark.parametrize("block", ["<think>\\n\\n</think>\\n\\n", "</think>", "<think></think>", ""])
+@pytest.mark.parametrize("tag", ["think", "seed:think"])
+def test_reasoning_that_a_limit_of_tokens_cut_stands_there_whatever_the_template_writes_before_an_answer(block, tag):
+    """As `data regenerate` writes it: Qwen 3.5's template writes an empty block there, Qwen 3 Thinking's nothing."""
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + ('BLOCK' if m.role == 'assistant' else '') }}"
+        "{{ m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:<think>\\n' }}{% endif %}"
+    )
+    template = template.replace("BLOCK", block).replace("think>", f"{tag}>")
+    tokenizer = block_tokenizer(template, f"<{tag}>", f"</{tag}>")
+    for content in ("since we", f"<{tag}>\nsince we"):
+        row = {"messages": chat("q", content), "finish_reasons": ["length"]}
+        texts, done = marked(tokenizer, parse(Line("f:1", row)).messages)
+        assert texts == [f"<|turn|>user:q<|stop|><|turn|>assistant:<{tag}>\n[[since we]]<|stop|>"]
+        assert (done.cut, done.cut_reasoning, done.unopened, done.raw_reasoning) == (1, 1, 0, 0)
+    row = {"messages": chat("q", f"since\n</{tag}>\n\nyes"), "finish_reasons": ["length"]}
+    texts, done = marked(tokenizer, parse(Line("f:1", row)).messages)
+    assert done.cut_reasoning == 0 and all("[[since\n" in text and "yes]]" in text for text in texts)
+    texts, done = marked(tokenizer, chat("q", f"<{tag}>\nsince we"))
+    assert texts == [] and "open a block for reasoning and do not close it" in done.left_out[0][1]
+
+
+@pytest.mark.parametrize("tag", ["<longcat_think>", "[THINK]"])
+def test_reasoning_in_a_block_by_any_name_that_a_limit_of_tokens_cut(tag):
+    template = (
+        "{% for m in messages %}{{ '<|turn|>' + m.role + ':' + m.content + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|turn|>assistant:TAG\\n' }}{% endif %}"
+    ).replace("TAG", tag)
+    tokenizer = block_tokenizer(template, tag)
+    for content in ("since we", f"{tag}\nsince we"):
+        messages = [chat("q")[0], {"role": "assistant", "content": content, "finish_reason": "length"}]
+        texts, done = marked(tokenizer, messages)
+        assert texts == [f"<|turn|>user:q<|stop|><|turn|>assistant:{tag}\n[[since we]]<|stop|>"] and done.cut == 1
+
+
 QUOTES = "Use the `</think>` tag."
 
 
