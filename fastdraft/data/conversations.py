@@ -55,6 +55,7 @@ CHANGES_PROMPT = {
 }
 SYSTEMS = ("system_prompt", "system_message")  # what some call `system`, and others something else
 CUT = ("length", "max_tokens", "model_length", "content_filter", "abort")  # reasons why an answer ends, not by the model
+ENDED = ("finish_reason", "stop_reason", "done_reason")  # servers' keys of such a reason
 NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")  # ends of files' names
 
 
@@ -255,7 +256,7 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
             raise ValueError(
                 f"the line has {key!r} and no system turn; call it 'system' if it was served as one, or take the key out"
             )
-    _take_finish_reasons(row.get("finish_reasons"), messages)
+    _take_finish_reasons(row, messages)
     return Conversation(line.where, _key([messages, tools]), tuple(messages), tools)
 
 
@@ -265,19 +266,27 @@ def _tool(tool: dict) -> dict:
     return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
 
 
-def _take_finish_reasons(reasons: Any, messages: list[dict]) -> None:
-    """Says in each answer why it ended, as `data regenerate` writes it for all of them together."""
-    if reasons is None:
-        return
+def _take_finish_reasons(row: dict, messages: list[dict]) -> None:
+    """Says in each answer why it ended, as `data regenerate` writes it for all together, and others for the last."""
     answers = [message for message in messages if message["role"] == "assistant"]
+    if (reason := _cut_by(row)) and answers:
+        answers[-1]["finish_reason"] = reason
+    if (reasons := row.get("finish_reasons")) is None:
+        return
     if not isinstance(reasons, list) or len(reasons) != len(answers):
         counted = f"{len(reasons)} of them" if isinstance(reasons, list) else _kind(reasons)
         raise ValueError(
             f"finish_reasons must be a list with a reason for each of the {len(answers)} answers, got {counted}"
         )
     for message, reason in zip(answers, reasons, strict=True):
-        if reason in CUT:
+        if reason := _cut_by({"finish_reason": reason}):
             message["finish_reason"] = reason
+
+
+def _cut_by(fields: dict) -> str | None:
+    """Why not the model ended an answer, by a message's or a line's keys; SGLang has an object with a `type`."""
+    reasons = (value.get("type") if isinstance(value := fields.get(key), dict) else value for key in ENDED)
+    return next((reason.lower() for reason in reasons if isinstance(reason, str) and reason.lower() in CUT), None)
 
 
 def _tokens(where: str, row: dict) -> Conversation:
@@ -336,6 +345,8 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
             )
     if message.get("train_detail"):
         raise ValueError(f"message {number} has 'train_detail', which is not read: only whole messages are left out")
+    if reason := _cut_by(message):
+        message["finish_reason"] = reason
     message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
     _take_reasoning(message, number)
     if "tool_calls" in message:

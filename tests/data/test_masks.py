@@ -529,6 +529,29 @@ def test_an_answer_that_a_limit_of_tokens_ended_is_trained_up_to_its_last_word()
     assert done.left_out == [("f:1, message 2", "a limit of tokens cut them, and their last word cannot be found")]
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"finish_reason": "length"}, {}),
+        ({"stop_reason": "max_tokens"}, {}),
+        ({"finish_reason": {"type": "length", "length": 2}}, {}),
+        ({}, {"stop_reason": "max_tokens"}),
+        ({}, {"done_reason": "length"}),
+        ({}, {"finish_reason": "MAX_TOKENS"}),
+        ({}, {"finish_reason": "stop", "stop_reason": "length"}),
+        ({"finish_reasons": ["stop", "LENGTH"]}, {}),
+    ],
+)
+def test_that_a_limit_of_tokens_ended_an_answer_is_read_by_any_servers_key(row, message):
+    tokenizer, before = block_tokenizer(BLOCKS.replace("BLOCK", "")), "<|turn|>user:q<|stop|><|turn|>assistant:"
+    messages = chat("q", "yes", "r", "no and")
+    line = Line("f:1", {"messages": [*messages[:3], messages[3] | message], **row})
+    texts, done = marked(tokenizer, parse(line).messages)
+    assert texts == [f"{before}[[yes<|stop|>]]<|turn|>user:r<|stop|><|turn|>assistant:[[no and]]<|stop|>"] and done.cut == 1
+    ended = {"finish_reason": "stop", "stop_reason": 2}  # vLLM's, the number of a token
+    assert marked(tokenizer, parse(Line("f:1", {"messages": messages, **ended})).messages)[1].cut == 0
+
+
 SAID_BY_ROLE = (
     "{% for m in messages %}{{ m.role + 'HEAD' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistantHEAD' }}{% endif %}"
