@@ -17,7 +17,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
@@ -84,6 +84,7 @@ class Conversation:
     tools: list[dict] | None = None
     input_ids: np.ndarray | None = None  # [L] int32
     loss_mask: np.ndarray | None = None  # [L] bool
+    parts: dict[int, list[str]] = field(default_factory=dict)  # of a content that is `together` of several, by its index
 
 
 @dataclass(frozen=True)
@@ -246,18 +247,22 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{shapes[0]} must be a non-empty list, got {_kind(turns)}")
     messages = [_message(turn, i, sharegpt=shapes == ["conversations"]) for i, turn in enumerate(turns, 1)]
+    contents = [_texts(turn) for turn in turns]
     system = row.get("system") or ""
     if not isinstance(system, str):
         raise ValueError(f"system must be a string, got {_kind(system)}")
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+        contents.insert(0, [])
     for key in SYSTEMS:
         if messages[0]["role"] not in ("system", "developer") and _says_something(row.get(key)):
             raise ValueError(
                 f"the line has {key!r} and no system turn; call it 'system' if it was served as one, or take the key out"
             )
     _take_finish_reasons(row, messages)
-    return Conversation(line.where, _key([messages, tools]), tuple(messages), tools)
+    texts = {i: texts for i, texts in enumerate(contents) if len(texts) > 1}
+    parts = {i: t for i, t in texts.items() if messages[i]["content"] == together(t, messages[i]["role"])}
+    return Conversation(line.where, _key([messages, tools]), tuple(messages), tools, parts=parts)
 
 
 def _tool(tool: dict) -> dict:
@@ -347,7 +352,7 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
         raise ValueError(f"message {number} has 'train_detail', which is not read: only whole messages are left out")
     if reason := _cut_by(message):
         message["finish_reason"] = reason
-    message["content"] = _text(message.get("content"), number, needed="tool_calls" not in message)
+    message["content"] = _text(message.get("content"), message["role"], number, needed="tool_calls" not in message)
     _take_reasoning(message, number)
     if "tool_calls" in message:
         calls = _json_if_string(message["tool_calls"], f"message {number}: tool_calls")
@@ -422,7 +427,20 @@ def _refuse_beyond_json(value: Any, name: str) -> None:
         raise ValueError(f"{name} holds what JSON cannot write, {part}; write it as text or as a number")
 
 
-def _text(content: Any, number: int, needed: bool) -> str:
+def _texts(turn: dict) -> list[str]:
+    """The texts of a turn whose content is a list of text parts."""
+    parts = next((turn[key] for key in ("content", "value") if isinstance(turn.get(key), list)), [])
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    return texts if all(isinstance(text, str) for text in texts) else []
+
+
+def together(texts: list[str], role: str) -> str:
+    """A content of several text parts as one string: as vLLM gives it to templates that know only strings. The model wrote
+    an answer as one text."""
+    return ("" if role == "assistant" else "\n").join(texts)
+
+
+def _text(content: Any, role: str, number: int, needed: bool) -> str:
     """Content as one string; templates that know only strings then work for OpenAI's lists of text parts too."""
     if isinstance(content, str):
         return content
@@ -434,7 +452,7 @@ def _text(content: Any, number: int, needed: bool) -> str:
                 kind = part.get("type") if isinstance(part, dict) else _kind(part)
                 raise ValueError(f"message {number}: content part {kind!r} is not text; only text can be trained on")
             _refuse_media(part, f"a content part of message {number}")
-        return "".join(part["text"] for part in content)
+        return together([part["text"] for part in content], role)
     raise ValueError(f"message {number}: content must be a string or a list of text parts, got {_kind(content)}")
 
 

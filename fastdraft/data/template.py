@@ -108,6 +108,15 @@ class ChatTemplate:
         return shown == [False, True]
 
     @cached_property
+    def between_parts(self) -> str | None:
+        """The white space that the template itself writes between two text parts of a user's content, mostly none. None: it
+        does not go over parts, and servers join them before it is asked."""
+        parts = [{"type": "text", "text": text} for text in (QUESTION, ANSWER)]
+        text = self._probe([{"role": "user", "content": parts}], add_generation_prompt=True) or ""
+        found = re.search(rf"{QUESTION}(\s*){ANSWER}", text)
+        return found[1] if found else None
+
+    @cached_property
     def tags(self) -> re.Pattern[str]:
         """The tags that the template's text names, which it may look for in a content and cut there; and <think>."""
         tags = {"<think>", "</think>", *re.findall(r"<[^<>\s'\"{}%]+>|\[/?[A-Z_]+\]", self.jinja)}

@@ -26,7 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from fastdraft.data.config import TEMPLATE_DATE, with_date, writes_date
-from fastdraft.data.conversations import BadLine, Conversation, spellings
+from fastdraft.data.conversations import BadLine, Conversation, spellings, together
 from fastdraft.data.history import long_renderings
 from fastdraft.data.samples import Sample
 from fastdraft.data.template import ChatTemplate, Refused, Span, Unproven
@@ -249,9 +249,10 @@ class ChatTokenizer:
 
     def _turns_of(self, conversation: Conversation) -> tuple[list[Turn], list[tuple[str, str]], list[tuple[str, str]]]:
         where, tools = conversation.where, conversation.tools
+        given = self._served_parts(conversation) if conversation.parts else conversation.messages
         stuck: list[_Stuck] = []
         for whole in (True, False):
-            for messages in spellings(conversation.messages):
+            for messages in spellings(given):
                 try:
                     return self._place(where, messages, tools, whole)
                 except _Stuck as error:
@@ -296,6 +297,41 @@ class ChatTokenizer:
         unread = unrendered(placing.template, messages, tools, turns)
         unread = [(f"{where}, message {i + 1}" if i >= 0 else where, kind) for i, kind in unread]
         return list(turns.values()), left_out + unproven, unread
+
+    def _served_parts(self, conversation: Conversation) -> list[dict]:
+        """The messages with contents of several text parts as the template renders them, or as vLLM joins them for it.
+
+        BadLine where no text is rendered so: a part in the middle that the template trims. Also where an answer stands in a
+        later prompt otherwise than the model wrote it.
+        """
+        template, messages = self._placing(conversation.tools).template, list(conversation.messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i, texts in conversation.parts.items():
+            if i >= len(messages) or messages[i]["content"] != together(texts, role := messages[i]["role"]):
+                continue  # another message than when it was read
+            number = f"message {i + 1}"
+            between = None if role in ("tool", "function") else template.between_parts  # vLLM joins a tool's always
+            if role == "assistant":
+                if any(texts) and i < answers[-1] and ("\n" if between is None else between):
+                    raise BadLine(
+                        conversation.where,
+                        f"{number}: the text parts of an answer would have white space between them in later prompts, "
+                        "which the model did not write; give the answer as one text",
+                    )
+                continue
+            if between is None:
+                continue
+            forms = [between.join(texts), between.join(map(str.strip, texts)), "\n".join(texts)]
+            asked = [{**messages[i], "content": [{"type": "text", "text": text} for text in texts]}]
+            asked += [{**messages[i], "content": form} for form in forms]
+            others = [{"role": "user", "content": "q"}] if role != "user" else []  # which a template may ask for
+            shown = [_rendered(template, [message, *others], conversation.tools) for message in asked]
+            if shown[0] is None or shown[0] not in shown[1:]:
+                raise BadLine(
+                    conversation.where, f"{number}: its text parts are rendered as no text is; give it as one text"
+                )
+            messages[i] = asked[shown.index(shown[0], 1)]
+        return messages
 
     def _placing(self, tools: list[dict] | None) -> Turns:
         if (turns := self._turns.get(tools is not None)) is None:
@@ -349,6 +385,13 @@ class _Stuck(Exception):
     def __init__(self, message: int, reason: str) -> None:
         super().__init__(message, reason)
         self.message, self.reason = message, reason
+
+
+def _rendered(template: ChatTemplate, messages: list[dict], tools: list[dict] | None) -> str | None:
+    try:
+        return template.render(messages, tools, add_generation_prompt=True)
+    except Refused:
+        return None
 
 
 def _texts(turns: list[Turn]) -> list[tuple[str, list[Span]]]:

@@ -35,7 +35,7 @@ def test_openai_messages():
         }
     )
     assert done.messages == (
-        {"role": "user", "content": "Rain today?"},
+        {"role": "user", "content": "Rain \ntoday?"},  # as vLLM joins them
         {
             "role": "assistant",
             "content": "",
@@ -46,6 +46,12 @@ def test_openai_messages():
         {"role": "assistant", "content": "No."},
     )
     assert done.tools == [TOOL]
+
+
+def test_the_text_parts_of_an_answer_are_the_one_text_that_the_model_wrote():
+    parts = [{"type": "text", "text": "No"}, {"type": "text", "text": ", dry."}]
+    (message,) = parsed({"messages": [{"role": "assistant", "content": parts}]}).messages
+    assert message["content"] == "No, dry."
 
 
 def test_reasoning_by_any_name():

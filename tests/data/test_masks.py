@@ -552,6 +552,53 @@ def test_that_a_limit_of_tokens_ended_an_answer_is_read_by_any_servers_key(row, 
     assert marked(tokenizer, parse(Line("f:1", {"messages": messages, **ended})).messages)[1].cut == 0
 
 
+OVER_PARTS = BLOCKS.replace("BLOCK", "").replace(
+    " + m.content + '<|stop|>' }}",
+    " + (m.content if m.content is string else '') }}{% if m.content is not string %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{{ '<|stop|>' }}",
+)
+TEXTS = [{"type": "text", "text": "<file>a.py</file>"}, {"type": "text", "text": "Fix it."}]
+
+
+@pytest.mark.parametrize(
+    ("template", "between"),
+    [
+        (BLOCKS.replace("BLOCK", ""), "\n"),  # vLLM joins the parts with a line break
+        (OVER_PARTS, ""),
+        (OVER_PARTS.replace("{{ part.text }}", "{{ part.text + ('' if loop.last else ' ') }}"), " "),
+    ],
+)
+def test_text_parts_of_a_given_content_are_joined_as_they_are_served(template, between):
+    tokenizer, chats = block_tokenizer(template), []
+    for system in ("", "s"):
+        row = {"messages": [{"role": "user", "content": TEXTS}, chat("q", "yes")[1]], "system": system}
+        (sample,) = ChatTokenizer(tokenizer)(parse(Line("f:1", row))).samples
+        chats.append(tokenizer.decode(sample.input_ids))
+    said = f"<|turn|>user:<file>a.py</file>{between}Fix it.<|stop|><|turn|>assistant:yes<|stop|>"
+    assert chats == [said, f"<|turn|>system:s<|stop|>{said}"]
+    row = {"messages": [*chat("q"), {"role": "assistant", "content": TEXTS}]}
+    (sample,) = ChatTokenizer(tokenizer)(parse(Line("f:1", row))).samples
+    assert runs(tokenizer, sample) == ["<file>a.py</file>Fix it.<|stop|>"]
+    row["messages"] += chat("r", "no")  # whose prompt has white space in the answer that the model did not write
+    if between:
+        with pytest.raises(BadLine, match="message 2: the text parts of an answer would have white space between them"):
+            ChatTokenizer(tokenizer)(parse(Line("f:1", row)))
+    else:
+        assert len(ChatTokenizer(tokenizer)(parse(Line("f:1", row))).samples) == 1
+
+
+def test_text_parts_that_the_template_trims():
+    """As Gemma 3's does; what a template makes of parts is refused where it makes that of no text."""
+    texts = [{"type": "text", "text": " a\n"}, {"type": "text", "text": "b"}]
+    line = Line("f:1", {"messages": [{"role": "user", "content": texts}, chat("q", "yes")[1]]})
+    tokenizer = block_tokenizer(OVER_PARTS.replace("part.text", "part.text | trim"))
+    (sample,) = ChatTokenizer(tokenizer)(parse(line)).samples
+    assert tokenizer.decode(sample.input_ids) == "<|turn|>user:ab<|stop|><|turn|>assistant:yes<|stop|>"
+    tokenizer = block_tokenizer(OVER_PARTS.replace("part.text", "part.text | replace('\\n', '!')"))
+    with pytest.raises(BadLine, match="message 1: its text parts are rendered as no text is"):
+        ChatTokenizer(tokenizer)(parse(line))
+
+
 SAID_BY_ROLE = (
     "{% for m in messages %}{{ m.role + 'HEAD' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistantHEAD' }}{% endif %}"
