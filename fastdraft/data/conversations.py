@@ -56,6 +56,12 @@ CHANGES_PROMPT = {
 SYSTEMS = ("system_prompt", "system_message")  # what some call `system`, and others something else
 CUT = ("length", "max_tokens", "model_length", "content_filter", "abort")  # reasons why an answer ends, not by the model
 ENDED = ("finish_reason", "stop_reason", "done_reason")  # servers' keys of such a reason
+REASONING_NAMES = ("reasoning", "thinking", "reasoning_text")  # other names of `reasoning_content`
+REASONING_LISTS = ("reasoning_details", "thinking_blocks")  # and of reasoning in a list of objects
+# Reasoning that has the tags of its block with it.
+_ENCLOSED = re.compile(
+    r"\s*(?:<(?P<tag>(?:\w+:)?think(?::\w+)?)>(?P<thought>.*)</(?P=tag)>|\[THINK\](?P<said>.*)\[/THINK\])\s*", re.DOTALL
+)
 NAMES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")  # ends of files' names
 
 
@@ -352,7 +358,9 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
         raise ValueError(f"message {number} has 'train_detail', which is not read: only whole messages are left out")
     if reason := _cut_by(message):
         message["finish_reason"] = reason
-    message["content"] = _text(message.get("content"), message["role"], number, needed="tool_calls" not in message)
+    thinks = any(_says_something(message.get(key)) for key in ("reasoning_content", *REASONING_NAMES, *REASONING_LISTS))
+    needed = "tool_calls" not in message and not (thinks and message["role"] == "assistant")
+    message["content"] = _text(message.get("content"), message["role"], number, needed)
     _take_reasoning(message, number)
     if "tool_calls" in message:
         calls = _json_if_string(message["tool_calls"], f"message {number}: tool_calls")
@@ -368,17 +376,31 @@ def _message(turn: Any, number: int, sharegpt: bool) -> dict:
 
 def _take_reasoning(message: dict, number: int) -> None:
     """Puts reasoning that has another server's name for it under `reasoning_content`."""
-    for name in ("reasoning_content", "reasoning", "thinking"):
+    for name in ("reasoning_content", *REASONING_NAMES):
         given = message.get(name)
         if given is not None and not isinstance(given, str) and (name == "reasoning_content" or _says_something(given)):
             raise ValueError(f"message {number}: {name} must be a string, got {_kind(given)}")
-    for name in ("reasoning", "thinking"):
+    for name in REASONING_NAMES:
         given, taken = message.pop(name, None), message.get("reasoning_content")
         if not isinstance(given, str) or not given:  # or what says nothing, as NaN
             continue
         if taken and given != taken:
             raise ValueError(f"message {number} has {name!r} and the same by another name, which differ; leave one of them")
         message["reasoning_content"] = given
+    for name in REASONING_LISTS:
+        given = message.pop(name, None)
+        if _says_something(given) and not message.get("reasoning_content"):
+            message["reasoning_content"] = _listed_reasoning(given, f"message {number}: {name}")
+    thought = message.get("thought")  # of agents, which is mostly a part of the text
+    if message["role"] == "assistant" and _says_something(thought):
+        beside = f"{message.get('reasoning_content') or ''}\0{message['content']}"
+        if not isinstance(thought, str) or thought.strip() not in beside:
+            raise ValueError(
+                f"message {number} has 'thought', which is not read; call it 'reasoning_content' if the model gave it as "
+                "reasoning, or take the key out"
+            )
+    if own := _ENCLOSED.fullmatch(message.get("reasoning_content") or ""):  # templates write the tags themselves
+        message["reasoning_content"] = (own["thought"] or own["said"]).strip("\n")
     # Templates would write both, as no model does.
     inside = re.match(r"\s*<think>(.*?)</think>", message["content"], re.DOTALL)
     if inside and (beside := message.get("reasoning_content", "").strip()):
@@ -388,6 +410,20 @@ def _take_reasoning(message: dict, number: int) -> None:
                 "one of them"
             )
         del message["reasoning_content"]
+
+
+def _listed_reasoning(parts: Any, owner: str) -> str:
+    """The text of reasoning that is given as a list of objects: OpenRouter's with `text`, LiteLLM's with `thinking`."""
+    texts, indices = [], []
+    for part in parts if isinstance(parts, list) else [parts]:
+        texts += (
+            [part[key] for key in ("text", "thinking") if isinstance(part.get(key), str)] if isinstance(part, dict) else []
+        )
+        indices.append(part.get("index") if isinstance(part, dict) else None)
+    pieces = len(texts) == 1 or (None not in indices and len(set(indices)) == 1)  # of one text, as it was streamed
+    if len(texts) != len(indices) or not pieces:
+        raise ValueError(f"{owner} is more or other than one text, {_kind(parts)}; give the text as 'reasoning_content'")
+    return "".join(texts)
 
 
 def _refuse_media(fields: dict, owner: str) -> None:

@@ -61,6 +61,58 @@ def test_reasoning_by_any_name():
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"reasoning_text": "because"},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "because"}]},
+        {"reasoning_details": [{"type": "reasoning.text", "text": t, "index": 0} for t in ("be", "cause")]},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "because", "signature": "s"}]},
+        {"reasoning": "because", "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
+        {"reasoning": "because", "thought": "because"},
+    ],
+)
+def test_reasoning_by_the_names_of_other_servers(given):
+    (message,) = parsed({"messages": [{"role": "assistant", "content": "a"} | given]}).messages
+    message.pop("thought", None)
+    assert message == {"role": "assistant", "content": "a", "reasoning_content": "because"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "be"}, {"type": "reasoning.text", "text": "cause"}]},
+        {"thinking_blocks": "because"},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "because"}, {"type": "redacted_thinking", "data": "x"}]},
+        {"thought": "because"},
+    ],
+)
+def test_reasoning_that_cannot_be_read_is_not_dropped_without_a_word(given):
+    with pytest.raises(BadLine, match=f"{next(iter(given))}.*'reasoning_content'"):
+        parsed({"messages": [{"role": "assistant", "content": "a"} | given]})
+
+
+def test_a_thought_that_is_a_part_of_the_text_is_no_reasoning():
+    message = {"role": "assistant", "content": "I look.\n\nls", "thought": "I look.\n", "action": "ls"}
+    assert parsed({"messages": [message]}).messages == (message,)
+
+
+@pytest.mark.parametrize(
+    "tags", ["<think>\n{}\n</think>", "<think>{}</think>\n", "[THINK]{}[/THINK]", "<a:think>{}</a:think>"]
+)
+def test_reasoning_with_the_tags_of_its_block_has_them_once(tags):
+    message = {"role": "assistant", "content": "a", "reasoning_content": tags.format("because")}
+    assert parsed({"messages": [message]}).messages == (message | {"reasoning_content": "because"},)
+
+
+def test_reasoning_needs_no_content_beside_it():
+    message = {"role": "assistant", "content": None, "reasoning_content": "because", "finish_reason": "length"}
+    assert parsed({"messages": [message]}).messages == (message | {"content": ""},)
+    with pytest.raises(BadLine, match="content must be a string"):
+        parsed({"messages": [message | {"reasoning_content": ""}]})
+
+
+@pytest.mark.parametrize(
     "others", [{"reasoning_content": ""}, {"thinking": ""}, {"thinking": math.nan, "reasoning": "because"}]
 )
 def test_reasoning_is_not_lost_beside_another_name_that_says_nothing(others):
