@@ -48,12 +48,15 @@ READ_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool
 NOT_TRAINED = ("train", "trainable", "training", "loss", "loss_weight", "loss_scale", "loss_mask")
 PREFIXED = ("prefix", "partial")  # APIs' keys of an assistant's message whose text the user wrote for the model to go on
 # Keys of a line that change the prompt it was served with and are not read.
+_FOR_ALL = "say it for all lines, in data.chat_template_kwargs or --extra-body, and take the key out"
 CHANGES_PROMPT = {
-    "chat_template_kwargs": "say it for all lines, in data.chat_template_kwargs or --extra-body, and take the key out",
+    "chat_template_kwargs": _FOR_ALL,
+    "reasoning_effort": _FOR_ALL,
+    "enable_thinking": _FOR_ALL,
     "documents": "write them into a message, or take the key out",
     "continue_final_message": 'give the message that is gone on with "weight": 0, and take the key out',
 }
-SYSTEMS = ("system_prompt", "system_message")  # what some call `system`, and others something else
+SYSTEMS = ("system_prompt", "system_message", "instructions")  # what some call `system`, and others something else
 CUT = ("length", "max_tokens", "model_length", "content_filter", "abort")  # reasons why an answer ends, not by the model
 ENDED = ("finish_reason", "stop_reason", "done_reason")  # servers' keys of such a reason
 REASONING_NAMES = ("reasoning", "thinking", "reasoning_text")  # other names of `reasoning_content`
@@ -239,6 +242,7 @@ def _conversation(line: Line, prompts: bool) -> Conversation:
     for key, remedy in CHANGES_PROMPT.items():
         given = row.get(key)
         said = any(v is not None for v in given.values()) if isinstance(given, dict) else _says_something(given)
+        said = said or (key == "enable_thinking" and given is False)
         if shapes != ["input_ids"] and said:  # `enable_thinking: false` says something, too
             raise ValueError(f"the line has {key!r} ({_kind(given)}), which is not read; {remedy}")
     if shapes == ["input_ids"]:

@@ -264,6 +264,12 @@ def test_key_is_the_content():
         ),
         ({"messages": chat("a", "b"), "continue_final_message": True}, "the line has 'continue_final_message'"),
         ({"messages": chat("a", "b"), "system_prompt": "x"}, "the line has 'system_prompt' and no system turn"),
+        ({"messages": chat("a", "b"), "instructions": "x"}, "the line has 'instructions' and no system turn"),
+        (
+            {"messages": chat("a", "b"), "reasoning_effort": "high"},
+            "the line has 'reasoning_effort' .* say it for all lines",
+        ),
+        ({"messages": chat("a", "b"), "enable_thinking": False}, "the line has 'enable_thinking' .* say it for all lines"),
         ({"messages": chat("a", "b"), "functions": {"name": "f"}}, "functions must be a list of objects, got an object"),
         ({"messages": chat("a", "b"), "functions": ["f"]}, "functions must be a list of objects, got a list"),
         ({"messages": chat("a", "b"), "finish_reasons": ["stop"] * 2}, "a reason for each of the 1 answers, got 2 of them"),
