@@ -173,6 +173,12 @@ class ChatTemplate:
                     return called[len(before) :].partition(FUNCTION)[0].strip()
         return ""
 
+    @cached_property
+    def shows_ids(self) -> bool:
+        """Whether a call's rendering has its id, which some templates write in place of its name (Kimi K2)."""
+        other = {**CALLED[1], "tool_calls": [{**_CALL, "id": "fastdraft-other"}]}
+        return self._probe(CALLED) != self._probe([CALLED[0], other])
+
     def thought_block(self, tag: str) -> tuple[str, str] | None:
         """What the template writes before an answer's reasoning and behind it, with white space inside the tags alone; None
         if it shows that nowhere: in an answer, a call, or an answer behind another."""

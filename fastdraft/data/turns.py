@@ -226,7 +226,7 @@ class Turns:
         calls = message.get("tool_calls", ())
         if how is None or (not own and calls and (not how.calls or all(_identified(call, full[begin:]) for call in calls))):
             return self._by_search(message, full, prompt)
-        _refuse_cut(message, full, own, marks.pairs(last), how, begin)
+        _refuse_cut(message, full, own, marks.pairs(last), how, begin, self.template)
         if prefix:
             start, lacks = len(prompt), ""
             # After an assistant's turn some templates write no generation prompt. The header then comes with the turn.
@@ -277,7 +277,7 @@ class Turns:
         if any(text not in full[start:] for text in needed):
             raise LeftOut(NO_TEXT)
         calls = message.get("tool_calls", [])
-        if not all(_shows_call(full[start:], call) for call in calls):
+        if not all(_shows_call(full[start:], call, self.template.shows_ids) for call in calls):
             raise LeftOut(NO_CALLS)
         if any(full.count(text, start) > 1 for text in needed):
             raise Unproven("the turn's text cannot be told from the template's")
@@ -292,7 +292,9 @@ class Turns:
         """Where the texts of calls without marks end in the turn, not those letters of an end-of-turn token."""
         words = self.template.without_added(full)
         ends = []
-        for forms in (forms for call in message.get("tool_calls", ()) for forms in _call_texts(call)):
+        for forms in (
+            forms for call in message.get("tool_calls", ()) for forms in _call_texts(call, self.template.shows_ids)
+        ):
             shown = [(text.rfind(form, start), len(form)) for text in (words, full) for form in forms]
             ends.append(next((at + length for at, length in shown if at >= 0), start))
         return ends
@@ -439,6 +441,7 @@ def _refuse_cut(
     pairs: dict[str, Leaf],
     how: How,
     start: int,  # where the turn begins, or a place in it
+    template: ChatTemplate,
 ) -> None:
     """LeftOut if a text or a call of the turn is not in its rendering, or not as it is."""
     shown = {place.pair for place in own}
@@ -446,10 +449,11 @@ def _refuse_cut(
     for i, call in enumerate(message.get("tool_calls", ())):
         if how.calls:
             lost = {leaf.kind for leaf in missing if leaf.kind in ("name", "arguments") and leaf.call == i}
+            named = "name" not in lost or _identified(call, full[start:])
             has_arguments = any(leaf.kind == "arguments" and leaf.call == i for leaf in pairs.values())
-            if "arguments" in lost or ("name" in lost and not has_arguments and not _identified(call, full[start:])):
+            if "arguments" in lost or not (named or (has_arguments and not template.shows_ids)):
                 raise LeftOut(NO_CALLS)
-        elif not own or not _shows_call(full[start:], call):
+        elif not own or not _shows_call(full[start:], call, template.shows_ids):
             raise LeftOut(NO_CALLS)
     if not own or any(leaf.kind == "content" for leaf in missing):
         raise LeftOut(NO_TEXT)
@@ -457,22 +461,29 @@ def _refuse_cut(
         raise LeftOut(CHANGED)
 
 
-def _call_texts(call: dict) -> list[tuple[str, ...]]:
-    """What must be rendered of a call, each text as it is and as JSON has it: its arguments, or else its name or id."""
+def _call_texts(call: dict, ids: bool) -> list[tuple[str, ...]]:
+    """What must be rendered of a call: its arguments' texts, each as it is and as JSON has it; and where it has none or the
+    template writes `ids`, its name or an id with the name in it."""
     function = call.get("function", call)
     texts = list(strings(function.get("arguments")))
-    if not texts:
-        return [tuple(filter(None, (function["name"], call.get("id"))))]
-    return [(text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
+    named = (function["name"], call["id"]) if _names(call) else (function["name"],)
+    forms = [(text, json.dumps(text, ensure_ascii=False)[1:-1]) for text in texts]
+    return [named, *forms] if ids or not texts else forms
+
+
+def _names(call: dict) -> bool:
+    """Whether a call's id has its name in it, as Kimi K2's: functions.get_weather:0."""
+    name = re.escape(call.get("function", call)["name"])
+    return re.search(rf"(?<![\w-]){name}(?![\w-])", call.get("id") or "") is not None
 
 
 def _identified(call: dict, text: str) -> bool:
-    """Whether the text has a call's id, which a template may render instead of its name (Kimi K2)."""
-    return bool(call.get("id")) and call["id"] in text
+    """Whether the text has a call's id, which a template may render instead of its name, and this has the name in it."""
+    return _names(call) and call["id"] in text
 
 
-def _shows_call(text: str, call: dict) -> bool:
-    return all(any(form in text for form in forms) for forms in _call_texts(call))
+def _shows_call(text: str, call: dict, ids: bool) -> bool:
+    return all(any(form in text for form in forms) for forms in _call_texts(call, ids))
 
 
 def _without_parsers_white(message: dict) -> dict | None:

@@ -1109,6 +1109,11 @@ def test_a_call_that_the_template_renders_by_its_id(content):
     done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, messages))
     trained = [runs(tokenizer, sample) for sample in done.samples]
     assert trained == [[f"{content}[functions.weather:0]{{}}<|end|>"]] and done.left_out == []
+    for arguments in ({}, {"city": "Rome"}):  # an id without the name: the model would have written another one
+        other = call | {"id": "call_a1b2c3", "function": {"name": "weather", "arguments": arguments}}
+        messages = (*chat("a"), {"role": "assistant", "content": content, "tool_calls": [other]})
+        done = ChatTokenizer(tokenizer)(Conversation("f:1", 0, messages))
+        assert done.samples == [] and done.left_out[0][1] == "the chat template does not render their tool calls"
 
 
 def test_reasoning_that_the_template_renders_in_part_is_not_there_twice():
