@@ -297,9 +297,16 @@ def read_template(config: DataConfig) -> str | None:
     if config.chat_template is None:
         return None
     try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+        text = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data.chat_template {config.chat_template}: cannot be read: {error}") from error
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    if isinstance(found, dict) and isinstance(found.get("chat_template"), str):  # a processor's chat_template.json
+        return found["chat_template"]
+    raise ValueError(f"data.chat_template {config.chat_template}: JSON without a text 'chat_template'; name a Jinja file")
 
 
 def chat_tokenizer(

@@ -20,6 +20,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,6 +92,8 @@ class ChatTokenizer:
         self.template_date = template_date if dated else None  # None: no template asks for it
         self.templates = [template and with_date(template, template_date) for template in self.templates]
         self.name = f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
+        beside = Path(tokenizer.name_or_path or "", "chat_template.json")  # a processor's, which no tokenizer reads
+        self._beside = beside if self.templates[0] is None and tokenizer.name_or_path and beside.is_file() else None
         self.backend = _plain(tokenizer.backend_tokenizer) if tokenizer.is_fast else None
         self._prompts: dict[str, list[int]] = {}
         self._turns: dict[bool, Turns] = {}  # by whether there are tools
@@ -339,7 +342,8 @@ class ChatTokenizer:
             if template is None:
                 raise ValueError(
                     f"the tokenizer {self.name} has no chat template to use for conversations; "
-                    f"set data.chat_template to a Jinja file, or give pre-tokenised input_ids and loss_mask"
+                    f"set data.chat_template to {self._beside or 'a Jinja file'}, or give pre-tokenised input_ids and "
+                    "loss_mask"
                 )
             if self.backend is None:
                 raise ValueError(

@@ -87,6 +87,20 @@ def test_cache_key_is_what_makes_the_samples(config, tokenizer, monkeypatch, tmp
     assert not prepare(config(*CHATS), tokenizer).stats.from_cache
 
 
+def test_a_processors_chat_template_json_is_unpacked(config, tmp_path):
+    jinja, file = "{% for m in messages %}{{ m.content }}{% endfor %}", tmp_path / "chat_template.json"
+    file.write_text(json.dumps({"chat_template": jinja}))
+    assert room.read_template(config(*CHATS, chat_template=str(file))) == jinja
+    for other in ({"default": jinja}, {"chat_template": None}, [{"name": "default", "template": jinja}]):
+        file.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"chat_template\.json: JSON without a text 'chat_template'"):
+            room.read_template(config(*CHATS, chat_template=str(file)))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, tokenizer.name_or_path = None, str(tmp_path)
+    with pytest.raises(ValueError, match=f"no chat template .* set data.chat_template to {file}"):
+        prepare(config(*CHATS), tokenizer)
+
+
 def test_workers_make_the_same_file(config, monkeypatch, tmp_path):
     monkeypatch.setattr(room, "CHUNK_BYTES", 500)
     rows = [*CHATS, "not JSON"]
