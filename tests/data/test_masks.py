@@ -576,6 +576,9 @@ def test_text_parts_of_a_given_content_are_joined_as_they_are_served(template, b
         chats.append(tokenizer.decode(sample.input_ids))
     said = f"<|turn|>user:<file>a.py</file>{between}Fix it.<|stop|><|turn|>assistant:yes<|stop|>"
     assert chats == [said, f"<|turn|>system:s<|stop|>{said}"]
+    row = {"messages": [*chat("q", "look"), {"role": "tool", "content": TEXTS}, chat("q", "yes")[1]]}
+    (sample,) = ChatTokenizer(tokenizer)(parse(Line("f:1", row))).samples
+    assert "<|turn|>tool:<file>a.py</file>\nFix it.<|stop|>" in tokenizer.decode(sample.input_ids)
     row = {"messages": [*chat("q"), {"role": "assistant", "content": TEXTS}]}
     (sample,) = ChatTokenizer(tokenizer)(parse(Line("f:1", row))).samples
     assert runs(tokenizer, sample) == ["<file>a.py</file>Fix it.<|stop|>"]
