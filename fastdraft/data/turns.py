@@ -530,9 +530,8 @@ def _as_served(message: dict, full: str, prompt: str | None, located: _Located, 
         if message.get("finish_reason") in CUT:
             turn = _opened_once(message["content"].rstrip(), tag, white, prompt, "")
             said = turn.text[len(prompt) :].lstrip()
-            behind = (
-                full[start:].rpartition(said)[2] if said in full[start:] else ""
-            )  # the template's, which is not trained
+            # What the template writes behind the words, which is not trained.
+            behind = full[start:].rpartition(said)[2] if said in full[start:] else ""
             return replace(turn, text=turn.text + behind, raw_reasoning=False, cut_reasoning=True)
         if message["content"].lstrip().startswith(tag):
             raise LeftOut(UNCLOSED)
