@@ -24,7 +24,6 @@ in a folder (unpacked wheels, or pip install --target):
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -39,6 +38,7 @@ from bench.timing import RESULTS, append
 from fastdraft.data.prompts import prompt_ids, read_prompts
 from fastdraft.decode import DecodeResult, generate
 from fastdraft.evaluate import evaluate_decode
+from fastdraft.files import file_checksum, json_checksum
 from fastdraft.model.method import Method
 from fastdraft.model.methods import method_of
 from fastdraft.model.precision import dtype_name
@@ -81,11 +81,7 @@ def answers(place: EnginePlace, run: Run, timeout_s: float, file: Path | None) -
 
 def weights_hash(draft: str) -> str:
     """Of an export's weights, wherever it lies."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(draft).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+    return json_checksum([file_checksum(path) for path in sorted(Path(draft).glob("*.safetensors"))])
 
 
 def served_lengths(served: Served) -> dict[str, float]:
